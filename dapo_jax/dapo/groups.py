@@ -1,0 +1,34 @@
+"""Groups of responses to one prompt: which teach something, and how much better each response is than its group."""
+
+import numpy as np
+
+
+def informative_groups(correct: np.ndarray) -> np.ndarray:
+    """Which groups hold right and wrong responses: 0 < #correct < G (arXiv 2503.14476, Eq. 8). bool [Q, G] -> bool [Q].
+
+    Raises ValueError for an array that is not [Q, G].
+    """
+    correct = np.asarray(correct, bool)
+    if correct.ndim != 2:
+        raise ValueError(f"correct must be [Q, G], got shape {correct.shape}")
+    return np.logical_and(correct.any(axis=1), ~correct.all(axis=1))
+
+
+def group_advantages(reward: np.ndarray, *, ddof: int = 1, eps: float = 1e-6) -> np.ndarray:
+    """A = (R - mean(R)) / (std(R) + eps) in each group (arXiv 2503.14476, Eq. 9). [Q, G] -> float32 [Q, G].
+
+    The std divides by G - ddof. A group whose rewards are all equal gives exactly 0.
+    Raises ValueError for an array that is not [Q, G], for ddof outside 0..G-1, and for rewards that are not finite.
+    """
+    reward = np.asarray(reward, np.float64)
+    if reward.ndim != 2:
+        raise ValueError(f"reward must be [Q, G], got shape {reward.shape}")
+    if not 0 <= ddof < reward.shape[1]:
+        raise ValueError(f"ddof must be at least 0 and below G = {reward.shape[1]}, got {ddof}")
+    if not np.isfinite(reward).all():
+        raise ValueError("reward holds values that are not finite")
+    # The std of equal rewards need not round to 0 (0.1, 0.1, 0.1), so equality is asked of the rewards themselves.
+    constant = reward.max(axis=1, keepdims=True) == reward.min(axis=1, keepdims=True)
+    scale = reward.std(axis=1, ddof=ddof, keepdims=True) + eps
+    centred = reward - reward.mean(axis=1, keepdims=True)
+    return np.where(constant, 0.0, centred / np.where(constant, 1.0, scale)).astype(np.float32)

@@ -1,0 +1,96 @@
+"""One gradient update: gradients of micro-batches added up, AdamW, nothing divided."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dapo_jax.config import OptimSection
+from dapo_jax.dapo.loss import LossFn
+from dapo_jax.types import Array, Params, TrainBatch, TrainState
+
+
+def make_optimizer(section: OptimSection) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW without its learning rate, which `update_step` applies.
+
+    The rate follows rollout steps, not updates, so it is an input of each update and no state of the optimizer.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(section.grad_clip),
+        optax.scale_by_adam(b1=section.b1, b2=section.b2, eps=section.eps),
+        optax.add_decayed_weights(section.weight_decay),
+    )
+
+
+def learning_rate(section: OptimSection, rollout_step: int) -> float:
+    """Learning rate of every update of a rollout step (from 1): min(1, s / warmup_steps) · learning_rate."""
+    return section.learning_rate * min(1.0, rollout_step / max(1, section.warmup_steps))
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state before any update. float32 moments, shaped like the parameters."""
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def used_microbatches(batch: TrainBatch) -> Array:
+    """How many leading micro-batches of [M, N, T] hold a target; the rest is padding to a static shape."""
+    holds = batch.target_mask.any(axis=(1, 2))
+    return jnp.max(jnp.where(holds, jnp.arange(1, holds.shape[0] + 1), 0))
+
+
+def accumulate(params: Params, batch: TrainBatch, loss_fn: LossFn) -> tuple[Array, dict[str, Array], Params]:
+    """Loss, metric sums and float32 gradient, each the plain sum over the micro-batches of [M, N, T].
+
+    Empty micro-batches at the end are not computed, so a static shape costs no time.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def body(i, total):
+        (loss, sums), grads = value_and_grad(params, jax.tree.map(lambda a: a[i], batch))
+        return jax.tree.map(jnp.add, total, (loss, sums, grads))
+
+    first = jax.tree.map(lambda a: a[0], batch)
+    shapes = jax.eval_shape(value_and_grad, params, first)
+    (loss, sums), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    return jax.lax.fori_loop(0, used_microbatches(batch), body, (loss, sums, grads))
+
+
+def update_step(
+    state: TrainState, batch: TrainBatch, learning_rate: Array | float, *, loss_fn: LossFn, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, Array]]:
+    """θ ← θ - lr · AdamW(clip(Σ over micro-batches of ∇loss)).
+
+    An update whose loss or gradient is not finite leaves parameters and optimizer state bitwise as they were.
+
+    Args:
+      state: donated by the caller's jit. batch: [M, N, T], M micro-batches of N rows.
+      learning_rate: scalar. loss_fn: (params, [N, T] batch) → (loss, metric sums), a sum over tokens.
+
+    Returns:
+      (new state, {"loss", "grad_norm", "skipped" (0 or 1), and the loss's metric sums}), float32 scalars on device.
+    """
+    loss, sums, grads = accumulate(state.params, batch, loss_fn)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
+    changed = TrainState(params, opt_state, state.updates + 1)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
+    return kept, {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - finite, **sums}
+
+
+def summarize(sums: Mapping[str, float]) -> dict[str, float]:
+    """`policy/` metrics from metric sums: each a mean over target tokens, or over the clipped ones."""
+    tokens = max(sums["tokens"], 1.0)
+    means = {f"policy/{name}": sums[name] / tokens for name in ("entropy", "approx_kl")}
+    if "clipped_high" not in sums:
+        return means
+    return means | {
+        "policy/token_prob_mean": sums["token_prob"] / tokens,
+        "policy/clip_fraction_low": sums["clipped_low"] / tokens,
+        "policy/clip_fraction_high": sums["clipped_high"] / tokens,
+        "policy/clip_fraction_dual": sums.get("clipped_dual", 0.0) / tokens,
+        "policy/upclipped_prob_mean": sums["upclipped_prob"] / max(sums["clipped_high"], 1.0),
+        "policy/sampler_gap_mean": sums["sampler_gap"] / tokens,
+    }

@@ -1,0 +1,250 @@
+"""One decoder for Llama, Qwen2 and Qwen3, in Flax NNX; plain pytrees of parameters outside this file.
+
+    tokens ─▶ embed ─▶ L × [ x + attn(norm(x)) ; x + mlp(norm(x)) ] ─▶ norm ─▶ head
+
+Parameters are a nested dict, layers stacked on axis 0 and scanned:
+
+    embed/embedding [V,D] · final_norm/scale [D] · head/kernel [D,V] (absent if tied) · layers/
+      attn_norm/scale, mlp_norm/scale [L,D] · attn/{q,k,v}/kernel [L,D,heads,h], bias [L,heads,h] (qwen2) ·
+      attn/o/kernel [L,H,h,D] · attn/{q_norm,k_norm}/scale [L,h] (qwen3) · mlp/{gate,up}/kernel [L,D,F], down [L,F,D]
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dapo_jax.config import ModelConfig
+from dapo_jax.model.attention import attend, attend_cached
+from dapo_jax.types import Array, Params
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, [L, B, K, S, h]. How much of S is filled is the caller's to know."""
+
+    k: Array
+    v: Array
+
+
+class Norm(nnx.Module):
+    """RMS norm, x / √(mean x² + ε) · scale, in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...]).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """A projection written as an einsum, its float32 kernel cast to the dtype of what it multiplies."""
+
+    def __init__(self, spec: str, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs, bias: tuple[int, ...] | None = None, gain: float = 1.0):
+        self.spec = spec
+        self.kernel = nnx.Param(gain * fan_in**-0.5 * jax.random.normal(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(bias)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.einsum(self.spec, x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        def project(heads):
+            bias = (heads, c.head_dim) if c.family == "qwen2" else None
+            return Linear("...d,dnh->...nh", (c.model_dim, heads, c.head_dim), c.model_dim, rngs, bias=bias)
+
+        self.q, self.k, self.v = project(c.heads), project(c.kv_heads), project(c.kv_heads)
+        # Residual branches start small, so that depth does not blow up the stream at initialisation.
+        self.o = Linear("...nh,nhd->...d", (c.heads, c.head_dim, c.model_dim), c.heads * c.head_dim, rngs, gain=(2 * c.layers) ** -0.5)
+        self.q_norm = Norm(c.head_dim, c.norm_eps) if c.family == "qwen3" else None
+        self.k_norm = Norm(c.head_dim, c.norm_eps) if c.family == "qwen3" else None
+
+    def qkv(self, x: Array, rope: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, rope), rotate(k, rope), v
+
+
+class Mlp(nnx.Module):
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.gate = Linear("...d,df->...f", (c.model_dim, c.ffn_dim), c.model_dim, rngs)
+        self.up = Linear("...d,df->...f", (c.model_dim, c.ffn_dim), c.model_dim, rngs)
+        self.down = Linear("...f,fd->...d", (c.ffn_dim, c.model_dim), c.ffn_dim, rngs, gain=(2 * c.layers) ** -0.5)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.attn_norm, self.mlp_norm = Norm(c.model_dim, c.norm_eps), Norm(c.model_dim, c.norm_eps)
+        self.attn, self.mlp = Attention(c, rngs), Mlp(c, rngs)
+
+    def __call__(self, x: Array, rope: tuple[Array, Array], mix) -> tuple[Array, tuple[Array, Array]]:
+        """`mix(q, k, v)` is the attention itself: over a row, or over a cache."""
+        with jax.named_scope("attention"):
+            q, k, v = self.attn.qkv(self.attn_norm(x), rope)
+            x = x + self.attn.o(mix(q, k, v))
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x)), (k, v)
+
+
+class Ends(nnx.Module):
+    """What stands before and after the layers."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.embed = Embed(c, rngs)
+        self.final_norm = Norm(c.model_dim, c.norm_eps)
+        self.head = None if c.tie_embeddings else Linear("...d,dv->...v", (c.model_dim, c.vocab_size), c.model_dim, rngs)
+
+
+class Embed(nnx.Module):
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.vocab_size, c.model_dim)))
+
+
+def init(config: ModelConfig, key: Array) -> Params:
+    """Random float32 parameters; residual branches scaled by 1/√(2L)."""
+    ends_key, layers_key = jax.random.split(key)
+
+    def pure(module):
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+    layers = jax.vmap(lambda k: pure(Block(config, nnx.Rngs(k))))(jax.random.split(layers_key, config.layers))
+    return {**pure(Ends(config, nnx.Rngs(ends_key))), "layers": layers}
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The parameter tree as shapes and dtypes, without making any."""
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+
+@functools.cache
+def _skeleton(module: type[nnx.Module], config: ModelConfig):
+    with jax.ensure_compile_time_eval():  # cached across traces: must not capture a tracer
+        return nnx.split(nnx.eval_shape(lambda: module(config, nnx.Rngs(0))))
+
+
+def _bind(module: type, config: ModelConfig, params: Params):
+    """The module holding `params`; only shapes of its own are ever made."""
+    graphdef, abstract = _skeleton(module, config)
+    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: binding writes into it
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def rotary(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
+    """Cosine and sine of the rotary angles, float32 [..., h/2].
+
+    angle_j = position · θ^(-2j/h); with Llama-3 scaling, long wavelengths are stretched by `factor`, short ones kept,
+    and those between interpolated (Llama 3.1 release).
+    """
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequency = config.rope_theta**-exponent
+    if s := config.rope_scaling:
+        wavelength = 2 * math.pi / frequency
+        smooth = (s.original_max_position / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        smooth = jnp.clip(smooth, 0.0, 1.0)
+        frequency = frequency * (smooth + (1 - smooth) / s.factor)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
+    """Rotates [..., heads, h]: the first half of h pairs with the second (Hugging Face's order)."""
+    cos, sin = (r[..., None, :].astype(x.dtype) for r in rope)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def segment_positions(segment_ids: Array) -> Array:
+    """Positions that restart at 0 where the segment changes, int32 [N, T]."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def head_kernel(params: Params) -> Array:
+    """The output projection [D, V], tied or not."""
+    return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
+
+
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def hidden_states(
+    params: Params, config: ModelConfig, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None
+) -> tuple[Array, tuple[Array, Array]]:
+    """Final hidden states of packed rows, and the keys and values of every layer.
+
+    Args:
+      tokens: int [N, T]. positions: int [N, T], by default counted in each segment. segment_ids: int [N, T], by
+        default one segment a row.
+
+    Returns:
+      hidden [N, T, D] after the final norm, in compute dtype; (k, v), each [L, N, T, K, h].
+    """
+    segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+    positions = segment_positions(segment_ids) if positions is None else positions
+    ends = _bind(Ends, config, {k: v for k, v in params.items() if k != "layers"})
+    rope = rotary(config, positions)
+    x = ends.embed.embedding[...].astype(config.compute_dtype)[tokens]
+
+    def layer(x, layer_params):
+        block = _bind(Block, config, layer_params)
+        return block(x, rope, lambda q, k, v: attend(q, k, v, segment_ids))
+
+    if config.remat != "none":
+        layer = jax.checkpoint(layer, policy=_REMAT[config.remat], prevent_cse=False)
+    x, kv = jax.lax.scan(layer, x, params["layers"])
+    return ends.final_norm(x), kv
+
+
+def decode_step(params: Params, config: ModelConfig, tokens: Array, lengths: Array, cache: Cache) -> tuple[Array, Cache]:
+    """Hidden state of one new token a sequence, and the cache with that token in it.
+
+    Args:
+      tokens: int [B], the new tokens. lengths: int [B], tokens already in the cache; the new token's position.
+
+    Returns:
+      hidden [B, D] after the final norm; the cache, written at `lengths`.
+    """
+    ends = _bind(Ends, config, {k: v for k, v in params.items() if k != "layers"})
+    rope = rotary(config, lengths)
+    x = ends.embed.embedding[...].astype(config.compute_dtype)[tokens]
+
+    def layer(x, inputs):
+        layer_params, cache_k, cache_v = inputs
+        block = _bind(Block, config, layer_params)
+        return block(x, rope, lambda q, k, v: attend_cached(q, k, v, cache_k, cache_v, lengths))
+
+    x, (k, v) = jax.lax.scan(layer, x, (params["layers"], cache.k, cache.v))
+    rows = jnp.arange(tokens.shape[0])
+
+    def write(old, new):  # [L, B, K, h] into [L, B, K, S, h] at (b, lengths[b])
+        return old.at[:, rows, :, lengths].set(jnp.swapaxes(new, 0, 1).astype(old.dtype))
+
+    return ends.final_norm(x), Cache(write(cache.k, k), write(cache.v, v))
+
+
+def logits_of(params: Params, hidden: Array) -> Array:
+    """hidden [..., D] times the head: float32 [..., V]. For sampling and small checks; the loss never makes these."""
+    head = head_kernel(params).astype(hidden.dtype)
+    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def apply(params: Params, config: ModelConfig, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None) -> Array:
+    """Logits of every next token, float32 [N, T, V]: entry t predicts token t + 1. Arguments as in `hidden_states`."""
+    return logits_of(params, hidden_states(params, config, tokens, positions, segment_ids)[0])

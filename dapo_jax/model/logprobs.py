@@ -1,0 +1,282 @@
+"""Log-probs of target tokens from hidden states and head, without a [tokens, vocab] array.
+
+Both forms walk over chunks of the rows that have a target, and only those: rows are gathered targets first, and the
+loop ends with the last target. `linear_logprobs` serves any use and recomputes in its backward pass (8NDV FLOPs).
+`linear_loss` takes the per-token loss as a function. A normaliser that is known before the head makes ∂loss/∂logit
+known chunk by chunk, so both gradients are made in the forward pass (6NDV) and nothing is recomputed or kept.
+
+    z = hidden · head / temperature      log p = z[target] - logsumexp z      entropy = logsumexp z - Σ softmax(z) z
+    ∂loss/∂z = (1[target] - softmax z) · ∂loss/∂log p
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from dapo_jax.types import Array
+
+# token_loss(logprobs [n], entropy [n], token_args with leading axis n) -> (loss [n], metrics {name: [n]}). The loss may
+# depend on entropy only through metrics: no gradient flows through it.
+TokenLoss = Callable[[Array, Array, Any], tuple[Array, Mapping[str, Array]]]
+
+ROW_AXES = ("data", "fsdp")
+
+
+class _Static(NamedTuple):
+    temperature: float
+    chunk_size: int
+    mesh: Mesh | None
+
+
+class _Chunk(NamedTuple):
+    logits: Array  # [n, V] float32
+    lse: Array  # [n]
+    logprobs: Array  # [n]
+    entropy: Array  # [n]
+
+
+def _score(hidden: Array, head: Array, targets: Array, temperature: float) -> _Chunk:
+    logits = jnp.einsum("nd,dv->nv", hidden, head, preferred_element_type=jnp.float32) / temperature
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    shifted = logits - top
+    weights = jnp.exp(shifted)
+    total = weights.sum(axis=-1)
+    log_total = jnp.log(total)
+    at_target = jnp.take_along_axis(shifted, targets[:, None], axis=-1)[:, 0]
+    entropy = log_total - (weights * shifted).sum(axis=-1) / total
+    return _Chunk(logits, log_total + top[:, 0], at_target - log_total, entropy)
+
+
+class _Plan(NamedTuple):
+    """Which rows the chunks walk over: `order` puts rows with a target first, padded to whole chunks."""
+
+    order: Array  # int [C * chunk], row of each place; padding repeats row 0
+    count: Array  # rows with a target
+    chunks: Array  # chunks that hold any
+
+
+def _plan(mask: Array, chunk_size: int) -> _Plan:
+    order = jnp.argsort(~mask, stable=True)
+    order = jnp.pad(order, (0, -mask.shape[0] % chunk_size))
+    count = mask.sum()
+    return _Plan(order, count, -(-count // chunk_size))
+
+
+def _rows(plan: _Plan, i: Array, chunk_size: int) -> tuple[Array, Array]:
+    """Row numbers of chunk i, and which of its places hold a target."""
+    start = i * chunk_size
+    return jax.lax.dynamic_slice(plan.order, (start,), (chunk_size,)), start + jnp.arange(chunk_size) < plan.count
+
+
+def _add_rows(buffer: Array, rows: Array, valid: Array, values: Array) -> Array:
+    # Rows past the last target are dropped, not written: they repeat rows that other chunks own.
+    return buffer.at[jnp.where(valid, rows, buffer.shape[0])].set(values, mode="drop")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# linear_loss
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _loss_forward(token_loss: TokenLoss, static: _Static, with_grad: bool, hidden, head, targets, mask, token_args):
+    """Loss, metric sums and (if asked) both gradients, over one device's rows."""
+    size = min(static.chunk_size, hidden.shape[0])
+    plan = _plan(mask, size)
+    head = head.astype(hidden.dtype)
+
+    def chunk_loss(logprobs, entropy, args, valid):
+        loss, metrics = token_loss(jnp.where(valid, logprobs, 0.0), entropy, args)
+        sums = {name: jnp.where(valid, value, 0.0).sum() for name, value in metrics.items()}
+        return jnp.where(valid, loss, 0.0).sum(), sums
+
+    def body(i, carry):
+        loss, metrics, d_hidden, d_head = carry
+        rows, valid = _rows(plan, i, size)
+        h, y = hidden[rows], targets[rows]
+        args = jax.tree.map(lambda a: a[rows], token_args)
+        scored = _score(h, head, y, static.temperature)
+        (part, sums), slope = jax.value_and_grad(chunk_loss, has_aux=True)(scored.logprobs, scored.entropy, args, valid)
+        metrics = {name: metrics[name] + sums[name] for name in metrics}
+        if with_grad:
+            softmax = jnp.exp(scored.logits - scored.lse[:, None])
+            hit = jnp.arange(head.shape[1])[None] == y[:, None]
+            d_logits = ((hit - softmax) * (slope / static.temperature)[:, None]).astype(h.dtype)
+            d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, head))
+            d_head += jnp.einsum("nd,nv->dv", h, d_logits, preferred_element_type=jnp.float32)
+        return loss + part, metrics, d_hidden, d_head
+
+    example = jax.eval_shape(
+        lambda: token_loss(jnp.zeros(size), jnp.zeros(size), jax.tree.map(lambda a: jnp.zeros((size, *a.shape[1:]), a.dtype), token_args))[1]
+    )
+    zeros = {name: jnp.zeros(()) for name in example}
+    d_hidden, d_head = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)) if with_grad else (None, None)
+    return jax.lax.fori_loop(0, plan.chunks, body, (jnp.zeros(()), zeros, d_hidden, d_head))
+
+
+def _loss_sharded(token_loss, static, with_grad, hidden, head, targets, mask, token_args):
+    run = functools.partial(_loss_forward, token_loss, static, with_grad)
+    if static.mesh is None:
+        return run(hidden, head, targets, mask, token_args)
+
+    def local(*inputs):
+        loss, metrics, d_hidden, d_head = run(*inputs)
+        # One reduction a call, after the loop: each device's trip count is its own.
+        return *jax.lax.psum((loss, metrics), ROW_AXES), d_hidden, jax.lax.psum(d_head, ROW_AXES)
+
+    rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
+    return jax.shard_map(
+        local,
+        mesh=static.mesh,
+        in_specs=(rows, whole, rows, rows, rows),
+        out_specs=(whole, whole, rows, whole),
+        check_vma=False,
+    )(hidden, head, targets, mask, token_args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear_loss(token_loss, static, hidden, head, targets, mask, token_args):
+    return _loss_sharded(token_loss, static, False, hidden, head, targets, mask, token_args)[:2]
+
+
+def _linear_loss_fwd(token_loss, static, hidden, head, targets, mask, token_args):
+    loss, metrics, d_hidden, d_head = _loss_sharded(token_loss, static, True, hidden, head, targets, mask, token_args)
+    return (loss, metrics), (d_hidden, d_head.astype(head.dtype))
+
+
+def _linear_loss_bwd(token_loss, static, gradients, cotangents):
+    scale = cotangents[0]  # metrics carry no gradient
+    d_hidden, d_head = gradients
+    return (d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None, None, None)
+
+
+_linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd)
+
+
+def linear_loss(
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    token_loss: TokenLoss,
+    token_args: Any,
+    *,
+    mask: Array | None = None,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+    mesh: Mesh | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Σ over target rows of a per-token loss, with ∂hidden and ∂head made in the forward pass (6NDV FLOPs).
+
+    Args:
+      hidden: [N, D], in compute dtype; row n is what predicts targets[n]. head: [D, V]. targets: int [N].
+      token_loss: (logprobs [n], entropy [n], args [n]) → (loss [n], metrics {name: [n]}); the normaliser is already
+        in the loss, and every reduction is a sum. Differentiated with respect to logprobs only.
+      token_args: pytree of [N, ...] arrays handed to token_loss chunk by chunk; no gradient flows to them.
+      mask: bool [N], rows that have a target; the others cost nothing. None is all.
+      temperature: divides the logits. chunk_size: rows a chunk, a device.
+      mesh: if given, N is sharded over ("data", "fsdp") and the head is gathered once.
+
+    Returns:
+      (scalar loss, metric sums over target rows), float32.
+    """
+    mask = jnp.ones(targets.shape, bool) if mask is None else mask
+    inputs = jax.tree.map(jnp.asarray, (hidden, head, targets, mask, token_args))
+    return _linear_loss(token_loss, _Static(temperature, chunk_size, mesh), *inputs)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# linear_logprobs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _logprobs_forward(static: _Static, hidden, head, targets, mask):
+    size = min(static.chunk_size, hidden.shape[0])
+    plan = _plan(mask, size)
+    head = head.astype(hidden.dtype)
+
+    def body(i, carry):
+        rows, valid = _rows(plan, i, size)
+        scored = _score(hidden[rows], head, targets[rows], static.temperature)
+        return _add_rows(carry[0], rows, valid, scored.logprobs), _add_rows(carry[1], rows, valid, scored.entropy)
+
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    return jax.lax.fori_loop(0, plan.chunks, body, (zeros, zeros))
+
+
+def _logprobs_backward(static: _Static, hidden, head, targets, mask, d_logprobs, d_entropy):
+    size = min(static.chunk_size, hidden.shape[0])
+    plan = _plan(mask, size)
+    kernel = head.astype(hidden.dtype)
+
+    def body(i, carry):
+        d_hidden, d_head = carry
+        rows, valid = _rows(plan, i, size)
+        h, y = hidden[rows], targets[rows]
+        scored = _score(h, kernel, y, static.temperature)
+        log_softmax = scored.logits - scored.lse[:, None]
+        softmax = jnp.exp(log_softmax)
+        hit = jnp.arange(head.shape[1])[None] == y[:, None]
+        d_logits = (hit - softmax) * jnp.where(valid, d_logprobs[rows], 0.0)[:, None]
+        d_logits -= softmax * (log_softmax + scored.entropy[:, None]) * jnp.where(valid, d_entropy[rows], 0.0)[:, None]
+        d_logits = (d_logits / static.temperature).astype(h.dtype)
+        d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, kernel))
+        return d_hidden, d_head + jnp.einsum("nd,nv->dv", h, d_logits, preferred_element_type=jnp.float32)
+
+    return jax.lax.fori_loop(0, plan.chunks, body, (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_logprobs(static, hidden, head, targets, mask):
+    run = functools.partial(_logprobs_forward, static)
+    if static.mesh is None:
+        return run(hidden, head, targets, mask)
+    rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
+    return jax.shard_map(run, mesh=static.mesh, in_specs=(rows, whole, rows, rows), out_specs=(rows, rows), check_vma=False)(
+        hidden, head, targets, mask
+    )
+
+
+def _linear_logprobs_fwd(static, hidden, head, targets, mask):
+    return _linear_logprobs(static, hidden, head, targets, mask), (hidden, head, targets, mask)
+
+
+def _linear_logprobs_bwd(static, inputs, cotangents):
+    def local(*args):
+        d_hidden, d_head = _logprobs_backward(static, *args)
+        return d_hidden, d_head if static.mesh is None else jax.lax.psum(d_head, ROW_AXES)
+
+    run = local
+    if static.mesh is not None:
+        rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
+        specs = (rows, whole, rows, rows, rows, rows)
+        run = jax.shard_map(local, mesh=static.mesh, in_specs=specs, out_specs=(rows, whole), check_vma=False)
+    d_hidden, d_head = run(*inputs, *cotangents)
+    return d_hidden, d_head.astype(inputs[1].dtype), None, None
+
+
+_linear_logprobs.defvjp(_linear_logprobs_fwd, _linear_logprobs_bwd)
+
+
+def linear_logprobs(
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    *,
+    mask: Array | None = None,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+    mesh: Mesh | None = None,
+) -> tuple[Array, Array]:
+    """Log-prob of each target and entropy of each distribution, differentiable in hidden and head.
+
+    Arguments as in `linear_loss`. The backward pass recomputes the logits chunk by chunk.
+
+    Returns:
+      (logprobs [N], entropy [N]), float32, 0 on rows without a target.
+    """
+    mask = jnp.ones(targets.shape, bool) if mask is None else mask
+    inputs = jax.tree.map(jnp.asarray, (hidden, head, targets, mask))
+    return _linear_logprobs(_Static(temperature, chunk_size, mesh), *inputs)

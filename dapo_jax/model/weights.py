@@ -1,0 +1,280 @@
+"""Hugging Face model folders: safetensors into stacked float32 parameters, and back."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import typing
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (teaches numpy, and so safetensors, the name bfloat16)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dapo_jax.config import ModelConfig, flatten
+from dapo_jax.model.families import Tensor, in_file_layout, model_config_from_hf, model_config_to_hf, same_architecture, tensors
+from dapo_jax.types import InputError, Params
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("BF16", "F16", "F32")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
+    """Reads a Hugging Face folder: config.json, and model.safetensors or the shards of its index.
+
+    Weights may be bfloat16, float16 or float32. Beyond the returned arrays, memory holds one tensor at a time.
+
+    Returns:
+      The architecture (compute_dtype and remat at their defaults), and its parameters, float32 numpy, layers stacked.
+
+    Raises:
+      InputError: anything in the folder is missing, corrupt, unsafe, or beyond what the decoder does exactly.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give a Hugging Face model folder")
+    config = model_config_from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
+    with contextlib.ExitStack() as stack:
+        stored: dict[str, tuple[Path, Any]] = {}  # tensor name → file, and the file opened
+        for path in _weight_files(folder):
+            opened = stack.enter_context(_open(path))
+            for name in opened.keys():
+                if name in stored:
+                    raise InputError(f"{path}: {name}: also in {stored[name][0].name}; download the model again")
+                stored[name] = path, opened
+        _check_stored(folder, config, stored)
+
+        params: dict[str, Any] = {}
+        for t in tensors(config):
+            in_file_layout(_slot(params, t, config.layers), t)[...] = _read_tensor(*stored[t.name], t.name)
+        if config.tie_embeddings and "lm_head.weight" in stored:
+            head = _read_tensor(*stored["lm_head.weight"], "lm_head.weight")
+            if not np.array_equal(head, params["embed"]["embedding"]):
+                raise InputError(f"{stored['lm_head.weight'][0]}: lm_head.weight: differs from the embedding; set tie_word_embeddings to false")
+    return config, params
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    try:
+        tree = json.loads(path.read_bytes(), object_pairs_hook=unique)
+    except OSError as e:
+        raise InputError(f"{path}: cannot read ({e.strerror}); give a complete Hugging Face model folder") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: no valid JSON ({e}); download the model again") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a JSON object, got a {type(tree).__name__}; download the model again")
+    return tree
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. Like transformers, prefers a single file to an index."""
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    index = folder / _INDEX
+    if not index.is_file():
+        if any(folder.glob("*.bin")):
+            raise InputError(f"{folder}: only pickled weights (.bin), which are never opened; convert them to safetensors")
+        raise InputError(f"{folder}: no {_SINGLE} and no {_INDEX}; give a complete Hugging Face model folder")
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{index}: weight_map: expected tensor names with their files; download the model again")
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise InputError(f"{index}: weight_map.{name}: {shard!r} is not the name of a .safetensors file in this folder")
+        if not (folder / shard).is_file():
+            raise InputError(f"{index}: weight_map.{name}: file {shard} is missing; download the model again")
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: truncated or corrupt ({e}); download the model again") from None
+
+
+def _check_stored(folder: Path, config: ModelConfig, stored: Mapping[str, tuple[Path, Any]]) -> None:
+    """Raises InputError unless the files hold the config's tensors, and nothing that would be ignored at a loss."""
+
+    def check(name: str, shape: tuple[int, ...]) -> None:
+        path, opened = stored[name]
+        found = opened.get_slice(name)
+        if tuple(found.get_shape()) != shape:
+            raise InputError(f"{path}: {name}: expected shape {shape} by config.json, got {tuple(found.get_shape())}")
+        if found.get_dtype() not in _DTYPES:
+            raise InputError(f"{path}: {name}: dtype {found.get_dtype()} is not supported; supported: {', '.join(_DTYPES)}")
+
+    expected = set()
+    for t in tensors(config):
+        if t.name not in stored:
+            raise InputError(f"{folder}: {t.name}: tensor missing, expected with shape {t.file_shape} by config.json")
+        check(t.name, t.file_shape)
+        expected.add(t.name)
+    if config.tie_embeddings and "lm_head.weight" in stored:
+        check("lm_head.weight", (config.vocab_size, config.model_dim))
+        expected.add("lm_head.weight")
+    for name, (path, _) in stored.items():
+        if name not in expected and not name.endswith("rotary_emb.inv_freq"):  # old files keep this constant
+            raise InputError(f"{path}: {name}: tensor has no place in the {config.family} architecture of config.json")
+
+
+def _slot(params: dict[str, Any], t: Tensor, layers: int) -> np.ndarray:
+    """The part of the tree that tensor `t` fills; makes its leaf at the first visit."""
+    *parents, last = t.path
+    node = params
+    for key in parents:
+        node = node.setdefault(key, {})
+    if last not in node:
+        node[last] = np.empty(t.shape if t.layer is None else (layers, *t.shape), np.float32)
+    return node[last] if t.layer is None else node[last][t.layer]
+
+
+def _read_tensor(path: Path, opened: Any, name: str) -> np.ndarray:
+    values = opened.get_tensor(name).astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        raise InputError(f"{path}: {name}: holds NaN or infinite values; use another copy of the model")
+    return values
+
+
+def save_pretrained(
+    folder: str | Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    source_folder: str | Path | None = None,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a float32 Hugging Face folder. It appears whole or not at all: a hidden sibling is filled, then renamed.
+
+    Memory holds one tensor beyond `params`, which may be numpy or (on this process fully addressable) jax arrays.
+
+    Args:
+      folder: new, or empty.
+      source_folder: where the model came from; its config.json is kept but for the dtype, its generation_config.json
+        and tokenizer files are copied.
+      tokenizer: a transformers tokenizer, saved instead of the source's files.
+      max_shard_bytes: larger models are split into files of at most this size and an index.
+
+    Raises:
+      InputError: the folder exists and is not empty, cannot be written, or the source is another architecture.
+      ValueError: `params` are not those of `config`.
+    """
+    folder = Path(folder)
+    _check_params(config, params)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not an empty folder; give a new one")
+    source = None if source_folder is None else Path(source_folder)
+    hf = _export_config(config, source, tokenizer)
+    partial = folder.absolute().parent / f".{folder.absolute().name}.{uuid.uuid4().hex}"
+    try:
+        try:
+            partial.mkdir(parents=True)
+            _write_json(partial / "config.json", hf)
+            for path in _side_files(source, tokenizer):
+                shutil.copyfile(path, partial / path.name)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(partial))
+            _write_weights(partial, config, params, max_shard_bytes)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as e:
+        raise InputError(f"{folder}: cannot write ({e.strerror or e}); choose a writable place with enough space") from e
+
+
+def _check_params(config: ModelConfig, params: Params) -> None:
+    expected = {".".join(t.path): t.shape if t.layer is None else (config.layers, *t.shape) for t in tensors(config)}
+    found = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
+    if found != expected:
+        name, shape = min(found.items() ^ expected.items())
+        raise ValueError(f"parameters do not match the architecture: {name} {shape}: found {found.get(name)}, expected {expected.get(name)}")
+
+
+def _export_config(config: ModelConfig, source: Path | None, tokenizer: Any) -> dict[str, Any]:
+    if source is None:
+        # Left out, these keys would mean the family's own defaults (Llama: 1 and 2), which are no tokens of ours.
+        special = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return {**model_config_to_hf(config), **special, "torch_dtype": "float32"}
+    where = source / "config.json"
+    hf = _read_json(where)
+    if not same_architecture(model_config_from_hf(hf, str(where)), config):
+        raise InputError(f"{where}: describes another architecture than the parameters; give the folder that training started from")
+    return {**hf, "dtype" if "dtype" in hf else "torch_dtype": "float32"}
+
+
+def _side_files(source: Path | None, tokenizer: Any) -> Iterator[Path]:
+    """Files of the source folder that go with the weights."""
+    names = ("generation_config.json", *(() if tokenizer is not None else _TOKENIZER_FILES))
+    return (source / name for name in names if (source / name).is_file()) if source else iter(())
+
+
+def _write_weights(folder: Path, config: ModelConfig, params: Params, max_shard_bytes: int) -> None:
+    shards: list[list[Tensor]] = [[]]
+    room = max_shard_bytes
+    for t in tensors(config):
+        if shards[-1] and _nbytes(t) > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(t)
+        room -= _nbytes(t)
+    if len(shards) == 1:
+        _write_safetensors(folder / _SINGLE, shards[0], params)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        _write_safetensors(folder / name, shard, params)
+        weight_map.update({t.name: name for t in shard})
+    total = sum(_nbytes(t) for t in tensors(config))
+    _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _nbytes(t: Tensor) -> int:
+    return 4 * math.prod(t.file_shape)
+
+
+def _write_safetensors(path: Path, shard: Iterable[Tensor], params: Params) -> None:
+    """The safetensors format, tensor by tensor: the library's writer wants a whole file's arrays in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for t in shard:
+        start, end = end, end + _nbytes(t)
+        header[t.name] = {"dtype": "F32", "shape": t.file_shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    leaves = flatten(params)
+    with path.open("xb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for t in shard:
+            leaf = leaves[".".join(t.path)]
+            part = np.asarray(leaf if t.layer is None else leaf[t.layer])
+            f.write(np.ascontiguousarray(in_file_layout(part, t), dtype="<f4").data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

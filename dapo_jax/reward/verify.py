@@ -1,0 +1,181 @@
+r"""Is a response's answer right? The released string rule, math-verify, or a function of the user's.
+
+The strict rule is that of DAPO's released recipe (verl, `math_dapo`), which takes its normalisation from Minerva
+(arXiv 2206.14858, appendix D.1): it compares strings, so `42.0` is not `42`. `lenient_verify` compares values.
+"""
+
+import importlib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from numbers import Real
+
+from dapo_jax.types import InputError, Problem, Verdict
+
+# fn(problem, response_text, response_len) -> (correct, score), or a Verdict
+RewardFunction = Callable[[Problem, str, int], Verdict | tuple[bool, float]]
+
+STRICT_TAIL = 300  # characters at the end of a response in which the strict rule looks for the answer
+LENIENT_TAIL = 2000  # the same for math-verify, which also takes longer forms
+
+_MAX_ANSWER_CHARS = 4096  # a longer text cannot normalise to what 300 characters hold, and is left as it is
+_MAX_ERROR_CHARS = 200
+_FLOAT32_MAX = 3.4e38
+
+_ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
+
+# The order of both tables is part of the rule: blanks are gone before the units are looked for.
+_SUBSTITUTIONS = (
+    ("an ", ""),
+    ("a ", ""),
+    (".$", "$"),
+    (r"\$", ""),
+    (r"\ ", ""),
+    (" ", ""),
+    ("mbox", "text"),
+    (r",\text{and}", ","),
+    (r"\text{and}", ","),
+    (r"\text{m}", r"\text{}"),
+)
+_REMOVED = (
+    *r"square ways integers dollars mph inches hours km units \ldots sue points feet minutes digits cents degrees cm gm".split(),
+    *r"pounds meters meals edges students childrentickets multiples \text{s} \text{.}".split(),
+    "\\text{\ns}",
+    *r"\text{}^2 \text{}^3".split(),
+    "\\text{\n}",
+    *r"\text{} \mathrm{th} ^\circ ^{\circ} \; ,\! {,}".split(),
+    '"',
+    r"\dots",
+)
+_REWRITES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(?m)^[^$\n]*\$([^$\n]*)\$.*", r"$\1$"),  # of a line with math in it, the first math
+        (r"\\text\{([^}\n]*)\}", r"\1"),
+        (r"\\textbf\{([^}\n]*)\}", r"\1"),
+        (r"\\overline\{([^}\n]*)\}", r"\1"),
+        (r"\\boxed\{(.*)\}", r"\1"),
+        (r"frac([^{])(.)", r"frac{\1}{\2}"),  # \frac12 is \frac{1}{2}
+        (r"sqrt([^{])", r"sqrt{\1}"),  # \sqrt3 is \sqrt{3}
+        (r"\$", ""),
+    )
+)
+
+
+def normalize_answer(text: str) -> str:
+    r"""The form in which answers are compared as strings: `x = \boxed{1{,}024} \text{ cm}` is `1024`.
+
+    Takes what follows the last `=`; drops articles, blanks, units and TeX wrappers; writes out `\frac12` and `\sqrt3`;
+    drops thousands commas.
+    """
+    text = text.split("=")[-1]
+    if len(text) > _MAX_ANSWER_CHARS:
+        return text
+    for before, after in _SUBSTITUTIONS:
+        text = text.replace(before, after)
+    for expression in _REMOVED:
+        text = text.replace(expression, "")
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    digits = text.replace(",", "")
+    return digits if digits.isdigit() else text.strip()
+
+
+def _answer_line(text: str) -> str | None:
+    """What follows the last `Answer:` of a text, to the end of its line."""
+    found = _ANSWER_LINE.findall(text)
+    return found[-1] if found else None
+
+
+def extract_answer(response: str) -> str | None:
+    """The normalised answer of a response, or None if its last 300 characters hold no `Answer:` line."""
+    line = _answer_line(response[-STRICT_TAIL:])
+    return None if line is None else normalize_answer(line)
+
+
+def strict_verify(response: str, ground_truth: str) -> bool:
+    """Whether the last `Answer:` line in the last 300 characters normalises to the same string as the ground truth."""
+    return extract_answer(response) == normalize_answer(ground_truth)
+
+
+def lenient_verify(response: str, ground_truth: str) -> bool:
+    r"""Whether the response is right by the strict rule, or its answer equals the ground truth in value, by math-verify.
+
+    The answer is the last `Answer:` line, or else what math-verify finds, such as the last `\boxed{}`, in the last 2,000
+    characters. Time and memory are unbounded for a hostile answer (`9^{9^{9^9}}`): call it where it can be killed, as
+    RewardPool does. Raises ImportError without math-verify, MemoryError if an answer needs more than there is.
+    """
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
+    if strict_verify(response, ground_truth):
+        return True
+    try:
+        gold = parse(f"\\boxed{{{ground_truth}}}", parsing_timeout=None, raise_on_error=True)
+        for candidate in _lenient_candidates(response[-LENIENT_TAIL:]):
+            if answer := parse(candidate, parsing_timeout=None, raise_on_error=True):
+                return bool(verify(gold, answer, timeout_seconds=None, raise_on_error=True))
+    except MemoryError:
+        raise
+    except Exception:  # no value to compare: not right
+        return False
+    return False
+
+
+def _lenient_candidates(tail: str) -> list[str]:
+    """Texts to parse for an answer; the first in which math-verify finds one counts."""
+    line = _answer_line(tail)
+    if line is None:
+        return [tail]
+    labelled = f"Answer: {line}"
+    if re.search(r"\$|\\\(|\\\[|\\boxed", line):
+        return [labelled, tail]
+    # math-verify reads TeX only between delimiters: from a bare `2\sqrt{3}` it would take the 2.
+    as_tex = f"${line.strip()}$"
+    return [as_tex, labelled, tail] if re.search(r"[\\^_]", line) else [labelled, as_tex, tail]
+
+
+def one_line(error: BaseException) -> str:
+    """`ValueError: what it says`, on one line of at most 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_ERROR_CHARS]
+
+
+def load_function(spec: str, allowed_modules: Sequence[str]) -> RewardFunction:
+    """Imports a custom verifier, `package.module:function`, from one of the allowed modules.
+
+    It is called as `fn(problem, response_text, response_len)`, with the length in tokens, and returns `(correct, score)`:
+    groups are filtered on `correct`, learning is from `score`. Raises InputError if it is not allowed, cannot be imported
+    or cannot be called.
+    """
+    name, colon, attribute = spec.partition(":")
+    if not (colon and name and attribute.isidentifier()):
+        raise InputError(f"reward.function: expected package.module:function, got {spec!r}")
+    if name not in allowed_modules:
+        raise InputError(f"reward.function: module {name!r} is not in reward.allowed_modules; add it if you trust it")
+    try:
+        module = importlib.import_module(name)
+    except Exception as e:
+        raise InputError(f"reward.function: cannot import {name!r} ({one_line(e)}); correct the name, or mend the module") from None
+    function = getattr(module, attribute, None)
+    if function is None:
+        raise InputError(f"reward.function: module {name!r} has no {attribute!r}; correct the name")
+    if not callable(function):
+        raise InputError(f"reward.function: {spec!r} is a {type(function).__name__}; name a function(problem, text, length)")
+    return function
+
+
+def check_verdict(value: object) -> Verdict:
+    """What a custom verifier returned, as a Verdict. Raises ValueError that says what is wrong with it."""
+    if not isinstance(value, tuple) or len(value) != (3 if isinstance(value, Verdict) else 2):
+        shape = f" of {len(value)}" if isinstance(value, tuple) else ""
+        raise ValueError(f"the reward function must return (correct, score), not a {type(value).__name__}{shape}")
+    correct, score, error = value if isinstance(value, Verdict) else (*value, None)
+    # numpy's bool is no bool
+    if type(correct).__name__ not in ("bool", "bool_") or not (error is None or isinstance(error, str)):
+        what = f"correct must be True or False, not a {type(correct).__name__}"
+        raise ValueError(what if error is None else f"error must be text, not a {type(error).__name__}")
+    if isinstance(score, bool) or not isinstance(score, Real):
+        raise ValueError(f"score must be a number, not a {type(score).__name__}")
+    if not abs(score) <= _FLOAT32_MAX:
+        raise ValueError(f"score must be a finite float32, got {float(score) if score != score else 'one beyond its range'}")
+    return Verdict(bool(correct), float(score), None if error is None else " ".join(error.split())[:_MAX_ERROR_CHARS])

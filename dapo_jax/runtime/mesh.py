@@ -1,0 +1,97 @@
+"""The device mesh, and which axis of which array lies on which of its axes."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dapo_jax.config import MeshSection
+from dapo_jax.types import InputError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # what rows of a batch and decode slots are split over
+
+# Path of a parameter → its partition. Layers are stacked: their axis 0 is L. First match counts.
+PARTITION_RULES: tuple[tuple[str, P], ...] = (
+    (r"embed/embedding", P("tensor", "fsdp")),  # [V, D]
+    (r"head/kernel", P("fsdp", "tensor")),  # [D, V]
+    (r"layers/attn/[qkv]/kernel", P(None, "fsdp", "tensor", None)),  # [L, D, heads, h]
+    (r"layers/attn/[qkv]/bias", P(None, "tensor", None)),  # [L, heads, h]
+    (r"layers/attn/o/kernel", P(None, "tensor", None, "fsdp")),  # [L, H, h, D]
+    (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
+    (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),  # [L, F, D]
+    (r"layers/attn/[qk]_norm/scale", P(None, None)),  # [L, h]
+    (r"layers/(attn|mlp)_norm/scale", P(None, None)),  # [L, D]
+    (r"final_norm/scale", P(None)),  # [D]
+)
+
+
+def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
+    """A mesh over all devices. InputError if the axes do not multiply to their number."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [section.data, section.fsdp, section.tensor]
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if int(np.prod(sizes)) != len(devices) or 0 in sizes:
+        shape = " x ".join(f"{a} {s}" for a, s in zip(AXES, (section.data, section.fsdp, section.tensor), strict=True))
+        raise InputError(f"mesh: {shape} does not cover {len(devices)} devices; change the mesh section")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """How many pieces rows are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def partition_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The partition of one parameter. An axis that its mesh axis does not divide is left whole.
+
+    Raises ValueError, naming the parameter, if no rule matches or the rule is of another rank.
+    """
+    for pattern, spec in PARTITION_RULES:
+        if re.fullmatch(pattern, path):
+            if len(spec) != len(shape):
+                raise ValueError(f"parameter {path} has shape {shape}; its partition rule {spec} is of another rank")
+            return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)))
+    raise ValueError(f"parameter {path} {shape} matches no rule of PARTITION_RULES in runtime/mesh.py; add one")
+
+
+def _join(path) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def params_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
+    """A NamedSharding for every parameter (arrays or shapes)."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, partition_of(_join(path), leaf.shape, mesh)), params)
+
+
+def state_sharding(state: Any, mesh: Mesh) -> Any:
+    """Shardings of a TrainState: optimizer moments lie like the parameters they belong to, scalars everywhere.
+
+    The moments' paths end like their parameters' paths, which is how they find their rule.
+    """
+
+    def place(path, leaf):
+        if not leaf.shape:
+            return NamedSharding(mesh, P())
+        keys = _join(path).split("/")
+        start = next(i for i, key in enumerate(keys) if key in ("embed", "head", "layers", "final_norm"))
+        return NamedSharding(mesh, partition_of("/".join(keys[start:]), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A global array from a numpy array that every process holds alike; each gives only its own shards to its devices."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def put_rows(tree: Any, mesh: Mesh, axis: int) -> Any:
+    """Every numpy array of a tree, split over the mesh's row axes along `axis`."""
+    sharding = NamedSharding(mesh, P(*(None,) * axis, ROWS))
+    return jax.tree.map(lambda a: put(np.asarray(a), sharding), tree)

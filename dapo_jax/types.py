@@ -1,0 +1,117 @@
+"""The vocabulary that every room shares: what a problem, a group and a batch are.
+
+Dimension key, for every shape in this package:
+
+    Q prompts · G responses a prompt · P prompt length · R response length · N rows · T row length
+    S cache length · B decode slots · V vocab · D model · L layers · H query heads · K kv heads · F feed-forward
+    M micro-batches
+
+Lengths are tokens. Log-probs are natural-log float32 values of the sampled token. `behavior_logprobs` are the
+sampler's, `old_logprobs` stand in the ratio's denominator: two names, because their gap is a metric.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any  # a jax.Array, a tracer of one, or a numpy array; host modules import no jax
+Params = Mapping[str, Any]  # nested dict of arrays
+
+
+class InputError(Exception):
+    """Something the user gave is unusable. One line: file, key or row; what is wrong; what to do. Exit status 2."""
+
+
+class NoCheckpointError(Exception):
+    """A run folder holds no usable checkpoint. Exit status 3."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a chat prompt."""
+
+    role: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A question with its verifiable answer. `prompt` is plain text, or chat turns that are used as they are."""
+
+    id: str  # stable across runs: derives from the content, or the dataset's own identifier
+    prompt: str | tuple[Message, ...]
+    answer: str
+    solution: str | None = None  # a worked solution, for supervised warm-up only
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A problem rendered through template and tokenizer."""
+
+    problem: Problem
+    tokens: np.ndarray  # int32 [P]
+
+
+class Request(NamedTuple):
+    """One response to be sampled. `draw` and `sample` seed its noise, so nothing else decides what it says."""
+
+    draw: int  # index of the prompt's draw since the run began
+    sample: int  # which of the G responses of that draw
+    prompt: np.ndarray  # int32 [P]
+
+
+class Response(NamedTuple):
+    """One sampled response, with its end token if it has one."""
+
+    tokens: np.ndarray  # int32 [R]
+    behavior_logprobs: np.ndarray  # float32 [R], the sampler's
+    truncated: bool  # hit the length limit before an end token
+
+
+class Verdict(NamedTuple):
+    """What a reward says of one response. `correct` filters groups, `score` is what is learned from."""
+
+    correct: bool
+    score: float
+    error: str | None = None  # why there is no verdict (time-out, exception); counted apart from wrong answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The G responses to one draw of a prompt, judged. Filtered on `correct`, shaped by `reward`."""
+
+    draw: int
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    texts: tuple[str, ...]  # decoded responses, for verification and for people
+    correct: np.ndarray  # bool [G]
+    reward: np.ndarray  # float32 [G], score + overlong penalty
+    penalty: np.ndarray  # float32 [G], overlong penalty, in [-1, 0]
+    old_logprobs: tuple[np.ndarray, ...]  # float32 [R] each, log pi_old: of the policy that drew the group, for good
+
+
+class TrainBatch(NamedTuple):
+    """Token-aligned packed rows, [N, T] each ([M, N, T] with micro-batches in front).
+
+    Entry t speaks of predicting token t from what precedes it in its segment. An unpacked batch is a packed one with
+    one response a row. Masks come from lengths, never from comparing with a pad token.
+    """
+
+    tokens: Array  # int32
+    segment_ids: Array  # int32, 0 where there is no token; from 1 inside a row
+    positions: Array  # int32, from 0 in each segment
+    target_mask: Array  # bool, True on response tokens
+    old_logprobs: Array  # float32, 0 outside targets
+    behavior_logprobs: Array  # float32, 0 outside targets
+    advantages: Array  # float32, the response's advantage on each of its tokens
+    weight: Array  # float32, 1 / normaliser on tokens that are trained, else 0
+
+
+class TrainState(NamedTuple):
+    """What an update changes. All of it is sharded like the parameters it belongs to."""
+
+    params: Params  # float32 master weights
+    opt_state: Any
+    updates: Array  # int32, updates applied so far

@@ -1,0 +1,81 @@
+"""Makes tiny random Hugging Face models with what they answer, for the parity tests. Needs PyTorch and transformers 5.
+
+    python tests/goldens/make_hf_goldens.py [output folder]
+
+Each sub-folder holds config.json and model.safetensors as `save_pretrained` writes them, and golden.npz:
+    tokens [2,24], logits [2,24,V], logprobs [2,23] of tokens[:, 1:]
+    padded_tokens [3,10], padded_mask [3,10] (left-padded), padded_logits [3,10,V] (meaningful where the mask is 1)
+    prompt_0 [5], continuation_0 [12], prompt_1 [8], continuation_1 [12]: greedy generation
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+VOCAB = 96
+SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)
+NO_SPECIAL = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)  # so that generation never ends early
+# With head_dim 16 and theta 1e4 the wavelengths are 2 pi 10^(j/2) = 6, 20, 63, 199, ...: the first is kept, the next two are
+# interpolated (between 64 / 4 and 64 / 1), the others stretched.
+LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64, rope_theta=1e4)
+MILLION = dict(rope_type="default", rope_theta=1e6)
+
+MODELS = {
+    "llama_scaled_untied": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES, **NO_SPECIAL, num_hidden_layers=2, head_dim=16, rope_parameters=LLAMA3, tie_word_embeddings=False, rms_norm_eps=1e-5),
+    ),
+    "llama_tied": (LlamaForCausalLM, LlamaConfig(**SIZES, **NO_SPECIAL, num_hidden_layers=3, tie_word_embeddings=True, rms_norm_eps=1e-5)),
+    "qwen2_tied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, **NO_SPECIAL, num_hidden_layers=2, rope_parameters=MILLION, tie_word_embeddings=True)),
+    "qwen2_untied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, **NO_SPECIAL, num_hidden_layers=3, rope_parameters=MILLION, tie_word_embeddings=False)),
+    "qwen3_tied": (Qwen3ForCausalLM, Qwen3Config(**SIZES, **NO_SPECIAL, num_hidden_layers=2, head_dim=16, rope_parameters=MILLION, tie_word_embeddings=True)),
+    "qwen3_untied": (Qwen3ForCausalLM, Qwen3Config(**SIZES, **NO_SPECIAL, num_hidden_layers=3, head_dim=8, rope_parameters=MILLION, tie_word_embeddings=False)),
+}
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Weights large enough that logits are far from uniform; norm scales and biases that cannot be mistaken for 1 and 0."""
+    for name, p in model.named_parameters():
+        noise = torch.randn_like(p)
+        p.data = 1 + 0.3 * noise if "norm" in name else (0.5 if name.endswith("bias") else 0.25) * noise
+
+
+def answers(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """What the model says, as described at the top."""
+    tokens = torch.randint(VOCAB, (2, 24))
+    logits = model(tokens).logits
+    logprobs = logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    mask = torch.tensor([[int(i >= 10 - n) for i in range(10)] for n in (10, 6, 3)])
+    padded = torch.randint(VOCAB, (3, 10)) * mask
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = {
+        "tokens": tokens,
+        "logits": logits,
+        "logprobs": logprobs,
+        "padded_tokens": padded,
+        "padded_mask": mask,
+        "padded_logits": model(padded, attention_mask=mask, position_ids=positions).logits,
+    }
+    for i, length in enumerate((5, 8)):
+        prompt = torch.randint(VOCAB, (1, length))
+        found[f"prompt_{i}"] = prompt[0]
+        found[f"continuation_{i}"] = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12)[0, length:]
+    return {k: v.numpy().astype(np.float32 if v.is_floating_point() else np.int32) for k, v in found.items()}
+
+
+def main(out: Path) -> None:
+    for seed, (name, (model_class, config)) in enumerate(MODELS.items()):
+        torch.manual_seed(seed)
+        model = model_class(config).eval()
+        randomize(model)
+        with torch.no_grad():
+            found = answers(model)
+        model.save_pretrained(out / name)
+        np.savez_compressed(out / name / "golden.npz", **found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
