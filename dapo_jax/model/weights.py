@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import typing
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -37,7 +36,7 @@ _TOKENIZER_FILES = (
 def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
     """Reads a Hugging Face folder: config.json, and model.safetensors or the shards of its index.
 
-    Weights may be bfloat16, float16 or float32. Beyond the returned arrays, memory holds one tensor at a time.
+    Weights may be bfloat16, float16 or float32. Files are memory-mapped; beyond the returned arrays, one tensor is copied at a time.
 
     Returns:
       The architecture (compute_dtype and remat at their defaults), and its parameters, float32 numpy, layers stacked.
@@ -46,7 +45,7 @@ def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
       InputError: anything in the folder is missing, corrupt, unsafe, or beyond what the decoder does exactly.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, also says no where access is denied
         raise InputError(f"{folder}: no such folder; give a Hugging Face model folder")
     config = model_config_from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
     with contextlib.ExitStack() as stack:
@@ -65,7 +64,7 @@ def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
         if config.tie_embeddings and "lm_head.weight" in stored:
             head = _read_tensor(*stored["lm_head.weight"], "lm_head.weight")
             if not np.array_equal(head, params["embed"]["embedding"]):
-                raise InputError(f"{stored['lm_head.weight'][0]}: lm_head.weight: differs from the embedding; set tie_word_embeddings to false")
+                raise InputError(f"{folder}: lm_head.weight: differs from the embedding; set tie_word_embeddings to false in config.json")
     return config, params
 
 
@@ -181,36 +180,43 @@ def save_pretrained(
       InputError: the folder exists and is not empty, cannot be written, or the source is another architecture.
       ValueError: `params` are not those of `config`.
     """
-    folder = Path(folder)
     _check_params(config, params)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not an empty folder; give a new one")
     source = None if source_folder is None else Path(source_folder)
     hf = _export_config(config, source, tokenizer)
-    partial = folder.absolute().parent / f".{folder.absolute().name}.{uuid.uuid4().hex}"
     try:
-        try:
-            partial.mkdir(parents=True)
+        target = Path(folder).resolve()
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise InputError(f"{folder}: exists and is not an empty folder; give a new one")
+        with _appearing_whole(target) as partial:
             _write_json(partial / "config.json", hf)
             for path in _side_files(source, tokenizer):
                 shutil.copyfile(path, partial / path.name)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(partial))
             _write_weights(partial, config, params, max_shard_bytes)
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
     except OSError as e:
         raise InputError(f"{folder}: cannot write ({e.strerror or e}); choose a writable place with enough space") from e
+
+
+@contextlib.contextmanager
+def _appearing_whole(target: Path) -> Iterator[Path]:
+    """A hidden sibling to fill, renamed to `target` at the end, removed if anything goes wrong."""
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _check_params(config: ModelConfig, params: Params) -> None:
     expected = {".".join(t.path): t.shape if t.layer is None else (config.layers, *t.shape) for t in tensors(config)}
     found = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
     if found != expected:
-        name, shape = min(found.items() ^ expected.items())
-        raise ValueError(f"parameters do not match the architecture: {name} {shape}: found {found.get(name)}, expected {expected.get(name)}")
+        name, _ = min(found.items() ^ expected.items())
+        raise ValueError(f"parameters do not match the architecture: {name}: found {found.get(name)}, expected {expected.get(name)}")
 
 
 def _export_config(config: ModelConfig, source: Path | None, tokenizer: Any) -> dict[str, Any]:
@@ -222,13 +228,16 @@ def _export_config(config: ModelConfig, source: Path | None, tokenizer: Any) -> 
     hf = _read_json(where)
     if not same_architecture(model_config_from_hf(hf, str(where)), config):
         raise InputError(f"{where}: describes another architecture than the parameters; give the folder that training started from")
-    return {**hf, "dtype" if "dtype" in hf else "torch_dtype": "float32"}
+    spelled = [key for key in ("dtype", "torch_dtype") if key in hf] or ["torch_dtype"]
+    return {**hf, **dict.fromkeys(spelled, "float32")}
 
 
-def _side_files(source: Path | None, tokenizer: Any) -> Iterator[Path]:
+def _side_files(source: Path | None, tokenizer: Any) -> list[Path]:
     """Files of the source folder that go with the weights."""
-    names = ("generation_config.json", *(() if tokenizer is not None else _TOKENIZER_FILES))
-    return (source / name for name in names if (source / name).is_file()) if source else iter(())
+    if source is None:
+        return []
+    names = ("generation_config.json", *(_TOKENIZER_FILES if tokenizer is None else ()))
+    return [source / name for name in names if (source / name).is_file()]
 
 
 def _write_weights(folder: Path, config: ModelConfig, params: Params, max_shard_bytes: int) -> None:

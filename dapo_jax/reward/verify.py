@@ -1,14 +1,17 @@
 r"""Is a response's answer right? The released string rule, math-verify, or a function of the user's.
 
 The strict rule is that of DAPO's released recipe (verl, `math_dapo`), which takes its normalisation from Minerva
-(arXiv 2206.14858, appendix D.1): it compares strings, so `42.0` is not `42`. `lenient_verify` compares values.
+(arXiv 2206.14858, appendix D): it compares strings, so `42.0` is not `42`. `lenient_verify` compares values.
 """
 
 import importlib
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from numbers import Real
+
+import numpy as np
 
 from dapo_jax.types import InputError, Problem, Verdict
 
@@ -20,7 +23,7 @@ LENIENT_TAIL = 2000  # the same for math-verify, which also takes longer forms
 
 _MAX_ANSWER_CHARS = 4096  # a longer text cannot normalise to what 300 characters hold, and is left as it is
 _MAX_ERROR_CHARS = 200
-_FLOAT32_MAX = 3.4e38
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 
@@ -135,9 +138,10 @@ def _lenient_candidates(tail: str) -> list[str]:
     return [as_tex, labelled, tail] if re.search(r"[\\^_]", line) else [labelled, as_tex, tail]
 
 
-def one_line(error: BaseException) -> str:
-    """`ValueError: what it says`, on one line of at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_ERROR_CHARS]
+def one_line(error: BaseException | str) -> str:
+    """`ValueError: what it says`, or a text, on one line of at most 200 characters."""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:_MAX_ERROR_CHARS]
 
 
 def load_function(spec: str, allowed_modules: Sequence[str]) -> RewardFunction:
@@ -167,15 +171,19 @@ def load_function(spec: str, allowed_modules: Sequence[str]) -> RewardFunction:
 def check_verdict(value: object) -> Verdict:
     """What a custom verifier returned, as a Verdict. Raises ValueError that says what is wrong with it."""
     if not isinstance(value, tuple) or len(value) != (3 if isinstance(value, Verdict) else 2):
-        shape = f" of {len(value)}" if isinstance(value, tuple) else ""
-        raise ValueError(f"the reward function must return (correct, score), not a {type(value).__name__}{shape}")
+        length = f" of {len(value)}" if isinstance(value, tuple) else ""
+        raise ValueError(f"the reward function must return (correct, score), not {type(value).__name__}{length}")
     correct, score, error = value if isinstance(value, Verdict) else (*value, None)
-    # numpy's bool is no bool
-    if type(correct).__name__ not in ("bool", "bool_") or not (error is None or isinstance(error, str)):
-        what = f"correct must be True or False, not a {type(correct).__name__}"
-        raise ValueError(what if error is None else f"error must be text, not a {type(error).__name__}")
+    if not isinstance(correct, bool | np.bool_):
+        raise ValueError(f"correct must be True or False, not {type(correct).__name__}")
     if isinstance(score, bool) or not isinstance(score, Real):
-        raise ValueError(f"score must be a number, not a {type(score).__name__}")
-    if not abs(score) <= _FLOAT32_MAX:
-        raise ValueError(f"score must be a finite float32, got {float(score) if score != score else 'one beyond its range'}")
-    return Verdict(bool(correct), float(score), None if error is None else " ".join(error.split())[:_MAX_ERROR_CHARS])
+        raise ValueError(f"score must be a number, not {type(score).__name__}")
+    if error is not None and not isinstance(error, str):
+        raise ValueError(f"error must be text or None, not {type(error).__name__}")
+    try:
+        number = float(score)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= _FLOAT32_MAX:
+        raise ValueError(f"score must be finite in float32, got {number}")
+    return Verdict(bool(correct), number, None if error is None else one_line(error))

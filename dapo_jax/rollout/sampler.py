@@ -105,7 +105,8 @@ def sample_tokens(logits: Array, keys: Array, sampling: Sampling) -> tuple[Array
     weights = jnp.exp(shifted)
     total = weights.sum(axis=-1)
     if sampling.temperature:
-        uniform = jax.vmap(lambda k: jax.random.uniform(k))(keys)
+        # Multiples of 2^-23, moved to the middle of their interval: 0 itself would draw the first entry, however unlikely.
+        uniform = jax.vmap(lambda k: jax.random.uniform(k))(keys) + 2.0**-24
         tokens = _inverse_cdf(_nucleus(weights, sampling.top_p, sampling.top_k), uniform)
     else:
         tokens = jnp.argmax(shifted, axis=-1)

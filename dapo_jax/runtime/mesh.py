@@ -1,7 +1,8 @@
 """The device mesh, and which axis of which array lies on which of its axes."""
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -80,10 +81,26 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
         if not leaf.shape:
             return NamedSharding(mesh, P())
         keys = _join(path).split("/")
-        start = next(i for i, key in enumerate(keys) if key in ("embed", "head", "layers", "final_norm"))
+        start = next((i for i, key in enumerate(keys) if key in ("embed", "head", "layers", "final_norm")), 0)
         return NamedSharding(mesh, partition_of("/".join(keys[start:]), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def rollout_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
+    """Where weights lie for rollouts: split over `tensor` only, whole on every row shard."""
+
+    def place(path, leaf):
+        spec = partition_of(_join(path), leaf.shape, mesh)
+        return NamedSharding(mesh, P(*("tensor" if axis == "tensor" else None for axis in spec)))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def publisher(params: Mapping[str, Any], mesh: Mesh, dtype: str) -> Callable[[Any], Any]:
+    """A jitted function from master weights to rollout weights: cast, and gathered from the fsdp shards once a step."""
+    cast = functools.partial(jax.tree.map, lambda p: p.astype(dtype))
+    return jax.jit(cast, out_shardings=rollout_sharding(params, mesh))
 
 
 def put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:

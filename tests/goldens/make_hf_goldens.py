@@ -16,23 +16,33 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 VOCAB = 96
-SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)
-NO_SPECIAL = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)  # so that generation never ends early
+SHARED = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=40,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=None,  # no special tokens, so that generation never ends early
+    eos_token_id=None,
+    pad_token_id=None,
+)
 # With head_dim 16 and theta 1e4 the wavelengths are 2 pi 10^(j/2) = 6, 20, 63, 199, ...: the first is kept, the next two are
 # interpolated (between 64 / 4 and 64 / 1), the others stretched.
-LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64, rope_theta=1e4)
-MILLION = dict(rope_type="default", rope_theta=1e6)
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+LLAMA = (LlamaForCausalLM, LlamaConfig, dict(rms_norm_eps=1e-5))
+QWEN2 = (Qwen2ForCausalLM, Qwen2Config, dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)))
+QWEN3 = (Qwen3ForCausalLM, Qwen3Config, dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)))
 
 MODELS = {
-    "llama_scaled_untied": (
-        LlamaForCausalLM,
-        LlamaConfig(**SIZES, **NO_SPECIAL, num_hidden_layers=2, head_dim=16, rope_parameters=LLAMA3, tie_word_embeddings=False, rms_norm_eps=1e-5),
-    ),
-    "llama_tied": (LlamaForCausalLM, LlamaConfig(**SIZES, **NO_SPECIAL, num_hidden_layers=3, tie_word_embeddings=True, rms_norm_eps=1e-5)),
-    "qwen2_tied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, **NO_SPECIAL, num_hidden_layers=2, rope_parameters=MILLION, tie_word_embeddings=True)),
-    "qwen2_untied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, **NO_SPECIAL, num_hidden_layers=3, rope_parameters=MILLION, tie_word_embeddings=False)),
-    "qwen3_tied": (Qwen3ForCausalLM, Qwen3Config(**SIZES, **NO_SPECIAL, num_hidden_layers=2, head_dim=16, rope_parameters=MILLION, tie_word_embeddings=True)),
-    "qwen3_untied": (Qwen3ForCausalLM, Qwen3Config(**SIZES, **NO_SPECIAL, num_hidden_layers=3, head_dim=8, rope_parameters=MILLION, tie_word_embeddings=False)),
+    "llama_scaled_untied": (*LLAMA, dict(num_hidden_layers=2, head_dim=16, rope_parameters=LLAMA3, tie_word_embeddings=False)),
+    "llama_tied": (*LLAMA, dict(num_hidden_layers=3, tie_word_embeddings=True)),
+    "qwen2_tied": (*QWEN2, dict(num_hidden_layers=2, tie_word_embeddings=True)),
+    "qwen2_untied": (*QWEN2, dict(num_hidden_layers=3, tie_word_embeddings=False)),
+    "qwen3_tied": (*QWEN3, dict(num_hidden_layers=2, head_dim=16, tie_word_embeddings=True)),
+    "qwen3_untied": (*QWEN3, dict(num_hidden_layers=3, head_dim=8, tie_word_embeddings=False)),
 }
 
 
@@ -40,7 +50,7 @@ def randomize(model: torch.nn.Module) -> None:
     """Weights large enough that logits are far from uniform; norm scales and biases that cannot be mistaken for 1 and 0."""
     for name, p in model.named_parameters():
         noise = torch.randn_like(p)
-        p.data = 1 + 0.3 * noise if "norm" in name else (0.5 if name.endswith("bias") else 0.25) * noise
+        p.data = 1 + 0.3 * noise if "norm" in name else (0.5 if name.endswith("bias") else 0.2) * noise
 
 
 def answers(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -62,14 +72,15 @@ def answers(model: torch.nn.Module) -> dict[str, np.ndarray]:
     for i, length in enumerate((5, 8)):
         prompt = torch.randint(VOCAB, (1, length))
         found[f"prompt_{i}"] = prompt[0]
-        found[f"continuation_{i}"] = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12)[0, length:]
+        whole = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12)
+        found[f"continuation_{i}"] = whole[0, length:]
     return {k: v.numpy().astype(np.float32 if v.is_floating_point() else np.int32) for k, v in found.items()}
 
 
 def main(out: Path) -> None:
-    for seed, (name, (model_class, config)) in enumerate(MODELS.items()):
+    for seed, (name, (model_class, config_class, family, own)) in enumerate(MODELS.items(), start=10):
         torch.manual_seed(seed)
-        model = model_class(config).eval()
+        model = model_class(config_class(**SHARED, **family, **own)).eval()
         randomize(model)
         with torch.no_grad():
             found = answers(model)

@@ -1,0 +1,191 @@
+"""Problems as tokens: tokenizer, prompt template, chat template, stop tokens, and responses back to text."""
+
+import json
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dapo_jax.config import DataSection
+from dapo_jax.types import InputError, Problem, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_PAD, _END = "<|pad|>", "<|end|>"
+_BATCH = 1024  # texts tokenised at a time
+_RENDER_DEADLINE_S = 10.0  # seconds for one conversation
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _transformers() -> Any:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch when imported without
+    import transformers  # not at the top: takes seconds
+
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
+    """A tokenizer of UTF-8 bytes: `<|pad|>` is 0, `<|end|>` (end of sequence) is 1, byte b is b + 2. It has no chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {_PAD: 0, _END: 1} | {char: byte + 2 for byte, char in enumerate(_byte_characters())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=_PAD, eos_token=_END, clean_up_tokenization_spaces=False
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The characters that stand for bytes 0..255 in byte-level vocabularies: printable Latin-1 itself, the rest from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+
+
+def load_tokenizer(folder: str | None) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a Hugging Face model folder, or the byte-level one for None. Runs no code of the folder, downloads nothing.
+
+    Raises InputError if there is no usable tokenizer, or if it names no end-of-sequence token.
+    """
+    if folder is None:
+        return byte_tokenizer()
+    if not Path(folder).is_dir():  # anything else would be taken for the name of a model on the Hub
+        raise InputError(f"{folder}: no such folder; give a Hugging Face model folder")
+    try:
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as e:  # the many kinds that damaged or missing files raise
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise InputError(f"{folder}: no readable tokenizer ({reason}); give a folder with tokenizer.json and tokenizer_config.json") from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def stop_tokens(tokenizer: "PreTrainedTokenizerFast", folder: str | None) -> tuple[int, ...]:
+    """Tokens that end a response, sorted: `eos_token_id` of the tokenizer, and of generation_config.json and config.json in `folder`.
+
+    Raises InputError if one of the files cannot be read, or holds something else there.
+    """
+    stops = {tokenizer.eos_token_id}
+    for path in [Path(folder, name) for name in ("generation_config.json", "config.json")] if folder else []:
+        if not path.exists():
+            continue
+        try:
+            eos = json.loads(path.read_text("utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            raise InputError(f"{path}: not a readable JSON object; fetch the file again") from None
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise InputError(f"{path}: eos_token_id: expected a token or a list of tokens, got {str(eos)[:60]}; correct the value")
+        stops |= set(ids)
+    return tuple(sorted(stops))
+
+
+def decode(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[int] | np.ndarray, stop: tuple[int, ...]) -> str:
+    """The text of a response: without a final stop token and without special tokens, spaces as they were sampled."""
+    ids = [int(t) for t in tokens]
+    if ids and ids[-1] in stop:
+        ids.pop()
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Prompts
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def make_prompts(
+    problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast", section: DataSection
+) -> tuple[list[Prompt], Mapping[str, int]]:
+    """Problems as token sequences, in order, and how many were left out for which reason.
+
+    A plain-text problem is put into `section.template`; with `section.chat` it then becomes one user turn of the tokenizer's chat
+    template, if there is one. Chat turns go through the chat template as they are, or are joined by blank lines. Problems that
+    contain a control token of the tokenizer, and prompts longer than `section.max_prompt_len`, are left out.
+    Raises InputError if the chat template fails or hangs, or if no prompt is left.
+    """
+    control = re.compile("|".join(map(re.escape, _control_tokens(tokenizer))) or "(?!)")
+    clean = [p for p in problems if not any(control.search(text) for text in _texts(p))]
+    chat = section.chat and bool(tokenizer.chat_template)
+    if chat:
+        texts = _render(tokenizer, [_conversation(p, section.template) for p in clean])
+    else:
+        texts = ["\n\n".join(turn["content"] for turn in _conversation(p, section.template)) for p in clean]
+
+    prompts = []
+    left_out = Counter({"control tokens": len(problems) - len(clean)})
+    for problem, tokens in zip(clean, _tokenise(tokenizer, texts, add_special_tokens=not chat), strict=True):
+        if len(tokens) > section.max_prompt_len:
+            left_out[f"longer than {section.max_prompt_len} tokens"] += 1
+        elif not tokens:
+            left_out["no tokens"] += 1
+        else:
+            prompts.append(Prompt(problem, np.array(tokens, np.int32)))
+    counts = {reason: count for reason, count in left_out.items() if count}
+    if not prompts:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "no problems"
+        raise InputError(f"data: no usable prompt ({reasons}); raise data.max_prompt_len or use other problems")
+    return prompts, counts
+
+
+def _control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*tokenizer.all_special_tokens, *added} - {""})
+
+
+def _texts(problem: Problem) -> list[str]:
+    return [problem.prompt] if isinstance(problem.prompt, str) else [text for turn in problem.prompt for text in (turn.role, turn.content)]
+
+
+def _conversation(problem: Problem, template: str) -> list[dict[str, str]]:
+    if isinstance(problem.prompt, str):
+        return [{"role": "user", "content": template.replace("{prompt}", problem.prompt)}]  # not str.format: LaTeX is full of braces
+    return [{"role": turn.role, "content": turn.content} for turn in problem.prompt]
+
+
+def _tokenise(tokenizer: "PreTrainedTokenizerFast", texts: list[str], *, add_special_tokens: bool) -> Iterator[list[int]]:
+    for start in range(0, len(texts), _BATCH):
+        for tokens in tokenizer(texts[start : start + _BATCH], add_special_tokens=add_special_tokens, verbose=False)["input_ids"]:
+            ends = add_special_tokens and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id
+            yield tokens[:-1] if ends else tokens  # an end token would ask for a new text, not for an answer
+
+
+def _render(tokenizer: "PreTrainedTokenizerFast", conversations: list[list[dict[str, str]]]) -> list[str]:
+    """Conversations through the chat template, up to where the assistant answers."""
+    texts: list[str] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            for turns in conversations:
+                texts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except Exception as e:  # a template is a program: it may raise anything
+            errors.append(e)
+
+    # A template can also loop without end. A daemon thread cannot be stopped, but left behind: it ends with the process.
+    thread = threading.Thread(target=work, name="chat-template", daemon=True)
+    thread.start()
+    done = -1
+    while thread.is_alive() and len(texts) > done:
+        done = len(texts)
+        thread.join(_RENDER_DEADLINE_S)
+    where = f"chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+    if errors:
+        reason = " ".join(str(errors[0]).split())[:200] or type(errors[0]).__name__
+        raise InputError(f"{where}: {reason}; use another tokenizer, or set data.chat to false")
+    if thread.is_alive():
+        raise InputError(f"{where}: no result within {_RENDER_DEADLINE_S:g} s; use another tokenizer, or set data.chat to false")
+    return texts

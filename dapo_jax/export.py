@@ -1,0 +1,33 @@
+"""A run's newest checkpoint as a Hugging Face folder.
+
+python -m dapo_jax.export --run-dir D --out FOLDER
+"""
+
+import argparse
+from pathlib import Path
+
+from dapo_jax.config import MeshSection, load_config
+from dapo_jax.model.weights import save_pretrained
+from dapo_jax.policy import describe, load_policy, restore_params
+from dapo_jax.runtime.mesh import make_mesh
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the newest usable checkpoint of a run as a Hugging Face folder: config, float32 safetensors, tokenizer, generation config."""
+    parser = argparse.ArgumentParser(prog="python -m dapo_jax.export", description=main.__doc__)
+    parser.add_argument("--run-dir", required=True, help="run folder of dapo_jax.train")
+    parser.add_argument("--out", required=True, help="folder to write; must not exist, or be empty")
+    args = parser.parse_args(argv)
+    config = load_config(Path(args.run_dir) / "config.yaml")
+    policy = load_policy(config)
+    mesh = make_mesh(MeshSection())
+    step, params = restore_params(args.run_dir, policy, mesh)
+    save_pretrained(args.out, policy.model, params, source_folder=config.model.folder, tokenizer=policy.tokenizer)
+    print(f"wrote step {step} of {args.run_dir} to {args.out}: {describe(policy, mesh)}")
+    return 0
+
+
+if __name__ == "__main__":
+    from dapo_jax.cli import run
+
+    run(main)

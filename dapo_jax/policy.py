@@ -1,0 +1,90 @@
+"""From config to a policy on a mesh: architecture, tokenizer, weights. Shared by the verbs."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from dapo_jax.config import Config, ModelConfig, check_context
+from dapo_jax.data.prompts import load_tokenizer, stop_tokens
+from dapo_jax.model.decoder import abstract_params, init
+from dapo_jax.model.weights import load_model_config, load_pretrained
+from dapo_jax.rollout.engine import Engine
+from dapo_jax.rollout.sampler import Sampling
+from dapo_jax.runtime import checkpoint
+from dapo_jax.runtime.mesh import params_sharding, put
+from dapo_jax.runtime.multihost import fetch
+from dapo_jax.types import InputError, NoCheckpointError, Params
+
+
+class Policy(NamedTuple):
+    """What a policy is, apart from its weights."""
+
+    model: ModelConfig
+    tokenizer: Any  # a transformers tokenizer
+    stop: tuple[int, ...]  # token ids that end a response
+
+
+def load_policy(config: Config, folder: str | None = None) -> Policy:
+    """Architecture and tokenizer of `model.folder` (or of `folder`, if given), or of `model.architecture`. No device is touched."""
+    folder = folder or config.model.folder
+    model = load_model_config(folder) if folder else config.model.architecture
+    assert model is not None  # the config's own check
+    model = dataclasses.replace(model, compute_dtype=config.model.compute_dtype, remat=config.model.remat)
+    check_context(config, model)
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > model.vocab_size:
+        where = f"{folder}: tokenizer" if folder else "model.architecture.vocab_size"
+        raise InputError(f"{where}: {len(tokenizer)} tokens do not fit an embedding of {model.vocab_size}; use the model's own tokenizer")
+    return Policy(model, tokenizer, stop_tokens(tokenizer, folder))
+
+
+def load_params(config: Config, policy: Policy, mesh: Mesh, folder: str | None = None) -> Params:
+    """float32 weights on the mesh: from the model folder, or random from `seed`."""
+    shardings = params_sharding(abstract_params(policy.model), mesh)
+    folder = folder or config.model.folder
+    if folder:
+        return jax.tree.map(put, load_pretrained(folder)[1], shardings)
+    return jax.jit(functools.partial(init, policy.model), out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def restore_params(run_dir: str, policy: Policy, mesh: Mesh) -> tuple[int, Params]:
+    """Step and weights of the newest usable checkpoint of a run folder; NoCheckpointError if there is none."""
+    folder = Path(run_dir) / "checkpoints"
+    if not folder.is_dir():
+        raise NoCheckpointError(f"{run_dir}: holds no checkpoints; give the --run-dir of a training run")
+    abstract = abstract_params(policy.model)
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, params_sharding(abstract, mesh)
+    )
+    restored = checkpoint.restore_params(folder, target)
+    return restored.step, restored.params
+
+
+def make_engine(config: Config, policy: Policy, mesh: Mesh, sampling: Sampling) -> Engine:
+    """A rollout engine with the config's slots and length limits."""
+    return Engine(
+        policy.model,
+        sampling,
+        policy.stop,
+        slots=config.rollout.decode_slots,
+        max_prompt_len=config.data.max_prompt_len,
+        max_response_len=config.rollout.max_response_len,
+        mesh=mesh,
+        put=put,
+        fetch=fetch,
+    )
+
+
+def describe(policy: Policy, mesh: Mesh) -> str:
+    """One line: size, kind and place of the policy."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(policy.model)))
+    m, shape = policy.model, " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    device = jax.devices()[0]
+    return (
+        f"{m.family}, {count / 1e6:,.1f} M parameters, {m.layers} layers, D {m.model_dim}, V {m.vocab_size}, {m.compute_dtype}; "
+        f"{len(jax.devices())} {device.platform} devices ({device.device_kind}) as {shape}"
+    )

@@ -1,0 +1,446 @@
+"""Checkpoints: one atomic step holds all that a run needs to go on, and nothing is loaded that does not verify.
+
+    checkpoints/<step>/params      weights, an array a leaf
+                       optimizer   optimizer state and update counter, an array a leaf
+                       groups      buffered host arrays, as the bytes of one .npz
+                       host        JSON: the caller's dict; shape, dtype and digest of every leaf; a digest of itself
+
+orbax writes them in the background. It leaves four things to its caller, all done here: stored bytes are not checked, a
+failed write shows only when it is waited for, any folder with a number for a name counts as a checkpoint, and a target of
+another dtype casts in silence.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from jax.experimental import multihost_utils
+
+from dapo_jax.types import Array, InputError, NoCheckpointError, Params, TrainState
+
+_FORMAT = 1
+_RECORD = Path("host") / "metadata"  # where orbax's JSON handler writes
+_T = TypeVar("_T")
+
+
+class Restored(NamedTuple):
+    """A checkpoint, verified."""
+
+    step: int  # rollout step after which it was saved
+    state: TrainState  # sharded as asked for
+    host: dict[str, Any]
+    groups: dict[str, np.ndarray]
+
+
+class RestoredParams(NamedTuple):
+    """The weights of a checkpoint, verified."""
+
+    step: int  # rollout step after which it was saved
+    params: Params  # sharded as asked for
+    host: dict[str, Any]
+
+
+class _Loaded(NamedTuple):
+    record: dict[str, Any]
+    items: dict[str, dict[str, Array]]  # by item, then by path
+    groups: dict[str, np.ndarray]
+
+
+class _Unusable(Exception):
+    """Why a checkpoint cannot be used; half a sentence."""
+
+
+class Checkpoints:
+    """Context manager that saves to and restores from one folder. Every process calls every method.
+
+    keep: newest so many are kept. Leaving the context waits for the save under way. Raises InputError where the folder
+    cannot be used.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int):
+        self._folder = Path(folder).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self._folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except OSError as e:
+            raise InputError(f"{self._folder}: cannot hold checkpoints ({_reason(e)}); choose another --run-dir") from None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.wait()
+        except InputError as e:
+            if error is None:
+                raise
+            _warn(str(e))  # the error that ends the run goes first
+        finally:
+            self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """Newest step in the folder or being written; not verified."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, host: Mapping[str, Any], groups: Mapping[str, np.ndarray]) -> None:
+        """Starts to write a step and returns once the arrays are copied: `state` may be donated afterwards.
+
+        host: JSON-able, finite numbers. groups: arrays of any shape, no objects.
+        Raises ValueError unless `step` is above the latest, FloatingPointError if the state is not finite, and InputError
+        if the disk refuses this save or the one before.
+        """
+        self.wait()
+        latest = self.latest_step()
+        if latest is not None and step <= latest:
+            raise ValueError(f"checkpoint step {step} is not above the latest one, {latest}")
+        items = _items(state)
+        leaves = {item: _describe(arrays) for item, arrays in items.items()}
+        for described in leaves.values():
+            if name := _first_non_finite(described):
+                raise FloatingPointError(f"step {step}: {name} is not finite; no checkpoint is saved")
+        blob = _npz(groups)
+        record = {"format": _FORMAT, "host": host, "leaves": leaves, "groups": _sha256(blob.tobytes())}
+        record = json.loads(json.dumps(record, allow_nan=False))  # as it will be read: text keys, lists
+        record["digest"] = _sha256(_canonical(record))
+        saves = {item: ocp.args.StandardSave(arrays) for item, arrays in (*items.items(), ("groups", {"npz": blob}))}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(host=ocp.args.JsonSave(record), **saves), force=True)
+        except OSError as e:
+            raise self._unwritten(e) from None
+
+    def wait(self) -> None:
+        """Waits for the save under way. Raises InputError if it failed: only here does that show."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as e:  # of the file system, in whatever type the writer's threads put it
+            raise self._unwritten(e) from None
+
+    def restore(self, abstract_state: TrainState) -> Restored | None:
+        """The newest checkpoint that is complete, of the expected tree, shapes and dtypes, and whose digests hold.
+
+        abstract_state: jax.ShapeDtypeStruct leaves with shardings, or arrays; the device count may differ from the saved one.
+        Newer checkpoints that are not usable are named on stderr and moved to `bad-<step>`, out of the way of later saves.
+        Returns None if the folder holds no checkpoint; raises NoCheckpointError if it holds only unusable ones.
+        """
+        abstract_state = jax.tree.map(_target, abstract_state)
+        found = _newest(self._folder, lambda path: _load(path, _items(abstract_state), groups=True))
+        if found is None:
+            return None
+        step, (record, items, groups) = found
+        self._move_aside_after(step)
+        params = jax.tree.unflatten(jax.tree.structure(abstract_state.params), items["params"].values())
+        rest = jax.tree.unflatten(jax.tree.structure(_rest(abstract_state)), items["optimizer"].values())
+        return Restored(step, TrainState(params, rest["opt_state"], rest["updates"]), record["host"], groups)
+
+    def _move_aside_after(self, step: int) -> None:
+        newer = [s for s in _steps(self._folder) if s > step]
+        if not newer:
+            return
+        if jax.process_index() == 0:
+            for s in newer:
+                target = _free_name(self._folder / f"bad-{s}")
+                (self._folder / str(s)).rename(target)
+                _warn(f"{self._folder / str(s)}: moved to {target.name}; the run goes on from step {step}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints moved aside")
+        self._manager.reload()
+
+    def _unwritten(self, error: Exception) -> InputError:
+        return InputError(
+            f"{self._folder}: a checkpoint could not be written ({_reason(error)}); make room or give write access, then start "
+            "the same command again: it goes on from the last whole checkpoint"
+        )
+
+
+def restore_params(folder: str | Path, abstract_params: Params) -> RestoredParams:
+    """The weights of the newest usable checkpoint, without the optimizer's. Changes nothing in the folder.
+
+    abstract_params: jax.ShapeDtypeStruct leaves with shardings, or arrays. Unusable checkpoints are named on stderr.
+    Raises NoCheckpointError if there is no usable one.
+    """
+    folder = Path(folder).absolute()
+    found = _newest(folder, lambda path: _load(path, {"params": _named(jax.tree.map(_target, abstract_params))}, groups=False))
+    if found is None:
+        raise NoCheckpointError(f"{folder}: holds no checkpoint; give the --run-dir of a run that has saved one")
+    step, (record, items, _) = found
+    return RestoredParams(step, jax.tree.unflatten(jax.tree.structure(abstract_params), items["params"].values()), record["host"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Finding and reading
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps in the folder, newest first, complete or not."""
+    try:
+        return sorted((int(p.name) for p in folder.iterdir() if re.fullmatch(r"0|[1-9]\d*", p.name)), reverse=True)
+    except OSError:
+        return []
+
+
+def _newest(folder: Path, load: Callable[[Path], _T]) -> tuple[int, _T] | None:
+    """The newest step that loads, walking back; None where there is no step at all."""
+    steps, first_reason = _steps(folder), ""
+    for step in steps:
+        try:
+            return step, load(folder / str(step))
+        except _Unusable as e:
+            first_reason = first_reason or str(e)
+            if jax.process_index() == 0:
+                _warn(f"{folder / str(step)}: checkpoint not used: {e}")
+    if not steps:
+        return None
+    raise NoCheckpointError(
+        f"{folder}: none of its {len(steps)} checkpoints is usable (step {steps[0]}: {first_reason}); "
+        "put back a copy, or start anew in another --run-dir"
+    )
+
+
+def _load(path: Path, targets: Mapping[str, dict[str, Any]], *, groups: bool) -> _Loaded:
+    """A step, verified. Raises _Unusable, on all processes or on none."""
+    record = _agreed(lambda: _read_record(path / _RECORD))
+    _agreed(lambda: _check_expected(record["leaves"], targets))
+    host_arrays = _agreed(lambda: _read_groups(path / "groups", record["groups"])) if groups else {}
+    items = {}
+    for item, target in targets.items():
+        items[item] = _agreed(partial(_read_arrays, path / item, target))
+        _check_content(record["leaves"][item], _describe(items[item]))
+    return _Loaded(record, items, host_arrays)
+
+
+def _agreed(read: Callable[[], _T]) -> _T:
+    """`read()`, or _Unusable on every process if any of them fails: all take the same checkpoint."""
+    reason = ""
+    try:
+        value = read()
+    except _Unusable as e:
+        reason = str(e)
+    except (jax.errors.JaxRuntimeError, MemoryError):  # the device's fault, not the checkpoint's
+        raise
+    except Exception as e:  # readers of damaged files raise all sorts
+        reason = f"unreadable ({_reason(e)})"
+    if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(not reason)).all():
+        reason = reason or "another process cannot use it"
+    if reason:
+        raise _Unusable(reason)
+    return value
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise _Unusable("incomplete")
+    record = json.loads(path.read_bytes())
+    if not isinstance(record, dict) or "digest" not in record:
+        raise _Unusable("not written by this program")
+    if isinstance(record.get("format"), int) and record["format"] > _FORMAT:
+        raise _Unusable(f"written in the newer format {record['format']}; use a newer dapo_jax")
+    if record.pop("digest") != _sha256(_canonical(record)):
+        raise _Unusable("its JSON record is damaged")
+    return record
+
+
+def _read_groups(path: Path, digest: str) -> dict[str, np.ndarray]:
+    blob = np.asarray(_open(path, "npz", ts.Context()).read().result()).tobytes()
+    if _sha256(blob) != digest:
+        raise _Unusable("groups do not match their digest")
+    with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _read_arrays(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    """The arrays of an item on their shardings; each device gets its part, each process reads only what its devices hold.
+
+    orbax stores zarr arrays in an OCDBT database. Its own reader leaves tasks and tracebacks behind on damaged files, and
+    waits for other processes that may have failed.
+    """
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 100_000_000}})
+
+    def read(name: str, leaf: jax.ShapeDtypeStruct) -> Array:
+        stored = _open(path, name, context)
+        if stored.shape != leaf.shape or stored.dtype.numpy_dtype != leaf.dtype:
+            raise _Unusable(f"{name} is not of the shape and dtype that its record says")
+        index_of = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+        parts = {}
+        for index in index_of.values():  # devices that hold the same part share one read; slices are no keys before Python 3.12
+            if str(index) not in parts:
+                parts[str(index)] = stored[index].read()
+        shards = [jax.device_put(parts[str(index)].result(), device) for device, index in index_of.items()]
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(target, pool.map(read, target, target.values()), strict=True))
+
+
+def _open(path: Path, name: str, context: ts.Context) -> ts.TensorStore:
+    kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}, "path": f"{name}/"}
+    return ts.open({"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}, open=True, read=True, context=context).result()
+
+
+def _check_expected(leaves: Mapping[str, Mapping[str, Any]], targets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises _Unusable unless the checkpoint holds what the target asks for, and no more."""
+    for item, target in targets.items():
+        stored = leaves[item]
+        if other := sorted(stored.keys() ^ target.keys()):
+            raise _Unusable(f"of another model or optimizer: {other[0]} is {'there, not expected' if other[0] in stored else 'missing'}")
+        for name, leaf in target.items():
+            has, wants = (stored[name]["dtype"], *stored[name]["shape"]), (str(leaf.dtype), *leaf.shape)
+            if has != wants:
+                raise _Unusable(f"of another model or optimizer: {name} is {_shown(*has)}, expected {_shown(*wants)}")
+
+
+def _shown(dtype: str, *shape: int) -> str:
+    return f"{dtype}[{', '.join(map(str, shape))}]"
+
+
+def _check_content(stored: Mapping[str, Mapping[str, Any]], read: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, leaf in read.items():
+        if leaf["digest"] != stored[name]["digest"]:
+            raise _Unusable(f"{name} does not match its digest")
+    if lost := _first_non_finite(read):
+        raise _Unusable(f"{lost} is not finite")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Trees, digests, words
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return {"opt_state": state.opt_state, "updates": state.updates}
+
+
+def _items(state: TrainState) -> dict[str, dict[str, Any]]:
+    """What is stored apart, so that weights can be read without the optimizer's."""
+    return {"params": _named(state.params), "optimizer": _named(_rest(state))}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by path, in the tree's order: on disk no type of a tree, so none to mismatch."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+    if len(named) != len(paths):
+        raise ValueError("two leaves of the state have the same path")
+    return named
+
+
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What to restore. Without a sharding it goes to the first device; orbax would ask for the devices that saved it."""
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _describe(arrays: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype, digest (16 hex digits) of each array, and whether it is finite."""
+    results = jax.device_get({name: (_digest(array), _finite(array)) for name, array in arrays.items()})
+    return {
+        name: {
+            "shape": list(arrays[name].shape),
+            "dtype": str(arrays[name].dtype),
+            "digest": "".join(f"{int(word):08x}" for word in words),
+            "finite": bool(finite),
+        }
+        for name, (words, finite) in results.items()
+    }
+
+
+def _first_non_finite(described: Mapping[str, Mapping[str, Any]]) -> str | None:
+    return next((name for name, leaf in described.items() if not leaf["finite"]), None)
+
+
+def _digest(x: Array) -> tuple[Array, ...]:
+    """Two uint32 scalars of an array, made where it is: no copy to the host, any sharding, any number of processes.
+
+        digest_k = sum over i of mix(word_i ^ c_k i)  mod 2^32,   k = 0, 1
+
+    The order of a sum modulo 2^32 does not matter, so the digest does not depend on the sharding. `mix` is a bijection, so
+    a change of one word always shows; any other change is missed with probability 2^-64. Against damage, not against forgery.
+    """
+    return tuple(_lane(x, c) for c in (0x9E3779B1, 0x85EBCA77))
+
+
+@partial(jax.jit, static_argnums=1)
+def _lane(x: Array, c: int) -> Array:
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    width = min(x.dtype.itemsize, 4)
+    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
+    scaled, stride = jnp.zeros(words.shape, jnp.uint32), c  # c i, from one iota an axis: a reshape would gather a sharded array
+    for axis in reversed(range(words.ndim)):
+        scaled += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    return _mix(words ^ scaled).sum(dtype=jnp.uint32)
+
+
+@jax.jit
+def _finite(x: Array) -> Array:
+    return jnp.isfinite(x).all()
+
+
+def _mix(h: Array) -> Array:
+    """The finaliser of MurmurHash3: a bijection of uint32 in which every bit depends on every bit."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def _npz(groups: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The arrays as the bytes of an .npz: unlike orbax it takes empty arrays and text, and nothing is pickled."""
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **groups)
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def _canonical(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True, allow_nan=False).encode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _free_name(path: Path) -> Path:
+    name, n = path, 1
+    while name.exists():
+        name, n = path.with_name(f"{path.name}-{n}"), n + 1
+    return name
+
+
+def _reason(error: Exception) -> str:
+    """The operating system's word for an error, or the start of its message."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    if said := re.search(r"([^:\[]+) \[os_error_code=", line):  # as tensorstore words it
+        return said[1].strip()
+    return line.split(" [")[0][:200]
+
+
+def _warn(message: str) -> None:
+    print(f"dapo_jax: {message}", file=sys.stderr)
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+# orbax logs the traceback of a failed write from each of its threads; `wait` reports it in one line.
+logging.getLogger("absl").addFilter(_not_from_orbax)

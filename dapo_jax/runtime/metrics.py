@@ -1,0 +1,258 @@
+"""What a run reports: the table of metric keys, metrics.jsonl, TensorBoard, samples for people, the console line.
+
+    <run>/metrics.jsonl             a JSON object a rollout step: step, updates, draws, then metrics; finite numbers only
+    <run>/tensorboard/              the same scalars
+    <run>/samples/step_000012.jsonl some responses of a step
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from dapo_jax.types import InputError
+
+METRICS: Mapping[str, str] = {
+    # Judged responses
+    "reward/mean": "mean of score + overlong penalty over the responses trained on",
+    "reward/accuracy": "share of correct responses among all drawn in this step, before filtering",
+    "reward/accuracy_kept": "share of correct responses among those trained on, after filtering",
+    "reward/overlong_penalty_mean": "mean overlong penalty over the responses trained on, in [-1, 0]",
+    "reward/errors": "responses without a verdict because the reward failed, time-outs not among them",
+    "reward/timeouts": "responses without a verdict because the reward took too long",
+    # Dynamic sampling
+    "filter/kept_fraction": "share of the groups drawn in this step that are neither all correct nor all wrong",
+    "filter/all_correct": "share of the groups drawn in this step without a wrong response",
+    "filter/all_wrong": "share of the groups drawn in this step without a correct response",
+    "filter/carried_groups": "groups trained on that the previous step had left over",
+    "filter/surplus_groups": "informative groups beyond what this step needs",
+    "filter/wasted_tokens": "response tokens of groups that are never trained on",
+    # Sampling
+    "rollout/generation_batches": "generation batches that this step took",
+    "rollout/prompts": "prompts drawn in this step",
+    "rollout/response_len_mean": "mean response length of all drawn, tokens",
+    "rollout/response_len_max": "longest response drawn, tokens",
+    "rollout/truncated_fraction": "share of the responses drawn that hit the length limit",
+    "rollout/tokens": "response tokens sampled in this step",
+    # The policy, over the response tokens of all updates of the step
+    "policy/loss": "mean loss of the step's updates",
+    "policy/entropy": "mean entropy of the next-token distribution, nats",
+    "policy/token_prob_mean": "mean probability of the sampled tokens",
+    "policy/approx_kl": "KL(pi_old || pi) by the k3 estimator, mean of r - 1 - log r with r = pi / pi_old, nats",
+    "policy/clip_fraction_low": "share of tokens whose ratio is clipped from below",
+    "policy/clip_fraction_high": "share of tokens whose ratio is clipped from above",
+    "policy/clip_fraction_dual": "share of tokens whose loss the dual clip caps",
+    "policy/upclipped_prob_mean": "mean probability of the tokens clipped from above",
+    "policy/sampler_gap_mean": "mean |log pi_old - log-prob of the sampler|, nats",
+    # Optimisation
+    "optim/grad_norm": "global gradient norm before clipping, mean of the step's updates",
+    "optim/lr": "learning rate of the step's updates",
+    "optim/skipped_updates": "updates skipped because loss or gradient was not finite",
+    "pack/efficiency": "share of the positions of the training rows that hold a token",
+    # Cost
+    "time/rollout_s": "seconds of sampling",
+    "time/reward_s": "seconds of waiting for verdicts",
+    "time/old_logprobs_s": "seconds of recomputing the log-probs of pi_old",
+    "time/update_s": "seconds of updates",
+    "time/eval_s": "seconds of evaluation",
+    "time/save_s": "seconds that saving a checkpoint held the run up",
+    "time/step_s": "seconds of the whole step",
+    "throughput/rollout_tokens_per_s": "response tokens sampled a second of rollout, all devices",
+    "throughput/train_tokens_per_s": "prompt and response tokens trained on a second of update, all devices",
+    "memory/peak_bytes": "most device memory in use so far, or memory of the process where a device does not tell",
+    # Held-out problems
+    "eval/<set>/avg": "avg@k: share of correct responses, mean over problems",
+    "eval/<set>/avg_se": "standard error of avg@k over problems",
+    "eval/<set>/pass": "pass@k: share of problems with a correct response",
+    "eval/<set>/cons": "cons@k: share of problems whose most frequent answer is correct",
+    "eval/<set>/response_len_mean": "mean response length, tokens",
+    "eval/<set>/truncated_fraction": "share of responses that hit the length limit",
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class MetricsLog:
+    """Context manager that appends a run's metrics to metrics.jsonl and TensorBoard.
+
+    resume_step: the run goes on after this step, so lines of later steps are cut off; None starts afresh and cuts off
+    all that an earlier attempt left. enabled: False does nothing, for processes other than the first.
+
+    Raises InputError where the folder cannot be written.
+    """
+
+    def __init__(self, run_dir: str | Path, *, resume_step: int | None = None, enabled: bool = True):
+        self._file, self._board, self._path = None, None, Path(run_dir) / "metrics.jsonl"
+        if not enabled:
+            return
+        last = -1 if resume_step is None else resume_step
+        with _writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_after(self._path, last)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=last + 1)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for sink in (self._file, self._board):
+            if sink is not None:
+                sink.close()
+
+    def write(self, step: int, updates: int, draws: int, metrics: Mapping[str, Any]) -> None:
+        """Appends a line. Values are numbers or scalar arrays; those that are not finite are left out, with a message.
+
+        Raises ValueError for a key that METRICS does not define.
+        """
+        unknown = [key for key in metrics if not _is_defined(key)]
+        if unknown:
+            raise ValueError(f"metric {unknown[0]!r} is not in dapo_jax.runtime.metrics.METRICS; define it there")
+        if self._file is None or self._board is None:
+            return
+        numbers = {key: _number(value) for key, value in metrics.items()}
+        finite = {key: number for key, number in numbers.items() if math.isfinite(number)}
+        if lost := sorted(numbers.keys() - finite.keys()):
+            print(f"step {step}: not finite, left out of metrics.jsonl: {', '.join(lost)}")
+        with _writing(self._path):
+            self._file.write(json.dumps({"step": int(step), "updates": int(updates), "draws": int(draws), **finite}) + "\n")
+            self._file.flush()
+            for key, number in finite.items():
+                self._board.add_scalar(key, number, step)
+            self._board.flush()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in order. A half last line, of a run that died or goes on, is left out.
+
+    Raises InputError if the file is missing, or damaged elsewhere.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as e:
+        raise InputError(f"{path}: cannot read metrics ({e.strerror}); give the folder of a run as --run-dir") from None
+    if lines[-1] == b"":
+        lines.pop()
+    records = [_record(line) for line in lines]
+    if records and records[-1] is None:
+        records.pop()
+    if None in records:
+        raise InputError(f"{path}: line {records.index(None) + 1} is not a JSON object with a step; remove the line")
+    return [record for record in records if record is not None]
+
+
+def write_samples(run_dir: str | Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes samples/step_<step>.jsonl, a JSON object a response, whole or not at all. Raises InputError if it cannot."""
+    path = Path(run_dir) / "samples" / f"step_{step:06d}.jsonl"
+    text = "".join(json.dumps(dict(row), ensure_ascii=False, default=np.generic.item) + "\n" for row in rows)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, text.encode("utf-8", errors="backslashreplace"))  # a lone surrogate becomes its JSON escape
+    return path
+
+
+def _is_defined(key: str) -> bool:
+    parts = key.split("/")
+    return key in METRICS if parts[0] != "eval" else len(parts) == 3 and f"eval/<set>/{parts[2]}" in METRICS
+
+
+def _number(value: Any) -> int | float:
+    """A Python number: JSON writes no other."""
+    array = np.asarray(value)
+    return int(array) if array.dtype.kind in "biu" else float(array)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line, None if it holds none with a step."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
+
+
+def _cut_after(path: Path, last: int) -> None:
+    """Keeps the whole lines of steps up to `last`."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line end there is nothing, or half a line
+    kept = [line for line in lines if (record := _record(line)) is not None and record["step"] <= last]
+    _replace(path, b"".join(line + b"\n" for line in kept))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}); free the disk or choose another --run-dir") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Console
+# --------------------------------------------------------------------------------------------------------------------
+
+# title, key, width, factor to the unit shown, format
+_COLUMNS = (
+    ("acc%", "reward/accuracy", 5, 100, ".1f"),
+    ("reward", "reward/mean", 7, 1, "+.3f"),
+    ("kept%", "filter/kept_fraction", 5, 100, ".0f"),
+    ("len", "rollout/response_len_mean", 6, 1, ".0f"),
+    ("cut%", "rollout/truncated_fraction", 5, 100, ".1f"),
+    ("entropy", "policy/entropy", 7, 1, ".3f"),
+    ("kl", "policy/approx_kl", 7, 1, ".1e"),
+    ("clip-%", "policy/clip_fraction_low", 6, 100, ".2f"),
+    ("clip+%", "policy/clip_fraction_high", 6, 100, ".2f"),
+    ("gnorm", "optim/grad_norm", 6, 1, ".3g"),
+    ("tok/s", "throughput/rollout_tokens_per_s", 7, 1, ".0f"),
+    ("rollout_s", "time/rollout_s", 9, 1, ".1f"),
+    ("judge_s", "time/reward_s", 7, 1, ".1f"),
+    ("update_s", "time/update_s", 8, 1, ".1f"),
+)
+
+
+def header_line() -> str:
+    """The titles over the columns of `step_line`."""
+    return " ".join([f"{'step':>9}", *(f"{title:>{width}}" for title, _, width, _, _ in _COLUMNS)])
+
+
+def step_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
+    """One line for a person, under the columns of `header_line`; `-` where there is no such metric."""
+    cells = [
+        f"{format(metrics[key] * factor, form) if key in metrics else '-':>{width}}" for _, key, width, factor, form in _COLUMNS
+    ]
+    return " ".join([f"{f'{step}/{steps}':>9}", *cells])
+
+
+def progress(total: int, description: str, *, enabled: bool = True) -> tqdm:
+    """A progress bar, to be used as a context manager with `.update(n)`: shown on a terminal, nothing elsewhere."""
+    return tqdm(total=total, desc=description, leave=False, dynamic_ncols=True, disable=not (enabled and sys.stderr.isatty()))
+
+
+@contextlib.contextmanager
+def timed(times: dict[str, float], key: str) -> Iterator[None]:
+    """Adds the seconds spent inside to `times[key]`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        times[key] = times.get(key, 0.0) + time.perf_counter() - start

@@ -1,0 +1,105 @@
+"""Supervised warm-up: cross-entropy on worked solutions, through the same model, packing and update as DAPO.
+
+    python -m dapo_jax.supervised --config C --out FOLDER        writes a Hugging Face folder
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dapo_jax.config import Config, load_config
+from dapo_jax.dapo.loss import cross_entropy_loss_fn
+from dapo_jax.dapo.packing import TrainItem, build_batch, max_microbatches
+from dapo_jax.dapo.update import init_state, make_optimizer, update_step
+from dapo_jax.data.problems import Cursor, advance, load_problems
+from dapo_jax.data.prompts import make_prompts
+from dapo_jax.model.weights import save_pretrained
+from dapo_jax.policy import Policy, describe, load_params, load_policy
+from dapo_jax.runtime import multihost
+from dapo_jax.runtime.mesh import make_mesh, put_rows, state_sharding
+from dapo_jax.types import InputError, Params, Prompt
+
+
+def solution_items(prompts: Sequence[Prompt], policy: Policy, max_response_len: int) -> list[TrainItem]:
+    """Prompts with their worked solutions, ended by the end token. Solutions over the response limit are left out."""
+    with_solution = [p for p in prompts if p.problem.solution]
+    if not with_solution:
+        raise InputError("data.train: no problem has a `solution`, which supervised warm-up needs; add them or set supervised.updates to 0")
+    encoded = policy.tokenizer([p.problem.solution for p in with_solution], add_special_tokens=False)["input_ids"]
+    items = []
+    for prompt, ids in zip(with_solution, encoded, strict=True):
+        response = np.array([*ids, policy.tokenizer.eos_token_id], np.int32)
+        zeros = np.zeros(len(response), np.float32)
+        if len(response) <= max_response_len:
+            items.append(TrainItem(prompt.tokens, response, zeros, zeros, advantage=0.0, weight=0.0))
+    if not items:
+        raise InputError(f"data.train: every solution is longer than rollout.max_response_len {max_response_len}; raise it")
+    return items
+
+
+def warm_up(
+    config: Config, policy: Policy, params: Params, prompts: Sequence[Prompt], mesh: Mesh, say: Callable[[str], None]
+) -> Params:
+    """`supervised.updates` of AdamW on the mean token cross-entropy of solutions, in the order of the seed. Returns new weights."""
+    section = config.supervised
+    items = solution_items(prompts, policy, config.rollout.max_response_len)
+    row_len = config.train.row_len or config.data.max_prompt_len + config.rollout.max_response_len
+    longest = max(len(item.prompt) + len(item.response) for item in items)
+    rows = config.train.rows_per_microbatch
+    microbatches = max_microbatches(section.responses_per_update, row_len=row_len, max_item_len=longest, rows_per_microbatch=rows)
+    optimizer = make_optimizer(config.optim)
+    shardings = state_sharding(jax.eval_shape(lambda p: init_state(p, optimizer), params), mesh)
+    state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
+    loss_fn = functools.partial(cross_entropy_loss_fn, model=policy.model, mesh=mesh)
+    update = jax.jit(
+        functools.partial(update_step, loss_fn=loss_fn, optimizer=optimizer), donate_argnums=0, out_shardings=(shardings, None)
+    )
+
+    cursor = Cursor()
+    for u in range(1, section.updates + 1):
+        chosen, cursor = advance(cursor, len(items), section.responses_per_update, seed=config.seed)
+        mine = [items[i] for i in chosen]
+        weight = 1.0 / sum(len(item.response) for item in mine)
+        mine = [item._replace(weight=weight) for item in mine]
+        batch, _ = build_batch(mine, row_len=row_len, rows_per_microbatch=rows, microbatches=microbatches)
+        rate = section.learning_rate * min(1.0, u / max(1, section.warmup_updates))
+        state, sums = update(state, put_rows(batch, mesh, axis=1), np.float32(rate))
+        if u % max(1, section.updates // 5) == 0 or u == section.updates:
+            say(f"warm-up {u:>5}/{section.updates}  cross-entropy {float(sums['loss']):.4f}")
+    return state.params
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains on worked solutions (`supervised` section) and writes a Hugging Face folder."""
+    parser = argparse.ArgumentParser(prog="python -m dapo_jax.supervised", description=main.__doc__)
+    parser.add_argument("--config", required=True, help="YAML config; its `supervised`, `data` and `model` sections are used")
+    parser.add_argument("--out", required=True, help="folder to write: config, safetensors, tokenizer")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. supervised.updates=500")
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.set)
+    if not config.supervised.updates:
+        raise InputError(f"{args.config}: supervised.updates: is 0, so there is nothing to do; set it")
+    policy = load_policy(config)
+    problems, report = load_problems(config.data.train, config.data.arithmetic)
+    prompts, _ = make_prompts(problems, policy.tokenizer, config.data)
+    multihost.initialize()
+    mesh = make_mesh(config.mesh)
+    say = print if multihost.is_main() else lambda line: None
+    say(report.summary())
+    say(describe(policy, mesh))
+    params = warm_up(config, policy, load_params(config, policy, mesh), prompts, mesh, say)
+    host_params = multihost.fetch(params)
+    if multihost.is_main():
+        save_pretrained(args.out, policy.model, host_params, source_folder=config.model.folder, tokenizer=policy.tokenizer)
+    say(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    from dapo_jax.cli import run
+
+    run(main)

@@ -1,0 +1,62 @@
+"""Custom verifiers that behave well and badly, for tests of the reward pool. Workers import this module by name."""
+
+import os
+import sys
+import time
+
+not_callable = 3
+
+
+def judge(problem, text, response_len):
+    """Right iff the text is the answer; `!word` in its place does something nasty."""
+    command = text.partition(" ")[0]
+    if command in _NASTY:
+        return _NASTY[command]()
+    return text == problem.answer, response_len / 10
+
+
+def _environment():
+    kept = [name for name in os.environ if "CANARY" in name]
+    with open("/proc/self/environ", "rb") as f:
+        return not kept and b"canary-value" not in f.read(), 0.0
+
+
+def _print():
+    while True:
+        print("x" * 1000)
+        print("x" * 1000, file=sys.stderr, flush=True)
+
+
+def _raise():
+    raise ValueError("two\nlines " + "x" * 1000)
+
+
+def _allocate():
+    return len(bytearray(10 * 2**30)) == 0, 0.0
+
+
+def _child():
+    os.system("sleep 1000 &")
+    time.sleep(1000)
+
+
+_NASTY = {
+    "!sleep": lambda: time.sleep(1000),
+    "!exit": lambda: os._exit(3),
+    "!sys.exit": lambda: sys.exit(4),
+    "!crash": lambda: os.kill(os.getpid(), 11),
+    "!allocate": _allocate,
+    "!print": _print,
+    "!raise": _raise,
+    "!child": _child,
+    "!environment": _environment,
+    "!jax": lambda: ("jax" not in sys.modules and "flax" not in sys.modules, 0.0),
+    "!main": lambda: (not hasattr(sys.modules["__main__"], "__file__"), 0.0),
+    "!pid": lambda: (True, float(os.getpid())),
+    "!group": lambda: (os.getpgrp() == os.getpid(), 0.0),
+    "!none": lambda: None,
+    "!nan": lambda: (True, float("nan")),
+    "!text": lambda: "right",
+    "!length": lambda: (True, 1.0, None),
+    "!number": lambda: (1, 1.0),
+}

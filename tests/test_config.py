@@ -1,0 +1,170 @@
+"""The config loader: strict, exact, and never more than one line of complaint."""
+
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dapo_jax import config as config_module
+from dapo_jax.config import Config, ConfigError, config_from_dict, describe, dump_yaml, load_config
+
+MINIMAL = """
+model: {architecture: {vocab_size: 258, model_dim: 64, layers: 2, heads: 4, kv_heads: 2, head_dim: 16, ffn_dim: 128}}
+eval: {every: 0}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text="", overrides=(), base=MINIMAL):
+        path = tmp_path / "c.yaml"
+        path.write_bytes((base + text).encode() if isinstance(text, str) else text)
+        return load_config(path, list(overrides))
+
+    return load
+
+
+def test_defaults_are_the_papers_recipe(load):
+    c = load()
+    assert (c.dapo.prompts_per_step, c.dapo.responses_per_prompt, c.dapo.responses_per_update) == (512, 16, 512)
+    assert (c.dapo.clip_eps_low, c.dapo.clip_eps_high, c.dapo.dual_clip, c.dapo.loss_normalizer) == (0.2, 0.28, None, "token-mean")
+    assert (c.dapo.prompts_per_draw, c.dapo.max_generation_batches) == (3 * 512, 10)
+    assert (c.rollout.max_response_len, c.reward.overlong_buffer_len, c.data.max_prompt_len) == (20480, 4096, 2048)
+    assert (c.rollout.temperature, c.rollout.top_p, c.eval.temperature, c.eval.top_p, c.eval.samples_per_problem) == (1.0, 1.0, 1.0, 0.7, 32)
+    assert (c.optim.learning_rate, c.optim.warmup_steps, c.optim.weight_decay, c.optim.grad_clip) == (1e-6, 20, 0.1, 1.0)
+    assert (c.dapo.advantage_ddof, c.dapo.advantage_eps, c.train.steps, c.dapo.overlong_filtering) == (1, 1e-6, 320, False)
+
+
+def test_presets_set_the_places_where_paper_and_recipe_differ(load):
+    paper, verl = load("preset: paper\n"), load("preset: verl\n")
+    assert (paper.dapo.loss_normalizer, paper.dapo.dual_clip, paper.optim.warmup_steps) == ("group-token-mean", None, 20)
+    assert (verl.dapo.loss_normalizer, verl.dapo.dual_clip, verl.optim.warmup_steps) == ("token-mean", 10.0, 10)
+    for c in (paper, verl):
+        assert (c.optim.weight_decay, c.optim.grad_clip, c.dapo.advantage_ddof, c.dapo.advantage_eps) == (0.1, 1.0, 1, 1e-6)
+    own = load("preset: verl\ndapo: {dual_clip: 3}\n")
+    assert (own.dapo.dual_clip, own.optim.warmup_steps) == (3.0, 10)  # the file's own keys win
+
+
+@pytest.mark.parametrize("text, value", [("1e-6", 1e-6), ("1E-6", 1e-6), (".5", 0.5), ("2", 2.0), ("0.", 0.0), ("1_000", None)])
+def test_numbers(load, text, value):
+    if value is None:
+        with pytest.raises(ConfigError, match="optim.learning_rate: expected a number"):
+            load(f"optim: {{learning_rate: {text}}}\n")
+    else:
+        assert load(f"optim: {{learning_rate: {text}}}\n").optim.learning_rate == value
+
+
+def test_overrides_win_over_the_file_and_reach_any_depth(load):
+    c = load("seed: 1\n", ["seed=2", "model.architecture.layers=7", "eval.sets.a=x.jsonl", "reward.allowed_modules=[m]"])
+    assert (c.seed, c.model.architecture.layers, dict(c.eval.sets), c.reward.allowed_modules) == (2, 7, {"a": "x.jsonl"}, ("m",))
+
+
+BAD = {
+    "unknown key, nearest match": ("dapo: {clip_eps_hi: 1}\n", "dapo.clip_eps_hi: unknown key; did you mean 'clip_eps_high'"),
+    "unknown section": ("dappo: {}\n", "dappo: unknown key; did you mean 'dapo'"),
+    "far from any key": ("zzz: 1\n", "zzz: unknown key; it has: preset"),
+    "duplicate key": ("seed: 1\nseed: 2\n", "c.yaml:5: duplicate key 'seed'"),
+    "duplicate nested": ("dapo: {dual_clip: 2, dual_clip: 3}\n", "duplicate key 'dual_clip'"),
+    "octal": ("seed: 010\n", "seed: expected a whole number, got '010'"),
+    "base 60": ("seed: 1:30\n", "seed: expected a whole number, got '1:30'"),
+    "yes is text": ("dapo: {dynamic_sampling: yes}\n", "dynamic_sampling: expected true or false, got 'yes'"),
+    "bool for int": ("seed: true\n", "seed: expected a whole number"),
+    "float for int": ("seed: 1.0\n", "seed: expected a whole number"),
+    "nan": ("optim: {learning_rate: .nan}\n", "learning_rate: must be finite"),
+    "inf": ("optim: {learning_rate: .inf}\n", "learning_rate: must be finite"),
+    "huge int": ("seed: 99999999999999999999\n", "seed: 99999999999999999999 is too large"),
+    "int that overflows float": ("optim: {learning_rate: 1" + "0" * 400 + "}\n", "learning_rate"),
+    "python tag": ("seed: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+    "alias bomb": ("a: &a [1]\nb: [*a, *a]\n", "aliases are not allowed"),
+    "merge key": ("a: &a {}\nb: {<<: *a}\n", "aliases are not allowed"),
+    "deep nesting": ("seed: " + "[" * 100 + "]" * 100 + "\n", "nested too deeply"),
+    "very deep nesting": ("seed: " + "[" * 30000, "c.yaml"),
+    "tabs": ("seed:\n\t1\n", "c.yaml:"),
+    "not yaml": ("}{\n", "c.yaml"),
+    "list for mapping": ("dapo: [1]\n", "dapo: expected a mapping"),
+    "null section": ("dapo:\n", "dapo: expected a mapping, got null"),
+    "NUL": ('data: {train: "a\\0b"}\n', "data.train: contains a NUL"),
+    "number for key": ("1: 2\n", "key 1 is not text"),
+    "wrong literal": ("reward: {verifier: strictt}\n", "reward.verifier: expected one of strict, lenient, custom"),
+    "G = 1": ("dapo: {responses_per_prompt: 1}\n", "dapo.responses_per_prompt: a group needs at least 2"),
+    "update splits groups": ("dapo: {responses_per_update: 100}\n", "100 is no multiple of responses_per_prompt 16"),
+    "update does not divide": ("dapo: {responses_per_update: 336}\n", "336 does not divide prompts_per_step x responses_per_prompt = 8192"),
+    "zero": ("rollout: {decode_slots: 0}\n", "rollout.decode_slots: must be at least 1, got 0"),
+    "negative": ("optim: {weight_decay: -1}\n", "optim.weight_decay: must be at least 0, got -1"),
+    "save interval 0": ("train: {save_every: 0}\n", "train.save_every: must be at least 1"),
+    "eps_low": ("dapo: {clip_eps_low: 1.2}\n", "dapo.clip_eps_low: must be at least 0 and below 1"),
+    "eps_high": ("dapo: {clip_eps_high: -0.1}\n", "dapo.clip_eps_high: must be at least 0"),
+    "dual clip": ("dapo: {dual_clip: 1}\n", "dapo.dual_clip: must be above 1"),
+    "ddof": ("dapo: {advantage_ddof: 16}\n", "dapo.advantage_ddof: must be at least 0 and below responses_per_prompt 16"),
+    "top_p": ("rollout: {top_p: 0}\n", "rollout.top_p: must be above 0 and at most 1"),
+    "temperature": ("rollout: {temperature: 0}\n", "rollout.temperature: must be above 0"),
+    "buffer": ("reward: {overlong_buffer_len: 30000}\n", "reward.overlong_buffer_len: exceeds rollout.max_response_len 20480"),
+    "context": ("rollout: {max_response_len: 40000}\n", "exceed the model's context of 40960 tokens"),
+    "row": ("train: {row_len: 100}\n", "train.row_len: 100 cannot hold a prompt and a response of 22528 tokens"),
+    "mesh": ("mesh: {data: -1}\n", "mesh: axes are at least 1, and one of them may be -1"),
+    "template": ("data: {template: hello}\n", "data.template: must contain {prompt} exactly once"),
+    "function without custom": ("reward: {function: 'a:b'}\n", "reward.function: goes with `verifier: custom`"),
+    "function not allowed": ("reward: {verifier: custom, function: 'os:system'}\n", "module 'os' is not in reward.allowed_modules"),
+    "folder and architecture": ("", "model.folder: give either", ["model.folder=x"]),
+    "no such override": ("", "optim.lr: unknown key", ["optim.lr=1"]),
+    "override without =": ("", "--set seed: expected section.key=value", ["seed"]),
+    "override of a scalar's inside": ("", "seed: expected a whole number", ["seed.a=1"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_configs_get_one_clear_line(load, case):
+    text, expected, *overrides = BAD[case]
+    with pytest.raises(ConfigError) as error:
+        load(text, *overrides)
+    message = str(error.value)
+    assert expected in message
+    assert "\n" not in message and len(message) < 400
+
+
+@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"- 1\n", b"text", b"\xff\xfe\x00", b"a" * 2_000_000])
+def test_files_that_hold_no_mapping(tmp_path, content):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="c.yaml"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("path", ["missing.yaml", ".", "a\0b"])
+def test_files_that_cannot_be_read(path):
+    with pytest.raises(ConfigError, match="cannot read config"):
+        load_config(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(), st.binary(), st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda leaf: st.lists(leaf, max_size=3) | st.dictionaries(st.sampled_from(["dapo", "model", "seed", "eval", "sets", "a"]) | st.text(max_size=3), leaf, max_size=3)).map(yaml.dump)))  # fmt: skip
+def test_no_file_raises_anything_but_its_own_error(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    try:
+        assert isinstance(load_config(path), Config)
+    except ConfigError as e:
+        assert "\n" not in str(e)
+
+
+def test_a_dumped_config_loads_equal(load, tmp_path):
+    c = load("preset: verl\ndata: {template: 'a: {prompt}\n\n010 yes 1e5 #'}\n", ["eval.sets.a=b", "optim.learning_rate=1e-7"])
+    (tmp_path / "d.yaml").write_text(dump_yaml(c))
+    assert load_config(tmp_path / "d.yaml") == c
+
+
+def test_every_field_is_described():
+    text = "\n".join(describe())
+    fields = [f.name for cls in vars(config_module).values() if dataclasses.is_dataclass(cls) for f in dataclasses.fields(cls)]
+    assert len(fields) > 80
+    for field in fields:
+        line = next(line for line in text.splitlines() if line.lstrip(" #").startswith(f"{field}:"))
+        assert len(line.partition("# ")[2]) > 0 and line.split("# ")[-1].strip()
+
+
+def test_config_from_dict_names_its_source():
+    with pytest.raises(ConfigError, match="^here: seed"):
+        config_from_dict({"seed": "x"}, "here")

@@ -1,0 +1,327 @@
+"""Tokenizers, templates, stop tokens and decoding."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import dapo_jax
+from dapo_jax.config import DAPO_TEMPLATE, DataSection
+from dapo_jax.data import prompts as module
+from dapo_jax.data.prompts import byte_tokenizer, decode, load_tokenizer, make_prompts, stop_tokens
+from dapo_jax.types import InputError, Message, Problem
+
+BARE = DataSection(template="{prompt}", max_prompt_len=50)
+CHATML = (
+    "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"  # with a beginning-of-sequence token, as many templates
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def chatty():
+    return words_tokenizer(chat_template=CHATML)
+
+
+def words_tokenizer(**kwargs):
+    """A tokenizer that splits at spaces and brackets, and adds <s> in front and </s> behind unless told not to."""
+    words = ["<s>", "</s>", "<unk>", "<tool>", "a", "b", "c", "[", "]", "user", "system", "assistant", "{", "}", "prompt"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **kwargs)
+    wrapped.add_special_tokens({"additional_special_tokens": ["<tool>"]}, replace_extra_special_tokens=False)
+    return wrapped
+
+
+def problem(prompt):
+    return Problem(str(prompt), prompt, "1")
+
+
+def prompt_tokens(problems, tokenizer, section=BARE):
+    return [p.tokens.tolist() for p in make_prompts(problems, tokenizer, section)[0]]
+
+
+def bytes_of(text):
+    return [byte + 2 for byte in text.encode("utf-8")]
+
+
+# Byte-level tokenizer
+
+
+def test_byte_tokenizer_numbers_bytes_after_pad_and_end(byte_level):
+    assert (byte_level.pad_token_id, byte_level.eos_token_id, len(byte_level)) == (0, 1, 258)
+    assert byte_level.convert_ids_to_tokens([0, 1]) == ["<|pad|>", "<|end|>"]
+    every_byte_of_utf8 = "".join(map(chr, range(0x800))) + "\u0fff\ud7ff\uffff\U00010000\U0007ffff\U0010ffff"
+    assert byte_level(every_byte_of_utf8)["input_ids"] == bytes_of(every_byte_of_utf8)
+    assert byte_level("<|end|>a<|pad|>")["input_ids"] == [1, 2 + ord("a"), 0]
+    assert byte_level.chat_template is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=30))
+def test_byte_tokenizer_round_trips_any_text(byte_level, text):
+    assert byte_level.decode(byte_level(text)["input_ids"]) == text
+
+
+def test_byte_tokenizer_keeps_spaces_before_punctuation(byte_level):
+    text = " do n't , stop . \n\n 've  "
+    assert decode(byte_level, bytes_of(text), (1,)) == text
+
+
+def test_byte_tokenizer_saves_and_loads_as_any_other(byte_level, tmp_path):
+    byte_level.save_pretrained(tmp_path)
+    for loaded in (AutoTokenizer.from_pretrained(str(tmp_path)), load_tokenizer(str(tmp_path))):
+        assert (loaded.pad_token_id, loaded.eos_token_id, len(loaded)) == (0, 1, 258)
+        assert loaded("é<|end|> x")["input_ids"] == byte_level("é<|end|> x")["input_ids"]
+        assert decode(loaded, bytes_of("a , b"), (1,)) == "a , b"
+
+
+# Loading
+
+
+def test_no_folder_is_the_byte_tokenizer(byte_level):
+    assert load_tokenizer(None).get_vocab() == byte_level.get_vocab()
+
+
+@pytest.fixture
+def folder(byte_level, tmp_path):
+    byte_level.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(path, **changes):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in (content | changes).items() if value is not ...}))
+
+
+def break_tokenizer(folder, how):
+    if how == "missing":
+        shutil.rmtree(folder)
+    elif how == "empty":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif how == "config only":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    elif how == "half a file":
+        path = folder / "tokenizer.json"
+        path.write_text(path.read_text()[:500])
+    elif how == "not a tokenizer":
+        (folder / "tokenizer.json").write_text("[]")
+    elif how == "no end token":
+        edit(folder / "tokenizer_config.json", eos_token=...)
+    elif how == "own code":
+        edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.Own"]}, tokenizer_class="Own")
+        (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Own: pass\n")
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "config only", "half a file", "not a tokenizer", "no end token", "own code"])
+def test_unusable_tokenizer_folders(folder, how, monkeypatch, capfd):
+    break_tokenizer(folder, how)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("looked for something on the network"))
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(str(folder))
+    message = str(caught.value)
+    assert message.startswith(str(folder)) and "\n" not in message and len(message) < len(str(folder)) + 400
+    assert capfd.readouterr() == ("", "")
+    assert not (folder / "ran").exists()
+
+
+def test_loading_is_offline_and_silent(folder, monkeypatch, capfd):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("looked for something on the network"))
+    tokenizer = load_tokenizer(str(folder))
+    make_prompts([problem("a" * 45)], tokenizer, BARE)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_first_import_is_silent_and_brings_no_other_framework():
+    code = (
+        "import sys; from dapo_jax.data.prompts import load_tokenizer; load_tokenizer(None)('a');"
+        "sys.exit(', '.join({'jax', 'tensorflow'} & sys.modules.keys()))"
+    )
+    root = Path(dapo_jax.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+# Stop tokens
+
+
+@pytest.mark.parametrize(
+    "generation, model, expected",
+    [
+        (None, None, (1,)),
+        ({"eos_token_id": 7}, {"eos_token_id": 9}, (1, 7, 9)),
+        ({"eos_token_id": [5, 1, 3]}, {"eos_token_id": None}, (1, 3, 5)),
+        ({}, {"eos_token_id": 0}, (0, 1)),
+    ],
+)
+def test_stop_tokens_are_the_union(byte_level, tmp_path, generation, model, expected):
+    for name, content in (("generation_config.json", generation), ("config.json", model)):
+        if content is not None:
+            (tmp_path / name).write_text(json.dumps(content))
+    assert stop_tokens(byte_level, str(tmp_path)) == expected
+
+
+def test_stop_tokens_without_a_folder(byte_level):
+    assert stop_tokens(byte_level, None) == (1,)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1, null]}', '{"eos_token_id": true}', '{"eos_token_id": -1}'])
+def test_unusable_end_tokens(byte_level, tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match="config.json") as caught:
+        stop_tokens(byte_level, str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+# Prompts
+
+
+def test_plain_problem_goes_into_the_template(byte_level):
+    text = "Find {x} in \\frac{1}{2}: {prompt} {0} %s"  # would break str.format and %, and must not be filled in twice
+    [prompt], left_out = make_prompts([problem(text)], byte_level, DataSection())
+    assert prompt.tokens.dtype == np.int32 and prompt.tokens.tolist() == bytes_of(DAPO_TEMPLATE.split("{prompt}")[0] + text + DAPO_TEMPLATE.split("{prompt}")[1])
+    assert prompt.problem == problem(text) and left_out == {}
+
+
+def test_default_special_tokens_but_no_end_token(chatty):
+    chatty.chat_template = None
+    assert prompt_tokens([problem("a b")], chatty) == [[0, 4, 5]]
+    assert chatty("a b")["input_ids"] == [0, 4, 5, 1]  # what it would do by itself
+
+
+def test_chat_template_wraps_a_plain_problem_without_a_second_start_token(chatty):
+    section = DataSection(template="c {prompt} c", max_prompt_len=50)
+    assert chatty.convert_ids_to_tokens(prompt_tokens([problem("a b")], chatty, section)[0]) == "<s> [ user ] c a b c [ assistant ]".split()
+
+
+def test_chat_can_be_switched_off(chatty):
+    section = DataSection(template="{prompt}", chat=False, max_prompt_len=50)
+    turns = problem((Message("system", "a"), Message("user", "b")))
+    assert prompt_tokens([problem("a b"), turns], chatty, section) == [[0, 4, 5], [0, 4, 5]]
+
+
+def test_chat_turns_are_used_as_they_are(chatty):
+    section = DataSection(template="c c {prompt}", max_prompt_len=50)
+    tokens = prompt_tokens([problem((Message("system", "a"), Message("user", "b")))], chatty, section)[0]
+    assert chatty.convert_ids_to_tokens(tokens) == "<s> [ system ] a [ user ] b [ assistant ]".split()
+
+
+def test_chat_turns_without_a_chat_template_are_joined_by_blank_lines(byte_level):
+    assert prompt_tokens([problem((Message("system", "a"), Message("user", "b\nc")))], byte_level) == [bytes_of("a\n\nb\nc")]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "x</s>",
+        "<s>",
+        "<unk>y",
+        "call <tool> now",
+        (Message("user", "a"), Message("user", "b</s>")),
+        (Message("</s>", "a"),),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("chat_template", [None, CHATML], ids=["plain", "chat"])
+def test_control_tokens_in_problems_are_left_out_and_counted(bad, chat_template):
+    tokenizer = words_tokenizer(chat_template=chat_template)
+    prompts, left_out = make_prompts([problem(bad), problem("a"), problem(bad), problem("</ s>")], tokenizer, BARE)
+    assert [p.problem.prompt for p in prompts] == ["a", "</ s>"]
+    assert left_out == {"control tokens": 2}
+
+
+def test_control_tokens_of_the_template_are_kept(byte_level):
+    section = DataSection(template="<|end|>{prompt}", max_prompt_len=50)
+    assert prompt_tokens([problem("a")], byte_level, section) == [[1, *bytes_of("a")]]
+
+
+def test_long_and_empty_prompts_are_left_out_and_counted(byte_level):
+    problems = [problem(text) for text in ("x" * 51, "y" * 50, "é" * 26, "z" * 10_000, "<|pad|>", "ok")]
+    prompts, left_out = make_prompts(problems, byte_level, BARE)
+    assert [p.problem.prompt[0] for p in prompts] == ["y", "o"]
+    assert left_out == {"longer than 50 tokens": 3, "control tokens": 1}
+    bare_words = words_tokenizer()
+    bare_words.backend_tokenizer.post_processor = None
+    assert make_prompts([problem("\u3000"), problem("a")], bare_words, BARE)[1] == {"no tokens": 1}
+
+
+def test_order_is_kept_across_batches(byte_level, monkeypatch):
+    monkeypatch.setattr(module, "_BATCH", 3)
+    texts = [f"{i}" * (1 + i % 4) for i in range(20)]
+    assert prompt_tokens([problem(t) for t in texts], byte_level) == [bytes_of(t) for t in texts]
+
+
+@pytest.mark.parametrize("problems", [[], [problem("x" * 51)], [problem("<|end|>"), problem("y" * 60)]], ids=["none", "long", "both"])
+def test_no_prompt_left(byte_level, problems):
+    with pytest.raises(InputError, match="no usable prompt") as caught:
+        make_prompts(problems, byte_level, BARE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate\nand more') }}",
+        "{% for m in messages %}{{ m.nothing.at.all }}{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{% for",
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{% for i in range(1000000000) %}x{% endfor %}",
+    ],
+)
+def test_chat_templates_that_fail(template):
+    with pytest.raises(InputError, match="chat template of") as caught:
+        make_prompts([problem("a")], words_tokenizer(chat_template=template), BARE)
+    assert "\n" not in str(caught.value)
+
+
+def test_chat_template_that_hangs(chatty, monkeypatch):
+    released = threading.Event()
+    rendered = iter(["[user]a"])
+
+    def first_works_then_hangs(*args, **kwargs):
+        return next(rendered, None) or released.wait(60)
+
+    monkeypatch.setattr(chatty, "apply_chat_template", first_works_then_hangs)
+    monkeypatch.setattr(module, "_RENDER_DEADLINE_S", 0.1)
+    try:
+        with pytest.raises(InputError, match="chat template of .* no result within 0.1 s"):
+            make_prompts([problem("a"), problem("b")], chatty, BARE)
+    finally:
+        released.set()
+
+
+# Decoding
+
+
+def test_decode_drops_one_final_stop_token_and_special_tokens(byte_level):
+    stop = (1, 2 + ord("!"))
+    assert decode(byte_level, np.array([*bytes_of("ab"), 1], np.int32), stop) == "ab"
+    assert decode(byte_level, bytes_of("ab!!"), stop) == "ab!"
+    assert decode(byte_level, bytes_of("a!b"), stop) == "a!b"
+    assert decode(byte_level, [1, *bytes_of("a"), 0, *bytes_of("b")], stop) == "ab"
+    assert decode(byte_level, [], stop) == "" == decode(byte_level, [1], stop)
+
+
+def test_decode_survives_broken_characters_and_unknown_tokens(byte_level):
+    assert decode(byte_level, [*bytes_of("a"), 2 + 0xC3, *bytes_of("b")], (1,)) == "a\ufffdb"
+    assert decode(byte_level, [*bytes_of("a"), 258, 10**6], (1,)) == "a"  # a model's vocabulary may be larger than its tokenizer's

@@ -1,0 +1,252 @@
+r"""The verifiers, on the examples that the released rule is known by and on hostile text."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dapo_jax.reward.verify import check_verdict, extract_answer, lenient_verify, load_function, normalize_answer, strict_verify
+from dapo_jax.types import InputError, Problem, Verdict
+
+RIGHT = [
+    ("Answer: 42", "42"),
+    ("Answer: $42$", "42"),
+    (r"Answer: \boxed{42}", "42"),
+    ("answer : 42 degrees", "42"),
+    ("Answer: x = 42", "42"),
+    ("Answer: 41\nAnswer: 42", "42"),
+    ("Answer:\n42", "42"),
+    (r"Answer: 42 \text{ cm}", "42"),
+    ("Answer: 1,024", "1024"),
+    ("Answer: -7", "-7"),
+    (r"Answer: \frac12", r"\frac{1}{2}"),
+]
+WRONG = [
+    "Answer: 42.0",
+    "Answer: 042",
+    "Answer: 42.",
+    "Answer: **42**",
+    "**Answer:** 42",
+    r"\boxed{42}",
+    "The answer is 42",
+    "Answer: 42<|im_end|>",
+    "Answer: 42 (mod 1000)",
+    "Answer: 42" + "." * 300,
+    "Answer: 42\n" + "x" * 300,
+    "",
+    "Answer:",
+    "Answer: ",
+]
+
+
+@pytest.mark.parametrize(("response", "truth"), RIGHT)
+def test_strict_accepts(response, truth):
+    assert strict_verify("Let me think.\n" * 100 + response, truth) is True
+    assert extract_answer(response) == truth
+
+
+@pytest.mark.parametrize("response", WRONG)
+def test_strict_refuses(response):
+    assert strict_verify(response, "42") is False
+
+
+def test_strict_looks_at_the_last_300_characters():
+    assert strict_verify("Answer: 42\n" + "x" * (300 - len("Answer: 42\n")), "42")
+    assert not strict_verify("Answer: 42\n" + "x" * (301 - len("Answer: 42\n")), "42")
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        (r"x = \boxed{1{,}024} \text{ cm}", "1024"),
+        ("a dog", "dog"),
+        ("$1,000,000$ dollars", "1000000"),
+        ("(1,024)", "(1,024)"),  # no number, so its comma stays
+        (r"\frac{3}{4}", r"\frac{3}{4}"),
+        (r"\frac34x", r"\frac{3}{4}x"),
+        (r"\sqrt3", r"\sqrt{3}"),
+        (r"\sqrt{3}", r"\sqrt{3}"),
+        (r"\text{east}", "east"),
+        (r"\mbox{east}", "east"),
+        (r"\textbf{east}", "east"),
+        (r"\overline{AB}", "AB"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        ("the sum is $5$, or $6$", "5"),
+        (r"45^\circ", "45"),
+        (r"45^{\circ}", "45"),
+        (r"12 \text{m}^2", "12"),
+        (r"x\text{ and }y", "x,y"),
+        (r"x,\text{ and }y", "x,y"),
+        (r"\$18", "18"),
+        ("18 mph", "18"),
+        (r"5\;", "5"),
+        ('"5"', "5"),
+        ("$5.$", "5"),
+        ("  5\n", "5"),
+    ],
+)
+def test_normalisation(text, normal):
+    assert normalize_answer(text) == normal
+
+
+def test_no_answer_line_is_no_answer():
+    assert extract_answer("The answer is 42") is None
+    assert extract_answer("") is None
+    assert not strict_verify("", "")
+
+
+@given(st.text(), st.text())
+def test_strict_never_raises(response, truth):
+    assert isinstance(strict_verify(response, truth), bool)
+    assert isinstance(normalize_answer(truth), str)
+
+
+PIECES = ["Answer:", *r"\boxed{ \text{ \frac \sqrt { } $ \$ = , . 1 42 a \ \circ ^".split(), " ", "\n", "\r", "\ud800"]
+TEX = st.lists(st.sampled_from(PIECES)).map("".join)
+
+
+@given(TEX, TEX)
+def test_strict_never_raises_on_broken_tex(response, truth):
+    assert isinstance(strict_verify("Answer:" + response, truth), bool)
+    assert isinstance(extract_answer(response), str | None)
+
+
+HOSTILE = ["a ", "=", "$", r"\text{", r"\boxed{", "frac", "Answer:", "Answer ", "Answer:\n", "9", "{", "\ud800", "\0"]
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_strict_is_fast_on_hostile_text(unit):
+    text = unit * (2**20 // len(unit))
+    began = time.process_time()
+    for truth in (text, text[:4096], "42"):
+        assert not strict_verify(text + "Answer: 43", truth)
+        normalize_answer(truth)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("response", "truth"),
+    [
+        *RIGHT,
+        ("Answer: 42.0", "42"),
+        ("Answer: 042", "42"),
+        ("Answer: 42.", "42"),
+        ("Answer: **42**", "42"),
+        ("**Answer:** 42", "42"),
+        (r"\boxed{1/2}", r"\frac{1}{2}"),
+        (r"Answer: \boxed{1/2}", r"\frac{1}{2}"),
+        ("Answer: 0.5", r"\frac{1}{2}"),
+        (r"Answer: 2\sqrt{3}", r"\sqrt{12}"),
+        ("Answer: x^2+1", "1+x^2"),
+        ("Answer: (1, 2)", "(1,2)"),
+        ("Answer: $$\n42\n$$", "42"),
+        ("Answer: 42\nand not $41$", "42"),
+        ("Answer: east", "east"),
+    ],
+)
+def test_lenient_accepts(response, truth):
+    assert lenient_verify("Let $x = 5$.\n" * 400 + response, truth) is True
+
+
+@pytest.mark.parametrize(
+    ("response", "truth"),
+    [
+        ("Answer: 43", "42"),
+        ("Answer: 42\nAnswer: 43", "42"),
+        (r"Answer: 2\sqrt{3}", "2"),
+        ("Answer: x^2+1", "3"),
+        ("Answer: (1,2)", "(2,1)"),
+        ("Answer: 41, 42", "42"),
+        ("Answer: west", "east"),
+        (r"\boxed{42}" + "." * 2000, "42"),
+        ("", "42"),
+        ("Answer: 42", ""),
+        ("Answer: 5", "9" * 5000),
+        (r"Answer: \frac{", "42"),
+        ("\ud800", "42"),
+    ],
+)
+def test_lenient_refuses(response, truth):
+    assert lenient_verify(response, truth) is False
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [
+        ((True, 1.0), Verdict(True, 1.0)),
+        ((np.bool_(False), np.float32(-0.5)), Verdict(False, -0.5)),
+        ((False, 2), Verdict(False, 2.0)),
+        (Verdict(True, 0.25), Verdict(True, 0.25)),
+        (Verdict(False, -1.0, "no\nidea"), Verdict(False, -1.0, "no idea")),
+    ],
+)
+def test_verdicts_of_custom_functions(value, verdict):
+    checked = check_verdict(value)
+    assert checked == verdict
+    assert type(checked.correct) is bool and type(checked.score) is float
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (None, "must return .*NoneType"),
+        ("right", "must return .*str"),
+        (True, "must return .*bool"),
+        ((True,), "must return .*tuple of 1"),
+        ((True, 1.0, None), "must return .*tuple of 3"),
+        ((1, 1.0), "correct must be True or False, not int"),
+        (("yes", 1.0), "correct must be True or False, not str"),
+        ((True, None), "score must be a number, not NoneType"),
+        ((True, "1"), "score must be a number, not str"),
+        ((True, True), "score must be a number, not bool"),
+        ((True, np.ones(2)), "score must be a number, not ndarray"),
+        ((True, float("nan")), "finite in float32, got nan"),
+        ((True, float("-inf")), "finite in float32, got -inf"),
+        ((True, 1e39), r"finite in float32, got 1e\+39"),
+        ((True, 10**400), "finite in float32, got inf"),
+        (Verdict(True, 1.0, 3), "error must be text or None, not int"),
+    ],
+)
+def test_useless_verdicts_are_explained(value, says):
+    with pytest.raises(ValueError, match=says):
+        check_verdict(value)
+
+
+@pytest.fixture
+def helper_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+def test_load_function(helper_on_path):
+    function = load_function("reward_functions:judge", ["reward_functions"])
+    assert function(Problem("p", "1+1?", "2"), "2", 5) == (True, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("os:system", "not in reward.allowed_modules"),
+        ("reward_functions.os:system", "not in reward.allowed_modules"),
+        ("reward_functions", "expected package.module:function"),
+        ("reward_functions:os.system", "expected package.module:function"),
+        ("missing_module:judge", "cannot import 'missing_module' .ModuleNotFoundError"),
+        ("reward_functions:missing", "has no 'missing'"),
+        ("reward_functions:not_callable", "is a int"),
+    ],
+)
+def test_unusable_functions_are_bad_input(helper_on_path, spec, says):
+    with pytest.raises(InputError, match=says) as info:
+        load_function(spec, ["reward_functions", "missing_module"])
+    assert "reward.function" in str(info.value) and "\n" not in str(info.value)
+
+
+def test_a_module_that_fails_to_import_is_bad_input(tmp_path, monkeypatch):
+    (tmp_path / "broken_reward.py").write_text("raise RuntimeError('first\\nsecond')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match="RuntimeError: first second"):
+        load_function("broken_reward:judge", ["broken_reward"])
+    sys.modules.pop("broken_reward", None)

@@ -1,0 +1,590 @@
+"""Hugging Face folders in and out: layout against the safetensors library, round trips, and every folder that must be refused."""
+
+import dataclasses
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dapo_jax.config import ModelConfig, RopeScaling, flatten
+from dapo_jax.model.families import model_config_from_hf, model_config_to_hf, tensors
+from dapo_jax.model.weights import load_pretrained, save_pretrained
+from dapo_jax.types import InputError
+
+GOLDENS = Path(__file__).parent / "goldens"
+NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/golden.npz"))
+
+# As published on the model pages.
+LLAMA_31_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+QWEN25_7B: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN3_06B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def without(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {k: v for k, v in tree.items() if k not in keys}
+
+
+def assert_refused(call, *parts):
+    """`call` raises InputError in one line that contains all of `parts`."""
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def assert_same_params(found, expected):
+    found, expected = flatten(found), flatten(expected)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Configs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_config_of_published_models():
+    assert model_config_from_hf(LLAMA_31_8B, "c") == ModelConfig(
+        family="llama",
+        vocab_size=128256,
+        model_dim=4096,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        ffn_dim=14336,
+        rope_theta=5e5,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+        norm_eps=1e-5,
+        tie_embeddings=False,
+        max_position=131072,
+    )
+    assert model_config_from_hf(QWEN25_7B, "c") == ModelConfig(
+        family="qwen2",
+        vocab_size=152064,
+        model_dim=3584,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        head_dim=128,
+        ffn_dim=18944,
+        tie_embeddings=False,
+        max_position=32768,
+    )
+    assert model_config_from_hf(QWEN3_06B, "c") == ModelConfig()  # the defaults are Qwen3-0.6B
+
+
+@pytest.mark.parametrize("hf", [LLAMA_31_8B, QWEN25_7B, QWEN3_06B])
+def test_transformers_5_spelling_means_the_same(hf):
+    rope: dict[str, Any] = {"rope_type": "default", **(hf.get("rope_scaling") or {}), "rope_theta": hf["rope_theta"]}
+    new = {**without(hf, "rope_theta", "rope_scaling", "torch_dtype"), "rope_parameters": rope, "dtype": "bfloat16"}
+    new["layer_types"] = ["full_attention"] * hf["num_hidden_layers"]
+    assert model_config_from_hf(new, "c") == model_config_from_hf(hf, "c")
+
+
+def test_config_defaults_are_those_of_transformers():
+    config = model_config_from_hf(without(LLAMA_31_8B, "num_key_value_heads", "tie_word_embeddings", "rope_scaling", "rope_theta"), "c")
+    assert (config.kv_heads, config.head_dim, config.tie_embeddings, config.rope_scaling) == (32, 128, False, None)
+    assert config.rope_theta == 10000.0
+    assert model_config_from_hf(without(QWEN3_06B, "architectures"), "c").family == "qwen3"
+
+
+@pytest.mark.parametrize("hf", [LLAMA_31_8B, QWEN25_7B, QWEN3_06B])
+def test_config_round_trip(hf):
+    config = model_config_from_hf(hf, "c")
+    written = json.loads(json.dumps(model_config_to_hf(config)))
+    assert model_config_from_hf(written, "c") == config
+    shared = written.keys() & hf.keys()
+    assert len(shared) >= 13
+    assert {key: written[key] for key in shared} == {key: hf[key] for key in shared}
+
+
+ROPE: dict[str, Any] = LLAMA_31_8B["rope_scaling"]
+REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "architecture": (LLAMA_31_8B, {"architectures": ["MistralForCausalLM"]}, "architectures"),
+    "classifier": (LLAMA_31_8B, {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+    "architecture-text": (LLAMA_31_8B, {"architectures": "LlamaForCausalLM"}, "architectures"),
+    "architecture-nested": (LLAMA_31_8B, {"architectures": [{}]}, "architectures"),
+    "model-type": (LLAMA_31_8B, {"model_type": "mistral"}, "model_type"),
+    "no-architecture": (LLAMA_31_8B, {"architectures": None, "model_type": "gemma"}, "model_type"),
+    "remote-code": (LLAMA_31_8B, {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}, "auto_map"),
+    "quantised": (LLAMA_31_8B, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    "gelu": (LLAMA_31_8B, {"hidden_act": "gelu"}, "hidden_act"),
+    "llama-bias": (LLAMA_31_8B, {"attention_bias": True}, "attention_bias"),
+    "qwen3-bias": (QWEN3_06B, {"attention_bias": True}, "attention_bias"),
+    "mlp-bias": (LLAMA_31_8B, {"mlp_bias": True}, "mlp_bias"),
+    "partial-rotary": (LLAMA_31_8B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "window": (QWEN25_7B, {"use_sliding_window": True, "max_window_layers": 10}, "use_sliding_window"),
+    "window-layer": (QWEN25_7B, {"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "layer_types"),
+    "rope-yarn": (QWEN25_7B, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type"),
+    "rope-linear": (LLAMA_31_8B, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling.rope_type"),
+    "rope-dynamic": (QWEN3_06B, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters.rope_type"),
+    "rope-by-layer": (QWEN3_06B, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters.full_attention"),
+    "rope-key": (LLAMA_31_8B, {"rope_scaling": {**ROPE, "attention_factor": 2.0}}, "rope_scaling.attention_factor"),
+    "rope-incomplete": (LLAMA_31_8B, {"rope_scaling": without(ROPE, "high_freq_factor")}, "rope_scaling.high_freq_factor"),
+    "rope-crossed": (LLAMA_31_8B, {"rope_scaling": {**ROPE, "high_freq_factor": 0.5}}, "rope_scaling"),
+    "rope-text": (LLAMA_31_8B, {"rope_scaling": "llama3"}, "rope_scaling"),
+    "missing": (LLAMA_31_8B, {"hidden_size": None}, "hidden_size"),
+    "missing-qwen3-head-dim": (QWEN3_06B, {"head_dim": None}, "head_dim"),
+    "text": (LLAMA_31_8B, {"hidden_size": "4096"}, "hidden_size"),
+    "fraction": (LLAMA_31_8B, {"num_hidden_layers": 32.0}, "num_hidden_layers"),
+    "bool": (LLAMA_31_8B, {"num_hidden_layers": True}, "num_hidden_layers"),
+    "zero": (LLAMA_31_8B, {"vocab_size": 0}, "vocab_size"),
+    "nan": (LLAMA_31_8B, {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    "infinite": (LLAMA_31_8B, {"rope_theta": float("inf")}, "rope_theta"),
+    "indivisible-heads": (LLAMA_31_8B, {"num_key_value_heads": 5}, "num_key_value_heads"),
+    "indivisible-width": (LLAMA_31_8B, {"num_attention_heads": 30}, "num_attention_heads"),
+    "odd-head-dim": (LLAMA_31_8B, {"head_dim": 65}, "head_dim"),
+    "tie": (LLAMA_31_8B, {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_CONFIGS)
+def test_config_refused(name):
+    hf, change, key = REFUSED_CONFIGS[name]
+    model_config_from_hf(hf, "x/config.json")
+    assert_refused(lambda: model_config_from_hf({**hf, **change}, "x/config.json"), "x/config.json: ", f"{key}: ")
+
+
+def test_window_that_no_layer_uses_is_accepted():
+    assert model_config_from_hf({**QWEN25_7B, "use_sliding_window": True}, "c") == model_config_from_hf(QWEN25_7B, "c")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loading and saving
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layout(name):
+    """Leaves against the file by index arithmetic: file kernels are [out, in], heads major in `out` of q, k, v and in `in` of o."""
+    config, params = load_pretrained(GOLDENS / name)
+    file = load_file(GOLDENS / name / "model.safetensors")
+    assert {t.name for t in tensors(config)} == set(file)
+    np.testing.assert_array_equal(params["embed"]["embedding"], file["model.embed_tokens.weight"])
+    assert ("head" in params) == (not config.tie_embeddings) == ("lm_head.weight" in file)
+    if "head" in params:
+        np.testing.assert_array_equal(params["head"]["kernel"], file["lm_head.weight"].T)
+    np.testing.assert_array_equal(params["final_norm"]["scale"], file["model.norm.weight"])
+    h, layers = config.head_dim, params["layers"]
+    for i in range(config.layers):
+
+        def stored(part, i=i):
+            return file[f"model.layers.{i}.{part}"]
+
+        np.testing.assert_array_equal(layers["attn_norm"]["scale"][i], stored("input_layernorm.weight"))
+        np.testing.assert_array_equal(layers["mlp_norm"]["scale"][i], stored("post_attention_layernorm.weight"))
+        for part in ("gate", "up", "down"):
+            np.testing.assert_array_equal(layers["mlp"][part]["kernel"][i], stored(f"mlp.{part}_proj.weight").T)
+        for part, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
+            for head in range(heads):
+                rows = slice(head * h, head * h + h)
+                np.testing.assert_array_equal(layers["attn"][part]["kernel"][i][:, head], stored(f"self_attn.{part}_proj.weight")[rows].T)
+                if config.family == "qwen2":
+                    np.testing.assert_array_equal(layers["attn"][part]["bias"][i][head], stored(f"self_attn.{part}_proj.bias")[rows])
+        for head in range(config.heads):
+            columns = stored("self_attn.o_proj.weight")[:, head * h : head * h + h]
+            np.testing.assert_array_equal(layers["attn"]["o"]["kernel"][i][head], columns.T)
+        if config.family == "qwen3":
+            for part in ("q_norm", "k_norm"):
+                np.testing.assert_array_equal(layers["attn"][part]["scale"][i], stored(f"self_attn.{part}.weight"))
+
+
+@pytest.mark.parametrize("as_jax", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip_is_bit_equal(name, as_jax, tmp_path):
+    config, params = load_pretrained(GOLDENS / name)
+    given = jax.tree.map(jnp.asarray, params) if as_jax else params
+    save_pretrained(tmp_path / "out", config, given)
+    again_config, again = load_pretrained(tmp_path / "out")
+    assert again_config == config
+    assert_same_params(again, params)
+    source, out = load_file(GOLDENS / name / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert source.keys() == out.keys()
+    for key in source:
+        np.testing.assert_array_equal(out[key], source[key])
+    header = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"] == {"format": "pt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_sharded_round_trip(tmp_path):
+    config, params = load_pretrained(GOLDENS / "qwen3_untied")
+    save_pretrained(tmp_path / "out", config, params, max_shard_bytes=20_000)
+    assert_same_params(load_pretrained(tmp_path / "out")[1], params)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    shards = {path.name: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
+    assert len(shards) > 3 and set(shards) == {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))}
+    assert index["weight_map"] == {name: shard for shard, held in shards.items() for name in held}
+    sizes = [sum(values.nbytes for values in held.values()) for held in shards.values()]
+    assert max(sizes) <= 20_000 and index["metadata"]["total_size"] == sum(sizes)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_half_precision_weights_become_float32(dtype, tmp_path):
+    folder = copy_golden("llama_tied", tmp_path)
+    halves = {name: values.astype(dtype) for name, values in load_file(folder / "model.safetensors").items()}
+    save_file(halves, folder / "model.safetensors")
+    params = load_pretrained(folder)[1]
+    embedding = params["embed"]["embedding"]
+    assert embedding.dtype == np.float32
+    np.testing.assert_array_equal(embedding, halves["model.embed_tokens.weight"].astype(np.float32))
+    assert np.abs(embedding - load_pretrained(GOLDENS / "llama_tied")[1]["embed"]["embedding"]).max() > 0
+
+
+def test_memory_holds_the_model_once(tmp_path):
+    config = ModelConfig(vocab_size=256, model_dim=64, layers=40, heads=4, kv_heads=2, head_dim=16, ffn_dim=256)
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text(json.dumps(model_config_to_hf(config)))
+    file = {t.name: rng.standard_normal(t.file_shape, np.float32) for t in tensors(config)}
+    save_file(file, tmp_path / "in" / "model.safetensors")
+    size = sum(values.nbytes for values in file.values())
+    tracemalloc.start()
+    try:
+        params = load_pretrained(tmp_path / "in")[1]
+        assert size <= tracemalloc.get_traced_memory()[1] < 1.1 * size
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        save_pretrained(tmp_path / "out", config, params)
+        assert tracemalloc.get_traced_memory()[1] - before < 0.1 * size
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size >= size
+
+
+def test_source_folder_is_kept_but_for_the_dtype(tmp_path):
+    source = copy_golden("llama_scaled_untied", tmp_path)
+    hf = json.loads((source / "config.json").read_text())
+    hf |= {"dtype": "bfloat16", "eos_token_id": [7, 8], "of_the_user": {"note": "kept"}}
+    (source / "config.json").write_text(json.dumps(hf))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "modeling_evil.py", "pytorch_model.bin"):
+        (source / name).write_text(f"content of {name}")
+    config, params = load_pretrained(source)
+    trained = dataclasses.replace(config, compute_dtype="bfloat16", remat="full")
+    save_pretrained(tmp_path / "out", trained, params, source_folder=source)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {**hf, "dtype": "float32"}
+    copied = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == copied | {"config.json", "model.safetensors"}
+    for name in copied:
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert load_pretrained(tmp_path / "out")[0] == config
+
+
+class FakeTokenizer:
+    eos_token_id = 5
+    bos_token_id = None
+
+    def save_pretrained(self, folder):
+        (Path(folder) / "tokenizer.json").write_text("its own")
+
+
+def test_tokenizer_is_saved_instead_of_the_sources(tmp_path):
+    config, params = load_pretrained(GOLDENS / "qwen2_tied")
+    source = copy_golden("qwen2_tied", tmp_path)
+    for name in ("tokenizer.json", "vocab.json"):
+        (source / name).write_text("the source's")
+    save_pretrained(tmp_path / "a", config, params, source_folder=source, tokenizer=FakeTokenizer())
+    assert (tmp_path / "a" / "tokenizer.json").read_text() == "its own"
+    assert not (tmp_path / "a" / "vocab.json").exists() and (tmp_path / "a" / "generation_config.json").exists()
+    save_pretrained(tmp_path / "b", config, params, tokenizer=FakeTokenizer())
+    hf = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (hf["eos_token_id"], hf["bos_token_id"], hf["torch_dtype"]) == (5, None, "float32")
+
+
+def test_failed_save_leaves_nothing(tmp_path):
+    class Failing:
+        def __init__(self, error):
+            self.error = error
+
+        def save_pretrained(self, folder):
+            raise self.error
+
+    config, params = load_pretrained(GOLDENS / "qwen2_tied")
+    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left on device"), InputError)):
+        with pytest.raises(raised):
+            save_pretrained(tmp_path / "out", config, params, tokenizer=Failing(error))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_save_refuses_what_it_would_overwrite(tmp_path):
+    config, params = load_pretrained(GOLDENS / "qwen2_tied")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("full", "file"):
+        assert_refused(lambda name=name: save_pretrained(tmp_path / name, config, params), name)
+    assert_refused(lambda: save_pretrained(tmp_path / "file" / "below", config, params), "cannot write")
+    assert {path.name for path in tmp_path.iterdir()} == {"full", "file"}
+    assert (tmp_path / "full" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    save_pretrained(tmp_path / "empty", config, params)
+    assert_same_params(load_pretrained(tmp_path / "empty")[1], params)
+
+
+def test_save_refuses_what_does_not_belong_together(tmp_path):
+    config, params = load_pretrained(GOLDENS / "qwen2_tied")
+    assert_refused(lambda: save_pretrained(tmp_path / "out", config, params, source_folder=GOLDENS / "qwen2_untied"), "architecture")
+    assert_refused(lambda: save_pretrained(tmp_path / "out", config, params, source_folder=tmp_path / "nowhere"), "nowhere")
+    with pytest.raises(ValueError, match="head.kernel"):
+        save_pretrained(tmp_path / "out", config, {**params, "head": {"kernel": np.zeros((32, 96), np.float32)}})
+    with pytest.raises(ValueError, match="embed.embedding"):
+        save_pretrained(tmp_path / "out", config, {**params, "embed": {"embedding": params["embed"]["embedding"].T}})
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Folders that must be refused, and what in them must not
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def copy_golden(name, tmp_path):
+    return Path(shutil.copytree(GOLDENS / name, tmp_path / name))
+
+
+def change_tensors(folder, change):
+    file = load_file(folder / "model.safetensors")
+    change(file)
+    save_file({name: np.ascontiguousarray(values) for name, values in file.items()}, folder / "model.safetensors")
+
+
+def change_bytes(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+def shard(folder):
+    """Splits the folder's weights in two, with an index; returns the index."""
+    file = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(file)
+    weight_map = {name: f"model-{1 + (i % 2)}.safetensors" for i, name in enumerate(names)}
+    for part in set(weight_map.values()):
+        save_file({name: file[name] for name in names if weight_map[name] == part}, folder / part)
+    return {"metadata": {}, "weight_map": weight_map}
+
+
+def write_index(folder, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def redirect(folder, to):
+    index = shard(folder)
+    index["weight_map"]["model.norm.weight"] = to
+    write_index(folder, index)
+
+
+def index_without_map(folder):
+    write_index(folder, {**shard(folder), "weight_map": []})
+
+
+def a_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def only_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def missing_shard(folder):
+    write_index(folder, shard(folder))
+    (folder / "model-2.safetensors").unlink()
+
+
+def tensor_in_two_shards(folder):
+    write_index(folder, shard(folder))
+    shutil.copyfile(folder / "model-1.safetensors", folder / "model-2.safetensors")
+
+
+def outside(folder, to):
+    """An index to a file that exists, outside the folder."""
+    shutil.copyfile(folder / "model.safetensors", folder.parent / "outside.safetensors")
+    redirect(folder, to)
+
+
+def misshapen(file):
+    file["model.layers.1.mlp.up_proj.weight"] = file["model.layers.1.mlp.up_proj.weight"].T
+
+
+def poisoned(value):
+    def change(file):
+        file["model.layers.1.self_attn.o_proj.weight"][3, 5] = value
+
+    return change
+
+
+def weights(path):
+    return path / "model.safetensors"
+
+
+NORM = "model.norm.weight"
+BAD_FOLDERS = {
+    "no-folder": (lambda f: shutil.rmtree(f), ["no such folder"]),
+    "a-file": (a_file, ["no such folder"]),
+    "no-config": (lambda f: (f / "config.json").unlink(), ["config.json: cannot read"]),
+    "config-cut": (lambda f: change_bytes(f / "config.json", lambda b: b[:100]), ["config.json: no valid JSON"]),
+    "config-binary": (lambda f: change_bytes(f / "config.json", lambda b: b"\xff\x00\xfe"), ["config.json: no valid JSON"]),
+    "config-list": (lambda f: change_bytes(f / "config.json", lambda b: b"[]"), ["config.json: expected a JSON object"]),
+    "config-deep": (lambda f: change_bytes(f / "config.json", lambda b: b"[" * 200_000), ["config.json: no valid JSON"]),
+    "config-twice": (
+        lambda f: change_bytes(f / "config.json", lambda b: b.replace(b"{", b'{"vocab_size": 7,', 1)),
+        ["config.json", "occurs twice"],
+    ),
+    "remote-code": (
+        lambda f: change_bytes(f / "config.json", lambda b: b.replace(b"{", b'{"auto_map": {"AutoModel": "evil.M"},', 1)),
+        ["config.json: auto_map"],
+    ),
+    "no-weights": (no_weights, ["no model.safetensors"]),
+    "only-pickle": (only_pickle, ["pickled", "convert"]),
+    "missing-shard": (missing_shard, ["index.json", "model-2.safetensors", "missing"]),
+    "tensor-in-two-shards": (tensor_in_two_shards, ["model-2.safetensors", "also in model-1.safetensors"]),
+    "shard-above": (lambda f: outside(f, "../outside.safetensors"), ["index.json", NORM, "../outside.safetensors"]),
+    "shard-absolute": (lambda f: outside(f, str(f.parent / "outside.safetensors")), ["index.json", NORM, "outside.safetensors"]),
+    "shard-below": (lambda f: redirect(f, "sub/model-1.safetensors"), ["index.json", NORM, "sub/model-1.safetensors"]),
+    "shard-number": (lambda f: redirect(f, 3), ["index.json", NORM]),
+    "shard-pickle": (lambda f: redirect(f, "pytorch_model.bin"), ["index.json", NORM, "pytorch_model.bin"]),
+    "shard-newline": (lambda f: redirect(f, "a.safetensors\n"), ["index.json", NORM]),
+    "index-without-map": (index_without_map, ["index.json: weight_map"]),
+    "empty-file": (lambda f: change_bytes(weights(f), lambda b: b""), ["model.safetensors: truncated or corrupt"]),
+    "truncated": (lambda f: change_bytes(weights(f), lambda b: b[:-100]), ["model.safetensors: truncated or corrupt"]),
+    "truncated-header": (lambda f: change_bytes(weights(f), lambda b: b[:300]), ["model.safetensors: truncated or corrupt"]),
+    "corrupt-header": (lambda f: change_bytes(weights(f), lambda b: b[:8] + b"#" + b[9:]), ["model.safetensors: truncated or corrupt"]),
+    "huge-header": (lambda f: change_bytes(weights(f), lambda b: b"\xff" * 8 + b[8:]), ["model.safetensors: truncated or corrupt"]),
+    "git-lfs-pointer": (
+        lambda f: change_bytes(weights(f), lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        ["model.safetensors: truncated or corrupt"],
+    ),
+    "missing-tensor": (lambda f: change_tensors(f, lambda t: t.pop(NORM)), [f"{NORM}: tensor missing", "(32,)"]),
+    "missing-head": (lambda f: change_tensors(f, lambda t: t.pop("lm_head.weight")), ["lm_head.weight: tensor missing", "(96, 32)"]),
+    "extra-tensor": (lambda f: change_tensors(f, lambda t: t.update(score=t[NORM])), ["score: tensor has no place"]),
+    "extra-layer": (
+        lambda f: change_tensors(f, lambda t: t.update({"model.layers.3.input_layernorm.weight": t[NORM]})),
+        ["model.layers.3.input_layernorm.weight: tensor has no place"],
+    ),
+    "misshapen": (lambda f: change_tensors(f, misshapen), ["model.layers.1.mlp.up_proj.weight", "(40, 32)", "(32, 40)"]),
+    "integers": (
+        lambda f: change_tensors(f, lambda t: t.update({NORM: t[NORM].astype(np.int8)})),
+        [f"{NORM}: dtype I8", "BF16, F16, F32"],
+    ),
+    "nan": (lambda f: change_tensors(f, poisoned(np.nan)), ["model.layers.1.self_attn.o_proj.weight", "NaN or infinite"]),
+    "inf": (lambda f: change_tensors(f, poisoned(-np.inf)), ["model.layers.1.self_attn.o_proj.weight", "NaN or infinite"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_bad_folder_is_refused(name, tmp_path):
+    spoil, parts = BAD_FOLDERS[name]
+    folder = copy_golden("qwen2_untied", tmp_path)
+    spoil(folder)
+    assert_refused(lambda: load_pretrained(folder), str(folder), *parts)
+
+
+def test_sharded_folder_loads(tmp_path):
+    """The good twin of the bad indices above."""
+    folder = copy_golden("qwen2_untied", tmp_path)
+    write_index(folder, shard(folder))
+    assert_same_params(load_pretrained(folder)[1], load_pretrained(GOLDENS / "qwen2_untied")[1])
+
+
+def test_tied_head_is_ignored_if_equal_and_refused_if_not(tmp_path):
+    folder = copy_golden("qwen2_tied", tmp_path)
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    assert_same_params(load_pretrained(folder)[1], load_pretrained(GOLDENS / "qwen2_tied")[1])
+    change_tensors(folder, lambda t: t["lm_head.weight"].__setitem__((2, 3), 1.0))
+    assert_refused(lambda: load_pretrained(folder), "lm_head.weight", "tie_word_embeddings")
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T}))
+    assert_refused(lambda: load_pretrained(folder), "lm_head.weight", "(96, 32)", "(32, 96)")
+
+
+def test_stored_rotary_frequencies_are_ignored(tmp_path):
+    folder = copy_golden("llama_tied", tmp_path)
+    frequencies = np.ones(4, np.float32)
+    change_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": frequencies}))
+    assert_same_params(load_pretrained(folder)[1], load_pretrained(GOLDENS / "llama_tied")[1])
