@@ -81,6 +81,7 @@ class ArithmeticConfig:
     min_steps: int = 1  # fewest operations in a problem
     max_steps: int = 4  # most operations in a problem
     max_operand: int = 20  # operands are drawn from 1 to this
+    mistake_rate: float = 0.0  # chance that a step of a training solution is miscalculated, as imperfect teachers do
     seed: int = 0  # which problems are made
 
 
@@ -266,7 +267,9 @@ _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:t
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9]\d*)$"), list("-+0123456789"))
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:(?:0|[1-9]\d*)?\.\d+|(?:0|[1-9]\d*)(?:\.|(?=[eE])))(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(
+        r"^(?:[-+]?(?:(?:0|[1-9]\d*)?\.\d+|(?:0|[1-9]\d*)(?:\.|(?=[eE])))(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
 
@@ -481,6 +484,8 @@ def _check(c: Config, where: str) -> None:
         fail("data.arithmetic.max_steps", f"is below min_steps {c.data.arithmetic.min_steps}")
     if c.eval.every and not c.eval.sets:
         fail("eval.sets", "is empty; name a data set, or set eval.every to 0")
+    if not 0 <= c.data.arithmetic.mistake_rate <= 1:
+        fail("data.arithmetic.mistake_rate", "must be from 0 to 1")
     for name in c.eval.sets:
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
             fail("eval.sets", f"name {name!r} may hold letters, digits, '_', '.' and '-' only")
@@ -508,9 +513,16 @@ def _check(c: Config, where: str) -> None:
     if d.responses_per_prompt < 2:
         fail("dapo.responses_per_prompt", f"a group needs at least 2 responses to compare, got {d.responses_per_prompt}")
     if d.responses_per_update % d.responses_per_prompt:
-        fail("dapo.responses_per_update", f"{d.responses_per_update} is no multiple of responses_per_prompt {d.responses_per_prompt}; updates hold whole groups")
+        fail(
+            "dapo.responses_per_update",
+            f"{d.responses_per_update} is no multiple of responses_per_prompt {d.responses_per_prompt}; updates hold whole groups",
+        )
     if (d.prompts_per_step * d.responses_per_prompt) % d.responses_per_update:
-        fail("dapo.responses_per_update", f"{d.responses_per_update} does not divide prompts_per_step x responses_per_prompt = {d.prompts_per_step * d.responses_per_prompt}")
+        fail(
+            "dapo.responses_per_update",
+            f"{d.responses_per_update} does not divide prompts_per_step x responses_per_prompt = "
+            f"{d.prompts_per_step * d.responses_per_prompt}",
+        )
     if not 0 <= d.clip_eps_low < 1:
         fail("dapo.clip_eps_low", f"must be at least 0 and below 1, got {d.clip_eps_low}")
     if d.clip_eps_high < 0:
@@ -605,12 +617,12 @@ def describe(cls: type = Config, default: Any = None, indent: str = "") -> list[
             lines.append(f"{indent}{field.name}:  # {comment}")
             lines += describe(type(value), value, indent + "  ")
             continue
-        shown = "null" if value is None else {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value
-        if isinstance(value, str):
-            shown = value if len(value) < 50 else f"{value[:40]!r}..."
-        elif isinstance(value, tuple | dict):
-            shown = "[]" if isinstance(value, tuple) else "{}"
-        lines.append(f"{indent + field.name + ': ' + str(shown):<50}  # {comment}")
+        shown = str(_plain(value))
+        if value is None or isinstance(value, bool):
+            shown = {None: "null", True: "true", False: "false"}[value]
+        elif len(shown) > 50:
+            shown = f"{shown[:40]!r}..."
+        lines.append(f"{indent + field.name + ': ' + shown:<50}  # {comment}")
         optional = [k for k in typing.get_args(typing.get_type_hints(cls)[field.name]) if dataclasses.is_dataclass(k)]
         for kind in optional:  # null by default: its fields are shown as comments
             lines += [f"{indent}  # {line}" for line in describe(typing.cast(type, kind))]

@@ -1,14 +1,14 @@
 """Held-out accuracy: avg@k, pass@k and cons@k with standard errors.
 
-    python -m dapo_jax.evaluate --config C --run-dir D          the newest checkpoint of a run
-    python -m dapo_jax.evaluate --config C --model FOLDER       a Hugging Face folder
+python -m dapo_jax.evaluate --config C --run-dir D          the newest checkpoint of a run
+python -m dapo_jax.evaluate --config C --model FOLDER       a Hugging Face folder
 """
 
 import argparse
 import collections
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.mesh import make_mesh, publisher
+from dapo_jax.runtime.metrics import progress
 from dapo_jax.types import InputError, Params, Prompt, Request
 
 
@@ -85,7 +86,9 @@ def evaluate_set(
     requests = [Request(i, j, prompt.tokens) for i, prompt in enumerate(prompts) for j in range(k)]
     responses = engine.generate(params, requests, seed, on_done)
     texts = [decode(policy.tokenizer, r.tokens, policy.stop) for r in responses]
-    verdicts = pool.judge([RewardItem(prompts[q.draw].problem, text, len(r.tokens)) for q, text, r in zip(requests, texts, responses, strict=True)])
+    verdicts = pool.judge(
+        [RewardItem(prompts[q.draw].problem, text, len(r.tokens)) for q, text, r in zip(requests, texts, responses, strict=True)]
+    )
     check_errors(verdicts, config.reward)
     correct = np.array([v.correct for v in verdicts]).reshape(-1, k)
     answers = [[extract_answer(text) for text in texts[i : i + k]] for i in range(0, len(texts), k)]
@@ -94,10 +97,40 @@ def evaluate_set(
         "truncated_fraction": float(np.mean([r.truncated for r in responses])),
     }
     rows = [
-        {"id": prompts[q.draw].problem.id, "sample": q.sample, "answer": prompts[q.draw].problem.answer, "response": text, "correct": v.correct}
+        {
+            "id": prompts[q.draw].problem.id,
+            "sample": q.sample,
+            "answer": prompts[q.draw].problem.answer,
+            "response": text,
+            "correct": v.correct,
+        }
         for q, text, v in zip(requests, texts, verdicts, strict=True)
     ]
     return metrics, rows
+
+
+def evaluate_sets(
+    sets: Mapping[str, Sequence[Prompt]],
+    config: Config,
+    *,
+    engine: Engine,
+    params: Params,
+    policy: Policy,
+    pool: RewardPool,
+    say: Callable[[str], None],
+) -> dict[str, dict[str, float]]:
+    """`evaluate_set` on each set, with a line for people. Returns metrics by set."""
+    k, results = config.eval.samples_per_problem, {}
+    for name, prompts in sets.items():
+        with progress(len(prompts) * k, f"eval {name}", enabled=multihost.is_main()) as bar:
+            m, _ = evaluate_set(prompts, config, engine=engine, params=params, policy=policy, pool=pool, on_done=bar.update)
+        say(
+            f"eval {name}: avg@{k} {m['avg']:.3f} ± {m['avg_se']:.3f}  pass@{k} {m['pass']:.3f}  cons@{k} {m['cons']:.3f}  "
+            f"length {m['response_len_mean']:.0f}, {m['truncated_fraction']:.1%} truncated  "
+            f"({len(prompts)} problems, {config.reward.verifier} verifier)"
+        )
+        results[name] = m
+    return results
 
 
 def load_sets(config: Config, policy: Policy, say: Callable[[str], None]) -> dict[str, list[Prompt]]:
@@ -142,17 +175,14 @@ def main(argv: list[str] | None = None) -> int:
         step, params = None, load_params(config, policy, mesh, args.model)
     weights = publisher(params, mesh, policy.model.compute_dtype)(params)
     engine = make_engine(config, policy, mesh, eval_sampling(config))
-    results: dict[str, Any] = {"step": step, "samples_per_problem": config.eval.samples_per_problem, "verifier": config.reward.verifier, "sets": {}}
     with RewardPool(config.reward) as pool:
-        for name, prompts in sets.items():
-            metrics, _ = evaluate_set(prompts, config, engine=engine, params=weights, policy=policy, pool=pool)
-            k = config.eval.samples_per_problem
-            say(
-                f"{name}: avg@{k} {metrics['avg']:.4f} ± {metrics['avg_se']:.4f}   pass@{k} {metrics['pass']:.4f}   "
-                f"cons@{k} {metrics['cons']:.4f}   length {metrics['response_len_mean']:.1f}   truncated {metrics['truncated_fraction']:.1%}   "
-                f"({len(prompts)} problems, {config.reward.verifier} verifier)"
-            )
-            results["sets"][name] = {"problems": len(prompts), **metrics}
+        found = evaluate_sets(sets, config, engine=engine, params=weights, policy=policy, pool=pool, say=say)
+    results = {
+        "step": step,
+        "samples_per_problem": config.eval.samples_per_problem,
+        "verifier": config.reward.verifier,
+        "sets": {name: {"problems": len(sets[name]), **metrics} for name, metrics in found.items()},
+    }
     if args.json and multihost.is_main():
         try:
             Path(args.json).write_text(json.dumps(results, indent=2) + "\n")

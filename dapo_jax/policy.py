@@ -57,9 +57,7 @@ def restore_params(run_dir: str, policy: Policy, mesh: Mesh) -> tuple[int, Param
     if not folder.is_dir():
         raise NoCheckpointError(f"{run_dir}: holds no checkpoints; give the --run-dir of a training run")
     abstract = abstract_params(policy.model)
-    target = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, params_sharding(abstract, mesh)
-    )
+    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, params_sharding(abstract, mesh))
     restored = checkpoint.restore_params(folder, target)
     return restored.step, restored.params
 

@@ -1,6 +1,6 @@
 """Supervised warm-up: cross-entropy on worked solutions, through the same model, packing and update as DAPO.
 
-    python -m dapo_jax.supervised --config C --out FOLDER        writes a Hugging Face folder
+python -m dapo_jax.supervised --config C --out FOLDER        writes a Hugging Face folder
 """
 
 import argparse
@@ -41,9 +41,7 @@ def solution_items(prompts: Sequence[Prompt], policy: Policy, max_response_len: 
     return items
 
 
-def warm_up(
-    config: Config, policy: Policy, params: Params, prompts: Sequence[Prompt], mesh: Mesh, say: Callable[[str], None]
-) -> Params:
+def warm_up(config: Config, policy: Policy, params: Params, prompts: Sequence[Prompt], mesh: Mesh, say: Callable[[str], None]) -> Params:
     """`supervised.updates` of AdamW on the mean token cross-entropy of solutions, in the order of the seed. Returns new weights."""
     section = config.supervised
     items = solution_items(prompts, policy, config.rollout.max_response_len)

@@ -25,20 +25,19 @@ from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targ
 from dapo_jax.dapo.update import init_state, learning_rate, make_optimizer, map_microbatches, summarize, update_step
 from dapo_jax.data.problems import Cursor, advance, load_problems, problems_digest
 from dapo_jax.data.prompts import decode, make_prompts
-from dapo_jax.evaluate import eval_sampling, evaluate_set, load_sets
+from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets
 from dapo_jax.model.decoder import abstract_params
 from dapo_jax.policy import Policy, describe, load_params, load_policy, make_engine
 from dapo_jax.reward.overlong import overlong_penalty
 from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors, error_counts
-from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.runtime.curves import plot_curves
 from dapo_jax.runtime.mesh import make_mesh, publisher, put_rows, row_shards, state_sharding
-from dapo_jax.runtime.metrics import MetricsLog, header_line, progress, step_line, timed, write_samples
+from dapo_jax.runtime.metrics import MetricsLog, header_line, peak_memory, progress, step_line, timed, write_samples
 from dapo_jax.supervised import warm_up
-from dapo_jax.types import Group, InputError, Prompt, Request, TrainBatch, TrainState, Verdict
+from dapo_jax.types import Group, InputError, Prompt, Request, TrainBatch, Verdict
 
 # Config that may change between the runs of one run folder: how long, how watched, how spread; not what is learned.
 _MAY_CHANGE = ("train.steps", "train.save_every", "train.keep_checkpoints", "train.samples_per_step", "eval.", "mesh.", "reward.workers")
@@ -92,11 +91,13 @@ def train(config: Config, run_dir: Path) -> None:
         out_shardings=(shardings, NamedSharding(mesh, P())),
     )
     score_rows = jax.jit(
-        functools.partial(map_microbatches, function=functools.partial(batch_logprobs, model=policy.model, temperature=temperature, mesh=mesh)),
+        functools.partial(
+            map_microbatches, function=functools.partial(batch_logprobs, model=policy.model, temperature=temperature, mesh=mesh)
+        ),
         out_shardings=NamedSharding(mesh, P(None, ("data", "fsdp"))),
     )
     engine = make_engine(config, policy, mesh, Sampling(temperature, config.rollout.top_p, config.rollout.top_k))
-    eval_engine = make_engine(config, policy, mesh, eval_sampling(config)) if eval_sets else None
+    eval_engine = make_engine(config, policy, mesh, eval_sampling(config))
 
     buffer = DynamicSamplingBuffer(algo.prompts_per_step, algo.dynamic_sampling, algo.carry_surplus)
     with (
@@ -127,16 +128,8 @@ def train(config: Config, run_dir: Path) -> None:
                 checkpoints.save(at.step, state, host, buffer.state())
 
             def evaluate(weights: Any) -> dict[str, float]:
-                metrics: dict[str, float] = {}
-                for name, questions in eval_sets.items():
-                    k = config.eval.samples_per_problem
-                    with progress(len(questions) * k, f"eval {name}", enabled=multihost.is_main()) as bar:
-                        result, _ = evaluate_set(
-                            questions, config, engine=eval_engine, params=weights, policy=policy, pool=pool, on_done=bar.update
-                        )
-                    metrics |= {f"eval/{name}/{key}": value for key, value in result.items()}
-                    say(f"step {at.step}: {name} avg@{k} {result['avg']:.3f} ± {result['avg_se']:.3f}, pass@{k} {result['pass']:.3f}, cons@{k} {result['cons']:.3f}")
-                return metrics
+                found = evaluate_sets(eval_sets, config, engine=eval_engine, params=weights, policy=policy, pool=pool, say=say)
+                return {f"eval/{name}/{key}": value for name, result in found.items() for key, value in result.items()}
 
             weights = publish(state.params)
             if not restored:
@@ -150,6 +143,7 @@ def train(config: Config, run_dir: Path) -> None:
 
             # ---- Rollout steps --------------------------------------------------------------------------------------
             seed = jax.random.key(config.seed)
+            saving: dict[str, float] = {}
             say(header_line())
             while at.step < config.train.steps:
                 times = dict.fromkeys(_PHASES, 0.0)
@@ -162,8 +156,13 @@ def train(config: Config, run_dir: Path) -> None:
                         count = algo.prompts_per_draw if algo.dynamic_sampling else buffer.missing()
                         indices, cursor = advance(at.cursor, len(prompts), count, seed=config.seed)
                         chosen = [prompts[i] for i in indices]
-                        with timed(times, "time/rollout_s"), progress(count * algo.responses_per_prompt, f"rollout {at.step + 1}", enabled=multihost.is_main()) as bar:
-                            requests = [Request(at.draws + i, j, p.tokens) for i, p in enumerate(chosen) for j in range(algo.responses_per_prompt)]
+                        with (
+                            timed(times, "time/rollout_s"),
+                            progress(count * algo.responses_per_prompt, f"rollout {at.step + 1}", enabled=multihost.is_main()) as bar,
+                        ):
+                            requests = [
+                                Request(at.draws + i, j, p.tokens) for i, p in enumerate(chosen) for j in range(algo.responses_per_prompt)
+                            ]
                             responses = engine.generate(weights, requests, seed, bar.update)
                         with timed(times, "time/reward_s"):
                             groups, judged = judge(chosen, responses, at.draws, config, policy, pool)
@@ -180,7 +179,10 @@ def train(config: Config, run_dir: Path) -> None:
                     # One pass over what was kept, in mini-batches of whole groups.
                     at = at._replace(step=at.step + 1)
                     rate = learning_rate(config.optim, at.step)
-                    with timed(times, "time/update_s"), progress(algo.prompts_per_step, f"update {at.step}", enabled=multihost.is_main()) as bar:
+                    with (
+                        timed(times, "time/update_s"),
+                        progress(algo.prompts_per_step, f"update {at.step}", enabled=multihost.is_main()) as bar,
+                    ):
                         results, packed = [], []
                         for batch, stats in minibatches(kept, config):
                             state, sums = update(state, put_rows(batch, mesh, axis=1), np.float32(rate))
@@ -202,10 +204,12 @@ def train(config: Config, run_dir: Path) -> None:
                         metrics |= evaluate(weights)
                 if multihost.is_main():
                     write_samples(run_dir, at.step, sample_rows(drawn, config))
+                # The line goes before the checkpoint, so that a resumed run lacks no line; the time of saving is on the next one.
+                log.write(at.step, at.updates, at.draws, metrics | times | saving | {"memory/peak_bytes": peak_memory()})
                 if at.step % config.train.save_every == 0 or last:
-                    with timed(times, "time/save_s"):
+                    saving = {"time/save_s": 0.0}
+                    with timed(saving, "time/save_s"):
                         save()
-                log.write(at.step, at.updates, at.draws, metrics | times)
             checkpoints.wait()
 
     if multihost.is_main():
@@ -239,9 +243,7 @@ def judge(
     for i, prompt in enumerate(prompts):
         own = slice(i * g, (i + 1) * g)
         old = tuple(r.behavior_logprobs for r in responses[own])
-        groups.append(
-            Group(first_draw + i, prompt, tuple(responses[own]), tuple(texts[own]), correct[own], reward[own], penalty[own], old)
-        )
+        groups.append(Group(first_draw + i, prompt, tuple(responses[own]), tuple(texts[own]), correct[own], reward[own], penalty[own], old))
     return groups, verdicts
 
 
@@ -384,7 +386,9 @@ def sample_rows(groups: Sequence[Group], config: Config) -> list[dict[str, Any]]
             {
                 "draw": group.draw,
                 "id": group.prompt.problem.id,
-                "prompt": group.prompt.problem.prompt if isinstance(group.prompt.problem.prompt, str) else [dataclasses.asdict(m) for m in group.prompt.problem.prompt],
+                "prompt": group.prompt.problem.prompt
+                if isinstance(group.prompt.problem.prompt, str)
+                else [dataclasses.asdict(m) for m in group.prompt.problem.prompt],
                 "answer": group.prompt.problem.answer,
                 "response": group.texts[0],
                 "correct": bool(group.correct[0]),
@@ -407,7 +411,9 @@ def check_divides(config: Config, mesh: Mesh) -> None:
         ("rollout.decode_slots", config.rollout.decode_slots),
     ):
         if size % shards:
-            raise ConfigError(f"{key}: {size} does not divide over the mesh's {shards} row shards (data x fsdp); use a multiple of {shards}")
+            raise ConfigError(
+                f"{key}: {size} does not divide over the mesh's {shards} row shards (data x fsdp); use a multiple of {shards}"
+            )
 
 
 def prepare_run_dir(config: Config, run_dir: Path) -> None:
@@ -420,7 +426,8 @@ def prepare_run_dir(config: Config, run_dir: Path) -> None:
             for key in sorted(before.keys() | now.keys()):
                 if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
                     raise ConfigError(
-                        f"{key}: is {now.get(key)!r}, but {run_dir} was started with {before.get(key)!r}; use another --run-dir, or set it back"
+                        f"{key}: is {now.get(key)!r}, but {run_dir} was started with {before.get(key)!r}; "
+                        "use another --run-dir, or set it back"
                     )
         if multihost.is_main():
             file.write_text(dump_yaml(config))
@@ -432,9 +439,13 @@ def main(argv: list[str] | None = None) -> int:
     """Trains a policy with DAPO. The run folder gets metrics.jsonl, curves.png, config.yaml, checkpoints/, samples/ and
     tensorboard/. Run the same command again to go on from the newest checkpoint."""
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.train", description=main.__doc__)
-    parser.add_argument("--config", required=True, help="YAML config, e.g. configs/tiny_cpu.yaml; `python -m dapo_jax.config` lists every field")
+    parser.add_argument(
+        "--config", required=True, help="YAML config, e.g. configs/tiny_cpu.yaml; `python -m dapo_jax.config` lists every field"
+    )
     parser.add_argument("--run-dir", required=True, help="folder of this run: made if missing, resumed if it holds a checkpoint")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. --set optim.learning_rate=1e-5; may be repeated")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. --set optim.learning_rate=1e-5; may be repeated"
+    )
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     multihost.initialize()

@@ -60,3 +60,17 @@ _NASTY = {
     "!length": lambda: (True, 1.0, None),
     "!number": lambda: (1, 1.0),
 }
+
+
+def even_sum(problem, text, response_len):
+    """Right for half of all texts, whatever they say: gives mixed groups to a policy that knows nothing."""
+    correct = sum(text.encode("utf-8", "replace")) % 2 == 0
+    return correct, 1.0 if correct else -1.0
+
+
+def raises(problem, text, response_len):
+    return _raise()
+
+
+def nonsense(problem, text, response_len):
+    return "very good"

@@ -42,12 +42,12 @@ def test_table_has_the_public_keys_and_units_in_their_names():
 
 
 def test_a_line_is_one_json_object_with_counters_first(tmp_path):
-    values = {"reward/mean": np.float32(0.25), "rollout/prompts": np.int64(64), "policy/entropy": jnp.float32(1.5), "eval/a-1.x/avg_se": 0.1}
+    values = {"reward/mean": np.float32(0.25), "rollout/prompts": np.int64(64), "policy/entropy": jnp.ones(()), "eval/a-1.x/avg_se": 0.1}
     with MetricsLog(tmp_path) as log:
         log.write(3, 48, 300, values)
         (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before it is closed
     counters = [("step", 3), ("updates", 48), ("draws", 300)]
-    rest = [("reward/mean", 0.25), ("rollout/prompts", 64), ("policy/entropy", 1.5), ("eval/a-1.x/avg_se", 0.1)]
+    rest = [("reward/mean", 0.25), ("rollout/prompts", 64), ("policy/entropy", 1.0), ("eval/a-1.x/avg_se", 0.1)]
     assert list(strict_loads(line).items()) == counters + rest
     assert read_metrics(tmp_path) == [strict_loads(line)]
 

@@ -118,7 +118,8 @@ def test_every_row_is_accounted_for(tmp_path):
 
 
 def test_summary_is_one_line(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [GOOD] * 1001 + [{"prompt": "x"}, b"{", {"prompt": "y"}] + [{"prompt": "z", "answer": a} for a in "12"])
+    conflict = [{"prompt": "z", "answer": "1"}, {"prompt": "z", "answer": "2"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD] * 1001 + [{"prompt": "x"}, b"{", {"prompt": "y"}] + conflict)
     assert load(path)[1].summary() == (
         f"{path}: 1 problems from 1,006 rows (1,001 duplicates, 1 conflicting prompts dropped, "
         "2 skipped: no answer (row 1002), 1 skipped: not JSON (row 1003))"
@@ -204,8 +205,8 @@ def test_the_longest_answer_that_is_allowed(tmp_path):
 def test_overlong_rows_are_counted_and_do_not_swallow_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_MAX_ROW_BYTES", 100)
     size = len(json.dumps({"prompt": "", "answer": "1"}))
-    rows = [GOOD, {"prompt": "x" * 1000, "answer": "1"}, {"prompt": "y" * (99 - size), "answer": "1"}, {"prompt": "z" * (100 - size), "answer": "1"}]
-    loaded, report = load(write_jsonl(tmp_path / "a.jsonl", rows + [GOOD]))  # a line end counts too
+    texts = ["x" * 1000, "y" * (99 - size), "z" * (100 - size)]  # a line end counts too
+    loaded, report = load(write_jsonl(tmp_path / "a.jsonl", [GOOD, *({"prompt": t, "answer": "1"} for t in texts), GOOD]))
     assert [p.prompt[0] for p in loaded] == ["W", "y"]
     assert report.skipped == {"longer than 0 MB": Skip(count=2, first_row=2)}
     assert (report.rows, report.duplicates) == (5, 1)
@@ -232,7 +233,9 @@ def test_a_one_megabyte_prompt_is_a_prompt(tmp_path):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "ground_truth", "index"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "ground_truth", "index"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -263,7 +266,8 @@ def test_any_bytes_are_counted(tmp_path_factory, lines):
 
 def test_parquet_rows_across_row_groups_and_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_PARQUET_BATCH", 7)
-    table = pa.table({"prompt": [f"p{i % 40}" for i in range(100)], "answer": [float(i % 40) for i in range(100)], "solution": [None] * 100})
+    numbers = [i % 40 for i in range(100)]
+    table = pa.table({"prompt": [f"p{n}" for n in numbers], "answer": [float(n) for n in numbers], "solution": [None] * 100})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=30)
     loaded, report = load(tmp_path / "a.parquet")
     assert [(p.prompt, p.answer) for p in loaded] == [(f"p{i}", str(i)) for i in range(40)]
@@ -288,7 +292,11 @@ def test_parquet_without_the_columns(tmp_path):
     assert "no prompt (row 1)" in error_of(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b"PAR1", lambda b: b[: len(b) // 2], lambda b: b"x" * len(b), lambda b: b[:40] + b"\0" * 200 + b[240:]])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b"", lambda b: b"PAR1", lambda b: b[: len(b) // 2], lambda b: b"x" * len(b), lambda b: b[:40] + b"\0" * 200 + b[240:]],
+    ids=["empty", "magic only", "half", "noise", "zeros in the data"],
+)
 def test_corrupt_parquet(tmp_path, damage):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(500)], "answer": ["1"] * 500}), path)
@@ -326,7 +334,11 @@ def test_no_usable_problem(tmp_path):
     assert "1 conflicting prompts dropped" in error_of(write_jsonl(path, [{"prompt": "a", "answer": a} for a in "12"]))
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:-6], lambda b: b"not gzip", lambda b: b[:100] + b"\xff" * 20 + b[120:]])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[: len(b) // 2], lambda b: b[:-6], lambda b: b"not gzip", lambda b: b[:100] + b"\xff" * 20 + b[120:]],
+    ids=["half", "no checksum", "text", "noise"],
+)
 def test_corrupt_gzip(tmp_path, damage):
     path = tmp_path / "a.jsonl.gz"
     noise = np.random.default_rng(0).integers(0, 10**9, 2000)

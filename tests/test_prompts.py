@@ -154,11 +154,11 @@ def test_loading_is_offline_and_silent(folder, monkeypatch, capfd):
 def test_the_first_import_is_silent_and_brings_no_other_framework():
     code = (
         "import sys; from dapo_jax.data.prompts import load_tokenizer; load_tokenizer(None)('a');"
-        "sys.exit(', '.join({'jax', 'tensorflow'} & sys.modules.keys()))"
+        "assert not {'jax', 'tensorflow'} & sys.modules.keys()"
     )
     root = Path(dapo_jax.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr) == ("", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # Stop tokens
@@ -184,7 +184,10 @@ def test_stop_tokens_without_a_folder(byte_level):
     assert stop_tokens(byte_level, None) == (1,)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1, null]}', '{"eos_token_id": true}', '{"eos_token_id": -1}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1, null]}', '{"eos_token_id": true}', '{"eos_token_id": -1}'],
+)
 def test_unusable_end_tokens(byte_level, tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match="config.json") as caught:
@@ -198,7 +201,8 @@ def test_unusable_end_tokens(byte_level, tmp_path, content):
 def test_plain_problem_goes_into_the_template(byte_level):
     text = "Find {x} in \\frac{1}{2}: {prompt} {0} %s"  # would break str.format and %, and must not be filled in twice
     [prompt], left_out = make_prompts([problem(text)], byte_level, DataSection())
-    assert prompt.tokens.dtype == np.int32 and prompt.tokens.tolist() == bytes_of(DAPO_TEMPLATE.split("{prompt}")[0] + text + DAPO_TEMPLATE.split("{prompt}")[1])
+    before, after = DAPO_TEMPLATE.split("{prompt}")
+    assert prompt.tokens.dtype == np.int32 and prompt.tokens.tolist() == bytes_of(before + text + after)
     assert prompt.problem == problem(text) and left_out == {}
 
 

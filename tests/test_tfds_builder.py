@@ -40,6 +40,12 @@ def prepared(source, tmp_path_factory):
     return prepare(source, str(tmp_path_factory.mktemp("prepared")))
 
 
+def run_python(code):
+    root = Path(dapo_jax.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def error_of(call, *args):
     with pytest.raises(InputError) as caught:
         call(*args)
@@ -77,14 +83,14 @@ def test_batches_of_records(tmp_path, monkeypatch):
 
 def test_neither_tensorflow_nor_jax_is_needed(source, prepared, tmp_path):
     code = (
-        "import sys\n"
-        "for name in ('tensorflow', 'jax', 'torch', 'importlib_resources'): sys.modules[name] = None\n"
+        "from importlib.machinery import PathFinder\n"
+        "find, absent = PathFinder.find_spec, ('tensorflow', 'jax', 'torch', 'importlib_resources')\n"
+        "PathFinder.find_spec = lambda name, *rest: None if name in absent else find(name, *rest)\n"
         "from dapo_jax.data.tfds_builder import prepare, read_problems\n"
         f"assert len(read_problems({str(prepared)!r})[0]) == 3\n"
         f"assert len(read_problems(str(prepare({source!r}, {str(tmp_path)!r})))[0]) == 3\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(dapo_jax.__file__).parent.parent, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 def test_files_are_loaded_without_importing_tensorflow_datasets(source):
@@ -92,8 +98,7 @@ def test_files_are_loaded_without_importing_tensorflow_datasets(source):
         "import sys; from dapo_jax.data.problems import load_problems; from dapo_jax.config import ArithmeticConfig;"
         f"load_problems({source!r}, ArithmeticConfig()); sys.exit('tensorflow_datasets' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(dapo_jax.__file__).parent.parent, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 def test_preparing_twice_is_refused(source, prepared):
@@ -118,7 +123,7 @@ def test_preparing_an_unusable_source(tmp_path):
 def prepare_other(folder, features, splits):
     """A data set of another builder; `splits` maps names to lists of records."""
 
-    class Other(tfds.core.GeneratorBasedBuilder):
+    class Other(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("2.1.0")
 
         def _info(self):
@@ -130,8 +135,7 @@ def prepare_other(folder, features, splits):
         def _generate_examples(self):
             raise NotImplementedError
 
-    with tfds.core.registered.skip_registration():
-        builder = Other(data_dir=folder, file_format="array_record")
+    builder = Other(data_dir=folder, file_format="array_record")
     builder.download_and_prepare(download_dir=folder / "downloads", download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     return str(builder.data_dir)
 

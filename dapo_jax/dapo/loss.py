@@ -13,7 +13,6 @@ from dapo_jax.model.decoder import head_kernel, hidden_states
 from dapo_jax.model.logprobs import linear_logprobs, linear_loss
 from dapo_jax.types import Array, Params, TrainBatch
 
-
 _LOG_RATIO_CAP = 80.0  # exp overflows float32 at 88.7
 
 

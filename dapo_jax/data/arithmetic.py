@@ -6,6 +6,7 @@
                                         Answer: 18
 
 Brackets make the order of evaluation explicit. At most one step multiplies, by 2 to 5, and no value leaves -999..999.
+`mistake_rate` puts slips into the training solutions: who imitates them is as careless, and has something to learn from rewards.
 """
 
 import random
@@ -34,9 +35,11 @@ def arithmetic_problems(config: ArithmeticConfig, *, heldout: bool) -> list[Prob
         if getattr(config, name) > bound:
             raise InputError(f"data.arithmetic.{name}: {getattr(config, name)} exceeds {bound}; lower it")
     chains = _distinct_chains(config, config.heldout_problems, (), "heldout")
-    if not heldout:
-        chains = _distinct_chains(config, config.train_problems, frozenset(chains), "train")
-    return [_problem(chain) for chain in chains]
+    if heldout:
+        return [_problem(chain) for chain in chains]
+    chains = _distinct_chains(config, config.train_problems, frozenset(chains), "train")
+    rng = random.Random(f"mistakes {config.seed}")
+    return [_problem(chain, config.mistake_rate, rng) for chain in chains]
 
 
 def _distinct_chains(config: ArithmeticConfig, count: int, taken: Collection[Chain], split: str) -> list[Chain]:
@@ -100,13 +103,14 @@ def _random_chain(steps: int, max_operand: int, rng: random.Random) -> Chain:
     return tuple(chain)
 
 
-def _problem(chain: Chain) -> Problem:
-    (_, value), *steps = chain
-    prompt, lines = str(value), []
-    for i, (operator, operand) in enumerate(steps):
-        after = _apply(value, (operator, operand))
-        lines.append(f"{value}{operator}{operand}={after}")
-        prompt = f"({prompt})" if i else prompt
-        prompt += f"{operator}{operand}"
-        value = after
-    return Problem(id=prompt, prompt=prompt, answer=str(value), solution="\n".join([*lines, f"Answer: {value}"]))
+def _problem(chain: Chain, mistake_rate: float = 0.0, rng: random.Random | None = None) -> Problem:
+    """The problem of a chain. Its solution may slip by up to 9 in a step and go on from there; its answer is right."""
+    (_, first), *steps = chain
+    prompt, right, written, lines = str(first), first, first, []
+    for i, step in enumerate(steps):
+        right, before, written = _apply(right, step), written, _apply(written, step)
+        if rng is not None and rng.random() < mistake_rate:
+            written += rng.choice((-1, 1)) * rng.randint(1, 9)
+        lines.append(f"{before}{step[0]}{step[1]}={written}")
+        prompt = (f"({prompt})" if i else prompt) + f"{step[0]}{step[1]}"
+    return Problem(id=prompt, prompt=prompt, answer=str(right), solution="\n".join([*lines, f"Answer: {written}"]))

@@ -105,9 +105,7 @@ def load_problems(source: str, arithmetic: ArithmeticConfig, *, heldout: bool = 
     return loaded
 
 
-def collect_problems(
-    source: str, rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Problem]
-) -> tuple[list[Problem], LoadReport]:
+def collect_problems(source: str, rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Problem]) -> tuple[list[Problem], LoadReport]:
     """Parses numbered rows, keeps one problem a distinct prompt, drops prompts with conflicting answers, counts the rest.
 
     Only distinct prompts stay in memory. Raises InputError if no problem is left.

@@ -4,17 +4,18 @@ import json
 import os
 import re
 import threading
+import typing
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dapo_jax.config import DataSection
 from dapo_jax.types import InputError, Problem, Prompt
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _PAD, _END = "<|pad|>", "<|end|>"
@@ -68,7 +69,7 @@ def load_tokenizer(folder: str | None) -> "PreTrainedTokenizerFast":
         tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as e:  # the many kinds that damaged or missing files raise
         reason = " ".join(str(e).split())[:200] or type(e).__name__
-        raise InputError(f"{folder}: no readable tokenizer ({reason}); give a folder with tokenizer.json and tokenizer_config.json") from None
+        raise InputError(f"{folder}: no readable tokenizer ({reason}); give a folder with a tokenizer.json") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     return tokenizer
@@ -99,7 +100,7 @@ def decode(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[int] | np.ndar
     ids = [int(t) for t in tokens]
     if ids and ids[-1] in stop:
         ids.pop()
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return typing.cast(str, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -171,7 +172,8 @@ def _render(tokenizer: "PreTrainedTokenizerFast", conversations: list[list[dict[
     def work() -> None:
         try:
             for turns in conversations:
-                texts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+                text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                texts.append(typing.cast(str, text))
         except Exception as e:  # a template is a program: it may raise anything
             errors.append(e)
 

@@ -15,7 +15,7 @@ from dapo_jax.types import InputError, Problem
 _BATCH = 1024  # records
 
 
-class Problems(tfds.core.GeneratorBasedBuilder):
+class Problems(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Distinct problems in their order, one split `train`. A chat prompt is in `turns`, and `prompt` is then empty."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -114,8 +114,8 @@ def _row(example: dict[str, Any]) -> dict[str, Any]:
     for name in ("turns", "prompt"):
         value = row.get(name)
         if isinstance(value, dict):  # tensorflow-datasets makes a sequence of dicts a dict of sequences
-            turns = [{"role": role, "content": content} for role, content in zip(value.get("role", []), value.get("content", []), strict=True)]
-            row["prompt"] = turns or row["prompt"]
+            pairs = zip(value.get("role", []), value.get("content", []), strict=True)
+            row["prompt"] = [{"role": role, "content": content} for role, content in pairs] or row["prompt"]
     return row
 
 

@@ -11,7 +11,7 @@ Parameters are a nested dict, layers stacked on axis 0 and scanned:
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,9 @@ class Norm(nnx.Module):
 class Linear(nnx.Module):
     """A projection written as an einsum, its float32 kernel cast to the dtype of what it multiplies."""
 
-    def __init__(self, spec: str, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs, bias: tuple[int, ...] | None = None, gain: float = 1.0):
+    def __init__(
+        self, spec: str, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs, bias: tuple[int, ...] | None = None, gain: float = 1.0
+    ):
         self.spec = spec
         self.kernel = nnx.Param(gain * fan_in**-0.5 * jax.random.normal(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(bias)) if bias else None
@@ -129,16 +131,16 @@ def abstract_params(config: ModelConfig) -> Params:
 
 
 @functools.cache
-def _skeleton(module: type[nnx.Module], config: ModelConfig):
+def _skeleton(module: Any, config: ModelConfig) -> tuple[Any, Any]:
     with jax.ensure_compile_time_eval():  # cached across traces: must not capture a tracer
         return nnx.split(nnx.eval_shape(lambda: module(config, nnx.Rngs(0))))
 
 
-def _bind(module: type, config: ModelConfig, params: Params):
+def _bind(module: type[nnx.Module], config: ModelConfig, params: Params) -> Any:
     """The module holding `params`; only shapes of its own are ever made."""
     graphdef, abstract = _skeleton(module, config)
     state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: binding writes into it
-    nnx.replace_by_pure_dict(state, params)
+    nnx.replace_by_pure_dict(state, dict(params))
     return nnx.merge(graphdef, state)
 
 

@@ -33,6 +33,14 @@ _TOKENIZER_FILES = (
 )
 
 
+def load_model_config(folder: str | Path) -> ModelConfig:
+    """The architecture of a Hugging Face folder, compute_dtype and remat at their defaults. InputError as `load_pretrained`."""
+    folder = Path(folder)
+    if not os.path.isdir(folder):  # unlike Path.is_dir, also says no where access is denied
+        raise InputError(f"{folder}: no such folder; give a Hugging Face model folder")
+    return model_config_from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
+
+
 def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
     """Reads a Hugging Face folder: config.json, and model.safetensors or the shards of its index.
 
@@ -45,9 +53,7 @@ def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
       InputError: anything in the folder is missing, corrupt, unsafe, or beyond what the decoder does exactly.
     """
     folder = Path(folder)
-    if not os.path.isdir(folder):  # unlike Path.is_dir, also says no where access is denied
-        raise InputError(f"{folder}: no such folder; give a Hugging Face model folder")
-    config = model_config_from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
+    config = load_model_config(folder)
     with contextlib.ExitStack() as stack:
         stored: dict[str, tuple[Path, Any]] = {}  # tensor name → file, and the file opened
         for path in _weight_files(folder):

@@ -49,9 +49,7 @@ class Engine:
 
         def start(params: Params, seed: Array, prompts: Array, prompt_len: Array, draws: Array, samples: Array) -> SamplerState:
             keys = response_keys(seed, draws, samples)
-            return prefill(
-                params, prompts, prompt_len, keys, model=model, sampling=sampling, stop=stop, max_response_len=max_response_len
-            )
+            return prefill(params, prompts, prompt_len, keys, model=model, sampling=sampling, stop=stop, max_response_len=max_response_len)
 
         go_on = functools.partial(decode, model=model, sampling=sampling, stop=stop, max_steps=_SEGMENT)
         self._start = jax.jit(start, out_shardings=layout)
@@ -82,6 +80,5 @@ class Engine:
         on_done(len(requests) - done)
         tokens, logprobs, length, ended = self._fetch((state.tokens, state.logprobs, state.length, state.ended))
         return [
-            Response(tokens[i, : length[i]].copy(), logprobs[i, : length[i]].copy(), truncated=not ended[i])
-            for i in range(len(requests))
+            Response(tokens[i, : length[i]].copy(), logprobs[i, : length[i]].copy(), truncated=not ended[i]) for i in range(len(requests))
         ]

@@ -9,12 +9,14 @@ import contextlib
 import json
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -23,10 +25,10 @@ from dapo_jax.types import InputError
 
 METRICS: Mapping[str, str] = {
     # Judged responses
-    "reward/mean": "mean of score + overlong penalty over the responses trained on",
+    "reward/mean": "mean of score + overlong penalty over the responses drawn in this step",
     "reward/accuracy": "share of correct responses among all drawn in this step, before filtering",
     "reward/accuracy_kept": "share of correct responses among those trained on, after filtering",
-    "reward/overlong_penalty_mean": "mean overlong penalty over the responses trained on, in [-1, 0]",
+    "reward/overlong_penalty_mean": "mean overlong penalty over the responses drawn in this step, in [-1, 0]",
     "reward/errors": "responses without a verdict because the reward failed, time-outs not among them",
     "reward/timeouts": "responses without a verdict because the reward took too long",
     # Dynamic sampling
@@ -64,7 +66,7 @@ METRICS: Mapping[str, str] = {
     "time/old_logprobs_s": "seconds of recomputing the log-probs of pi_old",
     "time/update_s": "seconds of updates",
     "time/eval_s": "seconds of evaluation",
-    "time/save_s": "seconds that saving a checkpoint held the run up",
+    "time/save_s": "seconds that saving the last checkpoint held the run up",
     "time/step_s": "seconds of the whole step",
     "throughput/rollout_tokens_per_s": "response tokens sampled a second of rollout, all devices",
     "throughput/train_tokens_per_s": "prompt and response tokens trained on a second of update, all devices",
@@ -246,6 +248,12 @@ def step_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
 def progress(total: int, description: str, *, enabled: bool = True) -> tqdm:
     """A progress bar, to be used as a context manager with `.update(n)`: shown on a terminal, nothing elsewhere."""
     return tqdm(total=total, desc=description, leave=False, dynamic_ncols=True, disable=not (enabled and sys.stderr.isatty()))
+
+
+def peak_memory() -> int:
+    """Most bytes in use so far on the fullest local device, or in this process where devices do not tell."""
+    used = [stats["peak_bytes_in_use"] for d in jax.local_devices() if (stats := d.memory_stats())]
+    return max(used) if used else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager

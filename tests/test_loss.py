@@ -1,0 +1,290 @@
+"""The clip and its gradient, the normalisers on a tiny batch, masks, and the loss through a whole model."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from dapo_jax.config import DapoSection
+from dapo_jax.dapo.loss import batch_logprobs, cross_entropy_loss_fn, dapo_token_loss, loss_fn, policy_metrics
+from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets, normalizer_weights
+
+CLIP = {"clip_eps_low": 0.2, "clip_eps_high": 0.28}
+MODEL = tiny.model()
+PARAMS = tiny.params(MODEL)
+TEMPERATURE = 0.8
+
+# advantage, ratio, objective
+CLIP_TABLE = [(1, r, o) for r, o in [(0.5, 0.5), (0.79, 0.79), (1, 1), (1.2, 1.2), (1.28, 1.28), (1.3, 1.28), (2, 1.28)]] + [
+    (-1, r, o) for r, o in [(0.5, -0.8), (0.79, -0.8), (1, -1), (1.28, -1.28), (1.3, -1.3), (2, -2), (12, -12)]
+]
+
+
+def objective(log_ratio, advantage, dual_clip=None):
+    """The objective of one token in float64 numpy, straight from the definition."""
+    ratio = np.exp(log_ratio)
+    value = min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
+    return max(value, dual_clip * advantage) if dual_clip and advantage < 0 else value
+
+
+def token_loss_and_slope(log_ratio, advantage, dual_clip=None):
+    """Loss and its derivative in the log-prob, at an old log-prob that is not 0."""
+    log_ratio, advantage = np.float32(log_ratio), np.float32(advantage)
+    loss = functools.partial(dapo_token_loss, old_logprobs=np.float32(-1.5), advantages=advantage, **CLIP, dual_clip=dual_clip)
+    return [float(x) for x in jax.value_and_grad(loss)(log_ratio - np.float32(1.5))]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One token
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("advantage, ratio, expected", CLIP_TABLE)
+def test_clip_table(advantage, ratio, expected):
+    loss, slope = token_loss_and_slope(np.log(ratio), advantage)
+    assert -loss == pytest.approx(expected, rel=1e-6)
+    if ratio != 1.28:  # there the slope jumps
+        clipped = ratio > 1.28 if advantage > 0 else ratio < 0.8
+        assert -slope == (0 if clipped else pytest.approx(advantage * ratio, rel=1e-6))
+
+
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_loss_and_slope_match_finite_differences_of_the_definition(dual_clip):
+    rng = np.random.default_rng(0)
+    for advantage in (1.5, 0.3, -0.3, -1.5):
+        for log_ratio in rng.uniform(-2, 2, 12):
+            if np.abs(np.exp(log_ratio) - np.array([0.8, 1.28, 3.0])).min() < 1e-3:
+                continue
+            loss, slope = token_loss_and_slope(log_ratio, advantage, dual_clip)
+            h = 1e-6
+            expected = (objective(log_ratio + h, advantage, dual_clip) - objective(log_ratio - h, advantage, dual_clip)) / (2 * h)
+            assert -loss == pytest.approx(objective(log_ratio, advantage, dual_clip), rel=1e-5)
+            assert -slope == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, loss, slope", [(-1, 12, 10, 0), (-2, 12, 20, 0), (-1, 9, 9, 9), (-1, 0.5, 0.8, 0), (1, 12, -1.28, 0), (1, 0.5, -0.5, -0.5)]
+)
+def test_dual_clip_caps_the_loss_of_negative_advantages_only(advantage, ratio, loss, slope):
+    assert token_loss_and_slope(np.log(ratio), advantage, dual_clip=10.0) == pytest.approx([loss, slope], rel=1e-5)
+
+
+def test_a_ratio_that_overflows_is_clipped_where_there_is_a_clip():
+    assert token_loss_and_slope(200, 1) == pytest.approx([-1.28, 0])
+    assert token_loss_and_slope(200, 0) == [0, 0]
+    assert token_loss_and_slope(200, -2, dual_clip=10.0) == pytest.approx([20, 0])
+    assert token_loss_and_slope(200, -1) == [np.inf, np.inf]  # unbounded by definition: the update is skipped, and says so
+    assert token_loss_and_slope(-200, 1) == [0, 0]
+    assert token_loss_and_slope(-200, -1) == pytest.approx([0.8, 0])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The tiny batch: o1, o2 of group 1 and o3, o4 of group 2
+# --------------------------------------------------------------------------------------------------------------------
+
+RATIOS = [[1.0, 1.5], [1, 0.5, 1.1, 2], [0.9], [1, 1, 0.7]]
+ADVANTAGES = [1, -1, 1, -1]
+GROUP_OF, COUNTS = np.array([1, 1, 2, 2]), np.array([2, 4, 1, 3])
+ALL, WITHOUT_O2 = [True] * 4, [True, False, True, True]
+J = [
+    ("token-mean", ALL, -0.4520),
+    ("group-token-mean", ALL, -0.455833),
+    ("seq-mean-token-mean", ALL, -0.0295833),
+    ("seq-mean-token-sum", ALL, -1.13),
+    ("token-mean", WITHOUT_O2, 0.0633333),
+    ("group-token-mean", WITHOUT_O2, (2.28 / 2 - 1.9 / 4) / 2),
+]
+
+
+@pytest.mark.parametrize("normalizer, kept, expected", J)
+def test_objective_of_the_tiny_batch(normalizer, kept, expected):
+    weights = normalizer_weights(GROUP_OF, COUNTS, np.array(kept), normalizer=normalizer)
+    ratios = np.concatenate(RATIOS).astype(np.float32)
+    losses = dapo_token_loss(np.log(ratios), np.zeros(10, np.float32), np.repeat(np.float32(ADVANTAGES), COUNTS), **CLIP)
+    assert -float(np.repeat(weights, COUNTS) @ np.asarray(losses)) == pytest.approx(expected, abs=1e-6)
+
+
+def tiny_items(normalizer="token-mean", kept=ALL, only=range(4)):
+    """The tiny batch as responses to a model, whose old log-probs are its log-probs - log r. `only`: those that a rank holds."""
+    rng = np.random.default_rng(1)
+    mine = np.isin(np.arange(4), list(only))
+    weights = normalizer_weights(GROUP_OF, COUNTS, np.array(kept) & mine, normalizer=normalizer)
+    items = []
+    for advantage, count, weight in zip(ADVANTAGES, COUNTS, weights, strict=True):
+        prompt, response = (rng.integers(0, MODEL.vocab_size, size).astype(np.int32) for size in (3, count))
+        zeros = np.zeros(count, np.float32)
+        items.append(TrainItem(prompt, response, zeros, zeros, advantage, float(weight)))
+    items = tiny.with_ratios(PARAMS, MODEL, items, RATIOS, TEMPERATURE)
+    return [item._replace(behavior_logprobs=item.old_logprobs + np.float32(np.log(r))) for item, r in zip(items, RATIOS, strict=True)]
+
+
+def rows(items, n=4, t=26, order=None):
+    """The items in packed rows [n, t]: no micro-batches."""
+    items = items if order is None else [items[i] for i in order]
+    batch, _ = build_batch(items, row_len=t, rows_per_microbatch=n, microbatches=1)
+    return jax.tree.map(lambda a: a[0], batch)
+
+
+@functools.partial(jax.jit, static_argnames="chunk_size")
+def loss_and_grad(params, batch, chunk_size=16):
+    loss = functools.partial(loss_fn, model=MODEL, algo=DapoSection(), temperature=TEMPERATURE, chunk_size=chunk_size)
+    return jax.value_and_grad(loss, has_aux=True)(params, batch)
+
+
+@pytest.mark.parametrize("normalizer, kept, expected", J)
+def test_objective_of_the_tiny_batch_through_a_model(normalizer, kept, expected):
+    (loss, _), _ = loss_and_grad(PARAMS, rows(tiny_items(normalizer, kept)))
+    assert -float(loss) == pytest.approx(expected, abs=2e-6)
+
+
+def test_the_sum_over_ranks_is_the_objective_and_the_mean_of_their_means_is_not():
+    def loss(only, weighted_by):
+        batch = rows(tiny_items(only=only))
+        if weighted_by == "all":
+            batch = batch._replace(weight=np.where(batch.weight > 0, np.float32(0.1), 0))
+        return -float(loss_and_grad(PARAMS, batch)[0][0])
+
+    for ranks in ([(0, 2), (1, 3)], [(0, 1), (2, 3)], [(0, 1, 2), (3,)]):
+        assert sum(loss(own, "all") for own in ranks) == pytest.approx(-0.4520, abs=2e-6)
+    assert np.mean([loss(own, "rank") for own in [(0, 2), (1, 3)]]) == pytest.approx(-0.0200, abs=2e-6)
+    by_samples = [len(own) / 4 * loss(own, "rank") for own in [(0, 1, 2), (3,)]]
+    assert sum(by_samples) == pytest.approx(-0.417619, abs=2e-6)
+
+
+def test_metric_sums_of_the_tiny_batch():
+    items = tiny_items()
+    items[0] = items[0]._replace(behavior_logprobs=items[0].behavior_logprobs + np.float32(0.25))
+    (_, sums), _ = loss_and_grad(PARAMS, rows(items))
+    ratios = np.concatenate(RATIOS)
+    logprobs = tiny.response_logprobs(PARAMS, MODEL, items, TEMPERATURE)
+    expected = {
+        "tokens": 10,
+        "token_prob": np.exp(np.concatenate(logprobs)).sum(),
+        "approx_kl": (ratios - 1 - np.log(ratios)).sum(),
+        "clipped_low": 2,  # 0.5 and 0.7 of the negative ones
+        "clipped_high": 1,  # 1.5
+        "upclipped_prob": np.exp(logprobs[0][1]),
+        "sampler_gap": 0.5,  # two tokens
+    }
+    assert {k: float(sums[k]) for k in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert set(sums) == {*expected, "entropy"}  # whose value is test_logprobs' to check
+    assert 0 < sums["entropy"] < 10 * np.log(MODEL.vocab_size)
+
+
+def test_dual_clipped_tokens_are_counted_only_where_it_is_on():
+    flat = jax.tree.map(lambda a: a.reshape(-1), rows(tiny_items(), 1, 26))
+    logprobs = flat.behavior_logprobs  # those of the model
+    assert "clipped_dual" not in policy_metrics(logprobs, logprobs, flat, DapoSection())
+    found = policy_metrics(logprobs, logprobs, flat, DapoSection(dual_clip=1.9))["clipped_dual"]
+    assert np.asarray(flat.behavior_logprobs - flat.old_logprobs)[found > 0] == pytest.approx([np.log(2)], rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Masks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_without_any_trained_token_gives_zero():
+    batch = rows(tiny_items())
+    for empty in (
+        batch._replace(target_mask=np.zeros_like(batch.target_mask)),
+        batch._replace(weight=np.zeros_like(batch.weight)),
+        jax.tree.map(np.zeros_like, batch),
+    ):
+        (loss, sums), grads = loss_and_grad(PARAMS, empty)
+        assert loss == 0 and all(np.isfinite(v) for v in sums.values())
+        assert all(not np.asarray(g).any() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("old", [-300.0, 300.0])
+def test_a_ratio_that_overflows_on_a_token_that_is_not_trained_changes_nothing(old):
+    batch = rows(tiny_items(kept=WITHOUT_O2))
+    (loss, _), grads = loss_and_grad(PARAMS, batch)
+    wild = batch._replace(
+        old_logprobs=np.where(batch.weight > 0, batch.old_logprobs, np.float32(old)),  # targets of weight 0, prompts, padding
+        advantages=np.where(batch.weight > 0, batch.advantages, np.float32(-1)),
+    )
+    (same_loss, _), same_grads = loss_and_grad(PARAMS, wild)
+    assert same_loss == loss
+    jax.tree.map(np.testing.assert_array_equal, same_grads, grads)
+
+
+def test_a_ratio_that_overflows_on_a_trained_token_with_a_positive_advantage_has_slope_zero():
+    batch = rows(tiny_items())
+    t = np.argwhere(batch.target_mask & (batch.advantages > 0))[0]
+    old = batch.old_logprobs.copy()
+    old[*t] = -300
+    (loss, _), grads = loss_and_grad(PARAMS, batch._replace(old_logprobs=old))
+    assert np.isfinite(loss) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Through the whole model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_is_the_slope_of_the_loss():
+    """Central differences along the gradient and two random directions. Measured: within 3e-4 of the gradient's norm."""
+    batch = rows(tiny_items())
+    _, grads = loss_and_grad(PARAMS, batch)
+    norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(grads)))
+    rng = np.random.default_rng(0)
+    noise = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), PARAMS) for _ in range(2)]
+    for direction in (jax.tree.map(np.asarray, grads), *noise):
+        length = np.sqrt(sum((d**2).sum() for d in jax.tree.leaves(direction)))
+        h = 2e-3
+
+        def moved(sign, direction=direction, length=length, h=h):
+            return float(loss_and_grad(jax.tree.map(lambda p, d: p + sign * h / length * d, PARAMS, direction), batch)[0][0])
+
+        slope = sum(np.vdot(g, d) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True)) / length
+        assert (moved(1) - moved(-1)) / (2 * h) == pytest.approx(float(slope), abs=2e-3 * float(norm))
+
+
+ITEMS = tiny.make_items(MODEL, 8, temperature=TEMPERATURE)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    loss = jax.jit(functools.partial(tiny.plain_loss, config=MODEL, items=ITEMS, temperature=TEMPERATURE))
+    return jax.device_get(jax.value_and_grad(lambda p: loss(p))(PARAMS))
+
+
+def test_the_items_are_clipped_on_both_sides():
+    _, sums = loss_and_grad(PARAMS, rows(ITEMS))[0]
+    assert sums["clipped_low"] >= 3 and sums["clipped_high"] >= 3 and sums["tokens"] > 20
+
+
+@pytest.mark.parametrize(
+    "n, t, order, chunk_size",
+    [
+        (4, 26, None, 16),
+        (4, 26, [5, 2, 7, 0, 1, 6, 3, 4], 16),  # other rows, other neighbours
+        (8, 13, [7, 6, 5, 4, 3, 2, 1, 0], 1024),  # nearly unpacked, one chunk
+        (3, 50, None, 7),  # an empty row, and chunks that do not divide the rows
+    ],
+)
+def test_loss_and_gradient_do_not_depend_on_packing_padding_and_chunks(plain, n, t, order, chunk_size):
+    """Against unpacked rows and whole log-softmaxes. Measured, over both jax versions: loss MEASURED_LOSS, gradient MEASURED_GRAD relative."""
+    (loss, _), grads = loss_and_grad(PARAMS, rows(ITEMS, n, t, order), chunk_size)
+    print("GAPS", tiny.gap(loss, plain[0]), tiny.gap(grads, plain[1]))
+    assert tiny.gap(loss, plain[0]) < 1e-6
+    assert tiny.gap(grads, plain[1]) < 1e-6
+
+
+def test_batch_logprobs_are_those_of_a_plain_log_softmax():
+    batch, stats = build_batch(ITEMS, row_len=26, rows_per_microbatch=4)
+    run = jax.jit(functools.partial(batch_logprobs, model=MODEL, temperature=TEMPERATURE, chunk_size=16))
+    found = np.stack([run(PARAMS, jax.tree.map(lambda a: a[i], batch)) for i in range(batch.tokens.shape[0])])
+    assert not found[~batch.target_mask].any()
+    for own, expected in zip(gather_targets(found, stats.placement), tiny.response_logprobs(PARAMS, MODEL, ITEMS, TEMPERATURE), strict=True):
+        np.testing.assert_allclose(own, expected, rtol=0, atol=2e-6)
+
+
+def test_cross_entropy_is_the_weighted_sum_of_negative_logprobs():
+    loss, sums = jax.jit(functools.partial(cross_entropy_loss_fn, model=MODEL, chunk_size=16))(PARAMS, rows(ITEMS))
+    expected = -sum(item.weight * p.sum() for item, p in zip(ITEMS, tiny.response_logprobs(PARAMS, MODEL, ITEMS), strict=True))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert sums["tokens"] == sum(len(item.response) for item in ITEMS) and set(sums) == {"tokens", "entropy"}

@@ -1,0 +1,240 @@
+"""The main job through its real command line: what it writes, how it resumes, how it refuses."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dapo_jax import cli, evaluate, export, supervised, train
+from dapo_jax.config import load_config
+from dapo_jax.runtime.metrics import METRICS, read_metrics
+
+TESTS = Path(__file__).parent
+CONFIG = """
+model:
+  architecture: {vocab_size: 258, model_dim: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, ffn_dim: 32, max_position: 64}
+  compute_dtype: float32
+  remat: none
+data: {template: "{prompt}=", max_prompt_len: 16, arithmetic: {train_problems: 64, heldout_problems: 8, max_steps: 2, max_operand: 9}}
+eval: {sets: {heldout: arithmetic}, every: 2, samples_per_problem: 2, top_p: 1.0}
+rollout: {max_response_len: 12, decode_slots: 32}
+reward: {verifier: custom, function: "reward_functions:even_sum", allowed_modules: [reward_functions], workers: 1, overlong_buffer_len: 4}
+dapo: {prompts_per_step: 6, responses_per_prompt: 4, responses_per_update: 12, prompts_per_draw: 8}
+optim: {learning_rate: 1e-3, warmup_steps: 2}
+supervised: {updates: 2, responses_per_update: 8}
+train: {steps: 4, rows_per_microbatch: 8, save_every: 2}
+"""
+VOLATILE = ("time/", "throughput/", "memory/")
+
+
+@pytest.fixture(autouse=True)
+def reward_module(monkeypatch):
+    monkeypatch.syspath_prepend(str(TESTS))
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def verb(module, *args) -> int:
+    with pytest.raises(SystemExit) as done:
+        cli.run(module.main, [str(a) for a in args])
+    return int(done.value.code or 0)
+
+
+def run_train(config, run_dir, *overrides) -> int:
+    return verb(train, "--config", config, "--run-dir", run_dir, *(x for o in overrides for x in ("--set", o)))
+
+
+def steady(run_dir) -> list[dict]:
+    return [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in read_metrics(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 4 steps, and its config."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TESTS))
+        assert run_train(folder / "tiny.yaml", folder / "run") == 0
+    return folder / "tiny.yaml", folder / "run"
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    config, run = finished
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["updates"] for line in lines] == [0, 2, 4, 6, 8]  # 6 x 4 responses a step, 12 an update
+    assert all(b["draws"] >= a["draws"] for a, b in zip(lines, lines[1:], strict=False)) and lines[-1]["draws"] % 8 == 0
+    assert all(isinstance(v, int | float) and math.isfinite(v) for line in lines for v in line.values())
+    assert {k for line in lines for k in line if k.startswith("eval/")} == {k.replace("<set>", "heldout") for k in METRICS if "<set>" in k}
+    assert [("eval/heldout/avg" in line) for line in lines] == [True, False, True, False, True]
+    assert load_config(run / "config.yaml") == load_config(config)
+    assert (run / "curves.png").stat().st_size > 10_000
+    assert list((run / "tensorboard").iterdir())
+    sample = json.loads((run / "samples" / "step_000001.jsonl").read_text().splitlines()[0])
+    assert {"prompt", "response", "correct", "reward", "penalty", "advantage"} <= sample.keys()
+
+
+def test_every_metric_of_the_table_is_written(finished):
+    """All but those that only some runs have: device memory, the dual clip."""
+    written = {k for line in read_metrics(finished[1]) for k in line}
+    assert {k for k in METRICS if "<set>" not in k} - written == set()
+
+
+def test_rates_of_a_step_follow_rollout_steps(finished):
+    assert [line["optim/lr"] for line in read_metrics(finished[1])[1:]] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+
+
+def test_counts_of_dynamic_sampling_add_up(finished):
+    """Informative groups drawn and carried in are trained on, or carried out."""
+    carried = 0
+    for line in read_metrics(finished[1])[1:]:
+        assert line["filter/carried_groups"] == carried
+        informative = round(line.get("filter/kept_fraction", 0) * line["rollout/prompts"])
+        assert informative + carried == 6 + line["filter/surplus_groups"]
+        assert line["rollout/prompts"] == 8 * line["rollout/generation_batches"]
+        carried = line["filter/surplus_groups"]
+
+
+def test_interrupted_and_whole_runs_are_bit_identical(finished, tmp_path):
+    """Stops after step 2 and goes on to 4 (buffered groups included): metrics and weights equal those of one run."""
+    config, whole = finished
+    assert run_train(config, tmp_path / "run", "train.steps=2", "eval.every=2") == 0
+    assert run_train(config, tmp_path / "run", "train.steps=4") == 0
+    assert steady(tmp_path / "run") == steady(whole)
+    for name in ("whole", "halves"):
+        assert verb(export, "--run-dir", whole if name == "whole" else tmp_path / "run", "--out", tmp_path / name) == 0
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "halves/model.safetensors").read_bytes()
+
+
+def test_finished_run_started_again_does_nothing(finished):
+    before = (finished[1] / "metrics.jsonl").read_bytes()
+    assert run_train(*finished) == 0
+    assert (finished[1] / "metrics.jsonl").read_bytes() == before
+
+
+def test_killed_run_goes_on_from_its_checkpoint(config, tmp_path):
+    command = [sys.executable, "-m", "dapo_jax.train", "--config", config, "--run-dir", tmp_path / "run", "--set", "train.save_every=1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "run/checkpoints/1").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert "resumed from the checkpoint of step" in again.stdout and "warm-up" not in again.stdout
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+def test_nothing_compiles_after_the_first_step(config, tmp_path):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+    )
+    counts = []
+    for steps in (2, 6):
+        compiled.clear()
+        assert run_train(config, tmp_path / str(steps), f"train.steps={steps}", "eval.every=0", "train.save_every=100") == 0
+        counts.append(len(compiled))
+    assert counts[0] == counts[1] > 0
+
+
+def test_naive_grpo_is_the_same_code_with_the_parts_off(config, tmp_path):
+    off = ("dapo.dynamic_sampling=false", "dapo.clip_eps_high=0.2", "dapo.loss_normalizer=seq-mean-token-mean", "reward.overlong_penalty=false")
+    assert run_train(config, tmp_path / "run", *off, "train.steps=2", "eval.every=0", "supervised.updates=0") == 0
+    for line in read_metrics(tmp_path / "run"):
+        assert (line["rollout/prompts"], line["rollout/generation_batches"]) == (6, 1)
+        assert (line["filter/surplus_groups"], line["reward/overlong_penalty_mean"]) == (0, 0)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "sampler"])
+def test_old_logprobs_both_ways(config, tmp_path, mode):
+    """Sampler and trainer agree to 1e-4 in float32, so both ways train alike."""
+    assert run_train(config, tmp_path / "run", f"dapo.old_logprobs={mode}", "train.steps=1", "eval.every=0", "supervised.updates=0") == 0
+    line = read_metrics(tmp_path / "run")[-1]
+    assert 0 < line["policy/sampler_gap_mean"] < 1e-4
+    assert (line["time/old_logprobs_s"] > 0) == (mode == "recompute")
+
+
+def test_evaluation_of_run_and_of_its_export_agree(finished, tmp_path, capsys):
+    config, run = finished
+    assert verb(export, "--run-dir", run, "--out", tmp_path / "hf") == 0
+    assert verb(evaluate, "--config", config, "--run-dir", run, "--json", tmp_path / "a.json") == 0
+    assert verb(evaluate, "--config", config, "--model", tmp_path / "hf", "--json", tmp_path / "b.json") == 0
+    a, b = (json.loads((tmp_path / f"{x}.json").read_text()) for x in "ab")
+    assert a["step"] == 4 and a["sets"] == b["sets"]
+    last = read_metrics(run)[-1]
+    assert a["sets"]["heldout"]["avg"] == last["eval/heldout/avg"]
+    assert "avg@2" in capsys.readouterr().out
+
+
+def test_supervised_writes_a_folder_that_train_starts_from(config, tmp_path):
+    assert verb(supervised, "--config", config, "--out", tmp_path / "warm") == 0
+    assert verb(supervised, "--config", config, "--out", tmp_path / "warm") == 2  # not overwritten
+    start = ("model.architecture=null", f"model.folder={tmp_path / 'warm'}", "supervised.updates=0", "train.steps=1", "eval.every=0")
+    assert run_train(config, tmp_path / "run", *start) == 0
+
+
+BAD = {
+    "missing model folder": (("model.architecture=null", "model.folder=nowhere"), "nowhere: no such folder"),
+    "missing data": (("data.train=nowhere.jsonl",), "nowhere.jsonl: no such file"),
+    "missing eval data": (("eval.sets.heldout=nowhere.jsonl",), "nowhere.jsonl: no such file"),
+    "unknown kind of data": (("data.train=x.csv",), "x.csv: not a known kind of data set"),
+    "unknown key": (("dapo.clip=1",), "dapo.clip: unknown key"),
+    "G = 1": (("dapo.responses_per_prompt=1",), "dapo.responses_per_prompt: a group needs at least 2"),
+    "rows over devices": (("train.rows_per_microbatch=12",), "train.rows_per_microbatch: 12 does not divide"),
+    "slots over devices": (("rollout.decode_slots=30",), "rollout.decode_slots: 30 does not divide"),
+    "mesh": (("mesh.fsdp=3",), "mesh: data 1 x fsdp 3 x tensor 1 does not cover 8 devices"),
+    "every prompt too long": (("data.max_prompt_len=1",), "longer than 1 tokens"),
+    "tokenizer beyond the embedding": (("model.architecture.vocab_size=100",), "258 tokens do not fit an embedding of 100"),
+    "reward module missing": (("reward.function=gone:f", "reward.allowed_modules=[gone]"), "gone"),
+    "reward raises": (("reward.function=reward_functions:raises",), "answers got no verdict"),
+    "reward is nonsense": (("reward.function=reward_functions:nonsense",), "answers got no verdict"),
+    "no group is ever mixed": (("reward.verifier=strict", "reward.function=null"), "0 of 6 groups to train on"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_status_2(config, tmp_path, capfd, case):
+    overrides, expected = BAD[case]
+    quick = ("eval.every=0", "supervised.updates=0", "dapo.max_generation_batches=2")
+    assert run_train(config, tmp_path / "run", *quick, *overrides) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert len(errors) == 1 and errors[0].startswith("dapo_jax: ") and expected in errors[0]
+
+
+def test_a_run_folder_of_another_run_is_refused(finished, capfd):
+    config, run = finished
+    before = (run / "config.yaml").read_bytes()
+    assert run_train(config, run, "optim.learning_rate=1e-5") == 2
+    assert "optim.learning_rate: is 1e-05, but" in capfd.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_no_checkpoint_is_status_3(config, tmp_path):
+    assert verb(evaluate, "--config", config, "--run-dir", tmp_path) == 3
+
+
+def test_on_cap_train_uses_what_there_is(config, tmp_path):
+    """One generation batch of 2 prompts cannot fill 6 groups; the step trains on the few there are."""
+    few = ("dapo.prompts_per_draw=2", "dapo.max_generation_batches=1", "dapo.on_cap=train")
+    assert run_train(config, tmp_path / "run", *few, "train.steps=2", "eval.every=0", "supervised.updates=0") == 0
+    lines = read_metrics(tmp_path / "run")
+    assert all(line["rollout/prompts"] == 2 for line in lines)
+    assert np.diff([line["updates"] for line in lines]) <= 1

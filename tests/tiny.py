@@ -1,0 +1,85 @@
+"""A tiny model, tiny batches, and a plain loss to hold the packed and fused one against."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dapo_jax.config import ModelConfig
+from dapo_jax.dapo.packing import TrainItem, normalizer_weights
+from dapo_jax.model.decoder import apply, init
+
+
+def model(family="qwen3", **changes) -> ModelConfig:
+    sizes = {"vocab_size": 40, "model_dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 24}
+    return ModelConfig(family=family, **(sizes | {"max_position": 64, "rope_theta": 1e4} | changes))
+
+
+@functools.cache
+def params(config: ModelConfig):
+    """Random weights; also the norms and biases, which `init` leaves at one and zero."""
+    rng = np.random.default_rng(0)
+    start = jax.jit(init, static_argnums=0)(config, jax.random.key(0))
+    return jax.tree.map(lambda p: np.asarray(p) + rng.normal(0, 0.1, p.shape).astype(np.float32), start)
+
+
+def _rows(items):
+    """Tokens, target mask, old log-probs, advantages and weights [n, T]: each item alone in a row, nothing packed."""
+    width = max(len(item.prompt) + len(item.response) for item in items)
+    tokens, mask = np.zeros((len(items), width), np.int32), np.zeros((len(items), width), bool)
+    old, advantage, weight = np.zeros((3, len(items), width), np.float32)
+    for i, item in enumerate(items):
+        start, end = len(item.prompt), len(item.prompt) + len(item.response)
+        tokens[i, :end] = np.concatenate([item.prompt, item.response])
+        mask[i, start:end], old[i, start:end] = True, item.old_logprobs
+        advantage[i, start:end], weight[i, start:end] = item.advantage, item.weight
+    return tokens, mask, old, advantage, weight
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def plain_logprobs(params, config, tokens, temperature=1.0):
+    """log softmax(logits / temperature) of every token but the first of [n, T] rows, 0 on the first."""
+    log_softmax = jax.nn.log_softmax(apply(params, config, tokens)[:, :-1] / temperature)
+    return jnp.pad(jnp.take_along_axis(log_softmax, tokens[:, 1:, None], axis=-1)[..., 0], ((0, 0), (1, 0)))
+
+
+def plain_loss(params, config, items, temperature=1.0):
+    """Minus the objective of DAPO with ε 0.2 and 0.28, from whole log-softmaxes of unpacked rows."""
+    tokens, mask, old, advantage, weight = _rows(items)
+    ratio = jnp.exp(jnp.where(mask, plain_logprobs(params, config, tokens, temperature) - old, 0.0))
+    bounded = jnp.where(advantage > 0, jnp.minimum(ratio, 1.28), jnp.maximum(ratio, 0.8))
+    return -jnp.sum(weight * bounded * advantage)
+
+
+def response_logprobs(params, config, items, temperature=1.0) -> list[np.ndarray]:
+    """The model's log-probs of each response, [R] each."""
+    tokens, mask, *_ = _rows(items)
+    found = np.asarray(plain_logprobs(params, config, tokens, temperature))
+    return [row[m] for row, m in zip(found, mask, strict=True)]
+
+
+def with_ratios(params, config, items, ratios, temperature=1.0):
+    """The items with old log-probs that make π_θ / π_old the given ratios."""
+    found = response_logprobs(params, config, items, temperature)
+    return [item._replace(old_logprobs=(p - np.log(r)).astype(np.float32)) for item, p, r in zip(items, found, ratios, strict=True)]
+
+
+def make_items(config: ModelConfig, n: int, *, seed: int = 0, longest: int = 9, temperature: float = 1.0) -> list[TrainItem]:
+    """Random responses of 1 to `longest` tokens in groups of four, weighted per group, ratios on both sides of both clips."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, longest + 1, n)
+    weights = normalizer_weights(np.arange(n) // 4, counts, np.ones(n, bool), normalizer="group-token-mean")
+    items = []
+    for count, weight in zip(counts, weights, strict=True):
+        prompt, response = (rng.integers(0, config.vocab_size, size).astype(np.int32) for size in (rng.integers(1, 5), count))
+        zeros = np.zeros(count, np.float32)
+        items.append(TrainItem(prompt, response, zeros, zeros, (-1) ** len(items) * rng.uniform(0.3, 2), float(weight)))
+    ratios = [np.exp(rng.normal(0, 0.5, len(item.response))) for item in items]
+    return with_ratios(params(config), config, items, ratios, temperature)
+
+
+def gap(found, expected) -> float:
+    """‖found - expected‖ / ‖expected‖ over two trees of arrays, in float64."""
+    a, b = (np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(t)]) for t in (found, expected))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
