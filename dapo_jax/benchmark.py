@@ -282,7 +282,8 @@ def benchmark_rollout(sizes: Sizes) -> dict[str, Any]:
     return _report(sizes, table, {"modes": {"lockstep": mode}, "bound_decode_steps": bound}, _device())
 
 
-def _train_items(sizes: Sizes) -> list[TrainItem]:
+def train_items(sizes: Sizes) -> list[TrainItem]:
+    """Random responses, all of the full length or log-normal with a median of a sixth of it; each token weighs the same."""
     rng = np.random.default_rng(0)
     lengths = np.full(sizes.responses, sizes.max_response_len)
     if sizes.lengths == "lognormal":
@@ -301,7 +302,7 @@ def benchmark_update(sizes: Sizes) -> dict[str, Any]:
     if longest > sizes.row_len:
         raise InputError(f"--row-len: {sizes.row_len} does not hold --prompt-len + --max-response-len = {longest}; raise it")
     model, mesh, params = _random_model(sizes, "--rows", sizes.rows)
-    batch, stats = build_batch(_train_items(sizes), row_len=sizes.row_len, rows_per_microbatch=sizes.rows)
+    batch, stats = build_batch(train_items(sizes), row_len=sizes.row_len, rows_per_microbatch=sizes.rows)
     optimizer = make_optimizer(OptimSection())
     shardings = state_sharding(jax.eval_shape(lambda p: init_state(p, optimizer), params), mesh)
     state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)

@@ -148,6 +148,27 @@ def test_long_chains():
     assert [steps_of(p) for p in arithmetic_problems(config, heldout=False)] == [80] * 5
 
 
+def test_mistakes_are_in_training_solutions_only():
+    config = ArithmeticConfig(train_problems=3000, heldout_problems=50, min_steps=2, max_steps=4, mistake_rate=0.25)
+    clean = ArithmeticConfig(train_problems=3000, heldout_problems=50, min_steps=2, max_steps=4)
+    train = arithmetic_problems(config, heldout=False)
+    assert arithmetic_problems(config, heldout=True) == arithmetic_problems(clean, heldout=True)
+    assert [(p.prompt, p.answer) for p in train] == [(p.prompt, p.answer) for p in arithmetic_problems(clean, heldout=False)]
+    slips = []
+    for p in train:
+        *lines, last = p.solution.splitlines()
+        written = int(p.prompt.replace("(", "").split("+")[0].split("-")[0].split("*")[0])
+        for line, (_, op, right, _) in zip(lines, evaluate(p.prompt)[1], strict=True):
+            left, result = written, int(line.split("=")[1])
+            assert line == f"{left}{op}{right}={result}"  # goes on from what was written, right or wrong
+            slips.append(result - evaluate(f"({left}){op}{right}".replace("(-", "(0-"))[0])
+            written = result
+        assert last == f"Answer: {written}"
+    assert set(slips) == set(range(-9, 10))
+    rate = sum(s != 0 for s in slips) / len(slips)
+    assert abs(rate - 0.25) < 4 * (0.25 * 0.75 / len(slips)) ** 0.5
+
+
 @pytest.mark.parametrize("key, value", [("max_operand", 1000), ("max_steps", 101), ("heldout_problems", 7)])
 def test_configs_that_ask_for_too_much(key, value):
     config = ArithmeticConfig(**{"max_steps": 1, "max_operand": 1, key: value})

@@ -267,9 +267,8 @@ def test_the_items_are_clipped_on_both_sides():
     ],
 )
 def test_loss_and_gradient_do_not_depend_on_packing_padding_and_chunks(plain, n, t, order, chunk_size):
-    """Against unpacked rows and whole log-softmaxes. Measured, over both jax versions: loss MEASURED_LOSS, gradient MEASURED_GRAD relative."""
+    """Against unpacked rows and whole log-softmaxes. Measured: loss 2e-7, gradient 5e-7 relative."""
     (loss, _), grads = loss_and_grad(PARAMS, rows(ITEMS, n, t, order), chunk_size)
-    print("GAPS", tiny.gap(loss, plain[0]), tiny.gap(grads, plain[1]))
     assert tiny.gap(loss, plain[0]) < 1e-6
     assert tiny.gap(grads, plain[1]) < 1e-6
 

@@ -56,6 +56,7 @@ def test_plain_rows(tmp_path):
         {"prompt": "c", "answer": 42.0},
         {"prompt": "d", "answer": 0.5, "solution": None, "id": None},
         {"prompt": "e", "answer": "  1,024 \n", "extra": [1, {}]},
+        {"prompt": "f", "answer": 1e20},
     ]
     loaded, report = load(write_jsonl(tmp_path / "a.jsonl", rows))
     assert [(p.prompt, p.answer, p.solution) for p in loaded] == [
@@ -64,9 +65,10 @@ def test_plain_rows(tmp_path):
         ("c", "42", None),
         ("d", "0.5", None),
         ("e", "1,024", None),
+        ("f", "100000000000000000000", None),
     ]
     assert [p.id for p in loaded[:2]] == ["first", "12"]
-    assert (report.rows, report.problems, report.duplicates, report.conflicts, dict(report.skipped)) == (5, 5, 0, 0, {})
+    assert (report.rows, report.problems, report.duplicates, report.conflicts, dict(report.skipped)) == (6, 6, 0, 0, {})
 
 
 def test_dapo_rows_are_the_same_from_json_lines_and_parquet(tmp_path):

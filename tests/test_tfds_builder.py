@@ -249,7 +249,15 @@ def test_damaged_folders(prepared, tmp_path, how):
     folder = tmp_path / "damaged"
     shutil.copytree(prepared, folder)
     damage(folder, how)
-    assert error_of(read_problems, str(folder)).startswith(str(folder))
+    reason = "holds no dataset_info.json" if how == "no info" else "not a readable data set"
+    assert error_of(read_problems, str(folder)).startswith(f"{folder}: {reason}")
+
+
+def test_records_that_read_as_empty_are_not_taken_for_rows_without_a_prompt(tmp_path):
+    features = {"prompt": tfds.features.Text(), "answer": tfds.features.Text()}
+    folder = prepare_other(tmp_path, features, {"train": [{"prompt": str(i), "answer": "1"} for i in range(5)]})
+    damage(Path(folder), "half the records")
+    assert "empty record 1" in error_of(read_problems, folder)
 
 
 def test_missing_folder_and_folder_without_a_data_set(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 
 from dapo_jax.config import ModelConfig
 from dapo_jax.dapo.packing import TrainItem, normalizer_weights
-from dapo_jax.model.decoder import apply, init
+from dapo_jax.model.decoder import abstract_params, apply
 
 
 def model(family="qwen3", **changes) -> ModelConfig:
@@ -18,10 +18,15 @@ def model(family="qwen3", **changes) -> ModelConfig:
 
 @functools.cache
 def params(config: ModelConfig):
-    """Random weights; also the norms and biases, which `init` leaves at one and zero."""
+    """Random weights with nothing trivial about them: also the norms and biases, which `init` leaves at one and zero."""
     rng = np.random.default_rng(0)
-    start = jax.jit(init, static_argnums=0)(config, jax.random.key(0))
-    return jax.tree.map(lambda p: np.asarray(p) + rng.normal(0, 0.1, p.shape).astype(np.float32), start)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        kind = path[-1].key
+        return jnp.asarray({"scale": 1 + 0.1 * noise, "bias": 0.1 * noise, "embedding": 0.1 * noise, "kernel": 0.25 * noise}[kind])
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
 
 
 def _rows(items):

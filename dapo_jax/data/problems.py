@@ -270,7 +270,7 @@ def _missing(value: Any) -> bool:
 
 def _scalar_text(value: Any, name: str) -> str:
     if isinstance(value, float) and math.isfinite(value):
-        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)  # 42.0: a whole number in a float column
+        return str(int(value)) if value.is_integer() else repr(value)  # 42.0: a whole number in a float column
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str):

@@ -159,7 +159,7 @@ def _conversation(problem: Problem, template: str) -> list[dict[str, str]]:
 
 def _tokenise(tokenizer: "PreTrainedTokenizerFast", texts: list[str], *, add_special_tokens: bool) -> Iterator[list[int]]:
     for start in range(0, len(texts), _BATCH):
-        for tokens in tokenizer(texts[start : start + _BATCH], add_special_tokens=add_special_tokens, verbose=False)["input_ids"]:
+        for tokens in tokenizer(texts[start : start + _BATCH], add_special_tokens=add_special_tokens)["input_ids"]:
             ends = add_special_tokens and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id
             yield tokens[:-1] if ends else tokens  # an end token would ask for a new text, not for an answer
 
