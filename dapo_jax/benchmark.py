@@ -338,7 +338,7 @@ def _out_of_memory(e: Exception) -> bool:
 
 
 def _report(sizes: Sizes, table: Sequence[Mapping[str, Any]], result: Mapping[str, Any], device: Mapping[str, str]) -> dict[str, Any]:
-    """Prints sizes, single results and the table, bytes as MB; returns the JSON object."""
+    """Prints sizes, the table (bytes as MB) and what single results are not in it; returns the JSON object."""
 
     def cell(key: str, value: Any) -> str:
         if isinstance(value, int | float):
@@ -347,7 +347,8 @@ def _report(sizes: Sizes, table: Sequence[Mapping[str, Any]], result: Mapping[st
         return "n/a" if value is None else str(value)
 
     flags = {name: value for name, value in vars(sizes).items() if name not in ("run", "what")}
-    print("  ".join(f"{key}={cell(key, v)}" for key, v in {**flags, **result, **device}.items() if not isinstance(v, dict)))
+    alone = {key: value for key, value in result.items() if key not in table[0] and not isinstance(value, dict)}
+    print("  ".join(f"{key}={cell(key, value)}" for key, value in {**flags, **alone, **device}.items()))
     lines = [[key.replace("_bytes", "_MB") for key in table[0]], *([cell(*item) for item in row.items()] for row in table)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print("\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines))

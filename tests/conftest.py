@@ -4,3 +4,5 @@ import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# Eight devices share few cores here: programs in flight together can take each other's threads and wait for ever in a collective.
+jax.config.update("jax_cpu_enable_async_dispatch", False)

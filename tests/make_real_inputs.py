@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -180,7 +181,10 @@ def write_model(folder: Path, fields: Mapping[str, Any], tensors: Iterable[tuple
     for name, content in (("config", config), ("tokenizer_config", tokenizer_config), ("generation_config", generation_config)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     weights = hf_weights(tensors, config["num_attention_heads"], config["num_key_value_heads"])
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as e:  # what it makes of a full disk
+        raise InputError(f"{folder}/model.safetensors: cannot be written ({e}); give --out a writable folder with 0.6 GB free") from None
     return sum(weight.size for weight in weights.values())
 
 

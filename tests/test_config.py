@@ -32,7 +32,13 @@ def test_defaults_are_the_papers_recipe(load):
     assert (c.dapo.clip_eps_low, c.dapo.clip_eps_high, c.dapo.dual_clip, c.dapo.loss_normalizer) == (0.2, 0.28, None, "token-mean")
     assert (c.dapo.prompts_per_draw, c.dapo.max_generation_batches) == (3 * 512, 10)
     assert (c.rollout.max_response_len, c.reward.overlong_buffer_len, c.data.max_prompt_len) == (20480, 4096, 2048)
-    assert (c.rollout.temperature, c.rollout.top_p, c.eval.temperature, c.eval.top_p, c.eval.samples_per_problem) == (1.0, 1.0, 1.0, 0.7, 32)
+    assert (c.rollout.temperature, c.rollout.top_p, c.eval.temperature, c.eval.top_p, c.eval.samples_per_problem) == (
+        1.0,
+        1.0,
+        1.0,
+        0.7,
+        32,
+    )
     assert (c.optim.learning_rate, c.optim.warmup_steps, c.optim.weight_decay, c.optim.grad_clip) == (1e-6, 20, 0.1, 1.0)
     assert (c.dapo.advantage_ddof, c.dapo.advantage_eps, c.train.steps, c.dapo.overlong_filtering) == (1, 1e-6, 320, False)
 

@@ -169,14 +169,18 @@ def test_rows_spread_unevenly_over_devices(expected_loss, layout):
     assert tiny.gap(loss, plain) < 1e-6
     assert tiny.gap([metrics[k] for k in plain_metrics], list(plain_metrics.values())) < 1e-6
     assert tiny.gap(d_hidden, np.asarray(plain_grads[0])[order]) < 1e-6 and tiny.gap(d_head, plain_grads[1]) < 1e-6
-    logprobs = jax.jit(functools.partial(linear_logprobs, temperature=TEMPERATURE, chunk_size=3, mesh=mesh))(sharded[0], head, sharded[1], mask=sharded[2])
+    logprobs = jax.jit(functools.partial(linear_logprobs, temperature=TEMPERATURE, chunk_size=3, mesh=mesh))(
+        sharded[0], head, sharded[1], mask=sharded[2]
+    )
     for found, expected in zip(logprobs, plain_logprobs(hidden, head, targets, mask), strict=True):
         np.testing.assert_allclose(found, np.asarray(expected)[order], rtol=0, atol=5e-6)
 
 
 def largest(jaxpr) -> int:
     """Elements of the largest array that a jaxpr makes, at any depth."""
-    inner = [j for eqn in jaxpr.eqns for p in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")) for j in [getattr(p, "jaxpr", p)]]
+    inner = [
+        j for eqn in jaxpr.eqns for p in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")) for j in [getattr(p, "jaxpr", p)]
+    ]
     own = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
     return max(own + [largest(j) for j in inner if hasattr(j, "eqns")], default=0)
 

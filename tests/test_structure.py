@@ -15,7 +15,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = ("data", "rollout", "reward", "dapo", "model", "runtime")
 MAY_IMPORT = {"data": (), "reward": (), "model": (), "runtime": (), "dapo": ("model",), "rollout": ("model",)}
 HOST = ("data/", "reward/", "dapo/groups.py", "dapo/buffer.py", "dapo/packing.py", "config.py", "types.py", "cli.py")
-PURE = ("dapo/loss.py", "dapo/update.py", "rollout/sampler.py", "model/decoder.py", "model/attention.py", "model/logprobs.py", "model/families.py")
+PURE = (
+    "dapo/loss.py",
+    "dapo/update.py",
+    "rollout/sampler.py",
+    "model/decoder.py",
+    "model/attention.py",
+    "model/logprobs.py",
+    "model/families.py",
+)
 IO_MODULES = {"os", "io", "pathlib", "time", "datetime", "random", "sys", "shutil", "tempfile", "subprocess", "socket", "logging"}
 
 

@@ -25,14 +25,30 @@ model:
   remat: none
 data: {template: "{prompt}=", max_prompt_len: 16, arithmetic: {train_problems: 64, heldout_problems: 8, max_steps: 2, max_operand: 9}}
 eval: {sets: {heldout: arithmetic}, every: 2, samples_per_problem: 2, top_p: 1.0}
-rollout: {max_response_len: 12, decode_slots: 32}
-reward: {verifier: custom, function: "reward_functions:even_sum", allowed_modules: [reward_functions], workers: 1, overlong_buffer_len: 4}
+rollout: {max_response_len: 40, decode_slots: 32}
+reward: {verifier: custom, function: "reward_functions:even_sum", allowed_modules: [reward_functions], workers: 1, overlong_buffer_len: 10}
 dapo: {prompts_per_step: 6, responses_per_prompt: 4, responses_per_update: 12, prompts_per_draw: 8}
 optim: {learning_rate: 1e-3, warmup_steps: 2}
 supervised: {updates: 2, responses_per_update: 8}
 train: {steps: 4, rows_per_microbatch: 8, save_every: 2}
 """
 VOLATILE = ("time/", "throughput/", "memory/")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_once(tmp_path_factory):
+    """Every run here compiles the same programs; the first one leaves them to the others."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +78,7 @@ def steady(run_dir) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, compile_once):
     """A run of 4 steps, and its config."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "tiny.yaml").write_text(CONFIG)
@@ -156,7 +172,12 @@ def test_nothing_compiles_after_the_first_step(config, tmp_path):
 
 
 def test_naive_grpo_is_the_same_code_with_the_parts_off(config, tmp_path):
-    off = ("dapo.dynamic_sampling=false", "dapo.clip_eps_high=0.2", "dapo.loss_normalizer=seq-mean-token-mean", "reward.overlong_penalty=false")
+    off = (
+        "dapo.dynamic_sampling=false",
+        "dapo.clip_eps_high=0.2",
+        "dapo.loss_normalizer=seq-mean-token-mean",
+        "reward.overlong_penalty=false",
+    )
     assert run_train(config, tmp_path / "run", *off, "train.steps=2", "eval.every=0", "supervised.updates=0") == 0
     for line in read_metrics(tmp_path / "run"):
         assert (line["rollout/prompts"], line["rollout/generation_batches"]) == (6, 1)

@@ -29,11 +29,13 @@ def params(config: ModelConfig):
     return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
 
 
+_SHAPE = (12, 13)  # of unpacked rows: one shape, one compilation a model
+
+
 def _rows(items):
-    """Tokens, target mask, old log-probs, advantages and weights [n, T]: each item alone in a row, nothing packed."""
-    width = max(len(item.prompt) + len(item.response) for item in items)
-    tokens, mask = np.zeros((len(items), width), np.int32), np.zeros((len(items), width), bool)
-    old, advantage, weight = np.zeros((3, len(items), width), np.float32)
+    """Tokens, target mask, old log-probs, advantages and weights [12, 13]: each item alone in a row, nothing packed."""
+    tokens, mask = np.zeros(_SHAPE, np.int32), np.zeros(_SHAPE, bool)
+    old, advantage, weight = np.zeros((3, *_SHAPE), np.float32)
     for i, item in enumerate(items):
         start, end = len(item.prompt), len(item.prompt) + len(item.response)
         tokens[i, :end] = np.concatenate([item.prompt, item.response])
@@ -61,7 +63,7 @@ def response_logprobs(params, config, items, temperature=1.0) -> list[np.ndarray
     """The model's log-probs of each response, [R] each."""
     tokens, mask, *_ = _rows(items)
     found = np.asarray(plain_logprobs(params, config, tokens, temperature))
-    return [row[m] for row, m in zip(found, mask, strict=True)]
+    return [row[m] for row, m in zip(found, mask, strict=True)][: len(items)]
 
 
 def with_ratios(params, config, items, ratios, temperature=1.0):

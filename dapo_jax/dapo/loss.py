@@ -78,9 +78,9 @@ def _shift(hidden: Array) -> Array:
     return jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 
-def batch_hidden(params: Params, batch: TrainBatch, model: ModelConfig) -> Array:
+def batch_hidden(params: Params, batch: TrainBatch, model: ModelConfig, mesh: Mesh | None = None) -> Array:
     """hidden [N * T, D], row-major, aligned with the tokens it predicts."""
-    hidden, _ = hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids)
+    hidden, _ = hidden_states(params, model, batch.tokens, batch.positions, batch.segment_ids, mesh=mesh)
     return _shift(hidden).reshape(-1, hidden.shape[-1])
 
 
@@ -91,7 +91,7 @@ def _flat(batch: TrainBatch) -> TrainBatch:
 def _batch_loss(params, batch, token_loss, *, model, temperature, chunk_size, mesh):
     flat = _flat(batch)
     return linear_loss(
-        batch_hidden(params, batch, model),
+        batch_hidden(params, batch, model, mesh),
         head_kernel(params),
         flat.tokens,
         token_loss,
@@ -165,7 +165,7 @@ def batch_logprobs(
     """Log-prob of every response token, float32 [N, T], 0 elsewhere: how log π_old is recomputed by the trainer."""
     flat = _flat(batch)
     logprobs, _ = linear_logprobs(
-        batch_hidden(params, batch, model),
+        batch_hidden(params, batch, model, mesh),
         head_kernel(params),
         flat.tokens,
         mask=flat.target_mask,

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dapo_jax.config import ModelConfig
 from dapo_jax.model.attention import attend, attend_cached
+from dapo_jax.model.logprobs import ROW_AXES
 from dapo_jax.types import Array, Params
 
 
@@ -180,6 +182,12 @@ def head_kernel(params: Params) -> Array:
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
 
 
+def _pin(x: Array, mesh: Mesh | None, *axes: Any) -> Array:
+    """x, laid out over the mesh as told. Weights are split over axes that rows are split over too: left to itself, the
+    compiler may split activations like the weights, along D, and hold the rows of all devices on each."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
 _REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -187,13 +195,19 @@ _REMAT = {
 
 
 def hidden_states(
-    params: Params, config: ModelConfig, tokens: Array, positions: Array | None = None, segment_ids: Array | None = None
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    positions: Array | None = None,
+    segment_ids: Array | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Final hidden states of packed rows, and the keys and values of every layer.
 
     Args:
       tokens: int [N, T]. positions: int [N, T], by default counted in each segment. segment_ids: int [N, T], by
-        default one segment a row.
+        default one segment a row. mesh: set if rows are sharded over ("data", "fsdp").
 
     Returns:
       hidden [N, T, D] after the final norm, in compute dtype; (k, v), each [L, N, T, K, h].
@@ -202,16 +216,27 @@ def hidden_states(
     positions = segment_positions(segment_ids) if positions is None else positions
     ends = _bind(Ends, config, {k: v for k, v in params.items() if k != "layers"})
     rope = rotary(config, positions)
-    x = ends.embed.embedding[...].astype(config.compute_dtype)[tokens]
+    x = _pin(_pin(ends.embed.embedding[...].astype(config.compute_dtype), mesh)[tokens], mesh, ROW_AXES)
 
     def layer(x, layer_params):
         block = _bind(Block, config, layer_params)
-        return block(x, rope, lambda q, k, v: attend(q, k, v, segment_ids))
+        x, kv = block(x, rope, lambda q, k, v: attend(q, k, v, segment_ids))
+        return _pin(x, mesh, ROW_AXES), kv
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=_REMAT[config.remat], prevent_cse=False)
     x, kv = jax.lax.scan(layer, x, params["layers"])
     return ends.final_norm(x), kv
+
+
+# B is a batching axis of the scatter, so that the compiler knows each device to write to its own sequences only.
+_AT_LENGTHS = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(0, 2, 3),
+    inserted_window_dims=(3,),
+    scatter_dims_to_operand_dims=(3,),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
 
 
 def decode_step(params: Params, config: ModelConfig, tokens: Array, lengths: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -233,10 +258,9 @@ def decode_step(params: Params, config: ModelConfig, tokens: Array, lengths: Arr
         return block(x, rope, lambda q, k, v: attend_cached(q, k, v, cache_k, cache_v, lengths))
 
     x, (k, v) = jax.lax.scan(layer, x, (params["layers"], cache.k, cache.v))
-    rows = jnp.arange(tokens.shape[0])
 
     def write(old, new):  # [L, B, K, h] into [L, B, K, S, h] at (b, lengths[b])
-        return old.at[:, rows, :, lengths].set(jnp.swapaxes(new, 0, 1).astype(old.dtype))
+        return jax.lax.scatter(old, lengths[:, None], new.astype(old.dtype), _AT_LENGTHS, unique_indices=True, mode="drop")
 
     return ends.final_norm(x), Cache(write(cache.k, k), write(cache.v, v))
 

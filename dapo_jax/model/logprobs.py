@@ -109,10 +109,9 @@ def _loss_forward(token_loss: TokenLoss, static: _Static, with_grad: bool, hidde
             d_head += jnp.einsum("nd,nv->dv", h, d_logits, preferred_element_type=jnp.float32)
         return loss + part, metrics, d_hidden, d_head
 
-    example = jax.eval_shape(
-        lambda: token_loss(jnp.zeros(size), jnp.zeros(size), jax.tree.map(lambda a: jnp.zeros((size, *a.shape[1:]), a.dtype), token_args))[1]
-    )
-    zeros = {name: jnp.zeros(()) for name in example}
+    number = jax.ShapeDtypeStruct((size,), jnp.float32)
+    example = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), token_args)
+    zeros = {name: jnp.zeros(()) for name in jax.eval_shape(token_loss, number, number, example)[1]}
     d_hidden, d_head = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)) if with_grad else (None, None)
     return jax.lax.fori_loop(0, plan.chunks, body, (jnp.zeros(()), zeros, d_hidden, d_head))
 

@@ -70,23 +70,30 @@ def _nucleus(weights: Array, top_p: float, top_k: int) -> Array:
     return weights
 
 
+def _first_above(weights: Array, target: Array) -> Array:
+    """First index of positive weight whose running sum exceeds the target; the last such index if rounding leaves none."""
+    positive = weights > 0
+    hit = positive & (jnp.cumsum(weights, axis=-1) > target[:, None])
+    last = jnp.where(positive, jnp.arange(weights.shape[-1])[None], 0).max(axis=-1)
+    return jnp.where(hit.any(axis=-1), jnp.argmax(hit, axis=-1), last)
+
+
 def _inverse_cdf(weights: Array, uniform: Array) -> Array:
     """Index i with Σ_{j<i} w_j ≤ u Σ w < Σ_{j≤i} w_j: first among blocks of the vocabulary, then inside one.
+
+    Never an index of weight 0, whatever the rounding (compilers contract and reorder these sums).
 
     weights: [B, V], not negative, not all 0. uniform: [B] in [0, 1). One uniform a row is enough for an exact draw.
     """
     rows, vocab = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
-    ends = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+    sums = blocks.sum(axis=-1)
+    ends = jnp.cumsum(sums, axis=-1)
     target = uniform * ends[:, -1]
-    # Rounding can put the target at the very end: the last block, and the last entry, with any weight catch it.
-    last_block = jnp.argmax(ends >= ends[:, -1:], axis=-1)
-    block = jnp.minimum((ends <= target[:, None]).sum(axis=-1), last_block)
+    block = _first_above(sums, target)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
-    inner = jnp.cumsum(inside, axis=-1)
-    last = jnp.argmax(inner >= inner[:, -1:], axis=-1)
-    return block * _BLOCK + jnp.minimum((inner <= (target - before)[:, None]).sum(axis=-1), last)
+    return block * _BLOCK + _first_above(inside, target - before)
 
 
 def sample_tokens(logits: Array, keys: Array, sampling: Sampling) -> tuple[Array, Array]:

@@ -350,7 +350,8 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _describe(arrays: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
     """Shape, dtype, digest (16 hex digits) of each array, and whether it is finite."""
-    results = jax.device_get({name: (_digest(array), _finite(array)) for name, array in arrays.items()})
+    # One leaf at a time: virtual CPU devices that share few cores lock up with many programs of collectives in flight.
+    results = {name: jax.device_get(_inspect(array)) for name, array in arrays.items()}
     return {
         name: {
             "shape": list(arrays[name].shape),
@@ -366,6 +367,11 @@ def _first_non_finite(described: Mapping[str, Mapping[str, Any]]) -> str | None:
     return next((name for name, leaf in described.items() if not leaf["finite"]), None)
 
 
+@jax.jit
+def _inspect(x: Array) -> tuple[tuple[Array, ...], Array]:
+    return _digest(x), _finite(x)
+
+
 def _digest(x: Array) -> tuple[Array, ...]:
     """Two uint32 scalars of an array, made where it is: no copy to the host, any sharding, any number of processes.
 
@@ -377,7 +383,6 @@ def _digest(x: Array) -> tuple[Array, ...]:
     return tuple(_lane(x, c) for c in (0x9E3779B1, 0x85EBCA77))
 
 
-@partial(jax.jit, static_argnums=1)
 def _lane(x: Array, c: int) -> Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
@@ -390,7 +395,6 @@ def _lane(x: Array, c: int) -> Array:
     return _mix(words ^ scaled).sum(dtype=jnp.uint32)
 
 
-@jax.jit
 def _finite(x: Array) -> Array:
     return jnp.isfinite(x).all()
 

@@ -1,0 +1,203 @@
+"""Where arrays lie: meshes, the partition of every parameter, arrays put on devices and fetched back."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dapo_jax.config import MeshSection, OptimSection
+from dapo_jax.dapo.update import init_state, make_optimizer
+from dapo_jax.model.decoder import abstract_params
+from dapo_jax.runtime import multihost
+from dapo_jax.runtime.mesh import (
+    PARTITION_RULES,
+    make_mesh,
+    params_sharding,
+    partition_of,
+    publisher,
+    put,
+    put_rows,
+    rollout_sharding,
+    row_shards,
+    state_sharding,
+)
+from dapo_jax.types import InputError
+
+CUBE = MeshSection(2, 2, 2)
+
+
+def by_path(tree):
+    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Meshes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sizes, shape", [((1, -1, 1), (1, 8, 1)), ((-1, 2, 2), (2, 2, 2)), ((2, 1, -1), (2, 1, 4)), ((8, 1, 1), (8, 1, 1))]
+)
+def test_a_mesh_covers_all_devices(sizes, shape):
+    mesh = make_mesh(MeshSection(*sizes))
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert row_shards(mesh) == shape[0] * shape[1]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1), (3, -1, 1), (16, -1, 1), (1, 16, 1)])
+def test_a_mesh_that_does_not_cover_the_devices_is_refused(sizes):
+    with pytest.raises(InputError, match="^mesh: data .* does not cover 8 devices; change the mesh section$"):
+        make_mesh(MeshSection(*sizes))
+
+
+def test_a_mesh_over_some_devices():
+    assert make_mesh(MeshSection(1, -1, 1), jax.devices()[:2]).shape["fsdp"] == 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parameters
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_has_its_partition(family, tied):
+    """Matrices are split over fsdp and tensor, each once; vectors of norms are whole, biases follow their heads."""
+    shapes = by_path(abstract_params(tiny.model(family, tie_embeddings=tied)))
+    specs = {
+        path: s.spec
+        for path, s in by_path(params_sharding(abstract_params(tiny.model(family, tie_embeddings=tied)), make_mesh(CUBE))).items()
+    }
+    assert specs.keys() == shapes.keys()
+    for path, spec in specs.items():
+        axes = sorted(axis for axis in spec if axis)
+        kind = path.split("/")[-1]
+        assert axes == {"kernel": ["fsdp", "tensor"], "embedding": ["fsdp", "tensor"], "bias": ["tensor"], "scale": []}[kind], path
+        assert len(spec) == len(shapes[path].shape)
+        assert not path.startswith("layers/") or spec[0] is None  # layers are scanned, never split
+
+
+def test_partitions_of_a_block_alternate_between_columns_and_rows():
+    """What one matmul splits over tensor, the next one sums over: one reduction for attention and one for the MLP."""
+    spec = {
+        path: s.spec for path, s in by_path(params_sharding(abstract_params(tiny.model(tie_embeddings=False)), make_mesh(CUBE))).items()
+    }
+    assert spec["layers/attn/q/kernel"] == spec["layers/attn/k/kernel"] == P(None, "fsdp", "tensor", None)
+    assert spec["layers/attn/o/kernel"] == P(None, "tensor", None, "fsdp")
+    assert spec["layers/mlp/gate/kernel"] == P(None, "fsdp", "tensor") and spec["layers/mlp/down/kernel"] == P(None, "tensor", "fsdp")
+    assert spec["embed/embedding"] == P("tensor", "fsdp") and spec["head/kernel"] == P("fsdp", "tensor")
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+    config = tiny.model("qwen2", kv_heads=1, vocab_size=41)
+    spec = {path: s.spec for path, s in by_path(params_sharding(abstract_params(config), make_mesh(CUBE))).items()}
+    assert spec["layers/attn/k/kernel"] == P(None, "fsdp", None, None) and spec["layers/attn/k/bias"] == P(None, None, None)
+    assert spec["layers/attn/q/kernel"] == P(None, "fsdp", "tensor", None)
+    assert spec["embed/embedding"] == P(None, "fsdp")
+
+
+def test_every_rule_is_used_by_some_family():
+    mesh, used = make_mesh(CUBE), set()
+    for family in ("llama", "qwen2", "qwen3"):
+        for path, leaf in by_path(abstract_params(tiny.model(family, tie_embeddings=False))).items():
+            matching = [rule for rule in PARTITION_RULES if partition_matches(rule, path, leaf.shape, mesh)]
+            assert len(matching) == 1, path
+            used.add(matching[0][0])
+    assert used == {pattern for pattern, _ in PARTITION_RULES}
+
+
+def partition_matches(rule, path, shape, mesh):
+    return re.fullmatch(rule[0], path) is not None and len(partition_of(path, shape, mesh)) == len(shape)
+
+
+def test_a_parameter_without_a_rule_is_an_error_that_names_it():
+    mesh, strange = make_mesh(CUBE), jax.ShapeDtypeStruct((2, 4), np.float32)
+    params = abstract_params(tiny.model())
+    unknown = {**params, "layers": {**params["layers"], "router": {"kernel": strange}}}
+    with pytest.raises(ValueError, match=r"layers/router/kernel \(2, 4\) matches no rule"):
+        params_sharding(unknown, mesh)
+    with pytest.raises(ValueError, match="adapter/kernel"):
+        state_sharding(jax.eval_shape(lambda p: init_state(p, make_optimizer(OptimSection())), {"adapter": {"kernel": strange}}), mesh)
+    with pytest.raises(ValueError, match=r"final_norm/scale has shape \(2, 4\)"):
+        params_sharding({"final_norm": {"scale": strange}}, mesh)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_state_sharding_lays_optimizer_moments_like_their_parameters(tied):
+    mesh, optimizer = make_mesh(CUBE), make_optimizer(OptimSection())
+    params = abstract_params(tiny.model("qwen2", tie_embeddings=tied))
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    found, own = state_sharding(state, mesh), params_sharding(params, mesh)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    moments = [part for part in found.opt_state if hasattr(part, "mu")]
+    assert len(moments) == 1 and found.params == moments[0].mu == moments[0].nu == own
+    assert found.updates.spec == moments[0].count.spec == P()
+    made = jax.jit(lambda p: init_state(p, optimizer), out_shardings=found)(tiny.params(tiny.model("qwen2", tie_embeddings=tied)))
+    for leaf, sharding in zip(jax.tree.leaves(made), jax.tree.leaves(found), strict=True):
+        assert leaf.addressable_shards[0].data.shape == sharding.shard_shape(leaf.shape)
+
+
+def test_rollout_weights_are_split_over_tensor_only():
+    config = tiny.model(tie_embeddings=False)
+    mesh, params = make_mesh(CUBE), tiny.params(config)
+    trained = jax.tree.map(lambda p, s: put(np.asarray(p), s), params, params_sharding(params, mesh))
+    publish = publisher(abstract_params(config), mesh, "bfloat16")
+    published = publish(trained)
+    for path, leaf in by_path(published).items():
+        axes = [axis for axis in leaf.sharding.spec if axis]
+        assert axes == ([] if path.endswith("scale") else ["tensor"]), path
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, np.asarray(by_path(params)[path]).astype(jnp.bfloat16))
+    assert jax.tree.map(lambda p: p.sharding, published) == rollout_sharding(params, mesh)
+    publish(trained)
+    assert publish._cache_size() == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# To devices and back
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.arange(48, dtype=np.int32).reshape(8, 6), np.arange(48).reshape(8, 6) % 2 == 0, np.float32(3.5)],
+    ids=["int", "bool", "scalar"],
+)
+def test_put_gives_every_device_its_part_and_fetch_brings_it_back(value):
+    mesh = make_mesh(CUBE)
+    array = put(np.asarray(value), NamedSharding(mesh, P(("data", "fsdp"), "tensor") if np.ndim(value) else P()))
+    assert array.dtype == value.dtype and len(array.addressable_shards) == 8
+    for shard in array.addressable_shards:
+        np.testing.assert_array_equal(shard.data, np.asarray(value)[shard.index])
+    assert np.ndim(value) == 0 or array.addressable_shards[0].data.shape == (2, 3)
+    back = multihost.fetch({"a": array})["a"]
+    assert isinstance(back, np.ndarray) and back.dtype == value.dtype
+    np.testing.assert_array_equal(back, value)
+
+
+def test_put_rows_splits_one_axis_over_the_row_shards():
+    mesh = make_mesh(CUBE)
+    tree = {"a": np.arange(2 * 4 * 3).reshape(2, 4, 3).astype(np.int32), "b": np.ones((2, 4), np.float32)}
+    placed = put_rows(tree, mesh, axis=1)
+    assert placed["a"].addressable_shards[0].data.shape == (2, 1, 3) and placed["b"].addressable_shards[0].data.shape == (2, 1)
+    jax.tree.map(np.testing.assert_array_equal, multihost.fetch(placed), tree)
+    assert put_rows(np.zeros((4, 2)), mesh, axis=0).addressable_shards[0].data.shape == (1, 2)
+
+
+@pytest.mark.parametrize("hosts, joins", [(None, 0), ("", 0), ("localhost", 0), ("host-0,", 0), ("host-0,host-1", 1)])
+def test_a_worker_joins_the_others_only_where_there_are_several(monkeypatch, hosts, joins):
+    calls = []
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+    if hosts is not None:
+        monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
+    monkeypatch.setattr(jax.distributed, "initialize", functools.partial(calls.append, "joined"))
+    multihost.initialize()
+    assert len(calls) == joins and multihost.is_main()
