@@ -45,7 +45,7 @@ class Norm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A projection written as an einsum, its float32 kernel cast to the dtype of what it multiplies."""
+    """A projection written as an einsum over tokens t, its float32 kernel cast to the dtype of what it multiplies."""
 
     def __init__(
         self, spec: str, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs, bias: tuple[int, ...] | None = None, gain: float = 1.0
@@ -55,7 +55,10 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(bias)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.einsum(self.spec, x, self.kernel[...].astype(x.dtype))
+        # All leading axes become the one axis t: XLA's CPU backward pass of a product with two of them is slow.
+        lead = x.ndim - self.spec.index(",") + 1
+        y = jnp.einsum(self.spec, x.reshape(-1, *x.shape[lead:]), self.kernel[...].astype(x.dtype))
+        y = y.reshape(*x.shape[:lead], *y.shape[1:])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -63,11 +66,11 @@ class Attention(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         def project(heads):
             bias = (heads, c.head_dim) if c.family == "qwen2" else None
-            return Linear("...d,dnh->...nh", (c.model_dim, heads, c.head_dim), c.model_dim, rngs, bias=bias)
+            return Linear("td,dnh->tnh", (c.model_dim, heads, c.head_dim), c.model_dim, rngs, bias=bias)
 
         self.q, self.k, self.v = project(c.heads), project(c.kv_heads), project(c.kv_heads)
         # Residual branches start small, so that depth does not blow up the stream at initialisation.
-        self.o = Linear("...nh,nhd->...d", (c.heads, c.head_dim, c.model_dim), c.heads * c.head_dim, rngs, gain=(2 * c.layers) ** -0.5)
+        self.o = Linear("tnh,nhd->td", (c.heads, c.head_dim, c.model_dim), c.heads * c.head_dim, rngs, gain=(2 * c.layers) ** -0.5)
         self.q_norm = Norm(c.head_dim, c.norm_eps) if c.family == "qwen3" else None
         self.k_norm = Norm(c.head_dim, c.norm_eps) if c.family == "qwen3" else None
 
@@ -80,9 +83,9 @@ class Attention(nnx.Module):
 
 class Mlp(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.gate = Linear("...d,df->...f", (c.model_dim, c.ffn_dim), c.model_dim, rngs)
-        self.up = Linear("...d,df->...f", (c.model_dim, c.ffn_dim), c.model_dim, rngs)
-        self.down = Linear("...f,fd->...d", (c.ffn_dim, c.model_dim), c.ffn_dim, rngs, gain=(2 * c.layers) ** -0.5)
+        self.gate = Linear("td,df->tf", (c.model_dim, c.ffn_dim), c.model_dim, rngs)
+        self.up = Linear("td,df->tf", (c.model_dim, c.ffn_dim), c.model_dim, rngs)
+        self.down = Linear("tf,fd->td", (c.ffn_dim, c.model_dim), c.ffn_dim, rngs, gain=(2 * c.layers) ** -0.5)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -108,7 +111,7 @@ class Ends(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.embed = Embed(c, rngs)
         self.final_norm = Norm(c.model_dim, c.norm_eps)
-        self.head = None if c.tie_embeddings else Linear("...d,dv->...v", (c.model_dim, c.vocab_size), c.model_dim, rngs)
+        self.head = None if c.tie_embeddings else Linear("td,dv->tv", (c.model_dim, c.vocab_size), c.model_dim, rngs)
 
 
 class Embed(nnx.Module):

@@ -34,6 +34,8 @@ class _Static(NamedTuple):
 
 class _Chunk(NamedTuple):
     logits: Array  # [n, V] float32
+    weights: Array  # [n, V] float32, exp(logits - max)
+    total: Array  # [n], sum of the weights
     lse: Array  # [n]
     logprobs: Array  # [n]
     entropy: Array  # [n]
@@ -41,14 +43,22 @@ class _Chunk(NamedTuple):
 
 def _score(hidden: Array, head: Array, targets: Array, temperature: float) -> _Chunk:
     logits = jnp.einsum("nd,dv->nv", hidden, head, preferred_element_type=jnp.float32) / temperature
-    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    shifted = logits - top
-    weights = jnp.exp(shifted)
+    top = jax.lax.stop_gradient(logits.max(axis=-1))
+    # Everything [n, V] is made once and read often: subtracting `top` after the sums keeps a third such array from being made.
+    weights = jnp.exp(logits - top[:, None])
     total = weights.sum(axis=-1)
     log_total = jnp.log(total)
-    at_target = jnp.take_along_axis(shifted, targets[:, None], axis=-1)[:, 0]
-    entropy = log_total - (weights * shifted).sum(axis=-1) / total
-    return _Chunk(logits, log_total + top[:, 0], at_target - log_total, entropy)
+    at_target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - top
+    lse = log_total + top
+    entropy = lse - (weights * logits).sum(axis=-1) / total
+    return _Chunk(logits, weights, total, lse, at_target - log_total, entropy)
+
+
+def _d_head(hidden: Array, d_logits: Array) -> Array:
+    """hiddenᵀ · d_logits, float32 [D, V]."""
+    # XLA's fast CPU matmul takes no transposed left side; left alone, XLA would fold this small transpose into the product.
+    flipped = jax.lax.optimization_barrier(hidden.T)
+    return jnp.einsum("dn,nv->dv", flipped, d_logits, preferred_element_type=jnp.float32)
 
 
 class _Plan(NamedTuple):
@@ -102,11 +112,11 @@ def _loss_forward(token_loss: TokenLoss, static: _Static, with_grad: bool, hidde
         (part, sums), slope = jax.value_and_grad(chunk_loss, has_aux=True)(scored.logprobs, scored.entropy, args, valid)
         metrics = {name: metrics[name] + sums[name] for name in metrics}
         if with_grad:
-            softmax = jnp.exp(scored.logits - scored.lse[:, None])
+            slope /= static.temperature
             hit = jnp.arange(head.shape[1])[None] == y[:, None]
-            d_logits = ((hit - softmax) * (slope / static.temperature)[:, None]).astype(h.dtype)
+            d_logits = (jnp.where(hit, slope[:, None], 0.0) - scored.weights * (slope / scored.total)[:, None]).astype(h.dtype)
             d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, head))
-            d_head += jnp.einsum("nd,nv->dv", h, d_logits, preferred_element_type=jnp.float32)
+            d_head += _d_head(h, d_logits)
         return loss + part, metrics, d_hidden, d_head
 
     number = jax.ShapeDtypeStruct((size,), jnp.float32)
@@ -215,14 +225,14 @@ def _logprobs_backward(static: _Static, hidden, head, targets, mask, d_logprobs,
         rows, valid = _rows(plan, i, size)
         h, y = hidden[rows], targets[rows]
         scored = _score(h, kernel, y, static.temperature)
+        softmax = scored.weights / scored.total[:, None]
         log_softmax = scored.logits - scored.lse[:, None]
-        softmax = jnp.exp(log_softmax)
         hit = jnp.arange(head.shape[1])[None] == y[:, None]
         d_logits = (hit - softmax) * jnp.where(valid, d_logprobs[rows], 0.0)[:, None]
         d_logits -= softmax * (log_softmax + scored.entropy[:, None]) * jnp.where(valid, d_entropy[rows], 0.0)[:, None]
         d_logits = (d_logits / static.temperature).astype(h.dtype)
         d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, kernel))
-        return d_hidden, d_head + jnp.einsum("nd,nv->dv", h, d_logits, preferred_element_type=jnp.float32)
+        return d_hidden, d_head + _d_head(h, d_logits)
 
     return jax.lax.fori_loop(0, plan.chunks, body, (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)))
 
