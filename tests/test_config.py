@@ -144,9 +144,13 @@ def test_files_that_cannot_be_read(path):
         load_config(path)
 
 
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+KEYS = st.sampled_from(["dapo", "model", "seed", "eval", "sets", "a"]) | st.text(max_size=3)
+TREES = st.recursive(SCALARS, lambda leaf: st.lists(leaf, max_size=3) | st.dictionaries(KEYS, leaf, max_size=3))
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.one_of(st.text(), st.binary(), st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda leaf: st.lists(leaf, max_size=3) | st.dictionaries(st.sampled_from(["dapo", "model", "seed", "eval", "sets", "a"]) | st.text(max_size=3), leaf, max_size=3)).map(yaml.dump)))  # fmt: skip
+@given(st.one_of(st.text(), st.binary(), TREES.map(yaml.dump)))
 def test_no_file_raises_anything_but_its_own_error(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))

@@ -76,7 +76,7 @@ def _draw(records: Sequence[dict[str, Any]], title: str) -> Any:
     _line(accuracy, records, "reward/accuracy", "training, unfiltered", _ORANGE, 100)
 
     reward.set_title("Reward")
-    _line(reward, records, "reward/mean", "trained on", _BLUE)
+    _line(reward, records, "reward/mean", "score + penalty", _BLUE)
     _line(reward, records, "reward/overlong_penalty_mean", "overlong penalty", _RED)
 
     length.set_title("Response length (tokens)")

@@ -1,8 +1,8 @@
 """What a run reports: the table of metric keys, metrics.jsonl, TensorBoard, samples for people, the console line.
 
-    <run>/metrics.jsonl             a JSON object a rollout step: step, updates, draws, then metrics; finite numbers only
-    <run>/tensorboard/              the same scalars
-    <run>/samples/step_000012.jsonl some responses of a step
+<run>/metrics.jsonl             a JSON object a rollout step: step, updates, draws, then metrics; finite numbers only
+<run>/tensorboard/              the same scalars
+<run>/samples/step_000012.jsonl some responses of a step
 """
 
 import contextlib
@@ -239,9 +239,7 @@ def header_line() -> str:
 
 def step_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
     """One line for a person, under the columns of `header_line`; `-` where there is no such metric."""
-    cells = [
-        f"{format(metrics[key] * factor, form) if key in metrics else '-':>{width}}" for _, key, width, factor, form in _COLUMNS
-    ]
+    cells = [f"{format(metrics[key] * factor, form) if key in metrics else '-':>{width}}" for _, key, width, factor, form in _COLUMNS]
     return " ".join([f"{f'{step}/{steps}':>9}", *cells])
 
 
