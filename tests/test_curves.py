@@ -48,7 +48,7 @@ def test_lines_show_the_numbers():
     lines = records(10)
     got = drawn(lines)
     np.testing.assert_allclose(got["aime (held out)"], [[0, 5, 10], [25, 50, 50]])
-    shown = (("trained on", "reward/mean", 1), ("kept", "filter/kept_fraction", 100), ("KL (nats)", "policy/approx_kl", 1))
+    shown = (("score + penalty", "reward/mean", 1), ("kept", "filter/kept_fraction", 100), ("KL (nats)", "policy/approx_kl", 1))
     for label, key, factor in shown:
         np.testing.assert_allclose(got[label], [range(1, 11), [factor * line[key] for line in lines[1:]]])
     assert len(got) == 13

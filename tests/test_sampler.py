@@ -10,7 +10,7 @@ import tiny
 from scipy import stats
 
 from dapo_jax.model.decoder import apply
-from dapo_jax.rollout.sampler import Sampling, _inverse_cdf, _nucleus, decode, prefill, response_keys, sample_tokens
+from dapo_jax.rollout.sampler import Sampling, _first_above, _inverse_cdf, _nucleus, decode, prefill, response_keys, sample_tokens
 
 draw = jax.jit(sample_tokens, static_argnums=2)
 inverse_cdf = jax.jit(_inverse_cdf)
@@ -68,6 +68,12 @@ def test_inverse_cdf_never_draws_a_zero_weight():
     for uniform in (edges, np.nextafter(edges, np.float32(0)), rng.random(20000)):
         found = np.asarray(inverse_cdf(weights, np.minimum(uniform, BELOW_ONE).astype(np.float32)))
         assert (weights[np.arange(20000), found] > 0).all()
+
+
+def test_a_target_beyond_what_rounding_allows_still_finds_a_positive_weight():
+    """A difference of two sums may come out below 0, or at the total, if a compiler contracts it."""
+    weights = np.tile(np.float32([0, 0, 1, 0, 2, 0]), (4, 1))
+    assert _first_above(weights, np.float32([-1e-7, 0, 3, 4])).tolist() == [2, 2, 4, 4]
 
 
 # --------------------------------------------------------------------------------------------------------------------

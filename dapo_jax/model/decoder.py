@@ -187,7 +187,7 @@ def head_kernel(params: Params) -> Array:
 
 def _pin(x: Array, mesh: Mesh | None, *axes: Any) -> Array:
     """x, laid out over the mesh as told. Weights are split over axes that rows are split over too: left to itself, the
-    compiler may split activations like the weights, along D, and hold the rows of all devices on each."""
+    compiler splits activations like the weights, along D, and holds the rows of all devices on each."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
@@ -223,8 +223,7 @@ def hidden_states(
 
     def layer(x, layer_params):
         block = _bind(Block, config, layer_params)
-        x, kv = block(x, rope, lambda q, k, v: attend(q, k, v, segment_ids))
-        return _pin(x, mesh, ROW_AXES), kv
+        return block(x, rope, lambda q, k, v: attend(q, k, v, segment_ids))
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=_REMAT[config.remat], prevent_cse=False)
