@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import dapo_jax
-from dapo_jax.benchmark import main, train_items
+from dapo_jax.benchmark import main
+from dapo_jax.benchmark.update import train_items
 from dapo_jax.types import InputError
 
 MODEL = "--layers 1 --model-dim 16 --heads 4 --kv-heads 2 --head-dim 8 --ffn 32 --vocab 64 --repeats 2"

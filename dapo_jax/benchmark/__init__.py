@@ -1,0 +1,88 @@
+"""Speed and memory of the three hot paths, on random models, through the code that training runs.
+
+    python -m dapo_jax.benchmark loss         the fused head and loss, against three plain ways to write them
+    python -m dapo_jax.benchmark rollout      sampling through the rollout engine
+    python -m dapo_jax.benchmark update       one optimizer update on packed rows
+
+Each prints a table, and one JSON object as its last line. Rates and `seconds` are of the best call; `cpu_seconds` is processor
+time, steadier where a CPU is shared (host work only where there is an accelerator). Quote ratios within one run.
+"""
+
+import argparse
+import functools
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dapo_jax.benchmark.loss import DEFAULT_CHUNK, benchmark_loss
+from dapo_jax.benchmark.measure import Sizes, out_of_memory
+from dapo_jax.benchmark.rollout import benchmark_rollout
+from dapo_jax.benchmark.update import benchmark_update
+from dapo_jax.types import InputError
+
+
+def _number(flag: str, kind: type, low: float, text: str) -> Any:
+    high = 2**31 - 1 if kind is int else 1
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise InputError(f"{flag}: expected a{' whole' if kind is int else ''} number from {low} to {high}, got {text[:20]!r}; correct it")
+    return value
+
+
+_LENGTHS = {"--prompt-len": "tokens of a prompt", "--max-response-len": "tokens of a response, at most"}
+_MODEL = {
+    "--layers": "decoder layers",
+    "--model-dim": "D, width of the residual stream",
+    "--heads": "query heads",
+    "--kv-heads": "key/value heads; divides --heads",
+    "--head-dim": "width of a head; even",
+    "--ffn": "hidden width of the feed-forward",
+    "--vocab": "V, vocabulary entries",
+}
+_REPEATS = {"--repeats": "timed calls, after one that is not"}
+_CHUNK = f"rows a chunk of `checkpointed` and `fused`; 0 is the loss's own, {DEFAULT_CHUNK}"
+_LOSS = {"--tokens": "N, rows of hidden states", "--model-dim": "D, width of one", "--vocab": "V, vocabulary entries", "--chunk": _CHUNK}
+_ROLLOUT = {"--slots": "sequences decoded at a time", "--requests": "responses to sample", **_LENGTHS, **_MODEL}
+_UPDATE = {"--rows": "rows of a micro-batch", "--row-len": "tokens of a row", "--responses": "responses in the update"} | _LENGTHS | _MODEL
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one benchmark. Its JSON is the last line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m dapo_jax.benchmark", description=__doc__, formatter_class=raw)
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="loss|rollout|update")
+
+    def verb(run: Callable[[Sizes], dict[str, Any]], flags: dict[str, str], *defaults: int) -> argparse.ArgumentParser:
+        name = run.__name__.removeprefix("benchmark_")
+        sub = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, usage="%(prog)s [--flag value ...], or --help")
+        for (flag, text), default in zip((flags | _REPEATS).items(), defaults, strict=True):
+            kind = functools.partial(_number, flag, int, 0 if flag == "--chunk" else 1)
+            sub.add_argument(flag, type=kind, default=default, metavar="N", help=f"{text} (default {default})")
+        sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matmuls (default float32)")
+        sub.set_defaults(run=run)
+        return sub
+
+    def fraction(sub: argparse.ArgumentParser, flag: str, text: str) -> None:
+        sub.add_argument(flag, type=functools.partial(_number, flag, float, 1e-6), default=1.0, metavar="X", help=f"{text} (default 1)")
+
+    loss = verb(benchmark_loss, _LOSS, 4096, 512, 32768, 0, 5)
+    fraction(loss, "--target-fraction", "share of the rows that are trained; tokens/s and FLOPs count only these")
+    rollout = verb(benchmark_rollout, _ROLLOUT, 16, 16, 64, 128, 4, 256, 8, 4, 32, 1024, 32768, 3)
+    fraction(rollout, "--top-p", "nucleus mass; 1 is off")
+    update = verb(benchmark_update, _UPDATE, 8, 512, 8, 128, 384, 4, 256, 4, 2, 64, 1024, 32000, 3)
+    text = "of responses: all the longest, or log-normal with a median of a sixth of it (default equal)"
+    update.add_argument("--lengths", choices=("equal", "lognormal"), default="equal", help=text)
+    args = parser.parse_args(argv)
+    try:
+        print(json.dumps(args.run(args)))
+    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        raise InputError(f"{args.what}: out of memory; lower the sizes") from None
+    return 0

@@ -1,0 +1,4 @@
+from dapo_jax.benchmark import main
+from dapo_jax.cli import run
+
+run(main)
