@@ -86,9 +86,8 @@ def evaluate_set(
     requests = [Request(i, j, prompt.tokens) for i, prompt in enumerate(prompts) for j in range(k)]
     responses = engine.generate(params, requests, seed, on_done)
     texts = [decode(policy.tokenizer, r.tokens, policy.stop) for r in responses]
-    verdicts = pool.judge(
-        [RewardItem(prompts[q.draw].problem, text, len(r.tokens)) for q, text, r in zip(requests, texts, responses, strict=True)]
-    )
+    items = [RewardItem(prompts[q.draw].problem, text, len(r.tokens)) for q, text, r in zip(requests, texts, responses, strict=True)]
+    verdicts = multihost.gather_verdicts(pool.judge(multihost.share(items)), len(items))
     check_errors(verdicts, config.reward)
     correct = np.array([v.correct for v in verdicts]).reshape(-1, k)
     answers = [[extract_answer(text) for text in texts[i : i + k]] for i in range(0, len(texts), k)]

@@ -62,6 +62,11 @@ def restore_params(run_dir: str, policy: Policy, mesh: Mesh) -> tuple[int, Param
     return restored.step, restored.params
 
 
+def row_len(config: Config) -> int:
+    """T, tokens of a training row."""
+    return config.train.row_len or config.data.max_prompt_len + config.rollout.max_response_len
+
+
 def make_engine(config: Config, policy: Policy, mesh: Mesh, sampling: Sampling) -> Engine:
     """A rollout engine with the config's slots and length limits."""
     return Engine(

@@ -18,7 +18,7 @@ from dapo_jax.dapo.update import init_state, make_optimizer, update_step
 from dapo_jax.data.problems import Cursor, advance, load_problems
 from dapo_jax.data.prompts import make_prompts
 from dapo_jax.model.weights import save_pretrained
-from dapo_jax.policy import Policy, describe, load_params, load_policy
+from dapo_jax.policy import Policy, describe, load_params, load_policy, row_len
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.mesh import make_mesh, put_rows, state_sharding
 from dapo_jax.types import InputError, Params, Prompt
@@ -45,10 +45,9 @@ def warm_up(config: Config, policy: Policy, params: Params, prompts: Sequence[Pr
     """`supervised.updates` of AdamW on the mean token cross-entropy of solutions, in the order of the seed. Returns new weights."""
     section = config.supervised
     items = solution_items(prompts, policy, config.rollout.max_response_len)
-    row_len = config.train.row_len or config.data.max_prompt_len + config.rollout.max_response_len
     longest = max(len(item.prompt) + len(item.response) for item in items)
     rows = config.train.rows_per_microbatch
-    microbatches = max_microbatches(section.responses_per_update, row_len=row_len, max_item_len=longest, rows_per_microbatch=rows)
+    microbatches = max_microbatches(section.responses_per_update, row_len=row_len(config), max_item_len=longest, rows_per_microbatch=rows)
     optimizer = make_optimizer(config.optim)
     shardings = state_sharding(jax.eval_shape(lambda p: init_state(p, optimizer), params), mesh)
     state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
@@ -63,7 +62,7 @@ def warm_up(config: Config, policy: Policy, params: Params, prompts: Sequence[Pr
         mine = [items[i] for i in chosen]
         weight = 1.0 / sum(len(item.response) for item in mine)
         mine = [item._replace(weight=weight) for item in mine]
-        batch, _ = build_batch(mine, row_len=row_len, rows_per_microbatch=rows, microbatches=microbatches)
+        batch, _ = build_batch(mine, row_len=row_len(config), rows_per_microbatch=rows, microbatches=microbatches)
         rate = section.learning_rate * min(1.0, u / max(1, section.warmup_updates))
         state, sums = update(state, put_rows(batch, mesh, axis=1), np.float32(rate))
         if u % max(1, section.updates // 5) == 0 or u == section.updates:

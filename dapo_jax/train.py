@@ -27,7 +27,7 @@ from dapo_jax.data.problems import Cursor, advance, load_problems, problems_dige
 from dapo_jax.data.prompts import decode, make_prompts
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets
 from dapo_jax.model.decoder import abstract_params
-from dapo_jax.policy import Policy, describe, load_params, load_policy, make_engine
+from dapo_jax.policy import Policy, describe, load_params, load_policy, make_engine, row_len
 from dapo_jax.reward.overlong import overlong_penalty
 from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors, error_counts
 from dapo_jax.rollout.sampler import Sampling
@@ -228,7 +228,8 @@ def judge(
     """Verifies responses and adds the overlong penalty: reward = score + penalty. Groups in draw order."""
     g = config.dapo.responses_per_prompt
     texts = [decode(policy.tokenizer, r.tokens, policy.stop) for r in responses]
-    verdicts = pool.judge([RewardItem(prompts[i // g].problem, text, len(responses[i].tokens)) for i, text in enumerate(texts)])
+    items = [RewardItem(prompts[i // g].problem, text, len(responses[i].tokens)) for i, text in enumerate(texts)]
+    verdicts = multihost.gather_verdicts(pool.judge(multihost.share(items)), len(items))
     check_errors(verdicts, config.reward)
     penalty = np.zeros(len(responses), np.float32)
     if config.reward.overlong_penalty:
@@ -245,11 +246,6 @@ def judge(
         old = tuple(r.behavior_logprobs for r in responses[own])
         groups.append(Group(first_draw + i, prompt, tuple(responses[own]), tuple(texts[own]), correct[own], reward[own], penalty[own], old))
     return groups, verdicts
-
-
-def row_len(config: Config) -> int:
-    """T, tokens of a training row."""
-    return config.train.row_len or config.data.max_prompt_len + config.rollout.max_response_len
 
 
 def pack(items: Sequence[TrainItem], config: Config) -> tuple[TrainBatch, PackStats]:
@@ -429,6 +425,7 @@ def prepare_run_dir(config: Config, run_dir: Path) -> None:
                         f"{key}: is {now.get(key)!r}, but {run_dir} was started with {before.get(key)!r}; "
                         "use another --run-dir, or set it back"
                     )
+        multihost.sync("the run folder has been looked at")
         if multihost.is_main():
             file.write_text(dump_yaml(config))
     except OSError as e:

@@ -1,0 +1,50 @@
+"""One process of a job of several: a fixed loss and gradient, shared judging, then a whole training run. For test_processes.py.
+
+python process_worker.py OUT.npz CONFIG RUN_DIR     with JAX_COORDINATOR_ADDRESS etc. for a job of several processes
+"""
+
+import functools
+import sys
+
+import jax
+import numpy as np
+import tiny
+
+from dapo_jax import cli, train
+from dapo_jax.config import DapoSection, MeshSection
+from dapo_jax.dapo.loss import loss_fn
+from dapo_jax.dapo.packing import build_batch
+from dapo_jax.dapo.update import accumulate
+from dapo_jax.runtime import multihost
+from dapo_jax.runtime.mesh import make_mesh, params_sharding, put, put_rows
+from dapo_jax.types import Verdict
+
+VERDICTS = [Verdict(i % 3 == 0, i / 4, "timed out after 1 s" if i == 5 else None) for i in range(7)]
+
+
+def gradient() -> dict[str, np.ndarray]:
+    """Loss and gradient of a fixed batch over 2 x 2 x 2 devices, and which of its rows this process holds."""
+    model = tiny.model()
+    mesh = make_mesh(MeshSection(2, 2, 2))
+    batch, _ = build_batch(tiny.make_items(model, 12), row_len=13, rows_per_microbatch=8, microbatches=2)
+    sharding = params_sharding(tiny.params(model), mesh)
+    params = jax.tree.map(lambda p, s: put(np.asarray(p), s), tiny.params(model), sharding)
+    batch = put_rows(batch, mesh, axis=1)
+    loss_of = functools.partial(loss_fn, model=model, algo=DapoSection(), chunk_size=8, mesh=mesh)
+    loss, _, grads = jax.jit(functools.partial(accumulate, loss_fn=loss_of), out_shardings=(None, None, sharding))(params, batch)
+    rows = {row for shard in batch.tokens.addressable_shards for row in range(8)[shard.index[1]]}
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(multihost.fetch(grads))])
+    return {"loss": np.asarray(multihost.fetch(loss)), "gradient": flat, "rows": np.array(sorted(rows))}
+
+
+def main(out: str, config: str, run_dir: str) -> int:
+    multihost.initialize()
+    found = gradient()
+    mine = multihost.share(VERDICTS)
+    assert multihost.gather_verdicts(mine, len(VERDICTS)) == VERDICTS
+    np.savez(out.replace(".npz", f"{jax.process_index()}.npz"), **found, judged=len(mine))
+    return train.main(["--config", config, "--run-dir", run_dir])
+
+
+if __name__ == "__main__":
+    cli.run(lambda argv: main(*argv), sys.argv[1:])
