@@ -117,6 +117,7 @@ class RolloutSection:
     top_p: float = 1.0  # nucleus mass
     top_k: int = 0  # sample among the k most probable tokens; 0 is all
     decode_slots: int = 512  # B, sequences decoded at a time, over all devices
+    kv_cache: Literal["compute", "int8"] = "compute"  # keys and values while sampling: as computed, or 8 bits with a scale a token and head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +157,7 @@ class DapoSection:
     carry_surplus: bool = True  # use surplus groups in the next step, with the log-probs of the policy that drew them
     overlong_filtering: bool = False  # give truncated responses weight 0 in the loss
     old_logprobs: Literal["recompute", "sampler"] = "recompute"  # of pi_old: by the trainer, or as sampled
+    importance_cap: float | None = None  # truncated importance sampling: cap on the weight that corrects for the sampler; null is off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -529,6 +531,8 @@ def _check(c: Config, where: str) -> None:
         fail("dapo.clip_eps_high", f"must be at least 0, got {d.clip_eps_high}")
     if d.dual_clip is not None and d.dual_clip <= 1:
         fail("dapo.dual_clip", f"must be above 1, got {d.dual_clip}")
+    if d.importance_cap is not None and d.importance_cap < 1 + d.clip_eps_high:
+        fail("dapo.importance_cap", f"must be at least 1 + clip_eps_high = {1 + d.clip_eps_high:g}, got {d.importance_cap:g}")
     if not 0 <= d.advantage_ddof < d.responses_per_prompt:
         fail("dapo.advantage_ddof", f"must be at least 0 and below responses_per_prompt {d.responses_per_prompt}")
 

@@ -102,6 +102,7 @@ BAD = {
     "save interval 0": ("train: {save_every: 0}\n", "train.save_every: must be at least 1"),
     "eps_low": ("dapo: {clip_eps_low: 1.2}\n", "dapo.clip_eps_low: must be at least 0 and below 1"),
     "eps_high": ("dapo: {clip_eps_high: -0.1}\n", "dapo.clip_eps_high: must be at least 0"),
+    "importance cap": ("dapo: {importance_cap: 1.2}\n", "dapo.importance_cap: must be at least 1 + clip_eps_high = 1.28"),
     "dual clip": ("dapo: {dual_clip: 1}\n", "dapo.dual_clip: must be above 1"),
     "ddof": ("dapo: {advantage_ddof: 16}\n", "dapo.advantage_ddof: must be at least 0 and below responses_per_prompt 16"),
     "top_p": ("rollout: {top_p: 0}\n", "rollout.top_p: must be above 0 and at most 1"),

@@ -1,6 +1,7 @@
 """The clip and its gradient, the normalisers on a tiny batch, masks, and the loss through a whole model."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import tiny
 
 from dapo_jax.config import DapoSection
-from dapo_jax.dapo.loss import batch_logprobs, cross_entropy_loss_fn, dapo_token_loss, loss_fn, policy_metrics
+from dapo_jax.dapo.loss import batch_logprobs, cross_entropy_loss_fn, dapo_terms, dapo_token_loss, loss_fn, policy_metrics
 from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets, normalizer_weights
+from dapo_jax.types import TrainBatch
 
 CLIP = {"clip_eps_low": 0.2, "clip_eps_high": 0.28}
 MODEL = tiny.model()
@@ -79,6 +81,40 @@ def test_a_ratio_that_overflows_is_clipped_where_there_is_a_clip():
     assert token_loss_and_slope(200, -1) == [np.inf, np.inf]  # unbounded by definition: the update is skipped, and says so
     assert token_loss_and_slope(-200, 1) == [0, 0]
     assert token_loss_and_slope(-200, -1) == pytest.approx([0.8, 0])
+
+
+def test_above_its_cap_a_ratio_goes_on_along_its_tangent():
+    """C (1 + log r - log C) by hand at C = 2: r = 4 → 2 (1 + log 2); below the cap nothing changes."""
+
+    def capped(ratio, advantage, **more):
+        loss = functools.partial(
+            dapo_token_loss, old_logprobs=np.float32(-1), advantages=np.float32(advantage), ratio_cap=2.0, **CLIP, **more
+        )
+        return [float(x) for x in jax.value_and_grad(loss)(np.float32(np.log(ratio) - 1))]
+
+    assert capped(4, -1) == pytest.approx([2 * (1 + math.log(2)), 2], rel=1e-6)
+    assert capped(4, -3) == pytest.approx([6 * (1 + math.log(2)), 6], rel=1e-6)
+    assert capped(np.exp(200), -1) == pytest.approx([2 * (201 - math.log(2)), 2], rel=1e-6)  # finite where exp is not
+    assert capped(4, -1, dual_clip=3.0) == pytest.approx([3, 0], rel=1e-6)
+    for advantage, ratio in [(1, 0.5), (1, 1.2), (1, 4), (-1, 0.5), (-1, 1.2), (-1, 1.9)]:
+        assert capped(ratio, advantage) == pytest.approx(token_loss_and_slope(np.log(ratio), advantage), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode, losses", [("recompute", [2 * 1.5, 2 * 3.0, 2 * 3.0]), ("sampler", [2.0, 2.0, 2.0])])
+def test_truncated_importance_sampling_weights_by_what_the_sampler_drew(mode, losses):
+    """π_old / π_sampler = 1.5, 3, 5 with cap 3, at ratio 1, A = -1, weight 2: recomputed π_old weighs each token by 1.5, 3, 3;
+    with the sampler's own log-probs the mismatch is in the ratio, which is 1 here."""
+    old = np.log(np.float32([0.3, 0.3, 0.3]))
+    zeros = np.zeros(3, np.int32)
+    behavior = (old - np.log([1.5, 3.0, 5.0])).astype(np.float32)
+    args = TrainBatch(zeros, zeros, zeros, zeros == 0, old, behavior, np.float32([-1] * 3), np.float32([2] * 3))
+    algo = DapoSection(old_logprobs=mode, importance_cap=3.0)
+    loss, metrics = dapo_terms(old, zeros.astype(np.float32), args, algo)
+    np.testing.assert_allclose(loss, losses, rtol=1e-6)
+    assert metrics["importance_capped"].tolist() == ([0, 0, 1] if mode == "recompute" else [0, 0, 0])
+    off, metrics = dapo_terms(old, zeros.astype(np.float32), args, DapoSection(old_logprobs=mode))
+    np.testing.assert_allclose(off, [2, 2, 2], rtol=1e-6)
+    assert "importance_capped" not in metrics
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The DAPO loss: a weighted sum over response tokens. The normaliser is in the weights, so nothing here divides."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ def dapo_token_loss(
     clip_eps_low: float,
     clip_eps_high: float,
     dual_clip: float | None = None,
+    ratio_cap: float | None = None,
 ) -> Array:
     """The clipped surrogate of each token, negated to be minimised.
 
@@ -35,17 +37,22 @@ def dapo_token_loss(
         ratio that overflows would give NaN gradients. One that overflows unmasked is not finite where the loss has no
         upper bound (A < 0 without dual clip), and is clipped like any other elsewhere.
       dual_clip: c > 1, or None for off.
+      ratio_cap: C ≥ 1 + ε_high, or None for off. Where r > C, r is continued along its tangent in log π_θ, as
+        C (1 + log r - log C): the importance weight of a token in the gradient is min(r, C), and nothing overflows.
 
     Returns:
       float32 of the same shape. Its gradient in logprobs is 0 where A > 0 and r > 1 + ε_high, where A < 0 and
-      r < 1 - ε_low (and, with dual clip, r > c), and -A r elsewhere.
+      r < 1 - ε_low (and, with dual clip, r > c), and -A r elsewhere (-A min(r, C) with a ratio cap).
 
     Source: DAPO (arXiv 2503.14476) Eq. 8 and 10; dual clip: arXiv 1912.09729.
     """
     log_ratio = logprobs - old_logprobs
-    # Where the objective is constant from some ratio on, its slope must not become 0 · inf.
-    capped = jnp.minimum(log_ratio, _LOG_RATIO_CAP)
-    ratio = jnp.exp(jnp.where(advantages < 0, log_ratio, capped) if dual_clip is None else capped)
+    if ratio_cap is not None:
+        capped = jnp.minimum(log_ratio, math.log(ratio_cap))
+        ratio = jnp.exp(capped) * (1 + log_ratio - capped)
+    else:  # where the objective is constant from some ratio on, its slope must not become 0 · inf
+        capped = jnp.minimum(log_ratio, _LOG_RATIO_CAP)
+        ratio = jnp.exp(jnp.where(advantages < 0, log_ratio, capped) if dual_clip is None else capped)
     clipped = jnp.clip(ratio, 1.0 - clip_eps_low, 1.0 + clip_eps_high)
     objective = jnp.minimum(ratio * advantages, clipped * advantages)
     if dual_clip is not None:
@@ -68,6 +75,9 @@ def policy_metrics(logprobs: Array, entropy: Array, args: TrainBatch, algo: Dapo
         "upclipped_prob": jnp.where(up_clipped, jnp.exp(logprobs), 0.0),
         "sampler_gap": jnp.abs(logprobs - args.behavior_logprobs),
     }
+    if algo.importance_cap is not None:
+        weight = ratio if algo.old_logprobs == "sampler" else jnp.exp(args.old_logprobs - args.behavior_logprobs)
+        metrics["importance_capped"] = weight > algo.importance_cap
     if algo.dual_clip is not None:
         metrics["clipped_dual"] = (args.advantages < 0) & (ratio > algo.dual_clip)
     return {name: value.astype(jnp.float32) for name, value in metrics.items()}
@@ -103,18 +113,31 @@ def _batch_loss(params, batch, token_loss, *, model, temperature, chunk_size, me
     )
 
 
-def _dapo_terms(logprobs: Array, entropy: Array, args: TrainBatch, algo: DapoSection):
+def dapo_terms(logprobs: Array, entropy: Array, args: TrainBatch, algo: DapoSection) -> tuple[Array, dict[str, Array]]:
+    """weight · `dapo_token_loss` and `policy_metrics` of each token: what `linear_loss` takes as its token_loss.
+
+    With an importance cap C, the mismatch between sampler and trainer is corrected by truncated importance sampling:
+
+        old_logprobs "recompute":   weight · min(π_old / π_sampler, C) · loss       (π_old, the trainer's own, is in the ratio)
+        old_logprobs "sampler":     the ratio π_θ / π_sampler is the importance weight, and itself capped: `ratio_cap`
+    """
     # Tokens of weight 0 (overlong filtering) are masked before the ratio, which may overflow on them.
     trained = args.weight > 0
+    old = jnp.where(trained, args.old_logprobs, 0.0)
+    weight, cap = args.weight, algo.importance_cap
+    if cap is not None and algo.old_logprobs == "recompute":
+        mismatch = old - jnp.where(trained, args.behavior_logprobs, 0.0)
+        weight = weight * jnp.exp(jnp.minimum(mismatch, math.log(cap)))
     loss = dapo_token_loss(
         jnp.where(trained, logprobs, 0.0),
-        jnp.where(trained, args.old_logprobs, 0.0),
+        old,
         args.advantages,
         clip_eps_low=algo.clip_eps_low,
         clip_eps_high=algo.clip_eps_high,
         dual_clip=algo.dual_clip,
+        ratio_cap=cap if algo.old_logprobs == "sampler" else None,
     )
-    return args.weight * loss, policy_metrics(logprobs, entropy, args, algo)
+    return weight * loss, policy_metrics(logprobs, entropy, args, algo)
 
 
 def _cross_entropy_terms(logprobs: Array, entropy: Array, args: TrainBatch):
@@ -142,7 +165,7 @@ def loss_fn(
     Returns:
       (scalar loss, metric sums over target tokens). Sums of micro-batches and devices add up to those of the batch.
     """
-    terms = functools.partial(_dapo_terms, algo=algo)
+    terms = functools.partial(dapo_terms, algo=algo)
     return _batch_loss(params, batch, terms, model=model, temperature=temperature, chunk_size=chunk_size, mesh=mesh)
 
 

@@ -100,6 +100,7 @@ def summarize(sums: Mapping[str, float]) -> dict[str, float]:
         "policy/clip_fraction_low": sums["clipped_low"] / tokens,
         "policy/clip_fraction_high": sums["clipped_high"] / tokens,
         "policy/clip_fraction_dual": sums.get("clipped_dual", 0.0) / tokens,
+        "policy/importance_capped_fraction": sums.get("importance_capped", 0.0) / tokens,
         "policy/upclipped_prob_mean": sums["upclipped_prob"] / max(sums["clipped_high"], 1.0),
         "policy/sampler_gap_mean": sums["sampler_gap"] / tokens,
     }

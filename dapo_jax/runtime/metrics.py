@@ -53,6 +53,7 @@ METRICS: Mapping[str, str] = {
     "policy/clip_fraction_low": "share of tokens whose ratio is clipped from below",
     "policy/clip_fraction_high": "share of tokens whose ratio is clipped from above",
     "policy/clip_fraction_dual": "share of tokens whose loss the dual clip caps",
+    "policy/importance_capped_fraction": "share of tokens whose importance weight dapo.importance_cap caps",
     "policy/upclipped_prob_mean": "mean probability of the tokens clipped from above",
     "policy/sampler_gap_mean": "mean |log pi_old - log-prob of the sampler|, nats",
     # Optimisation
