@@ -1,14 +1,23 @@
 """The decoder against transformers, on the tiny models of goldens/make_hf_goldens.py."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from dapo_jax.model.decoder import apply
+from dapo_jax.config import MeshSection
+from dapo_jax.dapo.loss import batch_logprobs
+from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets
+from dapo_jax.model.decoder import abstract_params, apply
 from dapo_jax.model.weights import load_pretrained
+from dapo_jax.rollout.engine import Engine
+from dapo_jax.rollout.sampler import Sampling
+from dapo_jax.runtime.mesh import make_mesh, publisher, put
+from dapo_jax.runtime.multihost import fetch
+from dapo_jax.types import Request, TrainBatch
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/golden.npz"))
@@ -59,6 +68,18 @@ def test_logits_and_logprobs(golden):
     np.testing.assert_allclose(logprobs, g["logprobs"], atol=1e-5, rtol=0)
 
 
+def test_logprobs_in_bfloat16(golden):
+    """Measured, the worst model: 0.071 at most, 0.023 root mean square. Those of transformers in bfloat16: 0.079 and 0.031."""
+    config, params, g = golden
+    logits = unpacked(dataclasses.replace(config, compute_dtype="bfloat16"), params, g["tokens"])
+    assert logits.dtype == np.float32
+    logprobs = np.asarray(jax.nn.log_softmax(logits))[:, :-1]
+    logprobs = np.take_along_axis(logprobs, g["tokens"][:, 1:, None], axis=-1)[..., 0]
+    gap = logprobs - g["logprobs"]
+    assert np.abs(gap).max() < 0.2
+    assert 1e-3 < np.sqrt(np.mean(gap**2)) < 0.07  # not float32 by mistake
+
+
 def test_left_padded_batch(golden):
     config, params, g = golden
     mask = g["padded_mask"].astype(bool)
@@ -81,6 +102,23 @@ def test_packed_sequences_do_not_see_each_other(golden):
     assert_same_logits(logits[0, 10:], g["logits"][1, :14])
 
 
+# Sequence, prompt tokens, response tokens.
+CUTS = [(0, 4, 20), (1, 1, 9), (0, 3, 5), (1, 7, 17), (0, 1, 1), (1, 2, 1)]
+
+
+def test_logprobs_of_packed_training_rows(golden):
+    """Up to four prompts and responses in a row, against each sequence alone. Measured: within 4e-6."""
+    config, params, g = golden
+    zeros = np.zeros(24, np.float32)
+    items = [TrainItem(g["tokens"][i, :p], g["tokens"][i, p : p + r], zeros[:r], zeros[:r], 0.0, 1.0) for i, p, r in CUTS]
+    batch, stats = build_batch(items, row_len=40, rows_per_microbatch=2)
+    assert batch.segment_ids.max(axis=-1).tolist() == [[4, 2]]
+    run = jax.jit(functools.partial(batch_logprobs, model=config, chunk_size=32))
+    found = gather_targets(np.asarray(run(params, TrainBatch(*(a[0] for a in batch))))[None], stats.placement)
+    for (i, p, r), logprobs in zip(CUTS, found, strict=True):
+        np.testing.assert_allclose(logprobs, g["logprobs"][i, p - 1 : p + r - 1], atol=1e-5, rtol=0)
+
+
 def test_default_positions_and_segments():
     config, params = load_pretrained(GOLDENS / "llama_scaled_untied")
     with np.load(GOLDENS / "llama_scaled_untied" / "golden.npz") as stored:
@@ -100,6 +138,17 @@ def test_greedy_continuation(golden):
         rows = [np.append(row, logits[i, len(row) - 1].argmax()) for i, row in enumerate(rows)]
     np.testing.assert_array_equal(rows[0][5:], g["continuation_0"])
     np.testing.assert_array_equal(rows[1][8:], g["continuation_1"])
+
+
+def test_greedy_sampling(golden):
+    """Prompts of two lengths at once, through the engine: prefill, cache and decode steps."""
+    config, params, g = golden
+    mesh = make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
+    sizes = {"slots": 2, "max_prompt_len": 8, "max_response_len": 12}
+    engine = Engine(config, Sampling(temperature=0.0), (), **sizes, mesh=mesh, put=put, fetch=fetch)
+    weights = publisher(abstract_params(config), mesh, "float32")(params)
+    found = engine.generate(weights, [Request(0, 0, g["prompt_0"]), Request(1, 0, g["prompt_1"])], jax.random.key(0))
+    np.testing.assert_array_equal([response.tokens for response in found], [g["continuation_0"], g["continuation_1"]])
 
 
 def test_rope_scaling_matters():
