@@ -20,6 +20,7 @@ from dapo_jax.data.prompts import make_prompts
 from dapo_jax.model.weights import save_pretrained
 from dapo_jax.policy import Policy, describe, load_params, load_policy, row_len
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.chips import loss_chunk
 from dapo_jax.runtime.mesh import make_mesh, put_rows, state_sharding
 from dapo_jax.types import InputError, Params, Prompt
 
@@ -51,7 +52,7 @@ def warm_up(config: Config, policy: Policy, params: Params, prompts: Sequence[Pr
     optimizer = make_optimizer(config.optim)
     shardings = state_sharding(jax.eval_shape(lambda p: init_state(p, optimizer), params), mesh)
     state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
-    loss_fn = functools.partial(cross_entropy_loss_fn, model=policy.model, mesh=mesh)
+    loss_fn = functools.partial(cross_entropy_loss_fn, model=policy.model, chunk_size=loss_chunk(mesh), mesh=mesh)
     update = jax.jit(
         functools.partial(update_step, loss_fn=loss_fn, optimizer=optimizer), donate_argnums=0, out_shardings=(shardings, None)
     )

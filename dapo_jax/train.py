@@ -33,6 +33,7 @@ from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors, error_cou
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import Checkpoints
+from dapo_jax.runtime.chips import loss_chunk
 from dapo_jax.runtime.curves import plot_curves
 from dapo_jax.runtime.mesh import make_mesh, publisher, put_rows, row_shards, state_sharding
 from dapo_jax.runtime.metrics import MetricsLog, header_line, peak_memory, progress, step_line, timed, write_samples
@@ -84,16 +85,15 @@ def train(config: Config, run_dir: Path) -> None:
     temperature = config.rollout.temperature
     publish = publisher(abstract.params, mesh, policy.model.compute_dtype)
     init_optimizer = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
-    loss = functools.partial(loss_fn, model=policy.model, algo=algo, temperature=temperature, mesh=mesh)
+    head = {"temperature": temperature, "chunk_size": loss_chunk(mesh), "mesh": mesh}
+    loss = functools.partial(loss_fn, model=policy.model, algo=algo, **head)
     update = jax.jit(
         functools.partial(update_step, loss_fn=loss, optimizer=optimizer),
         donate_argnums=0,
         out_shardings=(shardings, NamedSharding(mesh, P())),
     )
     score_rows = jax.jit(
-        functools.partial(
-            map_microbatches, function=functools.partial(batch_logprobs, model=policy.model, temperature=temperature, mesh=mesh)
-        ),
+        functools.partial(map_microbatches, function=functools.partial(batch_logprobs, model=policy.model, **head)),
         out_shardings=NamedSharding(mesh, P(None, ("data", "fsdp"))),
     )
     engine = make_engine(config, policy, mesh, Sampling(temperature, config.rollout.top_p, config.rollout.top_k))

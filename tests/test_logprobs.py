@@ -157,23 +157,45 @@ def test_a_dominant_logit_gives_finite_numbers():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", [(8, 1, 1), (2, 2, 2)])
-def test_rows_spread_unevenly_over_devices(expected_loss, layout):
-    """One device has no targets at all, so trip counts differ. Measured: relative gaps as on one device."""
-    mesh = make_mesh(MeshSection(*layout))
+@pytest.mark.parametrize("layout", [(8, 1, 1), (2, 2, 2), (1, 3, 2), (1, 1, 5), (1, 2, 4)], ids=str)
+def test_rows_and_vocabulary_spread_unevenly_over_devices(expected_loss, layout):
+    """One device has no targets at all, so trip counts differ; the vocabulary of 130 is split over 2 and 5 devices and stays whole on
+    4; 3 does not divide D, so that ∂head is not scattered. Measured: relative gaps as on one device."""
+    mesh = make_mesh(MeshSection(*layout), jax.devices()[: np.prod(layout)])
     hidden, head, targets, mask, weight = make_inputs()
     order = np.argsort(mask, kind="stable")  # rows without a target first
+    order = order[: len(order) - len(order) % (layout[0] * layout[1])]
     sharded = put_rows([np.asarray(a)[order] for a in (hidden, targets, mask, weight)], mesh, axis=0)
     (loss, metrics), (d_hidden, d_head) = compiled(fused_loss, chunk_size=3, mesh=mesh)(sharded[0], head, *sharded[1:])
-    (plain, plain_metrics), plain_grads = expected_loss
+    (plain, plain_metrics), plain_grads = (
+        expected_loss if len(order) == N else compiled(plain_loss)(hidden[order], head, targets[order], mask[order], weight[order])
+    )
     assert tiny.gap(loss, plain) < 1e-6
     assert tiny.gap([metrics[k] for k in plain_metrics], list(plain_metrics.values())) < 1e-6
-    assert tiny.gap(d_hidden, np.asarray(plain_grads[0])[order]) < 1e-6 and tiny.gap(d_head, plain_grads[1]) < 1e-6
-    logprobs = jax.jit(functools.partial(linear_logprobs, temperature=TEMPERATURE, chunk_size=3, mesh=mesh))(
-        sharded[0], head, sharded[1], mask=sharded[2]
-    )
-    for found, expected in zip(logprobs, plain_logprobs(hidden, head, targets, mask), strict=True):
-        np.testing.assert_allclose(found, np.asarray(expected)[order], rtol=0, atol=5e-6)
+    rows = order if len(order) == N else np.arange(len(order))
+    assert tiny.gap(d_hidden, np.asarray(plain_grads[0])[rows]) < 1e-6 and tiny.gap(d_head, plain_grads[1]) < 1e-6
+
+    probe = jnp.asarray(np.random.default_rng(1).normal(size=len(order)), jnp.float32)
+
+    def pulled(function, *inputs):
+        out, pull = jax.vjp(function, *inputs)
+        return out, pull((probe, 0.5 * probe))
+
+    fused = functools.partial(linear_logprobs, targets=sharded[1], mask=sharded[2], temperature=TEMPERATURE, chunk_size=3, mesh=mesh)
+    values, slopes = jax.jit(lambda h, w: pulled(fused, h, w))(sharded[0], head)
+    expected = functools.partial(plain_logprobs, targets=targets[order], mask=mask[order])
+    plain_values, plain_slopes = jax.jit(lambda h, w: pulled(expected, h, w))(hidden[order], head)
+    for found, whole in zip(values, plain_values, strict=True):
+        np.testing.assert_allclose(found, whole, rtol=0, atol=5e-6)
+    assert tiny.gap(slopes, plain_slopes) < 2e-6
+
+
+@pytest.mark.parametrize("layout, whole", [((1, 1, 2), False), ((1, 1, 4), True)], ids=["split", "does not divide"])
+def test_no_device_makes_logits_of_the_whole_vocabulary(layout, whole):
+    mesh = make_mesh(MeshSection(*layout), jax.devices()[: np.prod(layout)])
+    program = compiled(fused_loss, chunk_size=7, mesh=mesh).lower(*make_inputs()).compile().as_text()
+    assert (f"f32[7,{V}]" in program) == whole
+    assert (f"f32[7,{V // 2}]" in program) != whole
 
 
 def largest(jaxpr) -> int:

@@ -192,12 +192,25 @@ def test_put_rows_splits_one_axis_over_the_row_shards():
     assert put_rows(np.zeros((4, 2)), mesh, axis=0).addressable_shards[0].data.shape == (1, 2)
 
 
-@pytest.mark.parametrize("hosts, joins", [(None, 0), ("", 0), ("localhost", 0), ("host-0,", 0), ("host-0,host-1", 1)])
-def test_a_worker_joins_the_others_only_where_there_are_several(monkeypatch, hosts, joins):
+@pytest.mark.parametrize(
+    "platforms, attached, libtpu, joins",
+    [
+        (None, ["/dev/accel0"], True, True),
+        ("tpu,cpu", ["/dev/vfio/0"], True, True),
+        (None, [], True, False),  # libtpu alone, as for planning
+        (None, ["/dev/vfio/0"], False, False),  # chips of another kind
+        ("cpu", ["/dev/accel0"], True, False),
+    ],
+)
+def test_a_process_joins_the_others_where_tpu_chips_are_attached(monkeypatch, platforms, attached, libtpu, joins):
+    """Without arguments: the pod's metadata say who the others are."""
     calls = []
-    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
-    if hosts is not None:
-        monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
-    monkeypatch.setattr(jax.distributed, "initialize", functools.partial(calls.append, "joined"))
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if platforms is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(multihost.glob, "glob", lambda pattern: [name for name in attached if name.startswith(pattern.split("[")[0])])
+    monkeypatch.setattr(multihost.importlib.util, "find_spec", lambda name: object() if libtpu and name == "libtpu" else None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: calls.append(args))
     multihost.initialize()
-    assert len(calls) == joins and multihost.is_main()
+    assert calls == ([()] if joins else []) and multihost.is_main()

@@ -23,7 +23,8 @@ from dapo_jax.types import Array
 # depend on entropy only through metrics: no gradient flows through it.
 TokenLoss = Callable[[Array, Array, Any], tuple[Array, Mapping[str, Array]]]
 
-ROW_AXES = ("data", "fsdp")
+ROW_AXES = ("data", "fsdp")  # mesh axes that rows are split over
+VOCAB_AXIS = "tensor"  # mesh axis that the vocabulary is split over
 
 
 class _Static(NamedTuple):
@@ -31,31 +32,56 @@ class _Static(NamedTuple):
     chunk_size: int
     mesh: Mesh | None
 
+    def splits_vocab(self, head: Array) -> bool:
+        """Whether each device holds a part of the vocabulary."""
+        return self.mesh is not None and self.mesh.shape[VOCAB_AXIS] > 1 and head.shape[1] % self.mesh.shape[VOCAB_AXIS] == 0
+
+
+class _Vocab(NamedTuple):
+    """A device's part of the vocabulary: all of it, or one of the parts that lie along VOCAB_AXIS."""
+
+    split: bool
+
+    def local(self, targets: Array, size: int) -> Array:
+        """Targets as columns of this part; outside 0..size - 1 where they belong to another."""
+        return targets - jax.lax.axis_index(VOCAB_AXIS) * size if self.split else targets
+
+    def max(self, x: Array) -> Array:
+        return jax.lax.pmax(x, VOCAB_AXIS) if self.split else x
+
+    def sum(self, x: Any) -> Any:
+        return jax.lax.psum(x, VOCAB_AXIS) if self.split else x
+
 
 class _Chunk(NamedTuple):
-    logits: Array  # [n, V] float32
-    weights: Array  # [n, V] float32, exp(logits - max)
+    """What the logits of n rows say; v columns of V on this device. All but the first two are of the whole vocabulary."""
+
+    logits: Array  # [n, v] float32
+    weights: Array  # [n, v] float32, exp(logits - max)
     total: Array  # [n], sum of the weights
     lse: Array  # [n]
     logprobs: Array  # [n]
     entropy: Array  # [n]
+    hit: Array  # [n, v] bool, the target's column
 
 
-def _score(hidden: Array, head: Array, targets: Array, temperature: float) -> _Chunk:
+def _score(hidden: Array, head: Array, targets: Array, temperature: float, vocab: _Vocab) -> _Chunk:
     logits = jnp.einsum("nd,dv->nv", hidden, head, preferred_element_type=jnp.float32) / temperature
-    top = jax.lax.stop_gradient(logits.max(axis=-1))
+    top = jax.lax.stop_gradient(vocab.max(logits.max(axis=-1)))
     # Everything [n, V] is made once and read often: subtracting `top` after the sums keeps a third such array from being made.
     weights = jnp.exp(logits - top[:, None])
-    total = weights.sum(axis=-1)
+    column = vocab.local(targets, head.shape[1])
+    hit = jnp.arange(head.shape[1])[None] == column[:, None]
+    at_target = jnp.take_along_axis(logits, jnp.clip(column, 0, head.shape[1] - 1)[:, None], axis=-1)[:, 0]
+    at_target = jnp.where((column >= 0) & (column < head.shape[1]), at_target, 0.0)
+    total, dot, at_target = vocab.sum((weights.sum(axis=-1), (weights * logits).sum(axis=-1), at_target))
     log_total = jnp.log(total)
-    at_target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - top
     lse = log_total + top
-    entropy = lse - (weights * logits).sum(axis=-1) / total
-    return _Chunk(logits, weights, total, lse, at_target - log_total, entropy)
+    return _Chunk(logits, weights, total, lse, at_target - top - log_total, lse - dot / total, hit)
 
 
 def _d_head(hidden: Array, d_logits: Array) -> Array:
-    """hiddenᵀ · d_logits, float32 [D, V]."""
+    """hiddenᵀ · d_logits, float32 [D, v]."""
     # XLA's fast CPU matmul takes no transposed left side; left alone, XLA would fold this small transpose into the product.
     flipped = jax.lax.optimization_barrier(hidden.T)
     return jnp.einsum("dn,nv->dv", flipped, d_logits, preferred_element_type=jnp.float32)
@@ -66,14 +92,16 @@ class _Plan(NamedTuple):
 
     order: Array  # int [C * chunk], row of each place; padding repeats row 0
     count: Array  # rows with a target
-    chunks: Array  # chunks that hold any
+    chunks: Array  # chunks to walk over: those that hold any
 
 
-def _plan(mask: Array, chunk_size: int) -> _Plan:
+def _plan(mask: Array, chunk_size: int, vocab: _Vocab) -> _Plan:
     order = jnp.argsort(~mask, stable=True)
     order = jnp.pad(order, (0, -mask.shape[0] % chunk_size))
     count = mask.sum()
-    return _Plan(order, count, -(-count // chunk_size))
+    chunks = -(-count // chunk_size)
+    # With collectives in the loop, every device goes round as often as the one with most targets.
+    return _Plan(order, count, jax.lax.pmax(chunks, ROW_AXES) if vocab.split else chunks)
 
 
 def _rows(plan: _Plan, i: Array, chunk_size: int) -> tuple[Array, Array]:
@@ -87,15 +115,35 @@ def _add_rows(buffer: Array, rows: Array, valid: Array, values: Array) -> Array:
     return buffer.at[jnp.where(valid, rows, buffer.shape[0])].set(values, mode="drop")
 
 
+def _specs(static: _Static, head: Array) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """Partitions of rows, of the head as it is worked on, and of its gradient.
+
+    The head is gathered over the row axes once a call, and its gradient reduced once, after the loop: scattered over `fsdp`
+    like the parameter it belongs to, where that divides D.
+    """
+    columns = VOCAB_AXIS if static.splits_vocab(head) else None
+    assert static.mesh is not None
+    scatter = "fsdp" if head.shape[0] % static.mesh.shape["fsdp"] == 0 else None
+    return PartitionSpec(ROW_AXES), PartitionSpec(None, columns), PartitionSpec(scatter, columns)
+
+
+def _reduce_head(static: _Static, d_head: Array) -> Array:
+    """∂head summed over the row axes, [D / fsdp, v] where `_specs` says so."""
+    assert static.mesh is not None
+    if d_head.shape[0] % static.mesh.shape["fsdp"]:
+        return jax.lax.psum(d_head, ROW_AXES)
+    return jax.lax.psum(jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=0, tiled=True), "data")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # linear_loss
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _loss_forward(token_loss: TokenLoss, static: _Static, with_grad: bool, hidden, head, targets, mask, token_args):
-    """Loss, metric sums and (if asked) both gradients, over one device's rows."""
+def _loss_forward(token_loss: TokenLoss, static: _Static, with_grad: bool, vocab: _Vocab, hidden, head, targets, mask, token_args):
+    """Loss, metric sums and (if asked) both gradients, over one device's rows and columns."""
     size = min(static.chunk_size, hidden.shape[0])
-    plan = _plan(mask, size)
+    plan = _plan(mask, size, vocab)
     head = head.astype(hidden.dtype)
 
     def chunk_loss(logprobs, entropy, args, valid):
@@ -108,13 +156,12 @@ def _loss_forward(token_loss: TokenLoss, static: _Static, with_grad: bool, hidde
         rows, valid = _rows(plan, i, size)
         h, y = hidden[rows], targets[rows]
         args = jax.tree.map(lambda a: a[rows], token_args)
-        scored = _score(h, head, y, static.temperature)
+        scored = _score(h, head, y, static.temperature, vocab)
         (part, sums), slope = jax.value_and_grad(chunk_loss, has_aux=True)(scored.logprobs, scored.entropy, args, valid)
         metrics = {name: metrics[name] + sums[name] for name in metrics}
         if with_grad:
             slope /= static.temperature
-            hit = jnp.arange(head.shape[1])[None] == y[:, None]
-            d_logits = (jnp.where(hit, slope[:, None], 0.0) - scored.weights * (slope / scored.total)[:, None]).astype(h.dtype)
+            d_logits = (jnp.where(scored.hit, slope[:, None], 0.0) - scored.weights * (slope / scored.total)[:, None]).astype(h.dtype)
             d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, head))
             d_head += _d_head(h, d_logits)
         return loss + part, metrics, d_hidden, d_head
@@ -123,25 +170,26 @@ def _loss_forward(token_loss: TokenLoss, static: _Static, with_grad: bool, hidde
     example = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), token_args)
     zeros = {name: jnp.zeros(()) for name in jax.eval_shape(token_loss, number, number, example)[1]}
     d_hidden, d_head = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)) if with_grad else (None, None)
-    return jax.lax.fori_loop(0, plan.chunks, body, (jnp.zeros(()), zeros, d_hidden, d_head))
+    loss, metrics, d_hidden, d_head = jax.lax.fori_loop(0, plan.chunks, body, (jnp.zeros(()), zeros, d_hidden, d_head))
+    return loss, metrics, vocab.sum(d_hidden) if with_grad else None, d_head
 
 
 def _loss_sharded(token_loss, static, with_grad, hidden, head, targets, mask, token_args):
-    run = functools.partial(_loss_forward, token_loss, static, with_grad)
+    run = functools.partial(_loss_forward, token_loss, static, with_grad, _Vocab(static.splits_vocab(head)))
     if static.mesh is None:
         return run(hidden, head, targets, mask, token_args)
 
     def local(*inputs):
         loss, metrics, d_hidden, d_head = run(*inputs)
-        # One reduction a call, after the loop: each device's trip count is its own.
-        return *jax.lax.psum((loss, metrics), ROW_AXES), d_hidden, jax.lax.psum(d_head, ROW_AXES)
+        return *jax.lax.psum((loss, metrics), ROW_AXES), d_hidden, _reduce_head(static, d_head) if with_grad else None
 
-    rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
+    rows, kernel, d_kernel = _specs(static, head)
+    whole = PartitionSpec()
     return jax.shard_map(
         local,
         mesh=static.mesh,
-        in_specs=(rows, whole, rows, rows, rows),
-        out_specs=(whole, whole, rows, whole),
+        in_specs=(rows, kernel, rows, rows, rows),
+        out_specs=(whole, whole, rows, d_kernel),
         check_vma=False,
     )(hidden, head, targets, mask, token_args)
 
@@ -186,7 +234,8 @@ def linear_loss(
       token_args: pytree of [N, ...] arrays handed to token_loss chunk by chunk; no gradient flows to them.
       mask: bool [N], rows that have a target; the others cost nothing. None is all.
       temperature: divides the logits. chunk_size: rows a chunk, a device.
-      mesh: if given, N is sharded over ("data", "fsdp") and the head is gathered once.
+      mesh: if given, N is sharded over ("data", "fsdp") and V over "tensor" where that divides it: no device makes the logits
+        of the whole vocabulary. The head is gathered over the row axes once, and ∂head reduced once.
 
     Returns:
       (scalar loss, metric sums over target rows), float32.
@@ -201,49 +250,50 @@ def linear_loss(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _logprobs_forward(static: _Static, hidden, head, targets, mask):
+def _logprobs_forward(static: _Static, vocab: _Vocab, hidden, head, targets, mask):
     size = min(static.chunk_size, hidden.shape[0])
-    plan = _plan(mask, size)
+    plan = _plan(mask, size, vocab)
     head = head.astype(hidden.dtype)
 
     def body(i, carry):
         rows, valid = _rows(plan, i, size)
-        scored = _score(hidden[rows], head, targets[rows], static.temperature)
+        scored = _score(hidden[rows], head, targets[rows], static.temperature, vocab)
         return _add_rows(carry[0], rows, valid, scored.logprobs), _add_rows(carry[1], rows, valid, scored.entropy)
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
     return jax.lax.fori_loop(0, plan.chunks, body, (zeros, zeros))
 
 
-def _logprobs_backward(static: _Static, hidden, head, targets, mask, d_logprobs, d_entropy):
+def _logprobs_backward(static: _Static, vocab: _Vocab, hidden, head, targets, mask, d_logprobs, d_entropy):
     size = min(static.chunk_size, hidden.shape[0])
-    plan = _plan(mask, size)
+    plan = _plan(mask, size, vocab)
     kernel = head.astype(hidden.dtype)
 
     def body(i, carry):
         d_hidden, d_head = carry
         rows, valid = _rows(plan, i, size)
-        h, y = hidden[rows], targets[rows]
-        scored = _score(h, kernel, y, static.temperature)
+        h = hidden[rows]
+        scored = _score(h, kernel, targets[rows], static.temperature, vocab)
         softmax = scored.weights / scored.total[:, None]
         log_softmax = scored.logits - scored.lse[:, None]
-        hit = jnp.arange(head.shape[1])[None] == y[:, None]
-        d_logits = (hit - softmax) * jnp.where(valid, d_logprobs[rows], 0.0)[:, None]
+        d_logits = (scored.hit - softmax) * jnp.where(valid, d_logprobs[rows], 0.0)[:, None]
         d_logits -= softmax * (log_softmax + scored.entropy[:, None]) * jnp.where(valid, d_entropy[rows], 0.0)[:, None]
         d_logits = (d_logits / static.temperature).astype(h.dtype)
         d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, kernel))
         return d_hidden, d_head + _d_head(h, d_logits)
 
-    return jax.lax.fori_loop(0, plan.chunks, body, (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)))
+    zeros = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
+    d_hidden, d_head = jax.lax.fori_loop(0, plan.chunks, body, zeros)
+    return vocab.sum(d_hidden), d_head
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_logprobs(static, hidden, head, targets, mask):
-    run = functools.partial(_logprobs_forward, static)
+    run = functools.partial(_logprobs_forward, static, _Vocab(static.splits_vocab(head)))
     if static.mesh is None:
         return run(hidden, head, targets, mask)
-    rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
-    return jax.shard_map(run, mesh=static.mesh, in_specs=(rows, whole, rows, rows), out_specs=(rows, rows), check_vma=False)(
+    rows, kernel, _ = _specs(static, head)
+    return jax.shard_map(run, mesh=static.mesh, in_specs=(rows, kernel, rows, rows), out_specs=(rows, rows), check_vma=False)(
         hidden, head, targets, mask
     )
 
@@ -253,17 +303,22 @@ def _linear_logprobs_fwd(static, hidden, head, targets, mask):
 
 
 def _linear_logprobs_bwd(static, inputs, cotangents):
-    def local(*args):
-        d_hidden, d_head = _logprobs_backward(static, *args)
-        return d_hidden, d_head if static.mesh is None else jax.lax.psum(d_head, ROW_AXES)
+    head = inputs[1]
+    run = functools.partial(_logprobs_backward, static, _Vocab(static.splits_vocab(head)))
+    if static.mesh is None:
+        d_hidden, d_head = run(*inputs, *cotangents)
+        return d_hidden, d_head.astype(head.dtype), None, None
 
-    run = local
-    if static.mesh is not None:
-        rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
-        specs = (rows, whole, rows, rows, rows, rows)
-        run = jax.shard_map(local, mesh=static.mesh, in_specs=specs, out_specs=(rows, whole), check_vma=False)
-    d_hidden, d_head = run(*inputs, *cotangents)
-    return d_hidden, d_head.astype(inputs[1].dtype), None, None
+    def local(*args):
+        d_hidden, d_head = run(*args)
+        return d_hidden, _reduce_head(static, d_head)
+
+    rows, kernel, d_kernel = _specs(static, head)
+    specs = (rows, kernel, rows, rows, rows, rows)
+    d_hidden, d_head = jax.shard_map(local, mesh=static.mesh, in_specs=specs, out_specs=(rows, d_kernel), check_vma=False)(
+        *inputs, *cotangents
+    )
+    return d_hidden, d_head.astype(head.dtype), None, None
 
 
 _linear_logprobs.defvjp(_linear_logprobs_fwd, _linear_logprobs_bwd)
