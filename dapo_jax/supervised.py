@@ -21,7 +21,7 @@ from dapo_jax.model.weights import save_pretrained
 from dapo_jax.policy import Policy, describe, load_params, load_policy, row_len
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.chips import loss_chunk
-from dapo_jax.runtime.mesh import make_mesh, put_rows, state_sharding
+from dapo_jax.runtime.mesh import make_mesh, put_rows, row_shards, state_sharding
 from dapo_jax.types import InputError, Params, Prompt
 
 
@@ -63,7 +63,9 @@ def warm_up(config: Config, policy: Policy, params: Params, prompts: Sequence[Pr
         mine = [items[i] for i in chosen]
         weight = 1.0 / sum(len(item.response) for item in mine)
         mine = [item._replace(weight=weight) for item in mine]
-        batch, _ = build_batch(mine, row_len=row_len(config), rows_per_microbatch=rows, microbatches=microbatches)
+        batch, _ = build_batch(
+            mine, row_len=row_len(config), rows_per_microbatch=rows, microbatches=microbatches, row_shards=row_shards(mesh)
+        )
         rate = section.learning_rate * min(1.0, u / max(1, section.warmup_updates))
         state, sums = update(state, put_rows(batch, mesh, axis=1), np.float32(rate))
         if u % max(1, section.updates // 5) == 0 or u == section.updates:

@@ -8,7 +8,7 @@ Run the same command again to go on from the newest checkpoint.
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,7 +184,7 @@ def train(config: Config, run_dir: Path) -> None:
                         progress(algo.prompts_per_step, f"update {at.step}", enabled=multihost.is_main()) as bar,
                     ):
                         results, packed = [], []
-                        for batch, stats in minibatches(kept, config):
+                        for batch, stats in minibatches(kept, config, row_shards(mesh)):
                             state, sums = update(state, put_rows(batch, mesh, axis=1), np.float32(rate))
                             results.append(sums)
                             packed.append(stats)
@@ -248,12 +248,12 @@ def judge(
     return groups, verdicts
 
 
-def pack(items: Sequence[TrainItem], config: Config) -> tuple[TrainBatch, PackStats]:
-    """Items of one mini-batch as [M, N, T], the same shape every time."""
+def pack(items: Sequence[TrainItem], config: Config, shards: int) -> tuple[TrainBatch, PackStats]:
+    """Items of one mini-batch as [M, N, T], the same shape every time, its rows balanced over so many row shards."""
     rows = config.train.rows_per_microbatch
     longest = config.data.max_prompt_len + config.rollout.max_response_len
     most = max_microbatches(config.dapo.responses_per_update, row_len=row_len(config), max_item_len=longest, rows_per_microbatch=rows)
-    return build_batch(items, row_len=row_len(config), rows_per_microbatch=rows, microbatches=most)
+    return build_batch(items, row_len=row_len(config), rows_per_microbatch=rows, microbatches=most, row_shards=shards)
 
 
 def score(groups: list[Group], score_rows: Callable[[TrainBatch], Any], config: Config, mesh: Mesh) -> list[Group]:
@@ -270,7 +270,7 @@ def score(groups: list[Group], score_rows: Callable[[TrainBatch], Any], config: 
             TrainItem(groups[i].prompt.tokens, r.tokens, r.behavior_logprobs, r.behavior_logprobs, 0.0, 0.0)
             for i, r in flat[at : at + config.dapo.responses_per_update]
         ]
-        batch, stats = pack(items, config)
+        batch, stats = pack(items, config, row_shards(mesh))
         scored += gather_targets(multihost.fetch(score_rows(put_rows(batch, mesh, axis=1))), stats.placement)
     by_group = iter(scored)
     return [
@@ -279,7 +279,7 @@ def score(groups: list[Group], score_rows: Callable[[TrainBatch], Any], config: 
     ]
 
 
-def minibatches(groups: Sequence[Group], config: Config):
+def minibatches(groups: Sequence[Group], config: Config, shards: int) -> Iterator[tuple[TrainBatch, PackStats]]:
     """Yields the packed batch of each update: whole groups in draw order, advantages and normaliser written in."""
     algo = config.dapo
     advantages = group_advantages(np.stack([g.reward for g in groups]), ddof=algo.advantage_ddof, eps=algo.advantage_eps)
@@ -300,7 +300,7 @@ def minibatches(groups: Sequence[Group], config: Config):
             TrainItem(prompt, r.tokens, o, r.behavior_logprobs, float(a), float(w))
             for prompt, r, o, a, w in zip(owners, responses, old, flat_advantages, weights, strict=True)
         ]
-        yield pack(items, config)
+        yield pack(items, config, shards)
 
 
 def check_finite(sums: Sequence[dict[str, float]], config: Config, step: int) -> None:

@@ -1,6 +1,5 @@
 """Where arrays lie: meshes, the partition of every parameter, arrays put on devices and fetched back."""
 
-import functools
 import re
 
 import jax

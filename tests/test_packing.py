@@ -211,6 +211,21 @@ def test_microbatches_have_equal_work(sizes, rows_per_microbatch):
     assert rows.max() - rows.min() <= 1
 
 
+@settings(deadline=None)
+@given(sizes_strategy, st.integers(1, 3), st.integers(1, 4))
+def test_devices_have_equal_work(sizes, rows_a_device, shards):
+    """Each of a micro-batch's parts, and no item is lost."""
+    items = make_items(sizes)
+    batch, stats = build_batch(items, row_len=16, rows_per_microbatch=rows_a_device * shards, row_shards=shards)
+    row_cost = np.array([[sum(c**2 for c in np.bincount(row)[1:]) for row in rows] for rows in batch.segment_ids])
+    parts = row_cost.reshape(-1, rows_a_device)
+    assert parts.sum(1).max() - parts.sum(1).min() <= row_cost.max()
+    rows = (parts > 0).sum(1)
+    assert rows.max() - rows.min() <= 1
+    assert sorted(unpack(batch)) == sorted(map(as_tuple, items))
+    assert stats.used_microbatches == (batch.segment_ids > 0).any((1, 2)).sum() == len(batch.tokens)
+
+
 def test_rows_are_dealt_back_and_forth():
     _, stats = build_batch(make_items([(1, 13), (1, 15), (1, 12), (1, 14)]), row_len=16, rows_per_microbatch=2)
     # Costs 16², 15², 14², 13² go to micro-batches 0, 1, 1, 0: 425 against 421.
@@ -247,5 +262,7 @@ def test_build_batch_checks_its_input():
         build_batch([too_long], **sizes)
     with pytest.raises(ValueError, match="item 0 has 3 response tokens, but 2 old"):
         build_batch([good._replace(old_logprobs=good.old_logprobs[1:])], **sizes)
+    with pytest.raises(ValueError, match="3 rows do not divide over 2 devices"):
+        build_batch([good], row_len=16, rows_per_microbatch=3, row_shards=2)
     with pytest.raises(ValueError, match="need 2 micro-batches"):
         build_batch([good] * 4, **sizes, microbatches=1)

@@ -116,15 +116,18 @@ def max_microbatches(n_items: int, *, row_len: int, max_item_len: int, rows_per_
 
 
 def build_batch(
-    items: Sequence[TrainItem], *, row_len: int, rows_per_microbatch: int, microbatches: int | None = None
+    items: Sequence[TrainItem], *, row_len: int, rows_per_microbatch: int, microbatches: int | None = None, row_shards: int = 1
 ) -> tuple[TrainBatch, PackStats]:
     """Packs items into numpy rows [M, N, T] with T = row_len, N = rows_per_microbatch, M = microbatches or the fewest that do.
 
-    Rows are dealt to the used micro-batches in descending order of attention cost (sum of squared segment lengths), back and forth, so
-    that the costs of any two micro-batches differ by at most the costliest row's, and their row counts by at most one. Micro-batches
-    beyond the used ones, and rows beyond the dealt ones, are empty. Raises ValueError for no items, an empty prompt, log-probs that do
-    not match the response, an item longer than a row, and too few microbatches.
+    Each micro-batch is split over row_shards devices, N / row_shards successive rows each. Rows are dealt to the devices' parts of the
+    used micro-batches in descending order of attention cost (sum of squared segment lengths), back and forth, so that the costs of any
+    two parts differ by at most the costliest row's, and their row counts by at most one. Micro-batches beyond the used ones, and rows
+    beyond the dealt ones, are empty. Raises ValueError for no items, an empty prompt, log-probs that do not match the response, an item
+    longer than a row, too few microbatches, and rows that do not divide over the devices.
     """
+    if rows_per_microbatch % row_shards:
+        raise ValueError(f"{rows_per_microbatch} rows do not divide over {row_shards} devices")
     if not items:
         raise ValueError("there are no items to pack")
     for i, item in enumerate(items):
@@ -154,9 +157,11 @@ def build_batch(
     )
     costs = np.array([np.sum(lengths[row] ** 2) for row in rows])
     placement: dict[int, Placement] = {}
+    parts = used * row_shards  # part p is of micro-batch p % used, device p // used
     for rank, r in enumerate(np.argsort(-costs, kind="stable")):
-        n, turn = divmod(rank, used)
-        m = turn if n % 2 == 0 else used - 1 - turn
+        turn, part = divmod(rank, parts)
+        device, m = divmod(part if turn % 2 == 0 else parts - 1 - part, used)
+        n = device * (rows_per_microbatch // row_shards) + turn
         start = 0
         for segment, i in enumerate(rows[r], start=1):
             item = items[i]
