@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# All in one: sends the code, asks for the slice, and gives it a startup script that sets up, runs, and restarts.
+#
+#   launch.sh [--watch] [--allow-dirty] [--dry-run] [--env=FILE]
+#
+# A slice that is re-created or rebooted goes on by itself from the newest checkpoint. Google does not re-create a spot slice that was
+# taken away: --watch looks every minute and does, until the run is over (exit 0 when it is done). launch.sh once more does it by hand.
+# A slice that is there is left alone.
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+options "--watch --allow-dirty" "$@"
+settings
+
+create_again() { delete_request --quiet && create_request --metadata-from-file=startup-script="$tmp/worker.sh"; }
+
+get_state NONE || exit 1
+[[ $state == NONE || $state == SUSPENDED || $state == FAILED ]] ||
+  fail "$NAME is there already: $state; setup.sh and run.sh use it, delete.sh ends it"
+bash "$here/sync.sh" --env="$env_file" ${on[--dry-run]:+--dry-run} ${on[--allow-dirty]:+--allow-dirty}
+write_worker
+clear_finished
+if [[ $state == NONE ]]; then create_request --metadata-from-file=startup-script="$tmp/worker.sh"; else create_again; fi
+[[ -n ${on[--watch]:-} && -z ${on[--dry-run]:-} ]] || exit 0
+
+while sleep 60; do
+  if verdict=$(gcloud storage cat "$POD/finished" 2>/dev/null); then
+    say "the run is over: $verdict"
+    if [[ $DELETE_WHEN_DONE == yes && $verdict != *stopped* ]]; then delete_request --quiet || true; else say "delete.sh ends its cost"; fi
+    [[ $verdict == 0\ done* ]] && exit 0
+    exit 1
+  fi
+  get_state NONE || continue # a hiccup of the network
+  case $state in
+    SUSPENDED)
+      say "$NAME was taken away: asking again"
+      create_again || say "will try again in a minute"
+      ;;
+    FAILED) fail "$NAME FAILED: \`gcloud compute tpus queued-resources describe $NAME ${where[*]}\` says why" ;;
+    NONE) fail "$NAME was deleted" ;;
+  esac
+done

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Sets up every worker: the code of the last sync.sh, a Python 3.12 environment of its own with dapo_jax[tpu], and ASSETS.
+#
+#   setup.sh [--dry-run] [--env=FILE]
+#
+# Again after every sync.sh; what is there already stays. Refused while a run is going.
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+options "" "$@"
+settings
+
+need_active
+upload_worker
+on_workers setup

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# State of the queued resource, how the run ended if it has, and one line from every worker.
+#
+#   status.sh [--dry-run] [--env=FILE]
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+options "" "$@"
+settings
+
+get_state ACTIVE || exit 1
+say "$NAME: $state"
+run gcloud storage cat "$POD/finished" 2>/dev/null || say "no run has ended"
+if [[ $state == ACTIVE ]]; then on_workers status; fi
