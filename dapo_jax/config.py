@@ -60,6 +60,7 @@ class ModelConfig:
     max_position: int = 40960  # context limit, prompt and response together, tokens
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; master weights are float32
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass keeps: all, matmul results, block inputs
+    attention_block: int = 512  # positions that training attention works on at a time: splash on TPU, long rows elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ModelSection:
     architecture: ModelConfig | None = None  # instead of a folder: random start with a byte-level tokenizer
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matmuls; master weights are float32
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass keeps: all, matmul results, block inputs
+    attention_block: int = 512  # positions that training attention works on at a time: splash on TPU, long rows elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +153,13 @@ class DapoSection:
     advantage_ddof: int = 1  # std divides by G - this
     advantage_eps: float = 1e-6  # added to the std
     dynamic_sampling: bool = True  # train only on groups with accuracy neither 0 nor 1
-    prompts_per_draw: int = 1536  # prompts sampled in one generation batch
-    max_generation_batches: int = 10  # generation batches a rollout step may take
+    prompts_per_draw: int = 1536  # a generation batch: prompts that are expected to give a step's groups, before any are known
+    max_generation_batches: int = 10  # a rollout step draws at most so many generation batches of prompts
     on_cap: Literal["error", "train"] = "error"  # if they yield too few groups: stop, or train with what there is
     carry_surplus: bool = True  # use surplus groups in the next step, with the log-probs of the policy that drew them
+    partial_rollouts: bool = False  # end a step once its first groups suffice; the next one goes on with the unfinished responses
+    rest_after: int | None = None  # a problem that is drawn all right so many times running is skipped for a while; null is never
+    rest_epochs: int = 1  # for so many further passes over the data
     overlong_filtering: bool = False  # give truncated responses weight 0 in the loss
     old_logprobs: Literal["recompute", "sampler"] = "recompute"  # of pi_old: by the trainer, or as sampled
     importance_cap: float | None = None  # truncated importance sampling: cap on the weight that corrects for the sampler; null is off
@@ -191,6 +196,7 @@ class MeshSection:
     data: int = 1  # replicas
     fsdp: int = -1  # shards of parameters, optimizer state and rows
     tensor: int = 1  # shards of heads, feed-forward and vocabulary
+    topology: str | None = None  # chips that `dapo_jax.plan` compiles for, e.g. v5p:4x4x8; a run takes the devices it finds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,8 +455,9 @@ def _check(c: Config, where: str) -> None:
         "data.max_prompt_len data.arithmetic.train_problems data.arithmetic.heldout_problems data.arithmetic.min_steps "
         "data.arithmetic.max_operand eval.samples_per_problem eval.max_problems rollout.max_response_len "
         "rollout.decode_slots reward.workers reward.memory_mb dapo.prompts_per_step dapo.responses_per_update "
-        "dapo.prompts_per_draw dapo.max_generation_batches optim.max_nonfinite_updates supervised.responses_per_update "
-        "train.steps train.row_len train.rows_per_microbatch train.save_every train.keep_checkpoints"
+        "dapo.prompts_per_draw dapo.max_generation_batches dapo.rest_after dapo.rest_epochs "
+        "optim.max_nonfinite_updates supervised.responses_per_update "
+        "train.steps train.row_len train.rows_per_microbatch train.save_every train.keep_checkpoints model.attention_block"
     ).split():
         at_least(key, 1)
     for key in (
@@ -475,7 +482,7 @@ def _check(c: Config, where: str) -> None:
         check_model(arch, lambda key, message: fail(f"model.architecture.{key}", message))
         check_context(c, arch, where)
         defaults = ModelConfig()
-        for name in ("compute_dtype", "remat"):
+        for name in ("compute_dtype", "remat", "attention_block"):
             if getattr(arch, name) != getattr(defaults, name):
                 fail(f"model.architecture.{name}", f"set model.{name} instead")
 
@@ -533,6 +540,8 @@ def _check(c: Config, where: str) -> None:
         fail("dapo.dual_clip", f"must be above 1, got {d.dual_clip}")
     if d.importance_cap is not None and d.importance_cap < 1 + d.clip_eps_high:
         fail("dapo.importance_cap", f"must be at least 1 + clip_eps_high = {1 + d.clip_eps_high:g}, got {d.importance_cap:g}")
+    if d.partial_rollouts and not d.dynamic_sampling:
+        fail("dapo.partial_rollouts", "needs dapo.dynamic_sampling, which decides when groups suffice")
     if not 0 <= d.advantage_ddof < d.responses_per_prompt:
         fail("dapo.advantage_ddof", f"must be at least 0 and below responses_per_prompt {d.responses_per_prompt}")
 

@@ -28,13 +28,19 @@ class Policy(NamedTuple):
     stop: tuple[int, ...]  # token ids that end a response
 
 
+def with_computation(config: Config, model: ModelConfig) -> ModelConfig:
+    """The architecture with how the config wants it computed, once its context is known to hold the config's lengths."""
+    check_context(config, model)
+    c = config.model
+    return dataclasses.replace(model, compute_dtype=c.compute_dtype, remat=c.remat, attention_block=c.attention_block)
+
+
 def load_policy(config: Config, folder: str | None = None) -> Policy:
     """Architecture and tokenizer of `model.folder` (or of `folder`, if given), or of `model.architecture`. No device is touched."""
     folder = folder or config.model.folder
     model = load_model_config(folder) if folder else config.model.architecture
     assert model is not None  # the config's own check
-    model = dataclasses.replace(model, compute_dtype=config.model.compute_dtype, remat=config.model.remat)
-    check_context(config, model)
+    model = with_computation(config, model)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > model.vocab_size:
         where = f"{folder}: tokenizer" if folder else "model.architecture.vocab_size"
@@ -77,8 +83,8 @@ def make_engine(config: Config, policy: Policy, mesh: Mesh, sampling: Sampling) 
         max_prompt_len=config.data.max_prompt_len,
         max_response_len=config.rollout.max_response_len,
         mesh=mesh,
-        put=put,
         fetch=fetch,
+        int8=config.rollout.kv_cache == "int8",
     )
 
 

@@ -4,24 +4,20 @@ python -m dapo_jax.supervised --config C --out FOLDER        writes a Hugging Fa
 """
 
 import argparse
-import functools
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dapo_jax.config import Config, load_config
-from dapo_jax.dapo.loss import cross_entropy_loss_fn
 from dapo_jax.dapo.packing import TrainItem, build_batch, max_microbatches
-from dapo_jax.dapo.update import init_state, make_optimizer, update_step
 from dapo_jax.data.problems import Cursor, advance, load_problems
 from dapo_jax.data.prompts import make_prompts
 from dapo_jax.model.weights import save_pretrained
 from dapo_jax.policy import Policy, describe, load_params, load_policy, row_len
+from dapo_jax.programs import supervised_programs
 from dapo_jax.runtime import multihost
-from dapo_jax.runtime.chips import loss_chunk
-from dapo_jax.runtime.mesh import make_mesh, put_rows, row_shards, state_sharding
+from dapo_jax.runtime.mesh import make_mesh, put_rows, row_shards
 from dapo_jax.types import InputError, Params, Prompt
 
 
@@ -49,13 +45,8 @@ def warm_up(config: Config, policy: Policy, params: Params, prompts: Sequence[Pr
     longest = max(len(item.prompt) + len(item.response) for item in items)
     rows = config.train.rows_per_microbatch
     microbatches = max_microbatches(section.responses_per_update, row_len=row_len(config), max_item_len=longest, rows_per_microbatch=rows)
-    optimizer = make_optimizer(config.optim)
-    shardings = state_sharding(jax.eval_shape(lambda p: init_state(p, optimizer), params), mesh)
-    state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
-    loss_fn = functools.partial(cross_entropy_loss_fn, model=policy.model, chunk_size=loss_chunk(mesh), mesh=mesh)
-    update = jax.jit(
-        functools.partial(update_step, loss_fn=loss_fn, optimizer=optimizer), donate_argnums=0, out_shardings=(shardings, None)
-    )
+    init_optimizer, update = supervised_programs(config, policy.model, mesh)
+    state = init_optimizer(params)
 
     cursor = Cursor()
     for u in range(1, section.updates + 1):

@@ -8,37 +8,35 @@ Run the same command again to go on from the newest checkpoint.
 import argparse
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from dapo_jax.config import Config, ConfigError, dump_yaml, flatten, load_config, to_dict
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer, StarvedError, StepCounts
 from dapo_jax.dapo.groups import group_advantages, informative_groups
-from dapo_jax.dapo.loss import batch_logprobs, loss_fn
-from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targets, max_microbatches, normalizer_weights
-from dapo_jax.dapo.update import init_state, learning_rate, make_optimizer, map_microbatches, summarize, update_step
-from dapo_jax.data.problems import Cursor, advance, load_problems, problems_digest
-from dapo_jax.data.prompts import decode, make_prompts
+from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targets, normalizer_weights
+from dapo_jax.dapo.update import learning_rate, summarize
+from dapo_jax.data.memory import PassMemory
+from dapo_jax.data.problems import Cursor, load_problems, problems_digest
+from dapo_jax.data.prompts import make_prompts
+from dapo_jax.drawing import Drawn, OpenGroup, draw_groups, keep_rate_after, open_state, restore_open
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets
-from dapo_jax.model.decoder import abstract_params
-from dapo_jax.policy import Policy, describe, load_params, load_policy, make_engine, row_len
-from dapo_jax.reward.overlong import overlong_penalty
-from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors, error_counts
-from dapo_jax.rollout.sampler import Sampling
+from dapo_jax.policy import describe, load_params, load_policy, make_engine, row_len
+from dapo_jax.programs import microbatches, train_programs, train_sampling
+from dapo_jax.reward.pool import RewardPool, error_counts
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import Checkpoints
-from dapo_jax.runtime.chips import loss_chunk
 from dapo_jax.runtime.curves import plot_curves
-from dapo_jax.runtime.mesh import make_mesh, publisher, put_rows, row_shards, state_sharding
+from dapo_jax.runtime.mesh import make_mesh, published_as_it_is, put_rows, row_shards
 from dapo_jax.runtime.metrics import MetricsLog, header_line, peak_memory, progress, step_line, timed, write_samples
 from dapo_jax.supervised import warm_up
-from dapo_jax.types import Group, InputError, Prompt, Request, TrainBatch, Verdict
+from dapo_jax.types import Group, InputError, TrainBatch
 
 # Config that may change between the runs of one run folder: how long, how watched, how spread; not what is learned.
 _MAY_CHANGE = ("train.steps", "train.save_every", "train.keep_checkpoints", "train.samples_per_step", "eval.", "mesh.", "reward.workers")
@@ -54,6 +52,7 @@ class Progress(NamedTuple):
     updates: int = 0  # gradient updates applied
     draws: int = 0  # prompts drawn
     cursor: Cursor = Cursor()  # next problem of the shuffled order
+    keep_rate: float = 1.0  # expected share of informative groups
 
 
 def train(config: Config, run_dir: Path) -> None:
@@ -79,53 +78,42 @@ def train(config: Config, run_dir: Path) -> None:
     )
 
     # ---- Programs: each is compiled once for the whole run ----------------------------------------------------------
-    optimizer = make_optimizer(config.optim)
-    abstract = jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params(policy.model))
-    shardings = state_sharding(abstract, mesh)
-    temperature = config.rollout.temperature
-    publish = publisher(abstract.params, mesh, policy.model.compute_dtype)
-    init_optimizer = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
-    head = {"temperature": temperature, "chunk_size": loss_chunk(mesh), "mesh": mesh}
-    loss = functools.partial(loss_fn, model=policy.model, algo=algo, **head)
-    update = jax.jit(
-        functools.partial(update_step, loss_fn=loss, optimizer=optimizer),
-        donate_argnums=0,
-        out_shardings=(shardings, NamedSharding(mesh, P())),
-    )
-    score_rows = jax.jit(
-        functools.partial(map_microbatches, function=functools.partial(batch_logprobs, model=policy.model, **head)),
-        out_shardings=NamedSharding(mesh, P(None, ("data", "fsdp"))),
-    )
-    engine = make_engine(config, policy, mesh, Sampling(temperature, config.rollout.top_p, config.rollout.top_k))
+    programs = train_programs(config, policy.model, mesh)
+    as_it_is = published_as_it_is(programs.state.params, mesh, policy.model.compute_dtype)
+    publish = (lambda params: params) if as_it_is else programs.publish  # an update ends the life of what was published before it
+    engine = make_engine(config, policy, mesh, train_sampling(config))
     eval_engine = make_engine(config, policy, mesh, eval_sampling(config))
 
     buffer = DynamicSamplingBuffer(algo.prompts_per_step, algo.dynamic_sampling, algo.carry_surplus)
+    left_open: list[OpenGroup] = []  # by partial rollouts
+    memory = PassMemory(len(prompts), algo.rest_after, algo.rest_epochs)
     with (
         Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
         RewardPool(config.reward) as pool,
     ):
         # ---- Where the run stands: a checkpoint, or the start -------------------------------------------------------
-        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
         digest = problems_digest([p.problem for p in prompts])
-        at = Progress()
-        if restored := checkpoints.restore(target):
+        at = Progress(keep_rate=min(1.0, algo.prompts_per_step / algo.prompts_per_draw))
+        if restored := checkpoints.restore(programs.state):
             if restored.host["data_digest"] != digest:
                 raise InputError(f"{d.train}: is not the data set that {run_dir} was started with; use that one, or another --run-dir")
             state = restored.state
             at = Progress(*restored.host["progress"])._replace(cursor=Cursor(*restored.host["progress"][3]))
             buffer.restore(restored.groups, {p.problem.id: p.problem for p in prompts})
+            memory.restore(restored.groups)
+            left_open = restore_open(restored.groups, prompts, policy)
             say(f"resumed from the checkpoint of step {at.step}: {at.updates} updates, {at.draws} draws")
         else:
             params = load_params(config, policy, mesh)
             if config.supervised.updates:
                 params = warm_up(config, policy, params, prompts, mesh, say)
-            state = init_optimizer(params)
+            state = programs.init_optimizer(params)
 
         with MetricsLog(run_dir, resume_step=at.step if restored else None, enabled=multihost.is_main()) as log:
 
             def save() -> None:
                 host = {"progress": at, "config": to_dict(config), "data_digest": digest}
-                checkpoints.save(at.step, state, host, buffer.state())
+                checkpoints.save(at.step, state, host, buffer.state() | memory.state() | open_state(left_open))
 
             def evaluate(weights: Any) -> dict[str, float]:
                 found = evaluate_sets(eval_sets, config, engine=eval_engine, params=weights, policy=policy, pool=pool, say=say)
@@ -149,34 +137,40 @@ def train(config: Config, run_dir: Path) -> None:
                 times = dict.fromkeys(_PHASES, 0.0)
                 with timed(times, "time/step_s"):
                     # Draw until the buffer holds a step's worth of informative groups.
-                    drawn: list[Group] = []
-                    verdicts: list[Verdict] = []
-                    batches = 0
-                    while buffer.missing() and batches < (algo.max_generation_batches if algo.dynamic_sampling else 1):
-                        count = algo.prompts_per_draw if algo.dynamic_sampling else buffer.missing()
-                        indices, cursor = advance(at.cursor, len(prompts), count, seed=config.seed)
-                        chosen = [prompts[i] for i in indices]
-                        with (
-                            timed(times, "time/rollout_s"),
-                            progress(count * algo.responses_per_prompt, f"rollout {at.step + 1}", enabled=multihost.is_main()) as bar,
-                        ):
-                            requests = [
-                                Request(at.draws + i, j, p.tokens) for i, p in enumerate(chosen) for j in range(algo.responses_per_prompt)
-                            ]
-                            responses = engine.generate(weights, requests, seed, bar.update)
-                        with timed(times, "time/reward_s"):
-                            groups, judged = judge(chosen, responses, at.draws, config, policy, pool)
+                    drawn = Drawn([], [], at.cursor, 0, left_open)
+                    if missing := buffer.missing():
+                        with progress(None, f"rollout {at.step + 1}", enabled=multihost.is_main()) as bar:
+                            stream = engine.stream(weights, seed)
+                            drawn = draw_groups(
+                                stream,
+                                prompts,
+                                missing=missing,
+                                keep_rate=at.keep_rate,
+                                first_draw=at.draws,
+                                left_open=left_open,
+                                cursor=at.cursor,
+                                memory=memory,
+                                config=config,
+                                policy=policy,
+                                pool=pool,
+                                times=times,
+                                on_done=functools.partial(show_progress, bar),
+                            )
+                        del stream  # it holds the weights
+                        groups = drawn.groups
                         if algo.old_logprobs == "recompute":
                             with timed(times, "time/old_logprobs_s"):
-                                groups = score(groups, functools.partial(score_rows, state.params), config, mesh)
+                                groups = score(groups, at.draws, functools.partial(programs.old_logprobs, state.params), config, mesh)
                         buffer.add(groups)
-                        drawn, verdicts, batches = drawn + groups, verdicts + judged, batches + 1
-                        at = at._replace(draws=at.draws + count, cursor=cursor)
+                        keep_rate = keep_rate_after(at.keep_rate, groups)
+                        at = at._replace(draws=at.draws + drawn.draws, cursor=drawn.cursor, keep_rate=keep_rate)
+                        left_open = drawn.open
                     if buffer.missing() and algo.dynamic_sampling and algo.on_cap == "error":
                         raise StarvedError(buffer.cap_message())
                     kept, counts = buffer.take()
 
-                    # One pass over what was kept, in mini-batches of whole groups.
+                    # One pass over what was kept, in mini-batches of whole groups. The weights of rollouts make room.
+                    del weights
                     at = at._replace(step=at.step + 1)
                     rate = learning_rate(config.optim, at.step)
                     with (
@@ -185,7 +179,7 @@ def train(config: Config, run_dir: Path) -> None:
                     ):
                         results, packed = [], []
                         for batch, stats in minibatches(kept, config, row_shards(mesh)):
-                            state, sums = update(state, put_rows(batch, mesh, axis=1), np.float32(rate))
+                            state, sums = programs.update(state, put_rows(batch, mesh, axis=1), np.float32(rate))
                             results.append(sums)
                             packed.append(stats)
                             bar.update(algo.responses_per_update // algo.responses_per_prompt)
@@ -195,15 +189,18 @@ def train(config: Config, run_dir: Path) -> None:
                     weights = publish(state.params)
 
                 # Say what happened.
-                metrics = step_metrics(drawn, verdicts, kept, counts, sums, packed, batches, config) | {"optim/lr": rate} | times
-                metrics |= throughput(drawn, packed, times)
+                metrics = step_metrics(drawn, kept, counts, sums, packed, config) | {"optim/lr": rate} | times
+                metrics |= throughput(drawn.groups, packed, times) | {
+                    "filter/resting_problems": memory.resting(at.cursor.epoch),
+                    "filter/open_groups": len(left_open),
+                }
                 last = at.step == config.train.steps
                 say(step_line(at.step, config.train.steps, metrics))
                 if eval_sets and config.eval.every and (at.step % config.eval.every == 0 or last):
                     with timed(times, "time/eval_s"):
                         metrics |= evaluate(weights)
                 if multihost.is_main():
-                    write_samples(run_dir, at.step, sample_rows(drawn, config))
+                    write_samples(run_dir, at.step, sample_rows(drawn.groups, config))
                 # The line goes before the checkpoint, so that a resumed run lacks no line; the time of saving is on the next one.
                 log.write(at.step, at.updates, at.draws, metrics | times | saving | {"memory/peak_bytes": peak_memory()})
                 if at.step % config.train.save_every == 0 or last:
@@ -222,47 +219,27 @@ def train(config: Config, run_dir: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def judge(
-    prompts: Sequence[Prompt], responses: Sequence[Any], first_draw: int, config: Config, policy: Policy, pool: RewardPool
-) -> tuple[list[Group], list[Verdict]]:
-    """Verifies responses and adds the overlong penalty: reward = score + penalty. Groups in draw order."""
-    g = config.dapo.responses_per_prompt
-    texts = [decode(policy.tokenizer, r.tokens, policy.stop) for r in responses]
-    items = [RewardItem(prompts[i // g].problem, text, len(responses[i].tokens)) for i, text in enumerate(texts)]
-    verdicts = multihost.gather_verdicts(pool.judge(multihost.share(items)), len(items))
-    check_errors(verdicts, config.reward)
-    penalty = np.zeros(len(responses), np.float32)
-    if config.reward.overlong_penalty:
-        penalty = overlong_penalty(
-            np.array([len(r.tokens) for r in responses]),
-            max_response_len=config.rollout.max_response_len,
-            overlong_buffer_len=config.reward.overlong_buffer_len,
-        )
-    reward = np.array([v.score for v in verdicts], np.float32) + penalty
-    correct = np.array([v.correct for v in verdicts])
-    groups = []
-    for i, prompt in enumerate(prompts):
-        own = slice(i * g, (i + 1) * g)
-        old = tuple(r.behavior_logprobs for r in responses[own])
-        groups.append(Group(first_draw + i, prompt, tuple(responses[own]), tuple(texts[own]), correct[own], reward[own], penalty[own], old))
-    return groups, verdicts
+def show_progress(bar: Any, ended: int, drawn: int) -> None:
+    """Responses that have ended, of those drawn so far."""
+    bar.total = drawn
+    bar.update(ended)
 
 
 def pack(items: Sequence[TrainItem], config: Config, shards: int) -> tuple[TrainBatch, PackStats]:
     """Items of one mini-batch as [M, N, T], the same shape every time, its rows balanced over so many row shards."""
     rows = config.train.rows_per_microbatch
-    longest = config.data.max_prompt_len + config.rollout.max_response_len
-    most = max_microbatches(config.dapo.responses_per_update, row_len=row_len(config), max_item_len=longest, rows_per_microbatch=rows)
-    return build_batch(items, row_len=row_len(config), rows_per_microbatch=rows, microbatches=most, row_shards=shards)
+    return build_batch(items, row_len=row_len(config), rows_per_microbatch=rows, microbatches=microbatches(config), row_shards=shards)
 
 
-def score(groups: list[Group], score_rows: Callable[[TrainBatch], Any], config: Config, mesh: Mesh) -> list[Group]:
+def score(groups: list[Group], first_draw: int, score_rows: Callable[[TrainBatch], Any], config: Config, mesh: Mesh) -> list[Group]:
     """log π_old of every token of the groups that may be trained on, by the trainer's own forward pass.
 
     Done when groups are drawn and never again: the first update's ratio is then exactly the policy's own, and groups
-    carried to a later step keep the log-probs of the policy that drew them.
+    carried to a later step keep the log-probs of the policy that drew them. So do those drawn before `first_draw`, which partial
+    rollouts finished in this step: their tokens are of several policies, and only the sampler knows which.
     """
     wanted = informative_groups(np.stack([g.correct for g in groups])) | (not config.dapo.dynamic_sampling)
+    wanted &= np.array([g.draw >= first_draw for g in groups])
     flat = [(i, r) for i, group in enumerate(groups) if wanted[i] for r in group.responses]
     scored: list[np.ndarray] = []
     for at in range(0, len(flat), config.dapo.responses_per_update):
@@ -316,18 +293,17 @@ def check_finite(sums: Sequence[dict[str, float]], config: Config, step: int) ->
 
 
 def step_metrics(
-    drawn: Sequence[Group],
-    verdicts: Sequence[Verdict],
+    step: Drawn,
     kept: Sequence[Group],
     counts: StepCounts,
     sums: Sequence[dict[str, float]],
     packed: Sequence[PackStats],
-    batches: int,
     config: Config,
 ) -> dict[str, float]:
     """The metrics of one rollout step, timings aside; `runtime/metrics.py` defines each."""
+    drawn = step.groups
     total = {name: sum(s[name] for s in sums) for name in sums[0]}
-    timeouts, errors = error_counts(verdicts)
+    timeouts, errors = error_counts(step.verdicts)
     metrics = summarize(total) | {
         "reward/accuracy_kept": counts.accuracy_kept,
         "reward/timeouts": timeouts,
@@ -335,7 +311,7 @@ def step_metrics(
         "filter/carried_groups": counts.carried_in,
         "filter/surplus_groups": counts.surplus,
         "filter/wasted_tokens": counts.wasted_tokens,
-        "rollout/generation_batches": batches,
+        "rollout/generation_batches": math.ceil(len(drawn) / config.dapo.prompts_per_draw),
         "rollout/prompts": len(drawn),
         "rollout/tokens": sum(len(r.tokens) for g in drawn for r in g.responses),
         "policy/loss": float(np.mean([s["loss"] for s in sums])),

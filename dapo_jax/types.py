@@ -60,6 +60,8 @@ class Request(NamedTuple):
     draw: int  # index of the prompt's draw since the run began
     sample: int  # which of the G responses of that draw
     prompt: np.ndarray  # int32 [P]
+    prefix: tuple[np.ndarray, np.ndarray] | None = None  # tokens int32 [R] already sampled, and their float32 behavior log-probs
+    limit: int | None = None  # response tokens at most, prefix included; None is the engine's own limit
 
 
 class Response(NamedTuple):

@@ -15,7 +15,7 @@ from dapo_jax.model.decoder import abstract_params, apply
 from dapo_jax.model.weights import load_pretrained
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
-from dapo_jax.runtime.mesh import make_mesh, publisher, put
+from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.runtime.multihost import fetch
 from dapo_jax.types import Request, TrainBatch
 
@@ -145,7 +145,7 @@ def test_greedy_sampling(golden):
     config, params, g = golden
     mesh = make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
     sizes = {"slots": 2, "max_prompt_len": 8, "max_response_len": 12}
-    engine = Engine(config, Sampling(temperature=0.0), (), **sizes, mesh=mesh, put=put, fetch=fetch)
+    engine = Engine(config, Sampling(temperature=0.0), (), **sizes, mesh=mesh, fetch=fetch)
     weights = publisher(abstract_params(config), mesh, "float32")(params)
     found = engine.generate(weights, [Request(0, 0, g["prompt_0"]), Request(1, 0, g["prompt_1"])], jax.random.key(0))
     np.testing.assert_array_equal([response.tokens for response in found], [g["continuation_0"], g["continuation_1"]])

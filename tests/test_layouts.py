@@ -7,13 +7,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import NamedSharding, PartitionSpec
 
 from dapo_jax.config import DapoSection, MeshSection
 from dapo_jax.dapo.loss import loss_fn
 from dapo_jax.dapo.packing import build_batch
 from dapo_jax.dapo.update import accumulate
-from dapo_jax.model.decoder import Cache, decode_step
 from dapo_jax.runtime.mesh import make_mesh, params_sharding, put, put_rows, row_shards
 
 MODEL = tiny.model()
@@ -53,14 +51,17 @@ def collectives(program) -> list[tuple[int, ...]]:
     return [tuple(int(n) for n in shape.split(",") if n) for line in lines for shape in re.findall(r"\w\d*\[([\d,]*)\]", line)]
 
 
-def test_a_decode_step_of_sequences_on_different_devices_needs_no_communication():
-    mesh = make_mesh(MeshSection(2, 4, 1))
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    cache = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
-    tokens = jax.ShapeDtypeStruct((8,), np.int32, sharding=rows)
-    keys = jax.ShapeDtypeStruct((MODEL.layers, 8, MODEL.kv_heads, 16, MODEL.head_dim), np.float32, sharding=cache)
-    weights = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=NamedSharding(mesh, PartitionSpec())), tiny.params(MODEL)
-    )
-    step = jax.jit(lambda p, t, n, c: decode_step(p, MODEL, t, n, c), out_shardings=(rows, cache))
-    assert not collectives(step.lower(weights, tokens, tokens, Cache(keys, keys)).compile())
+def test_a_row_split_along_its_length_between_blocks_gives_the_same_loss_and_gradient():
+    """Where tensor 2 divides T, which the 13 above it does not: each device then keeps half of each row."""
+    mesh = make_mesh(MeshSection(2, 2, 2))
+    batch, _ = build_batch(ITEMS, row_len=14, rows_per_microbatch=8, microbatches=2)
+    loss_of = functools.partial(loss_fn, model=MODEL, algo=DapoSection(), chunk_size=8, mesh=mesh)
+    sharding = params_sharding(tiny.params(MODEL), mesh)
+    params = jax.tree.map(lambda p, s: put(np.asarray(p), s), tiny.params(MODEL), sharding)
+    run = jax.jit(functools.partial(accumulate, loss_fn=loss_of), out_shardings=(None, None, sharding))
+    run = run.lower(params, put_rows(batch, mesh, axis=1)).compile({"xla_backend_optimization_level": 0})
+    loss, _, grads = run(params, put_rows(batch, mesh, axis=1))
+    expected, slopes = plain()
+    assert tiny.gap(loss, expected) < 1e-6 and tiny.gap(jax.device_get(grads), slopes) < 1e-6
+    kept = f"f32[{MODEL.layers},2,7,{MODEL.model_dim}]"  # what the backward pass finds of 2 rows, of all layers
+    assert kept in run.as_text() and kept.replace(",7,", ",14,") not in run.as_text()

@@ -19,6 +19,7 @@ from dapo_jax.runtime.mesh import (
     make_mesh,
     params_sharding,
     partition_of,
+    published_as_it_is,
     publisher,
     put,
     put_rows,
@@ -213,3 +214,13 @@ def test_a_process_joins_the_others_where_tpu_chips_are_attached(monkeypatch, pl
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: calls.append(args))
     multihost.initialize()
     assert calls == ([()] if joins else []) and multihost.is_main()
+
+
+@pytest.mark.parametrize(
+    "layout, dtype, same",
+    [((1, 1, 1), "float32", True), ((8, 1, 1), "float32", True), ((2, 1, 4), "float32", True), ((1, 8, 1), "float32", False)]
+    + [((8, 1, 1), "bfloat16", False)],
+)
+def test_weights_are_published_without_a_copy_where_layout_and_dtype_allow(layout, dtype, same):
+    mesh = make_mesh(MeshSection(*layout), jax.devices()[: np.prod(layout)])
+    assert published_as_it_is(abstract_params(tiny.model()), mesh, dtype) == same

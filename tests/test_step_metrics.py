@@ -8,6 +8,8 @@ import pytest
 from dapo_jax.config import Config, DapoSection
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.dapo.packing import PackStats
+from dapo_jax.data.problems import Cursor
+from dapo_jax.drawing import Drawn
 from dapo_jax.train import step_metrics, throughput
 from dapo_jax.types import Group, Problem, Prompt, Response, Verdict
 
@@ -55,8 +57,8 @@ def metrics(**algo):
     buffer.restore(state, {CARRIED.prompt.problem.id: CARRIED.prompt.problem})
     buffer.add(DRAWN)
     kept, counts = buffer.take()
-    config = dataclasses.replace(Config(), dapo=DapoSection(**algo))
-    return step_metrics(DRAWN, VERDICTS, kept, counts, SUMS, PACKED, 3, config)
+    config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2, **algo))
+    return step_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 3, []), kept, counts, SUMS, PACKED, config)
 
 
 def test_every_metric_of_a_step():
@@ -74,7 +76,7 @@ def test_every_metric_of_a_step():
         "filter/carried_groups": 1,
         "filter/surplus_groups": 0,
         "filter/wasted_tokens": 3 + 5 + 10 + 8,
-        "rollout/generation_batches": 3,
+        "rollout/generation_batches": 2,  # 3 prompts in batches of 2
         "rollout/prompts": 3,
         "rollout/response_len_mean": (4 + 10 + 3 + 5 + 10 + 8) / 6,
         "rollout/response_len_max": 10,

@@ -18,11 +18,14 @@ HOST = ("data/", "reward/", "dapo/groups.py", "dapo/buffer.py", "dapo/packing.py
 PURE = (
     "dapo/loss.py",
     "dapo/update.py",
+    "rollout/draw.py",
     "rollout/sampler.py",
     "model/decoder.py",
     "model/attention.py",
     "model/logprobs.py",
     "model/families.py",
+    "model/embedding.py",
+    "model/flops.py",
 )
 IO_MODULES = {"os", "io", "pathlib", "time", "datetime", "random", "sys", "shutil", "tempfile", "subprocess", "socket", "logging"}
 

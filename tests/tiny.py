@@ -90,3 +90,15 @@ def gap(found, expected) -> float:
     """‖found - expected‖ / ‖expected‖ over two trees of arrays, in float64."""
     a, b = (np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(t)]) for t in (found, expected))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def nucleus_by_sorting(weights, top_p, top_k) -> np.ndarray:
+    """Weights [V] with 0 for all but the k heaviest, then for all but the fewest that hold top_p; ties stay in."""
+    kept = np.sort(weights)[::-1]
+    threshold = kept[top_k - 1] if 0 < top_k <= kept.size else 0
+    weights = np.where(weights >= threshold, weights, 0)
+    if top_p == 1:
+        return weights
+    order = np.sort(weights)[::-1]
+    enough = int(np.argmax(np.cumsum(order) >= top_p * order.sum()))
+    return np.where(weights >= order[enough], weights, 0)

@@ -2,6 +2,7 @@
 
     python -m dapo_jax.benchmark loss         the fused head and loss, against three plain ways to write them
     python -m dapo_jax.benchmark rollout      sampling through the rollout engine
+    python -m dapo_jax.benchmark draw         the sampling of a DAPO step: streaming, and generating all to filter it
     python -m dapo_jax.benchmark update       one optimizer update on packed rows
 
 Each prints a table, and one JSON object as its last line. Rates and `seconds` are of the best call; `cpu_seconds` is processor
@@ -17,7 +18,8 @@ from typing import Any
 
 import jax
 
-from dapo_jax.benchmark.loss import DEFAULT_CHUNK, benchmark_loss
+from dapo_jax.benchmark.draw import benchmark_draw
+from dapo_jax.benchmark.loss import benchmark_loss
 from dapo_jax.benchmark.measure import Sizes, out_of_memory
 from dapo_jax.benchmark.rollout import benchmark_rollout
 from dapo_jax.benchmark.update import benchmark_update
@@ -25,7 +27,7 @@ from dapo_jax.types import InputError
 
 
 def _number(flag: str, kind: type, low: float, text: str) -> Any:
-    high = 2**31 - 1 if kind is int else 1
+    high = 2**31 - 1 if kind is int else 9 if flag == "--sigma" else 1
     try:
         value = kind(text)
     except ValueError:
@@ -46,9 +48,12 @@ _MODEL = {
     "--vocab": "V, vocabulary entries",
 }
 _REPEATS = {"--repeats": "timed calls, after one that is not"}
-_CHUNK = f"rows a chunk of `checkpointed` and `fused`; 0 is the loss's own, {DEFAULT_CHUNK}"
+_CHUNK = "rows a chunk of `checkpointed` and `fused`, a device; 0 is what training takes on this device"
 _LOSS = {"--tokens": "N, rows of hidden states", "--model-dim": "D, width of one", "--vocab": "V, vocabulary entries", "--chunk": _CHUNK}
-_ROLLOUT = {"--slots": "sequences decoded at a time", "--requests": "responses to sample", **_LENGTHS, **_MODEL}
+_ROLLOUT = {"--slots": "sequences decoded at a time", "--requests": "responses to sample", **_LENGTHS}
+_ROLLOUT |= {"--median": "of log-normal lengths, before they are cut", "--top-k": "sample among so many tokens; 0 is all", **_MODEL}
+_DRAW = {"--slots": "sequences decoded at a time", "--groups": "informative groups wanted", "--group": "responses of a group", **_LENGTHS}
+_DRAW |= {"--median": "of log-normal lengths, before they are cut", **_MODEL}
 _UPDATE = {"--rows": "rows of a micro-batch", "--row-len": "tokens of a row", "--responses": "responses in the update"} | _LENGTHS | _MODEL
 
 
@@ -56,15 +61,20 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one benchmark. Its JSON is the last line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.benchmark", description=__doc__, formatter_class=raw)
-    verbs = parser.add_subparsers(dest="what", required=True, metavar="loss|rollout|update")
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="loss|rollout|draw|update")
 
     def verb(run: Callable[[Sizes], dict[str, Any]], flags: dict[str, str], *defaults: int) -> argparse.ArgumentParser:
         name = run.__name__.removeprefix("benchmark_")
         sub = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, usage="%(prog)s [--flag value ...], or --help")
         for (flag, text), default in zip((flags | _REPEATS).items(), defaults, strict=True):
-            kind = functools.partial(_number, flag, int, 0 if flag == "--chunk" else 1)
+            kind = functools.partial(_number, flag, int, 0 if flag in ("--chunk", "--top-k") else 1)
             sub.add_argument(flag, type=kind, default=default, metavar="N", help=f"{text} (default {default})")
         sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matmuls (default float32)")
+        text = "data x fsdp x tensor over all devices, -1 is what is left (default 1x-1x1)"
+        sub.add_argument("--mesh", default="1x-1x1", metavar="DxFxT", help=text)
+        if "--layers" in flags:
+            sub.add_argument("--family", choices=("llama", "qwen2", "qwen3"), default="qwen3", help="of the model (default qwen3)")
+            sub.add_argument("--remat", choices=("none", "dots", "full"), default="none", help="as in the config (default none)")
         sub.set_defaults(run=run)
         return sub
 
@@ -73,8 +83,19 @@ def main(argv: list[str] | None = None) -> int:
 
     loss = verb(benchmark_loss, _LOSS, 4096, 512, 32768, 0, 5)
     fraction(loss, "--target-fraction", "share of the rows that are trained; tokens/s and FLOPs count only these")
-    rollout = verb(benchmark_rollout, _ROLLOUT, 16, 16, 64, 128, 4, 256, 8, 4, 32, 1024, 32768, 3)
+    rollout = verb(benchmark_rollout, _ROLLOUT, 16, 16, 64, 128, 21, 0, 4, 256, 8, 4, 32, 1024, 32768, 3)
     fraction(rollout, "--top-p", "nucleus mass; 1 is off")
+    fraction(rollout, "--sigma", "of the logarithm of log-normal lengths")
+    rollout.add_argument("--lengths", choices=("equal", "lognormal"), default="equal", help="of responses, imposed (default equal)")
+    rollout.add_argument("--kv-cache", choices=("compute", "int8"), default="compute", help="as in the config (default compute)")
+    draw = verb(benchmark_draw, _DRAW, 16, 16, 8, 64, 128, 21, 4, 256, 8, 4, 32, 1024, 32768, 3)
+    fraction(draw, "--sigma", "of the logarithm of the lengths")
+    draw.add_argument(
+        "--keep-rate",
+        type=functools.partial(_number, "--keep-rate", float, 1e-2),
+        default=1 / 3,
+        help="share of informative groups (default 1/3)",
+    )
     update = verb(benchmark_update, _UPDATE, 8, 512, 8, 128, 384, 4, 256, 4, 2, 64, 1024, 32000, 3)
     text = "of responses: all the longest, or log-normal with a median of a sixth of it (default equal)"
     update.add_argument("--lengths", choices=("equal", "lognormal"), default="equal", help=text)

@@ -10,19 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from dapo_jax.benchmark.measure import Sizes, device, memory, out_of_memory, report, speed, temp_bytes, timed
+from dapo_jax.benchmark.measure import Sizes, device, memory, mesh_of, out_of_memory, report, speed, temp_bytes, timed
 from dapo_jax.config import DapoSection
 from dapo_jax.dapo.loss import dapo_token_loss, policy_metrics
 from dapo_jax.model.logprobs import linear_loss
+from dapo_jax.runtime.chips import loss_chunk
+from dapo_jax.runtime.mesh import partition_of, put, put_rows, row_shards
 from dapo_jax.types import Array, InputError, TrainBatch
 
 _ALGO = DapoSection()
-DEFAULT_CHUNK = linear_loss.__kwdefaults__["chunk_size"]  # type: ignore[index]
 
 LossInputs = tuple[Array, Array, TrainBatch]  # hidden [N, D], head [D, V], rows of [N]
 
-# ---- The variants, (hidden, head, rows, chunk) → (loss, metric sums) ---------------------------------------------------
+# ---- The variants, (hidden, head, rows, chunk, mesh) → (loss, metric sums) ---------------------------------------------
 
 
 def _token_loss(logprobs: Array, rows: TrainBatch) -> Array:
@@ -30,7 +32,10 @@ def _token_loss(logprobs: Array, rows: TrainBatch) -> Array:
     return rows.weight * dapo_token_loss(logprobs, rows.old_logprobs, rows.advantages, **eps)
 
 
-def _plain(hidden: Array, head: Array, rows: TrainBatch, chunk: int, lse: bool = False) -> tuple[Array, dict[str, Array]]:
+Result = tuple[Array, dict[str, Array]]
+
+
+def _plain(hidden: Array, head: Array, rows: TrainBatch, chunk: int = 0, mesh: Mesh | None = None, lse: bool = False) -> Result:
     logits = jnp.einsum("nd,dv->nv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     scores = logits if lse else jax.nn.log_softmax(logits)
     logprobs = jnp.take_along_axis(scores, rows.tokens[:, None], axis=-1)[:, 0]
@@ -39,26 +44,27 @@ def _plain(hidden: Array, head: Array, rows: TrainBatch, chunk: int, lse: bool =
     return _token_loss(jnp.where(rows.target_mask, logprobs, 0.0), rows).sum(), {}
 
 
-def _checkpointed(hidden: Array, head: Array, rows: TrainBatch, chunk: int) -> tuple[Array, dict[str, Array]]:
+def _checkpointed(hidden: Array, head: Array, rows: TrainBatch, chunk: int, mesh: Mesh) -> Result:
     def split(a):
         return jnp.pad(a, ((0, -a.shape[0] % chunk), *((0, 0),) * (a.ndim - 1))).reshape(-1, chunk, *a.shape[1:])
 
-    part = jax.checkpoint(lambda part: _plain(part[0], head, part[1], chunk)[0])
+    part = jax.checkpoint(lambda part: _plain(part[0], head, part[1])[0])
     return jax.lax.map(part, jax.tree.map(split, (hidden, rows))).sum(), {}
 
 
-def _fused(hidden: Array, head: Array, rows: TrainBatch, chunk: int) -> tuple[Array, dict[str, Array]]:
+def _fused(hidden: Array, head: Array, rows: TrainBatch, chunk: int, mesh: Mesh, metrics: bool = True) -> Result:
     def terms(logprobs, entropy, rows):
-        return _token_loss(logprobs, rows), policy_metrics(logprobs, entropy, rows, _ALGO)
+        return _token_loss(logprobs, rows), policy_metrics(logprobs, entropy, rows, _ALGO) if metrics else {}
 
-    return linear_loss(hidden, head, rows.tokens, terms, rows, mask=rows.target_mask, chunk_size=chunk)
+    return linear_loss(hidden, head, rows.tokens, terms, rows, mask=rows.target_mask, chunk_size=chunk, mesh=mesh)
 
 
-_VARIANTS: dict[str, Callable[..., tuple[Array, dict[str, Array]]]] = {
+_VARIANTS: dict[str, Callable[..., Result]] = {
     "plain": _plain,
     "plain_lse": functools.partial(_plain, lse=True),
     "checkpointed": _checkpointed,
     "fused": _fused,
+    "fused_bare": functools.partial(_fused, metrics=False),  # no entropy, no metrics: what they cost
 }
 
 
@@ -80,13 +86,23 @@ def loss_inputs(sizes: Sizes) -> LossInputs:
         advantages=rng.standard_normal(n, np.float32),
         weight=np.where(mask, 1.0 / sizes.targets, 0.0).astype(np.float32),
     )
-    return jnp.asarray(hidden, sizes.dtype), jnp.asarray(head), jax.tree.map(jnp.asarray, rows)
+    mesh = mesh_of(sizes)
+    hidden, rows = put_rows((hidden.astype(jnp.dtype(sizes.dtype)), rows), mesh, axis=0)
+    return hidden, put(head, NamedSharding(mesh, partition_of("head/kernel", head.shape, mesh))), rows
+
+
+def _chunk(sizes: Sizes) -> int:
+    """Rows a chunk, a device. Looks at the devices."""
+    mesh = mesh_of(sizes)
+    if sizes.tokens % row_shards(mesh):
+        raise InputError(f"--tokens: {sizes.tokens} is no multiple of the {row_shards(mesh)} devices it is split over; give one")
+    return min(sizes.chunk or loss_chunk(mesh), sizes.tokens // row_shards(mesh))
 
 
 def gradient_error(grads: Sequence[Array], inputs: LossInputs) -> float:
     """max |g - g_plain| / max |g_plain|, the worse of both gradients; g_plain is float32, of the same inputs in compute dtype."""
     hidden, head, rows = inputs
-    plain = jax.jit(jax.grad(lambda h, w: _plain(h, w, rows, 0)[0], argnums=(0, 1)))
+    plain = jax.jit(jax.grad(lambda h, w: _plain(h, w, rows)[0], argnums=(0, 1)))
     with jax.default_matmul_precision("highest"):
         exact = plain(hidden.astype(jnp.float32), head.astype(hidden.dtype).astype(jnp.float32))
     return max(float(jnp.abs(g.astype(jnp.float32) - e).max() / jnp.abs(e).max()) for g, e in zip(grads, exact, strict=True))
@@ -98,7 +114,9 @@ def gradient_error(grads: Sequence[Array], inputs: LossInputs) -> float:
 def _variant_answers(name: str, sizes: Sizes) -> Iterator[Any]:
     """XLA's temporaries, timings, then peak memory (gradients and temporaries, not inputs) and gradient error."""
     inputs = loss_inputs(sizes)
-    function = jax.value_and_grad(functools.partial(_VARIANTS[name], chunk=sizes.chunk), argnums=(0, 1), has_aux=True)
+    function = jax.value_and_grad(
+        functools.partial(_VARIANTS[name], chunk=_chunk(sizes), mesh=mesh_of(sizes)), argnums=(0, 1), has_aux=True
+    )
     program = jax.jit(function).lower(*inputs).compile()
     before = memory(peak=False)
     jax.block_until_ready(program(*inputs))
@@ -116,7 +134,7 @@ def _matmul_answers(name: str, sizes: Sizes) -> Iterator[Any]:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((side, side), np.float32), sizes.dtype)
     program = jax.jit(lambda x: x @ x).lower(x).compile()
     jax.block_until_ready(program(x))
-    yield device()
+    yield _chunk(sizes), device()
     for _ in range(sizes.repeats):
         yield timed(lambda: program(x))
     yield 2 * side**3 / 1e9
@@ -128,6 +146,8 @@ def _serve(pipe: Any, name: str, sizes: Sizes) -> None:
     try:
         for _, answer in zip(iter(pipe.recv, None), answers(name, sizes), strict=False):  # one a request
             pipe.send(answer)
+    except InputError as e:
+        pipe.send(e)
     except (MemoryError, jax.errors.JaxRuntimeError) as e:
         if not out_of_memory(e):
             raise
@@ -147,12 +167,15 @@ def _ask_in_turn(sizes: Sizes) -> dict[str, list[Any]]:
     def ask(name: str) -> None:
         try:
             pipes[name].send("next")
-            answers[name].append(pipes[name].recv())
+            answer = pipes[name].recv()
         except (EOFError, OSError):
             raise InputError(f"loss: the process of {name} died, most likely out of memory; lower the sizes") from None
+        if isinstance(answer, InputError):
+            raise answer
+        answers[name].append(answer)
 
     ask("matmul")
-    on_cpu = answers["matmul"][0]["device"].startswith("cpu")
+    on_cpu = answers["matmul"][0][1]["device"].startswith("cpu")
     for together in [list(answers)] if on_cpu else [[name] for name in answers]:
         for stage in range(sizes.repeats + 2):
             for name in together:
@@ -168,9 +191,8 @@ def benchmark_loss(sizes: Sizes) -> dict[str, Any]:
     """Forward and backward of the DAPO loss to hidden and head. Useful work is 6 x targets x D x V FLOPs for every variant;
     `fused` also makes entropy and policy metrics. peak_fraction is the share of the speed of a square matmul."""
     sizes.targets = max(1, round(sizes.target_fraction * sizes.tokens))
-    sizes.chunk = min(sizes.chunk or DEFAULT_CHUNK, sizes.tokens)
     answers = _ask_in_turn(sizes)
-    device, *matmul, matmul_gflop = answers.pop("matmul")
+    (sizes.chunk, device), *matmul, matmul_gflop = answers.pop("matmul")
     peak = matmul_gflop / min(matmul)[0]
     gflop = 6 * sizes.targets * sizes.model_dim * sizes.vocab / 1e9
     speeds = {name: speed(sizes.targets, times) for name, (_, *times, _) in answers.items()}

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,9 +50,19 @@ def memory(*, peak: bool) -> int | None:
     return 1024 * int(status["VmHWM" if peak else "VmRSS"].split()[0])
 
 
+def mesh_of(sizes: Sizes) -> Mesh:
+    """The mesh of `--mesh`, data x fsdp x tensor over all devices."""
+    axes = sizes.mesh.split("x")
+    if len(axes) != 3 or not all(re.fullmatch(r"-1|[1-9]\d*", axis) for axis in axes) or axes.count("-1") > 1:
+        raise InputError(f"--mesh: expected DATAxFSDPxTENSOR, as in 1x8x1, one of them -1 for what is left; got {sizes.mesh[:20]!r}")
+    data, fsdp, tensor = map(int, axes)
+    return make_mesh(MeshSection(data, fsdp, tensor))
+
+
 def random_model(sizes: Sizes, split_flag: str, split: int) -> tuple[ModelConfig, Mesh, Params]:
-    """A Qwen3-shaped tied model with random float32 weights over all devices, which must divide `split`."""
+    """A tied model with random float32 weights over all devices, which must divide `split`."""
     model = ModelConfig(
+        family=sizes.family,
         vocab_size=sizes.vocab,
         model_dim=sizes.model_dim,
         layers=sizes.layers,
@@ -61,13 +72,14 @@ def random_model(sizes: Sizes, split_flag: str, split: int) -> tuple[ModelConfig
         ffn_dim=sizes.ffn,
         max_position=sizes.prompt_len + sizes.max_response_len,
         compute_dtype=sizes.dtype,
+        remat=sizes.remat,
     )
 
     def fail(key: str, message: str) -> None:
         raise InputError(f"--{key.replace('_', '-')}: {message}")
 
     check_model(model, fail)
-    mesh = make_mesh(MeshSection())
+    mesh = mesh_of(sizes)
     if split % row_shards(mesh):
         raise InputError(f"{split_flag}: {split} is no multiple of the {row_shards(mesh)} devices it is split over; give one")
     shardings = params_sharding(abstract_params(model), mesh)

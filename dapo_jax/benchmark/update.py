@@ -1,19 +1,23 @@
-"""One optimizer update on packed rows."""
+"""One optimizer update, on packed and on padded rows."""
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from dapo_jax.benchmark.measure import Sizes, device, random_model, report, speed, temp_bytes, timed
+from dapo_jax.benchmark.measure import Sizes, device, memory, random_model, report, speed, temp_bytes, timed
 from dapo_jax.config import DapoSection, OptimSection
 from dapo_jax.dapo.loss import loss_fn
 from dapo_jax.dapo.packing import TrainItem, build_batch
 from dapo_jax.dapo.update import init_state, make_optimizer, update_step
-from dapo_jax.runtime.mesh import put_rows, state_sharding
-from dapo_jax.types import InputError
+from dapo_jax.runtime.chips import loss_chunk
+from dapo_jax.runtime.mesh import put_rows, row_shards, state_sharding
+from dapo_jax.types import InputError, TrainBatch
 
 
 def train_items(sizes: Sizes) -> list[TrainItem]:
@@ -30,33 +34,66 @@ def train_items(sizes: Sizes) -> list[TrainItem]:
     return items
 
 
+def padded_rows(items: Sequence[TrainItem], row_len: int, rows: int) -> TrainBatch:
+    """One response a row, [M, rows, row_len]: what training without packing computes."""
+    alone = [build_batch([item], row_len=row_len, rows_per_microbatch=1)[0] for item in items]
+
+    def stack(*fields: np.ndarray) -> np.ndarray:
+        joined = np.concatenate([field[0] for field in fields])
+        return np.pad(joined, ((0, -len(joined) % rows), (0, 0))).reshape(-1, rows, row_len)
+
+    return jax.tree.map(stack, *alone)
+
+
 def benchmark_update(sizes: Sizes) -> dict[str, Any]:
-    """One AdamW update of the DAPO loss on packed rows: forward, backward and optimizer, over all micro-batches."""
+    """One AdamW update of the DAPO loss, forward, backward and optimizer over all micro-batches: on packed rows, and on padded ones
+    (one response a row, about as many tokens in a micro-batch) for comparison."""
     longest = sizes.prompt_len + sizes.max_response_len
     if longest > sizes.row_len:
         raise InputError(f"--row-len: {sizes.row_len} does not hold --prompt-len + --max-response-len = {longest}; raise it")
     model, mesh, params = random_model(sizes, "--rows", sizes.rows)
-    batch, stats = build_batch(train_items(sizes), row_len=sizes.row_len, rows_per_microbatch=sizes.rows)
+    items, shards = train_items(sizes), row_shards(mesh)
+    packed, stats = build_batch(items, row_len=sizes.row_len, rows_per_microbatch=sizes.rows, row_shards=shards)
+    rows = max(1, sizes.rows * sizes.row_len // longest // shards) * shards
+    batches = {"packed": packed, "padded": padded_rows(items, longest, rows)}
+
     optimizer = make_optimizer(OptimSection())
     shardings = state_sharding(jax.eval_shape(lambda p: init_state(p, optimizer), params), mesh)
     state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
-    step = functools.partial(
-        update_step, loss_fn=functools.partial(loss_fn, model=model, algo=DapoSection(), mesh=mesh), optimizer=optimizer
+    loss = functools.partial(loss_fn, model=model, algo=DapoSection(), chunk_size=loss_chunk(mesh), mesh=mesh)
+    step = jax.jit(
+        functools.partial(update_step, loss_fn=loss, optimizer=optimizer),
+        donate_argnums=0,
+        out_shardings=(shardings, NamedSharding(mesh, P())),
     )
-    inputs = put_rows(batch, mesh, axis=1), np.float32(1e-6)
-    program = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, *inputs).compile()
 
-    def update() -> Any:
+    def update(program: Any, inputs: Any) -> Any:
         nonlocal state
         state, sums = program(state, *inputs)
         return state, sums
 
-    times = [timed(update) for _ in range(1 + sizes.repeats)][1:]
-    result = speed(stats.target_tokens, times, "trained_tokens") | {
-        "trained_tokens": stats.target_tokens,
-        "packing_efficiency": stats.efficiency,
-        "packed_rows": stats.rows,
-        "microbatches": stats.used_microbatches,
-        "temp_bytes": temp_bytes(program),
+    runs, peaks = {}, {}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in batches}
+    for name, batch in batches.items():
+        inputs = put_rows(batch, mesh, axis=1), np.float32(1e-6)
+        runs[name] = step.lower(state, *inputs).compile(), inputs
+    for name, run in runs.items():
+        before = memory(peak=False)
+        jax.block_until_ready(update(*run))
+        after = memory(peak=True)
+        peaks[name] = None if before is None or after is None else after - before
+    for _ in range(sizes.repeats):
+        for name, run in runs.items():
+            times[name].append(timed(functools.partial(update, *run)))
+    modes = {
+        name: speed(stats.target_tokens, times[name], "trained_tokens")
+        | {
+            "microbatches": len(batch.tokens),
+            "filled": stats.tokens / batch.tokens.size,
+            "temp_bytes": temp_bytes(runs[name][0]),
+            "peak_bytes": peaks[name],
+        }
+        for name, batch in batches.items()
     }
-    return report(sizes, [result], result, device())
+    result = {"trained_tokens": stats.target_tokens, "packing_efficiency": stats.efficiency, "packed_rows": stats.rows, "modes": modes}
+    return report(sizes, [{"mode": name, **mode} for name, mode in modes.items()], result, device())

@@ -11,6 +11,7 @@ Parameters are a nested dict, layers stacked on axis 0 and scanned:
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,16 +20,52 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dapo_jax.config import ModelConfig
-from dapo_jax.model.attention import attend, attend_cached
-from dapo_jax.model.logprobs import ROW_AXES
+from dapo_jax.model.attention import attend_cached, attend_rows, quantize
+from dapo_jax.model.embedding import embed
+from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
 from dapo_jax.types import Array, Params
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, [L, B, K, S, h]. How much of S is filled is the caller's to know."""
+    """Keys and values of every layer, [L, B, K, S, h]. How much of S is filled is the caller's to know.
+
+    In compute dtype, or int8 with float32 scales [L, B, K, S] (`quantize`): a quarter of float32 and about half of bfloat16.
+    """
 
     k: Array
     v: Array
+    scale_k: Array | None = None
+    scale_v: Array | None = None
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+class Layout(NamedTuple):
+    """How activations lie on a mesh. Weights are split over axes that rows are split over too: left to itself, the compiler
+    splits activations like the weights, and holds the rows of all devices on each."""
+
+    whole: Callable[[Array], Array] = _same  # [N, T, D], what goes into a block's matmuls
+    inner: Callable[[Array], Array] = _same  # [N, T, F], the feed-forward's hidden layer
+    spread: Callable[[Array], Array] = _same  # [N, T, D], the residual stream between them
+
+    @classmethod
+    def over(cls, mesh: Mesh | None, length: int) -> "Layout":
+        """Rows over ROW_AXES, F over "tensor", and so is T of the residual stream where that divides it: norms, sums and what the
+        backward pass keeps are then no device's whole."""
+        if mesh is None:
+            return cls()
+
+        def pin(*axes: Any) -> Callable[[Array], Array]:
+            return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROW_AXES, *axes)))
+
+        return cls(pin(), pin(None, VOCAB_AXIS), pin(VOCAB_AXIS) if splits_sequence(mesh, length) else pin())
+
+
+def splits_sequence(mesh: Mesh | None, length: int) -> bool:
+    """Whether the residual stream of rows of this length is split over "tensor" along T."""
+    return mesh is not None and mesh.shape[VOCAB_AXIS] > 1 and length % mesh.shape[VOCAB_AXIS] == 0
 
 
 class Norm(nnx.Module):
@@ -87,8 +124,8 @@ class Mlp(nnx.Module):
         self.up = Linear("td,df->tf", (c.model_dim, c.ffn_dim), c.model_dim, rngs)
         self.down = Linear("tf,fd->td", (c.ffn_dim, c.model_dim), c.ffn_dim, rngs, gain=(2 * c.layers) ** -0.5)
 
-    def __call__(self, x: Array) -> Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: Array, layout: Layout) -> Array:
+        return self.down(jax.nn.silu(layout.inner(self.gate(x))) * layout.inner(self.up(x)))
 
 
 class Block(nnx.Module):
@@ -96,13 +133,13 @@ class Block(nnx.Module):
         self.attn_norm, self.mlp_norm = Norm(c.model_dim, c.norm_eps), Norm(c.model_dim, c.norm_eps)
         self.attn, self.mlp = Attention(c, rngs), Mlp(c, rngs)
 
-    def __call__(self, x: Array, rope: tuple[Array, Array], mix) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, x: Array, rope: tuple[Array, Array], mix, layout: Layout) -> tuple[Array, tuple[Array, Array]]:
         """`mix(q, k, v)` is the attention itself: over a row, or over a cache."""
         with jax.named_scope("attention"):
-            q, k, v = self.attn.qkv(self.attn_norm(x), rope)
-            x = x + self.attn.o(mix(q, k, v))
+            q, k, v = self.attn.qkv(layout.whole(self.attn_norm(x)), rope)
+            x = x + layout.spread(self.attn.o(mix(q, k, v)))
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x)), (k, v)
+            return x + layout.spread(self.mlp(layout.whole(self.mlp_norm(x)), layout)), (k, v)
 
 
 class Ends(nnx.Module):
@@ -137,8 +174,7 @@ def abstract_params(config: ModelConfig) -> Params:
 
 @functools.cache
 def _skeleton(module: Any, config: ModelConfig) -> tuple[Any, Any]:
-    with jax.ensure_compile_time_eval():  # cached across traces: must not capture a tracer
-        return nnx.split(nnx.eval_shape(lambda: module(config, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: module(config, nnx.Rngs(0))))
 
 
 def _bind(module: type[nnx.Module], config: ModelConfig, params: Params) -> Any:
@@ -185,12 +221,6 @@ def head_kernel(params: Params) -> Array:
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
 
 
-def _pin(x: Array, mesh: Mesh | None, *axes: Any) -> Array:
-    """x, laid out over the mesh as told. Weights are split over axes that rows are split over too: left to itself, the
-    compiler splits activations like the weights, along D, and holds the rows of all devices on each."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
-
-
 _REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -219,52 +249,75 @@ def hidden_states(
     positions = segment_positions(segment_ids) if positions is None else positions
     ends = _bind(Ends, config, {k: v for k, v in params.items() if k != "layers"})
     rope = rotary(config, positions)
-    x = _pin(_pin(ends.embed.embedding[...].astype(config.compute_dtype), mesh)[tokens], mesh, ROW_AXES)
+    layout = Layout.over(mesh, tokens.shape[1])
+    x = embed(ends.embed.embedding[...], tokens, config.compute_dtype, mesh, splits_sequence(mesh, tokens.shape[1]))
 
     def layer(x, layer_params):
         block = _bind(Block, config, layer_params)
-        return block(x, rope, lambda q, k, v: attend(q, k, v, segment_ids))
+        mix = functools.partial(attend_rows, segment_ids=segment_ids, mesh=mesh, block=config.attention_block)
+        return block(x, rope, mix, layout)
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=_REMAT[config.remat], prevent_cse=False)
     x, kv = jax.lax.scan(layer, x, params["layers"])
-    return ends.final_norm(x), kv
+    return layout.whole(ends.final_norm(x)), kv
 
 
-# B is a batching axis of the scatter, so that the compiler knows each device to write to its own sequences only.
-_AT_LENGTHS = jax.lax.ScatterDimensionNumbers(
-    update_window_dims=(0, 2, 3),
-    inserted_window_dims=(3,),
-    scatter_dims_to_operand_dims=(3,),
-    operand_batching_dims=(1,),
-    scatter_indices_batching_dims=(0,),
-)
+def make_cache(k: Array, v: Array, *, int8: bool) -> Cache:
+    """Keys and values [..., h] as a cache holds them."""
+    if not int8:
+        return Cache(k, v)
+    (k, scale_k), (v, scale_v) = quantize(k), quantize(v)
+    return Cache(k, v, scale_k, scale_v)
 
 
-def decode_step(params: Params, config: ModelConfig, tokens: Array, lengths: Array, cache: Cache) -> tuple[Array, Cache]:
+def _write(old: Array, new: Array, lengths: Array) -> Array:
+    """new [L, b, K, ...] into old [L, B, K, S, ...] at (i, lengths[i]) for i < b, in place. Beyond S nothing is written.
+
+    A sequence at a time: for one scatter of all, the TPU compiler lays the cache out another way, and copies all of it.
+    """
+
+    lengths = jnp.asarray(lengths)
+
+    def one(i, old):
+        at = (0, i, 0, jnp.minimum(lengths[i], old.shape[3] - 1), *(0,) * (old.ndim - 4))
+        fresh = jax.lax.dynamic_slice_in_dim(new, i, 1, axis=1)[:, :, :, None]
+        kept = jax.lax.dynamic_slice(old, at, fresh.shape)
+        return jax.lax.dynamic_update_slice(old, jnp.where(lengths[i] < old.shape[3], fresh, kept), at)
+
+    return jax.lax.fori_loop(0, len(lengths), one, old)
+
+
+def decode_step(
+    params: Params, config: ModelConfig, tokens: Array, lengths: Array, cache: Cache, read: int | None = None
+) -> tuple[Array, Cache]:
     """Hidden state of one new token a sequence, and the cache with that token in it.
 
     Args:
-      tokens: int [B], the new tokens. lengths: int [B], tokens already in the cache; the new token's position.
+      tokens: int [b], the new tokens of the first b ≤ B sequences in the cache. lengths: int [b], tokens of theirs in it
+        already; the new token's position. read: how much of S is looked at; at least every length. None is all.
 
     Returns:
-      hidden [B, D] after the final norm; the cache, written at `lengths`.
+      hidden [b, D] after the final norm; the cache, written at `lengths`.
     """
     ends = _bind(Ends, config, {k: v for k, v in params.items() if k != "layers"})
     rope = rotary(config, lengths)
     x = ends.embed.embedding[...].astype(config.compute_dtype)[tokens]
 
     def layer(x, inputs):
-        layer_params, cache_k, cache_v = inputs
+        index, layer_params = inputs
+
+        def part(whole):  # what is looked at, cut out of the whole cache at once: nothing else of it is touched
+            size = (1, len(tokens), whole.shape[2], whole.shape[3] if read is None else read, *whole.shape[4:])
+            return jax.lax.dynamic_slice(whole, (index, *(0,) * (whole.ndim - 1)), size)[0]
+
+        seen = jax.tree.map(part, cache)
         block = _bind(Block, config, layer_params)
-        return block(x, rope, lambda q, k, v: attend_cached(q, k, v, cache_k, cache_v, lengths))
+        return block(x, rope, lambda q, k, v: attend_cached(q, k, v, seen.k, seen.v, lengths, seen.scale_k, seen.scale_v), Layout())
 
-    x, (k, v) = jax.lax.scan(layer, x, (params["layers"], cache.k, cache.v))
-
-    def write(old, new):  # [L, B, K, h] into [L, B, K, S, h] at (b, lengths[b])
-        return jax.lax.scatter(old, lengths[:, None], new.astype(old.dtype), _AT_LENGTHS, unique_indices=True, mode="drop")
-
-    return ends.final_norm(x), Cache(write(cache.k, k), write(cache.v, v))
+    x, kv = jax.lax.scan(layer, x, (jnp.arange(config.layers), params["layers"]))
+    new = make_cache(*kv, int8=cache.scale_k is not None)
+    return ends.final_norm(x), jax.tree.map(lambda old, new: _write(old, new.astype(old.dtype), lengths), cache, new)
 
 
 def logits_of(params: Params, hidden: Array) -> Array:

@@ -222,4 +222,4 @@ def in_file_layout(array: Array, tensor: Tensor) -> Array:
 
 def same_architecture(a: ModelConfig, b: ModelConfig) -> bool:
     """Whether two configs share their weights: all but how they compute."""
-    return a == dataclasses.replace(b, compute_dtype=a.compute_dtype, remat=a.remat)
+    return a == dataclasses.replace(b, compute_dtype=a.compute_dtype, remat=a.remat, attention_block=a.attention_block)

@@ -1,195 +1,204 @@
-"""The jitted sampling loop: prefill prompts, then decode until every sequence has ended.
+"""The jitted parts of sampling: read prompts, put them into decode slots, decode until enough slots are free.
 
-Noise is per token, fold_in(fold_in(fold_in(seed, draw), sample), position): what a response says depends on its own
-draw and sample number only, never on its slot, its neighbours or the number of hosts.
+Slots are [N, b]: b on each of the mesh's N row shards. Sequences move only between slots of one shard, and the first w slots of
+all shards can be decoded without the others. Noise is per token, fold_in(fold_in(fold_in(seed, draw), sample), position): what a
+response says depends on its own draw and sample number only, never on its slot, its neighbours or the number of devices.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dapo_jax.config import ModelConfig
-from dapo_jax.model.decoder import Cache, decode_step, hidden_states, logits_of
+from dapo_jax.model.decoder import Cache, decode_step, hidden_states, logits_of, make_cache
+from dapo_jax.model.logprobs import ROW_AXES
+from dapo_jax.rollout.draw import Sampling, sample_tokens
 from dapo_jax.types import Array, Params
 
-_BLOCK = 128  # vocabulary entries a block of the inverse CDF
 
+class Slots(NamedTuple):
+    """Sequences under way. All arrays have [N, b] as their leading axes."""
 
-class Sampling(NamedTuple):
-    """How tokens are drawn. Hashable: static under jit."""
-
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0 is all
+    keys: Array  # PRNG keys, one a response
+    token: Array  # int32, the newest token, not in the cache yet
+    position: Array  # int32, its position: tokens in the cache
+    limit: Array  # int32, response tokens at most
+    length: Array  # int32, response tokens so far
+    tokens: Array  # int32 [N, b, R], the response
+    logprobs: Array  # float32 [N, b, R]
+    ended: Array  # bool, drew a stop token
+    live: Array  # bool, neither ended nor at its limit
 
 
 class SamplerState(NamedTuple):
-    """B sequences under way. All arrays have B as their leading axis, the cache as its second."""
+    cache: Cache  # [N, L, b, K, S, h]
+    slots: Slots
 
-    cache: Cache  # [L, B, K, S, h], filled up to prompt_len + length - 1: the last token is not in it yet
-    keys: Array  # PRNG keys [B], one a response
-    prompt_len: Array  # int32 [B]
-    length: Array  # int32 [B], response tokens so far
-    tokens: Array  # int32 [B, R]
-    logprobs: Array  # float32 [B, R]
-    ended: Array  # bool [B], drew a stop token
-    live: Array  # bool [B], neither ended nor at its limit
+
+class Arrivals(NamedTuple):
+    """Sequences to be put into slots, int32 [N, m]."""
+
+    slot: Array  # on its shard; b drops the entry
+    row: Array  # of the prefilled cache
+    token: Array  # last of the sequence
+    position: Array  # its position
+    draw: Array
+    sample: Array
+    limit: Array  # response tokens at most
 
 
 def response_keys(seed: Array, draws: Array, samples: Array) -> Array:
-    """One key a response: fold_in(fold_in(seed, draw), sample). draws, samples: int [B]."""
-    return jax.vmap(lambda d, s: jax.random.fold_in(jax.random.fold_in(seed, d), s))(draws, samples)
+    """One key a response: fold_in(fold_in(seed, draw), sample). draws, samples: int, of one shape."""
+    fold = jnp.vectorize(jax.random.fold_in, signature="(),()->()")
+    return fold(fold(seed, draws), samples)
 
 
-def _nucleus(weights: Array, top_p: float, top_k: int) -> Array:
-    """Zeroes all but the k heaviest entries, then all but the fewest that hold top_p of what is left. Ties stay in.
-
-    Both cuts are thresholds. They are found by bisection on the float's bits, which orders positive floats as it
-    orders integers: 31 halvings are exact, and nothing is sorted.
-    """
-
-    def threshold(enough):  # largest t such that the entries >= t are enough
-        def halve(_, bounds):
-            low, high = bounds
-            middle = low + (high - low + 1) // 2
-            ok = enough(jax.lax.bitcast_convert_type(middle, jnp.float32))
-            return jnp.where(ok, middle, low), jnp.where(ok, high, middle - 1)
-
-        low = jnp.zeros(weights.shape[0], jnp.int32)
-        high = jax.lax.bitcast_convert_type(weights.max(axis=-1), jnp.int32)
-        return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, (low, high))[0], jnp.float32)
-
-    if top_k:
-        cut = threshold(lambda t: (weights >= t[:, None]).sum(axis=-1) >= top_k)
-        weights = jnp.where(weights >= cut[:, None], weights, 0.0)
-    if top_p < 1:
-        mass = top_p * weights.sum(axis=-1)
-        cut = threshold(lambda t: jnp.where(weights >= t[:, None], weights, 0.0).sum(axis=-1) >= mass)
-        weights = jnp.where(weights >= cut[:, None], weights, 0.0)
-    return weights
-
-
-def _first_above(weights: Array, target: Array) -> Array:
-    """First index of positive weight whose running sum exceeds the target; the last such index if rounding leaves none."""
-    positive = weights > 0
-    hit = positive & (jnp.cumsum(weights, axis=-1) > target[:, None])
-    last = jnp.where(positive, jnp.arange(weights.shape[-1])[None], 0).max(axis=-1)
-    return jnp.where(hit.any(axis=-1), jnp.argmax(hit, axis=-1), last)
-
-
-def _inverse_cdf(weights: Array, uniform: Array) -> Array:
-    """Index i with Σ_{j<i} w_j ≤ u Σ w < Σ_{j≤i} w_j: first among blocks of the vocabulary, then inside one.
-
-    Never an index of weight 0, whatever the rounding (compilers contract and reorder these sums).
-
-    weights: [B, V], not negative, not all 0. uniform: [B] in [0, 1). One uniform a row is enough for an exact draw.
-    """
-    rows, vocab = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
-    sums = blocks.sum(axis=-1)
-    ends = jnp.cumsum(sums, axis=-1)
-    target = uniform * ends[:, -1]
-    block = _first_above(sums, target)
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
-    return block * _BLOCK + _first_above(inside, target - before)
-
-
-def sample_tokens(logits: Array, keys: Array, sampling: Sampling) -> tuple[Array, Array]:
-    """Draws one token a row, and its log-prob under softmax(logits / temperature).
-
-    The log-prob is of the tempered distribution before top-p and top-k: the policy's, which the trainer can compute.
-
-    Args:
-      logits: float32 [B, V]. keys: PRNG keys [B], one a token.
-
-    Returns:
-      tokens int32 [B], logprobs float32 [B] (of softmax(logits) where greedy).
-    """
-    scaled = logits / (sampling.temperature or 1.0)
-    shifted = scaled - scaled.max(axis=-1, keepdims=True)
-    weights = jnp.exp(shifted)
-    total = weights.sum(axis=-1)
-    if sampling.temperature:
-        # Multiples of 2^-23, moved to the middle of their interval: 0 itself would draw the first entry, however unlikely.
-        uniform = jax.vmap(lambda k: jax.random.uniform(k))(keys) + 2.0**-24
-        tokens = _inverse_cdf(_nucleus(weights, sampling.top_p, sampling.top_k), uniform)
-    else:
-        tokens = jnp.argmax(shifted, axis=-1)
-    logprobs = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - jnp.log(total)
-    return tokens.astype(jnp.int32), logprobs
-
-
-def _append(state: SamplerState, logits: Array, stop: tuple[int, ...], sampling: Sampling) -> SamplerState:
-    """Draws the next token of every live sequence."""
-    position = state.prompt_len + state.length
-    tokens, logprobs = sample_tokens(logits, jax.vmap(jax.random.fold_in)(state.keys, position), sampling)
-    at = jnp.arange(state.tokens.shape[1])[None] == state.length[:, None]
-    write = at & state.live[:, None]
-    length = state.length + state.live
-    ended = state.ended | (state.live & jnp.isin(tokens, jnp.asarray(stop, jnp.int32)))
-    return state._replace(
-        tokens=jnp.where(write, tokens[:, None], state.tokens),
-        logprobs=jnp.where(write, logprobs[:, None], state.logprobs),
-        length=length,
-        ended=ended,
-        live=state.live & ~ended & (length < state.tokens.shape[1]),
+def empty_state(model: ModelConfig, *, shards: int, slots: int, cache_len: int, max_response_len: int, int8: bool) -> SamplerState:
+    """`slots` free slots on each shard, with room for S = cache_len tokens, prompt included, and R = max_response_len."""
+    entries = (shards, model.layers, slots, model.kv_heads, cache_len)
+    kv = jnp.zeros((*entries, model.head_dim), jnp.int8 if int8 else model.compute_dtype)
+    scale = jnp.zeros(entries) if int8 else None
+    number, flag = jnp.zeros((shards, slots), jnp.int32), jnp.zeros((shards, slots), bool)
+    return SamplerState(
+        cache=Cache(kv, kv, scale, scale),
+        slots=Slots(
+            keys=response_keys(jax.random.key(0), number, number),
+            token=number,
+            position=number,
+            limit=number,
+            length=number,
+            tokens=jnp.zeros((shards, slots, max_response_len), jnp.int32),
+            logprobs=jnp.zeros((shards, slots, max_response_len), jnp.float32),
+            ended=flag,
+            live=flag,
+        ),
     )
 
 
-def prefill(
+def prefill(params: Params, prompts: Array, *, model: ModelConfig, int8: bool, mesh: Mesh) -> Cache:
+    """Keys and values of prompts, [L, E, K, P, h]. prompts: int32 [E, P], padded on the right; split over the row shards."""
+    prompts = jax.lax.with_sharding_constraint(prompts, NamedSharding(mesh, PartitionSpec(ROW_AXES)))
+    kv = hidden_states(params, model, prompts)[1]
+    return make_cache(*(jnp.swapaxes(x, 2, 3) for x in kv), int8=int8)
+
+
+def _copy_row(cache: Cache, source: Cache, row: Array, slot: Array) -> Cache:
+    """Row of `source` [L, E, K, P, h] into the front of a slot of one shard's cache [L, b, K, S, h]; dropped beyond b."""
+
+    def copy(old, new):
+        return old.at[:, slot, :, : new.shape[3]].set(new[:, row], mode="drop")
+
+    return jax.tree.map(copy, cache, source)
+
+
+def insert(state: SamplerState, prefilled: Cache, seed: Array, packed: Array, count: Array) -> SamplerState:
+    """Starts sequences whose tokens, all but the last, have been read. The next decode step reads the last and draws.
+
+    Args:
+      prefilled: [L, E, K, P, h]; many sequences may share a row. packed: `Arrivals` as one array, int32 [7, N, m].
+      count: how many of the m there are, on the shard that has most.
+    """
+    arrivals = Arrivals(*packed)
+
+    def copy(i, cache):
+        return jax.vmap(_copy_row, (0, None, 0, 0))(cache, prefilled, arrivals.row[:, i], arrivals.slot[:, i])
+
+    zeros, flags = jnp.zeros_like(arrivals.slot), jnp.zeros(arrivals.slot.shape, bool)
+    fresh = {"token": arrivals.token, "position": arrivals.position, "limit": arrivals.limit, "length": zeros}
+    fresh |= {"keys": response_keys(seed, arrivals.draw, arrivals.sample), "ended": flags, "live": ~flags}
+    put = jax.vmap(lambda old, slot, new: old.at[slot].set(new, mode="drop"))
+    slots = state.slots._replace(**{name: put(getattr(state.slots, name), arrivals.slot, new) for name, new in fresh.items()})
+    return SamplerState(jax.lax.fori_loop(0, count, copy, state.cache), slots)
+
+
+def move(state: SamplerState, moves: Array, count: Array) -> SamplerState:
+    """Moves sequences to free slots of their shard. moves: int32 [2, N, m], from and to, disjoint; b drops an entry."""
+    sources, targets = moves
+
+    def copy(i, cache):
+        return jax.vmap(_copy_row)(cache, cache, sources[:, i], targets[:, i])
+
+    def relabel(old, sources, targets):
+        return old.at[targets].set(old[sources], mode="drop")
+
+    slots = jax.tree.map(lambda old: jax.vmap(relabel)(old, sources, targets), state.slots)
+    live = jax.vmap(lambda live, sources: live.at[sources].set(False, mode="drop"))(slots.live, sources)
+    return SamplerState(jax.lax.fori_loop(0, count, copy, state.cache), slots._replace(live=live))
+
+
+def take(slots: Slots, which: Array) -> tuple[Array, Array]:
+    """Tokens and log-probs [m, R] of slots. which: int32 [m], counted through all shards."""
+    return tuple(x.reshape(-1, x.shape[-1])[which] for x in (slots.tokens, slots.logprobs))
+
+
+def _append(slots: Slots, tokens: Array, logprobs: Array, stop: tuple[int, ...]) -> Slots:
+    """Adds the token [N, b] that was drawn to every live sequence."""
+    live = slots.live
+    at = jnp.where(live, slots.length, slots.tokens.shape[-1])
+    write = jax.vmap(jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop")))  # one entry a row: rows may be long
+    length = slots.length + live
+    ended = slots.ended | (live & jnp.isin(tokens, jnp.asarray(stop, jnp.int32)))
+    return slots._replace(
+        token=jnp.where(live, tokens, slots.token),
+        position=slots.position + live,
+        length=length,
+        tokens=write(slots.tokens, at, tokens),
+        logprobs=write(slots.logprobs, at, logprobs),
+        ended=ended,
+        live=live & ~ended & (length < slots.limit),
+    )
+
+
+def sample_on_mesh(logits: Array, keys: Array, sampling: Sampling, mesh: Mesh) -> tuple[Array, Array]:
+    """`sample_tokens`, each device for its own rows, and on its own part of the vocabulary where "tensor" divides it."""
+    axis = "tensor" if mesh.shape["tensor"] > 1 and logits.shape[1] % mesh.shape["tensor"] == 0 else None
+    draw, rows = functools.partial(sample_tokens, sampling=sampling, axis=axis), PartitionSpec(ROW_AXES)
+    over_mesh = jax.shard_map(draw, mesh=mesh, in_specs=(PartitionSpec(ROW_AXES, axis), rows), out_specs=(rows, rows), check_vma=False)
+    return over_mesh(logits, keys)
+
+
+def decode(
     params: Params,
-    prompts: Array,
-    prompt_len: Array,
-    keys: Array,
+    state: SamplerState,
+    few: Array,
+    half: Array,
+    max_steps: Array,
     *,
     model: ModelConfig,
     sampling: Sampling,
     stop: tuple[int, ...],
-    max_response_len: int,
-) -> SamplerState:
-    """Reads prompts into a cache and draws the first response token.
+    mesh: Mesh,
+    width: int,
+    read: int,
+) -> tuple[SamplerState, Array, Array]:
+    """Decodes the first `width` slots of every shard until enough of them are free, or for `max_steps` steps.
 
     Args:
-      prompts: int32 [B, P], padded on the right. prompt_len: int32 [B]; 0 marks an empty slot.
-      keys: PRNG keys [B]. stop: token ids that end a response.
+      few: int32, leave when no more sequences than this are live. half: int32, or no more than this on any shard.
+      max_steps: int32, at most read + 1 - the largest position of a live sequence. stop: token ids that end a response.
+      read: static, how much of the cache is looked at.
 
     Returns:
-      A state whose cache holds S = P + max_response_len tokens a sequence.
+      The state, what the host needs to know of it (int32 [3, N, b]: live, length, ended), and the steps taken.
     """
-    size, width = prompts.shape
-    hidden, (k, v) = hidden_states(params, model, prompts)
-    room = ((0, 0), (0, 0), (0, 0), (0, max_response_len), (0, 0))
-    cache = Cache(*(jnp.pad(jnp.swapaxes(x, 2, 3), room) for x in (k, v)))
-    last = jnp.take_along_axis(hidden, jnp.maximum(prompt_len - 1, 0)[:, None, None], axis=1)[:, 0]
-    state = SamplerState(
-        cache=cache,
-        keys=keys,
-        prompt_len=prompt_len,
-        length=jnp.zeros(size, jnp.int32),
-        tokens=jnp.zeros((size, max_response_len), jnp.int32),
-        logprobs=jnp.zeros((size, max_response_len), jnp.float32),
-        ended=jnp.zeros(size, bool),
-        live=prompt_len > 0,
-    )
-    return _append(state, logits_of(params, last), stop, sampling)
-
-
-def decode(
-    params: Params, state: SamplerState, *, model: ModelConfig, sampling: Sampling, stop: tuple[int, ...], max_steps: int
-) -> SamplerState:
-    """Up to `max_steps` decode steps; leaves as soon as no sequence is live."""
 
     def step(carry):
-        count, state = carry
-        newest = jnp.maximum(state.length - 1, 0)
-        tokens = jnp.take_along_axis(state.tokens, newest[:, None], axis=1)[:, 0]
-        hidden, cache = decode_step(params, model, tokens, state.prompt_len + newest, state.cache)
-        return count + 1, _append(state._replace(cache=cache), logits_of(params, hidden), stop, sampling)
+        count, cache, slots = carry
+        hidden, cache = jax.vmap(lambda t, p, c: decode_step(params, model, t, p, c, read))(slots.token, slots.position, cache)
+        keys = jax.vmap(jax.random.fold_in)(slots.keys.ravel(), slots.position.ravel() + 1)
+        logits = logits_of(params, hidden.reshape(-1, hidden.shape[-1]))
+        tokens, logprobs = (x.reshape(slots.token.shape) for x in sample_on_mesh(logits, keys, sampling, mesh))
+        return count + 1, cache, _append(slots, tokens, logprobs, stop)
 
     def unfinished(carry):
-        count, state = carry
-        return (count < max_steps) & state.live.any()
+        count, _, slots = carry
+        on_shards = slots.live.sum(axis=1)
+        return (count < max_steps) & (on_shards.sum() > few) & (on_shards.max() > half)
 
-    return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), state))[1]
+    narrow = jax.tree.map(lambda x: x[:, :width], state.slots)
+    steps, cache, narrow = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), state.cache, narrow))
+    slots = jax.tree.map(lambda old, new: old.at[:, :width].set(new), state.slots, narrow)
+    return SamplerState(cache, slots), jnp.stack([x.astype(jnp.int32) for x in (slots.live, slots.length, slots.ended)]), steps

@@ -37,9 +37,11 @@ METRICS: Mapping[str, str] = {
     "filter/all_wrong": "share of the groups drawn in this step without a correct response",
     "filter/carried_groups": "groups trained on that the previous step had left over",
     "filter/surplus_groups": "informative groups beyond what this step needs",
+    "filter/open_groups": "groups that dapo.partial_rollouts leaves to the next step, unfinished or after an unfinished one",
+    "filter/resting_problems": "problems that dapo.rest_after has skipped in this epoch",
     "filter/wasted_tokens": "response tokens of groups that are never trained on",
     # Sampling
-    "rollout/generation_batches": "generation batches that this step took",
+    "rollout/generation_batches": "prompts drawn in this step in units of dapo.prompts_per_draw, rounded up",
     "rollout/prompts": "prompts drawn in this step",
     "rollout/response_len_mean": "mean response length of all drawn, tokens",
     "rollout/response_len_max": "longest response drawn, tokens",
@@ -63,7 +65,7 @@ METRICS: Mapping[str, str] = {
     "pack/efficiency": "share of the positions of the training rows that hold a token",
     # Cost
     "time/rollout_s": "seconds of sampling",
-    "time/reward_s": "seconds of waiting for verdicts",
+    "time/reward_s": "seconds in which verification held decoding up",
     "time/old_logprobs_s": "seconds of recomputing the log-probs of pi_old",
     "time/update_s": "seconds of updates",
     "time/eval_s": "seconds of evaluation",
@@ -244,7 +246,7 @@ def step_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
     return " ".join([f"{f'{step}/{steps}':>9}", *cells])
 
 
-def progress(total: int, description: str, *, enabled: bool = True) -> tqdm:
+def progress(total: int | None, description: str, *, enabled: bool = True) -> tqdm:
     """A progress bar, to be used as a context manager with `.update(n)`: shown on a terminal, nothing elsewhere."""
     return tqdm(total=total, desc=description, leave=False, dynamic_ncols=True, disable=not (enabled and sys.stderr.isatty()))
 

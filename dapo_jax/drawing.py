@@ -1,0 +1,257 @@
+"""Dynamic sampling while decoding goes on: prompts are drawn until enough groups are informative, and judged as they finish.
+
+    prompts ─▶ stream of the engine ─▶ finished responses ─▶ reward workers ─▶ verdicts ─▶ enough informative groups? draw more
+
+Every drawn group is sampled to its end, and a step trains on the first informative ones in draw order: what was drawn first is
+used first, however long it took. "First finished wins" would favour short responses.
+
+With partial rollouts a step ends as soon as the first groups in draw order suffice. Later groups stay open, and the next step goes
+on with their responses where they stand: under new weights, each token with the log-prob of the policy that drew it.
+
+Time is logical. A verdict on a response of segment k is used from segment k + VERDICT_DELAY on, waited for if need be, and never
+earlier, so that two runs, and all hosts, draw the same prompts whatever the clock does.
+"""
+
+import collections
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dapo_jax.config import Config
+from dapo_jax.data.memory import PassMemory
+from dapo_jax.data.problems import Cursor
+from dapo_jax.data.prompts import decode
+from dapo_jax.policy import Policy
+from dapo_jax.reward.overlong import overlong_penalty
+from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool, check_errors
+from dapo_jax.rollout.engine import Stream
+from dapo_jax.runtime import multihost
+from dapo_jax.runtime.metrics import timed
+from dapo_jax.types import Group, Prompt, Request, Response, Verdict
+
+VERDICT_DELAY = 2  # segments that workers have before decoding waits for them
+
+_PRIOR_GROUPS = 8  # the keep rate of earlier steps counts as so many groups of this one
+
+
+class Drawn(NamedTuple):
+    """What one step drew."""
+
+    groups: list[Group]  # in draw order; old_logprobs are the sampler's
+    verdicts: list[Verdict]
+    cursor: Cursor  # after the last prompt drawn
+    draws: int  # prompts drawn, those of groups that are left open included
+    open: list["OpenGroup"]  # left to the next step, in draw order
+
+
+class OpenGroup:
+    """A group under way."""
+
+    def __init__(self, draw: int, prompt: Prompt, size: int, problem: int = 0, epoch: int = 0):
+        self.draw, self.prompt = draw, prompt
+        self.problem, self.epoch = problem, epoch  # which problem of the data set, drawn in which epoch
+        self.responses: list[Response | None] = [None] * size
+        self.texts = [""] * size
+        self.verdicts: list[Verdict | None] = [None] * size
+        self.begun: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # tokens and log-probs of responses that an earlier step began
+
+    def requests(self) -> list[Request]:
+        """For the responses that are not there yet."""
+        return [
+            Request(self.draw, sample, self.prompt.tokens, self.begun.get(sample))
+            for sample, response in enumerate(self.responses)
+            if response is None
+        ]
+
+    def is_judged(self) -> bool:
+        return None not in self.verdicts
+
+    def is_informative(self) -> bool:
+        """Holds a right and a wrong response already, whatever the rest will be."""
+        return {v.correct for v in self.verdicts if v is not None} == {True, False}
+
+
+def keep_rate_after(rate: float, groups: Sequence[Group]) -> float:
+    """Expected share of informative groups, half from this step and half from those before."""
+    if not groups:
+        return rate
+    return 0.5 * rate + 0.5 * sum(0 < g.correct.sum() < len(g.correct) for g in groups) / len(groups)
+
+
+def prompts_wanted(missing: int, groups: Sequence[OpenGroup], rate: float) -> int:
+    """How many further prompts the step needs, by what is known of the groups drawn so far.
+
+    (missing - informative ones - p x undecided ones) / p, rounded up. p, the keep rate, is the mean of `rate`, which counts as
+    a few groups, and of the groups decided so far.
+    """
+    informative = sum(g.is_informative() for g in groups)
+    dropped = sum(g.is_judged() and not g.is_informative() for g in groups)
+    p = (_PRIOR_GROUPS * rate + informative) / (_PRIOR_GROUPS + informative + dropped)
+    short = missing - informative - p * (len(groups) - informative - dropped)
+    return math.ceil(short / p - 1e-9) if short > 0 else 0
+
+
+def enough(groups: Sequence[OpenGroup], missing: int) -> bool:
+    """Whether the groups before the first that is not judged yet hold `missing` informative ones."""
+    first = next((n for n, group in enumerate(groups) if not group.is_judged()), len(groups))
+    return sum(group.is_informative() for group in groups[:first]) >= missing
+
+
+def draw_groups(
+    stream: Stream,
+    prompts: Sequence[Prompt],
+    *,
+    missing: int,
+    keep_rate: float,
+    first_draw: int,
+    left_open: Sequence[OpenGroup],
+    cursor: Cursor,
+    memory: PassMemory,
+    config: Config,
+    policy: Policy,
+    pool: RewardPool,
+    times: dict[str, float],
+    on_done: Callable[[int, int], None],
+) -> Drawn:
+    """Draws until `missing` groups are informative, or the cap on draws is reached; just `missing` without dynamic sampling.
+
+    Prompts are drawn when the engine runs short of requests, and only as many as the keep rate calls for.
+
+    Args:
+      keep_rate: expected share of informative groups. left_open: groups of the step before that are still under way.
+      memory: which problems rest; told what became of these. times: gets time/rollout_s and time/reward_s.
+      on_done: told how many responses have ended, and how many were drawn in all.
+
+    Raises InputError if too many answers get no verdict.
+    """
+    algo = config.dapo
+    size = algo.responses_per_prompt
+    cap = algo.max_generation_batches * algo.prompts_per_draw if algo.dynamic_sampling else missing
+    keep_rate = max(keep_rate, missing / cap)
+    groups, draws = list(left_open), 0  # in draw order
+    by_draw = {group.draw: group for group in groups}
+    judging: collections.deque[tuple[int, list[tuple[Request, Response]], PendingVerdicts]] = collections.deque()
+    judged: list[Verdict] = []
+    stream.submit([request for group in groups for request in group.requests()])
+    while True:
+        if algo.dynamic_sampling:
+            room = -(-(2 * config.rollout.decode_slots - stream.live - stream.pending) // size)  # enough to fill all slots once more
+            wanted = min(prompts_wanted(missing, groups, keep_rate), room, cap - draws)
+        else:
+            wanted = missing - len(groups)
+        if wanted > 0:
+            indices, cursor = memory.take(cursor, wanted, seed=config.seed)
+            new = [OpenGroup(first_draw + draws + n, prompts[i], size, int(i), cursor.epoch) for n, i in enumerate(indices)]
+            groups, draws = groups + new, draws + wanted
+            by_draw |= {group.draw: group for group in new}
+            stream.submit([request for group in new for request in group.requests()])
+        if stream.live or stream.pending:
+            with timed(times, "time/rollout_s"):
+                finished = stream.advance()
+            on_done(len(finished), len(groups) * size)
+            with timed(times, "time/reward_s"):
+                items = []
+                for request, response in finished:
+                    group, text = by_draw[request.draw], decode(policy.tokenizer, response.tokens, policy.stop)
+                    group.responses[request.sample], group.texts[request.sample] = response, text
+                    items.append(RewardItem(group.prompt.problem, text, len(response.tokens)))
+                judging.append((stream.segment + VERDICT_DELAY, finished, pool.submit(multihost.share(items))))
+        elif not judging:
+            break
+        idle = not (stream.live or stream.pending)
+        while judging and (judging[0][0] <= stream.segment or idle):
+            _, finished, pending = judging.popleft()
+            with timed(times, "time/reward_s"):
+                verdicts = multihost.gather_verdicts(pending.result(), len(finished))
+            for (request, _), verdict in zip(finished, verdicts, strict=True):
+                by_draw[request.draw].verdicts[request.sample] = verdict
+            judged += verdicts
+            if len(judged) >= size * algo.prompts_per_step:
+                check_errors(judged, config.reward)
+            # What is still being judged is waited for: it belongs to this step or, whole, to the next.
+            idle = idle or (algo.partial_rollouts and enough(groups, missing))
+        if algo.partial_rollouts and not judging and enough(groups, missing):
+            break
+    for request, response in stream.unfinished():
+        if len(response.tokens):
+            by_draw[request.draw].begun[request.sample] = (response.tokens, response.behavior_logprobs)
+    stream.close()
+    check_errors(judged, config.reward)
+    first = next((n for n, group in enumerate(groups) if not group.is_judged()), len(groups))
+    for group in groups[:first]:
+        memory.record(group.problem, all(v.correct for v in group.verdicts if v is not None), group.epoch)
+    return Drawn([_reward(group, config) for group in groups[:first]], judged, cursor, draws, groups[first:])
+
+
+def open_state(groups: Sequence[OpenGroup]) -> dict[str, np.ndarray]:
+    """Open groups as flat arrays, for a checkpoint; no array where there is no group."""
+    if not groups:
+        return {}
+    samples = [(group, sample) for group in groups for sample in range(len(group.responses))]
+    begun = [group.responses[n] or Response(*group.begun.get(n, _NOTHING), False) for group, n in samples]
+    verdicts = [group.verdicts[n] for group, n in samples]
+    arrays = {
+        "open_groups": np.array([(g.draw, g.problem, g.epoch) for g in groups], np.int64),
+        "open_ended": np.array([group.responses[n] is not None for group, n in samples]),
+        "open_truncated": np.array([response.truncated for response in begun]),
+        "open_lengths": np.array([len(response.tokens) for response in begun], np.int64),
+        "open_tokens": np.concatenate([response.tokens for response in begun]),
+        "open_logprobs": np.concatenate([response.behavior_logprobs for response in begun]),
+        "open_judged": np.array([verdict is not None for verdict in verdicts]),
+        "open_correct": np.array([verdict is not None and verdict.correct for verdict in verdicts]),
+        "open_scores": np.array([0.0 if verdict is None else verdict.score for verdict in verdicts], np.float64),
+    }
+    return {name: array for name, array in arrays.items() if array.size}
+
+
+def restore_open(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt], policy: Policy) -> list[OpenGroup]:
+    """What `open_state` gave. prompts: of the whole data set. (Why an answer got no verdict is forgotten, and that it got none.)"""
+    if "open_groups" not in arrays:
+        return []
+    ends = np.cumsum(arrays["open_lengths"])
+    tokens, logprobs = (np.split(arrays.get(name, np.zeros(0, kind)), ends)[:-1] for name, kind in _FLAT)
+    size = len(ends) // len(arrays["open_groups"])
+    groups = []
+    for number, (draw, problem, epoch) in enumerate(arrays["open_groups"].tolist()):
+        group = OpenGroup(draw, prompts[problem], size, problem, epoch)
+        for sample in range(size):
+            at = number * size + sample
+            if arrays["open_ended"][at]:
+                group.responses[sample] = Response(tokens[at], logprobs[at], bool(arrays["open_truncated"][at]))
+                group.texts[sample] = decode(policy.tokenizer, tokens[at], policy.stop)
+            elif len(tokens[at]):
+                group.begun[sample] = (tokens[at], logprobs[at])
+            if arrays["open_judged"][at]:
+                group.verdicts[sample] = Verdict(bool(arrays["open_correct"][at]), float(arrays["open_scores"][at]))
+        groups.append(group)
+    return groups
+
+
+_NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32))
+_FLAT = (("open_tokens", np.int32), ("open_logprobs", np.float32))
+
+
+def _reward(group: OpenGroup, config: Config) -> Group:
+    """The group with its rewards: score + overlong penalty."""
+    responses = tuple(r for r in group.responses if r is not None)
+    verdicts = [v for v in group.verdicts if v is not None]
+    assert len(responses) == len(verdicts) == config.dapo.responses_per_prompt
+    penalty = np.zeros(len(responses), np.float32)
+    if config.reward.overlong_penalty:
+        penalty = overlong_penalty(
+            np.array([len(r.tokens) for r in responses]),
+            max_response_len=config.rollout.max_response_len,
+            overlong_buffer_len=config.reward.overlong_buffer_len,
+        )
+    return Group(
+        draw=group.draw,
+        prompt=group.prompt,
+        responses=responses,
+        texts=tuple(group.texts),
+        correct=np.array([v.correct for v in verdicts]),
+        reward=np.array([v.score for v in verdicts], np.float32) + penalty,
+        penalty=penalty,
+        old_logprobs=tuple(r.behavior_logprobs for r in responses),
+    )

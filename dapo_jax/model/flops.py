@@ -1,0 +1,48 @@
+"""Work that a model takes, counted from its architecture. A multiplication and an addition are two FLOPs.
+
+The compiler's own count sees the body of a loop over layers once and no kernel at all.
+"""
+
+from dapo_jax.config import ModelConfig
+
+
+def layer_weights(c: ModelConfig) -> int:
+    """Weights in the matmuls of all layers: D(H + 2K)h + HhD of attention and 3DF of the feed-forward, each."""
+    attention = c.model_dim * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+    return c.layers * (attention + 3 * c.model_dim * c.ffn_dim)
+
+
+def head_weights(c: ModelConfig) -> int:
+    """Weights of the output projection, DV."""
+    return c.model_dim * c.vocab_size
+
+
+def weights(c: ModelConfig) -> int:
+    """Weights of all matrices, embedding and head once if tied. Norms and biases, below a thousandth of it, are left out."""
+    return layer_weights(c) + head_weights(c) * (1 if c.tie_embeddings else 2)
+
+
+def visible_pairs(length: float) -> float:
+    """Pairs of query and key in a causal segment: n(n + 1) / 2."""
+    return length * (length + 1) / 2
+
+
+def forward_flops(c: ModelConfig, tokens: float, pairs: float, targets: float) -> float:
+    """2 a weight and token, 4Hh a layer and pair of query and key (scores and their sum of values), 2DV a target."""
+    return 2 * layer_weights(c) * tokens + 4 * c.layers * c.heads * c.head_dim * pairs + 2 * head_weights(c) * targets
+
+
+def train_flops(c: ModelConfig, tokens: float, pairs: float, targets: float) -> float:
+    """Forward and backward, three times the forward pass. What remat computes again is no work of the model's."""
+    return 3 * forward_flops(c, tokens, pairs, targets)
+
+
+def recomputed_flops(c: ModelConfig, tokens: float, pairs: float) -> float:
+    """What the backward pass does over: with remat "full" the layers, with "dots" what is no matmul with weights."""
+    return {"none": 0.0, "dots": forward_flops(c, 0, pairs, 0), "full": forward_flops(c, tokens, pairs, 0)}[c.remat]
+
+
+def cache_bytes(c: ModelConfig, *, int8: bool) -> int:
+    """Keys and values of one token, in bytes: int8 with a float32 scale a head, or in compute dtype."""
+    head = c.head_dim + 4 if int8 else c.head_dim * (2 if c.compute_dtype == "bfloat16" else 4)
+    return 2 * c.layers * c.kv_heads * head

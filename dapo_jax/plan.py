@@ -1,0 +1,506 @@
+"""Know before paying: compiles a config's programs with the real TPU compiler and no TPU. Do they fit, and what can a step cost at best?
+
+    python -m dapo_jax.plan --config C [--topology v5p:4x4x8] [--json OUT] [--suggest] [--set section.key=value ...]
+    python -m dapo_jax.plan --config C --only update --only "plain update"        what the fused loss saves
+
+Memory and collectives are the compiler's. Times are a roofline, max(FLOPs / peak, HBM bytes / bandwidth, sent bytes / ICI bandwidth),
+from published peaks (`runtime/chips.py`): a bound that no run beats, not a forecast. The compiler proves fit and legality, never speed.
+Needs `pip install libtpu` on an x86-64 Linux machine. Exit status: 0 all fits, 1 not, 2 bad input.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from dapo_jax.config import Config, ConfigError, DapoSection, ModelConfig, load_config
+from dapo_jax.dapo.loss import batch_hidden, dapo_terms
+from dapo_jax.evaluate import eval_sampling
+from dapo_jax.model import flops
+from dapo_jax.model.decoder import logits_of
+from dapo_jax.model.weights import load_model_config
+from dapo_jax.policy import Policy, make_engine, row_len, with_computation
+from dapo_jax.programs import TrainPrograms, abstract_batch, microbatches, train_programs, train_sampling, update_program
+from dapo_jax.rollout.sampler import Arrivals
+from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
+from dapo_jax.runtime.compiled import Compiled, compile_program, device_bytes
+from dapo_jax.runtime.mesh import make_mesh, rollout_sharding, row_shards
+from dapo_jax.train import check_divides
+from dapo_jax.types import Array, InputError, Params, TrainBatch
+
+_GIB = 2**30
+_COMFORT = 0.9  # share of HBM that --suggest fills
+PLAIN = "plain update"  # compiled only if asked for
+
+
+class Pod(NamedTuple):
+    """The chips that are compiled for."""
+
+    topology: str
+    devices: list[Any]
+    chips: int
+    chip: Chip  # per device: half a chip where a chip is two devices
+
+
+class Lengths(NamedTuple):
+    """What a run's cost depends on and no config says. Means, in tokens."""
+
+    prompt: float
+    response: float
+    kept: float  # share of the drawn groups that are informative
+
+
+class Work(NamedTuple):
+    """Of one call, over all devices, but for the last."""
+
+    flops: float  # the model's
+    computed: float  # with what is computed again, and padding
+    tokens: float
+    hbm_bytes: float  # on each device
+
+
+class Program(NamedTuple):
+    """A jitted program, ready to compile."""
+
+    name: str
+    lower: Callable[[], Any]
+    arguments: Any  # shapes with shardings
+    resident_bytes: int  # that lie on each device meanwhile, and are no argument
+    work: Work
+    calls: float  # in a rollout step
+    trips: tuple[int, ...] = ()  # of loops that end by data, outermost first
+    settings: str = ""  # what to change where it does not fit
+
+
+class Result(NamedTuple):
+    """A program, compiled."""
+
+    program: Program
+    compiled: Compiled
+    pod: Pod
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.compiled.peak_bytes + self.program.resident_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.compiled.fits and self.peak_bytes <= self.pod.chip.hbm_bytes
+
+    @property
+    def sent_bytes(self) -> float:
+        return sum(self.compiled.collectives.values())
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds of a call that each limit allows at best."""
+        chip, work = self.pod.chip, self.program.work
+        return {
+            "FLOPs": work.computed / len(self.pod.devices) / chip.flops,
+            "HBM": work.hbm_bytes / chip.hbm_bandwidth,
+            "ICI": self.sent_bytes / chip.ici_bandwidth,
+        }
+
+    @property
+    def seconds(self) -> float:
+        return max(self.times.values())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chips and model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def load_pod(topology: str) -> Pod:
+    """The devices of a topology such as v5p:4x4x8. InputError without libtpu, or if it knows no such topology."""
+    name, colon, shape = topology.partition(":")
+    if name not in CHIPS or not colon or not all(n.isdigit() for n in shape.split("x")):
+        raise InputError(f"topology {topology!r}: expected NAME:AxB or NAME:AxBxC with NAME one of {', '.join(CHIPS)}, e.g. v5p:4x4x8")
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("plan compiles with Google's TPU compiler, which is not installed; `pip install libtpu` (or dapo_jax[plan])")
+    options = {"chip_config_name": "megacore"} if name == "v4" else {}  # both cores of a v4 chip as one device, as training sees it
+    try:
+        devices: list[Any] = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as e:
+        raise InputError(f"topology {topology!r}: libtpu knows none ({(str(e).splitlines() or ['no reason'])[0][:200]})") from None
+    chips = len({tuple(d.coords) for d in devices})
+    share, chip = chips / len(devices), CHIPS[name]
+    return Pod(topology, devices, chips, Chip(*(value * share for value in chip)))
+
+
+def load_model(config: Config) -> ModelConfig:
+    """The architecture, from model.architecture or the config.json of model.folder: neither weights nor a tokenizer are needed."""
+    model = load_model_config(config.model.folder) if config.model.folder else config.model.architecture
+    assert model is not None  # the config's own check
+    return with_computation(config, model)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The programs of a config
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def programs(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths) -> list[Program]:
+    """Every jitted program of a run of a size that matters, in the order of a step; last one that no run has, for comparison."""
+    check_divides(config, mesh)
+    train = train_programs(config, model, mesh)
+    training = _training(config, model, mesh, lengths, train)
+    update = next(p for p in training if p.name == "update")
+    loss = functools.partial(plain_loss, model=model, algo=config.dapo, mesh=mesh)
+    plain = functools.partial(update_program(loss, config, model, mesh).lower, *update.arguments)  # type: ignore[attr-defined]
+    return [*_rollout(config, model, mesh, lengths, train), *training, update._replace(name=PLAIN, lower=plain, calls=0)]
+
+
+def plain_loss(params: Params, batch: TrainBatch, *, model: ModelConfig, algo: DapoSection, mesh: Mesh) -> tuple[Array, dict[str, Array]]:
+    """`dapo.loss.loss_fn` as it is mostly written: all logits [N * T, V] at a time. What it would cost is worth knowing."""
+    flat = TrainBatch(*(a.reshape(-1) for a in batch))
+    scores = jax.nn.log_softmax(logits_of(params, batch_hidden(params, batch, model, mesh)))
+    logprobs = jnp.take_along_axis(scores, flat.tokens[:, None], axis=-1)[:, 0]
+    entropy = -jnp.sum(jnp.exp(scores) * scores, axis=-1)
+    loss, metrics = dapo_terms(jnp.where(flat.target_mask, logprobs, 0.0), jax.lax.stop_gradient(entropy), flat, algo)
+    return jnp.where(flat.target_mask, loss, 0.0).sum(), {k: jnp.where(flat.target_mask, v, 0.0).sum() for k, v in metrics.items()}
+
+
+def _training(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms) -> list[Program]:
+    d, devices, tensor = config.dapo, mesh.size, mesh.shape["tensor"]
+    batch, state = abstract_batch(config, mesh), train.state
+    responses, segment = d.responses_per_update, lengths.prompt + lengths.response
+    rows = max(1.0, responses * segment / row_len(config))
+    used = min(microbatches(config), math.ceil(rows / config.train.rows_per_microbatch))
+    computed = used * config.train.rows_per_microbatch * row_len(config)  # positions, padding among them
+    tokens, pairs, targets = responses * segment, responses * flops.visible_pairs(segment), responses * lengths.response
+    forward = flops.forward_flops(model, computed, pairs, targets)
+    backward = 2 * forward + flops.recomputed_flops(model, computed, pairs)
+    read = used * 2 * flops.weights(model) / tensor  # bfloat16 weights, once a pass and micro-batch
+    chunks = math.ceil(targets / used / row_shards(mesh) / loss_chunk(mesh))
+    moments = device_bytes(state) - device_bytes(state.params)
+    published = device_bytes(_published(model, train, mesh))
+    updates = d.prompts_per_step * d.responses_per_prompt / responses
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    return [
+        Program(
+            "old log-probs",
+            functools.partial(train.old_logprobs.lower, state.params, batch),  # type: ignore[attr-defined]
+            (state.params, batch),
+            moments + published,
+            Work(flops.forward_flops(model, tokens, pairs, targets), forward, tokens, read),
+            updates if d.old_logprobs == "recompute" else 0,
+            (used, chunks),
+            "train.rows_per_microbatch, mesh.tensor",
+        ),
+        Program(
+            "update",
+            functools.partial(train.update.lower, state, batch, rate),  # type: ignore[attr-defined]
+            (state, batch, rate),
+            0,
+            Work(flops.train_flops(model, tokens, pairs, targets), forward + backward, tokens, 3 * read + 6 * device_bytes(state.params)),
+            updates,
+            (used, chunks),
+            "train.rows_per_microbatch, mesh.tensor, model.remat",
+        ),
+        Program(
+            "publish",
+            functools.partial(train.publish.lower, state.params),  # type: ignore[attr-defined]
+            (state.params,),
+            moments,
+            Work(0, 0, 0, 4 * flops.weights(model) / devices + 2 * flops.weights(model) / tensor),
+            1,
+            (),
+            "mesh.tensor",
+        ),
+    ]
+
+
+def _published(model: ModelConfig, train: TrainPrograms, mesh: Mesh) -> Any:
+    """Shapes of the rollout weights."""
+    shardings = rollout_sharding(train.state.params, mesh)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.dtype(model.compute_dtype), sharding=s), train.state.params, shardings
+    )
+
+
+def _rollout(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms) -> list[Program]:
+    """Reading prompts, putting them into slots, and a decode step, at the longest prompts and the fullest cache."""
+    d, tensor, shards, slots = config.dapo, mesh.shape["tensor"], row_shards(mesh), config.rollout.decode_slots
+    weights, resident = _published(model, train, mesh), device_bytes(train.state)
+    responses = d.prompts_per_step / lengths.kept * d.responses_per_prompt
+    int8 = config.rollout.kv_cache == "int8"
+    cached = flops.cache_bytes(model, int8=int8) / (tensor if model.kv_heads % tensor == 0 else 1)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+
+    engine = make_engine(config, Policy(model, None, (0,)), mesh, train_sampling(config))
+    state = jax.eval_shape(engine.programs.start)
+    rows, width = shards, next(n for n in engine.prompt_lens if n >= config.data.max_prompt_len)
+    prompts = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+    prefilled = jax.eval_shape(engine.programs.prefill, weights, prompts)
+    seed, arrivals = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((len(Arrivals._fields), shards, engine.slots), jnp.int32)
+    read_flops = flops.forward_flops(model, rows * lengths.prompt, rows * flops.visible_pairs(lengths.prompt), 0)
+    computed = flops.forward_flops(model, rows * width, rows * flops.visible_pairs(width), 0)
+    layers, settings = 2 * flops.layer_weights(model) / tensor, "rollout.decode_slots, rollout.kv_cache, mesh.tensor"
+    found = [
+        Program(
+            "prefill",
+            functools.partial(engine.programs.prefill.lower, weights, prompts),  # type: ignore[attr-defined]
+            (weights, prompts),
+            resident + device_bytes(state),
+            Work(read_flops, computed, rows * lengths.prompt, layers),
+            responses / d.responses_per_prompt / rows,
+            settings=settings,
+        ),
+        Program(
+            "insert",
+            functools.partial(engine.programs.insert.lower, state, prefilled, seed, arrivals, number),  # type: ignore[attr-defined]
+            (state, prefilled, seed, arrivals, number),
+            resident + device_bytes(weights),
+            Work(0, 0, 0, 0),
+            responses / slots,
+            (engine.slots,),
+            settings=settings,
+        ),
+    ]
+    mean = lengths.prompt + lengths.response / 2  # tokens in the cache of a sequence under way
+    step = flops.forward_flops(model, slots, slots * mean, slots)
+    read = layers + 2 * flops.head_weights(model) / tensor + slots / shards * mean * cached
+    evaluated = [("eval decode step", make_engine(config, Policy(model, None, (0,)), mesh, eval_sampling(config)), 0.0)]
+    steps = max(responses * lengths.response / slots, config.rollout.max_response_len)
+    for name, sampler, calls in [("decode step", engine, steps), *(evaluated if config.eval.every else [])]:
+        # The program decodes a segment of steps; its loop is counted as one of them.
+        lower = functools.partial(sampler.programs.decode.lower, width=engine.slots, read=engine.cache_len)  # type: ignore[attr-defined]
+        arguments = (weights, state, number, number, number)
+        held = resident + device_bytes(prefilled)
+        work = Work(step, step, slots, read)
+        found.append(Program(name, functools.partial(lower, *arguments), arguments, held, work, calls, (1,), settings))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What it comes to
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def compile_all(config: Config, pod: Pod, lengths: Lengths, only: Sequence[str] = (), say: Callable[[str], None] = print) -> list[Result]:
+    """Compiles the programs of a config (those named, or all), one after the other."""
+    mesh = make_mesh(config.mesh, pod.devices)
+    results = []
+    for program in programs(config, load_model(config), mesh, lengths):
+        if program.name in only or (not only and program.name != PLAIN):
+            say(f"compiling {program.name} ...")
+            results.append(Result(program, compile_program(program.lower(), device_bytes(program.arguments), program.trips), pod))
+    return results
+
+
+def table(results: Sequence[Result]) -> str:
+    """Programs as lines: memory of a device, work of a call, and its time at best."""
+    memory = ["arguments", "temporaries", "elsewhere", "peak GiB", "of HBM", "fits"]
+    head = ["program", *memory, "TFLOP", "sent GB", "best s", "limit", "x step"]
+    lines = [head]
+    for r in results:
+        sizes = (r.compiled.argument_bytes, r.compiled.temp_bytes, r.program.resident_bytes, r.peak_bytes)
+        times = r.times
+        lines.append(
+            [
+                r.program.name,
+                *(f"{size / _GIB:.2f}" for size in sizes),
+                f"{r.peak_bytes / r.pod.chip.hbm_bytes:.0%}",
+                "yes" if r.fits else "NO",
+                f"{r.program.work.flops / 1e12:,.1f}",
+                f"{r.sent_bytes / 1e9:,.2f}",
+                f"{r.seconds:.3g}",
+                max(times, key=lambda key: times[key]),
+                f"{r.program.calls:,.0f}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in lines
+    )
+
+
+def estimate(results: Sequence[Result], config: Config, lengths: Lengths) -> dict[str, float]:
+    """Seconds of a step, tokens/s a chip, and chip-hours of the run, at best."""
+    pod = results[0].pod
+    seconds = {r.program.name: r.program.calls * r.seconds for r in results}
+    rollout = sum(seconds.get(name, 0.0) for name in ("prefill", "insert", "decode step"))
+    training = sum(seconds.get(name, 0.0) for name in ("old log-probs", "update", "publish"))
+    trained = config.dapo.prompts_per_step * config.dapo.responses_per_prompt * lengths.response
+    hours = config.train.steps * (rollout + training) / 3600
+    return {
+        "rollout_s": rollout,
+        "training_s": training,
+        "rollout_tokens_per_s_per_chip": trained / lengths.kept / rollout / pod.chips if rollout else 0.0,
+        "train_tokens_per_s_per_chip": trained / training / pod.chips if training else 0.0,
+        "hours": hours,
+        "chip_hours": hours * pod.chips,
+    }
+
+
+def complaints(results: Sequence[Result]) -> list[str]:
+    """What does not fit: by how much, what is largest, and what to change."""
+    lines = []
+    for r in results:
+        if not r.fits:
+            over = (r.peak_bytes - r.pod.chip.hbm_bytes) / _GIB
+            what = {
+                "arguments": r.compiled.argument_bytes,
+                "temporaries": r.compiled.temp_bytes,
+                "what lies there meanwhile": r.program.resident_bytes,
+            }
+            worst = max(what, key=lambda key: what[key])
+            largest = f"; largest buffers: {'; '.join(r.compiled.largest)}" if r.compiled.largest else ""
+            lines.append(
+                f"{r.program.name} does not fit by {over:.1f} GiB a device: {worst} take {what[worst] / _GIB:.1f} GiB{largest}; "
+                f"change {r.program.settings}"
+            )
+    return lines
+
+
+def to_json(results: Sequence[Result], estimates: Mapping[str, float]) -> dict[str, Any]:
+    """What `--json` writes."""
+    pod = results[0].pod
+    return {
+        "topology": pod.topology,
+        "chips": pod.chips,
+        "devices": len(pod.devices),
+        "hbm_bytes": pod.chip.hbm_bytes,
+        "fits": all(r.fits for r in results),
+        "estimate": dict(estimates),
+        "programs": [
+            {
+                "name": r.program.name,
+                "argument_bytes": r.compiled.argument_bytes,
+                "temp_bytes": r.compiled.temp_bytes,
+                "resident_bytes": r.program.resident_bytes,
+                "peak_bytes": r.peak_bytes,
+                "hbm_fraction": r.peak_bytes / pod.chip.hbm_bytes,
+                "flops": r.program.work.flops,
+                "computed_flops": r.program.work.computed,
+                "tokens": r.program.work.tokens,
+                "collective_bytes": r.sent_bytes,
+                "collectives": dict(r.compiled.collectives),
+                "seconds": r.seconds,
+                "limits": r.times,
+                "calls_per_step": r.program.calls,
+                "fits": r.fits,
+            }
+            for r in results
+        ],
+    }
+
+
+def largest_that_fits(unit: int, start: int, peak: Callable[[int], float], room: float) -> int:
+    """The largest multiple of `unit` with peak(n) ≤ room, 0 if none has. Few calls: memory grows in proportion, so two tell the third.
+
+    start: a multiple to begin with. peak: bytes at n.
+    """
+    known = {start: peak(start), 2 * start: peak(2 * start)}
+    slope = (known[2 * start] - known[start]) / start
+    if slope <= 0:  # the peak is elsewhere
+        return 2 * start if known[2 * start] <= room else 0
+    guess = int((room - known[start]) / slope + start) // unit * unit
+    for n in range(guess, 0, -unit):
+        if n not in known:
+            known[n] = peak(n)
+        if known[n] <= room:
+            return n
+    return 0
+
+
+def suggest(config: Config, pod: Pod, lengths: Lengths, say: Callable[[str], None]) -> list[str]:
+    """Decode slots and rows of a micro-batch, the largest that fit in 90% of HBM."""
+    shards, lines = row_shards(make_mesh(config.mesh, pod.devices)), []
+    for key, section, names in (("decode_slots", "rollout", ["prefill", "decode step"]), ("rows_per_microbatch", "train", ["update"])):
+
+        def peak(n: int, key=key, section=section, names=names) -> float:
+            changed = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: n})})
+            return max(r.peak_bytes for r in compile_all(changed, pod, lengths, names, lambda line: say(f"{key} {n}: {line}")))
+
+        best = largest_that_fits(shards, shards, peak, _COMFORT * pod.chip.hbm_bytes)
+        now = getattr(getattr(config, section), key)
+        lines.append(f"{section}.{key}: {now}; at most {best} fit in {_COMFORT:.0%} of HBM" if best else f"{section}.{key}: none fits")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The verb
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _at_host() -> None:
+    """libtpu compiles here for chips elsewhere: no metadata server, no lock on a TPU, and arrays of this process on the CPU."""
+    quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ.update({**here, **quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
+    jax.config.update("jax_platforms", "cpu")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compiles every program of a config for a TPU pod, with no TPU: memory, collectives, and a bound on time and cost."""
+    parser = argparse.ArgumentParser(prog="python -m dapo_jax.plan", description=main.__doc__)
+    parser.add_argument("--config", required=True, help="YAML config; neither its weights, its tokenizer nor its data are read")
+    parser.add_argument("--topology", help="chips, as v5p:4x4x8 (default: mesh.topology of the config)")
+    parser.add_argument("--json", metavar="OUT", help="also write the results to this file")
+    parser.add_argument(
+        "--suggest", action="store_true", help="search decode slots and micro-batch rows for the largest that fit in 90%% of HBM"
+    )
+    parser.add_argument("--response-len", type=float, help="mean response, tokens (default: a quarter of rollout.max_response_len)")
+    parser.add_argument("--prompt-len", type=float, help="mean prompt, tokens (default: an eighth of data.max_prompt_len)")
+    parser.add_argument("--kept-fraction", type=float, default=0.5, help="share of drawn groups that are informative (default 0.5)")
+    only = f"only this program; may be repeated. Not among all: `{PLAIN}`, with whole logits"
+    parser.add_argument("--only", action="append", default=[], metavar="PROGRAM", help=only)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.rows_per_microbatch=64")
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.set)
+    topology = args.topology or config.mesh.topology
+    if topology is None:
+        raise ConfigError(f"{args.config}: mesh.topology: says no chips to plan for; set it, or give --topology, e.g. v5p:4x4x8")
+    if not 0 < args.kept_fraction <= 1:
+        raise InputError("--kept-fraction: must be above 0 and at most 1")
+    lengths = Lengths(
+        args.prompt_len or config.data.max_prompt_len / 8, args.response_len or config.rollout.max_response_len / 4, args.kept_fraction
+    )
+    _at_host()
+    pod = load_pod(topology)
+    print(f"{args.config}: {pod.topology}, {pod.chips} chips, {pod.chip.hbm_bytes / 1e9:.0f} GB HBM a device")
+    results = compile_all(config, pod, lengths, args.only)
+    if not results:
+        raise InputError(f"--only: no program is called {' or '.join(args.only)}")
+    print(table(results))
+    estimates = estimate(results, config, lengths)
+    for r in results:
+        sent = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sorted(r.compiled.collectives.items()))
+        print(f"{r.program.name} sends a call and device: {sent or 'nothing'}")
+    print(
+        f"a step at best: rollout {estimates['rollout_s']:,.0f} s ({estimates['rollout_tokens_per_s_per_chip']:,.0f} tokens/s/chip), "
+        f"training {estimates['training_s']:,.0f} s ({estimates['train_tokens_per_s_per_chip']:,.0f} tokens/s/chip); "
+        f"{config.train.steps} steps: {estimates['hours']:,.0f} hours, {estimates['chip_hours']:,.0f} chip-hours. Assumed: prompts of "
+        f"{lengths.prompt:,.0f} tokens, responses of {lengths.response:,.0f}, {lengths.kept:.0%} of the groups kept"
+    )
+    for line in complaints(results):
+        print(line)
+    if args.suggest:
+        for line in suggest(config, pod, lengths, print):
+            print(line)
+    if args.json:
+        try:
+            Path(args.json).write_text(json.dumps(to_json(results, estimates), indent=2) + "\n")
+        except OSError as e:
+            raise InputError(f"{args.json}: cannot write ({e.strerror}); give a writable path") from None
+    return 0 if all(r.fits for r in results) else 1
+
+
+if __name__ == "__main__":
+    from dapo_jax.cli import run
+
+    run(main)

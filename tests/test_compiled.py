@@ -1,0 +1,107 @@
+"""What is read out of compiled programs: by hand from a text, and from programs that the CPU's compiler made."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dapo_jax.config import MeshSection
+from dapo_jax.runtime.compiled import compile_program, device_bytes, refused_bytes, sent_bytes
+from dapo_jax.runtime.mesh import make_mesh
+
+TEXT = """HloModule jit_f, num_partitions=8
+
+%scan_condition (p: (s32[], f32[4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(6)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%scan_body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %all-gather.1 = bf16[8,100]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%data_condition (p: (s32[], s32[])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%data_body (p: (s32[], s32[])) -> (s32[], s32[]) {
+  %while.2 = (s32[], f32[4]) while(%t), condition=%scan_condition, body=%scan_body, metadata={op_name="a"}
+  %all-reduce.1 = (f32[10]{0}, f32[]) all-reduce(%a, %b), channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+}
+
+%all-reduce-scatter.3 (p: f32[80]) -> f32[10] {
+  %all-reduce.5 = f32[80]{0} all-reduce(%p), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'a','b'}, to_apply=%add
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %while.1 = (s32[], s32[]) while(%t), condition=%data_condition, body=%data_body
+  %fusion.1 = f32[10]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3
+  %start = (f32[16]{0}, f32[16]{0}, u32[]) collective-permute-start(%a), channel_id=4, source_target_pairs={{0,1},{1,0}}
+  %done = f32[16]{0} collective-permute-done(%start)
+  %reduce-scatter.1 = f32[5]{0} reduce-scatter(%a), channel_id=5, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %again = f32[5]{0} reduce-scatter(%a), channel_id=5, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  ROOT %all-to-all.1 = f32[8]{0} all-to-all(%a), channel_id=6, replica_groups={}, dimensions={0}
+}
+"""
+
+
+def test_sent_bytes_by_hand():
+    found = sent_bytes(TEXT, trips=(3,))
+    assert found == {
+        "all-gather": 3 * 6 * 1600 * 3 / 4,  # a scan of 6 in a loop of 3
+        "all-reduce": 3 * 2 * 40 / 2,  # the scalar f32[] is not counted
+        "reduce-scatter": 320 * 7 / 8 + 20 * 3,  # a fused one, and one that is written twice
+        "collective-permute": 64,
+        "all-to-all": 32 * 7 / 8,
+    }
+    assert sent_bytes(TEXT)["all-gather"] == found["all-gather"] / 3
+
+
+def test_a_program_of_this_machine():
+    """An all-reduce of [16, 8] numbers a device, 5 times in a scan, in a loop of 2 that ends by data."""
+    mesh = make_mesh(MeshSection(8, 1, 1))
+
+    def local(x, n):
+        def step(x, _):
+            return jax.lax.psum(x * 2, "data") / 8, None
+
+        return jax.lax.fori_loop(0, n[0], lambda i, x: jax.lax.scan(step, x, None, length=5)[0] + i, x)
+
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=False))
+    x = jax.ShapeDtypeStruct((128, 8), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    inputs = x, jax.ShapeDtypeStruct((1,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    assert device_bytes(inputs) == 16 * 8 * 4 + 4
+    compiled = compile_program(run.lower(*inputs), device_bytes(inputs), trips=(2,))
+    assert compiled.fits and compiled.argument_bytes == device_bytes(inputs)
+    assert compiled.peak_bytes >= compiled.argument_bytes + compiled.temp_bytes
+    assert compiled.collectives == {"all-reduce": 2 * 5 * 2 * 512 * 7 / 8}
+
+
+def test_a_refusal_is_read():
+    """As libtpu 0.0.52 writes it."""
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (109.96G) "
+        "exceeds available HBM (15.75G). HLO module: jit_update_step."
+    )
+    assert refused_bytes(message) == int(109.96 * 2**30)
+    assert refused_bytes("INTERNAL: something else (1.5G)") is None
+
+
+def test_other_errors_of_the_compiler_are_not_swallowed():
+    class Lowered:
+        def compile(self, options):
+            raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        compile_program(Lowered(), 0)
+
+
+def test_what_does_not_fit_is_an_answer():
+    class Lowered:
+        def compile(self, options):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: CompileTimeHbmOom: HLO temporaries (2.5G) exceeds available HBM (1G)")
+
+    found = compile_program(Lowered(), np.int64(7))
+    assert not found.fits and found.temp_bytes == 2.5 * 2**30 and found.peak_bytes == found.temp_bytes + 7

@@ -1,0 +1,291 @@
+"""Dynamic sampling while decoding goes on, with an engine of which only the lengths are real."""
+
+import collections
+import dataclasses
+import random
+import time
+
+import numpy as np
+import pytest
+
+from dapo_jax.config import Config, DapoSection, RewardSection, RolloutSection
+from dapo_jax.data.memory import PassMemory
+from dapo_jax.data.problems import Cursor, advance
+from dapo_jax.data.prompts import load_tokenizer
+from dapo_jax.drawing import OpenGroup, draw_groups, keep_rate_after, open_state, prompts_wanted, restore_open
+from dapo_jax.policy import Policy
+from dapo_jax.types import InputError, Problem, Prompt, Response, Verdict
+
+TOKENIZER = load_tokenizer(None)
+POLICY = Policy(None, TOKENIZER, (TOKENIZER.eos_token_id,))
+PROMPTS = [Prompt(Problem(f"p{i}", f"{i}=", "1"), np.array([5, 6], np.int32)) for i in range(50)]
+G = 4
+
+
+def config(**algo) -> Config:
+    sizes = {"prompts_per_step": 8, "responses_per_prompt": G, "responses_per_update": G, "prompts_per_draw": 16}
+    rollout = RolloutSection(decode_slots=32, max_response_len=200)
+    reward = RewardSection(overlong_buffer_len=100)
+    return dataclasses.replace(Config(), dapo=DapoSection(**(sizes | algo)), rollout=rollout, reward=reward)
+
+
+class FakeStream:
+    """Slots that are refilled, a segment ending with the shortest response in them. `outcome(draw, sample)` → (length, correct)."""
+
+    def __init__(self, outcome, slots=32):
+        self._outcome, self._slots = outcome, slots
+        self._queue, self._left = collections.deque(), {}
+        self.segment, self.submitted = 0, []
+
+    pending = property(lambda self: len(self._queue))
+    live = property(lambda self: len(self._left))
+
+    def submit(self, requests):
+        """A response that was begun has the rest to go."""
+        self._queue += requests
+        self.submitted += [(self.segment, r.draw, r.sample) for r in requests]
+
+    def advance(self):
+        while self._queue and len(self._left) < self._slots:
+            request = self._queue.popleft()
+            begun = 0 if request.prefix is None else len(request.prefix[0])
+            self._left[request.draw, request.sample] = (self._outcome(request.draw, request.sample)[0] - begun, request)
+        steps = min(left for left, _ in self._left.values())
+        self._left = {key: (left - steps, request) for key, (left, request) in self._left.items()}
+        ended = sorted(key for key, (left, _) in self._left.items() if left == 0)
+        self.segment += 1
+        return [(self._left.pop(key)[1], self._response(*key)) for key in ended]
+
+    def _response(self, draw, sample):
+        length, correct = self._outcome(draw, sample)
+        text = b"1" if correct else b"0"
+        return Response(np.array([*text.ljust(length, b"x")], np.int32) + 2, np.zeros(length, np.float32), False)
+
+    def unfinished(self):
+        """The tokens so far, of the whole response."""
+        running = [(request, self._response(*key), left) for key, (left, request) in self._left.items()]
+        queued = [
+            (r, self._response(r.draw, r.sample), self._outcome(r.draw, r.sample)[0] - len((r.prefix or [()])[0])) for r in self._queue
+        ]
+        cut = [(r, Response(w.tokens[:-left], w.behavior_logprobs[:-left], False)) for r, w, left in running + queued]
+        return sorted(cut, key=lambda item: (item[0].draw, item[0].sample))
+
+    def close(self):
+        self.closed = True
+
+
+class FakePool:
+    """Judges by the first character; a verdict is there when it likes."""
+
+    def __init__(self, delays=None, error=None):
+        self._delays, self._error, self.judged = delays, error, 0
+
+    def submit(self, items):
+        self.judged += len(items)
+        verdicts = [Verdict(item.text[0] == "1", 1.0 if item.text[0] == "1" else -1.0, self._error) for item in items]
+
+        class Pending:
+            def result(pending):
+                if self._delays:
+                    time.sleep(self._delays.random() / 200)
+                return verdicts
+
+        return Pending()
+
+
+def drawn(outcome, missing=8, keep_rate=0.5, pool=None, first_draw=0, memory=None, left_open=(), **algo):
+    stream = FakeStream(outcome)
+    found = draw_groups(
+        stream,
+        PROMPTS,
+        missing=missing,
+        keep_rate=keep_rate,
+        first_draw=first_draw,
+        left_open=left_open,
+        cursor=Cursor(),
+        memory=memory or PassMemory(len(PROMPTS), None, 1),
+        config=config(**algo),
+        policy=POLICY,
+        pool=pool or FakePool(),
+        times={},
+        on_done=lambda ended, total: None,
+    )
+    return found, stream
+
+
+def mixed(draw, sample):
+    return 10 + sample, sample == 0
+
+
+def is_informative(group):
+    return 0 < group.correct.sum() < G
+
+
+def test_as_many_prompts_are_drawn_as_the_keep_rate_calls_for():
+    found, _ = drawn(mixed, missing=8, keep_rate=1.0)
+    assert [g.draw for g in found.groups] == list(range(8)) and all(map(is_informative, found.groups))
+    assert len(found.verdicts) == 8 * G and found.cursor == advance(Cursor(), len(PROMPTS), 8, seed=0)[1]
+    # Half of them thought to be dropped: twice as many are drawn at first, and no more.
+    assert len(drawn(mixed, missing=8, keep_rate=0.5)[0].groups) == 16
+    assert [g.draw for g in drawn(mixed, missing=2, keep_rate=1.0, first_draw=7)[0].groups] == [7, 8]
+
+
+def test_a_group_is_what_was_sampled_and_judged():
+    group = drawn(lambda draw, sample: (150 + 25 * sample, sample % 2 == 0), missing=1, keep_rate=1.0)[0].groups[0]
+    assert [len(r.tokens) for r in group.responses] == [150, 175, 200, 225]
+    assert group.correct.tolist() == [True, False, True, False] and [t[0] for t in group.texts] == ["1", "0", "1", "0"]
+    # L_max 200, L_cache 100
+    assert group.penalty.tolist() == [-0.5, -0.75, -1.0, -1.0]
+    assert group.reward.tolist() == [0.5, -1.75, 0.0, -2.0]
+    assert [len(logprobs) for logprobs in group.old_logprobs] == [150, 175, 200, 225]
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.5, 0.9])
+def test_enough_groups_are_drawn_whatever_the_keep_rate_and_few_too_many(kept):
+    surplus = []
+    for seed in range(20):
+
+        def outcome(draw, sample, seed=seed):
+            rng = random.Random(f"{seed} {draw}")
+            good = rng.random() < kept
+            return 1 + int(rng.expovariate(1 / 40)) + sample, good and sample == 0
+
+        assert sum(map(is_informative, drawn(outcome, keep_rate=0.5)[0].groups)) >= 8  # expected wrongly
+        informative = [g for g in drawn(outcome, keep_rate=kept)[0].groups if is_informative(g)]
+        assert len(informative) >= 8
+        surplus.append(len(informative) - 8)
+    assert np.mean(surplus) < 3  # and all of it is used by the next step
+
+
+def test_without_informative_groups_drawing_ends_at_the_cap():
+    found, _ = drawn(lambda draw, sample: (5, True), max_generation_batches=3)
+    assert len(found.groups) == 3 * 16 and not any(map(is_informative, found.groups))
+
+
+def test_without_dynamic_sampling_each_wanted_group_is_drawn_once():
+    found, _ = drawn(lambda draw, sample: (5, True), missing=6, dynamic_sampling=False)
+    assert len(found.groups) == 6
+
+
+def test_the_clock_decides_nothing():
+    """Verdicts that come at random times, and verdicts that are there at once."""
+
+    def outcome(draw, sample):
+        rng = random.Random(f"{draw} {sample}")
+        return rng.randint(1, 60), rng.random() < 0.15
+
+    whole, stream = drawn(outcome)
+    for seed in range(3):
+        again, other = drawn(outcome, pool=FakePool(delays=random.Random(seed)))
+        assert other.submitted == stream.submitted and other.segment == stream.segment
+        assert [g.draw for g in again.groups] == [g.draw for g in whole.groups] and again.verdicts == whole.verdicts
+    assert len({segment for segment, _, _ in stream.submitted}) > 1  # prompts were drawn while decoding went on
+
+
+def test_kept_lengths_are_distributed_like_all_lengths_and_first_finished_wins_would_not_be():
+    """Whether a group is informative has nothing to do with its length. The mean of 300 x 8 groups of mean length 40 has a standard
+    error of about 0.8."""
+    kept, first_finished, everything = [], [], []
+    for seed in range(300):
+
+        def length(draw, seed=seed):
+            return 1 + int(random.Random(f"length {seed} {draw}").expovariate(1 / 40))
+
+        def outcome(draw, sample, seed=seed):
+            return length(draw), random.Random(f"kind {seed} {draw}").random() < 0.4 and sample == 0  # noqa: B023 - used in this turn
+
+        found, _ = drawn(outcome, keep_rate=0.4)
+        informative = [g for g in found.groups if is_informative(g)]
+        kept += [len(g.responses[0].tokens) for g in informative[:8]]
+        first_finished += sorted(len(g.responses[0].tokens) for g in informative)[:8]  # all start at about the same time
+        everything += [length(draw) for draw in range(40)]
+    expected = np.mean(everything)
+    assert abs(np.mean(kept) - expected) < 4 * np.std(kept) / np.sqrt(len(kept))
+    assert np.mean(first_finished) < expected - 8 * np.std(kept) / np.sqrt(len(kept))
+
+
+def test_answers_without_a_verdict_stop_the_run_before_the_cap():
+    pool = FakePool(error="ValueError: x")
+    with pytest.raises(InputError, match="got no verdict"):
+        drawn(lambda draw, sample: (5, False), pool=pool, max_generation_batches=10)
+    assert pool.judged < 10 * 16 * G
+
+
+def test_the_memory_is_told_what_became_of_each_problem():
+    memory = PassMemory(len(PROMPTS), 1, 1)
+    found, _ = drawn(lambda draw, sample: (5, draw % 2 == 0 or sample == 0), missing=6, keep_rate=0.5, memory=memory)
+    right = {g.prompt.problem.id for g in found.groups if g.correct.all()}
+    assert memory.resting(0) == len(right) == len(found.groups) // 2
+
+
+def long_tailed(draw, sample):
+    rng = random.Random(f"{draw} {sample}")
+    return 1 + int(rng.expovariate(1 / 40)), rng.random() < 0.3
+
+
+def steps(count, save=lambda groups: groups, **algo):
+    """So many steps of 8 groups, each going on with what the one before left."""
+    found, left_open, draws = [], [], 0
+    for _ in range(count):
+        step, _ = drawn(long_tailed, first_draw=draws, left_open=save(left_open), **algo)
+        left_open, draws = step.open, draws + step.draws
+        found.append(step)
+    return found
+
+
+def test_partial_rollouts_leave_later_groups_to_the_next_step_and_lose_nothing():
+    partial = steps(6, partial_rollouts=True)
+    groups = [g for step in partial for g in step.groups]
+    assert [g.draw for g in groups] == list(range(len(groups)))  # each draw once, in order
+    assert all(sum(map(is_informative, step.groups)) >= 8 for step in partial)
+    assert any(step.open for step in partial) and any(g.begun for step in partial for g in step.open)
+    for group in groups:  # whole responses, whichever steps they were sampled in
+        assert [(len(r.tokens), bool(c)) for r, c in zip(group.responses, group.correct, strict=True)] == [
+            long_tailed(group.draw, sample) for sample in range(G)
+        ]
+    whole = [g for step in steps(6) for g in step.groups]
+    for a, b in zip(groups, whole, strict=False):
+        assert a.draw == b.draw and a.texts == b.texts and a.reward.tolist() == b.reward.tolist()
+
+
+def test_open_groups_survive_a_checkpoint():
+    def through_a_file(groups):
+        arrays = {name: array.copy() for name, array in open_state(groups).items()}
+        assert all(array.size and array.dtype != object for array in arrays.values())
+        return restore_open(arrays, PROMPTS, POLICY)
+
+    plain, restored = (steps(6, save, partial_rollouts=True) for save in (lambda groups: groups, through_a_file))
+    for a, b in zip(plain, restored, strict=True):
+        assert [g.draw for g in a.groups] == [g.draw for g in b.groups] and a.verdicts == b.verdicts and a.cursor == b.cursor
+        assert [g.texts for g in a.groups] == [g.texts for g in b.groups]
+    assert any(step.open for step in plain)
+
+
+def opened(*outcomes):
+    groups = []
+    for draw, outcome in enumerate(outcomes):
+        group = OpenGroup(draw, PROMPTS[0], G)
+        group.verdicts = [None if c == "?" else Verdict(c == "1", 0.0) for c in outcome]
+        groups.append(group)
+    return groups
+
+
+@pytest.mark.parametrize(
+    "missing, groups, rate, expected",
+    [
+        (8, [], 0.5, 16),
+        (8, [], 1.0, 8),
+        (2, ["10??", "0001"], 0.5, 0),  # informative already, though not finished
+        (2, ["10??", "????"], 0.5, 1),  # p = (8 x 0.5 + 1) / 9 = 5/9: short of (1 - 5/9) / (5/9) = 0.8
+        (3, ["10??", "1111", "0000", "11??"], 0.5, 4),  # p = 5/11: (2 - 5/11) / (5/11) = 3.4
+    ],
+)
+def test_prompts_wanted_by_hand(missing, groups, rate, expected):
+    assert prompts_wanted(missing, opened(*groups), rate) == expected
+
+
+def test_the_expected_keep_rate_follows_what_was_drawn():
+    found, _ = drawn(lambda draw, sample: (5, draw % 4 == 0 and sample == 0), missing=2, keep_rate=0.5)
+    share = np.mean([is_informative(g) for g in found.groups])
+    assert keep_rate_after(0.5, found.groups) == pytest.approx(0.25 + share / 2)
+    assert keep_rate_after(0.5, []) == 0.5

@@ -1,0 +1,204 @@
+"""Planning: its arithmetic, messages and exit statuses, and the smallest pod config through the real compiler."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import tiny
+
+import dapo_jax
+from dapo_jax import plan
+from dapo_jax.config import DapoSection, MeshSection, load_config
+from dapo_jax.dapo.loss import loss_fn
+from dapo_jax.dapo.packing import build_batch
+from dapo_jax.plan import Lengths, Pod, Program, Result, Work, complaints, estimate, largest_that_fits, load_pod, table, to_json
+from dapo_jax.runtime.chips import CHIPS, Chip
+from dapo_jax.runtime.compiled import Compiled
+from dapo_jax.runtime.mesh import make_mesh
+from dapo_jax.types import InputError
+
+CONFIGS = Path(dapo_jax.__file__).parent.parent / "configs"
+SMALLEST = CONFIGS / "qwen2.5-1.5b_dapo17k_v5e-8.yaml"
+POD = Pod("v5e:2x4", [None] * 8, 8, Chip(flops=100.0, hbm_bytes=1000.0, hbm_bandwidth=10.0, ici_bandwidth=5.0))
+
+
+def result(name="update", *, peak=600, resident=100, fits=True, sent=20.0, calls=4.0, work=None):
+    work = work or Work(800.0, 1600.0, 50.0, 10.0)
+    program = Program(name, lambda: None, (), resident, work, calls, settings="train.rows_per_microbatch")
+    return Result(program, Compiled(peak - 100, 100, peak, fits, {"all-gather": sent}, ("9.00MiB f32[2]",)), POD)
+
+
+def test_a_result_by_hand():
+    r = result()
+    assert r.peak_bytes == 700 and r.fits
+    assert r.times == {"FLOPs": 1600 / 8 / 100, "HBM": 1.0, "ICI": 4.0} and r.seconds == 4.0
+    assert not result(resident=500).fits  # 600 + 500 of 1000
+    assert not result(fits=False).fits
+
+
+def test_what_a_run_comes_to_by_hand():
+    config = load_config(SMALLEST, ["dapo.prompts_per_step=16", "dapo.responses_per_update=128", "train.steps=9"])
+    results = [result("prefill", calls=1), result("decode step", calls=10), result("old log-probs"), result(), result("publish", calls=1)]
+    found = estimate(results, config, Lengths(10, 100, 0.5))
+    assert found["rollout_s"] == 44 and found["training_s"] == 16 + 16 + 4
+    assert found["rollout_tokens_per_s_per_chip"] == 16 * 8 * 100 / 0.5 / 44 / 8
+    assert found["train_tokens_per_s_per_chip"] == 16 * 8 * 100 / 36 / 8
+    assert found["hours"] == 9 * 80 / 3600 and found["chip_hours"] == 8 * found["hours"]
+
+
+def test_the_table_has_a_line_a_program():
+    lines = table([result(), result("publish", resident=500)]).splitlines()
+    assert len(lines) == 3 and lines[0].split()[0] == "program"
+    assert lines[1].split()[5:7] == ["70%", "yes"] and lines[2].split()[5:7] == ["110%", "NO"]
+
+
+def test_complaints_name_program_cause_and_settings():
+    assert complaints([result()]) == []
+    (line,) = complaints([result(resident=500, peak=700)])
+    assert line.startswith("update does not fit by") and "arguments take" in line and "f32[2]" in line
+    assert line.endswith("change train.rows_per_microbatch")
+
+
+def test_json_has_the_documented_keys():
+    found = to_json([result(), result("publish", resident=500)], {"hours": 1.0})
+    assert {"topology", "chips", "hbm_bytes", "fits", "programs"} <= found.keys() and found["fits"] is False
+    keys = {"name", "argument_bytes", "temp_bytes", "peak_bytes", "hbm_fraction", "flops", "collective_bytes", "fits"}
+    assert all(keys <= p.keys() for p in found["programs"])
+    assert found["programs"][0]["hbm_fraction"] == 0.7 and found["programs"][0]["collective_bytes"] == 20
+
+
+@pytest.mark.parametrize(
+    "base, slope, room, expected",
+    [(100, 10, 500, 40), (100, 10, 505, 40), (100, 10, 100, 0), (100, 0, 500, 8), (600, 0, 500, 0), (100, 10, 189, 8)],
+)
+def test_the_largest_that_fits(base, slope, room, expected):
+    """Of multiples of 4: 100 + 10 n ≤ room."""
+    asked = []
+
+    def peak(n):
+        asked.append(n)
+        return base + slope * n
+
+    assert largest_that_fits(4, 4, peak, room) == expected
+    assert len(asked) == len(set(asked)) <= 3 and all(n % 4 == 0 for n in asked)
+
+
+def test_the_largest_that_fits_where_memory_does_not_grow_evenly():
+    assert largest_that_fits(4, 4, lambda n: 100 + 10 * n + (50 if n > 20 else 0), 500) == 32
+
+
+def test_the_plain_loss_is_the_same_loss():
+    """What is compared in memory has to be equal in numbers."""
+    model, mesh = tiny.model(), make_mesh(MeshSection(2, 2, 2))
+    batch, _ = build_batch(tiny.make_items(model, 12), row_len=14, rows_per_microbatch=8, microbatches=1)
+    rows = jax.tree.map(lambda a: a[0], batch)
+    losses = [functools.partial(f, model=model, algo=DapoSection(), mesh=mesh) for f in (plan.plain_loss, loss_fn)]
+    plain, fused = (jax.jit(loss)(tiny.params(model), rows) for loss in losses)
+    assert tiny.gap(plain, fused) < 1e-6
+
+
+def fake(monkeypatch, *results):
+    monkeypatch.setattr(plan, "_at_host", lambda: None)
+    monkeypatch.setattr(plan, "load_pod", lambda topology: POD)
+    monkeypatch.setattr(plan, "compile_all", lambda *args: list(results))
+
+
+@pytest.mark.parametrize("resident, status", [(100, 0), (500, 1)])
+def test_exit_status_says_whether_all_fits(monkeypatch, capsys, tmp_path, resident, status):
+    fake(monkeypatch, result(), result("publish", resident=resident))
+    assert plan.main(["--config", str(SMALLEST), "--json", str(tmp_path / "out.json")]) == status
+    assert ("publish does not fit" in capsys.readouterr().out) == bool(status)
+    assert json.loads((tmp_path / "out.json").read_text())["fits"] == (not status)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--topology", "v5p"], "topology 'v5p': expected NAME:AxB"),
+        (["--topology", "v9:2x2"], "NAME one of v4, v5e, v5p, v6e, tpu7x"),
+        (["--kept-fraction", "0"], "--kept-fraction: must be above 0"),
+        (["--set", "mesh.topology=null"], "mesh.topology: says no chips to plan for"),
+    ],
+)
+def test_bad_input_is_one_line(monkeypatch, arguments, message):
+    monkeypatch.setattr(plan, "_at_host", lambda: None)
+    with pytest.raises(InputError, match=message) as e:
+        plan.main(["--config", str(SMALLEST), *arguments])
+    assert "\n" not in str(e.value)
+
+
+def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install libtpu"):
+        load_pod("v5e:2x4")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_v[0-9]*.yaml")), ids=lambda path: path.stem)
+def test_every_pod_config_says_its_topology_and_divides(path):
+    config = load_config(path)
+    assert config.preset == "paper" and config.mesh.topology is not None
+    name, shape = config.mesh.topology.split(":")
+    chips = 1
+    for n in shape.split("x"):
+        chips *= int(n)
+    accelerator, count = path.stem.rsplit("_", 1)[1].rsplit("-", 1)
+    assert name == accelerator and name in CHIPS
+    assert int(count) == chips * (2 if name in ("v4", "v5p") else 1)  # accelerator types of these count cores
+    assert config.mesh.data * config.mesh.fsdp * config.mesh.tensor == chips
+
+
+COMPILER = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu")
+
+
+def run(*command, cwd):
+    """In a process of its own: libtpu stays out of this one."""
+    environment = {**os.environ, "PYTHONPATH": str(CONFIGS.parent)}
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@COMPILER
+def test_pods_of_every_generation(tmp_path):
+    """A chip is one device, but for TPU7x: two, each with half of its memory. A mesh axis may take part of a side of the torus."""
+    code = """
+import json
+from dapo_jax import plan
+from dapo_jax.config import MeshSection
+from dapo_jax.runtime.mesh import make_mesh
+plan._at_host()
+pods = [plan.load_pod(name) for name in ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:16x16", "tpu7x:2x2x1")]
+mesh = make_mesh(MeshSection(1, 32, 8), pods[3].devices)
+print(json.dumps([[[p.chips, len(p.devices), p.chip.hbm_bytes] for p in pods], len({d.id for d in mesh.devices.flat})]))
+try:
+    plan.load_pod("v5e:3x77")
+except plan.InputError as e:
+    print(e)
+"""
+    done = run("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found, refusal = done.stdout.splitlines()[-2:]
+    sizes = [[8, 8, 32e9], [8, 8, 16e9], [8, 8, 95e9], [256, 256, 32e9], [4, 8, 96e9]]
+    assert json.loads(found) == [sizes, 256]
+    assert refusal.startswith("topology 'v5e:3x77': libtpu knows none")
+
+
+@COMPILER
+def test_the_smallest_pod_config_fits(tmp_path):
+    """Through the real compiler, as a user would. About a minute of one core."""
+    out = tmp_path / "plan.json"
+    only = [f"--only={name}" for name in ("decode step", "update", "publish")]
+    done = run("-m", "dapo_jax.plan", "--config", str(SMALLEST), "--json", str(out), *only, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert found["fits"] and found["chips"] == 8 and [p["name"] for p in found["programs"]] == ["decode step", "update", "publish"]
+    by_name = {p["name"]: p for p in found["programs"]}
+    assert all(0.05 < p["hbm_fraction"] < 0.9 and p["collective_bytes"] > 0 for p in found["programs"])
+    # Float32 weights and both moments of 1.54 B parameters over 8 chips, and little else.
+    assert 12 * 1.54e9 / 8 < by_name["update"]["argument_bytes"] < 1.1 * 12 * 1.54e9 / 8
+    # bfloat16 weights over tensor 2, from 8 shards: each chip sends 3/4 of what it gets, at least.
+    assert by_name["publish"]["collective_bytes"] > 0.7 * 2 * 1.54e9 / 2
