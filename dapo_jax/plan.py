@@ -399,34 +399,41 @@ def to_json(results: Sequence[Result], estimates: Mapping[str, float]) -> dict[s
     }
 
 
-def largest_that_fits(unit: int, start: int, peak: Callable[[int], float], room: float) -> int:
-    """The largest multiple of `unit` with peak(n) ≤ room, 0 if none has. Few calls: memory grows in proportion, so two tell the third.
+def largest_that_fits(unit: int, most: int, peak: Callable[[int], float], room: float) -> int:
+    """The largest multiple of `unit` up to `most` with peak(n) ≤ room, 0 if none has. At most 8 calls: what they leave open is given away.
 
-    start: a multiple to begin with. peak: bytes at n.
+    peak: bytes at n, which grow about evenly: the line through the two largest n that fit tells the next. What the compiler says of a
+    program that it refuses is less exact, and only where the search begins.
     """
-    known = {start: peak(start), 2 * start: peak(2 * start)}
-    slope = (known[2 * start] - known[start]) / start
-    if slope <= 0:  # the peak is elsewhere
-        return 2 * start if known[2 * start] <= room else 0
-    guess = int((room - known[start]) / slope + start) // unit * unit
-    for n in range(guess, 0, -unit):
-        if n not in known:
-            known[n] = peak(n)
-        if known[n] <= room:
-            return n
-    return 0
+    known = {n: peak(n) for n in sorted({unit, most // unit * unit})}
+    while len(known) < 8:
+        low = max((n for n in known if known[n] <= room), default=0)
+        high = min((n for n in known if known[n] > room), default=0)
+        if not low or high - low <= unit:
+            break
+        before = max((n for n in known if n < low and known[n] < known[low]), default=0)
+        lines = [(low, high), *([(before, low)] if before else [])]
+        guesses = [low + (room - known[low]) / (known[b] - known[a]) * (b - a) for a, b in lines]
+        guess = guesses[-1] if guesses[-1] < high else guesses[0]
+        n = min(max(int(guess) // unit * unit, low + unit), high - unit)
+        known[n] = peak(n)
+    return max((n for n in known if known[n] <= room), default=0)
 
 
 def suggest(config: Config, pod: Pod, lengths: Lengths, say: Callable[[str], None]) -> list[str]:
     """Decode slots and rows of a micro-batch, the largest that fit in 90% of HBM."""
-    shards, lines = row_shards(make_mesh(config.mesh, pod.devices)), []
-    for key, section, names in (("decode_slots", "rollout", ["prefill", "decode step"]), ("rows_per_microbatch", "train", ["update"])):
+    shards, lines, d = row_shards(make_mesh(config.mesh, pod.devices)), [], config.dapo
+    searches = (
+        ("decode_slots", "rollout", ["prefill", "decode step"], d.prompts_per_draw * d.responses_per_prompt),
+        ("rows_per_microbatch", "train", ["update"], d.responses_per_update),
+    )
+    for key, section, names, most in searches:
 
         def peak(n: int, key=key, section=section, names=names) -> float:
             changed = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: n})})
             return max(r.peak_bytes for r in compile_all(changed, pod, lengths, names, lambda line: say(f"{key} {n}: {line}")))
 
-        best = largest_that_fits(shards, shards, peak, _COMFORT * pod.chip.hbm_bytes)
+        best = largest_that_fits(shards, max(shards, most), peak, _COMFORT * pod.chip.hbm_bytes)
         now = getattr(getattr(config, section), key)
         lines.append(f"{section}.{key}: {now}; at most {best} fit in {_COMFORT:.0%} of HBM" if best else f"{section}.{key}: none fits")
     return lines
@@ -481,12 +488,13 @@ def main(argv: list[str] | None = None) -> int:
     for r in results:
         sent = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sorted(r.compiled.collectives.items()))
         print(f"{r.program.name} sends a call and device: {sent or 'nothing'}")
-    print(
-        f"a step at best: rollout {estimates['rollout_s']:,.0f} s ({estimates['rollout_tokens_per_s_per_chip']:,.0f} tokens/s/chip), "
-        f"training {estimates['training_s']:,.0f} s ({estimates['train_tokens_per_s_per_chip']:,.0f} tokens/s/chip); "
-        f"{config.train.steps} steps: {estimates['hours']:,.0f} hours, {estimates['chip_hours']:,.0f} chip-hours. Assumed: prompts of "
-        f"{lengths.prompt:,.0f} tokens, responses of {lengths.response:,.0f}, {lengths.kept:.0%} of the groups kept"
-    )
+    if not args.only:  # else there is no whole step
+        print(
+            f"a step at best: rollout {estimates['rollout_s']:,.0f} s ({estimates['rollout_tokens_per_s_per_chip']:,.0f} tokens/s/chip), "
+            f"training {estimates['training_s']:,.0f} s ({estimates['train_tokens_per_s_per_chip']:,.0f} tokens/s/chip); "
+            f"{config.train.steps} steps: {estimates['hours']:,.0f} hours, {estimates['chip_hours']:,.0f} chip-hours. Assumed: prompts of "
+            f"{lengths.prompt:,.0f} tokens, responses of {lengths.response:,.0f}, {lengths.kept:.0%} of the groups kept"
+        )
     for line in complaints(results):
         print(line)
     if args.suggest:

@@ -75,22 +75,24 @@ def test_json_has_the_documented_keys():
 
 @pytest.mark.parametrize(
     "base, slope, room, expected",
-    [(100, 10, 500, 40), (100, 10, 505, 40), (100, 10, 100, 0), (100, 0, 500, 8), (600, 0, 500, 0), (100, 10, 189, 8)],
+    [(100, 10, 500, 40), (100, 10, 505, 40), (100, 10, 100, 0), (100, 0, 500, 100), (600, 0, 500, 0), (100, 10, 189, 8)],
 )
 def test_the_largest_that_fits(base, slope, room, expected):
-    """Of multiples of 4: 100 + 10 n ≤ room."""
+    """Of multiples of 4 up to 102: 100 + 10 n ≤ room."""
     asked = []
 
     def peak(n):
         asked.append(n)
         return base + slope * n
 
-    assert largest_that_fits(4, 4, peak, room) == expected
-    assert len(asked) == len(set(asked)) <= 3 and all(n % 4 == 0 for n in asked)
+    assert largest_that_fits(4, 102, peak, room) == expected
+    assert len(asked) == len(set(asked)) <= 8 and all(n % 4 == 0 for n in asked)
 
 
 def test_the_largest_that_fits_where_memory_does_not_grow_evenly():
-    assert largest_that_fits(4, 4, lambda n: 100 + 10 * n + (50 if n > 20 else 0), 500) == 32
+    """Flat at first: what is largest is something else."""
+    assert largest_that_fits(4, 128, lambda n: max(300, 100 + 10 * n), 500) == 40
+    assert largest_that_fits(4, 128, lambda n: 100 + 10 * n + (50 if n > 20 else 0), 500) == 32
 
 
 def test_the_plain_loss_is_the_same_loss():

@@ -1,6 +1,5 @@
 """The device mesh, and which axis of which array lies on which of its axes."""
 
-import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dapo_jax.config import MeshSection
-from dapo_jax.types import InputError
+from dapo_jax.types import Array, InputError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what rows of a batch and decode slots are split over
@@ -101,9 +100,22 @@ def rollout_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
 
 
 def publisher(params: Mapping[str, Any], mesh: Mesh, dtype: str) -> Callable[[Any], Any]:
-    """A jitted function from master weights to rollout weights: cast, and gathered from the fsdp shards once a step."""
-    cast = functools.partial(jax.tree.map, lambda p: p.astype(dtype))
-    return jax.jit(cast, out_shardings=rollout_sharding(params, mesh))
+    """A jitted function from master weights to rollout weights: cast, and gathered from the fsdp shards once a step.
+
+    A layer at a time: the compiler gathers into other memory than the result's, which for all layers would take as much again.
+    """
+    shardings = rollout_sharding(params, mesh)
+
+    def place(leaf: Array, sharding: NamedSharding) -> Array:
+        spec = sharding.spec[len(sharding.spec) - leaf.ndim :]  # without the axis of the layers
+        return jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(mesh, P(*spec)))
+
+    def publish(params: Any) -> Any:
+        layers = jax.lax.map(lambda layer: jax.tree.map(place, layer, shardings["layers"]), params["layers"])
+        ends = {name: jax.tree.map(place, part, shardings[name]) for name, part in params.items() if name != "layers"}
+        return {**ends, "layers": layers}
+
+    return jax.jit(publish, out_shardings=shardings)
 
 
 def published_as_it_is(params: Mapping[str, Any], mesh: Mesh, dtype: str) -> bool:
