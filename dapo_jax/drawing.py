@@ -13,6 +13,7 @@ earlier, so that two runs, and all hosts, draw the same prompts whatever the clo
 """
 
 import collections
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dapo_jax.config import Config
+from dapo_jax.dapo.groups import informative_groups
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor
 from dapo_jax.data.prompts import decode
@@ -77,7 +79,7 @@ def keep_rate_after(rate: float, groups: Sequence[Group]) -> float:
     """Expected share of informative groups, half from this step and half from those before."""
     if not groups:
         return rate
-    return 0.5 * rate + 0.5 * sum(0 < g.correct.sum() < len(g.correct) for g in groups) / len(groups)
+    return 0.5 * rate + 0.5 * float(informative_groups(np.stack([g.correct for g in groups])).mean())
 
 
 def prompts_wanted(missing: int, groups: Sequence[OpenGroup], rate: float) -> int:
@@ -93,10 +95,14 @@ def prompts_wanted(missing: int, groups: Sequence[OpenGroup], rate: float) -> in
     return math.ceil(short / p - 1e-9) if short > 0 else 0
 
 
+def settled(groups: Sequence[OpenGroup]) -> list[OpenGroup]:
+    """The groups before the first that is not judged yet."""
+    return list(itertools.takewhile(OpenGroup.is_judged, groups))
+
+
 def enough(groups: Sequence[OpenGroup], missing: int) -> bool:
-    """Whether the groups before the first that is not judged yet hold `missing` informative ones."""
-    first = next((n for n, group in enumerate(groups) if not group.is_judged()), len(groups))
-    return sum(group.is_informative() for group in groups[:first]) >= missing
+    """Whether the settled groups hold `missing` informative ones."""
+    return sum(group.is_informative() for group in settled(groups)) >= missing
 
 
 def draw_groups(
@@ -179,10 +185,10 @@ def draw_groups(
             by_draw[request.draw].begun[request.sample] = (response.tokens, response.behavior_logprobs)
     stream.close()
     check_errors(judged, config.reward)
-    first = next((n for n, group in enumerate(groups) if not group.is_judged()), len(groups))
-    for group in groups[:first]:
+    done = settled(groups)
+    for group in done:
         memory.record(group.problem, all(v.correct for v in group.verdicts if v is not None), group.epoch)
-    return Drawn([_reward(group, config) for group in groups[:first]], judged, cursor, draws, groups[first:])
+    return Drawn([_reward(group, config) for group in done], judged, cursor, draws, groups[len(done) :])
 
 
 def open_state(groups: Sequence[OpenGroup]) -> dict[str, np.ndarray]:

@@ -539,23 +539,25 @@ def test_a_slice_that_comes_back_goes_on_but_not_after_the_end(pod):
     assert len(pod.runs()) == 2 and "the run is over" in pod.log()
 
 
-def test_one_worker_does_not_try_again_when_another_gave_up(pod):
+def worker_in_its_pause(pod, seconds):
+    """A worker whose first run failed, waiting to start the second."""
     pod.statuses(1, 0)
-    pod.settings(RESTART_PAUSE="12")
+    pod.settings(RESTART_PAUSE=seconds)
     pod("sync")
     going = subprocess.Popen(["bash", str(pod.bucket / "pods/pod/worker.sh")], env=pod.env, cwd=pod.tmp)
     pod.wait_for(lambda: "exit status 1" in pod.log())
+    return going
+
+
+def test_one_worker_does_not_try_again_when_another_gave_up(pod):
+    going = worker_in_its_pause(pod, "12")
     (pod.bucket / "pods/pod/finished").write_text("2 bad input (slice0-worker7)\n")
     assert going.wait(timeout=20) == 0
     assert len(pod.runs()) == 1 and pod.finished() == "2 bad input (slice0-worker7)\n"
 
 
 def test_stop_during_the_pause(pod):
-    pod.statuses(1, 0)
-    pod.settings(RESTART_PAUSE="999")
-    pod("sync")
-    going = subprocess.Popen(["bash", str(pod.bucket / "pods/pod/worker.sh")], env=pod.env, cwd=pod.tmp)
-    pod.wait_for(lambda: "exit status 1" in pod.log())
+    going = worker_in_its_pause(pod, "999")
     pod.worker("stop")
     assert going.wait(timeout=20) == 0 and pod.finished() == "1 stopped (slice0-worker0)\n" and len(pod.runs()) == 1
 

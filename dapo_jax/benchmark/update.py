@@ -7,16 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from dapo_jax.benchmark.measure import Sizes, device, memory, random_model, report, speed, temp_bytes, timed
-from dapo_jax.config import DapoSection, OptimSection
-from dapo_jax.dapo.loss import loss_fn
+from dapo_jax.config import Config
 from dapo_jax.dapo.packing import TrainItem, build_batch
-from dapo_jax.dapo.update import init_state, make_optimizer, update_step
-from dapo_jax.runtime.chips import loss_chunk
-from dapo_jax.runtime.mesh import put_rows, row_shards, state_sharding
+from dapo_jax.programs import train_programs
+from dapo_jax.runtime.mesh import put_rows, row_shards
 from dapo_jax.types import InputError, TrainBatch
 
 
@@ -57,15 +53,8 @@ def benchmark_update(sizes: Sizes) -> dict[str, Any]:
     rows = max(1, sizes.rows * sizes.row_len // longest // shards) * shards
     batches = {"packed": packed, "padded": padded_rows(items, longest, rows)}
 
-    optimizer = make_optimizer(OptimSection())
-    shardings = state_sharding(jax.eval_shape(lambda p: init_state(p, optimizer), params), mesh)
-    state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)(params)
-    loss = functools.partial(loss_fn, model=model, algo=DapoSection(), chunk_size=loss_chunk(mesh), mesh=mesh)
-    step = jax.jit(
-        functools.partial(update_step, loss_fn=loss, optimizer=optimizer),
-        donate_argnums=0,
-        out_shardings=(shardings, NamedSharding(mesh, P())),
-    )
+    programs = train_programs(Config(), model, mesh)
+    state = programs.init_optimizer(params)
 
     def update(program: Any, inputs: Any) -> Any:
         nonlocal state
@@ -76,7 +65,7 @@ def benchmark_update(sizes: Sizes) -> dict[str, Any]:
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in batches}
     for name, batch in batches.items():
         inputs = put_rows(batch, mesh, axis=1), np.float32(1e-6)
-        runs[name] = step.lower(state, *inputs).compile(), inputs
+        runs[name] = programs.update.lower(state, *inputs).compile(), inputs  # type: ignore[attr-defined]
     for name, run in runs.items():
         before = memory(peak=False)
         jax.block_until_ready(update(*run))
