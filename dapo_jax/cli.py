@@ -3,30 +3,47 @@
 import importlib
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
-from dapo_jax.types import InputError, NoCheckpointError
+from dapo_jax.runtime import multihost
+from dapo_jax.types import InputError, NoCheckpointError, RunError, Stopped
 
 VERBS = ("train", "evaluate", "supervised", "plan", "benchmark", "export", "config")
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:
-    """Runs a verb and exits: 0 done, 2 bad input in one line, 3 no usable checkpoint, 130 on Ctrl-C."""
+    """Runs a verb and exits: 0 done, 1 the run cannot go on, 2 bad input in one line, 3 no usable checkpoint, 128 + n on signal n."""
     try:
         status = main(argv)
     except InputError as e:
-        print(f"dapo_jax: {e}", file=sys.stderr)
-        status = 2
+        status = _say(e, 2)
     except NoCheckpointError as e:
-        print(f"dapo_jax: {e}", file=sys.stderr)
-        status = 3
+        status = _say(e, 3)
+    except RunError as e:
+        status = _say(e, 1)
+    except Stopped as e:
+        _say(e, 0)
+        sys.exit(128 + e.number)  # all processes leave together
     except KeyboardInterrupt:
-        print("dapo_jax: interrupted", file=sys.stderr)
-        status = 128 + signal.SIGINT
+        status = _say("interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:  # `| head` closed our output
         sys.stderr.close()
         status = 0
+    except Exception:
+        if not multihost.is_distributed():
+            raise
+        traceback.print_exc()
+        status = _say("ended by the error above", 1)
+    if status and multihost.is_distributed():
+        multihost.leave(status)
     sys.exit(status)
+
+
+def _say(what: object, status: int) -> int:
+    where = f" {multihost.who()}:" if multihost.is_distributed() else ""
+    print(f"dapo_jax:{where} {what}", file=sys.stderr, flush=True)
+    return status
 
 
 def main() -> None:

@@ -93,6 +93,7 @@ class DataSection:
 
     train: str = "arithmetic"  # .jsonl, .parquet, a prepared tensorflow-datasets folder, or `arithmetic` (embedded)
     template: str = DAPO_TEMPLATE  # wraps a plain-text problem; {prompt} is where it goes
+    allow_change: bool = False  # let a run go on with another data set than it was started with, from its start
     chat: bool = True  # render through the tokenizer's chat template
     max_prompt_len: int = 2048  # tokens; longer prompts are skipped and counted
     arithmetic: ArithmeticConfig = ArithmeticConfig()  # used where a data set is called `arithmetic`
@@ -177,6 +178,7 @@ class OptimSection:
     b2: float = 0.999  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
     max_nonfinite_updates: int = 3  # stop after so many skipped updates in a row
+    rollback_steps: int | None = None  # rather than stop, go back so many rollout steps or more and skip what was drawn since; null stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +189,7 @@ class SupervisedSection:
     responses_per_update: int = 128  # solutions in an update
     learning_rate: float = 1e-3  # after warm-up, then constant
     warmup_updates: int = 20  # updates of linear warm-up
+    save_every: int = 200  # updates between checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +212,9 @@ class TrainSection:
     save_every: int = 10  # rollout steps between checkpoints; also after the last
     keep_checkpoints: int = 3  # newest so many are kept
     samples_per_step: int = 8  # responses written to samples/ each step
+    stall_timeout_s: float | None = 1800.0  # seconds without a segment, update or save after which a process ends; null never
+    profile_start: int | None = None  # first rollout step that is traced into profile/; null is none
+    profile_steps: int = 1  # how many are traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +247,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 _MAX_DEPTH = 16
 _MAX_BYTES = 1 << 20
+_CREDENTIALS = re.compile(r"://[^/?#\s]*@")  # https://user:password@host
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -263,9 +270,9 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {repr(key)[:60]} is not text", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key[:60]!r}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -287,10 +294,10 @@ def _parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
     except yaml.MarkedYAMLError as e:
         line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
-        raise ConfigError(f"{where}{line}: {e.problem or e.context}; correct the YAML") from None
+        raise ConfigError(f"{where}{line}: {printable(str(e.problem or e.context))[:200]}; correct the YAML") from None
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as e:
         reason = (str(e).splitlines() or ["unreadable"])[0]
-        raise ConfigError(f"{where}: not valid YAML ({reason}); correct the file") from None
+        raise ConfigError(f"{where}: not valid YAML ({printable(reason)[:200]}); correct the file") from None
 
 
 def _type_name(kind: Any) -> str:
@@ -321,11 +328,11 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
         if value in args and not isinstance(value, bool):
             return value
     elif origin is tuple:
-        if isinstance(value, list) and all(isinstance(v, str) for v in value):
-            return tuple(value)
+        if isinstance(value, list):
+            return tuple(_convert(v, str, key, where) for v in value)
     elif origin is not None:  # Mapping[str, str]
-        if isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
-            return dict(value)
+        if isinstance(value, Mapping):
+            return {k: _convert(v, str, f"{key}.{_shown(k)}", where) for k, v in value.items()}
     elif kind is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             try:
@@ -341,11 +348,31 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
                 return value
             raise ConfigError(f"{where}: {key}: {str(value)[:20]} is too large; give a number below 2^31")
     elif isinstance(value, kind):
-        if isinstance(value, str) and "\0" in value:
-            raise ConfigError(f"{where}: {key}: contains a NUL character; remove it")
+        if isinstance(value, str):
+            _check_text(value, key, where)
         return value
-    got = "null" if value is None else repr(value)[:60]
+    got = "null" if value is None else printable(repr(value))[:60]
     raise ConfigError(f"{where}: {key}: expected {_type_name(kind)}, got {got}; correct the value")
+
+
+def _check_text(value: str, key: str, where: str) -> None:
+    """Raises ConfigError for text that no file system and no tokenizer takes, and for secrets, which would be written to the run folder."""
+    if "\0" in value:
+        raise ConfigError(f"{where}: {key}: contains a NUL character; remove it")
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ConfigError(f"{where}: {key}: is not valid Unicode; correct the value")
+    if _CREDENTIALS.search(value):
+        raise ConfigError(f"{where}: {key}: holds the user name or password of a URL; remove it, config files keep no secrets")
+
+
+def printable(text: str) -> str:
+    """The text as messages show it: on one line, without terminal controls or credentials of URLs."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in _CREDENTIALS.sub("://...@", text))
+
+
+def _shown(key: str) -> str:
+    """A key as messages name it."""
+    return key if re.fullmatch(r"[\w.-]{1,60}", key) else printable(repr(key))[:60]
 
 
 def _build(cls: type, mapping: Mapping[str, Any], prefix: str, where: str) -> Any:
@@ -353,8 +380,7 @@ def _build(cls: type, mapping: Mapping[str, Any], prefix: str, where: str) -> An
     names = [f.name for f in dataclasses.fields(cls)]
     values = {}
     for name, value in mapping.items():
-        shown = name if re.fullmatch(r"[\w.-]{1,60}", name) else repr(name)[:60]
-        key = f"{prefix}.{shown}" if prefix else shown
+        key = f"{prefix}.{_shown(name)}" if prefix else _shown(name)
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else "it has: " + ", ".join(names)
@@ -376,8 +402,8 @@ def _override(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
     key, equals, text = assignment.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"--set {assignment[:60]}: expected section.key=value")
-    value: Any = _parse_yaml(text, f"--set {key.strip()}")
+        raise ConfigError(f"--set {printable(assignment)[:60]}: expected section.key=value")
+    value: Any = _parse_yaml(text, f"--set {_shown(key.strip())}")
     for part in reversed(parts):
         value = {part: value}
     return _merge(tree, value)
@@ -398,12 +424,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises ConfigError, and nothing else, for anything wrong with file or overrides.
     """
-    where = str(path)
+    where = printable(str(path))
     try:
         raw = Path(path).read_bytes()
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or str(e)
-        raise ConfigError(f"{where!r}: cannot read config ({reason}); give the path of a YAML file") from None
+        raise ConfigError(f"{where or 'config'}: cannot read config ({reason}); give the path of a YAML file") from None
     if len(raw) > _MAX_BYTES:
         raise ConfigError(f"{where}: larger than 1 MB; this is no config file")
     try:
@@ -456,8 +482,9 @@ def _check(c: Config, where: str) -> None:
         "data.arithmetic.max_operand eval.samples_per_problem eval.max_problems rollout.max_response_len "
         "rollout.decode_slots reward.workers reward.memory_mb dapo.prompts_per_step dapo.responses_per_update "
         "dapo.prompts_per_draw dapo.max_generation_batches dapo.rest_after dapo.rest_epochs "
-        "optim.max_nonfinite_updates supervised.responses_per_update "
-        "train.steps train.row_len train.rows_per_microbatch train.save_every train.keep_checkpoints model.attention_block"
+        "optim.max_nonfinite_updates optim.rollback_steps supervised.responses_per_update supervised.save_every "
+        "train.steps train.row_len train.rows_per_microbatch train.save_every train.keep_checkpoints train.stall_timeout_s "
+        "train.profile_start train.profile_steps model.attention_block"
     ).split():
         at_least(key, 1)
     for key in (
@@ -496,8 +523,8 @@ def _check(c: Config, where: str) -> None:
     if not 0 <= c.data.arithmetic.mistake_rate <= 1:
         fail("data.arithmetic.mistake_rate", "must be from 0 to 1")
     for name in c.eval.sets:
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            fail("eval.sets", f"name {name!r} may hold letters, digits, '_', '.' and '-' only")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            fail("eval.sets", f"name {_shown(name)} may hold letters, digits, '_', '.' and '-' only, and starts with one of the first two")
 
     # Rollout and reward
     if c.rollout.temperature <= 0:
@@ -513,9 +540,9 @@ def _check(c: Config, where: str) -> None:
     if c.reward.function is not None:
         module, colon, name = c.reward.function.partition(":")
         if not colon or not module or not name.isidentifier():
-            fail("reward.function", f"expected package.module:function, got {c.reward.function!r}")
+            fail("reward.function", f"expected package.module:function, got {_shown(c.reward.function)}")
         if module not in c.reward.allowed_modules:
-            fail("reward.function", f"module {module!r} is not in reward.allowed_modules; add it if you trust it")
+            fail("reward.function", f"module {printable(repr(module))[:60]} is not in reward.allowed_modules; add it if you trust it")
 
     # The algorithm
     d = c.dapo

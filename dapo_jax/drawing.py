@@ -30,6 +30,7 @@ from dapo_jax.reward.overlong import overlong_penalty
 from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool, check_errors
 from dapo_jax.rollout.engine import Stream
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.metrics import timed
 from dapo_jax.types import Group, Prompt, Request, Response, Verdict
 
@@ -58,6 +59,13 @@ class OpenGroup:
         self.texts = [""] * size
         self.verdicts: list[Verdict | None] = [None] * size
         self.begun: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # tokens and log-probs of responses that an earlier step began
+
+    def copy(self) -> "OpenGroup":
+        """Another of the same standing."""
+        other = OpenGroup(self.draw, self.prompt, len(self.responses), self.problem, self.epoch)
+        other.responses, other.texts = list(self.responses), list(self.texts)
+        other.verdicts, other.begun = list(self.verdicts), dict(self.begun)
+        return other
 
     def requests(self) -> list[Request]:
         """For the responses that are not there yet."""
@@ -118,6 +126,7 @@ def draw_groups(
     config: Config,
     policy: Policy,
     pool: RewardPool,
+    guard: Guard,
     times: dict[str, float],
     on_done: Callable[[int, int], None],
 ) -> Drawn:
@@ -127,16 +136,17 @@ def draw_groups(
 
     Args:
       keep_rate: expected share of informative groups. left_open: groups of the step before that are still under way.
-      memory: which problems rest; told what became of these. times: gets time/rollout_s and time/reward_s.
+      memory: which problems rest; told what became of these. guard: reached after each segment, as `rollout`, and before verdicts are
+        used, as `reward`. times: gets time/rollout_s and time/reward_s.
       on_done: told how many responses have ended, and how many were drawn in all.
 
-    Raises InputError if too many answers get no verdict.
+    Raises InputError if too many answers get no verdict, and Stopped; nothing that was given has changed then.
     """
     algo = config.dapo
     size = algo.responses_per_prompt
     cap = algo.max_generation_batches * algo.prompts_per_draw if algo.dynamic_sampling else missing
     keep_rate = max(keep_rate, missing / cap)
-    groups, draws = list(left_open), 0  # in draw order
+    groups, draws = [group.copy() for group in left_open], 0  # in draw order
     by_draw = {group.draw: group for group in groups}
     judging: collections.deque[tuple[int, list[tuple[Request, Response]], PendingVerdicts]] = collections.deque()
     judged: list[Verdict] = []
@@ -156,6 +166,7 @@ def draw_groups(
         if stream.live or stream.pending:
             with timed(times, "time/rollout_s"):
                 finished = stream.advance()
+            guard.reach("rollout")
             on_done(len(finished), len(groups) * size)
             with timed(times, "time/reward_s"):
                 items = []
@@ -170,6 +181,7 @@ def draw_groups(
         while judging and (judging[0][0] <= stream.segment or idle):
             _, finished, pending = judging.popleft()
             with timed(times, "time/reward_s"):
+                guard.wait(pending.wait, "reward")
                 verdicts = multihost.gather_verdicts(pending.result(), len(finished))
             for (request, _), verdict in zip(finished, verdicts, strict=True):
                 by_draw[request.draw].verdicts[request.sample] = verdict

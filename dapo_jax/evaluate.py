@@ -24,6 +24,7 @@ from dapo_jax.reward.verify import extract_answer
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.runtime.metrics import progress
 from dapo_jax.types import InputError, Params, Prompt, Request
@@ -72,11 +73,13 @@ def evaluate_set(
     params: Params,
     policy: Policy,
     pool: RewardPool,
+    guard: Guard,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Samples every problem k times and judges the responses.
 
     The noise of problem i, sample j is the same at every call, so that two evaluations differ by their weights only.
+    `guard` is reached as `eval` after each segment, and before the verdicts are used.
 
     Returns:
       (metrics without their `eval/<set>/` prefix, one row a response).
@@ -84,10 +87,17 @@ def evaluate_set(
     k = config.eval.samples_per_problem
     seed = jax.random.fold_in(jax.random.key(config.seed), 1)  # apart from training rollouts
     requests = [Request(i, j, prompt.tokens) for i, prompt in enumerate(prompts) for j in range(k)]
-    responses = engine.generate(params, requests, seed, on_done)
+
+    def after_segment(count: int) -> None:
+        on_done(count)
+        guard.reach("eval")
+
+    responses = engine.generate(params, requests, seed, after_segment)
     texts = [decode(policy.tokenizer, r.tokens, policy.stop) for r in responses]
     items = [RewardItem(prompts[q.draw].problem, text, len(r.tokens)) for q, text, r in zip(requests, texts, responses, strict=True)]
-    verdicts = multihost.gather_verdicts(pool.judge(multihost.share(items)), len(items))
+    pending = pool.submit(multihost.share(items))
+    guard.wait(pending.wait, "eval")
+    verdicts = multihost.gather_verdicts(pending.result(), len(items))
     check_errors(verdicts, config.reward)
     correct = np.array([v.correct for v in verdicts]).reshape(-1, k)
     answers = [[extract_answer(text) for text in texts[i : i + k]] for i in range(0, len(texts), k)]
@@ -116,13 +126,14 @@ def evaluate_sets(
     params: Params,
     policy: Policy,
     pool: RewardPool,
+    guard: Guard,
     say: Callable[[str], None],
 ) -> dict[str, dict[str, float]]:
     """`evaluate_set` on each set, with a line for people. Returns metrics by set."""
     k, results = config.eval.samples_per_problem, {}
     for name, prompts in sets.items():
         with progress(len(prompts) * k, f"eval {name}", enabled=multihost.is_main()) as bar:
-            m, _ = evaluate_set(prompts, config, engine=engine, params=params, policy=policy, pool=pool, on_done=bar.update)
+            m, _ = evaluate_set(prompts, config, engine=engine, params=params, policy=policy, pool=pool, guard=guard, on_done=bar.update)
         say(
             f"eval {name}: avg@{k} {m['avg']:.3f} ± {m['avg_se']:.3f}  pass@{k} {m['pass']:.3f}  cons@{k} {m['cons']:.3f}  "
             f"length {m['response_len_mean']:.0f}, {m['truncated_fraction']:.1%} truncated  "
@@ -174,8 +185,8 @@ def main(argv: list[str] | None = None) -> int:
         step, params = None, load_params(config, policy, mesh, args.model)
     weights = publisher(params, mesh, policy.model.compute_dtype)(params)
     engine = make_engine(config, policy, mesh, eval_sampling(config))
-    with RewardPool(config.reward) as pool:
-        found = evaluate_sets(sets, config, engine=engine, params=weights, policy=policy, pool=pool, say=say)
+    with Guard(config.train.stall_timeout_s) as guard, RewardPool(config.reward) as pool:
+        found = evaluate_sets(sets, config, engine=engine, params=weights, policy=policy, pool=pool, guard=guard, say=say)
     results = {
         "step": step,
         "samples_per_problem": config.eval.samples_per_problem,

@@ -4,7 +4,7 @@ python -m dapo_jax.supervised --config C --out FOLDER        writes a Hugging Fa
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -17,8 +17,9 @@ from dapo_jax.model.weights import save_pretrained
 from dapo_jax.policy import Policy, describe, load_params, load_policy, row_len
 from dapo_jax.programs import supervised_programs
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, put_rows, row_shards
-from dapo_jax.types import InputError, Params, Prompt
+from dapo_jax.types import InputError, Prompt, TrainState
 
 
 def solution_items(prompts: Sequence[Prompt], policy: Policy, max_response_len: int) -> list[TrainItem]:
@@ -38,18 +39,22 @@ def solution_items(prompts: Sequence[Prompt], policy: Policy, max_response_len: 
     return items
 
 
-def warm_up(config: Config, policy: Policy, params: Params, prompts: Sequence[Prompt], mesh: Mesh, say: Callable[[str], None]) -> Params:
-    """`supervised.updates` of AdamW on the mean token cross-entropy of solutions, in the order of the seed. Returns new weights."""
+def warm_up(
+    config: Config, policy: Policy, state: TrainState, prompts: Sequence[Prompt], mesh: Mesh, say: Callable[[str], None], done: int = 0
+) -> Iterator[tuple[int, TrainState]]:
+    """`supervised.updates` of AdamW on the mean token cross-entropy of solutions, in the order of the seed.
+
+    state: fresh, or after the first `done` of the updates; donated. Yields (updates done, state) after each.
+    """
     section = config.supervised
     items = solution_items(prompts, policy, config.rollout.max_response_len)
     longest = max(len(item.prompt) + len(item.response) for item in items)
     rows = config.train.rows_per_microbatch
     microbatches = max_microbatches(section.responses_per_update, row_len=row_len(config), max_item_len=longest, rows_per_microbatch=rows)
-    init_optimizer, update = supervised_programs(config, policy.model, mesh)
-    state = init_optimizer(params)
+    _, update = supervised_programs(config, policy.model, mesh)
 
-    cursor = Cursor()
-    for u in range(1, section.updates + 1):
+    _, cursor = advance(Cursor(), len(items), done * section.responses_per_update, seed=config.seed)
+    for u in range(done + 1, section.updates + 1):
         chosen, cursor = advance(cursor, len(items), section.responses_per_update, seed=config.seed)
         mine = [items[i] for i in chosen]
         weight = 1.0 / sum(len(item.response) for item in mine)
@@ -61,7 +66,7 @@ def warm_up(config: Config, policy: Policy, params: Params, prompts: Sequence[Pr
         state, sums = update(state, put_rows(batch, mesh, axis=1), np.float32(rate))
         if u % max(1, section.updates // 5) == 0 or u == section.updates:
             say(f"warm-up {u:>5}/{section.updates}  cross-entropy {float(sums['loss']):.4f}")
-    return state.params
+        yield u, state
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,8 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     say = print if multihost.is_main() else lambda line: None
     say(report.summary())
     say(describe(policy, mesh))
-    params = warm_up(config, policy, load_params(config, policy, mesh), prompts, mesh, say)
-    host_params = multihost.fetch(params)
+    state = supervised_programs(config, policy.model, mesh)[0](load_params(config, policy, mesh))
+    with Guard(config.train.stall_timeout_s) as guard:
+        for _, warmed in warm_up(config, policy, state, prompts, mesh, say):  # noqa: B007 - the last one is used
+            guard.reach("warm-up")
+    host_params = multihost.fetch(warmed.params)
     if multihost.is_main():
         save_pretrained(args.out, policy.model, host_params, source_folder=config.model.folder, tokenizer=policy.tokenizer)
     say(f"wrote {args.out}")

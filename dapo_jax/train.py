@@ -6,12 +6,14 @@ Run the same command again to go on from the newest checkpoint.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,36 +25,54 @@ from dapo_jax.dapo.groups import group_advantages, informative_groups
 from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targets, normalizer_weights
 from dapo_jax.dapo.update import learning_rate, summarize
 from dapo_jax.data.memory import PassMemory
-from dapo_jax.data.problems import Cursor, load_problems, problems_digest
+from dapo_jax.data.problems import load_problems, problems_digest
 from dapo_jax.data.prompts import make_prompts
-from dapo_jax.drawing import Drawn, OpenGroup, draw_groups, keep_rate_after, open_state, restore_open
+from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets
 from dapo_jax.policy import describe, load_params, load_policy, make_engine, row_len
 from dapo_jax.programs import microbatches, train_programs, train_sampling
+from dapo_jax.resume import Progress, Run, UnderWay, fetched, restore, save
 from dapo_jax.reward.pool import RewardPool, error_counts
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.runtime.curves import plot_curves
+from dapo_jax.runtime.guard import Guard
+from dapo_jax.runtime.lock import locked
 from dapo_jax.runtime.mesh import make_mesh, published_as_it_is, put_rows, row_shards
-from dapo_jax.runtime.metrics import MetricsLog, header_line, peak_memory, progress, step_line, timed, write_samples
+from dapo_jax.runtime.metrics import (
+    VOLATILE,
+    MetricsLog,
+    header_line,
+    peak_memory,
+    progress,
+    step_line,
+    timed,
+    write_samples,
+)
+from dapo_jax.runtime.profile import Profiler
 from dapo_jax.supervised import warm_up
-from dapo_jax.types import Group, InputError, TrainBatch
+from dapo_jax.types import Group, InputError, RunError, Stopped, TrainBatch
 
 # Config that may change between the runs of one run folder: how long, how watched, how spread; not what is learned.
-_MAY_CHANGE = ("train.steps", "train.save_every", "train.keep_checkpoints", "train.samples_per_step", "eval.", "mesh.", "reward.workers")
+_MAY_CHANGE = (
+    "data.allow_change",
+    "eval.",
+    "mesh.",
+    "optim.max_nonfinite_updates",
+    "optim.rollback_steps",
+    "reward.workers",
+    "supervised.save_every",
+    "train.keep_checkpoints",
+    "train.profile_",
+    "train.samples_per_step",
+    "train.save_every",
+    "train.stall_timeout_s",
+    "train.steps",
+)
 
+_MAX_ROLLBACKS = 5  # of a run, before it gives up
 
 _PHASES = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s")
-
-
-class Progress(NamedTuple):
-    """Where a run stands. Three counters, because they count three things (and generation batches are none of them)."""
-
-    step: int = 0  # rollout steps done
-    updates: int = 0  # gradient updates applied
-    draws: int = 0  # prompts drawn
-    cursor: Cursor = Cursor()  # next problem of the shuffled order
-    keep_rate: float = 1.0  # expected share of informative groups
 
 
 def train(config: Config, run_dir: Path) -> None:
@@ -66,9 +86,11 @@ def train(config: Config, run_dir: Path) -> None:
     prompts, skipped = make_prompts(problems, policy.tokenizer, d)
     say(f"problems: {report.summary()}; {len(prompts)} prompts" + "".join(f", {n} skipped: {why}" for why, n in skipped.items()))
     eval_sets = load_sets(config, policy, say)
+    digest = problems_digest([p.problem for p in prompts])
+    if differs := multihost.disagreement(multihost.software() | flatten(to_dict(config)) | {"the digest of data.train": digest}):
+        raise InputError(f"{differs}; start every process with the same command, code, packages and data")
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh)
-    prepare_run_dir(config, run_dir)
     say(f"policy: {describe(policy, mesh)}")
     say(
         f"step: {algo.prompts_per_step} prompts x {algo.responses_per_prompt} responses, "
@@ -84,134 +106,162 @@ def train(config: Config, run_dir: Path) -> None:
     engine = make_engine(config, policy, mesh, train_sampling(config))
     eval_engine = make_engine(config, policy, mesh, eval_sampling(config))
 
-    buffer = DynamicSamplingBuffer(algo.prompts_per_step, algo.dynamic_sampling, algo.carry_surplus)
-    left_open: list[OpenGroup] = []  # by partial rollouts
-    memory = PassMemory(len(prompts), algo.rest_after, algo.rest_epochs)
+    run = Run(
+        DynamicSamplingBuffer(algo.prompts_per_step, algo.dynamic_sampling, algo.carry_surplus),
+        PassMemory(len(prompts), algo.rest_after, algo.rest_epochs),
+        Progress(keep_rate=min(1.0, algo.prompts_per_step / algo.prompts_per_draw)),
+    )
     with (
+        locked(run_dir),
+        Guard(config.train.stall_timeout_s) as guard,
         Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
         RewardPool(config.reward) as pool,
+        Profiler(run_dir / "profile", config.train.profile_start, config.train.profile_steps) as profiler,
     ):
+        prepare_run_dir(config, run_dir)
+        save_run = functools.partial(save, checkpoints=checkpoints, config=to_dict(config), data_digest=digest)
+        restore_run = functools.partial(
+            restore,
+            checkpoints=checkpoints,
+            abstract_state=programs.state,
+            prompts=prompts,
+            policy=policy,
+            data_digest=digest,
+            allow_change=d.allow_change,
+        )
+
+        def evaluate(weights: Any) -> dict[str, float]:
+            found = evaluate_sets(eval_sets, config, engine=eval_engine, params=weights, policy=policy, pool=pool, guard=guard, say=say)
+            return {f"eval/{name}/{key}": value for name, result in found.items() for key, value in result.items()}
+
         # ---- Where the run stands: a checkpoint, or the start -------------------------------------------------------
-        digest = problems_digest([p.problem for p in prompts])
-        at = Progress(keep_rate=min(1.0, algo.prompts_per_step / algo.prompts_per_draw))
-        if restored := checkpoints.restore(programs.state):
-            if restored.host["data_digest"] != digest:
-                raise InputError(f"{d.train}: is not the data set that {run_dir} was started with; use that one, or another --run-dir")
-            state = restored.state
-            at = Progress(*restored.host["progress"])._replace(cursor=Cursor(*restored.host["progress"][3]))
-            buffer.restore(restored.groups, {p.problem.id: p.problem for p in prompts})
-            memory.restore(restored.groups)
-            left_open = restore_open(restored.groups, prompts, policy)
-            say(f"resumed from the checkpoint of step {at.step}: {at.updates} updates, {at.draws} draws")
+        if restore_run(run):
+            where = f"step {run.at.step}" + (f" and {len(run.under_way.sums)} updates of the next" if run.under_way else "")
+            say(f"resumed from the checkpoint of {where}: {run.at.updates} updates, {run.at.draws} draws before it")
         else:
-            params = load_params(config, policy, mesh)
-            if config.supervised.updates:
-                params = warm_up(config, policy, params, prompts, mesh, say)
-            state = programs.init_optimizer(params)
-
-        with MetricsLog(run_dir, resume_step=at.step if restored else None, enabled=multihost.is_main()) as log:
-
-            def save() -> None:
-                host = {"progress": at, "config": to_dict(config), "data_digest": digest}
-                checkpoints.save(at.step, state, host, buffer.state() | memory.state() | open_state(left_open))
-
-            def evaluate(weights: Any) -> dict[str, float]:
-                found = evaluate_sets(eval_sets, config, engine=eval_engine, params=weights, policy=policy, pool=pool, say=say)
-                return {f"eval/{name}/{key}": value for name, result in found.items() for key, value in result.items()}
-
-            weights = publish(state.params)
-            if not restored:
+            run.state = programs.init_optimizer(load_params(config, policy, mesh))
+        log = MetricsLog(run_dir, resume_step=run.at.step if run.at.begun else None, enabled=multihost.is_main())
+        with log, saving_when_stopped(run, save_run):
+            if (warm := config.supervised.updates) > run.at.warmed:
+                for updates, state in warm_up(config, policy, run.state, prompts, mesh, say, run.at.warmed):
+                    run.state = state if updates < warm else programs.init_optimizer(state.params)
+                    run.at = run.at._replace(warmed=updates)
+                    guard.reach("warm-up")
+                    if updates % config.supervised.save_every == 0 or updates == warm:
+                        save_run(run)
+            weights = publish(run.state.params)
+            if not run.at.begun:
+                times: dict[str, float] = {}
                 if eval_sets and config.eval.every:
-                    times: dict[str, float] = {}
                     with timed(times, "time/eval_s"):
                         before = evaluate(weights)
                     log.write(0, 0, 0, before | times)
-                if config.supervised.updates:
-                    save()
+                run.at = run.at._replace(begun=True)
 
             # ---- Rollout steps --------------------------------------------------------------------------------------
             seed = jax.random.key(config.seed)
             saving: dict[str, float] = {}
             say(header_line())
-            while at.step < config.train.steps:
+            while run.at.step < config.train.steps:
+                step = run.at.step + 1
+                guard.doing = f"step {step}"
+                guard.reach("step")
+                profiler.begin(step)
                 times = dict.fromkeys(_PHASES, 0.0)
-                with timed(times, "time/step_s"):
+                with timed(times, "time/step_s"), jax.profiler.StepTraceAnnotation("rollout step", step_num=step):
                     # Draw until the buffer holds a step's worth of informative groups.
-                    drawn = Drawn([], [], at.cursor, 0, left_open)
-                    if missing := buffer.missing():
-                        with progress(None, f"rollout {at.step + 1}", enabled=multihost.is_main()) as bar:
-                            stream = engine.stream(weights, seed)
-                            drawn = draw_groups(
-                                stream,
-                                prompts,
-                                missing=missing,
-                                keep_rate=at.keep_rate,
-                                first_draw=at.draws,
-                                left_open=left_open,
-                                cursor=at.cursor,
-                                memory=memory,
-                                config=config,
-                                policy=policy,
-                                pool=pool,
-                                times=times,
-                                on_done=functools.partial(show_progress, bar),
-                            )
-                        del stream  # it holds the weights
+                    if run.under_way is None:
+                        drawn = Drawn([], [], run.at.cursor, 0, list(run.left_open))
+                        if missing := run.buffer.missing():
+                            with progress(None, f"rollout {step}", enabled=multihost.is_main()) as bar:
+                                stream = engine.stream(weights, seed)
+                                drawn = draw_groups(
+                                    stream,
+                                    prompts,
+                                    missing=missing,
+                                    keep_rate=run.at.keep_rate,
+                                    first_draw=run.at.draws,
+                                    left_open=run.left_open,
+                                    cursor=run.at.cursor,
+                                    memory=run.memory,
+                                    config=config,
+                                    policy=policy,
+                                    pool=pool,
+                                    guard=guard,
+                                    times=times,
+                                    on_done=functools.partial(show_progress, bar),
+                                )
+                            del stream  # it holds the weights
                         groups = drawn.groups
-                        if algo.old_logprobs == "recompute":
+                        if groups and algo.old_logprobs == "recompute":
+                            score_rows = functools.partial(programs.old_logprobs, run.state.params)
                             with timed(times, "time/old_logprobs_s"):
-                                groups = score(groups, at.draws, functools.partial(programs.old_logprobs, state.params), config, mesh)
-                        buffer.add(groups)
-                        keep_rate = keep_rate_after(at.keep_rate, groups)
-                        at = at._replace(draws=at.draws + drawn.draws, cursor=drawn.cursor, keep_rate=keep_rate)
-                        left_open = drawn.open
-                    if buffer.missing() and algo.dynamic_sampling and algo.on_cap == "error":
-                        raise StarvedError(buffer.cap_message())
-                    kept, counts = buffer.take()
+                                groups = score(groups, run.at.draws, score_rows, config, mesh, guard)
+                        run.stand_after(drawn, groups)
+                        if run.buffer.missing() and algo.dynamic_sampling and algo.on_cap == "error":
+                            raise StarvedError(run.buffer.cap_message())
+                        run.under_way = UnderWay(draw_metrics(drawn, config), [])
+                        if multihost.is_main():
+                            write_samples(run_dir, step, sample_rows(drawn.groups, config))
+                    drawn_metrics, done = run.under_way
+                    kept, counts = run.buffer.ready()
 
                     # One pass over what was kept, in mini-batches of whole groups. The weights of rollouts make room.
                     del weights
-                    at = at._replace(step=at.step + 1)
-                    rate = learning_rate(config.optim, at.step)
+                    rate, already = learning_rate(config.optim, step), len(done)
                     with (
                         timed(times, "time/update_s"),
-                        progress(algo.prompts_per_step, f"update {at.step}", enabled=multihost.is_main()) as bar,
+                        progress(algo.prompts_per_step, f"update {step}", enabled=multihost.is_main()) as bar,
                     ):
-                        results, packed = [], []
-                        for batch, stats in minibatches(kept, config, row_shards(mesh)):
-                            state, sums = programs.update(state, put_rows(batch, mesh, axis=1), np.float32(rate))
-                            results.append(sums)
+                        packed = []
+                        for n, (batch, stats) in enumerate(minibatches(kept, config, row_shards(mesh))):
                             packed.append(stats)
                             bar.update(algo.responses_per_update // algo.responses_per_prompt)
-                        sums = [{k: float(v) for k, v in s.items()} for s in jax.device_get(results)]
-                    at = at._replace(updates=at.updates + sum(not s["skipped"] for s in sums))
-                    check_finite(sums, config, at.step)
-                    weights = publish(state.params)
+                            if n < already:  # was done when the run was stopped
+                                continue
+                            rows = put_rows(batch, mesh, axis=1)
+                            jax.block_until_ready(done[-1:])  # one update under way and one waiting: a stop is heeded soon
+                            guard.reach("update")
+                            run.state, sums = programs.update(run.state, rows, np.float32(rate))
+                            done.append(sums)
+                        done[:] = fetched(done)
+                    applied = run.at.updates + sum(not s["skipped"] for s in done)
+                    longest, nonfinite = skipped_in_a_row(run.at.nonfinite, done)
+                    if longest >= config.optim.max_nonfinite_updates:
+                        go_back(run, longest, config, restore_run, log, say)
+                        weights = publish(run.state.params)
+                        continue
+                    weights = publish(run.state.params)
 
                 # Say what happened.
-                metrics = step_metrics(drawn, kept, counts, sums, packed, config) | {"optim/lr": rate} | times
-                metrics |= throughput(drawn.groups, packed, times) | {
-                    "filter/resting_problems": memory.resting(at.cursor.epoch),
-                    "filter/open_groups": len(left_open),
+                metrics = drawn_metrics | update_metrics(kept, counts, done, packed, config) | {"optim/lr": rate}
+                metrics |= {
+                    "filter/resting_problems": run.memory.resting(run.at.cursor.epoch),
+                    "filter/open_groups": len(run.left_open),
+                    "optim/rollbacks": run.at.rollbacks,
                 }
-                last = at.step == config.train.steps
-                say(step_line(at.step, config.train.steps, metrics))
-                if eval_sets and config.eval.every and (at.step % config.eval.every == 0 or last):
+                metrics |= times | throughput(drawn_metrics, packed[already:], times)
+                last = step == config.train.steps
+                say(step_line(step, config.train.steps, metrics))
+                if eval_sets and config.eval.every and (step % config.eval.every == 0 or last):
                     with timed(times, "time/eval_s"):
                         metrics |= evaluate(weights)
-                if multihost.is_main():
-                    write_samples(run_dir, at.step, sample_rows(drawn.groups, config))
+                run.buffer.take()
+                run.at = run.at._replace(step=step, updates=applied, nonfinite=nonfinite)
+                run.under_way = None
+                check_agreement(run, metrics)
                 # The line goes before the checkpoint, so that a resumed run lacks no line; the time of saving is on the next one.
-                log.write(at.step, at.updates, at.draws, metrics | times | saving | {"memory/peak_bytes": peak_memory()})
-                if at.step % config.train.save_every == 0 or last:
+                log.write(step, applied, run.at.draws, metrics | times | saving | {"memory/peak_bytes": peak_memory()})
+                if step % config.train.save_every == 0 or last:
                     saving = {"time/save_s": 0.0}
                     with timed(saving, "time/save_s"):
-                        save()
+                        save_run(run)
+                    guard.reach("save")
             checkpoints.wait()
 
     if multihost.is_main():
         say(f"curves: {plot_curves(run_dir)}")
-        say(f"done: {at.step} steps, {at.updates} updates, {at.draws} draws in {run_dir}")
+        say(f"done: {run.at.step} steps, {run.at.updates} updates, {run.at.draws} draws in {run_dir}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -231,7 +281,32 @@ def pack(items: Sequence[TrainItem], config: Config, shards: int) -> tuple[Train
     return build_batch(items, row_len=row_len(config), rows_per_microbatch=rows, microbatches=microbatches(config), row_shards=shards)
 
 
-def score(groups: list[Group], first_draw: int, score_rows: Callable[[TrainBatch], Any], config: Config, mesh: Mesh) -> list[Group]:
+@contextlib.contextmanager
+def saving_when_stopped(run: Run, save_run: Callable[[Run], None]) -> Iterator[None]:
+    """Saves where the run stands when a signal stops it inside, and says so in what goes on to the caller."""
+    try:
+        yield
+    except Stopped as stopped:
+        save_run(run)
+        step = f"step {run.at.step}" + (f" and {len(run.under_way.sums)} updates of the next" if run.under_way else "")
+        where = step if run.at.begun else f"{run.at.warmed} updates of warm-up"
+        message = f"{signal.Signals(stopped.number).name}: stopped and saved after {where}; the same command goes on from there"
+        raise Stopped(stopped.number, message) from None
+
+
+def check_agreement(run: Run, metrics: Mapping[str, float]) -> None:
+    """RunError, on every process, unless all of them have come to the same numbers."""
+    steady = {key: value for key, value in metrics.items() if not key.startswith(VOLATILE)}
+    if differs := multihost.disagreement(run.at._asdict() | steady):
+        raise RunError(
+            f"step {run.at.step}: {differs}: the processes no longer do the same; nothing is saved; "
+            "look for a faulty host, then start the same command again"
+        )
+
+
+def score(
+    groups: list[Group], first_draw: int, score_rows: Callable[[TrainBatch], Any], config: Config, mesh: Mesh, guard: Guard
+) -> list[Group]:
     """log π_old of every token of the groups that may be trained on, by the trainer's own forward pass.
 
     Done when groups are drawn and never again: the first update's ratio is then exactly the policy's own, and groups
@@ -247,6 +322,7 @@ def score(groups: list[Group], first_draw: int, score_rows: Callable[[TrainBatch
             TrainItem(groups[i].prompt.tokens, r.tokens, r.behavior_logprobs, r.behavior_logprobs, 0.0, 0.0)
             for i, r in flat[at : at + config.dapo.responses_per_update]
         ]
+        guard.reach("score")
         batch, stats = pack(items, config, row_shards(mesh))
         scored += gather_targets(multihost.fetch(score_rows(put_rows(batch, mesh, axis=1))), stats.placement)
     by_group = iter(scored)
@@ -280,40 +356,81 @@ def minibatches(groups: Sequence[Group], config: Config, shards: int) -> Iterato
         yield pack(items, config, shards)
 
 
-def check_finite(sums: Sequence[dict[str, float]], config: Config, step: int) -> None:
-    """Stops a run whose updates are not finite one after the other; each was skipped, so parameters are still good."""
-    in_a_row = 0
+def skipped_in_a_row(before: int, sums: Sequence[Mapping[str, float]]) -> tuple[int, int]:
+    """How many updates in a row were skipped, after `before` of earlier steps: (at most, at the end)."""
+    longest = running = before
     for s in sums:
-        in_a_row = in_a_row + 1 if s["skipped"] else 0
-        if in_a_row >= config.optim.max_nonfinite_updates:
-            raise InputError(
-                f"step {step}: {in_a_row} updates in a row had a loss or gradient that is not finite and were skipped; "
-                "lower optim.learning_rate, or look at the samples of this step"
-            )
+        running = running + 1 if s["skipped"] else 0
+        longest = max(longest, running)
+    return longest, running
 
 
-def step_metrics(
-    step: Drawn,
-    kept: Sequence[Group],
-    counts: StepCounts,
-    sums: Sequence[dict[str, float]],
-    packed: Sequence[PackStats],
+def go_back(
+    run: Run,
+    skipped: int,
     config: Config,
-) -> dict[str, float]:
-    """The metrics of one rollout step, timings aside; `runtime/metrics.py` defines each."""
+    restore_run: Callable[..., bool],
+    log: MetricsLog,
+    say: Callable[[str], None],
+) -> None:
+    """Takes the run back `optim.rollback_steps` or more, and past the draws that led to updates that are not finite.
+
+    Raises InputError where the config does not ask for it, or there is nothing to go back to. Parameters are good in any case: such
+    updates are skipped.
+    """
+    step = run.at.step + 1
+    trouble = f"step {step}: {skipped} updates in a row had a loss or gradient that is not finite and were skipped"
+    back, at = config.optim.rollback_steps, run.at
+    if back is None:
+        raise InputError(f"{trouble}; lower optim.learning_rate, look at the samples of this step, or set optim.rollback_steps")
+    if at.rollbacks >= _MAX_ROLLBACKS:
+        raise InputError(f"{trouble}, after {at.rollbacks} rollbacks; lower optim.learning_rate")
+    run.under_way = None
+    if not restore_run(run, at_most=at.step - back):
+        raise InputError(f"{trouble}, and there is no checkpoint {back} steps back; lower train.save_every or optim.rollback_steps")
+    run.at = run.at._replace(draws=at.draws, cursor=at.cursor, rollbacks=at.rollbacks + 1)
+    log.go_back(run.at.step)
+    say(f"{trouble}: back to step {run.at.step}, without the problems that were drawn since")
+
+
+def draw_metrics(step: Drawn, config: Config) -> dict[str, float]:
+    """The metrics of what one rollout step drew, timings aside; `runtime/metrics.py` defines each."""
     drawn = step.groups
-    total = {name: sum(s[name] for s in sums) for name in sums[0]}
     timeouts, errors = error_counts(step.verdicts)
-    metrics = summarize(total) | {
-        "reward/accuracy_kept": counts.accuracy_kept,
+    metrics: dict[str, float] = {
         "reward/timeouts": timeouts,
         "reward/errors": errors,
-        "filter/carried_groups": counts.carried_in,
-        "filter/surplus_groups": counts.surplus,
-        "filter/wasted_tokens": counts.wasted_tokens,
         "rollout/generation_batches": math.ceil(len(drawn) / config.dapo.prompts_per_draw),
         "rollout/prompts": len(drawn),
         "rollout/tokens": sum(len(r.tokens) for g in drawn for r in g.responses),
+    }
+    if not drawn:  # a step that lives on carried groups alone draws nothing, and the others say nothing
+        return metrics
+    correct = np.stack([g.correct for g in drawn])
+    lengths = np.array([len(r.tokens) for g in drawn for r in g.responses])
+    return metrics | {
+        "reward/mean": float(np.mean([g.reward for g in drawn])),
+        "reward/overlong_penalty_mean": float(np.mean([g.penalty for g in drawn])),
+        "reward/accuracy": float(correct.mean()),
+        "filter/kept_fraction": float(informative_groups(correct).mean()),
+        "filter/all_correct": float(correct.all(axis=1).mean()),
+        "filter/all_wrong": float((~correct.any(axis=1)).mean()),
+        "rollout/response_len_mean": float(lengths.mean()),
+        "rollout/response_len_max": int(lengths.max()),
+        "rollout/truncated_fraction": float(np.mean([r.truncated for g in drawn for r in g.responses])),
+    }
+
+
+def update_metrics(
+    kept: Sequence[Group], counts: StepCounts, sums: Sequence[dict[str, float]], packed: Sequence[PackStats], config: Config
+) -> dict[str, float]:
+    """The metrics of what one rollout step trained on and learned, timings aside."""
+    total = {name: sum(s[name] for s in sums) for name in sums[0]}
+    metrics = summarize(total) | {
+        "reward/accuracy_kept": counts.accuracy_kept,
+        "filter/carried_groups": counts.carried_in,
+        "filter/surplus_groups": counts.surplus,
+        "filter/wasted_tokens": counts.wasted_tokens,
         "policy/loss": float(np.mean([s["loss"] for s in sums])),
         "optim/grad_norm": float(np.mean([s["grad_norm"] for s in sums])),
         "optim/skipped_updates": total["skipped"],
@@ -324,28 +441,16 @@ def step_metrics(
         metrics["policy/sampler_gap_mean"] = float(np.concatenate(gaps).mean())
     else:  # only before the first update are trainer and sampler the same policy
         metrics["policy/sampler_gap_mean"] = summarize(sums[0])["policy/sampler_gap_mean"]
-    if drawn:  # a step that lives on carried groups alone draws nothing, and these say nothing
-        correct = np.stack([g.correct for g in drawn])
-        lengths = np.array([len(r.tokens) for g in drawn for r in g.responses])
-        metrics |= {
-            "reward/mean": float(np.mean([g.reward for g in drawn])),
-            "reward/overlong_penalty_mean": float(np.mean([g.penalty for g in drawn])),
-            "reward/accuracy": float(correct.mean()),
-            "filter/kept_fraction": float(informative_groups(correct).mean()),
-            "filter/all_correct": float(correct.all(axis=1).mean()),
-            "filter/all_wrong": float((~correct.any(axis=1)).mean()),
-            "rollout/response_len_mean": float(lengths.mean()),
-            "rollout/response_len_max": int(lengths.max()),
-            "rollout/truncated_fraction": float(np.mean([r.truncated for g in drawn for r in g.responses])),
-        }
     return metrics
 
 
-def throughput(drawn: Sequence[Group], packed: Sequence[PackStats], seconds: dict[str, float]) -> dict[str, float]:
-    """Tokens per second of sampling (response tokens) and of updating (prompt and response tokens)."""
-    rates = {"throughput/train_tokens_per_s": sum(p.tokens for p in packed) / seconds["time/update_s"]}
-    if drawn:
-        rates["throughput/rollout_tokens_per_s"] = sum(len(r.tokens) for g in drawn for r in g.responses) / seconds["time/rollout_s"]
+def throughput(drawn: Mapping[str, float], packed: Sequence[PackStats], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Tokens per second of sampling (response tokens) and of updating (prompt and response tokens), of what was done just now."""
+    rates = {}
+    if packed:
+        rates["throughput/train_tokens_per_s"] = sum(p.tokens for p in packed) / seconds["time/update_s"]
+    if drawn["rollout/tokens"] and seconds["time/rollout_s"]:
+        rates["throughput/rollout_tokens_per_s"] = drawn["rollout/tokens"] / seconds["time/rollout_s"]
     return rates
 
 
@@ -389,10 +494,9 @@ def check_divides(config: Config, mesh: Mesh) -> None:
 
 
 def prepare_run_dir(config: Config, run_dir: Path) -> None:
-    """Makes the folder and writes the resolved config; refuses a folder whose run was another one."""
+    """Writes the resolved config into the folder; refuses a folder whose run was another one."""
     file = run_dir / "config.yaml"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         if file.exists():
             before, now = (flatten(to_dict(c)) for c in (load_config(file), config))
             for key in sorted(before.keys() | now.keys()):

@@ -28,6 +28,18 @@ class NoCheckpointError(Exception):
     """A run folder holds no usable checkpoint. Exit status 3."""
 
 
+class RunError(Exception):
+    """A run cannot go on, through no fault of its input. One line. Exit status 1."""
+
+
+class Stopped(Exception):
+    """A signal asked to stop. Exit status 128 + its number: 143 for SIGTERM, 130 for SIGINT."""
+
+    def __init__(self, number: int, message: str = "stopped"):
+        super().__init__(message)
+        self.number = number
+
+
 @dataclasses.dataclass(frozen=True)
 class Message:
     """One turn of a chat prompt."""

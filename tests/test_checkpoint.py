@@ -339,11 +339,11 @@ def test_another_models_checkpoint_is_refused(folder, change, said):
     assert sorted(p.name for p in folder.iterdir()) == ["3", "5"]
 
 
-def test_a_newer_format_is_named(folder):
+def test_another_format_is_named(folder):
     path = folder / "5" / "host" / "metadata"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3}))
     shutil.rmtree(folder / "3")
-    with pytest.raises(NoCheckpointError, match="newer format 2"):
+    with pytest.raises(NoCheckpointError, match="written in format 3, not 2"):
         restored(folder)
 
 

@@ -14,6 +14,7 @@ from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import load_tokenizer
 from dapo_jax.drawing import OpenGroup, draw_groups, keep_rate_after, open_state, prompts_wanted, restore_open
 from dapo_jax.policy import Policy
+from dapo_jax.runtime.guard import Guard
 from dapo_jax.types import InputError, Problem, Prompt, Response, Verdict
 
 TOKENIZER = load_tokenizer(None)
@@ -85,6 +86,9 @@ class FakePool:
         verdicts = [Verdict(item.text[0] == "1", 1.0 if item.text[0] == "1" else -1.0, self._error) for item in items]
 
         class Pending:
+            def wait(pending, seconds):
+                return True
+
             def result(pending):
                 if self._delays:
                     time.sleep(self._delays.random() / 200)
@@ -107,6 +111,7 @@ def drawn(outcome, missing=8, keep_rate=0.5, pool=None, first_draw=0, memory=Non
         config=config(**algo),
         policy=POLICY,
         pool=pool or FakePool(),
+        guard=Guard(None),
         times={},
         on_done=lambda ended, total: None,
     )

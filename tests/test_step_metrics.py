@@ -10,7 +10,7 @@ from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.dapo.packing import PackStats
 from dapo_jax.data.problems import Cursor
 from dapo_jax.drawing import Drawn
-from dapo_jax.train import step_metrics, throughput
+from dapo_jax.train import draw_metrics, throughput, update_metrics
 from dapo_jax.types import Group, Problem, Prompt, Response, Verdict
 
 
@@ -58,7 +58,8 @@ def metrics(**algo):
     buffer.add(DRAWN)
     kept, counts = buffer.take()
     config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2, **algo))
-    return step_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 3, []), kept, counts, SUMS, PACKED, config)
+    drawn = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 3, []), config)
+    return drawn | update_metrics(kept, counts, SUMS, PACKED, config)
 
 
 def test_every_metric_of_a_step():
@@ -114,5 +115,7 @@ def test_surplus_groups_are_counted_and_not_wasted():
 
 def test_tokens_a_second():
     seconds = {"time/rollout_s": 4.0, "time/update_s": 2.0}
-    assert throughput(DRAWN, PACKED, seconds) == {"throughput/rollout_tokens_per_s": 10, "throughput/train_tokens_per_s": 22}
-    assert throughput([], PACKED, seconds) == {"throughput/train_tokens_per_s": 22}  # a step that lives on carried groups alone
+    drew, nothing = {"rollout/tokens": 40}, {"rollout/tokens": 0}  # a step that lives on carried groups alone draws nothing
+    assert throughput(drew, PACKED, seconds) == {"throughput/rollout_tokens_per_s": 10, "throughput/train_tokens_per_s": 22}
+    assert throughput(drew, [], {"time/rollout_s": 0.0, "time/update_s": 0.1}) == {}  # resumed after all of it
+    assert throughput(nothing, PACKED, seconds) == {"throughput/train_tokens_per_s": 22}

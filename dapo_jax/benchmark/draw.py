@@ -20,6 +20,7 @@ from dapo_jax.policy import Policy
 from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool
 from dapo_jax.rollout.engine import Engine, Stream
 from dapo_jax.rollout.sampler import Sampling
+from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import publisher
 from dapo_jax.runtime.multihost import fetch
 from dapo_jax.types import InputError, Params, Problem, Prompt, Request, Verdict
@@ -84,6 +85,7 @@ def _streaming(
         config=config,
         policy=Policy(model, tokenizer, (tokenizer.eos_token_id,)),
         pool=ImposedVerdicts(sizes.keep_rate),
+        guard=Guard(None),
         times={},
         on_done=lambda ended, drawn: None,
     )

@@ -102,16 +102,16 @@ class DynamicSamplingBuffer:
         """Groups that the step still needs."""
         return max(0, self._prompts_per_step - len(self._accepted))
 
-    def take(self) -> tuple[list[Group], StepCounts]:
-        """Ends the step: its first prompts_per_step accepted groups in draw order, fewer if there are no more, and its counts.
+    def ready(self) -> tuple[list[Group], StepCounts]:
+        """What the step trains on, its first prompts_per_step accepted groups in draw order, fewer if there are no more, and its counts.
 
-        Raises StarvedError, and leaves the step open, if there is none at all.
+        Changes nothing: until `take`, `state` holds all of it. Raises StarvedError if there is no group at all.
         """
         if not self._accepted:
             raise StarvedError(self.cap_message())
         kept, surplus = self._accepted[: self._prompts_per_step], self._accepted[self._prompts_per_step :]
         t = self._tally
-        counts = StepCounts(
+        return kept, StepCounts(
             drawn=t.drawn,
             kept=len(kept),
             all_correct=t.all_correct,
@@ -122,7 +122,11 @@ class DynamicSamplingBuffer:
             accuracy=t.right / t.responses if t.responses else None,
             accuracy_kept=float(np.mean(np.concatenate([group.correct for group in kept]))),
         )
-        self._accepted = surplus if self._carry_surplus else []
+
+    def take(self) -> tuple[list[Group], StepCounts]:
+        """Ends the step and returns what was `ready`. Raises StarvedError, and leaves the step open, if that is nothing."""
+        kept, counts = self.ready()
+        self._accepted = self._accepted[len(kept) :] if self._carry_surplus else []
         self._tally = _Tally(carried_in=len(self._accepted))
         return kept, counts
 

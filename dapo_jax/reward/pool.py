@@ -80,6 +80,10 @@ class PendingVerdicts:
         self._failure = failure
         self._done.set()
 
+    def wait(self, seconds: float) -> bool:
+        """Waits for all verdicts, so long at most; whether they are there (or never will be, as `result` then says)."""
+        return self._done.wait(seconds)
+
     def result(self) -> list[Verdict]:
         """Waits for all verdicts; they stand in the order of the items. Raises RuntimeError if the pool was closed before."""
         self._done.wait()

@@ -4,6 +4,7 @@
                        optimizer   optimizer state and update counter, an array a leaf
                        groups      buffered host arrays, as the bytes of one .npz
                        host        JSON: the caller's dict; shape, dtype and digest of every leaf; a digest of itself
+    checkpoints/interrupted/<n>    the same in the midst of a step, where a run was stopped; gone once a later step is whole
 
 orbax writes them in the background. It leaves four things to its caller, all done here: stored bytes are not checked, a
 failed write shows only when it is waited for, any folder with a number for a name counts as a checkpoint, and a target of
@@ -17,8 +18,10 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,9 +34,12 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.experimental import multihost_utils
 
-from dapo_jax.types import Array, InputError, NoCheckpointError, Params, TrainState
+from dapo_jax.runtime import multihost
+from dapo_jax.types import Array, InputError, NoCheckpointError, Params, RunError, TrainState
 
-_FORMAT = 1
+_FORMAT = 2
+_INTERRUPTED = "interrupted"
+_LEAVE_S = 20.0  # that a job of several processes waits for a write when it ends by an error: another may be gone
 _RECORD = Path("host") / "metadata"  # where orbax's JSON handler writes
 _T = TypeVar("_T")
 
@@ -72,14 +78,15 @@ class Checkpoints:
     cannot be used.
     """
 
+    _superseded = False  # the save under way makes what was interrupted before obsolete
+
     def __init__(self, folder: str | Path, *, keep: int):
         self._folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self._folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = _manager(self._folder, keep)
         except OSError as e:
             raise InputError(f"{self._folder}: cannot hold checkpoints ({_reason(e)}); choose another --run-dir") from None
 
@@ -87,6 +94,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and jax.process_count() > 1:
+            # Another process may have gone, and a write of all waits for all.
+            writing = threading.Thread(target=self._manager.wait_until_finished, daemon=True)
+            writing.start()
+            writing.join(_LEAVE_S)
+            return
         try:
             self.wait()
         except InputError as e:
@@ -97,32 +110,59 @@ class Checkpoints:
             self._manager.close()
 
     def latest_step(self) -> int | None:
-        """Newest step in the folder or being written; not verified."""
+        """Newest whole step in the folder or being written; not verified."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, host: Mapping[str, Any], groups: Mapping[str, np.ndarray]) -> None:
         """Starts to write a step and returns once the arrays are copied: `state` may be donated afterwards.
 
         host: JSON-able, finite numbers. groups: arrays of any shape, no objects.
-        Raises ValueError unless `step` is above the latest, FloatingPointError if the state is not finite, and InputError
-        if the disk refuses this save or the one before.
+        Raises ValueError unless `step` is above the latest, FloatingPointError if the state is not finite, RunError if the processes
+        or replicas do not hold the same, and InputError if the disk refuses this save or the one before.
         """
         self.wait()
         latest = self.latest_step()
         if latest is not None and step <= latest:
             raise ValueError(f"checkpoint step {step} is not above the latest one, {latest}")
+        self._write(self._manager, step, step, state, host, groups)
+        self._superseded = True
+
+    def save_interrupted(self, step: int, state: TrainState, host: Mapping[str, Any], groups: Mapping[str, np.ndarray]) -> None:
+        """Writes where a run stands in the midst of the step after `step`, in the place of what was written so before; waits for it."""
+        self.wait()
+        folder = self._folder / _INTERRUPTED
+        try:
+            folder.mkdir(exist_ok=True)
+            manager = _manager(folder, keep=1)
+            self._write(manager, (manager.latest_step() or 0) + 1, step, state, host, groups)
+            manager.wait_until_finished()
+            manager.close()
+        except OSError as e:
+            raise self._unwritten(e) from None
+
+    def _write(
+        self,
+        manager: ocp.CheckpointManager,
+        name: int,
+        step: int,
+        state: TrainState,
+        host: Mapping[str, Any],
+        groups: Mapping[str, np.ndarray],
+    ) -> None:
         items = _items(state)
         leaves = {item: _describe(arrays) for item, arrays in items.items()}
         for described in leaves.values():
-            if name := _first_non_finite(described):
-                raise FloatingPointError(f"step {step}: {name} is not finite; no checkpoint is saved")
+            if leaf := _first_non_finite(described):
+                raise FloatingPointError(f"step {step}: {leaf} is not finite; no checkpoint is saved")
         blob = _npz(groups)
-        record = {"format": _FORMAT, "host": host, "leaves": leaves, "groups": _sha256(blob.tobytes())}
+        record = {"format": _FORMAT, "step": step, "host": host, "leaves": leaves, "groups": _sha256(blob.tobytes())}
+        if differs := multihost.disagreement(_facts(record)):
+            raise RunError(f"step {step}: {differs}; nothing is saved; look for a faulty device, then start the same command again")
         record = json.loads(json.dumps(record, allow_nan=False))  # as it will be read: text keys, lists
         record["digest"] = _sha256(_canonical(record))
         saves = {item: ocp.args.StandardSave(arrays) for item, arrays in (*items.items(), ("groups", {"npz": blob}))}
         try:
-            self._manager.save(step, args=ocp.args.Composite(host=ocp.args.JsonSave(record), **saves), force=True)
+            manager.save(name, args=ocp.args.Composite(host=ocp.args.JsonSave(record), **saves), force=True)
         except OSError as e:
             raise self._unwritten(e) from None
 
@@ -132,35 +172,42 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as e:  # of the file system, in whatever type the writer's threads put it
             raise self._unwritten(e) from None
+        if self._superseded and jax.process_index() == 0:
+            shutil.rmtree(self._folder / _INTERRUPTED, ignore_errors=True)
+        self._superseded = False
 
-    def restore(self, abstract_state: TrainState) -> Restored | None:
+    def restore(self, abstract_state: TrainState, *, at_most: int | None = None) -> Restored | None:
         """The newest checkpoint that is complete, of the expected tree, shapes and dtypes, and whose digests hold.
 
         abstract_state: jax.ShapeDtypeStruct leaves with shardings, or arrays; the device count may differ from the saved one.
-        Newer checkpoints that are not usable are named on stderr and moved to `bad-<step>`, out of the way of later saves.
+        at_most: goes back to a whole step no later than this.
+        Newer checkpoints, unusable or beyond `at_most`, are named on stderr and moved to `bad-<step>`, out of the way of later saves.
         Returns None if the folder holds no checkpoint; raises NoCheckpointError if it holds only unusable ones.
         """
+        self.wait()
         abstract_state = jax.tree.map(_target, abstract_state)
-        found = _newest(self._folder, lambda path: _load(path, _items(abstract_state), groups=True))
+        stored = _stored(self._folder, interrupted=True)
+        wanted = stored if at_most is None else [p for p in _stored(self._folder) if int(p.name) <= at_most]
+        found = _newest(self._folder, wanted, lambda path: _load(path, _items(abstract_state), groups=True))
         if found is None:
             return None
-        step, (record, items, groups) = found
-        self._move_aside_after(step)
+        path, (record, items, groups) = found
+        self._move_aside(stored[: stored.index(path)], record["step"])
         params = jax.tree.unflatten(jax.tree.structure(abstract_state.params), items["params"].values())
         rest = jax.tree.unflatten(jax.tree.structure(_rest(abstract_state)), items["optimizer"].values())
-        return Restored(step, TrainState(params, rest["opt_state"], rest["updates"]), record["host"], groups)
+        return Restored(record["step"], TrainState(params, rest["opt_state"], rest["updates"]), record["host"], groups)
 
-    def _move_aside_after(self, step: int) -> None:
-        newer = [s for s in _steps(self._folder) if s > step]
+    def _move_aside(self, newer: Sequence[Path], step: int) -> None:
         if not newer:
             return
+        multihost.sync("checkpoints read")
         if jax.process_index() == 0:
-            for s in newer:
-                target = _free_name(self._folder / f"bad-{s}")
-                (self._folder / str(s)).rename(target)
-                _warn(f"{self._folder / str(s)}: moved to {target.name}; the run goes on from step {step}")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints moved aside")
+            for path in newer:
+                name = path.name if path.parent == self._folder else f"{_INTERRUPTED}-{path.name}"
+                target = _free_name(self._folder / f"bad-{name}")
+                path.rename(target)
+                _warn(f"{path}: moved to {target.name}; the run goes on from step {step}")
+        multihost.sync("checkpoints moved aside")
         self._manager.reload()
 
     def _unwritten(self, error: Exception) -> InputError:
@@ -177,11 +224,12 @@ def restore_params(folder: str | Path, abstract_params: Params) -> RestoredParam
     Raises NoCheckpointError if there is no usable one.
     """
     folder = Path(folder).absolute()
-    found = _newest(folder, lambda path: _load(path, {"params": _named(jax.tree.map(_target, abstract_params))}, groups=False))
+    target = _named(jax.tree.map(_target, abstract_params))
+    found = _newest(folder, _stored(folder), lambda path: _load(path, {"params": target}, groups=False))
     if found is None:
         raise NoCheckpointError(f"{folder}: holds no checkpoint; give the --run-dir of a run that has saved one")
-    step, (record, items, _) = found
-    return RestoredParams(step, jax.tree.unflatten(jax.tree.structure(abstract_params), items["params"].values()), record["host"])
+    _, (record, items, _) = found
+    return RestoredParams(record["step"], jax.tree.unflatten(jax.tree.structure(abstract_params), items["params"].values()), record["host"])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -189,28 +237,47 @@ def restore_params(folder: str | Path, abstract_params: Params) -> RestoredParam
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _steps(folder: Path) -> list[int]:
-    """Steps in the folder, newest first, complete or not."""
+def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True))
+
+
+def _stored(folder: Path, *, interrupted: bool = False) -> list[Path]:
+    """Checkpoints in the folder, newest first, complete or not. interrupted: also those in the midst of a step."""
+    found: list[tuple[float, int, Path]] = [(int(p.name), 0, p) for p in _numbered(folder)]
+    if interrupted:
+        found += [(_step_of(p), 1 + int(p.name), p) for p in _numbered(folder / _INTERRUPTED)]
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def _numbered(folder: Path) -> list[Path]:
     try:
-        return sorted((int(p.name) for p in folder.iterdir() if re.fullmatch(r"0|[1-9]\d*", p.name)), reverse=True)
+        return [p for p in folder.iterdir() if re.fullmatch(r"0|[1-9]\d*", p.name)]
     except OSError:
         return []
 
 
-def _newest(folder: Path, load: Callable[[Path], _T]) -> tuple[int, _T] | None:
-    """The newest step that loads, walking back; None where there is no step at all."""
-    steps, first_reason = _steps(folder), ""
-    for step in steps:
+def _step_of(path: Path) -> float:
+    """The step that an interrupted checkpoint follows; infinity, to be looked at first, if its record cannot be read."""
+    try:
+        return int(_read_record(path / _RECORD)["step"])
+    except (_Unusable, OSError, ValueError, TypeError, KeyError):
+        return float("inf")
+
+
+def _newest(folder: Path, stored: Sequence[Path], load: Callable[[Path], _T]) -> tuple[Path, _T] | None:
+    """The first of the stored checkpoints that loads; None where there is none at all."""
+    reasons = []
+    for path in stored:
         try:
-            return step, load(folder / str(step))
+            return path, load(path)
         except _Unusable as e:
-            first_reason = first_reason or str(e)
+            reasons.append(str(e))
             if jax.process_index() == 0:
-                _warn(f"{folder / str(step)}: checkpoint not used: {e}")
-    if not steps:
+                _warn(f"{path}: checkpoint not used: {e}")
+    if not stored:
         return None
     raise NoCheckpointError(
-        f"{folder}: none of its {len(steps)} checkpoints is usable (step {steps[0]}: {first_reason}); "
+        f"{folder}: none of its {len(stored)} checkpoints is usable (step {stored[0].name}: {reasons[0]}); "
         "put back a copy, or start anew in another --run-dir"
     )
 
@@ -251,8 +318,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     record = json.loads(path.read_bytes())
     if not isinstance(record, dict) or "digest" not in record:
         raise _Unusable("not written by this program")
-    if isinstance(record.get("format"), int) and record["format"] > _FORMAT:
-        raise _Unusable(f"written in the newer format {record['format']}; use a newer dapo_jax")
+    if record.get("format") != _FORMAT:
+        raise _Unusable(f"written in format {record.get('format')!r}, not {_FORMAT}; use the dapo_jax that wrote it")
     if record.pop("digest") != _sha256(_canonical(record)):
         raise _Unusable("its JSON record is damaged")
     return record
@@ -351,7 +418,7 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
 def _describe(arrays: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
     """Shape, dtype, digest (16 hex digits) of each array, and whether it is finite."""
     # One leaf at a time: virtual CPU devices that share few cores lock up with many programs of collectives in flight.
-    results = {name: jax.device_get(_inspect(array)) for name, array in arrays.items()}
+    results = {name: _alike(name, _inspect(array)) for name, array in arrays.items()}
     return {
         name: {
             "shape": list(arrays[name].shape),
@@ -361,6 +428,20 @@ def _describe(arrays: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
         }
         for name, (words, finite) in results.items()
     }
+
+
+def _alike(name: str, found: tuple[tuple[Array, ...], Array]) -> tuple[tuple[Array, ...], Array]:
+    """The values on the host, once each of this process's devices has found the same: copies of an array must be copies."""
+    copies = jax.device_get([[shard.data for shard in array.addressable_shards] for array in jax.tree.leaves(found)])
+    if any(copy != of_one[0] for of_one in copies for copy in of_one):
+        raise RunError(f"{name}: its copies on this host's devices differ; nothing is saved; look for a faulty device")
+    return jax.tree.unflatten(jax.tree.structure(found), [of_one[0] for of_one in copies])
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's record as facts that processes can compare: digests by leaf, the rest by key."""
+    leaves = {f"{item}/{name}": leaf["digest"] for item, named in record["leaves"].items() for name, leaf in named.items()}
+    return leaves | {key: record[key] for key in ("step", "host", "groups")}
 
 
 def _first_non_finite(described: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -22,6 +22,8 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from dapo_jax.types import InputError
+
+VOLATILE = ("time/", "throughput/", "memory/")  # areas of metrics that depend on the clock and the machine; no other does
 
 METRICS: Mapping[str, str] = {
     # Judged responses
@@ -62,6 +64,7 @@ METRICS: Mapping[str, str] = {
     "optim/grad_norm": "global gradient norm before clipping, mean of the step's updates",
     "optim/lr": "learning rate of the step's updates",
     "optim/skipped_updates": "updates skipped because loss or gradient was not finite",
+    "optim/rollbacks": "times that optim.rollback_steps has taken the run back so far",
     "pack/efficiency": "share of the positions of the training rows that hold a token",
     # Cost
     "time/rollout_s": "seconds of sampling",
@@ -99,18 +102,29 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: str | Path, *, resume_step: int | None = None, enabled: bool = True):
-        self._file, self._board, self._path = None, None, Path(run_dir) / "metrics.jsonl"
+        self._path = Path(run_dir) / "metrics.jsonl"
+        self._file: TextIO | None = None
+        self._board: SummaryWriter | None = None
         if not enabled:
             return
-        last = -1 if resume_step is None else resume_step
         with _writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_after(self._path, last)
-            self._file = self._path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=last + 1)
+            self._open(-1 if resume_step is None else resume_step)
+
+    def _open(self, last: int) -> None:
+        _cut_after(self._path, last)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=last + 1)
 
     def __enter__(self) -> "MetricsLog":
         return self
+
+    def go_back(self, step: int) -> None:
+        """Cuts off the lines of later steps."""
+        if self._file is not None:
+            self.__exit__()
+            with _writing(self._path):
+                self._open(step)
 
     def __exit__(self, *error: object) -> None:
         for sink in (self._file, self._board):

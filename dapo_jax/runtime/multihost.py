@@ -5,9 +5,18 @@ follows from them is decided on the same numbers everywhere.
 """
 
 import glob
+import hashlib
+import importlib.metadata
 import importlib.util
+import json
 import os
-from collections.abc import Sequence
+import platform
+import socket
+import sys
+import time
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -19,6 +28,7 @@ from dapo_jax.types import InputError, Verdict
 _T = TypeVar("_T")
 
 _HEARTBEAT_S = 10  # the others notice so many seconds after a process has died; jax waits 100
+_LAST_WORDS_S = 2.0
 _ERROR_BYTES = 160  # of an error's text that travels
 
 
@@ -53,6 +63,25 @@ def _environment_number(name: str) -> int:
     return int(text)
 
 
+def is_distributed() -> bool:
+    """True in a job of several processes, once it has been joined."""
+    return jax.distributed.is_initialized()
+
+
+def who() -> str:
+    """This process, for a line of several processes' output."""
+    return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+
+
+def leave(status: int) -> typing.NoReturn:
+    """Ends this process at once. One that ended in the usual way would wait for the others, who may be waiting for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_main():  # the others end with the first process, and may have something to say before
+        time.sleep(_LAST_WORDS_S)
+    os._exit(status)
+
+
 def is_main() -> bool:
     """True on the process that writes logs."""
     return jax.process_index() == 0
@@ -69,6 +98,48 @@ def fetch(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(lambda a: np.asarray(multihost_utils.process_allgather(a, tiled=True)), tree)
+
+
+def from_main(text: str) -> str:
+    """The first process's text, on every process."""
+    if jax.process_count() == 1:
+        return text
+    return _gather_texts(text)[0]
+
+
+def disagreement(facts: Mapping[str, Any]) -> str | None:
+    """What differs between the processes, in words, or None. facts: JSON-able, with the same keys everywhere."""
+    if jax.process_count() == 1:
+        return None
+    text = json.dumps(facts, sort_keys=True, default=str)
+    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
+    if (digests == digests[0]).all():
+        return None
+    first, *others = (json.loads(said) for said in _gather_texts(text))
+    return next(
+        f"{key} is {other.get(key)!r} on process {index}, {first.get(key)!r} on process 0"
+        for index, other in enumerate(others, start=1)
+        for key in sorted(first.keys() | other.keys())
+        if first.get(key) != other.get(key)
+    )
+
+
+def software() -> dict[str, str]:
+    """What has to be the same on every process: versions, and a digest of this package's own code."""
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        code.update(file.read_bytes())
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+    return {"python": platform.python_version(), "code": code.hexdigest()[:16]} | {n: importlib.metadata.version(n) for n in names}
+
+
+def _gather_texts(text: str) -> list[str]:
+    """Every process's text, by process."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(max(1, int(lengths.max())), np.uint8)
+    padded[: len(data)] = data
+    return [row[:n].tobytes().decode() for row, n in zip(multihost_utils.process_allgather(padded), lengths, strict=True)]
 
 
 def share(items: Sequence[_T]) -> Sequence[_T]:

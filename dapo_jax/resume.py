@@ -1,0 +1,129 @@
+"""Where a run stands: all that it needs to go on, as one checkpoint holds it.
+
+A run may be left at three kinds of places. Between two steps, and while a step draws, it stands at the end of the last step: what a
+step has drawn so far is drawn again, bit for bit the same. While a step updates and evaluates it stands `under way`: the groups it
+drew, the updates it made. And before the first step, in the midst of supervised warm-up.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dapo_jax.dapo.buffer import DynamicSamplingBuffer
+from dapo_jax.data.memory import PassMemory
+from dapo_jax.data.problems import Cursor
+from dapo_jax.drawing import Drawn, OpenGroup, keep_rate_after, open_state, restore_open
+from dapo_jax.policy import Policy
+from dapo_jax.runtime.checkpoint import Checkpoints
+from dapo_jax.types import Group, InputError, Prompt
+
+
+class Progress(NamedTuple):
+    """How far a run is. Steps, updates and prompts are counted apart, because they are three things."""
+
+    step: int = 0  # rollout steps done
+    updates: int = 0  # gradient updates applied
+    draws: int = 0  # prompts drawn
+    cursor: Cursor = Cursor()  # next problem of the shuffled order
+    keep_rate: float = 1.0  # expected share of informative groups
+    warmed: int = 0  # updates of supervised warm-up done
+    begun: bool = False  # warm-up and the evaluation before training are done
+    nonfinite: int = 0  # updates in a row, up to the last one, that were skipped
+    rollbacks: int = 0  # times that the run went back to an earlier step
+
+
+class UnderWay(NamedTuple):
+    """A step between its drawing and its line."""
+
+    drawn: dict[str, float]  # metrics of what it drew
+    sums: list[dict[str, Any]]  # metric sums of its updates so far, on devices or host
+
+
+@dataclasses.dataclass
+class Run:
+    """A run at this moment."""
+
+    buffer: DynamicSamplingBuffer
+    memory: PassMemory
+    at: Progress
+    state: Any = None  # a TrainState
+    left_open: Sequence[OpenGroup] = ()  # by partial rollouts, for the next step
+    under_way: UnderWay | None = None
+
+    def stand_after(self, drawn: Drawn, groups: Sequence[Group]) -> None:
+        """A step has drawn. groups: those of `drawn`, with log π_old."""
+        self.buffer.add(groups)
+        self.left_open = drawn.open
+        at = self.at
+        self.at = at._replace(draws=at.draws + drawn.draws, cursor=drawn.cursor, keep_rate=keep_rate_after(at.keep_rate, groups))
+
+
+def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data_digest: str) -> None:
+    """Writes a checkpoint, of a whole step or of one under way. Nothing to do where this step is there already."""
+    host = {"progress": run.at, "config": config, "data_digest": data_digest}
+    arrays = run.buffer.state() | run.memory.state() | open_state(run.left_open)
+    if run.at.begun and run.under_way is None:
+        if checkpoints.latest_step() != run.at.step:
+            checkpoints.save(run.at.step, run.state, host, arrays)
+        return
+    if run.under_way is not None:
+        sums = fetched(run.under_way.sums)
+        host |= {"drawn": run.under_way.drawn, "sums": sorted(sums[0]) if sums else []}
+        if sums:  # arrays, for what a skipped update summed up may be no number that JSON knows
+            arrays["under_way_sums"] = np.array([[s[name] for name in sorted(s)] for s in sums], np.float64)
+    checkpoints.save_interrupted(run.at.step, run.state, host, arrays)
+
+
+def restore(
+    run: Run,
+    checkpoints: Checkpoints,
+    abstract_state: Any,
+    *,
+    prompts: Sequence[Prompt],
+    policy: Policy,
+    data_digest: str,
+    allow_change: bool = False,
+    at_most: int | None = None,
+) -> bool:
+    """Takes up the newest usable checkpoint, of a step no later than `at_most`; False if there is none.
+
+    prompts: of the whole data set. allow_change: goes on although the data set is another one: at its start, and without the groups
+    that were drawn from the old one. Raises InputError if the data set is another one otherwise.
+    """
+    run.state = None  # its memory is needed
+    restored = checkpoints.restore(abstract_state, at_most=at_most)
+    if restored is None:
+        return False
+    host, arrays = restored.host, restored.groups
+    at = Progress(*host["progress"])
+    at = at._replace(cursor=Cursor(*at.cursor))
+    if host["data_digest"] == data_digest:
+        run.buffer.restore(arrays, {p.problem.id: p.problem for p in prompts})
+        run.memory.restore(arrays)
+        run.left_open = restore_open(arrays, prompts, policy)
+        run.under_way = UnderWay(host["drawn"], _sums(host["sums"], arrays)) if "drawn" in host else None
+    elif not allow_change:
+        raise InputError(
+            "data.train: is not the data set that the run was started with; use that one, or set data.allow_change to go on with "
+            "this one from its start, or give another --run-dir"
+        )
+    elif "drawn" in host:
+        raise InputError(
+            f"data.train: is another data set, and the run was stopped in the midst of step {at.step + 1}; finish that with the old one"
+        )
+    else:
+        at = at._replace(cursor=Cursor())
+    run.at, run.state = at, restored.state
+    return True
+
+
+def fetched(sums: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Metric sums as Python numbers."""
+    return [{name: float(value) for name, value in s.items()} for s in jax.device_get(list(sums))]
+
+
+def _sums(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    return [dict(zip(names, map(float, row), strict=True)) for row in arrays.get("under_way_sums", ())]
