@@ -4,12 +4,21 @@ The reference is a run that nothing happened to: metrics are compared line by li
 """
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pytest
 from test_train import CONFIG, TESTS, compile_once, reward_module, run_train, steady  # noqa: F401 - fixtures
 
-from dapo_jax.runtime import faults
+from dapo_jax import train
+from dapo_jax.runtime import faults, lock
+from dapo_jax.runtime.guard import Guard
+from dapo_jax.runtime.metrics import read_metrics
+from dapo_jax.types import Stopped
 
 STEPS = "train.steps=2"
 
@@ -65,3 +74,150 @@ def test_signals_in_every_phase_lose_nothing(config, whole, tmp_path, monkeypatc
     assert steady(run) == steady(whole)
     assert {key: record(run, 2)[key] for key in ("leaves", "groups")} == {key: record(whole, 2)[key] for key in ("leaves", "groups")}
     assert not (run / "checkpoints" / "interrupted").exists()
+
+
+def test_a_second_signal_leaves_at_once_and_the_watchdog_ends_a_run_that_hangs(tmp_path):
+    """Two guards in processes of their own: one gets a second signal before its next place, one reaches no place any more."""
+    script = """
+import os, signal, sys, time
+from dapo_jax.runtime.guard import Guard
+with Guard(float(sys.argv[1])) as guard:
+    guard.doing = "step 7"
+    guard.reach("update")
+    print("reached", flush=True)
+    time.sleep(60)
+"""
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "JAX_PLATFORMS": "cpu"}
+
+    def start(timeout_s):
+        command = [sys.executable, "-c", script, str(timeout_s)]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "reached\n"
+        return process
+
+    signalled, hanging = start(60), start(1)
+    signalled.terminate()
+    assert "SIGTERM: saving and leaving" in (signalled.stderr.readline() + signalled.stderr.readline())
+    assert signalled.poll() is None  # the first signal waits for the next place
+    signalled.terminate()
+    assert signalled.wait(timeout=10) == 143 and "again: leaving at once" in signalled.stderr.read()
+    said = hanging.communicate(timeout=20)[1]
+    assert hanging.returncode == 1
+    assert "no progress for 1 s in step 7" in said and "time.sleep(60)" not in said and 'File "<string>", line 8' in said
+
+
+def test_a_guard_leaves_signals_as_they_were():
+    before = signal.getsignal(signal.SIGTERM)
+    with Guard(None) as guard:
+        assert signal.getsignal(signal.SIGTERM) != before
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped) as stopped:
+            guard.wait(lambda seconds: time.sleep(seconds) or False, "reward")  # what is waited for never comes
+    assert stopped.value.number == signal.SIGTERM and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("plan", ["update=kill", "update:1=explode", "update:x=kill", "update:1=kill@two"])
+def test_a_fault_plan_that_cannot_be_read_is_named(plan):
+    with pytest.raises(ValueError, match="DAPO_JAX_FAULTS"):
+        faults.Faults(plan, 0)
+
+
+def test_two_jobs_on_one_run_folder(whole, config, capfd):
+    before = {file: file.read_bytes() for file in whole.rglob("*.json*")}
+    with lock.locked(whole):
+        assert run_train(config, whole, "train.steps=3") == 2
+        assert f"{whole}: is in use by process {os.getpid()} on " in capfd.readouterr().err
+        assert {file: file.read_bytes() for file in whole.rglob("*.json*")} == before
+    with lock.locked(whole):  # the one before has let go
+        pass
+
+
+def poison(monkeypatch, draws):
+    """Makes the loss of every mini-batch that holds one of the draws not a number."""
+    plain = train.minibatches
+
+    def poisoned(groups, config, shards):
+        size = config.dapo.responses_per_update // config.dapo.responses_per_prompt
+        for n, (batch, stats) in enumerate(plain(groups, config, shards)):
+            bad = any(group.draw in draws for group in groups[n * size : (n + 1) * size])
+            yield (batch._replace(weight=batch.weight * np.float32(np.nan)) if bad else batch), stats
+
+    monkeypatch.setattr(train, "minibatches", poisoned)
+
+
+QUICK = ("supervised.updates=0", "eval.every=0", "train.save_every=1", "train.steps=3")
+
+
+def test_updates_that_are_not_finite_are_skipped_then_end_the_run_or_take_it_back(config, tmp_path, monkeypatch, capfd):
+    """The draws of step 2 poison its loss. The parameters stay those of step 1; with a rollback, other draws take their place."""
+    good, bad, back = (tmp_path / name for name in ("good", "bad", "back"))
+    assert run_train(config, good, *QUICK) == 0
+    ends = [line["draws"] for line in read_metrics(good)]
+    poison(monkeypatch, range(ends[0], ends[1]))
+
+    assert run_train(config, bad, *QUICK) == 2
+    assert "step 2: 2 updates in a row had a loss or gradient that is not finite" in capfd.readouterr().err
+    assert steady(bad) == steady(good)[:1]
+    assert [p.name for p in (bad / "checkpoints").iterdir()] == ["1"] and record(bad, 1)["leaves"] == record(good, 1)["leaves"]
+
+    assert run_train(config, back, *QUICK, "optim.rollback_steps=1") == 2  # step 2 has no checkpoint one step back
+    assert "no checkpoint 1 steps back" in capfd.readouterr().err
+    poison(monkeypatch, range(0))
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(TESTS))
+    poison(monkeypatch, range(ends[1], ends[2]))
+    assert run_train(config, back, *QUICK, "optim.rollback_steps=1") == 0
+    assert "back to step 1, without the problems that were drawn since" in capfd.readouterr().out
+    lines = read_metrics(back)
+    assert [line["step"] for line in lines] == [1, 2, 3] and [line["optim/rollbacks"] for line in lines] == [0, 1, 1]
+    assert lines[0]["draws"] == ends[0] and lines[1]["draws"] - lines[1]["rollout/prompts"] >= ends[2]
+    assert all(leaf["finite"] for leaves in record(back, 3)["leaves"].values() for leaf in leaves.values())
+    assert any(p.name.startswith("bad-2") for p in (back / "checkpoints").iterdir())
+
+
+def test_one_skipped_update_leaves_parameters_as_they_are(config, tmp_path, monkeypatch):
+    """Every update of the run is skipped, but never so many in a row that it ends."""
+    poison(monkeypatch, range(10**6))
+    assert run_train(config, tmp_path / "run", *QUICK, "optim.max_nonfinite_updates=100") == 0
+    params = [record(tmp_path / "run", step)["leaves"] for step in (1, 3)]
+    assert params[0] == params[1]
+    lines = read_metrics(tmp_path / "run")
+    assert [line["optim/skipped_updates"] for line in lines] == [2, 2, 2] and lines[-1]["updates"] == 0
+    assert record(tmp_path / "run", 3)["host"]["progress"][7] == 6  # skipped in a row, over three steps
+
+
+def test_at_learning_rate_0_nothing_changes_and_sampler_and_trainer_stay_together(config, tmp_path):
+    assert run_train(config, tmp_path / "run", *QUICK, "optim.learning_rate=0", "dapo.old_logprobs=recompute") == 0
+    assert record(tmp_path / "run", 1)["leaves"]["params"] == record(tmp_path / "run", 3)["leaves"]["params"]
+    gaps = [line["policy/sampler_gap_mean"] for line in read_metrics(tmp_path / "run")]
+    assert max(gaps) < 2e-7  # measured 4e-8
+    assert all(abs(line["policy/approx_kl"]) < 1e-9 for line in read_metrics(tmp_path / "run"))
+
+
+def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_path, capfd):
+    """Five problems: every step goes through several epochs. Stopped after step 1, then with other problems under the same name."""
+    data = tmp_path / "few.jsonl"
+    rows = [json.dumps({"prompt": f"{n}+{n}", "answer": str(2 * n)}) + "\n" for n in range(1, 7)]
+    data.write_text("".join(rows[:5]))
+    few = (*QUICK, f"data.train={data}", "train.steps=2")
+    assert run_train(config, tmp_path / "whole", *few) == 0
+    assert run_train(config, tmp_path / "cut", *few, "train.steps=1") == 0
+    assert run_train(config, tmp_path / "cut", *few) == 0
+    assert steady(tmp_path / "cut") == steady(tmp_path / "whole")
+    assert record(tmp_path / "cut", 2)["host"]["progress"][3][0] >= 1  # epochs
+
+    data.write_text("".join(rows))
+    capfd.readouterr()
+    assert run_train(config, tmp_path / "cut", *few, "train.steps=3") == 2
+    assert "data.train: is not the data set that the run was started with" in capfd.readouterr().err
+    assert run_train(config, tmp_path / "cut", *few, "train.steps=3", "data.allow_change=true") == 0
+    last = read_metrics(tmp_path / "cut")[-1]
+    assert last["step"] == 3 and last["filter/carried_groups"] == 0
+    assert last["draws"] == steady(tmp_path / "cut")[-2]["draws"] + last["rollout/prompts"]
+
+
+def test_a_trace_of_some_steps(config, tmp_path):
+    assert run_train(config, tmp_path / "run", *QUICK, "train.profile_start=2") == 0
+    traces = list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1
+    assert b"rollout step" in traces[0].read_bytes()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -15,7 +16,7 @@ from test_train import CONFIG, VOLATILE
 import dapo_jax
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.metrics import read_metrics
-from dapo_jax.types import InputError
+from dapo_jax.types import InputError, RunError
 
 TESTS = Path(__file__).parent
 MESH = "mesh: {data: 2, fsdp: 4}\n"
@@ -123,3 +124,34 @@ def test_an_incomplete_description_of_the_job_is_named(given, said, monkeypatch)
     with pytest.raises(InputError) as e:
         multihost.initialize()
     assert str(e.value).startswith(said) and "\n" not in str(e.value)
+
+
+IN_USE = "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 4711. Not attempting to load libtpu.so"
+
+
+@pytest.mark.parametrize(
+    "devices, said",
+    [
+        (lambda: (_ for _ in ()).throw(RuntimeError(IN_USE)), "already in use by process with pid 4711"),
+        (jax.devices, "this host has TPU chips, but jax came up with cpu"),
+    ],
+)
+def test_chips_that_another_process_holds_are_named(devices, said, monkeypatch):
+    """jax raises where JAX_PLATFORMS names the TPU, and falls back to the CPU where it does not."""
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    monkeypatch.setattr(multihost, "on_tpu_vm", lambda: True)
+    monkeypatch.setattr(multihost, "_join", lambda: None)
+    monkeypatch.setattr(multihost.jax, "devices", devices)
+    with pytest.raises(RunError, match=said) as e:
+        multihost.initialize()
+    assert "tpu_scripts/stop" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_process_that_waits_for_the_others_says_so(tmp_path):
+    """Started alone: the mistake of starting a pod's job on one host only."""
+    script = "from dapo_jax.runtime import multihost; multihost._WAIT_S = 0.5; multihost.initialize()"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
+    env |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "PYTHONPATH": str(Path(dapo_jax.__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert "the same command has to run on every host at a time" in process.stderr.readline()
+        process.kill()

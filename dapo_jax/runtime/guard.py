@@ -62,10 +62,10 @@ class Guard:
 
     def reach(self, place: str) -> None:
         """The run has come to a place where it may be left. Raises Stopped, on every process, if any has been asked to stop."""
-        self._fault(place)
         self._moved = time.monotonic()
         if self._timeout is not None:
             faulthandler.dump_traceback_later(self._timeout + _GRACE_S, exit=True, file=_STDERR)
+        self._fault(place)
         if asked := _most(self.asked):
             raise Stopped(asked)
 

@@ -13,6 +13,7 @@ import os
 import platform
 import socket
 import sys
+import threading
 import time
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,11 +24,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dapo_jax.types import InputError, Verdict
+from dapo_jax.types import InputError, RunError, Verdict
 
 _T = TypeVar("_T")
 
 _HEARTBEAT_S = 10  # the others notice so many seconds after a process has died; jax waits 100
+_WAIT_S = 20.0  # before a process that waits for the others says so
+_ALL_HOSTS = "the same command has to run on every host at a time (tpu_scripts/run starts it on all)"
+_FREE_IT = "end it (tpu_scripts/stop does, on every host), then start again"
 _LAST_WORDS_S = 2.0
 _ERROR_BYTES = 160  # of an error's text that travels
 
@@ -36,10 +40,28 @@ def initialize() -> None:
     """Joins the other processes of the job, before anything else touches a device. Nothing to do for a job of one.
 
     On a TPU VM the pod's metadata tell who the others are. Elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID do. Raises InputError if these are incomplete.
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID do. Raises InputError if these are incomplete, and RunError if another process has the chips.
+    Says so if it has to wait; after five minutes jax ends a process that the others have not joined.
     """
     if jax.distributed.is_initialized():
         return
+    hint = threading.Timer(_WAIT_S, print, [f"waiting for the other processes; {_ALL_HOSTS}"], {"file": sys.stderr, "flush": True})
+    hint.daemon = True
+    hint.start()
+    try:
+        _join()
+        found = jax.devices()[0].platform
+    except RuntimeError as e:
+        if "already in use" not in str(e) and "libtpu_lockfile" not in str(e):
+            raise
+        raise RunError(f"the TPU is in use by another process of this host ({_line(e)}); {_FREE_IT}") from None
+    finally:
+        hint.cancel()
+    if on_tpu_vm() and found != "tpu":  # jax falls back to the CPU without a word
+        raise RunError(f"this host has TPU chips, but jax came up with {found}: most often another process has them; {_FREE_IT}")
+
+
+def _join() -> None:
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         count, index = (_environment_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         if not index < count:
@@ -54,6 +76,10 @@ def on_tpu_vm() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
     attached = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     return "tpu" in wanted and bool(attached) and importlib.util.find_spec("libtpu") is not None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _environment_number(name: str) -> int:
