@@ -47,6 +47,7 @@ class Drawn(NamedTuple):
     cursor: Cursor  # after the last prompt drawn
     draws: int  # prompts drawn, those of groups that are left open included
     open: list["OpenGroup"]  # left to the next step, in draw order
+    outcomes: list[tuple[int, bool, int]]  # of each group: its problem, whether every response was right, the epoch it was drawn in
 
 
 class OpenGroup:
@@ -136,7 +137,7 @@ def draw_groups(
 
     Args:
       keep_rate: expected share of informative groups. left_open: groups of the step before that are still under way.
-      memory: which problems rest; told what became of these. guard: reached after each segment, as `rollout`, and before verdicts are
+      memory: which problems rest. guard: reached after each segment, as `rollout`, and before verdicts are
         used, as `reward`. times: gets time/rollout_s and time/reward_s.
       on_done: told how many responses have ended, and how many were drawn in all.
 
@@ -198,9 +199,8 @@ def draw_groups(
     stream.close()
     check_errors(judged, config.reward)
     done = settled(groups)
-    for group in done:
-        memory.record(group.problem, all(v.correct for v in group.verdicts if v is not None), group.epoch)
-    return Drawn([_reward(group, config) for group in done], judged, cursor, draws, groups[len(done) :])
+    outcomes = [(group.problem, all(v.correct for v in group.verdicts if v is not None), group.epoch) for group in done]
+    return Drawn([_reward(group, config) for group in done], judged, cursor, draws, groups[len(done) :], outcomes)
 
 
 def open_state(groups: Sequence[OpenGroup]) -> dict[str, np.ndarray]:

@@ -57,6 +57,8 @@ class Run:
         """A step has drawn. groups: those of `drawn`, with log π_old."""
         self.buffer.add(groups)
         self.left_open = drawn.open
+        for outcome in drawn.outcomes:
+            self.memory.record(*outcome)
         at = self.at
         self.at = at._replace(draws=at.draws + drawn.draws, cursor=drawn.cursor, keep_rate=keep_rate_after(at.keep_rate, groups))
 
@@ -93,6 +95,8 @@ def restore(
     prompts: of the whole data set. allow_change: goes on although the data set is another one: at its start, and without the groups
     that were drawn from the old one. Raises InputError if the data set is another one otherwise.
     """
+    if at_most is not None and min(checkpoints.steps(), default=at_most + 1) > at_most:
+        return False
     run.state = None  # its memory is needed
     restored = checkpoints.restore(abstract_state, at_most=at_most)
     if restored is None:

@@ -12,7 +12,6 @@ import functools
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +35,7 @@ from dapo_jax.reward.pool import RewardPool, error_counts
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.runtime.curves import plot_curves
+from dapo_jax.runtime.folder import Folder, local_file, run_folder, write_whole, writing
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.lock import locked
 from dapo_jax.runtime.mesh import make_mesh, published_as_it_is, put_rows, row_shards
@@ -51,15 +51,20 @@ from dapo_jax.runtime.metrics import (
 )
 from dapo_jax.runtime.profile import Profiler
 from dapo_jax.supervised import warm_up
-from dapo_jax.types import Group, InputError, RunError, Stopped, TrainBatch
+from dapo_jax.types import Group, InputError, RunError, SharedError, Stopped, TrainBatch
 
 # Config that may change between the runs of one run folder: how long, how watched, how spread; not what is learned.
 _MAY_CHANGE = (
+    "dapo.max_generation_batches",
+    "dapo.on_cap",
     "data.allow_change",
     "eval.",
     "mesh.",
     "optim.max_nonfinite_updates",
     "optim.rollback_steps",
+    "reward.max_error_fraction",
+    "reward.memory_mb",
+    "reward.timeout_s",
     "reward.workers",
     "supervised.save_every",
     "train.keep_checkpoints",
@@ -75,7 +80,7 @@ _MAX_ROLLBACKS = 5  # of a run, before it gives up
 _PHASES = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s")
 
 
-def train(config: Config, run_dir: Path) -> None:
+def train(config: Config, run_dir: Folder) -> None:
     """Runs a whole DAPO training into `run_dir`, or goes on with the one that is there."""
     d, algo = config.data, config.dapo
     say = functools.partial(print, flush=True) if multihost.is_main() else lambda *line: None
@@ -141,7 +146,7 @@ def train(config: Config, run_dir: Path) -> None:
         else:
             run.state = programs.init_optimizer(load_params(config, policy, mesh))
         log = MetricsLog(run_dir, resume_step=run.at.step if run.at.begun else None, enabled=multihost.is_main())
-        with log, saving_when_stopped(run, save_run):
+        with log, saving_at_an_end(run, save_run):
             if (warm := config.supervised.updates) > run.at.warmed:
                 for updates, state in warm_up(config, policy, run.state, prompts, mesh, say, run.at.warmed):
                     run.state = state if updates < warm else programs.init_optimizer(state.params)
@@ -171,7 +176,7 @@ def train(config: Config, run_dir: Path) -> None:
                 with timed(times, "time/step_s"), jax.profiler.StepTraceAnnotation("rollout step", step_num=step):
                     # Draw until the buffer holds a step's worth of informative groups.
                     if run.under_way is None:
-                        drawn = Drawn([], [], run.at.cursor, 0, list(run.left_open))
+                        drawn = Drawn([], [], run.at.cursor, 0, list(run.left_open), [])
                         if missing := run.buffer.missing():
                             with progress(None, f"rollout {step}", enabled=multihost.is_main()) as bar:
                                 stream = engine.stream(weights, seed)
@@ -282,10 +287,13 @@ def pack(items: Sequence[TrainItem], config: Config, shards: int) -> tuple[Train
 
 
 @contextlib.contextmanager
-def saving_when_stopped(run: Run, save_run: Callable[[Run], None]) -> Iterator[None]:
-    """Saves where the run stands when a signal stops it inside, and says so in what goes on to the caller."""
+def saving_at_an_end(run: Run, save_run: Callable[[Run], None]) -> Iterator[None]:
+    """Saves where the run stands when it ends inside by a signal, or by what every process finds alike; says so in the former case."""
     try:
         yield
+    except SharedError:
+        save_run(run)
+        raise
     except Stopped as stopped:
         save_run(run)
         step = f"step {run.at.step}" + (f" and {len(run.under_way.sums)} updates of the next" if run.under_way else "")
@@ -375,8 +383,8 @@ def go_back(
 ) -> None:
     """Takes the run back `optim.rollback_steps` or more, and past the draws that led to updates that are not finite.
 
-    Raises InputError where the config does not ask for it, or there is nothing to go back to. Parameters are good in any case: such
-    updates are skipped.
+    Raises InputError where the config does not ask for it, or there is nothing to go back to. Nothing of the step is saved then: it is
+    done again when the run goes on, and what troubled it may have been the machine's.
     """
     step = run.at.step + 1
     trouble = f"step {step}: {skipped} updates in a row had a loss or gradient that is not finite and were skipped"
@@ -385,7 +393,6 @@ def go_back(
         raise InputError(f"{trouble}; lower optim.learning_rate, look at the samples of this step, or set optim.rollback_steps")
     if at.rollbacks >= _MAX_ROLLBACKS:
         raise InputError(f"{trouble}, after {at.rollbacks} rollbacks; lower optim.learning_rate")
-    run.under_way = None
     if not restore_run(run, at_most=at.step - back):
         raise InputError(f"{trouble}, and there is no checkpoint {back} steps back; lower train.save_every or optim.rollback_steps")
     run.at = run.at._replace(draws=at.draws, cursor=at.cursor, rollbacks=at.rollbacks + 1)
@@ -493,23 +500,21 @@ def check_divides(config: Config, mesh: Mesh) -> None:
             )
 
 
-def prepare_run_dir(config: Config, run_dir: Path) -> None:
+def prepare_run_dir(config: Config, run_dir: Folder) -> None:
     """Writes the resolved config into the folder; refuses a folder whose run was another one."""
     file = run_dir / "config.yaml"
-    try:
-        if file.exists():
-            before, now = (flatten(to_dict(c)) for c in (load_config(file), config))
-            for key in sorted(before.keys() | now.keys()):
-                if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
-                    raise ConfigError(
-                        f"{key}: is {now.get(key)!r}, but {run_dir} was started with {before.get(key)!r}; "
-                        "use another --run-dir, or set it back"
-                    )
-        multihost.sync("the run folder has been looked at")
-        if multihost.is_main():
-            file.write_text(dump_yaml(config))
-    except OSError as e:
-        raise InputError(f"{run_dir}: cannot be used as a run folder ({e.strerror}); give a writable folder") from None
+    if file.exists():
+        with local_file(file) as stored:
+            before, now = (flatten(to_dict(c)) for c in (load_config(stored), config))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
+                raise ConfigError(
+                    f"{key}: is {now.get(key)!r}, but {run_dir} was started with {before.get(key)!r}; use another --run-dir, or set it back"
+                )
+    multihost.sync("the run folder has been looked at")
+    if multihost.is_main():
+        with writing(file):
+            write_whole(file, dump_yaml(config).encode())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -519,14 +524,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--config", required=True, help="YAML config, e.g. configs/tiny_cpu.yaml; `python -m dapo_jax.config` lists every field"
     )
-    parser.add_argument("--run-dir", required=True, help="folder of this run: made if missing, resumed if it holds a checkpoint")
+    parser.add_argument(
+        "--run-dir", required=True, help="folder or gs://bucket/folder of this run: made if missing, resumed if it holds a checkpoint"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. --set optim.learning_rate=1e-5; may be repeated"
     )
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
+    run_dir = run_folder(args.run_dir)
     multihost.initialize()
-    train(config, Path(args.run_dir))
+    train(config, run_dir)
     return 0
 
 

@@ -24,6 +24,10 @@ class InputError(Exception):
     """Something the user gave is unusable. One line: file, key or row; what is wrong; what to do. Exit status 2."""
 
 
+class SharedError(InputError):
+    """One that every process of a job raises at the same place, so that they can still save together."""
+
+
 class NoCheckpointError(Exception):
     """A run folder holds no usable checkpoint. Exit status 3."""
 

@@ -219,6 +219,8 @@ def test_answers_without_a_verdict_stop_the_run_before_the_cap():
 def test_the_memory_is_told_what_became_of_each_problem():
     memory = PassMemory(len(PROMPTS), 1, 1)
     found, _ = drawn(lambda draw, sample: (5, draw % 2 == 0 or sample == 0), missing=6, keep_rate=0.5, memory=memory)
+    for outcome in found.outcomes:
+        memory.record(*outcome)
     right = {g.prompt.problem.id for g in found.groups if g.correct.all()}
     assert memory.resting(0) == len(right) == len(found.groups) // 2
 

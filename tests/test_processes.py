@@ -1,5 +1,6 @@
 """A job of two processes with 4 CPU devices each does what one process with 8 does."""
 
+import hashlib
 import json
 import os
 import socket
@@ -155,3 +156,37 @@ def test_a_process_that_waits_for_the_others_says_so(tmp_path):
     with subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True) as process:
         assert "the same command has to run on every host at a time" in process.stderr.readline()
         process.kill()
+
+
+def two_processes(monkeypatch, first: dict):
+    """Makes this process the second of two, the other of which holds `first`: what they gather, without the other process."""
+    text = json.dumps(first, sort_keys=True).encode()
+
+    def gather(mine):
+        mine = np.asarray(mine)
+        if mine.shape == (32,):
+            return np.stack([np.frombuffer(hashlib.sha256(text).digest(), np.uint8), mine])
+        if mine.ndim == 0:
+            return np.array([len(text), mine])
+        return np.stack([np.frombuffer(text.ljust(len(mine), b"\0")[: len(mine)], np.uint8), mine])
+
+    monkeypatch.setattr(multihost.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost.multihost_utils, "process_allgather", gather)
+
+
+FACTS = {"seed": 0, "jax": "0.12.0", "the digest of data.train": "abc", "step": 3, "reward/mean": 0.25}
+
+
+@pytest.mark.parametrize(
+    "key, value", [("jax", "0.10.2"), ("the digest of data.train", "abd"), ("reward/mean", 0.25000001), ("more", "x" * 999)]
+)
+def test_what_differs_between_processes_is_named(key, value, monkeypatch):
+    two_processes(monkeypatch, FACTS)
+    assert multihost.disagreement(FACTS) is None
+    assert multihost.disagreement(FACTS | {key: value}) == f"{key} is {value!r} on process 1, {FACTS.get(key)!r} on process 0"
+
+
+def test_software_names_versions_and_the_code_itself():
+    found = multihost.software()
+    assert found["jax"] == jax.__version__ and len(found["code"]) == 16
+    assert found == multihost.software()

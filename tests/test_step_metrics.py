@@ -58,7 +58,7 @@ def metrics(**algo):
     buffer.add(DRAWN)
     kept, counts = buffer.take()
     config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2, **algo))
-    drawn = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 3, []), config)
+    drawn = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 3, [], []), config)
     return drawn | update_metrics(kept, counts, SUMS, PACKED, config)
 
 

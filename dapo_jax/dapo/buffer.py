@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dapo_jax.dapo.groups import informative_groups
-from dapo_jax.types import Group, InputError, Problem, Prompt, Response
+from dapo_jax.types import Group, InputError, Problem, Prompt, Response, SharedError
 
 
-class StarvedError(InputError):
+class StarvedError(SharedError):
     """The generation batches a step may take gave too few groups to train on."""
 
 
