@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from dapo_jax.config import RewardSection
 from dapo_jax.reward.verify import check_verdict, lenient_verify, load_function, one_line, strict_verify
-from dapo_jax.types import InputError, Message, Problem, Verdict
+from dapo_jax.types import InputError, Message, Problem, SharedError, Verdict
 
 _START_S = 120.0  # for a worker to import what it needs
 _RETRY_S = 1.0  # pause after a worker that could not start
@@ -143,13 +143,13 @@ def error_counts(verdicts: Sequence[Verdict]) -> tuple[int, int]:
 
 
 def check_errors(verdicts: Sequence[Verdict], section: RewardSection) -> None:
-    """Raises InputError if more than `section.max_error_fraction` of the answers have no verdict."""
+    """Raises SharedError if more than `section.max_error_fraction` of the answers have no verdict."""
     timeouts, others = error_counts(verdicts)
     if timeouts + others <= section.max_error_fraction * len(verdicts):
         return
     first = next(verdict.error for verdict in verdicts if verdict.error is not None)
     remedy = "fix reward.function" if section.verifier == "custom" else "raise reward.timeout_s"
-    raise InputError(
+    raise SharedError(
         f"reward: {timeouts + others} of {len(verdicts)} answers got no verdict ({timeouts} time-outs, {others} errors; first: "
         f"{one_line(first)}); {remedy} or raise reward.max_error_fraction {section.max_error_fraction:g}"
     )
