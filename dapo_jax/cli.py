@@ -6,10 +6,11 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from dapo_jax.config import printable
 from dapo_jax.runtime import multihost
 from dapo_jax.types import InputError, NoCheckpointError, RunError, Stopped
 
-VERBS = ("train", "evaluate", "supervised", "plan", "benchmark", "export", "config")
+VERBS = ("train", "evaluate", "compare", "supervised", "plan", "benchmark", "export", "report", "config")
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:
@@ -42,7 +43,8 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
 
 def _say(what: object, status: int) -> int:
     where = f" {multihost.who()}:" if multihost.is_distributed() else ""
-    print(f"dapo_jax:{where} {what}", file=sys.stderr, flush=True)
+    line = printable(" ".join(str(what).split()))  # it may quote files that anyone wrote
+    print(f"dapo_jax:{where} {line}", file=sys.stderr, flush=True)
     return status
 
 

@@ -247,7 +247,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 _MAX_DEPTH = 16
 _MAX_BYTES = 1 << 20
-_CREDENTIALS = re.compile(r"://[^/?#\s]*@")  # https://user:password@host
+_CREDENTIALS = re.compile(r"(?<=\w\w):/{1,2}[^/?#\s]*@")  # https://user:password@host; paths have one slash of it left
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -277,6 +277,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
+_StrictLoader.yaml_constructors = {tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag is None or tag in _TAGS}
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:null|~|)$"), ["n", "~", ""])
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9]\d*)$"), list("-+0123456789"))
@@ -295,7 +297,7 @@ def _parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as e:
         line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
         raise ConfigError(f"{where}{line}: {printable(str(e.problem or e.context))[:200]}; correct the YAML") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as e:
+    except (yaml.YAMLError, ValueError, LookupError, RecursionError, OverflowError) as e:  # of values that are not what their tag says
         reason = (str(e).splitlines() or ["unreadable"])[0]
         raise ConfigError(f"{where}: not valid YAML ({printable(reason)[:200]}); correct the file") from None
 
@@ -426,7 +428,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     where = printable(str(path))
     try:
-        raw = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or str(e)
         raise ConfigError(f"{where or 'config'}: cannot read config ({reason}); give the path of a YAML file") from None

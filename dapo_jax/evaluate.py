@@ -24,6 +24,7 @@ from dapo_jax.reward.verify import extract_answer
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.folder import run_folder
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.runtime.metrics import progress
@@ -128,19 +129,27 @@ def evaluate_sets(
     pool: RewardPool,
     guard: Guard,
     say: Callable[[str], None],
-) -> dict[str, dict[str, float]]:
-    """`evaluate_set` on each set, with a line for people. Returns metrics by set."""
+) -> dict[str, tuple[dict[str, float], list[dict[str, Any]]]]:
+    """`evaluate_set` on each set, with a line for people. Returns (metrics, rows) by set."""
     k, results = config.eval.samples_per_problem, {}
     for name, prompts in sets.items():
         with progress(len(prompts) * k, f"eval {name}", enabled=multihost.is_main()) as bar:
-            m, _ = evaluate_set(prompts, config, engine=engine, params=params, policy=policy, pool=pool, guard=guard, on_done=bar.update)
+            m, rows = evaluate_set(prompts, config, engine=engine, params=params, policy=policy, pool=pool, guard=guard, on_done=bar.update)
         say(
             f"eval {name}: avg@{k} {m['avg']:.3f} ± {m['avg_se']:.3f}  pass@{k} {m['pass']:.3f}  cons@{k} {m['cons']:.3f}  "
             f"length {m['response_len_mean']:.0f}, {m['truncated_fraction']:.1%} truncated  "
             f"({len(prompts)} problems, {config.reward.verifier} verifier)"
         )
-        results[name] = m
+        results[name] = m, rows
     return results
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Share of right responses of each problem, from rows of `evaluate_set`: what two evaluations are compared by."""
+    verdicts: dict[str, list[bool]] = {}
+    for row in rows:
+        verdicts.setdefault(row["id"], []).append(row["correct"])
+    return {problem: float(np.mean(correct)) for problem, correct in verdicts.items()}
 
 
 def load_sets(config: Config, policy: Policy, say: Callable[[str], None]) -> dict[str, list[Prompt]]:
@@ -166,20 +175,22 @@ def main(argv: list[str] | None = None) -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--run-dir", help="run folder of dapo_jax.train; its newest usable checkpoint is evaluated")
     where.add_argument("--model", metavar="FOLDER", help="Hugging Face folder to evaluate")
-    parser.add_argument("--json", metavar="OUT", help="also write the results to this file")
+    parser.add_argument("--json", metavar="OUT", help="also write the results to this file; `python -m dapo_jax.compare` reads two of them")
+    parser.add_argument("--samples", metavar="OUT", help="also write every response and its verdict to this file, a JSON object a line")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. eval.samples_per_problem=8")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     if not config.eval.sets:
         raise InputError(f"{args.config}: eval.sets: is empty; name a data set")
+    run_dir = run_folder(args.run_dir) if args.run_dir else None
     policy = load_policy(config, args.model)
     multihost.initialize()
     say = print if multihost.is_main() else lambda line: None
     sets = load_sets(config, policy, say)
     mesh = make_mesh(config.mesh)
     say(describe(policy, mesh))
-    if args.run_dir:
-        step, params = restore_params(args.run_dir, policy, mesh)
+    if run_dir:
+        step, params = restore_params(run_dir, policy, mesh)
         say(f"checkpoint of step {step}")
     else:
         step, params = None, load_params(config, policy, mesh, args.model)
@@ -191,14 +202,22 @@ def main(argv: list[str] | None = None) -> int:
         "step": step,
         "samples_per_problem": config.eval.samples_per_problem,
         "verifier": config.reward.verifier,
-        "sets": {name: {"problems": len(sets[name]), **metrics} for name, metrics in found.items()},
+        "sets": {name: {"problems": len(sets[name]), **m, "accuracies": accuracies(rows)} for name, (m, rows) in found.items()},
     }
-    if args.json and multihost.is_main():
-        try:
-            Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
-        except OSError as e:
-            raise InputError(f"{args.json}: cannot write ({e.strerror}); give a writable path") from None
+    if args.json:
+        _write(args.json, json.dumps(results, indent=2) + "\n")
+    if args.samples:
+        _write(args.samples, "".join(json.dumps({"set": name} | row) + "\n" for name, (_, rows) in found.items() for row in rows))
     return 0
+
+
+def _write(path: str, text: str) -> None:
+    if not multihost.is_main():
+        return
+    try:
+        Path(path).write_text(text)
+    except OSError as e:
+        raise InputError(f"{path}: cannot write ({e.strerror}); give a writable path") from None
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ python -m dapo_jax.export --run-dir D --out FOLDER
 """
 
 import argparse
-from pathlib import Path
 
 from dapo_jax.config import MeshSection, load_config
-from dapo_jax.model.weights import save_pretrained
+from dapo_jax.model.weights import check_new, save_pretrained
 from dapo_jax.policy import describe, load_policy, restore_params
+from dapo_jax.runtime.folder import local_file, run_folder
 from dapo_jax.runtime.mesh import make_mesh
+from dapo_jax.types import InputError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,10 +19,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", required=True, help="run folder of dapo_jax.train")
     parser.add_argument("--out", required=True, help="folder to write; must not exist, or be empty")
     args = parser.parse_args(argv)
-    config = load_config(Path(args.run_dir) / "config.yaml")
+    if "://" in args.out:
+        raise InputError(f"{args.out}: is no local folder; give --out one, and copy it with `gcloud storage cp -r`")
+    run_dir = run_folder(args.run_dir)
+    with local_file(run_dir / "config.yaml") as file:
+        config = load_config(file)
+    check_new(args.out)
     policy = load_policy(config)
     mesh = make_mesh(MeshSection())
-    step, params = restore_params(args.run_dir, policy, mesh)
+    step, params = restore_params(run_dir, policy, mesh)
     save_pretrained(args.out, policy.model, params, source_folder=config.model.folder, tokenizer=policy.tokenizer)
     print(f"wrote step {step} of {args.run_dir} to {args.out}: {describe(policy, mesh)}")
     return 0

@@ -1,10 +1,12 @@
 """Know before paying: compiles a config's programs with the real TPU compiler and no TPU. Do they fit, and what can a step cost at best?
 
     python -m dapo_jax.plan --config C [--topology v5p:4x4x8] [--json OUT] [--suggest] [--set section.key=value ...]
-    python -m dapo_jax.plan --config C --only update --only "plain update"        what the fused loss saves
+    python -m dapo_jax.plan --config C --topology "v5p:4x4x8*2" --set mesh.data=2     two slices
+    python -m dapo_jax.plan --config C --only update --only "plain update"            what the fused loss saves
 
-Memory and collectives are the compiler's. Times are a roofline, max(FLOPs / peak, HBM bytes / bandwidth, sent bytes / ICI bandwidth),
-from published peaks (`runtime/chips.py`): a bound that no run beats, not a forecast. The compiler proves fit and legality, never speed.
+Memory and collectives are the compiler's. Times are a roofline, max(FLOPs / peak, HBM bytes / bandwidth, bytes sent in a slice / ICI
+bandwidth, bytes sent between slices / DCN bandwidth), from published peaks (`runtime/chips.py`): a bound that no run beats, not a
+forecast. The compiler proves fit and legality, never speed.
 Needs `pip install libtpu` on an x86-64 Linux machine. Exit status: 0 all fits, 1 not, 2 bad input.
 """
 
@@ -15,6 +17,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +37,7 @@ from dapo_jax.policy import Policy, make_engine, row_len, with_computation
 from dapo_jax.programs import TrainPrograms, abstract_batch, microbatches, train_programs, train_sampling, update_program
 from dapo_jax.rollout.sampler import Arrivals
 from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
-from dapo_jax.runtime.compiled import Compiled, compile_program, device_bytes
+from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, compile_program, device_bytes
 from dapo_jax.runtime.mesh import make_mesh, rollout_sharding, row_shards
 from dapo_jax.train import check_divides
 from dapo_jax.types import Array, InputError, Params, TrainBatch
@@ -82,6 +85,11 @@ class Program(NamedTuple):
     trips: tuple[int, ...] = ()  # of loops that end by data, outermost first
     settings: str = ""  # what to change where it does not fit
 
+    @property
+    def key(self) -> Any:
+        """The same for the same program, among configs that differ in sizes only."""
+        return self.name, *jax.tree.leaves(self.arguments)
+
 
 class Result(NamedTuple):
     """A program, compiled."""
@@ -99,8 +107,14 @@ class Result(NamedTuple):
         return self.compiled.fits and self.peak_bytes <= self.pod.chip.hbm_bytes
 
     @property
+    def between_slices(self) -> float:
+        """Bytes that each device sends to other slices in a call."""
+        return self.compiled.collectives.get(BETWEEN_SLICES, 0.0)
+
+    @property
     def sent_bytes(self) -> float:
-        return sum(self.compiled.collectives.values())
+        """Bytes that each device sends inside its slice in a call."""
+        return sum(self.compiled.collectives.values()) - self.between_slices
 
     @property
     def times(self) -> dict[str, float]:
@@ -110,6 +124,7 @@ class Result(NamedTuple):
             "FLOPs": work.computed / len(self.pod.devices) / chip.flops,
             "HBM": work.hbm_bytes / chip.hbm_bandwidth,
             "ICI": self.sent_bytes / chip.ici_bandwidth,
+            "DCN": self.between_slices / chip.dcn_bandwidth,
         }
 
     @property
@@ -123,18 +138,27 @@ class Result(NamedTuple):
 
 
 def load_pod(topology: str) -> Pod:
-    """The devices of a topology such as v5p:4x4x8. InputError without libtpu, or if it knows no such topology."""
-    name, colon, shape = topology.partition(":")
-    if name not in CHIPS or not colon or not all(n.isdigit() for n in shape.split("x")):
-        raise InputError(f"topology {topology!r}: expected NAME:AxB or NAME:AxBxC with NAME one of {', '.join(CHIPS)}, e.g. v5p:4x4x8")
+    """The devices of a topology such as v5p:4x4x8, or v5p:4x4x8*2 for two such slices.
+
+    InputError without libtpu, or if it knows no such topology.
+    """
+    form = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*([1-9]\d*))?", topology)
+    if form is None or form[1] not in CHIPS:
+        raise InputError(
+            f"topology {topology!r}: expected NAME:AxB or NAME:AxBxC with NAME one of {', '.join(CHIPS)}, e.g. v5p:4x4x8, "
+            "and *N after it for N slices"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("plan compiles with Google's TPU compiler, which is not installed; `pip install libtpu` (or dapo_jax[plan])")
-    options = {"chip_config_name": "megacore"} if name == "v4" else {}  # both cores of a v4 chip as one device, as training sees it
+    name, shape, slices = form[1], form[2], int(form[3] or 1)
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if name == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a v4 chip as one device, as training sees it
     try:
-        devices: list[Any] = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+        devices: list[Any] = list(topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **options).devices)
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as e:
         raise InputError(f"topology {topology!r}: libtpu knows none ({(str(e).splitlines() or ['no reason'])[0][:200]})") from None
-    chips = len({tuple(d.coords) for d in devices})
+    chips = slices * len({tuple(d.coords) for d in devices})
     share, chip = chips / len(devices), CHIPS[name]
     return Pod(topology, devices, chips, Chip(*(value * share for value in chip)))
 
@@ -241,23 +265,24 @@ def _rollout(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, t
 
     engine = make_engine(config, Policy(model, None, (0,)), mesh, train_sampling(config))
     state = jax.eval_shape(engine.programs.start)
-    rows, width = shards, next(n for n in engine.prompt_lens if n >= config.data.max_prompt_len)
-    prompts = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+    prompts, prefixes = (
+        jax.ShapeDtypeStruct((shards, next(n for n in engine.prompt_lens if n >= most)), jnp.int32)
+        for most in (config.data.max_prompt_len, engine.cache_len)
+    )
     prefilled = jax.eval_shape(engine.programs.prefill, weights, prompts)
     seed, arrivals = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((len(Arrivals._fields), shards, engine.slots), jnp.int32)
-    read_flops = flops.forward_flops(model, rows * lengths.prompt, rows * flops.visible_pairs(lengths.prompt), 0)
-    computed = flops.forward_flops(model, rows * width, rows * flops.visible_pairs(width), 0)
     layers, settings = 2 * flops.layer_weights(model) / tensor, "rollout.decode_slots, rollout.kv_cache, mesh.tensor"
+
+    def prefill(name: str, tokens: jax.ShapeDtypeStruct, calls: float) -> Program:
+        (rows, width), mean = tokens.shape, lengths.prompt
+        useful = flops.forward_flops(model, rows * mean, rows * flops.visible_pairs(mean), 0)
+        computed = flops.forward_flops(model, rows * width, rows * flops.visible_pairs(width), 0)
+        lower = functools.partial(engine.programs.prefill.lower, weights, tokens)  # type: ignore[attr-defined]
+        work = Work(useful, computed, rows * mean, layers)
+        return Program(name, lower, (weights, tokens), resident + device_bytes(state), work, calls, settings=settings)
+
     found = [
-        Program(
-            "prefill",
-            functools.partial(engine.programs.prefill.lower, weights, prompts),  # type: ignore[attr-defined]
-            (weights, prompts),
-            resident + device_bytes(state),
-            Work(read_flops, computed, rows * lengths.prompt, layers),
-            responses / d.responses_per_prompt / rows,
-            settings=settings,
-        ),
+        prefill("prefill", prompts, responses / d.responses_per_prompt / shards),
         Program(
             "insert",
             functools.partial(engine.programs.insert.lower, state, prefilled, seed, arrivals, number),  # type: ignore[attr-defined]
@@ -265,10 +290,12 @@ def _rollout(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, t
             resident + device_bytes(weights),
             Work(0, 0, 0, 0),
             responses / slots,
-            (engine.slots,),
             settings=settings,
         ),
     ]
+    if d.partial_rollouts:  # reads what unfinished responses have said so far
+        found.append(prefill("prefill of prefixes", prefixes, 0))
+        prefilled = jax.eval_shape(engine.programs.prefill, weights, prefixes)
     mean = lengths.prompt + lengths.response / 2  # tokens in the cache of a sequence under way
     step = flops.forward_flops(model, slots, slots * mean, slots)
     read = layers + 2 * flops.head_weights(model) / tensor + slots / shards * mean * cached
@@ -289,14 +316,23 @@ def _rollout(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, t
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def compile_all(config: Config, pod: Pod, lengths: Lengths, only: Sequence[str] = (), say: Callable[[str], None] = print) -> list[Result]:
-    """Compiles the programs of a config (those named, or all), one after the other."""
+def compile_all(
+    config: Config,
+    pod: Pod,
+    lengths: Lengths,
+    only: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+    known: Mapping[Any, Compiled] | None = None,
+) -> list[Result]:
+    """Compiles the programs of a config (those named, or all), one after the other, but for those that are known by their keys."""
     mesh = make_mesh(config.mesh, pod.devices)
     results = []
     for program in programs(config, load_model(config), mesh, lengths):
         if program.name in only or (not only and program.name != PLAIN):
-            say(f"compiling {program.name} ...")
-            results.append(Result(program, compile_program(program.lower(), device_bytes(program.arguments), program.trips), pod))
+            if (compiled := (known or {}).get(program.key)) is None:
+                say(f"compiling {program.name} ...")
+                compiled = compile_program(program.lower(), device_bytes(program.arguments), program.trips)
+            results.append(Result(program, compiled, pod))
     return results
 
 
@@ -388,6 +424,7 @@ def to_json(results: Sequence[Result], estimates: Mapping[str, float]) -> dict[s
                 "computed_flops": r.program.work.computed,
                 "tokens": r.program.work.tokens,
                 "collective_bytes": r.sent_bytes,
+                "between_slices_bytes": r.between_slices,
                 "collectives": dict(r.compiled.collectives),
                 "seconds": r.seconds,
                 "limits": r.times,
@@ -399,42 +436,47 @@ def to_json(results: Sequence[Result], estimates: Mapping[str, float]) -> dict[s
     }
 
 
-def largest_that_fits(unit: int, most: int, peak: Callable[[int], float], room: float) -> int:
-    """The largest multiple of `unit` up to `most` with peak(n) ≤ room, 0 if none has. At most 8 calls: what they leave open is given away.
+def largest_that_fits(unit: int, start: int, most: int, peaks: Callable[[int], Sequence[float]], room: float) -> int:
+    """About the largest multiple of `unit` up to `most` with all peaks(n) ≤ room, 0 if none is found. At most 5 calls, `start` the first.
 
-    peak: bytes at n, which grow about evenly: the line through the two largest n that fit tells the next. What the compiler says of a
-    program that it refuses is less exact, and only where the search begins.
+    peaks: bytes of each program at n, which grow about evenly: its line through the two largest n that fit tells the next n, and when to
+    stop. What the compiler says of a program that it refuses is less exact, and only used where the lines lead there.
     """
-    known = {n: peak(n) for n in sorted({unit, most // unit * unit})}
-    while len(known) < 8:
-        low = max((n for n in known if known[n] <= room), default=0)
-        high = min((n for n in known if known[n] > room), default=0)
-        if not low or high - low <= unit:
+    known, most = {start: peaks(start)}, most // unit * unit
+    while len(known) < 5:
+        fit, over = (sorted(n for n in known if (max(known[n]) <= room) == fits) for fits in (True, False))
+        low, high = fit[-1] if fit else 0, over[0] if over else most + unit
+        pairs = ([(fit[-2], low)] if len(fit) > 1 else []) + ([(low, high)] if fit and over else [])
+        lines = [[(y, z - x) for x, y, z in zip(known[a], known[low], known[b], strict=True) if z > x] for a, b in pairs]
+        guesses = [low + min((room - y) / rise * (b - a) for y, rise in line) for line, (a, b) in zip(lines, pairs, strict=True) if line]
+        if high - low <= unit or (guesses and guesses[0] < low + unit):
             break
-        before = max((n for n in known if n < low and known[n] < known[low]), default=0)
-        lines = [(low, high), *([(before, low)] if before else [])]
-        guesses = [low + (room - known[low]) / (known[b] - known[a]) * (b - a) for a, b in lines]
-        guess = guesses[-1] if guesses[-1] < high else guesses[0]
-        n = min(max(int(guess) // unit * unit, low + unit), high - unit)
-        known[n] = peak(n)
-    return max((n for n in known if known[n] <= room), default=0)
+        # With one n: as if all of it were in proportion, which is too little where it fits. On level ground: further away.
+        alone = 2 * low if len(fit) > 1 else (low or high) * room / max(known[low or high])
+        guess = next((g for g in guesses if g < high or not over), alone)
+        n = min(max(int(guess) // unit * unit, low + unit), (high - 1) // unit * unit)
+        known[n] = peaks(n)
+    return max((n for n in known if max(known[n]) <= room), default=0)
 
 
-def suggest(config: Config, pod: Pod, lengths: Lengths, say: Callable[[str], None]) -> list[str]:
-    """Decode slots and rows of a micro-batch, the largest that fit in 90% of HBM."""
+def suggest(config: Config, pod: Pod, lengths: Lengths, results: Sequence[Result], say: Callable[[str], None]) -> list[str]:
+    """Decode slots and rows of a micro-batch, the largest that fit in 90% of HBM. results: of the config as it is."""
     shards, lines, d = row_shards(make_mesh(config.mesh, pod.devices)), [], config.dapo
     searches = (
-        ("decode_slots", "rollout", ["prefill", "decode step"], d.prompts_per_draw * d.responses_per_prompt),
-        ("rows_per_microbatch", "train", ["update"], d.responses_per_update),
+        ("decode_slots", "rollout", ("prefill", "prefill of prefixes", "decode step"), d.prompts_per_draw * d.responses_per_prompt),
+        ("rows_per_microbatch", "train", ("old log-probs", "update"), d.responses_per_update),
     )
+    known = {r.program.key: r.compiled for r in results}
     for key, section, names, most in searches:
 
-        def peak(n: int, key=key, section=section, names=names) -> float:
+        def peaks(n: int, key=key, section=section, names=names) -> list[int]:
             changed = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: n})})
-            return max(r.peak_bytes for r in compile_all(changed, pod, lengths, names, lambda line: say(f"{key} {n}: {line}")))
+            found = compile_all(changed, pod, lengths, names, lambda line: say(f"{key} {n}: {line}"), known)
+            known.update({r.program.key: r.compiled for r in found})
+            return [r.peak_bytes for r in found]
 
-        best = largest_that_fits(shards, max(shards, most), peak, _COMFORT * pod.chip.hbm_bytes)
         now = getattr(getattr(config, section), key)
+        best = largest_that_fits(shards, now, max(now, most), peaks, _COMFORT * pod.chip.hbm_bytes)
         lines.append(f"{section}.{key}: {now}; at most {best} fit in {_COMFORT:.0%} of HBM" if best else f"{section}.{key}: none fits")
     return lines
 
@@ -498,7 +540,7 @@ def main(argv: list[str] | None = None) -> int:
     for line in complaints(results):
         print(line)
     if args.suggest:
-        for line in suggest(config, pod, lengths, print):
+        for line in suggest(config, pod, lengths, results, print):
             print(line)
     if args.json:
         try:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from dapo_jax.model.weights import load_model_config, load_pretrained
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import checkpoint
+from dapo_jax.runtime.folder import Folder
 from dapo_jax.runtime.mesh import params_sharding, put
 from dapo_jax.runtime.multihost import fetch
 from dapo_jax.types import InputError, NoCheckpointError, Params
@@ -42,10 +42,14 @@ def load_policy(config: Config, folder: str | None = None) -> Policy:
     assert model is not None  # the config's own check
     model = with_computation(config, model)
     tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > model.vocab_size:
-        where = f"{folder}: tokenizer" if folder else "model.architecture.vocab_size"
-        raise InputError(f"{where}: {len(tokenizer)} tokens do not fit an embedding of {model.vocab_size}; use the model's own tokenizer")
-    return Policy(model, tokenizer, stop_tokens(tokenizer, folder))
+    where = f"{folder}: tokenizer" if folder else "model.architecture.vocab_size"
+    ids = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): ids may have gaps
+    if ids > model.vocab_size:
+        raise InputError(f"{where}: {ids} tokens do not fit an embedding of {model.vocab_size}; use the model's own tokenizer")
+    stop = stop_tokens(tokenizer, folder)
+    if stop[-1] >= model.vocab_size:
+        raise InputError(f"{folder}: eos_token_id: {stop[-1]} is beyond an embedding of {model.vocab_size}; correct generation_config.json")
+    return Policy(model, tokenizer, stop)
 
 
 def load_params(config: Config, policy: Policy, mesh: Mesh, folder: str | None = None) -> Params:
@@ -57,9 +61,9 @@ def load_params(config: Config, policy: Policy, mesh: Mesh, folder: str | None =
     return jax.jit(functools.partial(init, policy.model), out_shardings=shardings)(jax.random.key(config.seed))
 
 
-def restore_params(run_dir: str, policy: Policy, mesh: Mesh) -> tuple[int, Params]:
+def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Params]:
     """Step and weights of the newest usable checkpoint of a run folder; NoCheckpointError if there is none."""
-    folder = Path(run_dir) / "checkpoints"
+    folder = run_dir / "checkpoints"
     if not folder.is_dir():
         raise NoCheckpointError(f"{run_dir}: holds no checkpoints; give the --run-dir of a training run")
     abstract = abstract_params(policy.model)

@@ -13,7 +13,7 @@ from dapo_jax.config import Config, load_config
 from dapo_jax.dapo.packing import TrainItem, build_batch, max_microbatches
 from dapo_jax.data.problems import Cursor, advance, load_problems
 from dapo_jax.data.prompts import make_prompts
-from dapo_jax.model.weights import save_pretrained
+from dapo_jax.model.weights import check_new, save_pretrained
 from dapo_jax.policy import Policy, describe, load_params, load_policy, row_len
 from dapo_jax.programs import supervised_programs
 from dapo_jax.runtime import multihost
@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(args.config, args.set)
     if not config.supervised.updates:
         raise InputError(f"{args.config}: supervised.updates: is 0, so there is nothing to do; set it")
+    check_new(args.out)
     policy = load_policy(config)
     problems, report = load_problems(config.data.train, config.data.arithmetic)
     prompts, _ = make_prompts(problems, policy.tokenizer, config.data)

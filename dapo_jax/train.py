@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,17 +26,18 @@ from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targ
 from dapo_jax.dapo.update import learning_rate, summarize
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import load_problems, problems_digest
-from dapo_jax.data.prompts import make_prompts
+from dapo_jax.data.prompts import make_prompts, without
 from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets
-from dapo_jax.policy import describe, load_params, load_policy, make_engine, row_len
+from dapo_jax.model.weights import check_pretrained
+from dapo_jax.policy import Policy, describe, load_params, load_policy, make_engine, row_len
 from dapo_jax.programs import microbatches, train_programs, train_sampling
 from dapo_jax.resume import Progress, Run, UnderWay, fetched, restore, save
 from dapo_jax.reward.pool import RewardPool, error_counts
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.runtime.curves import plot_curves
-from dapo_jax.runtime.folder import Folder, local_file, run_folder, write_whole, writing
+from dapo_jax.runtime.folder import Folder, local_file, read, run_folder, write_whole, writing
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.lock import locked
 from dapo_jax.runtime.mesh import make_mesh, published_as_it_is, put_rows, row_shards
@@ -50,8 +52,9 @@ from dapo_jax.runtime.metrics import (
     write_samples,
 )
 from dapo_jax.runtime.profile import Profiler
-from dapo_jax.supervised import warm_up
-from dapo_jax.types import Group, InputError, RunError, SharedError, Stopped, TrainBatch
+from dapo_jax.samples import sample_rows
+from dapo_jax.supervised import solution_items, warm_up
+from dapo_jax.types import Group, InputError, Prompt, RunError, SharedError, Stopped, TrainBatch
 
 # Config that may change between the runs of one run folder: how long, how watched, how spread; not what is learned.
 _MAY_CHANGE = (
@@ -91,11 +94,15 @@ def train(config: Config, run_dir: Folder) -> None:
     prompts, skipped = make_prompts(problems, policy.tokenizer, d)
     say(f"problems: {report.summary()}; {len(prompts)} prompts" + "".join(f", {n} skipped: {why}" for why, n in skipped.items()))
     eval_sets = load_sets(config, policy, say)
+    prompts = fit_to_train_on(prompts, eval_sets, config, policy, say)
     digest = problems_digest([p.problem for p in prompts])
     if differs := multihost.disagreement(multihost.software() | flatten(to_dict(config)) | {"the digest of data.train": digest}):
         raise InputError(f"{differs}; start every process with the same command, code, packages and data")
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh)
+    refuse_other_run(config, run_dir)
+    if config.model.folder and read(run_dir / "config.yaml") is None:  # a run that goes on has weights of its own
+        check_pretrained(config.model.folder)
     say(f"policy: {describe(policy, mesh)}")
     say(
         f"step: {algo.prompts_per_step} prompts x {algo.responses_per_prompt} responses, "
@@ -117,13 +124,14 @@ def train(config: Config, run_dir: Folder) -> None:
         Progress(keep_rate=min(1.0, algo.prompts_per_step / algo.prompts_per_draw)),
     )
     with (
+        RewardPool(config.reward) as pool,  # first: a function that cannot be loaded leaves no folder behind
         locked(run_dir),
         Guard(config.train.stall_timeout_s) as guard,
         Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
-        RewardPool(config.reward) as pool,
         Profiler(run_dir / "profile", config.train.profile_start, config.train.profile_steps) as profiler,
     ):
-        prepare_run_dir(config, run_dir)
+        refuse_other_run(config, run_dir)  # a job that has ended since may have begun it
+        write_config(config, run_dir)
         save_run = functools.partial(save, checkpoints=checkpoints, config=to_dict(config), data_digest=digest)
         restore_run = functools.partial(
             restore,
@@ -137,7 +145,7 @@ def train(config: Config, run_dir: Folder) -> None:
 
         def evaluate(weights: Any) -> dict[str, float]:
             found = evaluate_sets(eval_sets, config, engine=eval_engine, params=weights, policy=policy, pool=pool, guard=guard, say=say)
-            return {f"eval/{name}/{key}": value for name, result in found.items() for key, value in result.items()}
+            return {f"eval/{name}/{key}": value for name, (result, _) in found.items() for key, value in result.items()}
 
         # ---- Where the run stands: a checkpoint, or the start -------------------------------------------------------
         if restore_run(run):
@@ -207,7 +215,7 @@ def train(config: Config, run_dir: Folder) -> None:
                             raise StarvedError(run.buffer.cap_message())
                         run.under_way = UnderWay(draw_metrics(drawn, config), [])
                         if multihost.is_main():
-                            write_samples(run_dir, step, sample_rows(drawn.groups, config))
+                            write_samples(run_dir, step, sample_rows(drawn.groups, config.train.samples_per_step, algo, policy))
                     drawn_metrics, done = run.under_way
                     kept, counts = run.buffer.ready()
 
@@ -461,32 +469,6 @@ def throughput(drawn: Mapping[str, float], packed: Sequence[PackStats], seconds:
     return rates
 
 
-def sample_rows(groups: Sequence[Group], config: Config) -> list[dict[str, Any]]:
-    """One response each of the first groups of a step, for people to read."""
-    rows = []
-    for group in groups[: config.train.samples_per_step]:
-        advantage = group_advantages(group.reward[None], ddof=config.dapo.advantage_ddof, eps=config.dapo.advantage_eps)[0, 0]
-        rows.append(
-            {
-                "draw": group.draw,
-                "id": group.prompt.problem.id,
-                "prompt": group.prompt.problem.prompt
-                if isinstance(group.prompt.problem.prompt, str)
-                else [dataclasses.asdict(m) for m in group.prompt.problem.prompt],
-                "answer": group.prompt.problem.answer,
-                "response": group.texts[0],
-                "correct": bool(group.correct[0]),
-                "group_correct": int(group.correct.sum()),
-                "reward": float(group.reward[0]),
-                "penalty": float(group.penalty[0]),
-                "advantage": float(advantage),
-                "length": len(group.responses[0].tokens),
-                "truncated": bool(group.responses[0].truncated),
-            }
-        )
-    return rows
-
-
 def check_divides(config: Config, mesh: Mesh) -> None:
     """Rows and slots are split over the mesh, so they must divide. ConfigError if not."""
     shards = row_shards(mesh)
@@ -500,21 +482,41 @@ def check_divides(config: Config, mesh: Mesh) -> None:
             )
 
 
-def prepare_run_dir(config: Config, run_dir: Folder) -> None:
-    """Writes the resolved config into the folder; refuses a folder whose run was another one."""
+def fit_to_train_on(
+    prompts: Sequence[Prompt], eval_sets: Mapping[str, Sequence[Prompt]], config: Config, policy: Policy, say: Callable[[str], None]
+) -> list[Prompt]:
+    """The prompts that no evaluation set holds. InputError if they are too few for a step, or warm-up lacks solutions."""
+    kept = without(prompts, itertools.chain(*eval_sets.values()))
+    if held := len(prompts) - len(kept):
+        say(f"problems: {held} of the prompts are in eval.sets too, and left out of training")
+    if len(kept) < (wanted := config.dapo.prompts_per_step):
+        few = f"{len(kept)} prompts to train on" + (f" ({held} more are in eval.sets)" if held else "")
+        raise InputError(f"data.train: {few} are fewer than dapo.prompts_per_step {wanted}; give more problems, or lower it")
+    if config.supervised.updates:
+        solution_items(kept, policy, config.rollout.max_response_len)
+    return kept
+
+
+def refuse_other_run(config: Config, run_dir: Folder) -> None:
+    """Raises ConfigError for a folder whose run was another one. Changes nothing."""
     file = run_dir / "config.yaml"
-    if file.exists():
-        with local_file(file) as stored:
-            before, now = (flatten(to_dict(c)) for c in (load_config(stored), config))
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
-                raise ConfigError(
-                    f"{key}: is {now.get(key)!r}, but {run_dir} was started with {before.get(key)!r}; use another --run-dir, or set it back"
-                )
+    if read(file) is None:
+        return
+    with local_file(file) as stored:
+        before, now = (flatten(to_dict(c)) for c in (load_config(stored), config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
+            raise ConfigError(
+                f"{key}: is {now.get(key)!r}, but {run_dir} was started with {before.get(key)!r}; use another --run-dir, or set it back"
+            )
+
+
+def write_config(config: Config, run_dir: Folder) -> None:
+    """Writes the resolved config into the folder."""
     multihost.sync("the run folder has been looked at")
     if multihost.is_main():
-        with writing(file):
-            write_whole(file, dump_yaml(config).encode())
+        with writing(run_dir / "config.yaml"):
+            write_whole(run_dir / "config.yaml", dump_yaml(config).encode())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,9 +23,9 @@ VERDICTS = [Verdict(i % 3 == 0, i / 4, "timed out after 1 s" if i == 5 else None
 
 
 def gradient() -> dict[str, np.ndarray]:
-    """Loss and gradient of a fixed batch over 2 x 2 x 2 devices, and which of its rows this process holds."""
+    """Loss and gradient of a fixed batch over fsdp 2 x tensor 2 devices, and which of its rows this process holds."""
     model = tiny.model()
-    mesh = make_mesh(MeshSection(2, 2, 2))
+    mesh = make_mesh(MeshSection(1, 2, 2))
     batch, _ = build_batch(tiny.make_items(model, 12), row_len=13, rows_per_microbatch=8, microbatches=2)
     sharding = params_sharding(tiny.params(model), mesh)
     params = jax.tree.map(lambda p, s: put(np.asarray(p), s), tiny.params(model), sharding)

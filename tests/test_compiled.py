@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dapo_jax.config import MeshSection
-from dapo_jax.runtime.compiled import compile_program, device_bytes, refused_bytes, sent_bytes
+from dapo_jax.runtime.compiled import BETWEEN_SLICES, compile_program, device_bytes, refused_bytes, sent_bytes
 from dapo_jax.runtime.mesh import make_mesh
 
 TEXT = """HloModule jit_f, num_partitions=8
@@ -35,6 +35,14 @@ TEXT = """HloModule jit_f, num_partitions=8
   %all-reduce.5 = f32[80]{0} all-reduce(%p), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'a','b'}, to_apply=%add
 }
 
+%fused_computation.8 (p: bf16[32]) -> bf16[64] {
+  %all-gather.2 = bf16[64]{0:T(8,128)} all-gather(%p), channel_id=7, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}
+
+%async_collective_fusion.9 (p: bf16[32]) -> bf16[64] {
+  %all-gather.3 = bf16[64]{0:T(8,128)S(1)} all-gather(%p), channel_id=7, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+}
+
 ENTRY %main (p: f32[4]) -> f32[4] {
   %while.1 = (s32[], s32[]) while(%t), condition=%data_condition, body=%data_body
   %fusion.1 = f32[10]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3
@@ -42,6 +50,9 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %done = f32[16]{0} collective-permute-done(%start)
   %reduce-scatter.1 = f32[5]{0} reduce-scatter(%a), channel_id=5, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
   %again = f32[5]{0} reduce-scatter(%a), channel_id=5, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %fusion.2 = bf16[64]{0} fusion(%a), kind=kOutput, calls=%fused_computation.8
+  %fusion.3 = bf16[64]{0} fusion(%a), kind=kOutput, calls=%async_collective_fusion.9
+  %fusion.4 = bf16[64]{0} fusion(%a), kind=kOutput, calls=%async_collective_fusion.9
   ROOT %all-to-all.1 = f32[8]{0} all-to-all(%a), channel_id=6, replica_groups={}, dimensions={0}
 }
 """
@@ -50,13 +61,26 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 def test_sent_bytes_by_hand():
     found = sent_bytes(TEXT, trips=(3,))
     assert found == {
-        "all-gather": 3 * 6 * 1600 * 3 / 4,  # a scan of 6 in a loop of 3
+        "all-gather": 3 * 6 * 1600 * 3 / 4 + 128 / 2,  # a scan of 6 in a loop of 3, and one that is written in each of three fusions
         "all-reduce": 3 * 2 * 40 / 2,  # the scalar f32[] is not counted
-        "reduce-scatter": 320 * 7 / 8 + 20 * 3,  # a fused one, and one that is written twice
+        "reduce-scatter": 320 * 7 / 8 + 2 * 20 * 3,  # a fused one, and two that share a channel, as those of `shard_map` do
         "collective-permute": 64,
         "all-to-all": 32 * 7 / 8,
     }
-    assert sent_bytes(TEXT)["all-gather"] == found["all-gather"] / 3
+    assert sent_bytes(TEXT)["all-gather"] == 6 * 1600 * 3 / 4 + 128 / 2
+
+
+def test_bytes_between_slices_by_hand():
+    """As libtpu 0.0.52 writes it: a device hands to the host what the other slices get; over three slices, in a scan of 6."""
+    sends = "".join(
+        f"  %send.{i} = (f32[{size}]{{0:T(128)}}, u32[]{{:S(2)}}, token[]) send(%a, %b), channel_id={i}, is_host_transfer=true, "
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        f'_xla_megascale_target="{{1,2,3}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}\n'
+        for i, (size, kind) in enumerate([(30, "ALL_REDUCE"), (60, "REDUCE_SCATTER"), (100, "ALL_GATHER"), (7, "ONE_TO_ONE")])
+    )
+    text = TEXT.replace("  %all-gather.1 =", sends + "  %all-gather.1 =")
+    assert sent_bytes(text)[BETWEEN_SLICES] == 6 * 4 * (30 * 4 / 3 + 60 * 2 / 3 + 100 * 2 + 7)
+    assert {kind: size for kind, size in sent_bytes(text).items() if kind != BETWEEN_SLICES} == sent_bytes(TEXT)
 
 
 def test_a_program_of_this_machine():

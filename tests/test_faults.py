@@ -195,10 +195,10 @@ def test_at_learning_rate_0_nothing_changes_and_sampler_and_trainer_stay_togethe
 
 
 def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_path, capfd):
-    """Five problems: every step goes through several epochs. Stopped after step 1, then with other problems under the same name."""
+    """Seven problems: every step goes through more than an epoch. Stopped after step 1, then with other problems under the same name."""
     data = tmp_path / "few.jsonl"
-    rows = [json.dumps({"prompt": f"{n}+{n}", "answer": str(2 * n)}) + "\n" for n in range(1, 7)]
-    data.write_text("".join(rows[:5]))
+    rows = [json.dumps({"prompt": f"{n}+{n}", "answer": str(2 * n)}) + "\n" for n in range(1, 9)]
+    data.write_text("".join(rows[:7]))
     few = (*QUICK, f"data.train={data}", "train.steps=2")
     assert run_train(config, tmp_path / "whole", *few) == 0
     assert run_train(config, tmp_path / "cut", *few, "train.steps=1") == 0

@@ -1,6 +1,7 @@
 """Where arrays lie: meshes, the partition of every parameter, arrays put on devices and fetched back."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from dapo_jax.config import MeshSection, OptimSection
 from dapo_jax.dapo.update import init_state, make_optimizer
 from dapo_jax.model.decoder import abstract_params
+from dapo_jax.runtime import mesh as runtime_mesh
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.mesh import (
     PARTITION_RULES,
@@ -60,6 +62,41 @@ def test_a_mesh_that_does_not_cover_the_devices_is_refused(sizes):
 
 def test_a_mesh_over_some_devices():
     assert make_mesh(MeshSection(1, -1, 1), jax.devices()[:2]).shape["fsdp"] == 2
+
+
+def chip(slice_index, i, platform="tpu"):
+    """A chip as `mesh_utils` sees it: its slice, and its place in a slice of 2 x 2."""
+    where = {"id": 10 * slice_index + i, "coords": (i % 2, i // 2, 0), "slice_index": slice_index, "process_index": slice_index}
+    return types.SimpleNamespace(platform=platform, device_kind="TPU v5e", core_on_chip=0, **where)
+
+
+@pytest.mark.parametrize(
+    "sizes, slices", [((2, 2, 2), 2), ((-1, 4, 1), 2), ((2, 1, -1), 2), ((3, 4, 1), 3), ((6, 1, 2), 3), ((4, 2, 1), 2)]
+)
+def test_only_data_goes_over_slices(monkeypatch, sizes, slices):
+    devices = [chip(n, i) for i in range(4) for n in range(slices)]  # not in order
+    monkeypatch.setattr(runtime_mesh, "Mesh", lambda laid, axes, axis_types: laid)
+    laid = make_mesh(MeshSection(*sizes), devices)
+    assert len({d.id for d in laid.flat}) == 4 * slices
+    assert all(asked in (-1, size) for asked, size in zip(sizes, laid.shape, strict=True))
+    for (data, _, _), device in np.ndenumerate(laid):
+        assert device.slice_index == data * slices // laid.shape[0]
+
+
+@pytest.mark.parametrize("sizes", [(1, -1, 1), (1, 4, 2), (3, 4, 1)])
+def test_a_mesh_whose_data_axis_slices_do_not_divide_is_refused(sizes):
+    slices = 2
+    devices = [chip(n, i) for n in range(slices) for i in range(4 if sizes[0] == 1 else 6)]
+    with pytest.raises(InputError, match=rf"^mesh.data: {sizes[0]} cannot go over 2 slices.*set mesh.data to 2 or a multiple") as e:
+        make_mesh(MeshSection(*sizes), devices)
+    assert "\n" not in str(e.value)
+
+
+def test_devices_of_other_kinds_have_no_slices():
+    """A GPU's slice_index is its host or rack: its mesh is laid over all of them."""
+    assert runtime_mesh.slice_count([chip(n, i, "gpu") for n in range(2) for i in range(4)]) == 1
+    assert runtime_mesh.slice_count(jax.devices()) == 1
+    assert runtime_mesh.slice_count([types.SimpleNamespace(platform="tpu")] * 4) == 1  # of a topology of one slice
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -212,6 +249,7 @@ def test_a_process_joins_the_others_where_tpu_chips_are_attached(monkeypatch, pl
     monkeypatch.setattr(multihost.glob, "glob", lambda pattern: [name for name in attached if name.startswith(pattern.split("[")[0])])
     monkeypatch.setattr(multihost.importlib.util, "find_spec", lambda name: object() if libtpu and name == "libtpu" else None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: calls.append(args))
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="tpu" if joins else "cpu")])
     multihost.initialize()
     assert calls == ([()] if joins else []) and multihost.is_main()
 

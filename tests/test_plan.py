@@ -1,4 +1,4 @@
-"""Planning: its arithmetic, messages and exit statuses, and the smallest pod config through the real compiler."""
+"""Planning: its arithmetic, messages and exit statuses, and the smallest pod config through the real compiler, where that is installed."""
 
 import functools
 import importlib.util
@@ -19,25 +19,29 @@ from dapo_jax.dapo.loss import loss_fn
 from dapo_jax.dapo.packing import build_batch
 from dapo_jax.plan import Lengths, Pod, Program, Result, Work, complaints, estimate, largest_that_fits, load_pod, table, to_json
 from dapo_jax.runtime.chips import CHIPS, Chip
-from dapo_jax.runtime.compiled import Compiled
+from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled
 from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.types import InputError
 
 CONFIGS = Path(dapo_jax.__file__).parent.parent / "configs"
 SMALLEST = CONFIGS / "qwen2.5-1.5b_dapo17k_v5e-8.yaml"
-POD = Pod("v5e:2x4", [None] * 8, 8, Chip(flops=100.0, hbm_bytes=1000.0, hbm_bandwidth=10.0, ici_bandwidth=5.0))
+POD = Pod("v5e:2x4", [None] * 8, 8, Chip(flops=100.0, hbm_bytes=1000.0, hbm_bandwidth=10.0, ici_bandwidth=5.0, dcn_bandwidth=0.5))
+
+LARGEST = ("9.00MiB f32[2]",)
 
 
-def result(name="update", *, peak=600, resident=100, fits=True, sent=20.0, calls=4.0, work=None):
+def result(name="update", *, peak=600, resident=100, fits=True, sent=20.0, between=0.0, calls=4.0, work=None):
     work = work or Work(800.0, 1600.0, 50.0, 10.0)
     program = Program(name, lambda: None, (), resident, work, calls, settings="train.rows_per_microbatch")
-    return Result(program, Compiled(peak - 100, 100, peak, fits, {"all-gather": sent}, ("9.00MiB f32[2]",)), POD)
+    return Result(program, Compiled(peak - 100, 100, peak, fits, {"all-gather": sent, BETWEEN_SLICES: between}, LARGEST), POD)
 
 
 def test_a_result_by_hand():
     r = result()
     assert r.peak_bytes == 700 and r.fits
-    assert r.times == {"FLOPs": 1600 / 8 / 100, "HBM": 1.0, "ICI": 4.0} and r.seconds == 4.0
+    assert r.times == {"FLOPs": 1600 / 8 / 100, "HBM": 1.0, "ICI": 4.0, "DCN": 0.0} and r.seconds == 4.0
+    several = result(between=7.0)  # other links, ten times as slow
+    assert several.sent_bytes == 20 and several.times["ICI"] == 4.0 and several.times["DCN"] == several.seconds == 14.0
     assert not result(resident=500).fits  # 600 + 500 of 1000
     assert not result(fits=False).fits
 
@@ -73,26 +77,66 @@ def test_json_has_the_documented_keys():
     assert found["programs"][0]["hbm_fraction"] == 0.7 and found["programs"][0]["collective_bytes"] == 20
 
 
+@pytest.mark.parametrize("start", [4, 8, 60, 100])
 @pytest.mark.parametrize(
     "base, slope, room, expected",
-    [(100, 10, 500, 40), (100, 10, 505, 40), (100, 10, 100, 0), (100, 0, 500, 100), (600, 0, 500, 0), (100, 10, 189, 8)],
+    [
+        (100, 10, 500, 40),
+        (100, 10, 505, 40),
+        (100, 10, 100, 0),
+        (100, 0, 500, 100),
+        (600, 0, 500, 0),
+        (100, 10, 189, 8),
+        (100, 1, 500, 100),
+    ],
 )
-def test_the_largest_that_fits(base, slope, room, expected):
-    """Of multiples of 4 up to 102: 100 + 10 n ≤ room."""
+def test_the_largest_that_fits(base, slope, room, expected, start):
+    """Of multiples of 4 up to 102: 100 + 10 n ≤ room; another program needs more at first, and grows less.
+
+    Each n costs minutes: few are asked for, none twice.
+    """
     asked = []
 
-    def peak(n):
+    def peaks(n):
         asked.append(n)
-        return base + slope * n
+        return base + slope * n, min(base + 40 + 0.6 * slope * n, base + 100 * slope)
 
-    assert largest_that_fits(4, 102, peak, room) == expected
-    assert len(asked) == len(set(asked)) <= 8 and all(n % 4 == 0 for n in asked)
+    assert largest_that_fits(4, start, 102, peaks, room) == expected
+    assert asked[0] == start and len(asked) == len(set(asked)) <= 5 and all(n % 4 == 0 for n in asked)
 
 
 def test_the_largest_that_fits_where_memory_does_not_grow_evenly():
-    """Flat at first: what is largest is something else."""
-    assert largest_that_fits(4, 128, lambda n: max(300, 100 + 10 * n), 500) == 40
-    assert largest_that_fits(4, 128, lambda n: 100 + 10 * n + (50 if n > 20 else 0), 500) == 32
+    """Level at first: what is largest is something else. A step up: the line leads beyond it."""
+    assert largest_that_fits(4, 4, 128, lambda n: [max(300, 100 + 10 * n)], 500) == 40
+    assert largest_that_fits(4, 4, 128, lambda n: [100 + 10 * n + (50 if n > 20 else 0)], 500) == 32
+
+
+def test_suggestions_are_the_largest_that_fit_and_known_programs_are_not_compiled_again(monkeypatch):
+    """With programs of a made-up size: 10 bytes a slot, 30 a row, 100 beside; 900 of 1000 bytes may be used."""
+    config, compiled = load_config(SMALLEST, ["rollout.decode_slots=8", "dapo.prompts_per_draw=10000"]), []
+    pod = POD._replace(devices=[])
+
+    def programs(config, model, mesh, lengths):
+        slots, rows = config.rollout.decode_slots, config.train.rows_per_microbatch
+        sizes = {"prefill": (1, slots * 10), "decode step": (10 * slots, 100), "old log-probs": (20 * rows, 0), "update": (30 * rows, 100)}
+        return [
+            Program(name, lambda name=name, own=own: (name, own), (jax.ShapeDtypeStruct((own,), "int8"),), held, None, 1)
+            for name, (own, held) in sizes.items()
+        ]
+
+    def compile_program(lowered, argument_bytes, trips):
+        compiled.append(lowered)
+        return Compiled(argument_bytes, 0, argument_bytes, True, {}, ())
+
+    monkeypatch.setattr(plan, "programs", programs)
+    monkeypatch.setattr(plan, "load_model", lambda config: None)
+    monkeypatch.setattr(plan, "make_mesh", lambda section, devices: make_mesh(MeshSection(1, 4, 2)))
+    monkeypatch.setattr(plan, "compile_program", compile_program)
+    lengths = Lengths(10, 100, 0.5)
+    results = plan.compile_all(config, pod, lengths, say=lambda line: None)
+    lines = plan.suggest(config, pod, lengths, results, lambda line: None)
+    assert lines == ["rollout.decode_slots: 8; at most 80 fit in 90% of HBM", "train.rows_per_microbatch: 4; at most 24 fit in 90% of HBM"]
+    assert len(compiled) == len(set(compiled)) and [name for name, _ in compiled].count("prefill") == 1
 
 
 def test_the_plain_loss_is_the_same_loss():
@@ -103,6 +147,20 @@ def test_the_plain_loss_is_the_same_loss():
     losses = [functools.partial(f, model=model, algo=DapoSection(), mesh=mesh) for f in (plan.plain_loss, loss_fn)]
     plain, fused = (jax.jit(loss)(tiny.params(model), rows) for loss in losses)
     assert tiny.gap(plain, fused) < 1e-6
+
+
+def test_unfinished_responses_are_read_again_and_take_their_memory():
+    """With partial rollouts a sequence may start with all but its last token: 4 shards of 4096 tokens, K / tensor 1, h 128, L 28."""
+
+    def found(*settings):
+        config = load_config(SMALLEST, list(settings))
+        mesh = make_mesh(config.mesh)
+        return {p.name: p for p in plan.programs(config, plan.load_model(config), mesh, Lengths(128, 768, 0.5))}
+
+    whole, partial = found(), found("dapo.partial_rollouts=true")
+    assert partial.keys() - whole.keys() == {"prefill of prefixes"}
+    assert partial["prefill"].arguments[1].shape == (4, 1024) and partial["prefill of prefixes"].arguments[1].shape == (4, 4096)
+    assert partial["decode step"].resident_bytes - whole["decode step"].resident_bytes == 2 * 28 * (4096 - 1024) * 128 * 2
 
 
 def fake(monkeypatch, *results):
@@ -124,6 +182,7 @@ def test_exit_status_says_whether_all_fits(monkeypatch, capsys, tmp_path, reside
     [
         (["--topology", "v5p"], "topology 'v5p': expected NAME:AxB"),
         (["--topology", "v9:2x2"], "NAME one of v4, v5e, v5p, v6e, tpu7x"),
+        (["--topology", "v5p:2x2x1*0"], r"and \*N after it for N slices"),
         (["--kept-fraction", "0"], "--kept-fraction: must be above 0"),
         (["--set", "mesh.topology=null"], "mesh.topology: says no chips to plan for"),
     ],
@@ -166,41 +225,55 @@ def run(*command, cwd):
 
 @COMPILER
 def test_pods_of_every_generation(tmp_path):
-    """A chip is one device, but for TPU7x: two, each with half of its memory. A mesh axis may take part of a side of the torus."""
-    code = """
+    """A chip is one device, but for TPU7x: two, each with half of its memory. A mesh axis may take part of a side of the torus.
+
+    Two slices: a device sends the keys and values of its own prompt to the other slice, once. Prompts are read by a kernel.
+    """
+    code = f"""
 import json
 from dapo_jax import plan
-from dapo_jax.config import MeshSection
+from dapo_jax.config import MeshSection, load_config
 from dapo_jax.runtime.mesh import make_mesh
 plan._at_host()
-pods = [plan.load_pod(name) for name in ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:16x16", "tpu7x:2x2x1")]
+names = ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:16x16", "tpu7x:2x2x1", "v4:2x2x1*2", "tpu7x:2x2x1*2", "v5e:2x4*2")
+pods = [plan.load_pod(name) for name in names]
 mesh = make_mesh(MeshSection(1, 32, 8), pods[3].devices)
-print(json.dumps([[[p.chips, len(p.devices), p.chip.hbm_bytes] for p in pods], len({d.id for d in mesh.devices.flat})]))
-try:
-    plan.load_pod("v5e:3x77")
-except plan.InputError as e:
-    print(e)
+print(json.dumps([[[p.chips, len(p.devices), p.chip.hbm_bytes] for p in pods], len({{d.id for d in mesh.devices.flat}})]))
+for refused in (lambda: plan.load_pod("v5e:3x77"), lambda: make_mesh(MeshSection(1, 8, 2), pods[-1].devices)):
+    try:
+        refused()
+    except plan.InputError as e:
+        print(e)
+config = load_config("{SMALLEST}", ["mesh.data=2", "train.rows_per_microbatch=8"])
+(insert,) = plan.compile_all(config, pods[-1], plan.Lengths(128, 768, 0.5), ["insert"], lambda line: None)
+mesh = make_mesh(config.mesh, pods[-1].devices)
+prefill = next(p for p in plan.programs(config, plan.load_model(config), mesh, plan.Lengths(128, 768, 0.5)) if p.name == "prefill")
+print(json.dumps([insert.between_slices, "tpu_custom_call" in prefill.lower().as_text()]))
 """
     done = run("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found, refusal = done.stdout.splitlines()[-2:]
-    sizes = [[8, 8, 32e9], [8, 8, 16e9], [8, 8, 95e9], [256, 256, 32e9], [4, 8, 96e9]]
-    assert json.loads(found) == [sizes, 256]
-    assert refusal.startswith("topology 'v5e:3x77': libtpu knows none")
+    found, unknown, undivided, sent = done.stdout.splitlines()[-4:]
+    one_slice = [[8, 8, 32e9], [8, 8, 16e9], [8, 8, 95e9], [256, 256, 32e9], [4, 8, 96e9]]
+    assert json.loads(found) == [[*one_slice, [8, 8, 32e9], [8, 16, 96e9], [16, 16, 16e9]], 256]
+    assert unknown.startswith("topology 'v5e:3x77': libtpu knows none")
+    assert undivided.startswith("mesh.data: 1 cannot go over 2 slices")
+    assert json.loads(sent) == [2 * 28 * 1024 * 128 * 2, True]  # k and v, L, P, h, bytes; one of two kv heads on each device
 
 
 @COMPILER
 def test_the_smallest_pod_config_fits(tmp_path):
-    """Through the real compiler, as a user would. About a minute of one core."""
+    """Through the real compiler, as a user would; all but the programs that take it longest."""
     out = tmp_path / "plan.json"
-    only = [f"--only={name}" for name in ("decode step", "update", "publish")]
-    done = run("-m", "dapo_jax.plan", "--config", str(SMALLEST), "--json", str(out), *only, cwd=tmp_path)
+    names = ["prefill", "insert", "decode step", "publish"]
+    done = run("-m", "dapo_jax.plan", "--config", str(SMALLEST), "--json", str(out), *(f"--only={name}" for name in names), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
-    assert found["fits"] and found["chips"] == 8 and [p["name"] for p in found["programs"]] == ["decode step", "update", "publish"]
-    by_name = {p["name"]: p for p in found["programs"]}
+    assert found["fits"] and found["chips"] == 8 and [p["name"] for p in found["programs"]] == names
     assert all(0.05 < p["hbm_fraction"] < 0.9 and p["collective_bytes"] > 0 for p in found["programs"])
-    # Float32 weights and both moments of 1.54 B parameters over 8 chips, and little else.
-    assert 12 * 1.54e9 / 8 < by_name["update"]["argument_bytes"] < 1.1 * 12 * 1.54e9 / 8
-    # bfloat16 weights over tensor 2, from 8 shards: each chip sends 3/4 of what it gets, at least.
+    by_name = {p["name"]: p for p in found["programs"]}
+    # 1.54 B parameters, float32 over 8 chips, and their two moments beside them; bfloat16 over tensor 2. Little else.
+    assert 4 * 1.54e9 / 8 < by_name["publish"]["argument_bytes"] < 1.1 * 4 * 1.54e9 / 8
+    assert 8 * 1.54e9 / 8 < by_name["publish"]["resident_bytes"] < 1.1 * 8 * 1.54e9 / 8
+    assert 2 * 1.54e9 / 2 < by_name["prefill"]["argument_bytes"] < 1.1 * 2 * 1.54e9 / 2
+    # From 8 shards to tensor 2: each chip sends 3/4 of what it gets, at least.
     assert by_name["publish"]["collective_bytes"] > 0.7 * 2 * 1.54e9 / 2

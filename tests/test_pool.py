@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torture_rewards
 
 from dapo_jax.config import RewardSection
 from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool, check_errors, error_counts
@@ -102,6 +103,17 @@ def test_only_the_nasty_answer_goes_without_a_verdict(pool, nasty, error):
     verdicts = pool.judge(items)
     assert verdicts.pop(9) == Verdict(False, -1.0, error)
     assert verdicts == [Verdict(True, 1.0)] * 19
+
+
+@pytest.mark.parametrize("case", [torture_rewards.bombs, torture_rewards.nasty], ids=lambda case: case.__name__)
+def test_two_in_a_hundred_nasty_answers_in_small(case):
+    """One of each kind among hundreds of plain answers; `torture_rewards.py` does the same with 8,192."""
+    count = torture_rewards.EVERY * len({"bombs": torture_rewards.BOMBS, "nasty": torture_rewards.NASTY}[case.__name__])
+    assert f"among {count:,} answers" in case(count, timeout_s=LIMIT_S)
+
+
+def test_long_answers_in_small():
+    assert torture_rewards.long_answers(40).startswith("40 right verdicts each")
 
 
 def test_a_worker_that_outgrew_its_memory_is_replaced(pool):

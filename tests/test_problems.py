@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torture_rewards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -147,6 +148,10 @@ def test_memory_holds_distinct_prompts_only(tmp_path):
     tracemalloc.stop()
     assert (report.problems, report.rows) == (20, 10_000)
     assert peak < 2e6
+
+
+def test_many_rows_to_a_prompt_in_small():
+    assert "20,000 rows, 8 MB: 200 problems" in torture_rewards.rows(20_000)
 
 
 # Rows that are skipped and counted
@@ -287,6 +292,24 @@ def test_parquet_bad_cells_are_counted(tmp_path):
         "answer is neither text nor a finite number": Skip(1, 4),
         "prompt is not valid Unicode": Skip(1, 5),
     }
+
+
+@pytest.mark.parametrize(
+    "kind, bits",
+    [(pa.timestamp("s"), 10**13), (pa.duration("s"), 2**60), (pa.date64(), 2**60), (pa.timestamp("us", "Mars/Phobos"), 5)],
+    ids=str,
+)
+def test_parquet_times_that_python_cannot_hold_are_counted(tmp_path, kind, bits):
+    answers = pa.array([bits] * 3, pa.int64()).view(kind)
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "answer": answers, "id": ["x", "y", "z"]}), tmp_path / "a.parquet")
+    assert "3 skipped: answer is neither text nor a finite number (row 1)" in error_of(tmp_path / "a.parquet")
+
+
+def test_parquet_columns_whose_names_are_not_text(tmp_path):
+    pq.write_table(pa.table({"prompt": ["a"], "content": ["b"], "answer": ["1"]}), tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content.replace(b"content", b"c\x80ntent"))
+    assert "corrupt Parquet after row 0 ('utf-8' codec can't decode byte 0x80" in error_of(tmp_path / "a.parquet")
 
 
 def test_parquet_without_the_columns(tmp_path):

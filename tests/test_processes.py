@@ -1,4 +1,4 @@
-"""A job of two processes with 4 CPU devices each does what one process with 8 does."""
+"""A job of two processes with 2 CPU devices each does what one process with 4 does."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from dapo_jax.runtime.metrics import read_metrics
 from dapo_jax.types import InputError, RunError
 
 TESTS = Path(__file__).parent
-MESH = "mesh: {data: 2, fsdp: 4}\n"
+MESH = "mesh: {data: 2, fsdp: 2}\n"
 
 
 def free_port() -> int:
@@ -65,7 +65,7 @@ def finish(folder: Path, name: str, started: list[subprocess.Popen]) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    for name, processes, devices in (("one", 1, 8), ("two", 2, 4)):
+    for name, processes, devices in (("one", 1, 4), ("two", 2, 2)):
         finish(folder, name, start(folder, name, processes, devices))
     return folder
 

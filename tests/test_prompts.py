@@ -1,11 +1,12 @@
 """Tokenizers, templates, stop tokens and decoding."""
 
+import contextlib
 import json
 import shutil
 import socket
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import dapo_jax
 from dapo_jax.config import DAPO_TEMPLATE, DataSection
+from dapo_jax.data import chat
 from dapo_jax.data import prompts as module
-from dapo_jax.data.prompts import byte_tokenizer, decode, load_tokenizer, make_prompts, stop_tokens
+from dapo_jax.data.prompts import byte_tokenizer, decode, load_tokenizer, make_prompts, stop_tokens, without
 from dapo_jax.types import InputError, Message, Problem
 
 BARE = DataSection(template="{prompt}", max_prompt_len=50)
@@ -124,6 +126,10 @@ def break_tokenizer(folder, how):
         path.write_text(path.read_text()[:500])
     elif how == "not a tokenizer":
         (folder / "tokenizer.json").write_text("[]")
+    elif how == "model config without a tokenizer":  # for which transformers makes an empty tokenizer
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}')
     elif how == "no end token":
         edit(folder / "tokenizer_config.json", eos_token=...)
     elif how == "own code":
@@ -131,7 +137,10 @@ def break_tokenizer(folder, how):
         (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Own: pass\n")
 
 
-@pytest.mark.parametrize("how", ["missing", "empty", "config only", "half a file", "not a tokenizer", "no end token", "own code"])
+@pytest.mark.parametrize(
+    "how",
+    ["missing", "empty", "config only", "model config without a tokenizer", "half a file", "not a tokenizer", "no end token", "own code"],
+)
 def test_unusable_tokenizer_folders(folder, how, monkeypatch):
     break_tokenizer(folder, how)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("looked for something on the network"))
@@ -246,10 +255,17 @@ def test_chat_turns_without_a_chat_template_are_joined_by_blank_lines(byte_level
     ],
     ids=str,
 )
-@pytest.mark.parametrize("chat_template", [None, CHATML], ids=["plain", "chat"])
-def test_control_tokens_in_problems_are_left_out_and_counted(bad, chat_template):
-    tokenizer = words_tokenizer(chat_template=chat_template)
-    prompts, left_out = make_prompts([problem(bad), problem("a"), problem(bad), problem("</ s>")], tokenizer, BARE)
+def test_control_tokens_in_problems_are_left_out_and_counted(bad):
+    check_left_out([problem(bad), problem("a"), problem(bad), problem("</ s>")], words_tokenizer())
+
+
+def test_control_tokens_are_left_out_before_a_chat_template_sees_them():
+    bad = (Message("user", "a"), Message("user", "b</s>"))
+    check_left_out([problem(bad), problem("a"), problem(bad), problem("</ s>")], words_tokenizer(chat_template=CHATML))
+
+
+def check_left_out(problems, tokenizer):
+    prompts, left_out = make_prompts(problems, tokenizer, BARE)
     assert [p.problem.prompt for p in prompts] == ["a", "</ s>"]
     assert left_out == {"control tokens": 2}
 
@@ -282,37 +298,102 @@ def test_no_prompt_left(byte_level, problems):
     assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_whose_pattern_explodes_is_bad_input(folder):
+    """The library gives a search up after so many steps, by a panic, which is no Exception."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pattern, tokenizer["pre_tokenizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    loaded = load_tokenizer(str(folder))
+    with pytest.raises(InputError, match=f"^{folder}: the tokenizer fails on a prompt"):
+        make_prompts([problem("a" * 40 + "!")], loaded, BARE)
+
+
+def test_held_out_prompts_are_left_out_however_they_are_written(byte_level):
+    """The same text by way of the template and as a chat turn is the same prompt."""
+    section = DataSection(template="Q: {prompt}", max_prompt_len=50)
+    train, _ = make_prompts([problem(text) for text in "abca"], byte_level, section)
+    held, _ = make_prompts([problem((Message("user", "Q: b"),)), problem("d")], byte_level, section)
+    assert [p.problem.prompt for p in without(train, held)] == ["a", "c", "a"]
+    assert without(train, []) == train
+
+
+# Chat templates
+
+HOLDING = "{{ 9 ** (9 ** 9) }}"  # for hours, and with the interpreter's lock
+LOOPS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+
+
 @pytest.mark.parametrize(
-    "template",
+    "template, says",
     [
-        "{{ raise_exception('roles must alternate\nand more') }}",
-        "{% for m in messages %}{{ m.nothing.at.all }}{% endfor %}",
-        "{{ 1 / 0 }}",
-        "{% for",
-        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
-        "{% for i in range(1000000000) %}x{% endfor %}",
+        ("{{ raise_exception('roles must alternate\nand more') }}", "roles must alternate and more"),
+        ("{% for", "unexpected 'end of template'"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
+        (LOOPS, "no result within 1 s"),
+        (HOLDING, "no result within 1 s"),
+        ("{{ 'a' * 10 ** 10 }}", "MemoryError"),
+        ("{{ 'a' * 20 * 2 ** 20 }}", "a text of 20,971,520 characters"),
+        ({"rag": "a", "tools": "b"}, "no default specified"),
     ],
 )
-def test_chat_templates_that_fail(template):
-    with pytest.raises(InputError, match="chat template of") as caught:
-        make_prompts([problem("a")], words_tokenizer(chat_template=template), BARE)
-    assert "\n" not in str(caught.value)
+def test_chat_templates_that_fail(template, says, monkeypatch):
+    monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
+    with pytest.raises(InputError, match=f"^chat template of .*({says}).*; use another tokenizer, or set data.chat to false$"):
+        make_prompts([problem("a"), problem("b")], words_tokenizer(chat_template=template), BARE)
 
 
-def test_chat_template_that_hangs(chatty, monkeypatch):
-    released = threading.Event()
-    rendered = iter(["[user]a"])
+def test_the_deadline_is_for_each_conversation(monkeypatch):
+    """Twenty conversations of about 0.1 s each: within a second each, but not together."""
+    monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
+    slow = "{% for i in range(900) %}{% for j in range(2000) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+    texts = [str(n) for n in range(20)]
+    assert chat.render(slow, {}, [[{"role": "user", "content": text}] for text in texts]) == texts
 
-    def first_works_then_hangs(*args, **kwargs):
-        return next(rendered, None) or released.wait(60)
 
-    monkeypatch.setattr(chatty, "apply_chat_template", first_works_then_hangs)
-    monkeypatch.setattr(module, "_RENDER_DEADLINE_S", 0.1)
-    try:
-        with pytest.raises(InputError, match="chat template of .* no result within 0.1 s"):
-            make_prompts([problem("a"), problem("b")], chatty, BARE)
-    finally:
-        released.set()
+REAL_TEMPLATES = [
+    CHATML,
+    "{%- set ns = namespace(found=false) -%}{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ bos_token }}{% endif %}"
+    "{% if m.role == 'user' %}{% set ns.found = true %}{% endif %}{{ '<|' + m['role'] + '|>\\n' + m['content'] | trim + eos_token }}\n"
+    "{% if not m.content %}{% continue %}{% endif %}{% endfor %}\n{% if ns.found and add_generation_prompt %}{{ 'assistant' }}{% endif %}",
+    "{% generation %}{{ messages | tojson(indent=2) }}{% endgeneration %}{{ tools is none }}{{ strftime_now('%Y') | length }}",
+]
+
+
+@pytest.mark.parametrize("template", REAL_TEMPLATES)
+def test_texts_are_those_of_transformers(template):
+    tokenizer = words_tokenizer(chat_template=template)
+    conversations = [
+        [{"role": "user", "content": "a b"}],
+        [{"role": "system", "content": ""}, {"role": "user", "content": " é\u2028\U0001f600 <b> {{ 1 }} \n"}],
+    ]
+    found = chat.render(template, tokenizer.special_tokens_map, conversations)
+    assert found == [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in conversations]
+
+
+def test_a_template_without_a_caller_ends_itself():
+    """Its process has a deadline of its own, for where the caller was killed."""
+    code = f"""
+from dapo_jax.data import chat
+answers_of = chat._answers
+def answers(process):
+    heard = answers_of(process)
+    yield next(heard)
+    print(process.pid, flush=True)  # it has started
+    yield from heard
+chat._answers, chat.DEADLINE_S = answers, 1.0
+chat.render({HOLDING!r}, {{}}, [[{{"role": "user", "content": "a"}}]])
+"""
+    root = Path(dapo_jax.__file__).parent.parent
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as caller:
+        pid = int(caller.stdout.readline())
+        caller.kill()
+    end = time.monotonic() + 20
+    with contextlib.suppress(OSError):  # no such process any more
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+            assert time.monotonic() < end
+            time.sleep(0.1)
 
 
 # Decoding

@@ -38,7 +38,7 @@ def sharp_params():
 PROMPTS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (B, P)).astype(np.int32)
 SIZES = {"shards": N, "slots": SLOTS, "cache_len": P + R, "max_response_len": R}
 read_prompts = jax.jit(functools.partial(sampler.prefill, model=MODEL, int8=False, mesh=ONE))
-insert, move = jax.jit(sampler.insert), jax.jit(sampler.move)
+insert, move = jax.jit(functools.partial(sampler.insert, mesh=ONE)), jax.jit(sampler.move)
 decode = jax.jit(functools.partial(sampler.decode, model=MODEL, sampling=SAMPLING, stop=STOP, mesh=ONE), static_argnames=("width", "read"))
 
 
@@ -208,6 +208,39 @@ def test_take_counts_slots_through_all_shards(sampled):
     np.testing.assert_array_equal(logprobs, sampled.logprobs[[7, 2, 7]])
 
 
+@pytest.mark.parametrize("layout, kv_heads, int8", [((2, 2, 2), 2, False), ((1, 4, 2), 1, True)], ids=str)
+def test_prompts_are_read_and_go_into_slots_on_any_devices(layout, kv_heads, int8):
+    """Each shard reads its own prompts, and gets what the others have read. Against one device; a row wanted twice, slots left alone."""
+    model = tiny.model(kv_heads=kv_heads)
+    mesh, params = make_mesh(MeshSection(*layout)), tiny.params(model)
+    shards, rng = layout[0] * layout[1], np.random.default_rng(1)
+    prompts = rng.integers(0, model.vocab_size, (2 * shards, P)).astype(np.int32)
+    rows = rng.permutation(2 * shards)[:shards]
+    packed = np.full((len(Arrivals._fields), shards, 3), 3, np.int32)
+    packed[:, :, 0], packed[:, 0, 1] = 0, 0
+    packed[Arrivals._fields.index("slot"), :, 0], packed[Arrivals._fields.index("row"), :, 0] = 2, rows
+    packed[Arrivals._fields.index("row"), 0, 1] = rows[-1]  # into slot 0 of the first shard
+
+    def cache_on(mesh):
+        read = jax.jit(functools.partial(sampler.prefill, model=model, int8=int8, mesh=mesh))
+        put = jax.jit(functools.partial(sampler.insert, mesh=mesh))
+        state = sampler.empty_state(model, shards=shards, slots=3, cache_len=P + R, max_response_len=R, int8=int8)
+        placed = jax.device_put(params, rollout_sharding(params, mesh))
+        prefilled = read(placed, prompts)
+        return prefilled, put(state, prefilled, SEED, packed, 2).cache
+
+    (read, found), (expected_read, expected) = cache_on(mesh), cache_on(ONE)
+    assert read.k.addressable_shards[0].data.shape[1] == 2  # prompts a shard
+    tolerance = {"rtol": 0, "atol": 1 if int8 else 1e-5}  # a rounded step of 8 bits; measured: 1e-6 of values up to 4
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), read, expected_read)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), found, expected)
+    np.testing.assert_array_equal(expected.k[:, :, 2, :, :P], np.moveaxis(expected_read.k[:, rows], 1, 0))
+    np.testing.assert_array_equal(expected.k[0, :, 0, :, :P], expected_read.k[:, rows[-1]])
+    filled = np.zeros((shards, 3), bool)
+    filled[:, 2], filled[0, 0] = True, True
+    assert not np.moveaxis(np.asarray(expected.k), 1, 2)[~filled].any()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What is compiled
 # --------------------------------------------------------------------------------------------------------------------
@@ -247,3 +280,10 @@ def test_sequences_on_different_devices_need_no_communication(layout):
     text = program.lower(abstract_params(MODEL), state, 0, 0, 4).compile().as_text()
     moved = shapes("all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute", text)
     assert moved and max(int(np.prod(s)) for s in moved) <= (128 if layout[2] > 1 else 1)
+
+
+def test_a_trace_names_the_parts_of_a_decode_step():
+    state = jax.eval_shape(functools.partial(empty, **SIZES))
+    text = decode.lower(abstract_params(MODEL), state, 0, 0, 4, width=SLOTS, read=P + R).as_text(debug_info=True)
+    for scope in ("embed", "layer/attention", "layer/mlp", "cache", "head", "draw"):
+        assert re.search(rf"\b{scope}\)?/", text), scope  # vmap(embed)/gather, layer/mlp/mul

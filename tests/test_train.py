@@ -102,7 +102,8 @@ def test_a_run_leaves_what_it_promises(finished):
     assert (run / "curves.png").stat().st_size > 10_000
     assert list((run / "tensorboard").iterdir())
     sample = json.loads((run / "samples" / "step_000001.jsonl").read_text().splitlines()[0])
-    assert {"prompt", "response", "correct", "reward", "penalty", "advantage"} <= sample.keys()
+    assert {"prompt", "response", "correct", "reward", "penalty", "advantage", "group"} <= sample.keys()
+    assert "".join(text for text, _ in sample["tokens"]) == sample["response"] and len(sample["tokens"]) == sample["length"]
 
 
 def test_every_metric_of_the_table_is_written(finished):
@@ -145,7 +146,12 @@ def test_finished_run_started_again_does_nothing(finished):
 
 def test_killed_run_goes_on_from_its_checkpoint(config, tmp_path):
     command = [sys.executable, "-m", "dapo_jax.train", "--config", config, "--run-dir", tmp_path / "run", "--set", "train.save_every=1"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 240
         while not (tmp_path / "run/checkpoints/1").exists() and process.poll() is None and time.monotonic() < deadline:

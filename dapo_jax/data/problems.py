@@ -31,7 +31,9 @@ _MAX_ANSWER_CHARS = 1000
 _MAX_ROW_BYTES = 16 << 20  # a line of JSON; bounds memory on a file without line ends
 _PARQUET_BATCH = 4096  # rows
 _COLUMNS = ("id", "prompt", "answer", "solution", "reward_model.ground_truth", "extra_info.index")
-_NOT_UNICODE = {"prompt": "\ud800"}  # stands for a row whose text cannot be decoded; skipped like a lone surrogate in JSON
+# Stand for rows whose text cannot be decoded, and for rows with a date or time that Python cannot hold: skipped like their likes in JSON.
+_NOT_UNICODE: Mapping[str, Any] = {"prompt": "\ud800"}
+_NO_VALUE: Mapping[str, Any] = {"prompt": "?", "answer": math.inf}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +180,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, row
     except (FileNotFoundError, PermissionError):
         raise
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, ValueError) as e:  # ValueError: names of columns that are not UTF-8
         raise InputError(f"{path}: corrupt Parquet after row {number} ({_first_line(e)}); fetch the file again") from None
 
 
@@ -186,14 +188,18 @@ def _plain_rows(batch: Any) -> list[Any]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:  # Parquet writers may store any bytes as text; find the rows that hold them
-        if len(batch) == 1:
-            return [_NOT_UNICODE]
-        half = len(batch) // 2
-        return _plain_rows(batch.slice(0, half)) + _plain_rows(batch.slice(half))
+        stand_in = _NOT_UNICODE
+    except (ArithmeticError, LookupError, ValueError):  # a date beyond the year 9999, a time zone that nobody knows
+        stand_in = _NO_VALUE
+    if len(batch) == 1:
+        return [stand_in]
+    half = len(batch) // 2
+    return _plain_rows(batch.slice(0, half)) + _plain_rows(batch.slice(half))
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 # --------------------------------------------------------------------------------------------------------------------

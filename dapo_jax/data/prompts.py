@@ -3,24 +3,24 @@
 import json
 import os
 import re
-import threading
 import typing
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dapo_jax.config import DataSection
+from dapo_jax.data import chat
 from dapo_jax.types import InputError, Problem, Prompt
 
 if typing.TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _PAD, _END = "<|pad|>", "<|end|>"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files that may hold one
 _BATCH = 1024  # texts tokenised at a time
-_RENDER_DEADLINE_S = 10.0  # seconds for one conversation
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -65,14 +65,26 @@ def load_tokenizer(folder: str | None) -> "PreTrainedTokenizerFast":
         return byte_tokenizer()
     if not Path(folder).is_dir():  # anything else would be taken for the name of a model on the Hub
         raise InputError(f"{folder}: no such folder; give a Hugging Face model folder")
+    if not any(Path(folder, name).is_file() for name in _TOKENIZERS):  # for want of them, transformers makes an empty one
+        raise InputError(f"{folder}: no readable tokenizer (none of {', '.join(_TOKENIZERS)}); give a folder with a tokenizer.json")
+    settings = Path(folder, "tokenizer_config.json")
+    if settings.exists() and _json_object(settings).get("auto_map"):  # transformers would take some other tokenizer instead
+        raise InputError(f"{settings}: auto_map: the tokenizer comes with its own code, which is never run; use one without auto_map")
     try:
         tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as e:  # the many kinds that damaged or missing files raise
+    except BaseException as e:  # the many kinds that damaged or missing files raise
+        if not isinstance(e, Exception) and not _is_panic(e):
+            raise
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         raise InputError(f"{folder}: no readable tokenizer ({reason}); give a folder with a tokenizer.json") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     return tokenizer
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether the tokenizers library, which is Rust, panicked: that is no Exception, and cannot be imported."""
+    return type(error).__name__ == "PanicException"
 
 
 def stop_tokens(tokenizer: "PreTrainedTokenizerFast", folder: str | None) -> tuple[int, ...]:
@@ -84,15 +96,22 @@ def stop_tokens(tokenizer: "PreTrainedTokenizerFast", folder: str | None) -> tup
     for path in [Path(folder, name) for name in ("generation_config.json", "config.json")] if folder else []:
         if not path.exists():
             continue
-        try:
-            eos = json.loads(path.read_text("utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError, RecursionError):
-            raise InputError(f"{path}: not a readable JSON object; fetch the file again") from None
+        eos = _json_object(path).get("eos_token_id")
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if not all(type(i) is int and i >= 0 for i in ids):
-            raise InputError(f"{path}: eos_token_id: expected a token or a list of tokens, got {str(eos)[:60]}; correct the value")
+            raise InputError(f"{path}: eos_token_id: expected a token or a list of tokens, got {repr(eos)[:60]}; correct the value")
         stops |= set(ids)
     return tuple(sorted(stops))
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a readable JSON object; fetch the file again")
+    return content
 
 
 def decode(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[int] | np.ndarray, stop: tuple[int, ...]) -> str:
@@ -116,19 +135,19 @@ def make_prompts(
     A plain-text problem is put into `section.template`; with `section.chat` it then becomes one user turn of the tokenizer's chat
     template, if there is one. Chat turns go through the chat template as they are, or are joined by blank lines. Problems that
     contain a control token of the tokenizer, and prompts longer than `section.max_prompt_len`, are left out.
-    Raises InputError if the chat template fails or hangs, or if no prompt is left.
+    Raises InputError if the chat template fails or hangs, the tokenizer breaks down, or no prompt is left.
     """
     control = re.compile("|".join(map(re.escape, _control_tokens(tokenizer))) or "(?!)")
     clean = [p for p in problems if not any(control.search(text) for text in _texts(p))]
-    chat = section.chat and bool(tokenizer.chat_template)
-    if chat:
+    as_chat = section.chat and bool(tokenizer.chat_template)
+    if as_chat:
         texts = _render(tokenizer, [_conversation(p, section.template) for p in clean])
     else:
         texts = ["\n\n".join(turn["content"] for turn in _conversation(p, section.template)) for p in clean]
 
     prompts = []
     left_out = Counter({"control tokens": len(problems) - len(clean)})
-    for problem, tokens in zip(clean, _tokenise(tokenizer, texts, add_special_tokens=not chat), strict=True):
+    for problem, tokens in zip(clean, _tokenise(tokenizer, texts, add_special_tokens=not as_chat), strict=True):
         if len(tokens) > section.max_prompt_len:
             left_out[f"longer than {section.max_prompt_len} tokens"] += 1
         elif not tokens:
@@ -140,6 +159,12 @@ def make_prompts(
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "no problems"
         raise InputError(f"data: no usable prompt ({reasons}); raise data.max_prompt_len or use other problems")
     return prompts, counts
+
+
+def without(prompts: Sequence[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:
+    """The prompts that are none of the held-out ones, token for token, in order."""
+    held = {prompt.tokens.tobytes() for prompt in held_out}
+    return [prompt for prompt in prompts if prompt.tokens.tobytes() not in held]
 
 
 def _control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
@@ -159,35 +184,23 @@ def _conversation(problem: Problem, template: str) -> list[dict[str, str]]:
 
 def _tokenise(tokenizer: "PreTrainedTokenizerFast", texts: list[str], *, add_special_tokens: bool) -> Iterator[list[int]]:
     for start in range(0, len(texts), _BATCH):
-        for tokens in tokenizer(texts[start : start + _BATCH], add_special_tokens=add_special_tokens)["input_ids"]:
+        try:
+            encoded = tokenizer(texts[start : start + _BATCH], add_special_tokens=add_special_tokens)["input_ids"]
+        except BaseException as e:
+            if not _is_panic(e):
+                raise
+            reason = " ".join(str(e).split())[:200]
+            raise InputError(f"{tokenizer.name_or_path}: the tokenizer fails on a prompt ({reason}); use another one") from None
+        for tokens in encoded:
             ends = add_special_tokens and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id
             yield tokens[:-1] if ends else tokens  # an end token would ask for a new text, not for an answer
 
 
 def _render(tokenizer: "PreTrainedTokenizerFast", conversations: list[list[dict[str, str]]]) -> list[str]:
     """Conversations through the chat template, up to where the assistant answers."""
-    texts: list[str] = []
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            for turns in conversations:
-                text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-                texts.append(typing.cast(str, text))
-        except Exception as e:  # a template is a program: it may raise anything
-            errors.append(e)
-
-    # A template can also loop without end. A daemon thread cannot be stopped, but left behind: it ends with the process.
-    thread = threading.Thread(target=work, name="chat-template", daemon=True)
-    thread.start()
-    done = -1
-    while thread.is_alive() and len(texts) > done:
-        done = len(texts)
-        thread.join(_RENDER_DEADLINE_S)
-    where = f"chat template of {tokenizer.name_or_path or 'the tokenizer'}"
-    if errors:
-        reason = " ".join(str(errors[0]).split())[:200] or type(errors[0]).__name__
-        raise InputError(f"{where}: {reason}; use another tokenizer, or set data.chat to false")
-    if thread.is_alive():
-        raise InputError(f"{where}: no result within {_RENDER_DEADLINE_S:g} s; use another tokenizer, or set data.chat to false")
-    return texts
+    try:
+        return chat.render(tokenizer.get_chat_template(), tokenizer.special_tokens_map, conversations)
+    except (chat.TemplateError, ValueError, OSError) as e:  # several templates and none the default; no process to be had
+        reason = " ".join(str(e).split())[:200]
+        where = f"chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+        raise InputError(f"{where}: {reason}; use another tokenizer, or set data.chat to false") from None

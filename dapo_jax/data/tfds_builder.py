@@ -15,6 +15,16 @@ from dapo_jax.types import InputError, Problem
 _BATCH = 1024  # records
 
 
+def _registered_feature(cls: Any, name: str) -> Any:
+    """The feature class of that name. tensorflow-datasets' own way imports whatever module a data set's features.json names."""
+    if name not in cls._registered_features:
+        raise ValueError(f"features.json names {name!r}, which is no feature of tensorflow-datasets")
+    return cls._registered_features[name]
+
+
+tfds.features.FeatureConnector.cls_from_name = classmethod(_registered_feature)
+
+
 class Problems(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Distinct problems in their order, one split `train`. A chat prompt is in `turns`, and `prompt` is then empty."""
 

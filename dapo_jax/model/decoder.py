@@ -250,8 +250,10 @@ def hidden_states(
     ends = _bind(Ends, config, {k: v for k, v in params.items() if k != "layers"})
     rope = rotary(config, positions)
     layout = Layout.over(mesh, tokens.shape[1])
-    x = embed(ends.embed.embedding[...], tokens, config.compute_dtype, mesh, splits_sequence(mesh, tokens.shape[1]))
+    with jax.named_scope("embed"):
+        x = embed(ends.embed.embedding[...], tokens, config.compute_dtype, mesh, splits_sequence(mesh, tokens.shape[1]))
 
+    @jax.named_scope("layer")
     def layer(x, layer_params):
         block = _bind(Block, config, layer_params)
         mix = functools.partial(attend_rows, segment_ids=segment_ids, mesh=mesh, block=config.attention_block)
@@ -302,8 +304,10 @@ def decode_step(
     """
     ends = _bind(Ends, config, {k: v for k, v in params.items() if k != "layers"})
     rope = rotary(config, lengths)
-    x = ends.embed.embedding[...].astype(config.compute_dtype)[tokens]
+    with jax.named_scope("embed"):
+        x = ends.embed.embedding[...].astype(config.compute_dtype)[tokens]
 
+    @jax.named_scope("layer")
     def layer(x, inputs):
         index, layer_params = inputs
 
@@ -317,9 +321,12 @@ def decode_step(
 
     x, kv = jax.lax.scan(layer, x, (jnp.arange(config.layers), params["layers"]))
     new = make_cache(*kv, int8=cache.scale_k is not None)
-    return ends.final_norm(x), jax.tree.map(lambda old, new: _write(old, new.astype(old.dtype), lengths), cache, new)
+    with jax.named_scope("cache"):
+        cache = jax.tree.map(lambda old, new: _write(old, new.astype(old.dtype), lengths), cache, new)
+    return ends.final_norm(x), cache
 
 
+@jax.named_scope("head")
 def logits_of(params: Params, hidden: Array) -> Array:
     """hidden [..., D] times the head: float32 [..., V]. For sampling and small checks; the loss never makes these."""
     head = head_kernel(params).astype(hidden.dtype)

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dapo_jax.config import ModelConfig, RopeScaling, check_model
+from dapo_jax.config import ModelConfig, RopeScaling, check_model, printable
 from dapo_jax.types import Array, InputError
 
 Fail = Callable[[str, str], typing.NoReturn]
@@ -53,7 +53,7 @@ def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
     """
 
     def fail(key: str, message: str) -> typing.NoReturn:
-        raise InputError(f"{where}: {key}: {message}")
+        raise InputError(f"{where}: {printable(key)[:100]}: {message[:300]}")  # the file may say anything, at any length
 
     family = _family(hf, fail)
     _refuse_unsupported(hf, family, fail)

@@ -54,16 +54,7 @@ def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
     """
     folder = Path(folder)
     config = load_model_config(folder)
-    with contextlib.ExitStack() as stack:
-        stored: dict[str, tuple[Path, Any]] = {}  # tensor name → file, and the file opened
-        for path in _weight_files(folder):
-            opened = stack.enter_context(_open(path))
-            for name in opened.keys():
-                if name in stored:
-                    raise InputError(f"{path}: {name}: also in {stored[name][0].name}; download the model again")
-                stored[name] = path, opened
-        _check_stored(folder, config, stored)
-
+    with _opened(folder, config) as stored:
         params: dict[str, Any] = {}
         for t in tensors(config):
             in_file_layout(_slot(params, t, config.layers), t)[...] = _read_tensor(*stored[t.name], t.name)
@@ -72,6 +63,33 @@ def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
             if not np.array_equal(head, params["embed"]["embedding"]):
                 raise InputError(f"{folder}: lm_head.weight: differs from the embedding; set tie_word_embeddings to false in config.json")
     return config, params
+
+
+def check_pretrained(folder: str | Path) -> None:
+    """Reads all of a folder but the values of its weights. InputError as `load_pretrained`, but for NaN and infinity."""
+    folder = Path(folder)
+    with _opened(folder, load_model_config(folder)):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, config: ModelConfig) -> Iterator[dict[str, tuple[Path, Any]]]:
+    """Tensor name → its file, and the file opened: those of the config's architecture, each once, of the right shape and dtype."""
+    with contextlib.ExitStack() as stack:
+        stored: dict[str, tuple[Path, Any]] = {}
+        for path in _weight_files(folder):
+            opened = stack.enter_context(_open(path))
+            for name in opened.keys():
+                if name in stored:
+                    raise InputError(f"{path}: {_shown(name)}: also in {stored[name][0].name}; download the model again")
+                stored[name] = path, opened
+        _check_stored(folder, config, stored)
+        yield stored
+
+
+def _shown(name: str) -> str:
+    """A tensor's name as messages give it: files may name theirs anything."""
+    return name if re.fullmatch(r"[\w.-]{1,100}", name) else repr(name)[:100]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -86,7 +104,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as e:
         raise InputError(f"{path}: cannot read ({e.strerror}); give a complete Hugging Face model folder") from None
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: no valid JSON ({e}); download the model again") from None
+        raise InputError(f"{path}: no valid JSON ({str(e)[:100]}); download the model again") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a JSON object, got a {type(tree).__name__}; download the model again")
     return tree
@@ -106,9 +124,11 @@ def _weight_files(folder: Path) -> list[Path]:
         raise InputError(f"{index}: weight_map: expected tensor names with their files; download the model again")
     for name, shard in shards.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise InputError(f"{index}: weight_map.{name}: {shard!r} is not the name of a .safetensors file in this folder")
+            raise InputError(
+                f"{index}: weight_map.{_shown(name)}: {repr(shard)[:100]} is not the name of a .safetensors file in this folder"
+            )
         if not (folder / shard).is_file():
-            raise InputError(f"{index}: weight_map.{name}: file {shard} is missing; download the model again")
+            raise InputError(f"{index}: weight_map.{_shown(name)}: file {shard[:100]} is missing; download the model again")
     return [folder / shard for shard in sorted(set(shards.values()))]
 
 
@@ -116,7 +136,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: truncated or corrupt ({e}); download the model again") from None
+        raise InputError(f"{path}: truncated or corrupt ({' '.join(str(e).split())[:100]}); download the model again") from None
 
 
 def _check_stored(folder: Path, config: ModelConfig, stored: Mapping[str, tuple[Path, Any]]) -> None:
@@ -141,7 +161,7 @@ def _check_stored(folder: Path, config: ModelConfig, stored: Mapping[str, tuple[
         expected.add("lm_head.weight")
     for name, (path, _) in stored.items():
         if name not in expected and not name.endswith("rotary_emb.inv_freq"):  # old files keep this constant
-            raise InputError(f"{path}: {name}: tensor has no place in the {config.family} architecture of config.json")
+            raise InputError(f"{path}: {_shown(name)}: tensor has no place in the {config.family} architecture of config.json")
 
 
 def _slot(params: dict[str, Any], t: Tensor, layers: int) -> np.ndarray:
@@ -189,11 +209,9 @@ def save_pretrained(
     _check_params(config, params)
     source = None if source_folder is None else Path(source_folder)
     hf = _export_config(config, source, tokenizer)
+    check_new(folder)
     try:
-        target = Path(folder).resolve()
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InputError(f"{folder}: exists and is not an empty folder; give a new one")
-        with _appearing_whole(target) as partial:
+        with _appearing_whole(Path(folder).resolve()) as partial:
             _write_json(partial / "config.json", hf)
             for path in _side_files(source, tokenizer):
                 shutil.copyfile(path, partial / path.name)
@@ -202,6 +220,19 @@ def save_pretrained(
             _write_weights(partial, config, params, max_shard_bytes)
     except OSError as e:
         raise InputError(f"{folder}: cannot write ({e.strerror or e}); choose a writable place with enough space") from e
+
+
+def check_new(folder: str | Path) -> None:
+    """Raises InputError unless `save_pretrained` may write there: for before the work whose result it is."""
+    target = Path(folder).resolve()
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise InputError(f"{folder}: exists and is not an empty folder; give a new one")
+        above = next(parent for parent in target.parents if parent.exists())
+    except OSError as e:
+        raise InputError(f"{folder}: cannot write ({e.strerror or e}); choose a writable place with enough space") from None
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: cannot write (below {above}); choose a writable place with enough space")
 
 
 @contextlib.contextmanager

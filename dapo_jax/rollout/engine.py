@@ -78,7 +78,7 @@ class Engine:
         self.widths = sorted({self.slots >> i for i in range(_HALVINGS + 1)} - {0} if compact else {self.slots})
         self.fetch = fetch
         whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(ROW_AXES))
-        heads = "tensor" if model.kv_heads % mesh.shape["tensor"] == 0 else None
+        heads = sampler.kv_axis(model.kv_heads, mesh)
 
         def layout(*axes: Any) -> Cache:
             kv = NamedSharding(mesh, P(*axes, heads))
@@ -89,9 +89,8 @@ class Engine:
         decode = functools.partial(sampler.decode, model=model, sampling=sampling, stop=stop, mesh=mesh)
         self.programs = Programs(
             start=jax.jit(functools.partial(sampler.empty_state, model, **sizes, int8=int8), out_shardings=state),
-            # A prompt's cache goes to every shard: its responses may be decoded on any.
-            prefill=jax.jit(functools.partial(sampler.prefill, model=model, int8=int8, mesh=mesh), out_shardings=layout(None, None)),
-            insert=jax.jit(sampler.insert, donate_argnums=0, out_shardings=state),
+            prefill=jax.jit(functools.partial(sampler.prefill, model=model, int8=int8, mesh=mesh), out_shardings=layout(None, ROW_AXES)),
+            insert=jax.jit(functools.partial(sampler.insert, mesh=mesh), donate_argnums=0, out_shardings=state),
             move=jax.jit(sampler.move, donate_argnums=0, out_shardings=state),
             decode=jax.jit(decode, static_argnames=("width", "read"), donate_argnums=1, out_shardings=(state, whole, whole)),
             take=jax.jit(sampler.take, out_shardings=whole),

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dapo_jax.config import ModelConfig
 from dapo_jax.model.decoder import Cache, decode_step, hidden_states, logits_of, make_cache
-from dapo_jax.model.logprobs import ROW_AXES
+from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
 from dapo_jax.rollout.draw import Sampling, sample_tokens
 from dapo_jax.types import Array, Params
 
@@ -78,10 +78,15 @@ def empty_state(model: ModelConfig, *, shards: int, slots: int, cache_len: int, 
     )
 
 
+def kv_axis(kv_heads: int, mesh: Mesh) -> str | None:
+    """The mesh axis that a cache's kv heads are split over, if any."""
+    return VOCAB_AXIS if kv_heads % mesh.shape[VOCAB_AXIS] == 0 else None
+
+
 def prefill(params: Params, prompts: Array, *, model: ModelConfig, int8: bool, mesh: Mesh) -> Cache:
-    """Keys and values of prompts, [L, E, K, P, h]. prompts: int32 [E, P], padded on the right; split over the row shards."""
+    """Keys and values of prompts, [L, E, K, P, h]. prompts: int32 [E, P], padded on the right. E is split over the row shards."""
     prompts = jax.lax.with_sharding_constraint(prompts, NamedSharding(mesh, PartitionSpec(ROW_AXES)))
-    kv = hidden_states(params, model, prompts)[1]
+    kv = hidden_states(params, model, prompts, mesh=mesh)[1]
     return make_cache(*(jnp.swapaxes(x, 2, 3) for x in kv), int8=int8)
 
 
@@ -94,7 +99,28 @@ def _copy_row(cache: Cache, source: Cache, row: Array, slot: Array) -> Cache:
     return jax.tree.map(copy, cache, source)
 
 
-def insert(state: SamplerState, prefilled: Cache, seed: Array, packed: Array, count: Array) -> SamplerState:
+def _copy_arrivals(cache: Cache, prefilled: Cache, rows: Array, slots: Array, count: Array) -> Cache:
+    """On one device: the first `count` of its rows [n, m] of everybody's prefilled cache into its slots [n, m].
+
+    A row may be wanted on any shard, and lies on one. Rows of all shards are gathered a layer at a time: all layers of them would take
+    as much memory as several sequences, or many if rows are as long as a response that is gone on with.
+    """
+
+    def layer(index, cache):
+        source = jax.tree.map(lambda x: jax.lax.all_gather(x[index], ROW_AXES, tiled=True), prefilled)
+
+        def copy(i, cache):
+            def one(old, new):  # [n, L, b, K, S, ...], [E, K, P, ...]
+                return old.at[jnp.arange(len(rows)), index, slots[:, i], :, : new.shape[2]].set(new[rows[:, i]], mode="drop")
+
+            return jax.tree.map(one, cache, source)
+
+        return jax.lax.fori_loop(0, count, copy, cache)
+
+    return jax.lax.fori_loop(0, cache.k.shape[1], layer, cache)
+
+
+def insert(state: SamplerState, prefilled: Cache, seed: Array, packed: Array, count: Array, *, mesh: Mesh) -> SamplerState:
     """Starts sequences whose tokens, all but the last, have been read. The next decode step reads the last and draws.
 
     Args:
@@ -102,16 +128,17 @@ def insert(state: SamplerState, prefilled: Cache, seed: Array, packed: Array, co
       count: how many of the m there are, on the shard that has most.
     """
     arrivals = Arrivals(*packed)
-
-    def copy(i, cache):
-        return jax.vmap(_copy_row, (0, None, 0, 0))(cache, prefilled, arrivals.row[:, i], arrivals.slot[:, i])
+    heads = kv_axis(state.cache.k.shape[3], mesh)
+    whole, rows, source = (PartitionSpec(*axes) for axes in ((), (ROW_AXES,), (None, ROW_AXES, heads)))
+    cache = PartitionSpec(ROW_AXES, None, None, heads)
+    copy = jax.shard_map(_copy_arrivals, mesh=mesh, in_specs=(cache, source, rows, rows, whole), out_specs=cache, check_vma=False)
 
     zeros, flags = jnp.zeros_like(arrivals.slot), jnp.zeros(arrivals.slot.shape, bool)
     fresh = {"token": arrivals.token, "position": arrivals.position, "limit": arrivals.limit, "length": zeros}
     fresh |= {"keys": response_keys(seed, arrivals.draw, arrivals.sample), "ended": flags, "live": ~flags}
     put = jax.vmap(lambda old, slot, new: old.at[slot].set(new, mode="drop"))
     slots = state.slots._replace(**{name: put(getattr(state.slots, name), arrivals.slot, new) for name, new in fresh.items()})
-    return SamplerState(jax.lax.fori_loop(0, count, copy, state.cache), slots)
+    return SamplerState(copy(state.cache, prefilled, arrivals.row, arrivals.slot, count), slots)
 
 
 def move(state: SamplerState, moves: Array, count: Array) -> SamplerState:
@@ -152,6 +179,7 @@ def _append(slots: Slots, tokens: Array, logprobs: Array, stop: tuple[int, ...])
     )
 
 
+@jax.named_scope("draw")
 def sample_on_mesh(logits: Array, keys: Array, sampling: Sampling, mesh: Mesh) -> tuple[Array, Array]:
     """`sample_tokens`, each device for its own rows, and on its own part of the vocabulary where "tensor" divides it."""
     axis = "tensor" if mesh.shape["tensor"] > 1 and logits.shape[1] % mesh.shape["tensor"] == 0 else None

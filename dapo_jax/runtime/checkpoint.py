@@ -9,6 +9,8 @@
 orbax writes them in the background. It leaves four things to its caller, all done here: stored bytes are not checked, a
 failed write shows only when it is waited for, any folder with a number for a name counts as a checkpoint, and a target of
 another dtype casts in silence.
+
+A local step gets its name when it is whole. In a bucket it has its name from the start, and an object more when it is whole.
 """
 
 import errno
@@ -18,13 +20,12 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -34,13 +35,17 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.experimental import multihost_utils
 
+from dapo_jax.config import printable
+from dapo_jax.runtime import folder as folders
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.folder import Folder, as_path, is_bucket, reason
 from dapo_jax.types import Array, InputError, NoCheckpointError, Params, RunError, TrainState
 
 _FORMAT = 2
 _INTERRUPTED = "interrupted"
 _LEAVE_S = 20.0  # that a job of several processes waits for a write when it ends by an error: another may be gone
-_RECORD = Path("host") / "metadata"  # where orbax's JSON handler writes
+_RECORD = PurePath("host") / "metadata"  # where orbax's JSON handler writes
+_WHOLE = "commit_success.txt"  # what orbax writes last into a step in a bucket
 _T = TypeVar("_T")
 
 
@@ -75,20 +80,20 @@ class Checkpoints:
     """Context manager that saves to and restores from one folder. Every process calls every method.
 
     keep: newest so many are kept. Leaving the context waits for the save under way. Raises InputError where the folder
-    cannot be used.
+    cannot be used. Where a method says InputError for what the disk does, it is RunError in a bucket: it may answer in a minute.
     """
 
     _superseded = False  # the save under way makes what was interrupted before obsolete
 
-    def __init__(self, folder: str | Path, *, keep: int):
-        self._folder = Path(folder).absolute()
+    def __init__(self, folder: str | Folder, *, keep: int):
+        self._folder = _absolute(folder)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self._folder, os.W_OK):
+            if not is_bucket(self._folder) and not os.access(self._folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             self._manager = _manager(self._folder, keep)
-        except OSError as e:
-            raise InputError(f"{self._folder}: cannot hold checkpoints ({_reason(e)}); choose another --run-dir") from None
+        except folders.errors(self._folder) as e:
+            raise InputError(f"{self._folder}: cannot hold checkpoints ({reason(e)}); choose another --run-dir") from None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -108,6 +113,10 @@ class Checkpoints:
             _warn(str(e))  # the error that ends the run goes first
         finally:
             self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Whole steps in the folder; not verified."""
+        return [int(path.name) for path in _stored(self._folder)]
 
     def latest_step(self) -> int | None:
         """Newest whole step in the folder or being written; not verified."""
@@ -134,10 +143,13 @@ class Checkpoints:
         try:
             folder.mkdir(exist_ok=True)
             manager = _manager(folder, keep=1)
-            self._write(manager, (manager.latest_step() or 0) + 1, step, state, host, groups)
+        except folders.errors(folder) as e:
+            raise self._unwritten(e) from None
+        self._write(manager, (manager.latest_step() or 0) + 1, step, state, host, groups)
+        try:
             manager.wait_until_finished()
             manager.close()
-        except OSError as e:
+        except folders.errors(folder) as e:
             raise self._unwritten(e) from None
 
     def _write(
@@ -163,7 +175,7 @@ class Checkpoints:
         saves = {item: ocp.args.StandardSave(arrays) for item, arrays in (*items.items(), ("groups", {"npz": blob}))}
         try:
             manager.save(name, args=ocp.args.Composite(host=ocp.args.JsonSave(record), **saves), force=True)
-        except OSError as e:
+        except folders.errors(self._folder) as e:
             raise self._unwritten(e) from None
 
     def wait(self) -> None:
@@ -173,7 +185,7 @@ class Checkpoints:
         except Exception as e:  # of the file system, in whatever type the writer's threads put it
             raise self._unwritten(e) from None
         if self._superseded and jax.process_index() == 0:
-            shutil.rmtree(self._folder / _INTERRUPTED, ignore_errors=True)
+            folders.remove(self._folder / _INTERRUPTED)
         self._superseded = False
 
     def restore(self, abstract_state: TrainState, *, at_most: int | None = None) -> Restored | None:
@@ -197,7 +209,7 @@ class Checkpoints:
         rest = jax.tree.unflatten(jax.tree.structure(_rest(abstract_state)), items["optimizer"].values())
         return Restored(record["step"], TrainState(params, rest["opt_state"], rest["updates"]), record["host"], groups)
 
-    def _move_aside(self, newer: Sequence[Path], step: int) -> None:
+    def _move_aside(self, newer: Sequence[Folder], step: int) -> None:
         if not newer:
             return
         multihost.sync("checkpoints read")
@@ -205,25 +217,27 @@ class Checkpoints:
             for path in newer:
                 name = path.name if path.parent == self._folder else f"{_INTERRUPTED}-{path.name}"
                 target = _free_name(self._folder / f"bad-{name}")
-                path.rename(target)
+                with folders.writing(target):
+                    path.rename(target)
                 _warn(f"{path}: moved to {target.name}; the run goes on from step {step}")
         multihost.sync("checkpoints moved aside")
         self._manager.reload()
 
-    def _unwritten(self, error: Exception) -> InputError:
-        return InputError(
-            f"{self._folder}: a checkpoint could not be written ({_reason(error)}); make room or give write access, then start "
+    def _unwritten(self, error: Exception) -> Exception:
+        kind = RunError if is_bucket(self._folder) else InputError
+        return kind(
+            f"{self._folder}: a checkpoint could not be written ({reason(error)}); make room or give write access, then start "
             "the same command again: it goes on from the last whole checkpoint"
         )
 
 
-def restore_params(folder: str | Path, abstract_params: Params) -> RestoredParams:
+def restore_params(folder: str | Folder, abstract_params: Params) -> RestoredParams:
     """The weights of the newest usable checkpoint, without the optimizer's. Changes nothing in the folder.
 
     abstract_params: jax.ShapeDtypeStruct leaves with shardings, or arrays. Unusable checkpoints are named on stderr.
     Raises NoCheckpointError if there is no usable one.
     """
-    folder = Path(folder).absolute()
+    folder = _absolute(folder)
     target = _named(jax.tree.map(_target, abstract_params))
     found = _newest(folder, _stored(folder), lambda path: _load(path, {"params": target}, groups=False))
     if found is None:
@@ -237,34 +251,58 @@ def restore_params(folder: str | Path, abstract_params: Params) -> RestoredParam
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True))
+def _absolute(folder: str | Folder) -> Folder:
+    folder = as_path(folder)
+    return folder if is_bucket(folder) else folder.absolute()
 
 
-def _stored(folder: Path, *, interrupted: bool = False) -> list[Path]:
+def _manager(folder: Folder, keep: int) -> ocp.CheckpointManager:
+    bucket = is_bucket(folder)
+    if bucket:  # orbax would take all that is no whole step for a half-written one, `interrupted` too
+        if jax.process_index() == 0:
+            for path in _numbered(folder):
+                if not _is_whole(path):
+                    folders.remove(path)
+        multihost.sync("half-written checkpoints removed")
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=not bucket))
+
+
+def _stored(folder: Folder, *, interrupted: bool = False) -> list[Folder]:
     """Checkpoints in the folder, newest first, complete or not. interrupted: also those in the midst of a step."""
-    found: list[tuple[float, int, Path]] = [(int(p.name), 0, p) for p in _numbered(folder)]
+    found: list[tuple[float, int, Folder]] = [(int(p.name), 0, p) for p in _numbered(folder)]
     if interrupted:
         found += [(_step_of(p), 1 + int(p.name), p) for p in _numbered(folder / _INTERRUPTED)]
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def _numbered(folder: Path) -> list[Path]:
+def _numbered(folder: Folder) -> list[Folder]:
     try:
         return [p for p in folder.iterdir() if re.fullmatch(r"0|[1-9]\d*", p.name)]
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except folders.errors(folder) as e:  # not the same as holding none
+        raise RunError(f"{folder}: cannot be listed ({reason(e)}); give access, then start the same command again") from None
 
 
-def _step_of(path: Path) -> float:
+def _is_whole(path: Folder) -> bool:
+    """False for a step in a bucket that is being written, or was when its process died."""
+    return not is_bucket(path) or folders.read(path / _WHOLE) is not None
+
+
+def _check_whole(path: Folder) -> None:
+    if not _is_whole(path):
+        raise _Unusable("incomplete")
+
+
+def _step_of(path: Folder) -> float:
     """The step that an interrupted checkpoint follows; infinity, to be looked at first, if its record cannot be read."""
     try:
         return int(_read_record(path / _RECORD)["step"])
-    except (_Unusable, OSError, ValueError, TypeError, KeyError):
+    except (_Unusable, InputError, ValueError, TypeError, KeyError):
         return float("inf")
 
 
-def _newest(folder: Path, stored: Sequence[Path], load: Callable[[Path], _T]) -> tuple[Path, _T] | None:
+def _newest(folder: Folder, stored: Sequence[Folder], load: Callable[[Folder], _T]) -> tuple[Folder, _T] | None:
     """The first of the stored checkpoints that loads; None where there is none at all."""
     reasons = []
     for path in stored:
@@ -282,40 +320,43 @@ def _newest(folder: Path, stored: Sequence[Path], load: Callable[[Path], _T]) ->
     )
 
 
-def _load(path: Path, targets: Mapping[str, dict[str, Any]], *, groups: bool) -> _Loaded:
+def _load(path: Folder, targets: Mapping[str, dict[str, Any]], *, groups: bool) -> _Loaded:
     """A step, verified. Raises _Unusable, on all processes or on none."""
+    _agreed(lambda: _check_whole(path))
     record = _agreed(lambda: _read_record(path / _RECORD))
     _agreed(lambda: _check_expected(record["leaves"], targets))
     host_arrays = _agreed(lambda: _read_groups(path / "groups", record["groups"])) if groups else {}
     items = {}
     for item, target in targets.items():
         items[item] = _agreed(partial(_read_arrays, path / item, target))
-        _check_content(record["leaves"][item], _describe(items[item]))
+        content = _describe(items[item])  # on every process, before any of them may refuse
+        _agreed(partial(_check_content, record["leaves"][item], content))
     return _Loaded(record, items, host_arrays)
 
 
 def _agreed(read: Callable[[], _T]) -> _T:
     """`read()`, or _Unusable on every process if any of them fails: all take the same checkpoint."""
-    reason = ""
+    refusal = ""
     try:
         value = read()
     except _Unusable as e:
-        reason = str(e)
-    except (jax.errors.JaxRuntimeError, MemoryError):  # the device's fault, not the checkpoint's
+        refusal = str(e)
+    except (jax.errors.JaxRuntimeError, MemoryError, RunError):  # the device's fault or the bucket's, not the checkpoint's
         raise
     except Exception as e:  # readers of damaged files raise all sorts
-        reason = f"unreadable ({_reason(e)})"
-    if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(not reason)).all():
-        reason = reason or "another process cannot use it"
-    if reason:
-        raise _Unusable(reason)
+        refusal = f"unreadable ({reason(e)})"
+    if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(not refusal)).all():
+        refusal = refusal or "another process cannot use it"
+    if refusal:
+        raise _Unusable(printable(" ".join(refusal.split()))[:300])
     return value
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read_record(path: Folder) -> dict[str, Any]:
+    content = folders.read(path)
+    if content is None:
         raise _Unusable("incomplete")
-    record = json.loads(path.read_bytes())
+    record = json.loads(content)
     if not isinstance(record, dict) or "digest" not in record:
         raise _Unusable("not written by this program")
     if record.get("format") != _FORMAT:
@@ -325,7 +366,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _read_groups(path: Path, digest: str) -> dict[str, np.ndarray]:
+def _read_groups(path: Folder, digest: str) -> dict[str, np.ndarray]:
     blob = np.asarray(_open(path, "npz", ts.Context()).read().result()).tobytes()
     if _sha256(blob) != digest:
         raise _Unusable("groups do not match their digest")
@@ -333,7 +374,7 @@ def _read_groups(path: Path, digest: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def _read_arrays(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+def _read_arrays(path: Folder, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
     """The arrays of an item on their shardings; each device gets its part, each process reads only what its devices hold.
 
     orbax stores zarr arrays in an OCDBT database. Its own reader leaves tasks and tracebacks behind on damaged files, and
@@ -357,8 +398,13 @@ def _read_arrays(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict
         return dict(zip(target, pool.map(read, target, target.values()), strict=True))
 
 
-def _open(path: Path, name: str, context: ts.Context) -> ts.TensorStore:
-    kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}, "path": f"{name}/"}
+def _open(path: Folder, name: str, context: ts.Context) -> ts.TensorStore:
+    if is_bucket(path):
+        _, _, bucket, *parts = path.parts  # "/", "gs", bucket, ...
+        base = {"driver": "gcs", "bucket": bucket, "path": "/".join(parts) + "/"}
+    else:
+        base = {"driver": "file", "path": f"{path}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     return ts.open({"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}, open=True, read=True, context=context).result()
 
 
@@ -502,21 +548,11 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _free_name(path: Path) -> Path:
+def _free_name(path: Folder) -> Folder:
     name, n = path, 1
     while name.exists():
         name, n = path.with_name(f"{path.name}-{n}"), n + 1
     return name
-
-
-def _reason(error: Exception) -> str:
-    """The operating system's word for an error, or the start of its message."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    if said := re.search(r"([^:\[]+) \[os_error_code=", line):  # as tensorstore words it
-        return said[1].strip()
-    return line.split(" [")[0][:200]
 
 
 def _warn(message: str) -> None:

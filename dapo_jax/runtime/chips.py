@@ -13,6 +13,7 @@ class Chip(NamedTuple):
     hbm_bytes: float
     hbm_bandwidth: float  # bytes/s
     ici_bandwidth: float  # bytes/s that a chip sends over all its links; it receives as many at the same time
+    dcn_bandwidth: float  # bytes/s that a chip sends to other slices, its share of the host's network; inf where none is published
 
     @property
     def ridge(self) -> float:
@@ -21,11 +22,11 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32e9, 1228e9, 300e9),
-    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
-    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32e9, 1638e9, 400e9),
-    "tpu7x": Chip(2307e12, 192e9, 7380e9, 600e9),
+    "v4": Chip(275e12, 32e9, 1228e9, 300e9, math.inf),
+    "v5e": Chip(197e12, 16e9, 819e9, 200e9, 3.125e9),  # 6.4 Tbit/s a pod of 256
+    "v5p": Chip(459e12, 95e9, 2765e9, 600e9, 6.25e9),
+    "v6e": Chip(918e12, 32e9, 1638e9, 400e9, 12.5e9),
+    "tpu7x": Chip(2307e12, 192e9, 7380e9, 600e9, 12.5e9),
 }
 
 # What jax calls them, `device.device_kind`.

@@ -15,11 +15,15 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\w*\[([\d,]*)\]")
 _COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+_SLICE_SEND = re.compile(r'= (.*?) send\(.*_xla_megascale_target="\{([^}]*)\}.*_xla_megascale_transfer_type="(\w+)"')
 _WHILE = re.compile(r" while\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(
     r"(?:calls|to_apply|called_computation|true_computation|false_computation)=%?([\w.\-]+)|(?:branch_computations|calls)=\{([^}]*)\}"
 )
+_PIECE = re.compile(r"fused_computation|async_collective_fusion")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+
+BETWEEN_SLICES = "between slices"  # what goes over the data centre network, beside the kinds of collectives inside a slice
 
 
 class Compiled(NamedTuple):
@@ -89,20 +93,28 @@ def sent_bytes(text: str, trips: Sequence[int] = ()) -> dict[str, float]:
     A ring over g devices sends (g-1)/g of an all-gather's result and of a reduce-scatter's or all-to-all's input, twice that of an
     all-reduce's. Loops count as often as they go round: where their condition compares with one constant, that many times (a scan);
     else trips[0] times, or trips[1] if inside one such loop, and so on; beyond `trips` once. A collective that runs beside several
-    computations has its channel written in each of them and is one.
+    fusions is written in each of them, with one channel, and is one. A collective of several slices is compiled into those inside a
+    slice and what each device exchanges with its like in the other slices: that counts as BETWEEN_SLICES.
     """
     entry, computations = _computations(text)
     devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
     total: dict[str, float] = {}
-    channels: set[str] = set()
+    walked: set[str] = set()
+    pieces: set[tuple[str, ...]] = set()
 
     def walk(name: str, times: float, depth: int) -> None:
+        if name in walked:  # an asynchronous one is called by its start and by its end
+            return
+        walked.add(name)
         for line in computations.get(name, ()):
-            if found := _COLLECTIVE.search(line):
-                channel = re.search(r"channel_id=(\d+)", line)
-                if channel and f"{found[2]} {channel[1]}" in channels:
-                    continue
-                channels.add(f"{found[2]} {channel[1]}" if channel else "")
+            if found := _SLICE_SEND.search(line):
+                total[BETWEEN_SLICES] = total.get(BETWEEN_SLICES, 0.0) + times * _sent_between(found[3], found[1], found[2].count(",") + 1)
+            elif found := _COLLECTIVE.search(line):
+                if _PIECE.match(name):
+                    piece = (found[2], *re.findall(r"channel_id=\d+", line), *(dims for _, dims in _SHAPE.findall(found[1])))
+                    if piece in pieces:
+                        continue
+                    pieces.add(piece)
                 kind = "reduce-scatter" if found[2] == "all-reduce" and name.startswith("all-reduce-scatter") else found[2]
                 size = _sent(found[2], kind, found[1], bool(found[3]), line, devices)
                 total[kind] = total.get(kind, 0.0) + times * size
@@ -134,10 +146,21 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     return entry, computations
 
 
+def _sizes(result: str) -> list[float]:
+    """Bytes of the arrays in an operation's type."""
+    arrays = ((dtype, dims.split(",")) for dtype, dims in _SHAPE.findall(result) if dims)
+    return [math.prod(map(int, dims)) * _BITS.get(dtype, 8) / 8 for dtype, dims in arrays] or [0.0]
+
+
+def _sent_between(transfer: str, result: str, slices: int) -> float:
+    """Bytes that a device sends to other slices, from what it hands to the host: a ring over the slices."""
+    size = _sizes(result)[0]
+    others = {"ALL_GATHER": slices - 1, "ALL_REDUCE": 2 * (slices - 1) / slices, "REDUCE_SCATTER": (slices - 1) / slices}
+    return size * others.get(transfer, 1)
+
+
 def _sent(operation: str, kind: str, result: str, started: bool, line: str, devices: int) -> float:
-    sizes = [
-        math.prod(int(n) for n in dims.split(",") if n) * _BITS.get(dtype, 8) / 8 for dtype, dims in _SHAPE.findall(result) if dims
-    ] or [0.0]
+    sizes = _sizes(result)
     if operation == "collective-permute":
         return sizes[0]
     size = max(sizes) if started and operation == "all-gather" else sum(sizes)

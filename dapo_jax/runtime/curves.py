@@ -1,11 +1,12 @@
 """The curves of a run as one PNG: held-out accuracy, reward, length, entropy, dynamic sampling, clipping."""
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dapo_jax.runtime.folder import Folder, as_path, is_bucket, write_whole, writing
 from dapo_jax.runtime.metrics import read_metrics
 from dapo_jax.types import InputError
 
@@ -36,24 +37,23 @@ _STYLE: Any = {
 }
 
 
-def plot_curves(run_dir: str | Path) -> Path:
+def plot_curves(run_dir: str | Folder) -> Folder:
     """Draws <run>/curves.png from <run>/metrics.jsonl, 1800 x 960 pixels. Returns its path.
 
     A thin line is what a step measured, a thick one its running mean. Metrics that the run does not have are left out.
-    Raises InputError if there are no metrics, or the file cannot be written.
+    Raises InputError if there are no metrics, or the file cannot be written (RunError in a bucket).
     """
-    records = read_metrics(run_dir)
+    folder = as_path(run_dir)
+    records = read_metrics(folder)
     if not records:
-        raise InputError(f"{Path(run_dir) / 'metrics.jsonl'}: holds no steps yet; let the run finish one")
+        raise InputError(f"{folder / 'metrics.jsonl'}: holds no steps yet; let the run finish one")
     import matplotlib
 
-    path = Path(run_dir) / "curves.png"
+    path, image = folder / "curves.png", io.BytesIO()
     with matplotlib.rc_context(_STYLE):
-        figure = _draw(records, Path(run_dir).resolve().name)
-        try:
-            figure.savefig(path, dpi=150)
-        except OSError as e:
-            raise InputError(f"{path}: cannot be written ({e.strerror}); free the disk or make the folder writable") from None
+        _draw(records, folder.name if is_bucket(folder) else folder.resolve().name).savefig(image, dpi=150)
+    with writing(path):
+        write_whole(path, image.getvalue())
     return path
 
 

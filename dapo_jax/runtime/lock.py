@@ -1,41 +1,110 @@
-"""One run folder, one job."""
+"""One run folder, one job.
+
+A local folder is locked by the kernel, which lets go when the process ends, however it does. A bucket has no such locks. There the
+object `lock` names its holder and changes every few seconds while that lives. A job that finds one waits: if it changes, the folder is
+in use; if it does not for `_PATIENCE_S`, its holder is gone (killed, preempted) and the job takes it over. No clocks are compared. A
+holder that was cut off and comes back finds another's name, and ends at once without saving: up to a beat long both may have written.
+A checkpoint that two jobs mixed up is noticed by its digests. Reading (`evaluate`, `export`) asks for no lock.
+"""
 
 import contextlib
 import fcntl
 import os
+import secrets
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.folder import Folder, is_bucket, read, reason
 from dapo_jax.types import InputError
+
+_BEAT_S = 5.0
+_PATIENCE_S = 20.0  # below the 30 s that collectives on CPUs wait for the first process
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Holds `run_dir/lock` while inside; the kernel lets go of it when the process ends, however it does.
+def locked(run_dir: Folder) -> Iterator[None]:
+    """Holds `run_dir/lock` while inside.
 
     The first process locks for all of the job. Raises InputError, on every process, if another job has the folder.
     """
     with contextlib.ExitStack() as stack:
-        refusal = _lock(run_dir / "lock", stack) if multihost.is_main() else ""
+        lock = _lease if is_bucket(run_dir) else _lock
+        refusal = lock(run_dir / "lock", stack) if multihost.is_main() else ""
         if refusal := multihost.from_main(refusal):
             raise InputError(refusal)
         yield
 
 
-def _lock(path: Path, stack: contextlib.ExitStack) -> str:
+def _lock(path: Folder, stack: contextlib.ExitStack) -> str:
     """Locks, and returns nothing; or why it cannot."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context(path.open("a+"))
+        file = stack.enter_context(Path(path).open("a+"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = path.read_text(errors="replace").strip() or "another process"
-        return f"{path.parent}: is in use by {holder}; wait for that job or stop it, or give another --run-dir"
+        return _in_use(path, path.read_bytes())
     except OSError as e:
         return f"{path.parent}: cannot be used as a run folder ({e.strerror}); give a writable folder"
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(f"{_me()}\n")
     file.flush()
     return ""
+
+
+def _lease(path: Folder, stack: contextlib.ExitStack) -> str:
+    """As `_lock`, for an object: two lines, the holder and a word that is its own, then a count of beats."""
+    try:
+        before, until = read(path), time.monotonic() + _PATIENCE_S
+        if before is not None:
+            print(f"{path}: left by {_holder(before)}; waiting {_PATIENCE_S:g} s for a sign of life", file=sys.stderr, flush=True)
+        while before is not None and time.monotonic() < until:
+            time.sleep(_BEAT_S / 5)
+            now = read(path)
+            if now is not None and now != before:
+                return _in_use(path, now)
+            before = now
+        mine = f"{_me()}\n{secrets.token_hex(8)}\n".encode()
+        path.write_bytes(mine)
+    except Exception as e:
+        return f"{path.parent}: cannot be used as a run folder ({reason(e)}); give one in a bucket that this machine may write to"
+    released = threading.Event()
+    beating = threading.Thread(target=_beat, args=(path, mine, released), name="lock", daemon=True)
+    beating.start()
+    stack.callback(_release, path, mine, released, beating)
+    return ""
+
+
+def _beat(path: Folder, mine: bytes, released: threading.Event) -> None:
+    beats = 0
+    while not released.wait(_BEAT_S):
+        beats += 1
+        with contextlib.suppress(Exception):  # a bucket that does not answer is no reason to end
+            if not (read(path) or mine).startswith(mine):
+                print(f"dapo_jax: {path.parent}: another job has taken this run over; leaving without saving", file=sys.stderr)
+                multihost.leave(2)
+            path.write_bytes(mine + f"{beats}\n".encode())
+
+
+def _release(path: Folder, mine: bytes, released: threading.Event, beating: threading.Thread) -> None:
+    released.set()
+    beating.join(_BEAT_S)
+    with contextlib.suppress(Exception):  # it will be taken for what it is
+        if (read(path) or b"").startswith(mine):
+            path.unlink()
+
+
+def _in_use(path: Folder, content: bytes) -> str:
+    return f"{path.parent}: is in use by {_holder(content)}; wait for that job or stop it, or give another --run-dir"
+
+
+def _holder(content: bytes) -> str:
+    return (content.decode(errors="replace").splitlines() or [""])[0].strip() or "another process"
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"

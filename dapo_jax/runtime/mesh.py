@@ -1,7 +1,7 @@
 """The device mesh, and which axis of which array lies on which of its axes."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,11 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
-    """A mesh over all devices. InputError if the axes do not multiply to their number."""
+    """A mesh over all devices. InputError if the axes do not multiply to their number.
+
+    Of several TPU slices, `data` goes over them, and the other axes stay inside one: between slices lies the data centre network.
+    InputError if the slices do not divide `data`.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [section.data, section.fsdp, section.tensor]
     known = int(np.prod([s for s in sizes if s != -1]))
@@ -41,9 +45,24 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     if int(np.prod(sizes)) != len(devices) or 0 in sizes:
         shape = " x ".join(f"{a} {s}" for a, s in zip(AXES, (section.data, section.fsdp, section.tensor), strict=True))
         raise InputError(f"mesh: {shape} does not cover {len(devices)} devices; change the mesh section")
+    slices = slice_count(devices)
+    if sizes[0] % slices:
+        raise InputError(
+            f"mesh.data: {sizes[0]} cannot go over {slices} slices, and fsdp and tensor stay inside one; "
+            f"set mesh.data to {slices} or a multiple, mesh.fsdp and mesh.tensor to the devices of a slice ({len(devices) // slices})"
+        )
+    inside = [sizes[0] // slices, *sizes[1:]]
     # An axis may take part of a side of the torus: fsdp 32 x tensor 8 fits 16x16 chips in no other way.
-    laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if slices == 1:
+        laid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    else:
+        laid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def slice_count(devices: Sequence[Any]) -> int:
+    """How many TPU slices the devices belong to; 1 for devices of other kinds."""
+    return len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -3,24 +3,26 @@
 <run>/metrics.jsonl             a JSON object a rollout step: step, updates, draws, then metrics; finite numbers only
 <run>/tensorboard/              the same scalars
 <run>/samples/step_000012.jsonl some responses of a step
+
+In a bucket metrics.jsonl and the TensorBoard file are sent whole with every line (`runtime/folder.py`).
 """
 
 import contextlib
 import json
 import math
-import os
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from dapo_jax.runtime import folder
+from dapo_jax.runtime.folder import Folder, Growing, Staged, as_path, writing
 from dapo_jax.types import InputError
 
 VOLATILE = ("time/", "throughput/", "memory/")  # areas of metrics that depend on the clock and the machine; no other does
@@ -98,38 +100,35 @@ class MetricsLog:
     resume_step: the run goes on after this step, so lines of later steps are cut off; None starts afresh and cuts off
     all that an earlier attempt left. enabled: False does nothing, for processes other than the first.
 
-    Raises InputError where the folder cannot be written.
+    Raises InputError where the folder cannot be written, RunError where a bucket cannot.
     """
 
-    def __init__(self, run_dir: str | Path, *, resume_step: int | None = None, enabled: bool = True):
-        self._path = Path(run_dir) / "metrics.jsonl"
-        self._file: TextIO | None = None
-        self._board: SummaryWriter | None = None
-        if not enabled:
-            return
-        with _writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, run_dir: str | Folder, *, resume_step: int | None = None, enabled: bool = True):
+        self._path = as_path(run_dir) / "metrics.jsonl"
+        self._lines: Growing | None = None
+        if enabled:
             self._open(-1 if resume_step is None else resume_step)
 
     def _open(self, last: int) -> None:
-        _cut_after(self._path, last)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=last + 1)
+        with writing(self._path):
+            self._lines = Growing(self._path, _until(self._path, last))
+            self._events = Staged(self._path.parent / "tensorboard")
+            self._board = SummaryWriter(str(self._events.local), purge_step=last + 1)
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def go_back(self, step: int) -> None:
         """Cuts off the lines of later steps."""
-        if self._file is not None:
+        if self._lines is not None:
             self.__exit__()
-            with _writing(self._path):
-                self._open(step)
+            self._open(step)
 
     def __exit__(self, *error: object) -> None:
-        for sink in (self._file, self._board):
-            if sink is not None:
-                sink.close()
+        if self._lines is not None:
+            self._lines.close()
+            self._board.close()
+            self._events.close()
 
     def write(self, step: int, updates: int, draws: int, metrics: Mapping[str, Any]) -> None:
         """Appends a line. Values are numbers or scalar arrays; those that are not finite are left out, with a message.
@@ -139,30 +138,31 @@ class MetricsLog:
         unknown = [key for key in metrics if not _is_defined(key)]
         if unknown:
             raise ValueError(f"metric {unknown[0]!r} is not in dapo_jax.runtime.metrics.METRICS; define it there")
-        if self._file is None or self._board is None:
+        if self._lines is None:
             return
         numbers = {key: _number(value) for key, value in metrics.items()}
         finite = {key: number for key, number in numbers.items() if math.isfinite(number)}
         if lost := sorted(numbers.keys() - finite.keys()):
             print(f"step {step}: not finite, left out of metrics.jsonl: {', '.join(lost)}")
-        with _writing(self._path):
-            self._file.write(json.dumps({"step": int(step), "updates": int(updates), "draws": int(draws), **finite}) + "\n")
-            self._file.flush()
+        line = json.dumps({"step": int(step), "updates": int(updates), "draws": int(draws), **finite}) + "\n"
+        with writing(self._path):
+            self._lines.add(line.encode())
             for key, number in finite.items():
                 self._board.add_scalar(key, number, step)
             self._board.flush()
+            self._events.send()
 
 
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: str | Folder) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl in order. A half last line, of a run that died or goes on, is left out.
 
     Raises InputError if the file is missing, or damaged elsewhere.
     """
-    path = Path(run_dir) / "metrics.jsonl"
+    path = as_path(run_dir) / "metrics.jsonl"
     try:
         lines = path.read_bytes().split(b"\n")
-    except OSError as e:
-        raise InputError(f"{path}: cannot read metrics ({e.strerror}); give the folder of a run as --run-dir") from None
+    except folder.errors(path) as e:
+        raise InputError(f"{path}: cannot read metrics ({folder.reason(e)}); give the folder of a run as --run-dir") from None
     if lines[-1] == b"":
         lines.pop()
     records = [_record(line) for line in lines]
@@ -173,13 +173,12 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     return [record for record in records if record is not None]
 
 
-def write_samples(run_dir: str | Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes samples/step_<step>.jsonl, a JSON object a response, whole or not at all. Raises InputError if it cannot."""
-    path = Path(run_dir) / "samples" / f"step_{step:06d}.jsonl"
+def write_samples(run_dir: str | Folder, step: int, rows: Sequence[Mapping[str, Any]]) -> Folder:
+    """Writes samples/step_<step>.jsonl, a JSON object a response, whole or not at all. Raises as MetricsLog if it cannot."""
+    path = as_path(run_dir) / "samples" / f"step_{step:06d}.jsonl"
     text = "".join(json.dumps(dict(row), ensure_ascii=False, default=np.generic.item) + "\n" for row in rows)
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text.encode("utf-8", errors="backslashreplace"))  # a lone surrogate becomes its JSON escape
+    with writing(path):
+        folder.write_whole(path, text.encode("utf-8", errors="backslashreplace"))  # a lone surrogate becomes its JSON escape
     return path
 
 
@@ -198,32 +197,16 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """The JSON object of a line, None if it holds none with a step."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
 
 
-def _cut_after(path: Path, last: int) -> None:
-    """Keeps the whole lines of steps up to `last`."""
-    if not path.exists():
-        return
-    lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line end there is nothing, or half a line
+def _until(path: Folder, last: int) -> bytes:
+    """The whole lines of steps up to `last`."""
+    lines = (folder.read(path) or b"").split(b"\n")[:-1]  # behind the last line end there is nothing, or half a line
     kept = [line for line in lines if (record := _record(line)) is not None and record["step"] <= last]
-    _replace(path, b"".join(line + b"\n" for line in kept))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror or e}); free the disk or choose another --run-dir") from None
+    return b"".join(line + b"\n" for line in kept)
 
 
 # --------------------------------------------------------------------------------------------------------------------

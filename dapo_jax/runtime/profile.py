@@ -1,16 +1,21 @@
 """A trace of some steps, for TensorBoard's profile plugin, XProf or Perfetto."""
 
-from pathlib import Path
+import sys
 
 import jax
 
+from dapo_jax.runtime.folder import Folder, Staged, errors, reason
+
 
 class Profiler:
-    """Context manager: traces the steps `first` to `first + count - 1` into `folder`; none if `first` is None."""
+    """Context manager: traces the steps `first` to `first + count - 1` into `folder`; none if `first` is None.
 
-    def __init__(self, folder: Path, first: int | None, count: int):
+    A trace that cannot be sent to a bucket is lost with a message; it ends no run.
+    """
+
+    def __init__(self, folder: Folder, first: int | None, count: int):
         self._folder, self._steps = folder, range(0) if first is None else range(first, first + count)
-        self._tracing = False
+        self._trace: Staged | None = None
 
     def __enter__(self) -> "Profiler":
         return self
@@ -20,13 +25,19 @@ class Profiler:
 
     def begin(self, step: int) -> None:
         """A step begins: the trace starts or ends here."""
-        if step in self._steps and not self._tracing:
-            jax.profiler.start_trace(self._folder)
-            self._tracing = True
+        if step in self._steps and self._trace is None:
+            self._trace = Staged(self._folder)
+            jax.profiler.start_trace(self._trace.local)
         elif step not in self._steps:
             self._stop()
 
     def _stop(self) -> None:
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False
+        if self._trace is None:
+            return
+        jax.profiler.stop_trace()
+        try:
+            self._trace.send()
+        except errors(self._folder) as e:
+            print(f"dapo_jax: {self._folder}: the trace could not be sent ({reason(e)})", file=sys.stderr)
+        self._trace.close()
+        self._trace = None
