@@ -43,6 +43,14 @@ TEXT = """HloModule jit_f, num_partitions=8
   %all-gather.3 = bf16[64]{0:T(8,128)S(1)} all-gather(%p), channel_id=7, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
 }
 
+%called_computation.11 (p: bf16[8]) -> bf16[32] {
+  ROOT %all-gather.56 = bf16[32]{0} all-gather(%p), channel_id=8, replica_groups=[2,4]<=[8], dimensions={0}
+}, execution_thread="sparsecore"
+
+%async_computation (p: bf16[8]) -> bf16[32] {
+  ROOT %custom-call.15 = bf16[32]{0} custom-call(%p), custom_call_target="any", called_computations={%called_computation.11}
+}, execution_thread="sparsecore"
+
 ENTRY %main (p: f32[4]) -> f32[4] {
   %while.1 = (s32[], s32[]) while(%t), condition=%data_condition, body=%data_body
   %fusion.1 = f32[10]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3
@@ -53,6 +61,8 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %fusion.2 = bf16[64]{0} fusion(%a), kind=kOutput, calls=%fused_computation.8
   %fusion.3 = bf16[64]{0} fusion(%a), kind=kOutput, calls=%async_collective_fusion.9
   %fusion.4 = bf16[64]{0} fusion(%a), kind=kOutput, calls=%async_collective_fusion.9
+  %call-start = ((bf16[8]{0}), bf16[32]{0}) async-start(%a), calls=%async_computation
+  %call-done = bf16[32]{0} async-done(%call-start), calls=%async_computation
   ROOT %all-to-all.1 = f32[8]{0} all-to-all(%a), channel_id=6, replica_groups={}, dimensions={0}
 }
 """
@@ -61,13 +71,13 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 def test_sent_bytes_by_hand():
     found = sent_bytes(TEXT, trips=(3,))
     assert found == {
-        "all-gather": 3 * 6 * 1600 * 3 / 4 + 128 / 2,  # a scan of 6 in a loop of 3, and one that is written in each of three fusions
+        "all-gather": 3 * 6 * 1600 * 3 / 4 + 128 / 2 + 64 * 3 / 4,  # a scan of 6 in a loop of 3, one in two fusions, an asynchronous one
         "all-reduce": 3 * 2 * 40 / 2,  # the scalar f32[] is not counted
         "reduce-scatter": 320 * 7 / 8 + 2 * 20 * 3,  # a fused one, and two that share a channel, as those of `shard_map` do
         "collective-permute": 64,
         "all-to-all": 32 * 7 / 8,
     }
-    assert sent_bytes(TEXT)["all-gather"] == 6 * 1600 * 3 / 4 + 128 / 2
+    assert sent_bytes(TEXT)["all-gather"] == 6 * 1600 * 3 / 4 + 128 / 2 + 64 * 3 / 4
 
 
 def test_bytes_between_slices_by_hand():

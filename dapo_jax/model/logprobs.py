@@ -213,6 +213,7 @@ def _linear_loss_bwd(token_loss, static, gradients, cotangents):
 _linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd)
 
 
+@jax.named_scope("loss")
 def linear_loss(
     hidden: Array,
     head: Array,
@@ -324,6 +325,7 @@ def _linear_logprobs_bwd(static, inputs, cotangents):
 _linear_logprobs.defvjp(_linear_logprobs_fwd, _linear_logprobs_bwd)
 
 
+@jax.named_scope("logprobs")
 def linear_logprobs(
     hidden: Array,
     head: Array,

@@ -18,7 +18,7 @@ _COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-
 _SLICE_SEND = re.compile(r'= (.*?) send\(.*_xla_megascale_target="\{([^}]*)\}.*_xla_megascale_transfer_type="(\w+)"')
 _WHILE = re.compile(r" while\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(
-    r"(?:calls|to_apply|called_computation|true_computation|false_computation)=%?([\w.\-]+)|(?:branch_computations|calls)=\{([^}]*)\}"
+    r"(?:calls|to_apply|called_computation|true_computation|false_computation)=%?([\w.\-]+)|(?:branch_computations|called_computations|calls)=\{([^}]*)\}"
 )
 _PIECE = re.compile(r"fused_computation|async_collective_fusion")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
