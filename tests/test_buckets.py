@@ -119,11 +119,12 @@ def test_only_whole_steps_count_and_what_is_no_step_stays(empty, capsys):
         assert bits(checkpoints.restore(abstract(make_state(0))).state) == bits(make_state(5))
         assert {name.split("/")[1] for name in empty.names("c/")} == {"4", "5", "bad-9"}
         damage(empty, "c/5/params/")
+        damaged = empty.names("c/5/")
         assert bits(checkpoints.restore(abstract(make_state(0))).state) == bits(make_state(4)) and checkpoints.latest_step() == 4
         checkpoints.save(5, make_state(5), HOST, GROUPS)
     assert "gs://bucket/c/5: moved to bad-5; the run goes on from step 4" in capsys.readouterr().err
     assert {name.split("/")[1] for name in empty.names("c/")} == {"4", "5", "bad-5", "bad-9"}
-    assert len(empty.names("c/bad-5/")) == len(empty.names("c/5/"))
+    assert [name.replace("c/bad-5/", "c/5/") for name in empty.names("c/bad-5/")] == damaged
 
 
 def test_a_bucket_that_does_not_answer_is_not_an_empty_one(empty):
