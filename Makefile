@@ -20,7 +20,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 pytest: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 plan: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable .[plan]
