@@ -9,7 +9,6 @@ import collections
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from dapo_jax.reward.verify import extract_answer
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
-from dapo_jax.runtime.folder import run_folder
+from dapo_jax.runtime.folder import run_folder, write_result
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.runtime.metrics import progress
@@ -204,20 +203,11 @@ def main(argv: list[str] | None = None) -> int:
         "verifier": config.reward.verifier,
         "sets": {name: {"problems": len(sets[name]), **m, "accuracies": accuracies(rows)} for name, (m, rows) in found.items()},
     }
-    if args.json:
-        _write(args.json, json.dumps(results, indent=2) + "\n")
-    if args.samples:
-        _write(args.samples, "".join(json.dumps({"set": name} | row) + "\n" for name, (_, rows) in found.items() for row in rows))
+    if args.json and multihost.is_main():
+        write_result(args.json, json.dumps(results, indent=2) + "\n")
+    if args.samples and multihost.is_main():
+        write_result(args.samples, "".join(json.dumps({"set": name} | row) + "\n" for name, (_, rows) in found.items() for row in rows))
     return 0
-
-
-def _write(path: str, text: str) -> None:
-    if not multihost.is_main():
-        return
-    try:
-        Path(path).write_text(text)
-    except OSError as e:
-        raise InputError(f"{path}: cannot write ({e.strerror}); give a writable path") from None
 
 
 if __name__ == "__main__":

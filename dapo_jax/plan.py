@@ -19,7 +19,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +37,7 @@ from dapo_jax.programs import TrainPrograms, abstract_batch, microbatches, train
 from dapo_jax.rollout.sampler import Arrivals
 from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
 from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, compile_program, device_bytes
+from dapo_jax.runtime.folder import write_result
 from dapo_jax.runtime.mesh import make_mesh, rollout_sharding, row_shards
 from dapo_jax.train import check_divides
 from dapo_jax.types import Array, InputError, Params, TrainBatch
@@ -543,10 +543,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in suggest(config, pod, lengths, results, print):
             print(line)
     if args.json:
-        try:
-            Path(args.json).write_text(json.dumps(to_json(results, estimates), indent=2) + "\n")
-        except OSError as e:
-            raise InputError(f"{args.json}: cannot write ({e.strerror}); give a writable path") from None
+        write_result(args.json, json.dumps(to_json(results, estimates), indent=2) + "\n")
     return 0 if all(r.fits for r in results) else 1
 
 

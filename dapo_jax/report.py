@@ -18,6 +18,7 @@ import numpy as np
 from dapo_jax import __version__
 from dapo_jax.config import ConfigError, flatten, load_config, to_dict
 from dapo_jax.runtime import folder
+from dapo_jax.runtime.curves import running_mean
 from dapo_jax.runtime.folder import Folder, as_path, local_file, read, run_folder, write_whole, writing
 from dapo_jax.runtime.metrics import METRICS, read_metrics
 from dapo_jax.types import InputError
@@ -109,12 +110,6 @@ def series(key: str, steps: np.ndarray, values: np.ndarray) -> dict[str, Any]:
 def short(values: np.ndarray) -> list[float]:
     """Numbers to six digits, as few characters as that takes."""
     return [float(f"{value:.6g}") for value in values.tolist()]
-
-
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` values, over fewer of them at the ends."""
-    kernel = np.ones(window)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
 def even(n: int, most: int) -> np.ndarray:

@@ -53,6 +53,11 @@ class Run:
     left_open: Sequence[OpenGroup] = ()  # by partial rollouts, for the next step
     under_way: UnderWay | None = None
 
+    @property
+    def where(self) -> str:
+        """In words."""
+        return f"step {self.at.step}" + (f" and {len(self.under_way.sums)} updates of the next" if self.under_way else "")
+
     def stand_after(self, drawn: Drawn, groups: Sequence[Group]) -> None:
         """A step has drawn. groups: those of `drawn`, with log π_old."""
         self.buffer.add(groups)

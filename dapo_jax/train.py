@@ -149,8 +149,7 @@ def train(config: Config, run_dir: Folder) -> None:
 
         # ---- Where the run stands: a checkpoint, or the start -------------------------------------------------------
         if restore_run(run):
-            where = f"step {run.at.step}" + (f" and {len(run.under_way.sums)} updates of the next" if run.under_way else "")
-            say(f"resumed from the checkpoint of {where}: {run.at.updates} updates, {run.at.draws} draws before it")
+            say(f"resumed from the checkpoint of {run.where}: {run.at.updates} updates, {run.at.draws} draws before it")
         else:
             run.state = programs.init_optimizer(load_params(config, policy, mesh))
         log = MetricsLog(run_dir, resume_step=run.at.step if run.at.begun else None, enabled=multihost.is_main())
@@ -304,8 +303,7 @@ def saving_at_an_end(run: Run, save_run: Callable[[Run], None]) -> Iterator[None
         raise
     except Stopped as stopped:
         save_run(run)
-        step = f"step {run.at.step}" + (f" and {len(run.under_way.sums)} updates of the next" if run.under_way else "")
-        where = step if run.at.begun else f"{run.at.warmed} updates of warm-up"
+        where = run.where if run.at.begun else f"{run.at.warmed} updates of warm-up"
         message = f"{signal.Signals(stopped.number).name}: stopped and saved after {where}; the same command goes on from there"
         raise Stopped(stopped.number, message) from None
 

@@ -66,7 +66,7 @@ def test_running_mean_against_a_loop():
     for window in (1, 3, 7, 23):
         half = window // 2
         want = [values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))]
-        np.testing.assert_allclose(curves._running_mean(values, window), want)
+        np.testing.assert_allclose(curves.running_mean(values, window), want)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np
     return np.array(steps, np.float64), np.array(values, np.float64)
 
 
-def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Centred mean over `window` values, over fewer of them at the ends."""
     kernel = np.ones(window)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
@@ -141,7 +141,7 @@ def _line(axes: Any, records: Sequence[dict[str, Any]], key: str, label: str, co
     window = min(len(values), 1 + 2 * (len(values) // 50))
     if window > 1:
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        values = _running_mean(values, window)
+        values = running_mean(values, window)
     axes.plot(steps, values, color=color, label=label, marker="o" if len(steps) == 1 else "", markersize=4, clip_on=len(steps) > 1)
 
 

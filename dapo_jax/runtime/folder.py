@@ -108,6 +108,14 @@ def read(path: Folder) -> bytes | None:
         raise InputError(f"{path}: cannot be read ({reason(e)}); give access") from None
 
 
+def write_result(path: str, text: str) -> None:
+    """Writes a file that a flag names. Raises InputError if it cannot."""
+    try:
+        Path(path).write_text(text)
+    except OSError as e:
+        raise InputError(f"{path}: cannot write ({e.strerror}); give a writable path") from None
+
+
 def write_whole(path: Folder, content: bytes) -> None:
     """Writes a file that is there whole or not at all, and its folder."""
     if is_bucket(path):
