@@ -40,14 +40,13 @@ def solution_items(prompts: Sequence[Prompt], policy: Policy, max_response_len: 
 
 
 def warm_up(
-    config: Config, policy: Policy, state: TrainState, prompts: Sequence[Prompt], mesh: Mesh, say: Callable[[str], None], done: int = 0
+    config: Config, policy: Policy, state: TrainState, items: Sequence[TrainItem], mesh: Mesh, say: Callable[[str], None], done: int = 0
 ) -> Iterator[tuple[int, TrainState]]:
     """`supervised.updates` of AdamW on the mean token cross-entropy of solutions, in the order of the seed.
 
-    state: fresh, or after the first `done` of the updates; donated. Yields (updates done, state) after each.
+    items: of `solution_items`. state: fresh, or after the first `done` of the updates; donated. Yields (updates done, state) after each.
     """
     section = config.supervised
-    items = solution_items(prompts, policy, config.rollout.max_response_len)
     longest = max(len(item.prompt) + len(item.response) for item in items)
     rows = config.train.rows_per_microbatch
     microbatches = max_microbatches(section.responses_per_update, row_len=row_len(config), max_item_len=longest, rows_per_microbatch=rows)
@@ -88,9 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     say = print if multihost.is_main() else lambda line: None
     say(report.summary())
     say(describe(policy, mesh))
+    items = solution_items(prompts, policy, config.rollout.max_response_len)
     state = supervised_programs(config, policy.model, mesh)[0](load_params(config, policy, mesh))
     with Guard(config.train.stall_timeout_s) as guard:
-        for _, warmed in warm_up(config, policy, state, prompts, mesh, say):  # noqa: B007 - the last one is used
+        for _, warmed in warm_up(config, policy, state, items, mesh, say):  # noqa: B007 - the last one is used
             guard.reach("warm-up")
     host_params = multihost.fetch(warmed.params)
     if multihost.is_main():

@@ -30,7 +30,7 @@ from dapo_jax.data.prompts import make_prompts, without
 from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets
 from dapo_jax.model.weights import check_pretrained
-from dapo_jax.policy import Policy, describe, load_params, load_policy, make_engine, row_len
+from dapo_jax.policy import describe, load_params, load_policy, make_engine, row_len
 from dapo_jax.programs import microbatches, train_programs, train_sampling
 from dapo_jax.resume import Progress, Run, UnderWay, fetched, restore, save
 from dapo_jax.reward.pool import RewardPool, error_counts
@@ -94,7 +94,8 @@ def train(config: Config, run_dir: Folder) -> None:
     prompts, skipped = make_prompts(problems, policy.tokenizer, d)
     say(f"problems: {report.summary()}; {len(prompts)} prompts" + "".join(f", {n} skipped: {why}" for why, n in skipped.items()))
     eval_sets = load_sets(config, policy, say)
-    prompts = fit_to_train_on(prompts, eval_sets, config, policy, say)
+    prompts = fit_to_train_on(prompts, eval_sets, config, say)
+    solutions = solution_items(prompts, policy, config.rollout.max_response_len) if config.supervised.updates else []
     digest = problems_digest([p.problem for p in prompts])
     if differs := multihost.disagreement(multihost.software() | flatten(to_dict(config)) | {"the digest of data.train": digest}):
         raise InputError(f"{differs}; start every process with the same command, code, packages and data")
@@ -155,7 +156,7 @@ def train(config: Config, run_dir: Folder) -> None:
         log = MetricsLog(run_dir, resume_step=run.at.step if run.at.begun else None, enabled=multihost.is_main())
         with log, saving_at_an_end(run, save_run):
             if (warm := config.supervised.updates) > run.at.warmed:
-                for updates, state in warm_up(config, policy, run.state, prompts, mesh, say, run.at.warmed):
+                for updates, state in warm_up(config, policy, run.state, solutions, mesh, say, run.at.warmed):
                     run.state = state if updates < warm else programs.init_optimizer(state.params)
                     run.at = run.at._replace(warmed=updates)
                     guard.reach("warm-up")
@@ -481,17 +482,15 @@ def check_divides(config: Config, mesh: Mesh) -> None:
 
 
 def fit_to_train_on(
-    prompts: Sequence[Prompt], eval_sets: Mapping[str, Sequence[Prompt]], config: Config, policy: Policy, say: Callable[[str], None]
+    prompts: Sequence[Prompt], eval_sets: Mapping[str, Sequence[Prompt]], config: Config, say: Callable[[str], None]
 ) -> list[Prompt]:
-    """The prompts that no evaluation set holds. InputError if they are too few for a step, or warm-up lacks solutions."""
+    """The prompts that no evaluation set holds. InputError if they are too few for a step."""
     kept = without(prompts, itertools.chain(*eval_sets.values()))
     if held := len(prompts) - len(kept):
         say(f"problems: {held} of the prompts are in eval.sets too, and left out of training")
     if len(kept) < (wanted := config.dapo.prompts_per_step):
         few = f"{len(kept)} prompts to train on" + (f" ({held} more are in eval.sets)" if held else "")
         raise InputError(f"data.train: {few} are fewer than dapo.prompts_per_step {wanted}; give more problems, or lower it")
-    if config.supervised.updates:
-        solution_items(kept, policy, config.rollout.max_response_len)
     return kept
 
 

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from test_train import CONFIG, TESTS, compile_once, reward_module, run_train, steady  # noqa: F401 - fixtures
+from test_train import CONFIG, TESTS, compile_once, record, reward_module, run_train, steady  # noqa: F401 - fixtures
 
 from dapo_jax import train
 from dapo_jax.runtime import faults, lock
@@ -38,10 +38,6 @@ def whole(config, tmp_path_factory, compile_once):  # noqa: F811
         patch.syspath_prepend(str(TESTS))
         assert run_train(config, run, STEPS) == 0
     return run
-
-
-def record(run, step) -> dict:
-    return json.loads((run / "checkpoints" / str(step) / "host" / "metadata").read_text())
 
 
 # Signals that one run gets, one after the other: where, and where the run then stands.

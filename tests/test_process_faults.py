@@ -3,7 +3,6 @@
 The processes run the train verb itself, with one CPU device each.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from test_processes import free_port
-from test_train import CONFIG, TESTS, VOLATILE, steady
+from test_train import CONFIG, TESTS, VOLATILE, record, steady
 
 import dapo_jax
 from dapo_jax.runtime import faults
@@ -100,10 +99,6 @@ def whole(shared):
     job = Job(shared / "whole", 2)
     assert job.ends() == [0, 0], job.said(0)[-2000:] + job.said(1)[-2000:]
     return shared / "whole/run"
-
-
-def record(run, step) -> dict:
-    return json.loads((run / "checkpoints" / str(step) / "host" / "metadata").read_text())
 
 
 def test_a_job_that_loses_processes_ends_soon_and_goes_on(shared, whole):

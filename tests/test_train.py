@@ -77,6 +77,10 @@ def steady(run_dir) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in read_metrics(run_dir)]
 
 
+def record(run, step) -> dict:
+    return json.loads((run / "checkpoints" / str(step) / "host" / "metadata").read_text())
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, compile_once):
     """A run of 4 steps, and its config."""

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dapo_jax.runtime.folder import reason
 from dapo_jax.types import InputError, RunError, Verdict
 
 _T = TypeVar("_T")
@@ -54,7 +55,7 @@ def initialize() -> None:
     except RuntimeError as e:
         if "already in use" not in str(e) and "libtpu_lockfile" not in str(e):
             raise
-        raise RunError(f"the TPU is in use by another process of this host ({_line(e)}); {_FREE_IT}") from None
+        raise RunError(f"the TPU is in use by another process of this host ({reason(e)}); {_FREE_IT}") from None
     finally:
         hint.cancel()
     if on_tpu_vm() and found != "tpu":  # jax falls back to the CPU without a word
@@ -76,10 +77,6 @@ def on_tpu_vm() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
     attached = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     return "tpu" in wanted and bool(attached) and importlib.util.find_spec("libtpu") is not None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _environment_number(name: str) -> int:
