@@ -84,6 +84,7 @@ class ArithmeticConfig:
     max_steps: int = 4  # most operations in a problem
     max_operand: int = 20  # operands are drawn from 1 to this
     mistake_rate: float = 0.0  # chance that a step of a training solution is miscalculated, as imperfect teachers do
+    check_rate: float = 0.0  # chance that a step of a training solution is followed by a line that undoes it
     seed: int = 0  # which problems are made
 
 
@@ -391,11 +392,12 @@ def _build(cls: type, mapping: Mapping[str, Any], prefix: str, where: str) -> An
     return cls(**values)
 
 
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `top` in it, section by section."""
     merged = dict(base)
     for key, value in top.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            value = _merge(merged[key], value)
+            value = merge(merged[key], value)
         merged[key] = value
     return merged
 
@@ -408,24 +410,21 @@ def _override(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
     value: Any = _parse_yaml(text, f"--set {_shown(key.strip())}")
     for part in reversed(parts):
         value = {part: value}
-    return _merge(tree, value)
+    return merge(tree, value)
 
 
 def config_from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Builds and checks a Config. `where` names the source in errors."""
     preset = tree.get("preset")
     if isinstance(preset, str) and preset in PRESETS:
-        tree = _merge(PRESETS[preset], tree)
+        tree = merge(PRESETS[preset], tree)
     config = _build(Config, tree, "", where)
     _check(config, where)
     return config
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a YAML file, applies `section.key=value` overrides, and checks the result.
-
-    Raises ConfigError, and nothing else, for anything wrong with file or overrides.
-    """
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file of at most 1 MB holds. Raises ConfigError, and nothing else, for anything wrong with it."""
     where = printable(str(path))
     try:
         with open(path, "rb") as file:
@@ -443,9 +442,18 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(tree, dict):
         what = "empty" if tree is None else f"a {type(tree).__name__}"
         raise ConfigError(f"{where}: is {what}; expected `section:` keys, see `python -m dapo_jax.config`")
+    return tree
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML file, applies `section.key=value` overrides, and checks the result.
+
+    Raises ConfigError, and nothing else, for anything wrong with file or overrides.
+    """
+    tree = read_mapping(path)
     for assignment in overrides:
         tree = _override(tree, assignment)
-    return config_from_dict(tree, where)
+    return config_from_dict(tree, printable(str(path)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -523,8 +531,9 @@ def _check(c: Config, where: str) -> None:
         fail("data.arithmetic.max_steps", f"is below min_steps {c.data.arithmetic.min_steps}")
     if c.eval.every and not c.eval.sets:
         fail("eval.sets", "is empty; name a data set, or set eval.every to 0")
-    if not 0 <= c.data.arithmetic.mistake_rate <= 1:
-        fail("data.arithmetic.mistake_rate", "must be from 0 to 1")
+    for name in ("mistake_rate", "check_rate"):
+        if not 0 <= getattr(c.data.arithmetic, name) <= 1:
+            fail(f"data.arithmetic.{name}", "must be from 0 to 1")
     for name in c.eval.sets:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             fail("eval.sets", f"name {_shown(name)} may hold letters, digits, '_', '.' and '-' only, and starts with one of the first two")

@@ -445,6 +445,8 @@ def update_metrics(
         "filter/carried_groups": counts.carried_in,
         "filter/surplus_groups": counts.surplus,
         "filter/wasted_tokens": counts.wasted_tokens,
+        "filter/trained_informative": float(informative_groups(np.stack([g.correct for g in kept])).mean()),
+        "policy/long_share": float(np.mean([p.long_share for p in packed])),
         "policy/loss": float(np.mean([s["loss"] for s in sums])),
         "optim/grad_norm": float(np.mean([s["grad_norm"] for s in sums])),
         "optim/skipped_updates": total["skipped"],

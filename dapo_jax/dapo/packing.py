@@ -42,6 +42,7 @@ class PackStats(NamedTuple):
     tokens: int  # prompt and response tokens
     target_tokens: int  # response tokens
     efficiency: float  # tokens / (rows x row_len)
+    long_share: float  # of the loss, see `long_share`
     placement: tuple[Placement, ...]  # one an item, in the items' order
 
 
@@ -80,6 +81,18 @@ def normalizer_weights(group_of: np.ndarray, target_counts: np.ndarray, kept: np
     weights = np.zeros(trained.size, np.float32)
     weights[trained] = 1.0 / divisor
     return weights
+
+
+def long_share(lengths: Sequence[int] | np.ndarray, weights: Sequence[float], advantages: Sequence[float]) -> float:
+    """What share of sum_i |o_i| w_i |A_i| the longest quarter of the responses carries, in [0, 1]; 0 where the sum is 0. [n] each.
+
+    At ratio 1 this is how the gradient's weight is shared out: a sample-level loss gives every response of a group as much, however
+    long; a token-level loss gives long ones more. Of equal lengths the first ones count as long; the quarter is rounded up.
+    """
+    sizes = np.asarray(lengths, np.float64)
+    carried = sizes * np.abs(np.asarray(weights, np.float64) * np.asarray(advantages, np.float64))
+    longest = np.argsort(-sizes, kind="stable")[: _ceil_div(sizes.size, 4)]
+    return float(carried[longest].sum() / total) if (total := carried.sum()) else 0.0
 
 
 def pack_rows(lengths: Sequence[int] | np.ndarray, row_len: int) -> list[list[int]]:
@@ -183,6 +196,7 @@ def build_batch(
         tokens=int(lengths.sum()),
         target_tokens=sum(len(item.response) for item in items),
         efficiency=float(lengths.sum() / (len(rows) * row_len)),
+        long_share=long_share([len(i.response) for i in items], [i.weight for i in items], [i.advantage for i in items]),
         placement=tuple(placement[i] for i in range(len(items))),
     )
     return batch, stats

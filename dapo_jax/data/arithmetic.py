@@ -7,6 +7,7 @@
 
 Brackets make the order of evaluation explicit. At most one step multiplies, by 2 to 5, and no value leaves -999..999.
 `mistake_rate` puts slips into the training solutions: who imitates them is as careless, and has something to learn from rewards.
+`check_rate` puts lines into them that undo a step (7+5=12 is followed by 12-5=7): who imitates them may choose how long to be.
 """
 
 import random
@@ -19,6 +20,7 @@ from dapo_jax.types import InputError, Problem
 _LIMIT = 999  # of absolute values
 _MAX_STEPS = 100
 _FACTORS = range(2, 6)
+_INVERSE = {"+": "-", "-": "+", "*": "/"}
 
 Step = tuple[str, int]  # operator and right operand
 Chain = tuple[Step, ...]  # the first step is ("+", first operand): a chain starts from 0
@@ -39,7 +41,7 @@ def arithmetic_problems(config: ArithmeticConfig, *, heldout: bool) -> list[Prob
         return [_problem(chain) for chain in chains]
     chains = _distinct_chains(config, config.train_problems, frozenset(chains), "train")
     rng = random.Random(f"mistakes {config.seed}")
-    return [_problem(chain, config.mistake_rate, rng) for chain in chains]
+    return [_problem(chain, config.mistake_rate, config.check_rate, rng) for chain in chains]
 
 
 def _distinct_chains(config: ArithmeticConfig, count: int, taken: Collection[Chain], split: str) -> list[Chain]:
@@ -103,8 +105,8 @@ def _random_chain(steps: int, max_operand: int, rng: random.Random) -> Chain:
     return tuple(chain)
 
 
-def _problem(chain: Chain, mistake_rate: float = 0.0, rng: random.Random | None = None) -> Problem:
-    """The problem of a chain. Its solution may slip by up to 9 in a step and go on from there; its answer is right."""
+def _problem(chain: Chain, mistake_rate: float = 0.0, check_rate: float = 0.0, rng: random.Random | None = None) -> Problem:
+    """The problem of a chain. Its solution may slip by up to 9 in a step and go on from there, and check steps; its answer is right."""
     (_, first), *steps = chain
     prompt, right, written, lines = str(first), first, first, []
     for i, step in enumerate(steps):
@@ -112,5 +114,7 @@ def _problem(chain: Chain, mistake_rate: float = 0.0, rng: random.Random | None 
         if rng is not None and rng.random() < mistake_rate:
             written += rng.choice((-1, 1)) * rng.randint(1, 9)
         lines.append(f"{before}{step[0]}{step[1]}={written}")
+        if rng is not None and check_rate and rng.random() < check_rate:
+            lines.append(f"{written}{_INVERSE[step[0]]}{step[1]}={before}")
         prompt = (f"({prompt})" if i else prompt) + f"{step[0]}{step[1]}"
     return Problem(id=prompt, prompt=prompt, answer=str(right), solution="\n".join([*lines, f"Answer: {written}"]))

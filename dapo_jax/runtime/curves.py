@@ -11,7 +11,7 @@ from dapo_jax.runtime.metrics import read_metrics
 from dapo_jax.types import InputError
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#1f5fa8", "#d9730d", "#2f8f5b", "#b8323a", "#6b7280"
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10.5,
@@ -50,7 +50,7 @@ def plot_curves(run_dir: str | Folder) -> Folder:
     import matplotlib
 
     path, image = folder / "curves.png", io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         _draw(records, folder.name if is_bucket(folder) else folder.resolve().name).savefig(image, dpi=150)
     with writing(path):
         write_whole(path, image.getvalue())

@@ -43,6 +43,7 @@ METRICS: Mapping[str, str] = {
     "filter/surplus_groups": "informative groups beyond what this step needs",
     "filter/open_groups": "groups that dapo.partial_rollouts leaves to the next step, unfinished or after an unfinished one",
     "filter/resting_problems": "problems that dapo.rest_after has skipped in this epoch",
+    "filter/trained_informative": "share of the groups trained on that are neither all correct nor all wrong: the batch that teaches",
     "filter/wasted_tokens": "response tokens of groups that are never trained on",
     # Sampling
     "rollout/generation_batches": "prompts drawn in this step in units of dapo.prompts_per_draw, rounded up",
@@ -61,6 +62,7 @@ METRICS: Mapping[str, str] = {
     "policy/clip_fraction_dual": "share of tokens whose loss the dual clip caps",
     "policy/importance_capped_fraction": "share of tokens whose importance weight dapo.importance_cap caps",
     "policy/upclipped_prob_mean": "mean probability of the tokens clipped from above",
+    "policy/long_share": "share of the loss's weight, sum of |w A| over tokens, on the longest quarter of an update's responses",
     "policy/sampler_gap_mean": "mean |log pi_old - log-prob of the sampler|, nats",
     # Optimisation
     "optim/grad_norm": "global gradient norm before clipping, mean of the step's updates",

@@ -1,0 +1,79 @@
+"""The paper's ablation in miniature: every part of DAPO switched on in turn, several seeds each, equal budgets, one table and one figure.
+
+    python -m dapo_jax.study --config configs/study_arithmetic_cpu.yaml --out runs/study
+
+Start it again to go on: what has been trained is not trained again. <out>/ gets table.md, figure.png, study.json and the run folders,
+which `dapo_jax.report` reads like any others.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dapo_jax.runtime.folder import write_whole, writing
+from dapo_jax.study.figure import draw_study
+from dapo_jax.study.ladder import Study, load_study
+from dapo_jax.study.order import bias, draw_pools
+from dapo_jax.study.runs import train_all, warm_dir
+from dapo_jax.study.summary import as_markdown, budget, estimate, read_runs, summarize
+from dapo_jax.types import InputError
+
+_ORDER_POOLS = 8  # pools of prompts a seed, in which draw order is held against "first finished wins"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains every row of a study with every seed, and writes one table and one figure. Goes on where an earlier start ended."""
+    parser = argparse.ArgumentParser(prog="python -m dapo_jax.study", description=main.__doc__)
+    parser.add_argument("--config", required=True, help="YAML of the study, e.g. configs/study_arithmetic_cpu.yaml")
+    parser.add_argument("--out", required=True, help="folder of the study: made if missing, gone on with if not")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on a CPU as many as pairs of cores, or as cores")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the study's seeds")
+    parser.add_argument("--summary", action="store_true", help="train nothing; table and figure of the runs that are there")
+    args = parser.parse_args(argv)
+    study, out = load_study(args.config), Path(args.out)
+    if args.jobs < 1:
+        raise InputError(f"--jobs: expected at least 1, got {args.jobs}; correct it")
+    if args.seeds is not None:
+        if unknown := sorted(set(args.seeds) - set(study.seeds)):
+            raise InputError(f"--seeds: {unknown} are not among the study's seeds {list(study.seeds)}; correct them")
+        study = dataclasses.replace(study, seeds=tuple(args.seeds))
+    if not args.summary:
+        train_all(study, out, args.jobs, lambda line: print(line, flush=True))
+    rows = read_runs(study, out)
+    if not any(rows):
+        raise InputError(f"{out}: holds no finished run yet; start the study without --summary")
+    order = order_bias(study, out)
+    table = summarize(study, rows)
+    text = as_markdown(study, table)
+    with writing(out):
+        write_whole(out / "table.md", text.encode())
+        write_whole(out / "figure.png", draw_study(study, rows))
+        write_whole(out / "study.json", json.dumps(_plain({"tokens": budget(rows), "rows": table, "order": order}), indent=1).encode())
+    print(text)
+    for name, value in order.items():
+        print(f"{name}: {value.mean:.4g} ± {value.error:.2g}")
+    return 0
+
+
+def order_bias(study: Study, out: Path) -> dict[str, Any]:
+    """What `order.bias` finds with the warm-up's policies: an Estimate over seeds of each of its numbers."""
+    config = study.config
+    there = [seed for seed in study.seeds if warm_dir(out, seed).is_dir()]
+    model = [dataclasses.replace(config.model, architecture=None, folder=str(warm_dir(out, seed))) for seed in there]
+    found = [
+        bias(draw_pools(dataclasses.replace(config, seed=seed, model=section), _ORDER_POOLS), config.dapo.prompts_per_step)
+        for seed, section in zip(there, model, strict=True)
+    ]
+    return {name: estimate([numbers[name] for numbers in found]) for name in (found[0] if found else ())}
+
+
+def _plain(value: Any) -> Any:
+    """JSON without NaN: an Estimate as [mean, standard error, seeds]."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

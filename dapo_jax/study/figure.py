@@ -1,0 +1,92 @@
+"""The study as one figure: held-out accuracy over updates and over tokens, and what each part of the ladder is to change."""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dapo_jax.runtime.curves import STYLE, running_mean
+from dapo_jax.runtime.metrics import METRICS
+from dapo_jax.study.ladder import Study
+from dapo_jax.study.summary import Run
+
+_COLORS = ("#6b7280", "#d9730d", "#7a4fa3", "#2f8f5b", "#b8323a", "#1f5fa8", "#8a6d3b", "#0f7b8a")
+_COLUMNS = 3
+_WINDOW = 9  # steps of the running mean of a training metric
+_TITLES = {
+    "policy/entropy": "Entropy (nats)",
+    "policy/upclipped_prob_mean": "Probability of up-clipped tokens",
+    "policy/long_share": "Loss weight on the longest quarter (%)",
+    "filter/all_correct": "Groups all correct (%)",
+    "filter/trained_informative": "Trained groups that teach (%)",
+    "rollout/truncated_fraction": "Responses cut off (%)",
+    "rollout/response_len_mean": "Response length (tokens)",
+}
+
+
+def draw_study(study: Study, rows: Sequence[dict[int, Run]]) -> bytes:
+    """PNG. Lines are means over seeds, bands one standard error on each side.
+
+    The first two panels show all rows; each of the others a metric that a row is to change, beside the row above.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        image = io.BytesIO()
+        _figure(study, rows).savefig(image, dpi=130)
+    return image.getvalue()
+
+
+def _figure(study: Study, rows: Sequence[dict[int, Run]]) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    watched = [(number, metric) for number, row in enumerate(study.rows) for metric in row.watch]
+    height = math.ceil((2 + len(watched)) / _COLUMNS)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.06)
+    figure = Figure(figsize=(13.5, 3.4 * height), facecolor="white", layout=layout)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(height, _COLUMNS, squeeze=False).ravel()
+    for panel in panels[2 + len(watched) :]:
+        panel.set_axis_off()
+
+    panels[0].set_title("Held-out accuracy (%), equal updates")
+    panels[0].set_xlabel("rollout step")
+    panels[1].set_title("Held-out accuracy (%), equal tokens")
+    panels[1].set_xlabel("response tokens sampled (millions)")
+    for number, (row, runs) in enumerate(zip(study.rows, rows, strict=True)):
+        if not runs:
+            continue
+        accuracy = np.array([run.evals["avg"] for run in runs.values()])
+        tokens = np.linspace(0, min(run.tokens[-1] for run in runs.values()), 50)
+        along = np.array([np.interp(tokens, run.eval_tokens, run.evals["avg"]) for run in runs.values()])
+        _band(panels[0], next(iter(runs.values())).eval_steps, 100 * accuracy, row.name, _COLORS[number])
+        _band(panels[1], tokens / 1e6, 100 * along, row.name, _COLORS[number])
+    for panel, (number, metric) in zip(panels[2:], watched, strict=False):
+        factor = 100 if "(%)" in _TITLES.get(metric, "") else 1
+        panel.set_title(_TITLES.get(metric, metric), gid=METRICS.get(metric))
+        panel.set_xlabel("rollout step")
+        for i in (number - 1, number):
+            if i >= 0 and (runs := rows[i]):
+                values = np.array([_smooth(run.metrics[metric]) for run in runs.values()])
+                _band(panel, next(iter(runs.values())).steps, factor * values, study.rows[i].name, _COLORS[i])
+        panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
+    for panel in panels[: 2 + len(watched)]:
+        if panel.lines:
+            panel.legend(fontsize=7.5, frameon=False, labelcolor="linecolor")
+    return figure
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    return running_mean(values, min(_WINDOW, len(values)))
+
+
+def _band(panel: Any, places: np.ndarray, curves: np.ndarray, label: str, color: str) -> None:
+    """Mean of curves [seeds, n] with a band of one standard error on each side."""
+    mean = curves.mean(axis=0)
+    error = curves.std(axis=0, ddof=1) / math.sqrt(len(curves)) if len(curves) > 1 else np.zeros_like(mean)
+    panel.fill_between(places, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
+    panel.plot(places, mean, color=color, label=label)

@@ -1,0 +1,162 @@
+"""Trains the rows of a study: one warm-up a seed, then every row from it, each in a process and a run folder of its own.
+
+    <out>/warm/<seed>/                  the warm-up's policy, a Hugging Face folder that all rows start from
+    <out>/configs/<row>.yaml            the row's config
+    <out>/runs/<row>/<seed>/            its run folder; <seed>.log beside it is what it said
+
+What is there is not done again, and a run that was interrupted goes on from its checkpoint.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dapo_jax.config import config_from_dict, dump_yaml
+from dapo_jax.runtime.folder import remove, write_whole, writing
+from dapo_jax.runtime.metrics import read_metrics
+from dapo_jax.study.ladder import Row, Study
+from dapo_jax.types import RunError, Stopped
+
+
+def row_key(study: Study, row: Row) -> str:
+    """The row's name as files have it: `1_overlong_filtering`."""
+    return f"{study.rows.index(row)}_{re.sub(r'[^a-z0-9]+', '_', row.name.lower()).strip('_')}"
+
+
+def run_dir(out: Path, study: Study, row: Row, seed: int) -> Path:
+    """The run folder of a row and a seed."""
+    return out / "runs" / row_key(study, row) / str(seed)
+
+
+def warm_dir(out: Path, seed: int) -> Path:
+    """The model folder that every row of a seed starts from."""
+    return out / "warm" / str(seed)
+
+
+def is_done(folder: Path, steps: int) -> bool:
+    """Whether a run folder holds the run's last step."""
+    records = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
+    return bool(records) and records[-1]["step"] >= steps
+
+
+def train_all(study: Study, out: Path, jobs: int, say: Callable[[str], None]) -> None:
+    """Does all that is not done yet, `jobs` processes at a time: all rows of the first seed, then of the next.
+
+    Raises RunError if a run fails, and Stopped on SIGTERM or SIGINT, after the runs under way have saved.
+    """
+    with writing(out):
+        write_whole(out / "configs" / "warm_up.yaml", dump_yaml(config_from_dict(study.warm_up)).encode())
+        for row in study.rows:
+            write_whole(out / "configs" / f"{row_key(study, row)}.yaml", dump_yaml(config_from_dict(row.tree)).encode())
+    with _Processes(out / "cache", jobs) as processes, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        warm = {seed: pool.submit(_warm_up, out, seed, processes, say) for seed in study.seeds}
+
+        def one(row: Row, seed: int) -> None:
+            warm[seed].result()
+            _train(study, out, row, seed, processes, say)
+
+        # Queued behind the warm-ups, which therefore never wait for a run that waits for them.
+        runs = [pool.submit(one, row, seed) for seed in study.seeds for row in study.rows]
+        try:
+            for future in concurrent.futures.as_completed([*warm.values(), *runs]):
+                future.result()
+        except BaseException:
+            for future in [*warm.values(), *runs]:
+                future.cancel()
+            processes.stop()
+            raise
+
+
+def _warm_up(out: Path, seed: int, processes: "_Processes", say: Callable[[str], None]) -> None:
+    folder, part = warm_dir(out, seed), out / "warm" / f"{seed}.part"
+    if folder.is_dir():
+        return
+    remove(part)
+    say(f"seed {seed}: warm-up")
+    config = str(out / "configs" / "warm_up.yaml")
+    processes.run(["supervised", "--config", config, "--set", f"seed={seed}", "--out", str(part)], out / "warm" / f"{seed}.log")
+    os.rename(part, folder)
+
+
+def _train(study: Study, out: Path, row: Row, seed: int, processes: "_Processes", say: Callable[[str], None]) -> None:
+    folder, steps = run_dir(out, study, row, seed), study.config.train.steps
+    if is_done(folder, steps):
+        return
+    say(f"seed {seed}: {row.name}")
+    start = (f"seed={seed}", f"model.folder={warm_dir(out, seed)}", "model.architecture=null", "supervised.updates=0")
+    command = ["train", "--config", str(out / "configs" / f"{row_key(study, row)}.yaml"), "--run-dir", str(folder)]
+    processes.run(command + [word for change in start for word in ("--set", change)], folder.with_name(f"{seed}.log"))
+
+
+class _Processes:
+    """The verbs under way. Leaving ends them; they save first."""
+
+    def __init__(self, cache: Path, jobs: int):
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._shares: queue.Queue[list[int]] = queue.Queue()  # cores for a process each: sharing them all costs more than it gives
+        for job in range(jobs):
+            self._shares.put(cores[job % max(1, len(cores)) :: jobs])
+        # The rows run much the same programs: what one has compiled, the others read.
+        self._environment = {"JAX_COMPILATION_CACHE_DIR": str(cache)} | os.environ
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = threading.Event()
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "_Processes":
+        def heard(number: int, frame: object) -> None:
+            raise Stopped(
+                number, f"{signal.Signals(number).name}: stopped, and the runs under way saved; the same command goes on from there"
+            )
+
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, heard) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def stop(self) -> None:
+        """Asks what runs to save and end; nothing starts any more."""
+        self._stopped.set()
+        for process in list(self._running):
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+
+    def run(self, words: Sequence[str], log: Path) -> None:
+        """Runs a verb to its end, its words appended to the log. RunError if it fails."""
+        if self._stopped.is_set():
+            return
+        with writing(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = open(log, "ab")
+        share = self._shares.get()
+        with output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"dapo_jax.{words[0]}", *words[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=self._environment,
+                start_new_session=True,  # Ctrl-C reaches it through `stop` alone, once
+            )
+            if share:
+                os.sched_setaffinity(process.pid, share)
+            self._running.add(process)
+            if self._stopped.is_set():  # between the look above and now
+                process.terminate()
+            status = process.wait()
+            self._running.discard(process)
+        self._shares.put(share)
+        if status and not self._stopped.is_set():
+            lines = log.read_text("utf-8", "replace").splitlines() or ["it said nothing"]
+            raise RunError(f"{log}: dapo_jax.{words[0]} ended with status {status}: {lines[-1][:200]}; mend that, then start again")
