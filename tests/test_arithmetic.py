@@ -3,6 +3,7 @@
 import ast
 import itertools
 import operator
+import re
 from collections import Counter
 
 import pytest
@@ -167,6 +168,30 @@ def test_mistakes_are_in_training_solutions_only():
     assert set(slips) == set(range(-9, 10))
     rate = sum(s != 0 for s in slips) / len(slips)
     assert abs(rate - 0.25) < 4 * (0.25 * 0.75 / len(slips)) ** 0.5
+
+
+def undone(line):
+    """The check of a line: 7+5=12 is undone by 12-5=7."""
+    left, op, right, result = re.fullmatch(r"(-?\d+)([-+*])(\d+)=(-?\d+)", line).groups()
+    return f"{result}{ {'+': '-', '-': '+', '*': '/'}[op] }{right}={left}"
+
+
+def test_checks_undo_the_step_above_them():
+    config = ArithmeticConfig(train_problems=2000, heldout_problems=50, min_steps=2, max_steps=4, check_rate=0.25)
+    plain = ArithmeticConfig(train_problems=2000, heldout_problems=50, min_steps=2, max_steps=4)
+    checks = steps = 0
+    for p, q in zip(arithmetic_problems(config, heldout=False), arithmetic_problems(plain, heldout=False), strict=True):
+        assert (p.prompt, p.answer) == (q.prompt, q.answer)
+        lines, (*plain_lines, answer) = p.solution.splitlines(), q.solution.splitlines()
+        if any(undone(line) == after for line, after in itertools.pairwise(plain_lines)):
+            continue  # a problem that undoes its own step
+        for line in plain_lines:
+            assert lines.pop(0) == line
+            steps += 1
+            if lines[0] == undone(line):
+                checks += bool(lines.pop(0))
+        assert lines == [answer]
+    assert steps > 5000 and abs(checks / steps - 0.25) < 4 * (0.25 * 0.75 / steps) ** 0.5
 
 
 @pytest.mark.parametrize("key, value", [("max_operand", 1000), ("max_steps", 101), ("heldout_problems", 7)])

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets, max_microbatches, normalizer_weights, pack_rows
+from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets, long_share, max_microbatches, normalizer_weights, pack_rows
 
 # The tiny batch: o1, o2 of group 1 and o3, o4 of group 2, as per-token objectives.
 OBJECTIVES = [[1, 1.28], [-1, -0.8, -1.1, -2], [0.9], [-1, -1, -0.8]]
@@ -36,6 +36,25 @@ def test_objective_of_the_tiny_batch(normalizer, expected):
 )
 def test_overlong_filter_of_the_second_response(normalizer, expected):
     assert tiny_objective([True, False, True, True], normalizer) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "normalizer, expected",
+    [
+        ("token-mean", 4 / 10),  # every token weighs the same, and o2 has four of ten
+        ("seq-mean-token-mean", 1 / 4),  # every response weighs the same
+        ("seq-mean-token-sum", 4 / 10),
+        ("group-token-mean", (4 / 6) / 2),  # and every group the same: 4 of the 6 tokens of the first
+    ],
+)
+def test_share_of_the_longest_quarter(normalizer, expected):
+    weights = normalizer_weights(np.array(GROUP_OF), np.array(COUNTS), np.ones(4, bool), normalizer=normalizer)
+    assert long_share(COUNTS, weights, [1, -1, 1, -1]) == pytest.approx(expected)
+
+
+def test_share_of_the_longest_quarter_counts_what_teaches():
+    assert long_share([9, 5, 5, 5, 1], [0.1] * 5, [0.0, 2.0, 1.0, 1.0, 1.0]) == pytest.approx(10 / 21)  # two of five: 9 and the first 5
+    assert long_share([3, 4], [0.5, 0.5], [0.0, 0.0]) == 0.0
 
 
 def test_a_group_that_is_masked_whole_does_not_count_as_a_group():

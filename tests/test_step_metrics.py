@@ -44,7 +44,7 @@ SUMS = [
     {"loss": 0.4, "grad_norm": 3.0, "skipped": 1.0, "tokens": 8.0, "entropy": 7.0, "approx_kl": 0.9, "token_prob": 5.0}
     | {"clipped_low": 2.0, "clipped_high": 4.0, "upclipped_prob": 1.0, "sampler_gap": 8.0},
 ]
-PACKED = [PackStats(2, 1, 30, 10, 0.75, ()), PackStats(1, 1, 14, 8, 0.25, ())]
+PACKED = [PackStats(2, 1, 30, 10, 0.75, 0.5, ()), PackStats(1, 1, 14, 8, 0.25, 0.3, ())]
 
 
 def metrics(**algo):
@@ -77,6 +77,7 @@ def test_every_metric_of_a_step():
         "filter/carried_groups": 1,
         "filter/surplus_groups": 0,
         "filter/wasted_tokens": 3 + 5 + 10 + 8,
+        "filter/trained_informative": 1.0,  # groups 4 and 6
         "rollout/generation_batches": 2,  # 3 prompts in batches of 2
         "rollout/prompts": 3,
         "rollout/response_len_mean": (4 + 10 + 3 + 5 + 10 + 8) / 6,
@@ -94,6 +95,7 @@ def test_every_metric_of_a_step():
         "policy/upclipped_prob_mean": 1 / 4,
         # of the 4 carried tokens 0.5 each, of the 14 drawn ones 0.1
         "policy/sampler_gap_mean": (4 * 0.5 + 14 * 0.1) / 18,
+        "policy/long_share": 0.4,
         "optim/grad_norm": 2.0,
         "optim/skipped_updates": 1,
         "pack/efficiency": 0.5,

@@ -47,7 +47,8 @@ def imported(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_imports_point_one_way(file):
-    room = name(file).split("/")[0] if "/" in name(file) and not name(file).startswith("benchmark/") else None  # a verb of several files
+    verb_of_several_files = name(file).startswith(("benchmark/", "study/"))
+    room = name(file).split("/")[0] if "/" in name(file) and not verb_of_several_files else None
     for module in imported(file):
         if not module.startswith("dapo_jax.") or room is None:
             continue

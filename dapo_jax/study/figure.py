@@ -10,7 +10,7 @@ import numpy as np
 from dapo_jax.runtime.curves import STYLE, running_mean
 from dapo_jax.runtime.metrics import METRICS
 from dapo_jax.study.ladder import Study
-from dapo_jax.study.summary import Run
+from dapo_jax.study.summary import Run, curve
 
 _COLORS = ("#6b7280", "#d9730d", "#7a4fa3", "#2f8f5b", "#b8323a", "#1f5fa8", "#8a6d3b", "#0f7b8a")
 _COLUMNS = 3
@@ -71,7 +71,7 @@ def _figure(study: Study, rows: Sequence[dict[int, Run]]) -> Any:
         panel.set_xlabel("rollout step")
         for i in (number - 1, number):
             if i >= 0 and (runs := rows[i]):
-                values = np.array([_smooth(run.metrics[metric]) for run in runs.values()])
+                values = np.array([_smooth(curve(run, metric)) for run in runs.values()])
                 _band(panel, next(iter(runs.values())).steps, factor * values, study.rows[i].name, _COLORS[i])
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
     for panel in panels[: 2 + len(watched)]:
@@ -81,11 +81,16 @@ def _figure(study: Study, rows: Sequence[dict[int, Run]]) -> Any:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    return running_mean(values, min(_WINDOW, len(values)))
+    """Running mean over the values that are there."""
+    there, window = np.isfinite(values), min(_WINDOW, len(values))
+    share = running_mean(there.astype(float), window)
+    return np.where(share > 0, running_mean(np.where(there, values, 0.0), window) / np.where(share > 0, share, 1.0), math.nan)
 
 
 def _band(panel: Any, places: np.ndarray, curves: np.ndarray, label: str, color: str) -> None:
     """Mean of curves [seeds, n] with a band of one standard error on each side."""
+    there = np.isfinite(curves).all(axis=0)
+    places, curves = places[there], curves[:, there]
     mean = curves.mean(axis=0)
     error = curves.std(axis=0, ddof=1) / math.sqrt(len(curves)) if len(curves) > 1 else np.zeros_like(mean)
     panel.fill_between(places, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)

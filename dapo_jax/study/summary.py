@@ -74,9 +74,17 @@ def at_tokens(run: Run, tokens: float, part: str = "avg") -> float:
     return float(np.interp(tokens, run.eval_tokens, run.evals[part]))
 
 
+def curve(run: Run, metric: str) -> np.ndarray:
+    """A metric over the steps, NaN where there is none: also the probability of up-clipped tokens where none was clipped."""
+    if metric not in run.metrics:
+        return np.full(len(run.steps), math.nan)
+    clipped = run.metrics["policy/clip_fraction_high"] if metric == "policy/upclipped_prob_mean" else np.ones(len(run.steps))
+    return np.where(clipped > 0, run.metrics[metric], math.nan)
+
+
 def late(run: Run, metric: str) -> float:
-    """Mean of a metric over the last fifth of the steps."""
-    values = run.metrics.get(metric, np.full(1, math.nan))
+    """Mean of a metric over the last fifth of the steps, NaN where it has no value there."""
+    values = curve(run, metric)
     tail = values[-max(1, round(_LATE * len(values))) :]
     return float(np.nanmean(tail)) if np.isfinite(tail).any() else math.nan
 
@@ -150,7 +158,7 @@ _COLUMNS = (
 
 
 def as_markdown(study: Study, table: Sequence[dict[str, Any]]) -> str:
-    """The table, mean ± standard error over seeds; a count in brackets where not every seed has a value."""
+    """The table, mean ± standard error over seeds; a count in brackets where not every seed has a value, - where none has."""
     lines = ["| row | " + " | ".join(heading for heading, *_ in _COLUMNS) + " |", "|---" * (len(_COLUMNS) + 1) + "|"]
     for entry in table:
         cells = [_cell(entry[key], factor, digits, len(entry["seeds"])) for _, key, factor, digits in _COLUMNS]
@@ -160,6 +168,6 @@ def as_markdown(study: Study, table: Sequence[dict[str, Any]]) -> str:
 
 def _cell(value: Estimate, factor: float, digits: int, seeds: int) -> str:
     if not value.seeds:
-        return "never" if seeds else "-"
+        return "-"
     error = f" ± {factor * value.error:.{digits}f}" if math.isfinite(value.error) else ""
     return f"{factor * value.mean:.{digits}f}{error}" + (f" ({value.seeds} of {seeds})" if value.seeds < seeds else "")

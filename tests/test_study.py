@@ -1,0 +1,273 @@
+"""The study: what a ladder is, what it trains and what it does not train again, and the numbers of its table."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from dapo_jax.config import ConfigError, config_from_dict, flatten, load_config, to_dict
+from dapo_jax.study import main, runs
+from dapo_jax.study.figure import draw_study
+from dapo_jax.study.ladder import load_study
+from dapo_jax.study.order import Drawn, accepted, bias
+from dapo_jax.study.summary import Run, as_markdown, at_tokens, budget, estimate, late, read_runs, steps_to, summarize
+from dapo_jax.types import RunError
+
+SHIPPED = Path(__file__).parent.parent / "configs" / "study_arithmetic_cpu.yaml"
+TREE = {
+    "base": {
+        "model": {
+            "architecture": {
+                **{"vocab_size": 258, "model_dim": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "ffn_dim": 16},
+                **{"max_position": 64},
+            }
+        },
+        "eval": {"sets": {"heldout": "arithmetic"}},
+        "data": {"max_prompt_len": 24, "template": "{prompt}="},
+        "rollout": {"max_response_len": 40},
+        "reward": {"overlong_buffer_len": 8},
+        "dapo": {"clip_eps_high": 0.2},
+        "supervised": {"updates": 1},
+        "train": {"steps": 4},
+    },
+    "warm_up": {},
+    "seeds": [3, 5],
+    "target_accuracy": 0.5,
+    "ladder": [
+        {"name": "naive"},
+        {"name": "+ clip-higher", "set": {"dapo": {"clip_eps_high": 0.28}}, "watch": ["policy/entropy"]},
+        {"name": "+ filter", "set": {"dapo": {"overlong_filtering": True}}},
+    ],
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    def load(change=lambda tree: None):
+        tree = copy.deepcopy(TREE)
+        change(tree)
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return load_study(str(path))
+
+    return load
+
+
+# ------------------------------------------------------------------------------------------------------------- ladder
+
+
+def test_each_row_adds_to_the_row_above(study):
+    configs = [flatten(to_dict(config_from_dict(row.tree))) for row in study().rows]
+    assert [c["dapo.clip_eps_high"] for c in configs] == [0.2, 0.28, 0.28]
+    assert [c["dapo.overlong_filtering"] for c in configs] == [False, False, True]
+    for above, row in zip(configs, configs[1:], strict=False):
+        assert sum(above[key] != row[key] for key in row) == 1
+
+
+def test_the_shipped_ladder_is_that_of_the_paper():
+    """arXiv 2503.14476, table 1; each row differs from the one above in what it is named for and in nothing else."""
+    rows = load_study(str(SHIPPED)).rows
+    configs = [flatten(to_dict(config_from_dict(row.tree))) for row in rows]
+    changes = [{k: b[k] for k in b if a[k] != b[k]} for a, b in zip(configs, configs[1:], strict=False)]
+    assert changes == [
+        {"dapo.overlong_filtering": True},
+        {"dapo.clip_eps_high": 0.28},
+        {"dapo.overlong_filtering": False, "reward.overlong_penalty": True},
+        {"dapo.loss_normalizer": "token-mean"},
+        {"dapo.dynamic_sampling": True},
+    ]
+    first = configs[0]
+    assert first["dapo.clip_eps_low"] == first["dapo.clip_eps_high"] == 0.2 and not first["reward.overlong_penalty"]
+    assert first["dapo.loss_normalizer"] == "seq-mean-token-mean" and not first["dapo.dynamic_sampling"]
+
+
+@pytest.mark.parametrize(
+    "path, value, said",
+    [
+        (("seeds",), [], "seeds: expected a list"),
+        (("seeds",), [1, 1], "seeds: expected a list of different"),
+        (("seeds",), [True], "seeds: expected a list"),
+        (("ladder",), [], "ladder: expected a list of rows"),
+        (("ladder", 1), {"set": {}}, r"ladder\[1\]: expected a mapping with a `name`"),
+        (("ladder", 1, "colour"), "red", r"ladder\[1\]: expected a mapping"),
+        (("ladder", 1, "set", "dapo", "clip_eps_hi"), 0.3, r"ladder\[1\]: dapo.clip_eps_hi: unknown key"),
+        (("ladder", 1, "watch"), ["policy/entropie"], r"ladder\[1\].watch: expected a list of metric names"),
+        (("target_accuracy",), 1.5, "target_accuracy: expected a number above 0"),
+        (("base", "seed"), 4, "base.seed: is given by `seeds`"),
+        (("base", "supervised", "updates"), 0, "base.supervised.updates: is 0"),
+        (("warm_up",), {"rollout": {"max_response_len": -1}}, "warm_up: rollout.max_response_len"),
+        (("rows",), [], "rows: unknown key"),
+    ],
+)
+def test_bad_studies_get_one_clear_line(study, path, value, said):
+    def change(tree):
+        for key in path[:-1]:
+            tree = tree[key]
+        tree[path[-1]] = value
+
+    with pytest.raises(ConfigError, match=said) as error:
+        study(change)
+    assert "\n" not in str(error.value) and "study.yaml" in str(error.value)
+
+
+def test_a_key_that_is_missing_is_named(study):
+    with pytest.raises(ConfigError, match="seeds: is missing"):
+        study(lambda tree: tree.pop("seeds"))
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def verbs(monkeypatch):
+    """The verbs that a study starts, which here leave what the real ones would."""
+    started = []
+
+    def run(self, words, log):
+        flags = dict(zip(words[1::2], words[2::2], strict=True))
+        started.append((words[0], Path(flags.get("--run-dir") or flags["--out"]).relative_to(log.parents[2 if words[0] == "train" else 1])))
+        if words[0] == "supervised":
+            Path(flags["--out"]).mkdir(parents=True)
+        else:
+            folder = Path(flags["--run-dir"])
+            folder.mkdir(parents=True)
+            sets = [value for key, value in zip(words[1::2], words[2::2], strict=True) if key == "--set"]
+            load_config(flags["--config"], [s for s in sets if not s.startswith("model.")])  # a config that train would take
+            write_run(folder, [0.1, 0.2, 0.3])
+
+    monkeypatch.setattr(runs._Processes, "run", run)
+    return started
+
+
+def write_run(folder: Path, accuracies, tokens=100):
+    """Four steps, evaluated before, in the middle and after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"step": 0, "updates": 0, "draws": 0, "eval/heldout/avg": accuracies[0]}]
+    for step in range(1, 5):
+        lines.append({"step": step, "updates": step, "draws": step, "rollout/tokens": tokens, "policy/entropy": 1.0 / step})
+        if step % 2 == 0:
+            lines[-1]["eval/heldout/avg"] = accuracies[step // 2]
+    for line in lines:
+        if "eval/heldout/avg" in line:
+            line |= {"eval/heldout/response_len_mean": 20.0, "eval/heldout/truncated_fraction": 0.5}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_every_row_starts_from_its_seeds_warm_up_and_nothing_is_done_twice(study, verbs, tmp_path):
+    out = tmp_path / "out"
+    runs.train_all(study(), out, 1, print)
+    rows = ["0_naive", "1_clip_higher", "2_filter"]
+    assert sorted(verbs[:2]) == [("supervised", Path(f"warm/{seed}.part")) for seed in (3, 5)]
+    assert verbs[2:] == [("train", Path(f"runs/{row}/{seed}")) for seed in (3, 5) for row in rows]
+    assert sorted(p.name for p in (out / "warm").iterdir()) == ["3", "5"]
+    del verbs[:]
+    (out / "runs" / "1_clip_higher" / "5" / "metrics.jsonl").unlink()  # as if it had been interrupted before its first step
+    (out / "runs" / "1_clip_higher" / "5").rmdir()
+    runs.train_all(study(), out, 1, print)
+    assert verbs == [("train", Path("runs/1_clip_higher/5"))]
+
+
+def test_a_verb_that_fails_is_named_with_its_last_line(tmp_path):
+    with runs._Processes(tmp_path / "cache", 1) as processes:
+        processes.run(["config"], tmp_path / "good.log")
+        with pytest.raises(RunError, match=r"bad.log: dapo_jax.config ended with status 2: dapo_jax: .*nothing.yaml: cannot read config"):
+            processes.run(["config", "--config", str(tmp_path / "nothing.yaml")], tmp_path / "bad.log")
+    assert "clip_eps_high" in (tmp_path / "good.log").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def curve(accuracies, tokens=(10, 20, 40, 80), every=2, **metrics):
+    steps = np.arange(1, len(tokens) + 1)
+    eval_steps = every * np.arange(len(accuracies))
+    along = np.concatenate([[0], tokens])[eval_steps]
+    evals = {
+        "avg": np.array(accuracies),
+        "response_len_mean": np.full(len(accuracies), 9.0),
+        "truncated_fraction": np.zeros(len(accuracies)),
+    }
+    return Run(steps, np.array(tokens), {k: np.array(v, float) for k, v in metrics.items()}, eval_steps, along, evals)
+
+
+def test_accuracy_at_equal_tokens_lies_between_evaluations():
+    run = curve([0.2, 0.4, 0.8])  # after 0, 20 and 80 tokens
+    assert at_tokens(run, 20) == 0.4 and at_tokens(run, 50) == pytest.approx(0.6) and at_tokens(run, 80) == 0.8
+    assert budget([{0: run}, {0: curve([0, 0, 0], (1, 2, 3, 5))}]) == 5
+
+
+def test_steps_to_a_target():
+    run = curve([0.2, 0.4, 0.8])
+    assert steps_to(run, 0.4) == 2 and steps_to(run, 0.5) == pytest.approx(2.5) and steps_to(run, 0.1) == 0
+    assert math.isnan(steps_to(run, 0.9))
+    assert steps_to(run, 0.6, run.eval_tokens) == pytest.approx(50)
+
+
+def test_late_values_and_estimates():
+    run = curve([0, 0], tokens=range(1, 11), **{"policy/entropy": [9] * 8 + [1, 3]})
+    assert late(run, "policy/entropy") == 2 and math.isnan(late(run, "policy/loss"))
+    assert estimate([1.0, 3.0, math.nan]) == (2.0, pytest.approx(1.0), 2)  # std √2 over √2
+    assert math.isnan(estimate([1.0]).error) and math.isnan(estimate([]).mean)
+
+
+def test_upclipped_probability_counts_only_steps_that_clipped():
+    run = curve([0, 0], **{"policy/upclipped_prob_mean": [0.9, 0.9, 0.9, 0], "policy/clip_fraction_high": [0.1, 0.1, 0.1, 0]})
+    assert math.isnan(late(run, "policy/upclipped_prob_mean"))
+    run = curve([0, 0], tokens=range(10), **{"policy/upclipped_prob_mean": [0] * 9 + [0.4], "policy/clip_fraction_high": [0] * 9 + [0.1]})
+    assert late(run, "policy/upclipped_prob_mean") == pytest.approx(0.4)
+
+
+def test_gains_are_paired_by_seed(study):
+    rows = [
+        {3: curve([0.2, 0.3, 0.4]), 5: curve([0.2, 0.3, 0.6])},
+        {3: curve([0.2, 0.3, 0.5]), 5: curve([0.2, 0.3, 0.7])},
+        {5: curve([0.2, 0.3, 0.9])},
+    ]
+    first, second, third = summarize(study(), rows)
+    assert first["accuracy"].mean == pytest.approx(0.5) and first["gain"].seeds == 0
+    # the seeds differ by 0.2, and each gains 0.1: no spread is left
+    assert second["gain"].mean == pytest.approx(0.1) and second["gain"].error == pytest.approx(0, abs=1e-12)
+    assert third["gain"] == (pytest.approx(0.2), pytest.approx(math.nan, nan_ok=True), 1)
+    text = as_markdown(study(), [first, second, third])
+    assert "| naive | 50.0 ± 10.0 | - |" in text and "| + clip-higher | 60.0 ± 10.0 | 10.0 ± 0.0 |" in text
+    assert "3 (1 of 2)" in text  # seed 5 of the first row reaches 0.5 at step 3.33, seed 3 never
+
+
+def test_first_finished_takes_the_short_groups_and_draw_order_does_not():
+    correct = np.array([[1, 0], [1, 0], [1, 1], [1, 0], [0, 1]], bool)
+    drawn = Drawn(lengths=np.array([[9, 9], [1, 3], [1, 1], [8, 2], [2, 2]]), correct=correct, finished=np.array([9, 3, 1, 8, 2]))
+    assert accepted(drawn, 2, first_finished=False).tolist() == [0, 1]  # draw 2 is all right
+    assert accepted(drawn, 2, first_finished=True).tolist() == [4, 1]
+    found = bias([drawn], 2)
+    assert (found["draw_order_length"], found["first_finished_length"]) == ((9 + 9 + 1 + 3) / 4, (2 + 2 + 1 + 3) / 4)
+    assert found["all_length"] == (9 + 9 + 1 + 3 + 8 + 2 + 2 + 2) / 8 and found["draw_order_accuracy"] == 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------- the whole
+
+
+def test_table_figure_and_json_of_finished_runs(study, tmp_path, capsys, monkeypatch):
+    study(lambda tree: None)
+    out = tmp_path / "out"
+    loaded = load_study(str(tmp_path / "study.yaml"))
+    for n, row in enumerate(loaded.rows):
+        for seed in loaded.seeds:
+            write_run(runs.run_dir(out, loaded, row, seed), [0.1, 0.2 + 0.1 * n, 0.3 + 0.1 * n], tokens=100 + 100 * n)
+    assert main(["--config", str(tmp_path / "study.yaml"), "--out", str(out), "--summary"]) == 0
+    told = json.loads((out / "study.json").read_text())
+    assert told["tokens"] == 400 and [row["row"] for row in told["rows"]] == ["naive", "+ clip-higher", "+ filter"]
+    assert told["rows"][2]["accuracy"] == [pytest.approx(0.5), 0.0, 2]
+    assert told["rows"][2]["accuracy_at_tokens"][0] == pytest.approx(0.1 + 0.3 * 400 / 600)
+    assert (out / "table.md").read_text() in capsys.readouterr().out
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert draw_study(loaded, read_runs(loaded, out)).startswith(b"\x89PNG")
+
+
+def test_nothing_finished_yet(study, tmp_path):
+    study()
+    with pytest.raises(Exception, match="holds no finished run yet"):
+        main(["--config", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), "--summary"])
