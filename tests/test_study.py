@@ -101,6 +101,9 @@ def test_the_shipped_ladder_is_that_of_the_paper():
         (("base", "supervised", "updates"), 0, "base.supervised.updates: is 0"),
         (("warm_up",), {"rollout": {"max_response_len": -1}}, "warm_up: rollout.max_response_len"),
         (("rows",), [], "rows: unknown key"),
+        (("warm_up",), None, "warm_up: expected a mapping"),
+        (("base", "model"), {"folder": "some/model"}, "warm_up: is what rows start from, unless base.model.folder"),
+        (("base", "eval", "every"), 0, "base.eval: has no sets"),
     ],
 )
 def test_bad_studies_get_one_clear_line(study, path, value, said):
@@ -117,6 +120,8 @@ def test_bad_studies_get_one_clear_line(study, path, value, said):
 def test_a_key_that_is_missing_is_named(study):
     with pytest.raises(ConfigError, match="seeds: is missing"):
         study(lambda tree: tree.pop("seeds"))
+    with pytest.raises(ConfigError, match="warm_up: is what rows start from"):
+        study(lambda tree: tree.pop("warm_up"))
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -169,6 +174,17 @@ def test_every_row_starts_from_its_seeds_warm_up_and_nothing_is_done_twice(study
     (out / "runs" / "1_clip_higher" / "5").rmdir()
     runs.train_all(study(), out, 1, print)
     assert verbs == [("train", Path("runs/1_clip_higher/5"))]
+
+
+def test_rows_of_a_pretrained_model_need_no_warm_up(study, verbs, tmp_path):
+    def change(tree):
+        tree["base"]["model"] = {"folder": str(tmp_path / "model")}
+        del tree["warm_up"]
+
+    pretrained = study(change)
+    runs.train_all(pretrained, tmp_path / "out", 1, print)
+    assert {verb for verb, _ in verbs} == {"train"} and len(verbs) == 6
+    assert runs.start_dir(pretrained, tmp_path / "out", 5) == tmp_path / "model"
 
 
 def test_a_verb_that_fails_is_named_with_its_last_line(tmp_path):

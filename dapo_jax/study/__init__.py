@@ -17,7 +17,7 @@ from dapo_jax.runtime.folder import write_whole, writing
 from dapo_jax.study.figure import draw_study
 from dapo_jax.study.ladder import Study, load_study
 from dapo_jax.study.order import bias, draw_pools
-from dapo_jax.study.runs import train_all, warm_dir
+from dapo_jax.study.runs import start_dir, train_all
 from dapo_jax.study.summary import as_markdown, budget, estimate, read_runs, summarize
 from dapo_jax.types import InputError
 
@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 def order_bias(study: Study, out: Path) -> dict[str, Any]:
     """What `order.bias` finds with the warm-up's policies: an Estimate over seeds of each of its numbers."""
     config = study.config
-    there = [seed for seed in study.seeds if warm_dir(out, seed).is_dir()]
-    model = [dataclasses.replace(config.model, architecture=None, folder=str(warm_dir(out, seed))) for seed in there]
+    there = [seed for seed in study.seeds if start_dir(study, out, seed).is_dir()]
+    model = [dataclasses.replace(config.model, architecture=None, folder=str(start_dir(study, out, seed))) for seed in there]
     found = [
         bias(draw_pools(dataclasses.replace(config, seed=seed, model=section), _ORDER_POOLS), config.dapo.prompts_per_step)
         for seed, section in zip(there, model, strict=True)

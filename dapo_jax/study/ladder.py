@@ -9,6 +9,7 @@ ladder:
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ class Row:
 class Study:
     """A ladder of configs, each row to be trained with every seed."""
 
-    warm_up: Mapping[str, Any]  # config of the warm-up
+    warm_up: Mapping[str, Any] | None  # config of the warm-up; None where all start from the base's model.folder
     seeds: tuple[int, ...]
     target_accuracy: float
     rows: tuple[Row, ...]
@@ -47,13 +48,13 @@ def load_study(path: str) -> Study:
     """Reads and checks a study. Raises ConfigError, and nothing else, for anything wrong with it."""
     tree, where = read_mapping(path), printable(path)
 
-    def fail(key: str, message: str) -> None:
+    def fail(key: str, message: str) -> typing.NoReturn:
         raise ConfigError(f"{where}: {key}: {message}")
 
     for key in [*tree, *_KEYS]:
-        if key not in _KEYS or key not in tree:
+        if key not in _KEYS or (key not in tree and key != "warm_up"):
             fail(printable(key)[:60], f"{'is missing' if key not in tree else 'unknown key'}; a study has: {', '.join(_KEYS)}")
-    base, seeds, ladder = tree["base"], tree["seeds"], tree["ladder"]
+    base, seeds, ladder, changes = tree["base"], tree["seeds"], tree["ladder"], tree.get("warm_up")
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
         fail("seeds", "expected a list of different whole numbers")
     if not isinstance(ladder, list) or not ladder:
@@ -61,7 +62,7 @@ def load_study(path: str) -> Study:
     if type(tree["target_accuracy"]) not in (int, float) or not 0 < tree["target_accuracy"] <= 1:
         fail("target_accuracy", "expected a number above 0 and at most 1")
     for key in ("base", "warm_up"):
-        if not isinstance(tree[key], Mapping):
+        if not isinstance(tree.get(key, {}), Mapping):
             fail(key, "expected a mapping")
     if base.get("seed") is not None:
         fail("base.seed", "is given by `seeds`; remove it")
@@ -70,18 +71,19 @@ def load_study(path: str) -> Study:
         key = f"ladder[{number}]"
         if not isinstance(row, Mapping) or not set(row) <= set(_ROW_KEYS) or not isinstance(row.get("name"), str):
             fail(key, f"expected a mapping with a `name`, and: {', '.join(_ROW_KEYS)}")
-        changes, watch = row.get("set", {}), row.get("watch", [])
-        if not isinstance(changes, Mapping):
+        added, watch = row.get("set", {}), row.get("watch", [])
+        if not isinstance(added, Mapping):
             fail(f"{key}.set", "expected a mapping of config sections")
         if not isinstance(watch, list) or not all(name in METRICS or name.startswith("eval/") for name in watch):
             fail(f"{key}.watch", "expected a list of metric names, as in metrics.jsonl")
-        merged = merge(rows[-1].tree if rows else base, changes)
+        merged = merge(rows[-1].tree if rows else base, added)
         config_from_dict(merged, f"{where}: {key}")
         rows.append(Row(row["name"], merged, tuple(watch)))
-    warm_up = merge(base, tree["warm_up"])
-    config = config_from_dict(warm_up, f"{where}: warm_up")
-    if not config.supervised.updates:
+    config = config_from_dict(rows[0].tree, where)
+    if (changes is None) != (config.model.folder is not None):
+        fail("warm_up", "is what rows start from, unless base.model.folder names a model that they do; give one of the two")
+    if changes is not None and not config_from_dict(merge(base, changes), f"{where}: warm_up").supervised.updates:
         fail("base.supervised.updates", "is 0; the rows of a study start from one warm-up")
-    if not config.eval.sets:
-        fail("base.eval.sets", "is empty; a study compares held-out accuracy")
-    return Study(warm_up, tuple(seeds), float(tree["target_accuracy"]), tuple(rows))
+    if not config.eval.sets or not config.eval.every:
+        fail("base.eval", "has no sets, or `every: 0`; a study compares held-out accuracy")
+    return Study(None if changes is None else merge(base, changes), tuple(seeds), float(tree["target_accuracy"]), tuple(rows))

@@ -36,9 +36,9 @@ def run_dir(out: Path, study: Study, row: Row, seed: int) -> Path:
     return out / "runs" / row_key(study, row) / str(seed)
 
 
-def warm_dir(out: Path, seed: int) -> Path:
+def start_dir(study: Study, out: Path, seed: int) -> Path:
     """The model folder that every row of a seed starts from."""
-    return out / "warm" / str(seed)
+    return out / "warm" / str(seed) if study.warm_up is not None else Path(str(study.config.model.folder))
 
 
 def is_done(folder: Path, steps: int) -> bool:
@@ -53,11 +53,12 @@ def train_all(study: Study, out: Path, jobs: int, say: Callable[[str], None]) ->
     Raises RunError if a run fails, and Stopped on SIGTERM or SIGINT, after the runs under way have saved.
     """
     with writing(out):
-        write_whole(out / "configs" / "warm_up.yaml", dump_yaml(config_from_dict(study.warm_up)).encode())
+        if study.warm_up is not None:
+            write_whole(out / "configs" / "warm_up.yaml", dump_yaml(config_from_dict(study.warm_up)).encode())
         for row in study.rows:
             write_whole(out / "configs" / f"{row_key(study, row)}.yaml", dump_yaml(config_from_dict(row.tree)).encode())
     with _Processes(out / "cache", jobs) as processes, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        warm = {seed: pool.submit(_warm_up, out, seed, processes, say) for seed in study.seeds}
+        warm = {seed: pool.submit(_warm_up, study, out, seed, processes, say) for seed in study.seeds}
 
         def one(row: Row, seed: int) -> None:
             warm[seed].result()
@@ -75,8 +76,8 @@ def train_all(study: Study, out: Path, jobs: int, say: Callable[[str], None]) ->
             raise
 
 
-def _warm_up(out: Path, seed: int, processes: "_Processes", say: Callable[[str], None]) -> None:
-    folder, part = warm_dir(out, seed), out / "warm" / f"{seed}.part"
+def _warm_up(study: Study, out: Path, seed: int, processes: "_Processes", say: Callable[[str], None]) -> None:
+    folder, part = start_dir(study, out, seed), out / "warm" / f"{seed}.part"
     if folder.is_dir():
         return
     remove(part)
@@ -91,7 +92,7 @@ def _train(study: Study, out: Path, row: Row, seed: int, processes: "_Processes"
     if is_done(folder, steps):
         return
     say(f"seed {seed}: {row.name}")
-    start = (f"seed={seed}", f"model.folder={warm_dir(out, seed)}", "model.architecture=null", "supervised.updates=0")
+    start = (f"seed={seed}", f"model.folder={start_dir(study, out, seed)}", "model.architecture=null", "supervised.updates=0")
     command = ["train", "--config", str(out / "configs" / f"{row_key(study, row)}.yaml"), "--run-dir", str(folder)]
     processes.run(command + [word for change in start for word in ("--set", change)], folder.with_name(f"{seed}.log"))
 
