@@ -58,10 +58,12 @@ def train_all(study: Study, out: Path, jobs: int, say: Callable[[str], None]) ->
         for row in study.rows:
             write_whole(out / "configs" / f"{row_key(study, row)}.yaml", dump_yaml(config_from_dict(row.tree)).encode())
     with _Processes(out / "cache", jobs) as processes, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        warm = {seed: pool.submit(_warm_up, study, out, seed, processes, say) for seed in study.seeds}
+        needed = study.seeds if study.warm_up is not None else ()
+        warm = {seed: pool.submit(_warm_up, study, out, seed, processes, say) for seed in needed}
 
         def one(row: Row, seed: int) -> None:
-            warm[seed].result()
+            if seed in warm:
+                warm[seed].result()
             _train(study, out, row, seed, processes, say)
 
         # Queued behind the warm-ups, which therefore never wait for a run that waits for them.
