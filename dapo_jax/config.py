@@ -91,7 +91,7 @@ class ArithmeticConfig:
 class ColumnsConfig:
     """Which columns of a data set hold what. `a.b` is field b of column a. null: what is there under a usual name."""
 
-    prompt: str | None = None  # text, or chat turns; null is prompt, problem or question
+    prompt: str | None = None  # text or chat turns, or several columns: "{passage} {question}"; null is prompt, problem or question
     answer: str | None = None  # text or a number; null is answer, reward_model.ground_truth, expected_answer or ground_truth
     solution: str | None = None  # text; null is solution, where there is one
     id: str | None = None  # text or a number; null is id or extra_info.index, where there is one

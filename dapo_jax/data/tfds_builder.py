@@ -1,6 +1,8 @@
 """Problems as a prepared tensorflow-datasets folder (array_record), written and read by random access without TensorFlow."""
 
+import contextlib
 import functools
+import io
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -103,7 +105,7 @@ def _write(name: str, splits: Mapping[str, list[Problem]], description: str, fol
         if Path(builder.data_dir).exists():
             raise InputError(f"{builder.data_dir}: already holds a prepared data set; remove it or choose another folder")
         tfds.disable_progress_bar()
-        with tempfile.TemporaryDirectory() as nothing_to_download:
+        with tempfile.TemporaryDirectory() as nothing_to_download, contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(
                 download_dir=nothing_to_download, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
