@@ -337,8 +337,8 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
             return None
         rest = [k for k in args if k is not type(None)]
         if len(rest) > 1:  # text or a mapping
-            rest = [k for k in rest if (typing.get_origin(k) is not None) == isinstance(value, Mapping)]
-        if value is not None:
+            rest = [k for k in rest if isinstance(value, typing.get_origin(k) or k)]
+        if rest and value is not None:
             return _convert(value, rest[0], key, where)
     elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return _build(typing.cast(type, kind), value, key, where)

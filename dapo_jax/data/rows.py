@@ -84,8 +84,8 @@ def _found(row: Mapping[str, Any], part: str, named: str | None) -> Any:
 
 def _at(row: Any, path: str) -> Any:
     """The value of column `path`, or for `a.b` of field b of column a. None if there is none."""
-    if path in row:
-        return row[path]
+    if "." not in path or path in row:
+        return row.get(path)
     for name in path.split("."):
         row = row.get(name) if isinstance(row, Mapping) else None
     return row
