@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import compile_once, config, reward_module, run_train, steady  # noqa: F401 - fixtures
 
 from dapo_jax.config import ArithmeticConfig, ColumnsConfig, DataSection
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.mixture import Mixture, drawn_of_each, load_training, mix, mixture_digest, mixture_order
 from dapo_jax.data.problems import Cursor, advance, epoch_order, problems_digest
-from dapo_jax.runtime import faults
 from dapo_jax.types import InputError, Problem
 
 mixtures = st.lists(st.tuples(st.integers(1, 12), st.sampled_from([0.5, 1.0, 2.0, 3.0, 1 / 3, 0.1])), min_size=1, max_size=4).map(
@@ -189,21 +187,3 @@ def write_copy(path):
     with open(path) as source, open(path + "-copy.jsonl", "w") as copy:
         copy.write(source.read())
     return copy.name
-
-
-# A run
-
-
-def test_a_run_on_a_mixture_goes_on_bit_for_bit_and_only_with_its_weights(config, tmp_path, monkeypatch, capfd):  # noqa: F811
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "d.jsonl", *(row(f"{n}+{n}", str(2 * n), solution=f"Answer: {2 * n}") for n in range(10, 20)))
-    settings = ("data.train={arithmetic: 1, d.jsonl: 2}", "train.steps=2", "train.save_every=1", "eval.every=0", "supervised.updates=1")
-    assert run_train(config, "whole", *settings) == 0
-    assert "mixture: 33.3% arithmetic (64 prompts, each drawn 0.39 times an epoch), 66.7% d.jsonl (10 prompts" in capfd.readouterr().out
-    monkeypatch.setenv(faults.VARIABLE, "update:4=term")
-    assert run_train(config, "cut", *settings) == 143
-    monkeypatch.delenv(faults.VARIABLE)
-    assert run_train(config, "cut", "data.train={arithmetic: 1, d.jsonl: 3}", *settings[1:]) == 2
-    assert "data.train.d.jsonl: is 3.0, but cut was started with 2.0" in capfd.readouterr().err
-    assert run_train(config, "cut", *settings) == 0
-    assert steady("cut") == steady("whole") and len(steady("cut")) == 2
