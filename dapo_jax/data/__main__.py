@@ -10,15 +10,17 @@ import dataclasses
 import json
 from typing import Any
 
-from dapo_jax.config import ArithmeticConfig, ColumnsConfig, DataSection, load_config, printable
+from dapo_jax.config import ArithmeticConfig, ColumnsConfig, Config, DataSection, load_config, printable
 from dapo_jax.data.mixture import load_training, mix
-from dapo_jax.data.problems import load_problems
+from dapo_jax.data.problems import Watch, load_problems
 from dapo_jax.data.prompts import load_tokenizer, prompt_lengths
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.data.stats import length_stats, set_stats, table
 from dapo_jax.runtime.folder import write_result
 from dapo_jax.runtime.metrics import progress
 from dapo_jax.types import InputError, Problem
+
+Found = dict[str, tuple[dict[str, Any], list[Problem]]]  # numbers and problems, by what a data set is called
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,11 +73,12 @@ def stats(args: argparse.Namespace) -> None:
         raise InputError("--columns, --heldout: go with --source; a config has data.columns")
     if args.set and not args.config:
         raise InputError("--set: goes with --config")
+    config = load_config(args.config, args.set) if args.config else None
+    section = config.data if config else DataSection()
     with progress(None, "rows") as bar:
-        section, found = _of_config(args, bar.update) if args.config else _of_source(args, bar.update)
-    if args.config or args.tokenizer:
-        folder = args.tokenizer or load_config(args.config, args.set).model.folder
-        tokenizer = load_tokenizer(folder)
+        found = _of_config(config, bar.update) if config else _of_source(args, bar.update)
+    if config or args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer or (config.model.folder if config else None))
         for one, problems in found.values():
             one["prompt_tokens"] = length_stats(*prompt_lengths(problems, tokenizer, section), section.max_prompt_len)
     for name, (one, _) in found.items():
@@ -84,11 +87,7 @@ def stats(args: argparse.Namespace) -> None:
         write_result(args.json, json.dumps({name: one for name, (one, _) in found.items()}, indent=2) + "\n")
 
 
-Found = dict[str, tuple[dict[str, Any], list[Problem]]]  # numbers and problems, by what a data set is called
-
-
-def _of_config(args: argparse.Namespace, watch: Any) -> tuple[DataSection, Found]:
-    config = load_config(args.config, args.set)
+def _of_config(config: Config, watch: Watch) -> Found:
     section, found = config.data, {}
     problems, reports = load_training(section, watch)
     mixture = mix(section.train, problems)
@@ -100,13 +99,13 @@ def _of_config(args: argparse.Namespace, watch: Any) -> tuple[DataSection, Found
         columns = section.columns.get(source, AS_USUAL)
         own, report = load_problems(source, section.arithmetic, columns=columns, heldout=True, watch=watch)
         found[f"eval.sets.{name}"] = set_stats(report, own), own
-    return section, found
+    return found
 
 
-def _of_source(args: argparse.Namespace, watch: Any) -> tuple[DataSection, Found]:
+def _of_source(args: argparse.Namespace, watch: Watch) -> Found:
     columns = named_columns(args.columns)
     problems, report = load_problems(args.source, ArithmeticConfig(), columns=columns, heldout=args.heldout, watch=watch)
-    return DataSection(), {"source": (set_stats(report, problems), problems)}
+    return {"source": (set_stats(report, problems), problems)}
 
 
 def named_columns(pairs: list[str]) -> ColumnsConfig:
