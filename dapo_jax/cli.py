@@ -10,7 +10,7 @@ from dapo_jax.config import printable
 from dapo_jax.runtime import multihost
 from dapo_jax.types import InputError, NoCheckpointError, RunError, Stopped
 
-VERBS = ("train", "evaluate", "compare", "supervised", "plan", "benchmark", "study", "export", "report", "config")
+VERBS = ("train", "evaluate", "compare", "supervised", "plan", "benchmark", "study", "export", "report", "data", "config")
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:

@@ -89,10 +89,24 @@ class ArithmeticConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ColumnsConfig:
+    """Which columns of a data set hold what. `a.b` is field b of column a. null: what is there under a usual name."""
+
+    prompt: str | None = None  # text or chat turns, or several columns: "{passage} {question}"; null is prompt, problem or question
+    answer: str | None = None  # text or a number; null is answer, reward_model.ground_truth, expected_answer or ground_truth
+    solution: str | None = None  # text; null is solution, where there is one
+    id: str | None = None  # text or a number; null is id or extra_info.index, where there is one
+    answer_after: str | None = None  # the answer is what follows the last of these in its column, e.g. "####"; what precedes solves it
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSection:
     """Training problems and how they become prompts."""
 
-    train: str = "arithmetic"  # .jsonl, .parquet, a prepared tensorflow-datasets folder, or `arithmetic` (embedded)
+    train: str | Mapping[str, float] = (
+        "arithmetic"  # .jsonl, .parquet, a prepared tensorflow-datasets folder, `arithmetic` (embedded); or several with weights
+    )
+    columns: Mapping[str, ColumnsConfig] = dataclasses.field(default_factory=dict)  # by data set, where they have other names than usual
     template: str = DAPO_TEMPLATE  # wraps a plain-text problem; {prompt} is where it goes
     allow_change: bool = False  # let a run go on with another data set than it was started with, from its start
     chat: bool = True  # render through the tokenizer's chat template
@@ -323,7 +337,9 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         rest = [k for k in args if k is not type(None)]
-        if len(rest) == 1 and value is not None:
+        if len(rest) > 1:  # text or a mapping
+            rest = [k for k in rest if isinstance(value, typing.get_origin(k) or k)]
+        if rest and value is not None:
             return _convert(value, rest[0], key, where)
     elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return _build(typing.cast(type, kind), value, key, where)
@@ -333,9 +349,11 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
     elif origin is tuple:
         if isinstance(value, list):
             return tuple(_convert(v, str, key, where) for v in value)
-    elif origin is not None:  # Mapping[str, str]
+    elif origin is not None:  # Mapping[str, something]
         if isinstance(value, Mapping):
-            return {k: _convert(v, str, f"{key}.{_shown(k)}", where) for k, v in value.items()}
+            for k in value:
+                _check_text(k, f"{key}.{_shown(k)}", where)
+            return {k: _convert(v, args[1], f"{key}.{_shown(k)}", where) for k, v in value.items()}
     elif kind is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             try:
@@ -529,6 +547,19 @@ def _check(c: Config, where: str) -> None:
         fail("data.template", "must contain {prompt} exactly once")
     if c.data.arithmetic.max_steps < c.data.arithmetic.min_steps:
         fail("data.arithmetic.max_steps", f"is below min_steps {c.data.arithmetic.min_steps}")
+    if isinstance(c.data.train, Mapping):
+        if not c.data.train:
+            fail("data.train", "is empty; name a data set")
+        for name, weight in c.data.train.items():
+            if weight <= 0:
+                fail(f"data.train.{_shown(name)}", f"a weight must be above 0, got {weight:g}; leave the data set out instead")
+    sets = {c.data.train} if isinstance(c.data.train, str) else {*c.data.train}
+    for name, columns in c.data.columns.items():
+        if name not in sets | {*c.eval.sets.values()}:
+            fail(f"data.columns.{_shown(name)}", "is no data set of data.train or eval.sets; write it as it is written there")
+        for part, column in vars(columns).items():
+            if column is not None and not column.strip():
+                fail(f"data.columns.{_shown(name)}.{part}", "is empty; name a column, or leave it out")
     if c.eval.every and not c.eval.sets:
         fail("eval.sets", "is empty; name a data set, or set eval.every to 0")
     for name in ("mistake_rate", "check_rate"):

@@ -17,6 +17,7 @@ import numpy as np
 from dapo_jax.config import Config, load_config
 from dapo_jax.data.problems import load_problems
 from dapo_jax.data.prompts import decode, make_prompts
+from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.policy import Policy, describe, load_params, load_policy, make_engine, restore_params
 from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors
 from dapo_jax.reward.verify import extract_answer
@@ -155,7 +156,8 @@ def load_sets(config: Config, policy: Policy, say: Callable[[str], None]) -> dic
     """The evaluation sets of a config, rendered to prompts."""
     sets = {}
     for name, source in config.eval.sets.items():
-        problems, report = load_problems(source, config.data.arithmetic, heldout=True)
+        columns = config.data.columns.get(source, AS_USUAL)
+        problems, report = load_problems(source, config.data.arithmetic, columns=columns, heldout=True)
         problems = problems[: config.eval.max_problems]
         sets[name], skipped = make_prompts(problems, policy.tokenizer, config.data)
         left_out = "".join(f", {count} skipped: {reason}" for reason, count in skipped.items())

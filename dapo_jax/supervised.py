@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from dapo_jax.config import Config, load_config
 from dapo_jax.dapo.packing import TrainItem, build_batch, max_microbatches
-from dapo_jax.data.problems import Cursor, advance, load_problems
+from dapo_jax.data.mixture import load_training
+from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import make_prompts
 from dapo_jax.model.weights import check_new, save_pretrained
 from dapo_jax.policy import Policy, describe, load_params, load_policy, row_len
@@ -43,6 +44,8 @@ def warm_up(
     config: Config, policy: Policy, state: TrainState, items: Sequence[TrainItem], mesh: Mesh, say: Callable[[str], None], done: int = 0
 ) -> Iterator[tuple[int, TrainState]]:
     """`supervised.updates` of AdamW on the mean token cross-entropy of solutions, in the order of the seed.
+
+    Every solution comes once an epoch, whatever the weights of the data set that it is of.
 
     items: of `solution_items`. state: fresh, or after the first `done` of the updates; donated. Yields (updates done, state) after each.
     """
@@ -80,12 +83,13 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{args.config}: supervised.updates: is 0, so there is nothing to do; set it")
     check_new(args.out)
     policy = load_policy(config)
-    problems, report = load_problems(config.data.train, config.data.arithmetic)
+    problems, reports = load_training(config.data)
     prompts, _ = make_prompts(problems, policy.tokenizer, config.data)
     multihost.initialize()
     mesh = make_mesh(config.mesh)
     say = print if multihost.is_main() else lambda line: None
-    say(report.summary())
+    for report in reports:
+        say(report.summary())
     say(describe(policy, mesh))
     items = solution_items(prompts, policy, config.rollout.max_response_len)
     state = supervised_programs(config, policy.model, mesh)[0](load_params(config, policy, mesh))

@@ -25,7 +25,7 @@ from dapo_jax.dapo.groups import group_advantages, informative_groups
 from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targets, normalizer_weights
 from dapo_jax.dapo.update import learning_rate, summarize
 from dapo_jax.data.memory import PassMemory
-from dapo_jax.data.problems import load_problems, problems_digest
+from dapo_jax.data.mixture import load_training, mix, mixture_digest
 from dapo_jax.data.prompts import make_prompts, without
 from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets
@@ -90,13 +90,17 @@ def train(config: Config, run_dir: Folder) -> None:
 
     # ---- Problems, prompts and policy: all that can be wrong is found before a device works -------------------------
     policy = load_policy(config)
-    problems, report = load_problems(d.train, d.arithmetic)
+    problems, reports = load_training(d)
     prompts, skipped = make_prompts(problems, policy.tokenizer, d)
-    say(f"problems: {report.summary()}; {len(prompts)} prompts" + "".join(f", {n} skipped: {why}" for why, n in skipped.items()))
+    loaded = "; ".join(report.summary() for report in reports)
+    say(f"problems: {loaded}; {len(prompts)} prompts" + "".join(f", {n} skipped: {why}" for why, n in skipped.items()))
     eval_sets = load_sets(config, policy, say)
     prompts = fit_to_train_on(prompts, eval_sets, config, say)
     solutions = solution_items(prompts, policy, config.rollout.max_response_len) if config.supervised.updates else []
-    digest = problems_digest([p.problem for p in prompts])
+    mixture = mix(d.train, [p.problem for p in prompts])
+    if several := mixture.summary():
+        say(f"mixture: {several}")
+    digest = mixture_digest([p.problem for p in prompts], mixture)
     if differs := multihost.disagreement(multihost.software() | flatten(to_dict(config)) | {"the digest of data.train": digest}):
         raise InputError(f"{differs}; start every process with the same command, code, packages and data")
     mesh = make_mesh(config.mesh)
@@ -121,7 +125,7 @@ def train(config: Config, run_dir: Folder) -> None:
 
     run = Run(
         DynamicSamplingBuffer(algo.prompts_per_step, algo.dynamic_sampling, algo.carry_surplus),
-        PassMemory(len(prompts), algo.rest_after, algo.rest_epochs),
+        PassMemory(len(prompts), algo.rest_after, algo.rest_epochs, mixture),
         Progress(keep_rate=min(1.0, algo.prompts_per_step / algo.prompts_per_draw)),
     )
     with (

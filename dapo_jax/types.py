@@ -60,6 +60,7 @@ class Problem:
     prompt: str | tuple[Message, ...]
     answer: str
     solution: str | None = None  # a worked solution, for supervised warm-up only
+    source: str = dataclasses.field(default="", compare=False)  # the data set it is of, as the config names it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -221,7 +221,7 @@ def rows(*rows):
 BAD_DATA = {
     "empty": (rows(), "d.jsonl: 0 problems from 0 rows; give rows with a `prompt` and an `answer`"),
     "no good row": (
-        rows({"question": "a"}, b"{", b"\xff"),
+        rows({"text": "a"}, b"{", b"\xff"),
         "1 skipped: no prompt (row 1), 1 skipped: not JSON (row 2), 1 skipped: not UTF-8 (row 3)",
     ),
     "conflicts alone": (rows({"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}), "1 conflicting prompts dropped"),
@@ -302,10 +302,10 @@ def test_warm_up_without_solutions(config, tmp_path, refused):
 def test_a_file_that_changes_while_it_is_read(config, tmp_path, monkeypatch, refused):
     path, parse = write_rows(tmp_path / "d.jsonl", GOOD), problems._problem_from_line
 
-    def parse_while_another_program_writes(line):
+    def parse_while_another_program_writes(line, columns):
         with path.open("ab") as stream:
             stream.write(b"\n")
-        return parse(line)
+        return parse(line, columns)
 
     monkeypatch.setattr(problems, "_problem_from_line", parse_while_another_program_writes)
     assert "changed while it was read" in refused(train, *train_args(config, tmp_path / "run", f"data.train={path}"), unchanged=False)[0]

@@ -212,6 +212,21 @@ def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_p
     assert last["draws"] == steady(tmp_path / "cut")[-2]["draws"] + last["rollout/prompts"]
 
 
+def test_a_mixture_goes_on_bit_for_bit_and_only_with_its_weights(config, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+{n}", "answer": str(2 * n)}) + "\n" for n in range(10, 20)))
+    mixture = (*QUICK, "data.train={arithmetic: 1, d.jsonl: 2}", "train.steps=2", "train.save_every=1")
+    assert run_train(config, "whole", *mixture) == 0
+    assert "mixture: 33.3% arithmetic (64 prompts, each drawn 0.39 times an epoch), 66.7% d.jsonl (10 prompts" in capfd.readouterr().out
+    monkeypatch.setenv(faults.VARIABLE, "update:4=term")
+    assert run_train(config, "cut", *mixture) == 143
+    monkeypatch.delenv(faults.VARIABLE)
+    assert run_train(config, "cut", *mixture, "data.train={d.jsonl: 3}") == 2
+    assert "data.train.d.jsonl: is 3.0, but cut was started with 2.0" in capfd.readouterr().err
+    assert run_train(config, "cut", *mixture) == 0
+    assert steady("cut") == steady("whole") and record(tmp_path / "cut", 2)["leaves"] == record(tmp_path / "whole", 2)["leaves"]
+
+
 def test_a_trace_of_some_steps(config, tmp_path):
     assert run_train(config, tmp_path / "run", *QUICK, "train.profile_start=2") == 0
     traces = list((tmp_path / "run/profile").rglob("*.xplane.pb"))

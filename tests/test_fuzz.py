@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
 from dapo_jax.config import ArithmeticConfig, Config, ConfigError, DataSection, RewardSection, dump_yaml, load_config
+from dapo_jax.data.mixture import sources_of
 from dapo_jax.data.problems import load_problems
 from dapo_jax.data.prompts import byte_tokenizer, decode, load_tokenizer, make_prompts, stop_tokens
 from dapo_jax.model.weights import load_pretrained
@@ -158,7 +159,7 @@ def test_config_files(path, content):
     config = within(3, load_config, path / "c.yaml", refusals=ConfigError)
     if config is not None:
         texts = [
-            config.data.train,
+            *sources_of(config.data.train),
             config.data.template,
             config.model.folder or "",
             *config.eval.sets.values(),

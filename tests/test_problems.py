@@ -313,7 +313,7 @@ def test_parquet_columns_whose_names_are_not_text(tmp_path):
 
 
 def test_parquet_without_the_columns(tmp_path):
-    pq.write_table(pa.table({"question": ["a"], "answer": ["1"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["a"], "answer": ["1"]}), tmp_path / "a.parquet")
     assert "no prompt (row 1)" in error_of(tmp_path / "a.parquet")
 
 
@@ -355,7 +355,7 @@ def test_folder_that_is_not_prepared(tmp_path):
 def test_no_usable_problem(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [])
     assert "0 problems from 0 rows" in error_of(path)
-    assert "no prompt (row 1)" in error_of(write_jsonl(path, [{"question": "a"}]))
+    assert "no prompt (row 1)" in error_of(write_jsonl(path, [{"text": "a"}]))
     assert "1 conflicting prompts dropped" in error_of(write_jsonl(path, [{"prompt": "a", "answer": a} for a in "12"]))
 
 
@@ -376,10 +376,10 @@ def test_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", [GOOD] * 3)
     parse = module._problem_from_line
 
-    def parse_while_another_program_writes(line):
+    def parse_while_another_program_writes(line, columns):
         with path.open("ab") as stream:
             stream.write(b"\n")
-        return parse(line)
+        return parse(line, columns)
 
     monkeypatch.setattr(module, "_problem_from_line", parse_while_another_program_writes)
     # The reader sees what was appended as blank lines, and would be content.

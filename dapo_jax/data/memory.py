@@ -4,10 +4,12 @@ A problem that is drawn all right `rest_after` times running is skipped for the 
 again: the policy may have changed. Nothing is skipped for being all wrong, for that is what may still be learned.
 """
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
 
+from dapo_jax.data.mixture import Mixture, mixture_order
 from dapo_jax.data.problems import Cursor, advance
 
 
@@ -15,23 +17,26 @@ class PassMemory:
     """Counts, for each of `count` problems, the draws running in which every response was right.
 
     rest_after: so many make a problem rest; None never does. rest_epochs: for so many epochs, the one under way not counted.
+    mixture: of the `count` problems, if they are drawn with weights.
     """
 
-    def __init__(self, count: int, rest_after: int | None, rest_epochs: int):
+    def __init__(self, count: int, rest_after: int | None, rest_epochs: int, mixture: Mixture | None = None):
+        self._mixture = mixture
         self._rest_after, self._rest_epochs = rest_after, rest_epochs
         self._streak = np.zeros(count, np.int32)
         self._rests_until = np.full(count, -1, np.int32)  # last epoch in which it is skipped
 
     def take(self, cursor: Cursor, wanted: int, *, seed: int) -> tuple[np.ndarray, Cursor]:
         """The next `wanted` problems that do not rest, int64 [wanted], and the cursor after them. If all rest, none is skipped."""
-        if self._rest_after is None:
-            return advance(cursor, len(self._streak), wanted, seed=seed)
         count = len(self._streak)
+        order = functools.partial(mixture_order, self._mixture, seed=seed) if self._mixture else None
+        if self._rest_after is None:
+            return advance(cursor, count, wanted, seed=seed, order=order)
         found: list[int] = []
         skipped = 0
         while len(found) < wanted:
             epoch, index = (cursor.epoch + 1, 0) if cursor.index >= count else cursor
-            chosen, cursor = advance(cursor, count, min(wanted - len(found), count - index), seed=seed)
+            chosen, cursor = advance(cursor, count, min(wanted - len(found), count - index), seed=seed, order=order)
             awake = [int(i) for i in chosen if self._rests_until[i] < epoch or skipped >= count]
             skipped = 0 if awake else skipped + len(chosen)
             found += awake

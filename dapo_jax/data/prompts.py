@@ -137,17 +137,10 @@ def make_prompts(
     contain a control token of the tokenizer, and prompts longer than `section.max_prompt_len`, are left out.
     Raises InputError if the chat template fails or hangs, the tokenizer breaks down, or no prompt is left.
     """
-    control = re.compile("|".join(map(re.escape, _control_tokens(tokenizer))) or "(?!)")
-    clean = [p for p in problems if not any(control.search(text) for text in _texts(p))]
-    as_chat = section.chat and bool(tokenizer.chat_template)
-    if as_chat:
-        texts = _render(tokenizer, [_conversation(p, section.template) for p in clean])
-    else:
-        texts = ["\n\n".join(turn["content"] for turn in _conversation(p, section.template)) for p in clean]
-
+    clean = _without_control_tokens(problems, tokenizer)
     prompts = []
     left_out = Counter({"control tokens": len(problems) - len(clean)})
-    for problem, tokens in zip(clean, _tokenise(tokenizer, texts, add_special_tokens=not as_chat), strict=True):
+    for problem, tokens in zip(clean, _rendered(clean, tokenizer, section), strict=True):
         if len(tokens) > section.max_prompt_len:
             left_out[f"longer than {section.max_prompt_len} tokens"] += 1
         elif not tokens:
@@ -161,10 +154,30 @@ def make_prompts(
     return prompts, counts
 
 
+def prompt_lengths(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast", section: DataSection) -> tuple[np.ndarray, int]:
+    """Tokens of every prompt as `make_prompts` makes them, however long, int64 [Q]; and of how many it makes none: control tokens."""
+    clean = _without_control_tokens(problems, tokenizer)
+    lengths = np.fromiter(map(len, _rendered(clean, tokenizer, section)), np.int64, len(clean))
+    return lengths, len(problems) - len(clean)
+
+
 def without(prompts: Sequence[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:
     """The prompts that are none of the held-out ones, token for token, in order."""
     held = {prompt.tokens.tobytes() for prompt in held_out}
     return [prompt for prompt in prompts if prompt.tokens.tobytes() not in held]
+
+
+def _without_control_tokens(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast") -> list[Problem]:
+    control = re.compile("|".join(map(re.escape, _control_tokens(tokenizer))) or "(?!)")
+    return [p for p in problems if not any(control.search(text) for text in _texts(p))]
+
+
+def _rendered(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast", section: DataSection) -> Iterator[list[int]]:
+    """Each problem through template, chat template and tokenizer."""
+    conversations = [_conversation(p, section.template) for p in problems]
+    as_chat = section.chat and bool(tokenizer.chat_template)
+    texts = _render(tokenizer, conversations) if as_chat else ["\n\n".join(turn["content"] for turn in c) for c in conversations]
+    return _tokenise(tokenizer, texts, add_special_tokens=not as_chat)
 
 
 def _control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:

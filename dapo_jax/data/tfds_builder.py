@@ -1,15 +1,22 @@
 """Problems as a prepared tensorflow-datasets folder (array_record), written and read by random access without TensorFlow."""
 
+import contextlib
+import functools
+import io
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dapo_jax.config import ArithmeticConfig
-from dapo_jax.data.problems import LoadReport, collect_problems, load_problems, problem_from_row
+from dapo_jax.config import ArithmeticConfig, ColumnsConfig
+from dapo_jax.data import bucket
+from dapo_jax.data.problems import LoadReport, Watch, collect_problems, load_problems
+from dapo_jax.data.rows import AS_USUAL, problem_from_row
+from dapo_jax.paths import Folder, as_path, is_bucket
 from dapo_jax.types import InputError, Problem
 
 _BATCH = 1024  # records
@@ -26,26 +33,28 @@ tfds.features.FeatureConnector.cls_from_name = classmethod(_registered_feature)
 
 
 class Problems(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Distinct problems in their order, one split `train`. A chat prompt is in `turns`, and `prompt` is then empty."""
+    """Distinct problems in their order, by split. A chat prompt is in `turns`, and `prompt` is then empty."""
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos = None  # nothing is downloaded; looking for checksums would need importlib_resources, which may not be installed
 
-    def __init__(self, problems: list[Problem], **kwargs: Any):
-        self._problems = problems
+    def __init__(self, name: str, splits: Mapping[str, list[Problem]], description: str, **kwargs: Any):
+        self.name, self._splits, self._description = name, splits, description
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
         turns = tfds.features.Sequence({"role": text, "content": text})
         features = {"id": text, "prompt": text, "turns": turns, "answer": text, "solution": text}
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+        return tfds.core.DatasetInfo(
+            builder=self, description=self._description, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        return {"train": self._generate_examples()}
+        return {split: self._generate_examples(problems) for split, problems in self._splits.items()}
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, p in enumerate(self._problems):
+    def _generate_examples(self, problems: list[Problem]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, p in enumerate(problems):
             plain = isinstance(p.prompt, str)
             turns = [] if isinstance(p.prompt, str) else [{"role": t.role, "content": t.content} for t in p.prompt]
             yield (
@@ -54,18 +63,49 @@ class Problems(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
             )
 
 
-def prepare(source: str, folder: str) -> Path:
-    """Writes the distinct problems of a JSON-lines or Parquet file below `folder`; returns the prepared folder, a `data.train`.
+def prepare(
+    source: str,
+    folder: str,
+    *,
+    test: str | None = None,
+    name: str = "problems",
+    columns: ColumnsConfig = AS_USUAL,
+    watch: Watch | None = None,
+    say: Callable[[str], Any] | None = None,
+) -> Folder:
+    """Writes the distinct problems of a data set to `folder`/`name`/1.0.0, as split `train`; those of `test`, another one, as `test`.
 
-    Raises InputError if the source is unusable, or if `folder` already holds prepared problems or cannot be written.
+    Returns the prepared folder, which data.train and eval.sets may name; `folder` may be in a bucket. say: is told what became of the
+    rows of each source, as dataset_info.json is. Raises InputError if a source is unusable, or if `folder` already holds such problems
+    or cannot be written.
     """
-    problems, _ = load_problems(source, ArithmeticConfig())
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise InputError(f"{name!r}: cannot name a data set; use small letters, digits and '_', a letter first")
+    if is_bucket(folder):
+        bucket.check_name(folder)
+    splits, said = {}, []
+    for split, path in {"train": source, "test": test}.items():
+        if path is not None:
+            splits[split], report = load_problems(path, ArithmeticConfig(), columns=columns, heldout=split == "test", watch=watch)
+            said.append(report.summary())
+            if say is not None:
+                say(said[-1])
+    if not is_bucket(folder):
+        return _write(name, splits, "\n".join(said), folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        prepared = _write(name, splits, "\n".join(said), temporary)
+        target = as_path(folder) / prepared.relative_to(temporary).as_posix()
+        bucket.send(prepared, str(target))
+    return target
+
+
+def _write(name: str, splits: Mapping[str, list[Problem]], description: str, folder: str) -> Path:
     try:
-        builder = Problems(problems, data_dir=folder, file_format="array_record")
+        builder = Problems(name, splits, description, data_dir=folder, file_format="array_record")
         if Path(builder.data_dir).exists():
             raise InputError(f"{builder.data_dir}: already holds a prepared data set; remove it or choose another folder")
         tfds.disable_progress_bar()
-        with tempfile.TemporaryDirectory() as nothing_to_download:
+        with tempfile.TemporaryDirectory() as nothing_to_download, contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(
                 download_dir=nothing_to_download, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
@@ -74,34 +114,43 @@ def prepare(source: str, folder: str) -> Path:
     return Path(builder.data_dir)
 
 
-def read_problems(folder: str, *, heldout: bool = False) -> tuple[list[Problem], LoadReport]:
+def read_problems(
+    folder: str,
+    *,
+    columns: ColumnsConfig = AS_USUAL,
+    heldout: bool = False,
+    watch: Watch | None = None,
+    source: str | None = None,
+) -> tuple[list[Problem], LoadReport]:
     """Distinct problems of a folder prepared by tensorflow-datasets, and what became of its records.
 
-    Reads the only split, or where there are several `train`, and for `heldout` problems `test` or `validation`.
-    Raises InputError if the folder is not a prepared data set, is corrupt, or holds no usable problem.
+    Reads the only split, or where there are several `train`, and for `heldout` problems `test` or `validation`. Messages call the folder
+    `source`. Raises InputError if the folder is not a prepared data set, is corrupt, or holds no usable problem.
     """
+    source = source or folder
     if not Path(folder, "dataset_info.json").is_file():
-        raise InputError(f"{folder}: holds no dataset_info.json; give a folder prepared by tensorflow-datasets")
+        raise InputError(f"{source}: holds no dataset_info.json; give a folder prepared by tensorflow-datasets")
     try:
         builder = tfds.builder_from_directory(folder)
-        split = _split(folder, list(builder.info.splits), heldout)
+        split = _split(source, list(builder.info.splits), heldout)
         raw = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
     except InputError:
         raise
     except Exception as e:  # the many kinds that tensorflow-datasets, protobuf and array_record raise on damaged files
-        raise _corrupt(folder, e) from None
-    return collect_problems(folder, _rows(folder, builder.info.features, raw), problem_from_row)
+        raise _corrupt(source, e) from None
+    rows = _rows(source, builder.info.features, raw)
+    return collect_problems(source, rows, functools.partial(problem_from_row, columns=columns), watch)
 
 
-def _split(folder: str, splits: list[str], heldout: bool) -> str:
+def _split(source: str, splits: list[str], heldout: bool) -> str:
     wanted = ("test", "validation") if heldout else ("train",)
     found = splits if len(splits) == 1 else [name for name in wanted if name in splits]
     if not found:
-        raise InputError(f"{folder}: has none of the splits {', '.join(wanted)} among {', '.join(splits)}; prepare one of them alone")
+        raise InputError(f"{source}: has none of the splits {', '.join(wanted)} among {', '.join(splits)}; prepare one of them alone")
     return found[0]
 
 
-def _rows(folder: str, features: Any, raw: Any) -> Iterator[tuple[int, Any]]:
+def _rows(source: str, features: Any, raw: Any) -> Iterator[tuple[int, Any]]:
     """Numbered records as rows of plain Python objects, a batch in memory at a time."""
     for start in range(0, len(raw), _BATCH):
         try:
@@ -110,30 +159,29 @@ def _rows(folder: str, features: Any, raw: Any) -> Iterator[tuple[int, Any]]:
                 raise ValueError(f"empty record {start + records.index(b'') + 1}")
             rows = [_row(features.deserialize_example_np(record)) for record in records]
         except Exception as e:
-            raise _corrupt(folder, e) from None
+            raise _corrupt(source, e) from None
         yield from enumerate(rows, start + 1)
 
 
-def _corrupt(folder: str, error: Exception) -> InputError:
+def _corrupt(source: str, error: Exception) -> InputError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return InputError(f"{folder}: not a readable data set ({reason}); prepare it again as array_record")
+    return InputError(f"{source}: not a readable data set ({reason}); prepare it again as array_record")
 
 
 def _row(example: dict[str, Any]) -> dict[str, Any]:
     row = {name: _plain(value) for name, value in example.items()}
-    for name in ("turns", "prompt"):
-        value = row.get(name)
-        if isinstance(value, dict):  # tensorflow-datasets makes a sequence of dicts a dict of sequences
-            pairs = zip(value.get("role", []), value.get("content", []), strict=True)
-            row["prompt"] = [{"role": role, "content": content} for role, content in pairs] or row["prompt"]
-    return row
+    return row | {"prompt": row["turns"]} if row.get("turns") else row
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        fields = {key: _plain(item) for key, item in value.items()}
+        role, content = fields.get("role"), fields.get("content")
+        if isinstance(role, list) and isinstance(content, list):  # tensorflow-datasets makes a sequence of dicts a dict of sequences
+            return [{"role": r, "content": c} for r, c in zip(role, content, strict=True)]
+        return fields
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, bytes):

@@ -6,39 +6,19 @@ and cannot be appended to; a folder is there as soon as something is in it. So a
 """
 
 import contextlib
-import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
 
-import fsspec.config
 from etils import epath
 
+from dapo_jax.paths import Folder, as_path, errors, is_bucket, names_objects, reason
 from dapo_jax.types import InputError, RunError
-
-Folder: TypeAlias = Path | epath.Path
 
 _ASK_S = 30.0  # for a bucket, again and again
 _GIVE = 'pip install "dapo_jax[tpu]", and give the machine the bucket: its objects, and storage.buckets.get on itself'
-
-# gcsfs would remember for good what it has listed, but tensorstore and other hosts write to the same folders.
-fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-# It logs tracebacks of what it then raises.
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-
-
-def as_path(where: str | os.PathLike[str]) -> Folder:
-    """The path object for a local path or a gs:// URL."""
-    return epath.Path(where) if is_bucket(where) else Path(where)
-
-
-def is_bucket(where: str | os.PathLike[str]) -> bool:
-    """True for what lies in a bucket: it has objects instead of files."""
-    return os.fspath(where).startswith("gs://")
 
 
 def run_folder(where: str) -> Folder:
@@ -47,9 +27,9 @@ def run_folder(where: str) -> Folder:
         if "://" in where:
             raise InputError(f"{where}: cannot be used as a run folder (not gs://); give a local folder or gs://bucket/folder")
         return Path(where)
-    if not re.fullmatch(r"gs://[^/*?#\[\]]+(/+[^/*?#\[\]]+)+/*", where):
+    if not names_objects(where):
         raise InputError(f"{where}: cannot be used as a run folder (not of the form gs://bucket/folder, without *?#[]); name one")
-    path = epath.Path(where)
+    path = as_path(where)
     try:
         _ask(path.parts[2])
         path.exists()
@@ -64,23 +44,6 @@ def _ask(bucket: str) -> None:
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     storage.Client().get_bucket(bucket, retry=DEFAULT_RETRY.with_timeout(_ASK_S))
-
-
-def errors(path: Folder) -> type[Exception]:
-    """What reading or writing there may raise. Clients of a bucket raise all sorts."""
-    return Exception if is_bucket(path) else OSError
-
-
-def reason(error: Exception) -> str:
-    """The operating system's word for an error, or the start of its message."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, FileNotFoundError):
-        return "not found"
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    if said := re.search(r"([^:\[]+) \[os_error_code=", line):  # as tensorstore words it
-        return said[1].strip()
-    return line.split(" [")[0][:200] or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ import numpy as np
 
 from dapo_jax.config import Config
 from dapo_jax.dapo.groups import informative_groups
-from dapo_jax.data.problems import Cursor, advance, load_problems
+from dapo_jax.data.mixture import load_training
+from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import decode, make_prompts
 from dapo_jax.policy import load_params, load_policy, make_engine
 from dapo_jax.programs import train_sampling
@@ -55,7 +56,7 @@ def bias(pools: Sequence[Drawn], count: int) -> dict[str, float]:
 def draw_pools(config: Config, pools: int) -> list[Drawn]:
     """Draws pools of prompts with the policy of `model.folder`, each all at once into the engine's slots, and times their ends."""
     policy, mesh = load_policy(config), make_mesh(config.mesh)
-    prompts, _ = make_prompts(load_problems(config.data.train, config.data.arithmetic)[0], policy.tokenizer, config.data)
+    prompts, _ = make_prompts(load_training(config.data)[0], policy.tokenizer, config.data)
     params = load_params(config, policy, mesh)
     weights = publisher(params, mesh, policy.model.compute_dtype)(params)
     engine = make_engine(config, policy, mesh, train_sampling(config))

@@ -1,0 +1,98 @@
+"""Data sets in a bucket: the same problems, and one line where something is amiss. The bucket is `fake_gcs.py`."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_buckets import bucket, empty  # noqa: F401 - fixtures
+
+from dapo_jax import data
+from dapo_jax.config import ArithmeticConfig
+from dapo_jax.data.problems import load_problems, problems_digest
+from dapo_jax.data.tfds_builder import prepare
+from dapo_jax.types import InputError
+
+ROWS = [{"prompt": f"{n}+1\u00e9", "answer": n + 1, "solution": f"Answer: {n + 1}"} for n in range(50)]
+
+
+def load(source):
+    return load_problems(str(source), ArithmeticConfig())
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """The same rows as files of each kind and as a prepared folder."""
+    folder = tmp_path_factory.mktemp("data")
+    text = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    (folder / "a.jsonl").write_bytes(text)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(text))
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "a.parquet")
+    prepare(str(folder / "a.jsonl"), str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "problems/1.0.0"])
+def test_a_bucket_holds_the_same_problems(empty, local, name):  # noqa: F811
+    for file in (local / name).iterdir() if (local / name).is_dir() else [local / name]:
+        empty.put(f"deep/{file.relative_to(local).as_posix()}", file.read_bytes())
+    there, report = load(f"gs://bucket/deep/{name}")
+    here, _ = load(local / name)
+    assert there == here and problems_digest(there) == problems_digest(here) and len(there) == 50
+    assert report.summary() == f"gs://bucket/deep/{name}: 50 problems from 50 rows"
+    assert {p.source for p in there} == {f"gs://bucket/deep/{name}"}
+
+
+def test_the_verb_reads_from_a_bucket_and_prepares_in_it(empty, local, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    empty.put("a.jsonl", (local / "a.jsonl").read_bytes())
+    assert data.main("prepare --source gs://bucket/a.jsonl --out gs://bucket/out --name sums".split()) == 0
+    assert "wrote gs://bucket/out/sums/1.0.0" in capsys.readouterr().out
+    assert data.main("stats --source gs://bucket/out/sums/1.0.0 --json out.json".split()) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["source"]["problems"] == 50
+    with pytest.raises(InputError, match="^gs://bucket/out/sums/1.0.0: already holds a prepared data set"):
+        data.main("prepare --source gs://bucket/a.jsonl --out gs://bucket/out --name sums".split())
+    assert {p.name for p in tmp_path.iterdir()} == {"out.json"}  # no folder `gs:`
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    {
+        "gs://bucket/gone.jsonl": "no such file; correct the path",
+        "gs://bucket/gone": "ends in none of .jsonl, .jsonl.gz, .parquet, and holds no dataset_info.json",
+        "gs://bucket": "not of the form gs://bucket/name",
+        "gs://bucket/*.jsonl": "not of the form gs://bucket/name",
+        "gs://bucket/half.parquet": "corrupt Parquet after row 0",
+        "gs://bucket/bad.jsonl": "0 problems from 1 rows (1 skipped: not JSON (row 1))",
+    }.items(),
+)
+def test_what_is_no_data_set_is_one_line(empty, source, said):  # noqa: F811
+    empty.put("half.parquet", b"PAR1")
+    empty.put("bad.jsonl", b"{")
+    with pytest.raises(InputError) as e:
+        load(source)
+    assert str(e.value).startswith(f"{source}: {said}") and "\n" not in str(e.value)
+
+
+def test_a_bucket_that_refuses_is_one_line(empty, tmp_path):  # noqa: F811
+    empty.put("a.jsonl", b"{}")
+    empty.failing = 403
+    with pytest.raises(InputError, match=r'^gs://bucket/a.jsonl: cannot be read \(Forbidden.*\); pip install "dapo_jax\[tpu\]"'):
+        load("gs://bucket/a.jsonl")
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(InputError, match=r"^gs://bucket/out/problems/1.0.0: cannot be written \(Forbidden"):
+        prepare(str(tmp_path / "a.jsonl"), "gs://bucket/out")
+
+
+def test_an_object_that_changes_while_it_is_read(empty, monkeypatch):  # noqa: F811
+    empty.put("a.jsonl", b'{"prompt": "a", "answer": 1}\n')
+    copy = data.bucket.shutil.copyfileobj
+
+    def copy_while_another_program_writes(source, target, length):
+        copy(source, target, length)
+        empty.put("a.jsonl", b'{"prompt": "a", "answer": 1}\n{"prompt": "b", "answer": 1}\n')
+
+    monkeypatch.setattr("dapo_jax.data.bucket.shutil.copyfileobj", copy_while_another_program_writes)
+    with pytest.raises(InputError, match=r"^gs://bucket/a.jsonl: changed while it was read"):
+        load("gs://bucket/a.jsonl")

@@ -1,0 +1,155 @@
+"""`python -m dapo_jax.data`: what it prepares, what it counts, how it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dapo_jax import cli, data
+from dapo_jax.config import ArithmeticConfig, load_config
+from dapo_jax.data.problems import load_problems
+from dapo_jax.data.prompts import byte_tokenizer, make_prompts, prompt_lengths
+from dapo_jax.data.stats import length_stats
+
+ROWS = [
+    {"question": "1+1?", "answer": "1+1=2\n#### 2"},
+    {"question": "1+1?", "answer": "1+1=2\n#### 2"},
+    {"question": "2+2?", "answer": "4"},
+    {"question": "3+3?", "answer": "5"},
+    {"question": "3+3?", "answer": "6"},
+    {"question": "4+4?"},
+    {"question": "5+5" + "?" * 30, "answer": "10"},
+    {"question": "6+6<|end|>", "answer": "12"},
+]
+CONFIG = """
+model: {architecture: {vocab_size: 258, model_dim: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, ffn_dim: 32, max_position: 64}}
+data: {train: {a.jsonl: 1, b.jsonl: 3}, columns: {b.jsonl: {prompt: q}}, template: "{prompt}=", max_prompt_len: 16}
+eval: {sets: {held: arithmetic}}
+rollout: {max_response_len: 40}
+reward: {overlong_buffer_len: 10}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    Path("b.jsonl").write_text('{"q": "2+2?", "answer": "4"}\n{"q": "7+7?", "answer": "14"}\n{"q": "8+8?", "answer": "16"}\n')
+    Path("c.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def verb(*args) -> int:
+    with pytest.raises(SystemExit) as done:
+        cli.run(data.main, [str(a) for a in args])
+    return int(done.value.code or 0)
+
+
+def test_the_counts_of_a_file(capsys):
+    assert verb("stats", "--source", "a.jsonl", "--json", "out.json") == 0
+    found = json.loads(Path("out.json").read_text())
+    assert found == {
+        "source": {
+            "source": "a.jsonl",
+            "rows": 8,
+            "problems": 4,
+            "duplicates": 2,
+            "conflicts": 1,
+            "in_earlier_sets": 0,
+            "skipped": {"no answer": {"count": 1, "first_row": 6}},
+            "with_solution": 1,
+        }
+    }
+    assert capsys.readouterr().out.splitlines() == [
+        "source: a.jsonl",
+        "  rows                      8",
+        "  problems                  4",
+        "  duplicates                2  rows whose prompt an earlier row has",
+        "  conflicts                 1  prompts with different answers, left out",
+        "  skipped                   1  no answer (first in row 6)",
+        "  with a solution           1  25.0% of the problems",
+    ]
+
+
+def test_the_sets_of_a_config_with_the_lengths_of_their_prompts(capsys):
+    """Lengths are bytes and a `=` here; `make_prompts` keeps those that are not too long."""
+    assert verb("stats", "--config", "c.yaml", "--json", "out.json", "--set", "data.arithmetic.heldout_problems=20") == 0
+    found = json.loads(Path("out.json").read_text())
+    assert list(found) == ["data.train.1", "data.train.2", "eval.sets.held"]
+    first, second, held = found.values()
+    assert (first["weight"], first["share"], second["weight"], second["share"]) == (1, 0.25, 3, 0.75)
+    assert (second["problems"], second["in_earlier_sets"], second["rows"]) == (2, 1, 3)
+    lengths = first["prompt_tokens"]
+    assert [lengths[key] for key in ("prompts", "with_control_tokens", "too_long", "min", "max", "p50")] == [3, 1, 1, 5, 34, 5]
+    assert held["prompt_tokens"]["prompts"] == 20
+    out = capsys.readouterr().out
+    assert "  share of draws        75.0%  weight 3\n" in out
+    assert "  too long                  1  33.3% exceed 16 tokens\n" in out
+    assert "  control tokens            1  problems that hold" in out
+
+    section = load_config("c.yaml").data
+    problems, _ = load_problems("a.jsonl", ArithmeticConfig())
+    kept, left_out = make_prompts(problems, byte_tokenizer(), section)
+    measured, control = prompt_lengths(problems, byte_tokenizer(), section)
+    assert [n for n in measured if n <= section.max_prompt_len] == [len(p.tokens) for p in kept]
+    assert dict(left_out) == {"control tokens": control, "longer than 16 tokens": 1}
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(1, 3000))
+def test_percentiles_and_histogram_against_a_naive_count(lengths, limit):
+    found = length_stats(np.array(lengths, np.int64), 0, limit)
+    ordered = sorted(lengths)
+    for p in (50, 90, 95, 99):
+        assert found[f"p{p}"] == min(n for n in ordered if 100 * sum(m <= n for m in ordered) >= p * len(ordered))
+    bins = found["histogram"]
+    assert [count for *_, count in bins] == [sum(begin <= n < end for n in lengths) for begin, end, _ in bins]
+    assert sum(count for *_, count in bins) == len(lengths) and len(bins) <= 11
+    assert all(a[1] == b[0] for a, b in zip(bins, bins[1:], strict=False))
+    assert found["too_long"] == sum(n > limit for n in lengths) and (found["min"], found["max"]) == (ordered[0], ordered[-1])
+
+
+def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
+    assert verb("prepare", "--source", "a.jsonl", "--test", "b.jsonl", "--columns", "prompt=q", "--out", "out") == 2
+    assert "a.jsonl: 0 problems from 8 rows (8 skipped: no prompt (column q) (row 1))" in capsys.readouterr().err
+    assert not Path("out").exists()
+    Path("b.jsonl").write_text('{"question": "7+7?", "answer": "14"}\n')
+    assert verb("prepare", "--source", "a.jsonl", "--test", "b.jsonl", "--out", "out", "--name", "sums") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        "a.jsonl: 4 problems from 8 rows (2 duplicates, 1 conflicting prompts dropped, 1 skipped: no answer (row 6))",
+        "b.jsonl: 1 problems from 1 rows",
+        "wrote out/sums/1.0.0",
+    ]
+    loaded = [load_problems("out/sums/1.0.0", ArithmeticConfig(), heldout=heldout)[0] for heldout in (False, True)]
+    assert loaded == [load_problems(f"{name}.jsonl", ArithmeticConfig())[0] for name in "ab"]
+    info = json.loads(Path("out/sums/1.0.0/dataset_info.json").read_text())
+    assert info["name"] == "sums" and info["description"] == "\n".join(out[:2])
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        ("stats --source gone.jsonl", "gone.jsonl: no such file; correct the path"),
+        ("stats --source a.csv", "a.csv: not a known kind of data set"),
+        ("stats --source a.jsonl --columns promt=q", "--columns promt: expected PART=COLUMN, where PART is one of prompt, answer,"),
+        ("stats --source a.jsonl --columns prompt", "--columns prompt: expected PART=COLUMN"),
+        ("stats --source a.jsonl --tokenizer gone", "gone: no such folder; give a Hugging Face model folder"),
+        ("stats --source a.jsonl --json gone/out.json", "gone/out.json: cannot write"),
+        ("stats --source a.jsonl --set seed=1", "--set: goes with --config"),
+        ("stats --config c.yaml --columns prompt=q", "--columns, --heldout: go with --source"),
+        ("stats --config gone.yaml", "gone.yaml: cannot read config"),
+        ("stats --config c.yaml --set data.columns.a.prompt=q", "data.columns.a: is no data set of data.train or eval.sets"),
+        ("prepare --source a.jsonl --out out --name No/Name", "'No/Name': cannot name a data set; use small letters"),
+        ("prepare --source a.jsonl --out gs://bucket", "gs://bucket: not of the form gs://bucket/name"),
+        ("prepare --source a.jsonl --out a.jsonl", "a.jsonl: cannot be written"),
+    ],
+)
+def test_refusals_are_one_line_and_status_2(folder, capsys, args, said):
+    before = sorted(folder.rglob("*"))
+    assert verb(*args.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"dapo_jax: {said}") or f" {said}" in captured.err
+    assert len(captured.err.splitlines()) == 1 and sorted(folder.rglob("*")) == before

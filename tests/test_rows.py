@@ -1,0 +1,231 @@
+"""Rows as data sets are published, and rows whose columns a config names."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dapo_jax.config import ArithmeticConfig, ColumnsConfig, ConfigError, config_from_dict, dump_yaml, load_config
+from dapo_jax.data.problems import Skip, load_problems
+from dapo_jax.data.rows import BadRow, column_names, problem_from_row
+from dapo_jax.reward.verify import strict_verify
+from dapo_jax.types import InputError, Message, Problem
+
+GSM8K = {
+    "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
+    "answer": "In May she sold 48/2 = <<48/2=24>>24 clips.\nAltogether 48+24 = <<48+24=72>>72.\n#### 72",
+}
+AIME = "Find the sum of all integer bases $b>9$ for which $17_b$ is a divisor of $97_b$."
+
+
+def write(path, rows):
+    """The same rows, by the name's ending."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(path, **columns):
+    return load_problems(str(path), ArithmeticConfig(), columns=ColumnsConfig(**columns))
+
+
+# As published
+
+PUBLISHED = {
+    "aime, as BytedTsinghua has it": (
+        {
+            "data_source": "aime_2024",
+            "prompt": [{"content": f"Solve. {AIME}", "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "70", "style": "rule"},
+            "extra_info": {"index": 3, "raw_problem": AIME, "split": None},
+        },
+        Problem("3", (Message("user", f"Solve. {AIME}"),), "70"),
+    ),
+    "problem and answer": (
+        {"id": 60, "problem": AIME, "solution": "Try all.", "answer": "070", "year": 2025},
+        Problem("60", AIME, "070", "Try all."),
+    ),
+    "capitals": ({"ID": "2024-I-4", "Problem": AIME, "Solution": "Try all.", "Answer": 70}, Problem("2024-I-4", AIME, "70", "Try all.")),
+    "question and answer": ({"question": AIME, "answer": "70"}, Problem("", AIME, "70")),
+    "question and expected_answer": ({"id": "aime25-0", "question": AIME, "expected_answer": "70"}, Problem("aime25-0", AIME, "70")),
+    "gsm8k": (
+        GSM8K,
+        Problem("", GSM8K["question"], "72", GSM8K["answer"].replace("#### 72", "Answer: 72")),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_published_rows_are_recognised(tmp_path, case, ending):
+    row, expected = PUBLISHED[case]
+    path = write(tmp_path / f"a.{ending}", [row] * 32)
+    (found,), report = load(path)
+    assert problem_from_row(row) == expected
+    assert (found.prompt, found.answer, found.solution) == (expected.prompt, expected.answer, expected.solution)
+    assert found.id == (expected.id or found.id) and found.source == path and report.duplicates == 31
+
+
+@given(st.integers(-(10**6), 10**6), st.text("abc =+<>\n", max_size=400))
+def test_the_strict_verifier_accepts_every_gsm8k_solution(number, worked):
+    for written in (f"{number:,}", f"{number}", f"{number}.5"):
+        problem = problem_from_row({"question": "q", "answer": f"{worked}\n#### {written}\n"})
+        assert problem.answer == written
+        if worked.strip():
+            assert problem.solution.startswith(worked.rstrip()) and strict_verify(problem.solution, problem.answer)
+        else:
+            assert problem.solution is None
+
+
+def test_marks_in_rows_of_other_kinds_stay():
+    answer = GSM8K["answer"]
+    assert problem_from_row({"prompt": "q", "answer": answer}).answer == answer
+    assert problem_from_row({"problem": "q", "answer": answer}).answer == answer
+    assert problem_from_row({"question": "q", "answer": answer, "solution": "own"}).solution == "own"
+
+
+def test_a_question_is_not_taken_without_its_passage(tmp_path):
+    rows = [
+        {"passage": "Ellen has six balls, Marin nine.", "question": "How many in all?", "answer": "15 balls"},
+        {"passage": "", "context": None, "question": "2+2?", "answer": "4"},
+    ]
+    loaded, report = load(write(tmp_path / "a.jsonl", rows))
+    assert [p.prompt for p in loaded] == ["2+2?"]
+    assert report.skipped == {"a question with a passage or context; name both in data.columns as the prompt": Skip(1, 1)}
+    loaded, _ = load(write(tmp_path / "a.parquet", rows[:1]), prompt="{passage} {question}")
+    assert [p.prompt for p in loaded] == ["Ellen has six balls, Marin nine. How many in all?"]
+
+
+# As a config says
+
+NESTED = {
+    "task": {"text": "2+2?", "parts": {"key": 4}},
+    "meta": {"uid": "x1"},
+    "worked": "2+2=4",
+    "prompt": "not this",
+    "answer": "nor this",
+}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_named_columns(tmp_path, ending):
+    path = write(tmp_path / f"a.{ending}", [NESTED])
+    (found,), _ = load(path, prompt="task.text", answer="task.parts.key", solution="worked", id="meta.uid")
+    assert found == Problem("x1", "2+2?", "4", "2+2=4")
+    (found,), _ = load(path, prompt="{task.text} ({task.parts.key}, {}) {{meta.uid}}")
+    assert (found.prompt, found.answer) == ("2+2? (4, {}) {x1}", "nor this")
+    with pytest.raises(InputError, match=r"1 skipped: no prompt \(column task.words\) \(row 1\)\); .* name their columns in data.columns"):
+        load(path, prompt="task.words")
+    with pytest.raises(InputError, match=r"1 skipped: no words \(row 1\)"):
+        load(path, prompt="{words}")
+    with pytest.raises(InputError, match=r"1 skipped: task is neither text nor a finite number \(row 1\)"):
+        load(path, prompt="{task}")
+
+
+def test_a_column_whose_name_has_a_dot(tmp_path):
+    for ending in ("jsonl", "parquet"):
+        (found,), _ = load(write(tmp_path / f"a.{ending}", [{"a.b": "dotted", "answer": 1}]), prompt="a.b")
+        assert found.prompt == "dotted"
+
+
+def test_an_answer_after_a_mark(tmp_path):
+    rows = [
+        {"q": "a", "a": "one => two => 3"},
+        {"q": "b", "a": "=> 4"},
+        {"q": "c", "a": "5"},
+        {"q": "d", "a": 6},
+        {"q": "e", "a": "seven =>"},
+        {"q": "f", "a": "x" * 2000 + "=> 8"},
+    ]
+    loaded, report = load(write(tmp_path / "a.jsonl", rows), prompt="q", answer="a", answer_after="=>")
+    assert [(p.prompt, p.answer, p.solution) for p in loaded] == [
+        ("a", "3", "one => two\nAnswer: 3"),
+        ("b", "4", None),
+        ("f", "8", "x" * 2000 + "\nAnswer: 8"),
+    ]
+    assert report.skipped == {"answer without =>": Skip(1, 3), "answer is not text": Skip(1, 4), "no answer": Skip(1, 5)}
+
+
+def test_parquet_cells_that_cannot_be_decoded_are_counted_under_any_name(tmp_path):
+    undecodable = pa.StringArray.from_buffers(2, pa.array(["a", "??"]).buffers()[1], pa.py_buffer(b"a\xff\xfe"))
+    pq.write_table(pa.table({"text": undecodable, "label": [1, 2]}), tmp_path / "a.parquet")
+    loaded, report = load(tmp_path / "a.parquet", prompt="text", answer="label")
+    assert [p.prompt for p in loaded] == ["a"] and report.skipped == {"prompt is not valid Unicode": Skip(1, 2)}
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda v: st.lists(v, max_size=2) | st.dictionaries(st.sampled_from("ab"), v, max_size=2),
+    max_leaves=5,
+)
+paths = st.sampled_from(["a", "b", "a.b", "a.a.b", "{a}{b.a}", "{}", "."])
+
+
+@given(
+    st.dictionaries(st.sampled_from("ab"), values), st.builds(ColumnsConfig, paths, paths, paths, paths, st.none() | st.sampled_from("ab#"))
+)
+def test_any_row_under_any_columns_is_a_problem_or_a_bad_row(row, columns):
+    assert column_names(columns)
+    try:
+        problem = problem_from_row(row, columns)
+    except BadRow as e:
+        assert str(e)
+        return
+    assert problem.prompt.strip() if isinstance(problem.prompt, str) else problem.prompt
+    assert problem.answer.strip() and len(problem.answer) <= 1000
+
+
+# In a config
+
+TREE = {"model": {"folder": "m"}, "eval": {"every": 0}}
+
+
+def refusal(data, tree=TREE):
+    with pytest.raises(ConfigError) as e:
+        config_from_dict({**tree, "data": data})
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_columns_are_kept_by_data_set(tmp_path):
+    columns = {"a.jsonl": {"prompt": "q.text"}, "b": {"answer": "key", "answer_after": "####"}}
+    tree = {
+        **TREE,
+        "data": {"train": {"a.jsonl": 1, "gs://x/b.parquet": 2.5}, "columns": columns},
+        "eval": {"every": 0, "sets": {"e": "b"}},
+    }
+    config = config_from_dict(tree)
+    assert config.data.columns["b"] == ColumnsConfig(answer="key", answer_after="####")
+    assert config.data.train == {"a.jsonl": 1.0, "gs://x/b.parquet": 2.5} and isinstance(config.data.train["a.jsonl"], float)
+    (tmp_path / "c.yaml").write_text(dump_yaml(config))
+    assert load_config(tmp_path / "c.yaml") == config
+    assert load_config(tmp_path / "c.yaml", ["data.train=a.jsonl"]).data.train == "a.jsonl"
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        ({"columns": {"other": {"prompt": "q"}}}, "data.columns.other: is no data set of data.train or eval.sets"),
+        ({"columns": {"arithmetic": {"promt": "q"}}}, "data.columns.arithmetic.promt: unknown key; did you mean 'prompt'?"),
+        ({"columns": {"arithmetic": {"prompt": " "}}}, "data.columns.arithmetic.prompt: is empty; name a column"),
+        ({"columns": {"arithmetic": "q"}}, "data.columns.arithmetic: expected a mapping, got 'q'"),
+        ({"train": {}}, "data.train: is empty; name a data set"),
+        ({"train": {"a.jsonl": 0}}, "data.train.a.jsonl: a weight must be above 0, got 0; leave the data set out instead"),
+        ({"train": {"a.jsonl": -1}}, "data.train.a.jsonl: a weight must be above 0, got -1"),
+        ({"train": {"a.jsonl": "1"}}, "data.train.a.jsonl: expected a number, got '1'"),
+        ({"train": {"a.jsonl": float("inf")}}, "data.train.a.jsonl: must be finite"),
+        ({"train": {"a\0.jsonl": 1}}, "contains a NUL character"),
+        ({"train": {"https://me:secret@host/a.jsonl": 1}}, "holds the user name or password of a URL"),
+        ({"train": ["a.jsonl"]}, "data.train: expected text or a mapping, got ['a.jsonl']"),
+        ({"train": None}, "data.train: expected text or a mapping, got null"),
+    ],
+)
+def test_what_no_config_may_say(data, said):
+    found = refusal(data)
+    assert said in found and "me:secret" not in found
