@@ -20,14 +20,14 @@ from dapo_jax.config import ConfigError, flatten, load_config, to_dict
 from dapo_jax.runtime import folder
 from dapo_jax.runtime.curves import running_mean
 from dapo_jax.runtime.folder import Folder, as_path, local_file, read, run_folder, write_whole, writing
-from dapo_jax.runtime.metrics import METRICS, read_metrics
+from dapo_jax.runtime.metrics import METRICS, definition, read_metrics
 from dapo_jax.types import InputError
 
 _POINTS = 1000  # of a curve
 _STRETCHES = 200  # of the stacked seconds, which are means over so many stretches of steps
 _SAMPLE_STEPS = 100  # of a run, and fewer where they do not fit
 _SAMPLE_BYTES = 14_000_000  # of all runs together
-_SPLIT = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s", "time/eval_s", "time/save_s")
+_SPLIT = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s", "time/samples_s", "time/eval_s", "time/save_s")
 _NUMBERS = ("draw", "group_correct", "group_size", "reward", "penalty", "advantage", "length")
 _GROUPS = ("kept", "all_correct", "all_wrong")
 
@@ -65,12 +65,6 @@ def read_run(run_dir: Folder, name: str, sample_bytes: int) -> dict[str, Any]:
         "samples": samples,
         "sample_note": sample_note,
     }
-
-
-def definition(key: str) -> str | None:
-    """What METRICS says of a key, None if it does not know it."""
-    parts = key.split("/")
-    return METRICS.get(f"eval/<set>/{parts[2]}" if parts[0] == "eval" and len(parts) == 3 else key)
 
 
 def points_of(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
