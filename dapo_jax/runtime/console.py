@@ -26,7 +26,7 @@ _COLUMNS = (
     ("clip-%", "policy/clip_fraction_low", 6, 100, ".2f", False),
     ("clip+%", "policy/clip_fraction_high", 6, 100, ".2f", False),
     ("gnorm", "optim/grad_norm", 6, 1, ".3g", True),
-    ("tok/s", "throughput/rollout_tokens_per_s", 7, 1, ".0f", False),
+    ("tok/s", "throughput/rollout_tokens_per_s", 7, 1, ".0f", True),
     ("draw_s", "time/rollout_s", 6, 1, ".1f", False),
     ("train_s", "time/update_s", 7, 1, ".1f", False),
     ("step_s", "time/step_s", 6, 1, ".1f", True),
