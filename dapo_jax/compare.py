@@ -2,8 +2,9 @@
 
     python -m dapo_jax.compare A.json B.json          files that `python -m dapo_jax.evaluate --json` wrote
 
-Both evaluations have to be of the same problems; where they were sampled or judged in different ways, that is said. What is compared is B - A, problem by problem: easy and hard problems are in both, so
-their spread does not count as noise, as it would if two standard errors were added.
+Both evaluations have to be of the same problems; where they were sampled or judged in different ways, that is said. What is compared is
+B - A, problem by problem: easy and hard problems are in both, so their spread does not count as noise, as it would if two standard
+errors were added.
 """
 
 import argparse

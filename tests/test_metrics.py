@@ -33,8 +33,8 @@ def test_table_has_the_public_keys_and_units_in_their_names():
         "throughput/rollout_tokens_per_s throughput/train_tokens_per_s eval/<set>/avg eval/<set>/avg_se eval/<set>/pass eval/<set>/cons"
     ).split()
     assert set(public) <= METRICS.keys()
-    for key, definition in METRICS.items():
-        assert re.fullmatch(r"[a-z]+/(<set>/)?[a-z_]+(<k>(_se)?)?", key) and len(definition) > 10 and not definition.endswith(".")
+    for key, meaning in METRICS.items():
+        assert re.fullmatch(r"[a-z]+/(<set>/)?[a-z_]+(<k>(_se)?)?", key) and len(meaning) > 10 and not meaning.endswith(".")
         assert key.startswith("time/") == (key.endswith("_s") and not key.endswith("_per_s"))
         assert key.startswith("throughput/") == key.endswith("_per_s")
 
