@@ -31,7 +31,7 @@ Kind = Literal["wandb", "mlflow"]
 Send = Callable[[int, Mapping[str, float]], None]  # (step, numbers)
 
 _WAITING = 1000  # lines at most; a tracker that falls further behind loses some
-_PATIENCE_S = 10.0  # at the end of a run, for lines that are under way
+_PATIENCE_S = 30.0  # at the end of a run, for lines that are under way; all is saved by then
 _KEYS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 _PARAMS = 100  # that MLflow takes at a time
 _VALUE = 500  # characters of a parameter that every MLflow takes
