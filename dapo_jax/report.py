@@ -278,7 +278,7 @@ def run_names(run_dirs: Sequence[Folder]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes one HTML page about one run or several: curves, samples with the log-prob and clip state of each token, comparison. It loads nothing."""
+    """Writes one HTML page about one run or several: curves, samples with log-prob and clip state of each token, comparison."""
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.report", description=main.__doc__)
     parser.add_argument("--run-dir", required=True, nargs="+", help="run folders of dapo_jax.train; may still be at work")
     parser.add_argument("--out", help="file to write; report.html in the first run folder if not given")
