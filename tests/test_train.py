@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from test_tracker import install
 
 from dapo_jax import cli, evaluate, export, supervised, train
 from dapo_jax.config import load_config
@@ -172,11 +174,16 @@ def test_ratios_of_samples_are_those_of_the_weights_after_the_last_update(config
     assert {state for row in trained.values() for *_, state in row["tokens"]} == {"", "low", "high"}
 
 
-def test_a_quiet_run_says_one_line(config, tmp_path, capfd):
-    quick = ("--set", "train.steps=1", "--set", "supervised.updates=1", "--set", "train.samples_per_step=0")
+def test_a_quiet_run_says_one_line_and_a_tracker_gets_its_lines(config, tmp_path, capfd, monkeypatch):
+    lines = []
+    run = SimpleNamespace(define_metric=lambda *a, **k: None, log=lines.append, finish=lambda: None)
+    install(monkeypatch, "wandb", init=lambda **given: run, Settings=dict)
+    quick = ("train.steps=1", "supervised.updates=1", "train.samples_per_step=0", "train.tracker=wandb")
+    quick = [word for setting in quick for word in ("--set", setting)]
     assert verb(train, "--config", config, "--run-dir", tmp_path / "run", "--quiet", *quick) == 0
     (line,) = capfd.readouterr().out.splitlines()
     assert line.startswith("done: 1 steps, 2 updates, ") and "; heldout 0." in line
+    assert lines == read_metrics(tmp_path / "run") and len(lines) == 2
     assert verb(evaluate, "--config", config, "--run-dir", tmp_path / "run", "--quiet") == 0
     (line,) = capfd.readouterr().out.splitlines()
     assert line.startswith("eval heldout: avg@2 ") and len(line) < 90
@@ -278,8 +285,9 @@ def test_evaluation_of_run_and_of_its_export_agree(finished, tmp_path, capsys):
     assert "avg@2" in capsys.readouterr().out
 
 
-def test_supervised_writes_a_folder_that_train_starts_from(config, tmp_path):
-    assert verb(supervised, "--config", config, "--out", tmp_path / "warm") == 0
+def test_supervised_writes_a_folder_that_train_starts_from(config, tmp_path, capfd):
+    assert verb(supervised, "--config", config, "--out", tmp_path / "warm", "--quiet") == 0
+    assert capfd.readouterr().out == f"wrote {tmp_path / 'warm'}\n"
     assert verb(supervised, "--config", config, "--out", tmp_path / "warm") == 2  # not overwritten
     start = ("model.architecture=null", f"model.folder={tmp_path / 'warm'}", "supervised.updates=0", "train.steps=1", "eval.every=0")
     assert run_train(config, tmp_path / "run", *start) == 0
