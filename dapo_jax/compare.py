@@ -2,8 +2,9 @@
 
     python -m dapo_jax.compare A.json B.json          files that `python -m dapo_jax.evaluate --json` wrote
 
-Both evaluations have to be of the same problems. What is compared is B - A, problem by problem: easy and hard problems are in both, so
-their spread does not count as noise, as it would if two standard errors were added.
+Both evaluations have to be of the same problems; where they were sampled or judged in different ways, that is said. What is compared is
+B - A, problem by problem: easy and hard problems are in both, so their spread does not count as noise, as it would if two standard
+errors were added.
 """
 
 import argparse
@@ -14,10 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import bootstrap
 
+from dapo_jax.config import printable
 from dapo_jax.types import InputError
 
 RESAMPLES = 9999
 CONFIDENCE = 0.95
+_FEWEST = 10  # problems: of fewer, resampling makes intervals that are far too narrow
+_WAYS = ("verifier", "samples_per_problem", "temperature", "top_p")
 
 
 class Difference(NamedTuple):
@@ -56,11 +60,12 @@ def paired_difference(first: dict[str, float], second: dict[str, float]) -> Diff
     return Difference(mean, float(low), float(high), float(found.standard_error), len(differences))
 
 
-def _load(path: str) -> dict[str, dict[str, float]]:
-    """Accuracies by set and problem. InputError if the file is no result of `evaluate`."""
+def _load(path: str) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Accuracies by set and problem, and how they came about. InputError if the file is no result of `evaluate`."""
     try:
         found = json.loads(Path(path).read_bytes())
-        return {name: _accuracies(result["accuracies"]) for name, result in found["sets"].items()}
+        accuracies = {name: _accuracies(result["accuracies"]) for name, result in found["sets"].items()}
+        return accuracies, {way: found[way] for way in _WAYS if way in found}
     except OSError as e:
         raise InputError(f"{path}: cannot read ({e.strerror}); give a file that `dapo_jax.evaluate --json` wrote") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -80,16 +85,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("first", metavar="A.json", help="what `python -m dapo_jax.evaluate --json` wrote")
     parser.add_argument("second", metavar="B.json", help="the same for another run, step or model")
     args = parser.parse_args(argv)
-    first, second = _load(args.first), _load(args.second)
+    (first, first_ways), (second, second_ways) = _load(args.first), _load(args.second)
     common = [name for name in first if name in second]
     if not common:
         raise InputError(f"{args.second}: has no set of {args.first} ({', '.join(first)}); evaluate the same eval.sets")
+    for way in _WAYS:
+        if way in first_ways and way in second_ways and first_ways[way] != second_ways[way]:
+            print(printable(f"note: {way} is {first_ways[way]!r} in {args.first}, {second_ways[way]!r} in {args.second}"))
     for name in common:
         try:
             d = paired_difference(first[name], second[name])
         except ValueError:
             raise InputError(f"{args.second}: set {name} is of other problems than in {args.first}; evaluate the same eval.sets") from None
         verdict = "better" if d.low > 0 else "worse" if d.high < 0 else "no difference shown"
+        verdict = "too few problems to tell" if d.problems < _FEWEST else verdict
         a, b = (float(np.mean(list(accuracies[name].values()))) for accuracies in (first, second))
         print(f"{name}: {a:.3f} → {b:.3f}, {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] (95%, paired over {d.problems} problems): {verdict}")
     return 0

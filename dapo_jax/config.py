@@ -227,6 +227,7 @@ class TrainSection:
     save_every: int = 10  # rollout steps between checkpoints; also after the last
     keep_checkpoints: int = 3  # newest so many are kept
     samples_per_step: int = 8  # responses written to samples/ each step
+    tracker: Literal["wandb", "mlflow"] | None = None  # also send metrics to Weights & Biases or MLflow; null is TensorBoard alone
     stall_timeout_s: float | None = 1800.0  # seconds without a segment, update or save after which a process ends; null never
     profile_start: int | None = None  # first rollout step that is traced into profile/; null is none
     profile_steps: int = 1  # how many are traced

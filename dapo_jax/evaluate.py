@@ -24,10 +24,10 @@ from dapo_jax.reward.verify import extract_answer
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.console import make_console, progress
 from dapo_jax.runtime.folder import run_folder, write_result
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, publisher
-from dapo_jax.runtime.metrics import progress
 from dapo_jax.types import InputError, Params, Prompt, Request
 
 
@@ -48,22 +48,27 @@ def consensus(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
 
 
 def estimates(correct: np.ndarray, answers: Sequence[Sequence[str | None]]) -> dict[str, float]:
-    """avg@k with its standard error, pass@k and cons@k.
+    """avg@n, pass@n, cons@n, and pass@k for k = 1, 2, 4, ... and n, as `pass_at_<k>`; each a mean over problems with its standard error.
 
-    The standard error is over problems, std of the problems' accuracies / √Q: samples of one problem are no
-    independent evidence.
+    The standard error is over problems, std of the problems' values / √Q: samples of one problem are no independent evidence.
 
     Args:
-      correct: bool [Q, k]. answers: Q lists of k extracted answers, None where a response has none.
+      correct: bool [Q, n]. answers: Q lists of n extracted answers, None where a response has none.
     """
-    per_problem = np.asarray(correct, np.float64).mean(axis=1)
-    q, k = np.shape(correct)
-    return {
-        "avg": float(per_problem.mean()),
-        "avg_se": float(per_problem.std(ddof=1) / math.sqrt(q)) if q > 1 else 0.0,
-        "pass": float(np.mean([pass_at_k(k, int(c.sum()), k) for c in correct])),
-        "cons": float(np.mean([consensus(a, c) for a, c in zip(answers, correct, strict=True)])),
+    n = np.shape(correct)[1]
+    right = np.sum(correct, axis=1).tolist()
+    of_problems = {
+        "avg": [c / n for c in right],
+        "pass": [pass_at_k(n, c, n) for c in right],
+        "cons": [consensus(a, c) for a, c in zip(answers, correct, strict=True)],
+        **{f"pass_at_{k}": [pass_at_k(n, c, k) for c in right] for k in [*(2**i for i in range((n - 1).bit_length())), n]},
     }
+    return {key: number for name, values in of_problems.items() for key, number in _mean(name, values).items()}
+
+
+def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
+    q = len(values)
+    return {name: float(np.mean(values)), f"{name}_se": float(np.std(values, ddof=1) / math.sqrt(q)) if q > 1 else 0.0}
 
 
 def evaluate_set(
@@ -112,9 +117,12 @@ def evaluate_set(
             "sample": q.sample,
             "answer": prompts[q.draw].problem.answer,
             "response": text,
+            "extracted": answers[q.draw][q.sample],
             "correct": v.correct,
+            "length": len(r.tokens),
+            "truncated": bool(r.truncated),
         }
-        for q, text, v in zip(requests, texts, verdicts, strict=True)
+        for q, text, r, v in zip(requests, texts, responses, verdicts, strict=True)
     ]
     return metrics, rows
 
@@ -129,16 +137,16 @@ def evaluate_sets(
     pool: RewardPool,
     guard: Guard,
     say: Callable[[str], None],
+    bars: bool = False,
 ) -> dict[str, tuple[dict[str, float], list[dict[str, Any]]]]:
     """`evaluate_set` on each set, with a line for people. Returns (metrics, rows) by set."""
     k, results = config.eval.samples_per_problem, {}
     for name, prompts in sets.items():
-        with progress(len(prompts) * k, f"eval {name}", enabled=multihost.is_main()) as bar:
+        with progress(len(prompts) * k, f"eval {name}", enabled=bars) as bar:
             m, rows = evaluate_set(prompts, config, engine=engine, params=params, policy=policy, pool=pool, guard=guard, on_done=bar.update)
         say(
-            f"eval {name}: avg@{k} {m['avg']:.3f} ± {m['avg_se']:.3f}  pass@{k} {m['pass']:.3f}  cons@{k} {m['cons']:.3f}  "
-            f"length {m['response_len_mean']:.0f}, {m['truncated_fraction']:.1%} truncated  "
-            f"({len(prompts)} problems, {config.reward.verifier} verifier)"
+            f"eval {name}: avg@{k} {m['avg']:.3f} ± {m['avg_se']:.3f}, pass@{k} {m['pass']:.3f}, cons@{k} {m['cons']:.3f}, "
+            f"{m['response_len_mean']:.0f} tokens, {m['truncated_fraction']:.1%} cut"
         )
         results[name] = m, rows
     return results
@@ -179,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="OUT", help="also write the results to this file; `python -m dapo_jax.compare` reads two of them")
     parser.add_argument("--samples", metavar="OUT", help="also write every response and its verdict to this file, a JSON object a line")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. eval.samples_per_problem=8")
+    parser.add_argument("--quiet", action="store_true", help="only warnings, errors and a line of each set")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     if not config.eval.sets:
@@ -186,7 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     run_dir = run_folder(args.run_dir) if args.run_dir else None
     policy = load_policy(config, args.model)
     multihost.initialize()
-    say = print if multihost.is_main() else lambda line: None
+    console = make_console(main=multihost.is_main(), quiet=args.quiet)
+    say = console.say
     sets = load_sets(config, policy, say)
     mesh = make_mesh(config.mesh)
     say(describe(policy, mesh))
@@ -198,10 +208,14 @@ def main(argv: list[str] | None = None) -> int:
     weights = publisher(params, mesh, policy.model.compute_dtype)(params)
     engine = make_engine(config, policy, mesh, eval_sampling(config))
     with Guard(config.train.stall_timeout_s) as guard, RewardPool(config.reward) as pool:
-        found = evaluate_sets(sets, config, engine=engine, params=weights, policy=policy, pool=pool, guard=guard, say=say)
+        found = evaluate_sets(
+            sets, config, engine=engine, params=weights, policy=policy, pool=pool, guard=guard, say=console.tell, bars=console.bars
+        )
     results = {
         "step": step,
         "samples_per_problem": config.eval.samples_per_problem,
+        "temperature": config.eval.temperature,
+        "top_p": config.eval.top_p,
         "verifier": config.reward.verifier,
         "sets": {name: {"problems": len(sets[name]), **m, "accuracies": accuracies(rows)} for name, (m, rows) in found.items()},
     }

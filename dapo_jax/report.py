@@ -20,16 +20,17 @@ from dapo_jax.config import ConfigError, flatten, load_config, to_dict
 from dapo_jax.runtime import folder
 from dapo_jax.runtime.curves import running_mean
 from dapo_jax.runtime.folder import Folder, as_path, local_file, read, run_folder, write_whole, writing
-from dapo_jax.runtime.metrics import METRICS, read_metrics
+from dapo_jax.runtime.metrics import METRICS, definition, read_metrics
 from dapo_jax.types import InputError
 
 _POINTS = 1000  # of a curve
 _STRETCHES = 200  # of the stacked seconds, which are means over so many stretches of steps
 _SAMPLE_STEPS = 100  # of a run, and fewer where they do not fit
 _SAMPLE_BYTES = 14_000_000  # of all runs together
-_SPLIT = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s", "time/eval_s", "time/save_s")
+_SPLIT = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s", "time/samples_s", "time/eval_s", "time/save_s")
 _NUMBERS = ("draw", "group_correct", "group_size", "reward", "penalty", "advantage", "length")
 _GROUPS = ("kept", "all_correct", "all_wrong")
+_STATES = ("", "low", "high", "dual")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ def read_run(run_dir: Folder, name: str, sample_bytes: int) -> dict[str, Any]:
         "options": options,
         "planned": options and options["train.steps"],
         "dynamic_sampling": options and options["dapo.dynamic_sampling"],
-        "clip": options and [options["dapo.clip_eps_low"], options["dapo.clip_eps_high"]],
+        "clip": options and [options["dapo.clip_eps_low"], options["dapo.clip_eps_high"], options["dapo.dual_clip"]],
         **{key: counter(records, key) for key in ("step", "updates", "draws")},
         "series": {key: series(key, *found) for key, found in points.items()},
         "split": split(records),
@@ -65,12 +66,6 @@ def read_run(run_dir: Folder, name: str, sample_bytes: int) -> dict[str, Any]:
         "samples": samples,
         "sample_note": sample_note,
     }
-
-
-def definition(key: str) -> str | None:
-    """What METRICS says of a key, None if it does not know it."""
-    parts = key.split("/")
-    return METRICS.get(f"eval/<set>/{parts[2]}" if parts[0] == "eval" and len(parts) == 3 else key)
 
 
 def points_of(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -220,18 +215,22 @@ def sample(line: bytes) -> dict[str, Any] | None:
         return None
     found = {key: row[key] for key in _NUMBERS if is_number(row.get(key))}
     found |= {key: row[key] for key in ("id", "answer") if isinstance(row.get(key), str)}
-    found |= {key: row[key] for key in ("correct", "truncated") if isinstance(row.get(key), bool)}
+    found |= {key: row[key] for key in ("correct", "truncated", "trained") if isinstance(row.get(key), bool)}
     found |= {"group": row["group"]} if row.get("group") in _GROUPS else {}
     found["turns"] = turns(row.get("prompt"))
     tokens = row.get("tokens")
-    if isinstance(tokens, list) and all(map(is_scored_text, tokens)) and "".join(text for text, _ in tokens) == row["response"]:
+    if isinstance(tokens, list) and all(map(is_scored_text, tokens)) and "".join(text for text, *_ in tokens) == row["response"]:
         return found | {"tokens": tokens}
     return found | {"response": row["response"]}
 
 
-def is_scored_text(pair: Any) -> bool:
-    """[text, log-prob], or [text, None]."""
-    return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and (pair[1] is None or is_number(pair[1]))
+def is_scored_text(entry: Any) -> bool:
+    """[text, log-prob], or [text, None], or [text, log-prob, ratio, clip state] of a response that was trained on."""
+    if not isinstance(entry, list) or len(entry) not in (2, 4) or not isinstance(entry[0], str):
+        return False
+    if len(entry) == 4:
+        return is_number(entry[1]) and is_number(entry[2]) and entry[3] in _STATES
+    return entry[1] is None or is_number(entry[1])
 
 
 def turns(prompt: Any) -> list[list[str]]:
@@ -279,7 +278,7 @@ def run_names(run_dirs: Sequence[Folder]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes one HTML page about one run or several: curves, samples with the log-prob of each token, comparison. It loads nothing."""
+    """Writes one HTML page about one run or several: curves, samples with log-prob and clip state of each token, comparison."""
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.report", description=main.__doc__)
     parser.add_argument("--run-dir", required=True, nargs="+", help="run folders of dapo_jax.train; may still be at work")
     parser.add_argument("--out", help="file to write; report.html in the first run folder if not given")

@@ -40,6 +40,7 @@ class UnderWay(NamedTuple):
 
     drawn: dict[str, float]  # metrics of what it drew
     sums: list[dict[str, Any]]  # metric sums of its updates so far, on devices or host
+    shown: Sequence[Mapping[str, Any]]  # rows of `samples.sample_rows`
 
 
 @dataclasses.dataclass
@@ -70,7 +71,7 @@ class Run:
 
 def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data_digest: str) -> None:
     """Writes a checkpoint, of a whole step or of one under way. Nothing to do where this step is there already."""
-    host = {"progress": run.at, "config": config, "data_digest": data_digest}
+    host: dict[str, Any] = {"progress": run.at, "config": config, "data_digest": data_digest}
     arrays = run.buffer.state() | run.memory.state() | open_state(run.left_open)
     if run.at.begun and run.under_way is None:
         if checkpoints.latest_step() != run.at.step:
@@ -78,7 +79,7 @@ def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data_
         return
     if run.under_way is not None:
         sums = fetched(run.under_way.sums)
-        host |= {"drawn": run.under_way.drawn, "sums": sorted(sums[0]) if sums else []}
+        host |= {"drawn": run.under_way.drawn, "sums": sorted(sums[0]) if sums else [], "shown": list(run.under_way.shown)}
         if sums:  # arrays, for what a skipped update summed up may be no number that JSON knows
             arrays["under_way_sums"] = np.array([[s[name] for name in sorted(s)] for s in sums], np.float64)
     checkpoints.save_interrupted(run.at.step, run.state, host, arrays)
@@ -113,7 +114,7 @@ def restore(
         run.buffer.restore(arrays, {p.problem.id: p.problem for p in prompts})
         run.memory.restore(arrays)
         run.left_open = restore_open(arrays, prompts, policy)
-        run.under_way = UnderWay(host["drawn"], _sums(host["sums"], arrays)) if "drawn" in host else None
+        run.under_way = UnderWay(host["drawn"], _sums(host["sums"], arrays), host.get("shown", ())) if "drawn" in host else None
     elif not allow_change:
         raise InputError(
             "data.train: is not the data set that the run was started with; use that one, or set data.allow_change to go on with "

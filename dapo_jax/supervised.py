@@ -18,6 +18,7 @@ from dapo_jax.model.weights import check_new, save_pretrained
 from dapo_jax.policy import Policy, describe, load_params, load_policy, row_len
 from dapo_jax.programs import supervised_programs
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.console import make_console
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, put_rows, row_shards
 from dapo_jax.types import InputError, Prompt, TrainState
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="YAML config; its `supervised`, `data` and `model` sections are used")
     parser.add_argument("--out", required=True, help="folder to write: config, safetensors, tokenizer")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. supervised.updates=500")
+    parser.add_argument("--quiet", action="store_true", help="only warnings, errors and the last line")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     if not config.supervised.updates:
@@ -87,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     prompts, _ = make_prompts(problems, policy.tokenizer, config.data)
     multihost.initialize()
     mesh = make_mesh(config.mesh)
-    say = print if multihost.is_main() else lambda line: None
+    console = make_console(main=multihost.is_main(), quiet=args.quiet)
+    say = console.say
     for report in reports:
         say(report.summary())
     say(describe(policy, mesh))
@@ -99,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     host_params = multihost.fetch(warmed.params)
     if multihost.is_main():
         save_pretrained(args.out, policy.model, host_params, source_folder=config.model.folder, tokenizer=policy.tokenizer)
-    say(f"wrote {args.out}")
+    console.tell(f"wrote {args.out}")
     return 0
 
 

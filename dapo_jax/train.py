@@ -36,25 +36,18 @@ from dapo_jax.resume import Progress, Run, UnderWay, fetched, restore, save
 from dapo_jax.reward.pool import RewardPool, error_counts
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import Checkpoints
+from dapo_jax.runtime.console import StepTable, make_console, progress
 from dapo_jax.runtime.curves import plot_curves
 from dapo_jax.runtime.folder import Folder, local_file, read, run_folder, write_whole, writing
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.lock import locked
 from dapo_jax.runtime.mesh import make_mesh, published_as_it_is, put_rows, row_shards
-from dapo_jax.runtime.metrics import (
-    VOLATILE,
-    MetricsLog,
-    header_line,
-    peak_memory,
-    progress,
-    step_line,
-    timed,
-    write_samples,
-)
+from dapo_jax.runtime.metrics import VOLATILE, MetricsLog, peak_memory, read_metrics, timed, write_samples
 from dapo_jax.runtime.profile import Profiler
-from dapo_jax.samples import sample_rows
+from dapo_jax.runtime.tracker import Tracker, check_tracker
+from dapo_jax.samples import sample_rows, with_ratios
 from dapo_jax.supervised import solution_items, warm_up
-from dapo_jax.types import Group, InputError, Prompt, RunError, SharedError, Stopped, TrainBatch
+from dapo_jax.types import Group, InputError, Prompt, Response, RunError, SharedError, Stopped, TrainBatch
 
 # Config that may change between the runs of one run folder: how long, how watched, how spread; not what is learned.
 _MAY_CHANGE = (
@@ -76,19 +69,22 @@ _MAY_CHANGE = (
     "train.save_every",
     "train.stall_timeout_s",
     "train.steps",
+    "train.tracker",
 )
 
 _MAX_ROLLBACKS = 5  # of a run, before it gives up
 
-_PHASES = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s")
+_PHASES = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s", "time/samples_s")
 
 
-def train(config: Config, run_dir: Folder) -> None:
-    """Runs a whole DAPO training into `run_dir`, or goes on with the one that is there."""
+def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
+    """Runs a whole DAPO training into `run_dir`, or goes on with the one that is there. quiet: says only what must be known."""
     d, algo = config.data, config.dapo
-    say = functools.partial(print, flush=True) if multihost.is_main() else lambda *line: None
+    console = make_console(main=multihost.is_main(), quiet=quiet)
+    say = console.say
 
     # ---- Problems, prompts and policy: all that can be wrong is found before a device works -------------------------
+    check_tracker(config.train.tracker, run_dir)
     policy = load_policy(config)
     problems, reports = load_training(d)
     prompts, skipped = make_prompts(problems, policy.tokenizer, d)
@@ -149,7 +145,9 @@ def train(config: Config, run_dir: Folder) -> None:
         )
 
         def evaluate(weights: Any) -> dict[str, float]:
-            found = evaluate_sets(eval_sets, config, engine=eval_engine, params=weights, policy=policy, pool=pool, guard=guard, say=say)
+            found = evaluate_sets(
+                eval_sets, config, engine=eval_engine, params=weights, policy=policy, pool=pool, guard=guard, say=say, bars=console.bars
+            )
             return {f"eval/{name}/{key}": value for name, (result, _) in found.items() for key, value in result.items()}
 
         # ---- Where the run stands: a checkpoint, or the start -------------------------------------------------------
@@ -157,8 +155,9 @@ def train(config: Config, run_dir: Folder) -> None:
             say(f"resumed from the checkpoint of {run.where}: {run.at.updates} updates, {run.at.draws} draws before it")
         else:
             run.state = programs.init_optimizer(load_params(config, policy, mesh))
-        log = MetricsLog(run_dir, resume_step=run.at.step if run.at.begun else None, enabled=multihost.is_main())
-        with log, saving_at_an_end(run, save_run):
+        tracker = Tracker(config.train.tracker if multihost.is_main() else None, run_dir, flatten(to_dict(config)), console.tell)
+        log = MetricsLog(run_dir, resume_step=run.at.step if run.at.begun else None, enabled=multihost.is_main(), copy=tracker.send)
+        with tracker, log, saving_at_an_end(run, save_run):
             if (warm := config.supervised.updates) > run.at.warmed:
                 for updates, state in warm_up(config, policy, run.state, solutions, mesh, say, run.at.warmed):
                     run.state = state if updates < warm else programs.init_optimizer(state.params)
@@ -178,7 +177,7 @@ def train(config: Config, run_dir: Folder) -> None:
             # ---- Rollout steps --------------------------------------------------------------------------------------
             seed = jax.random.key(config.seed)
             saving: dict[str, float] = {}
-            say(header_line())
+            table = StepTable(config.train.steps)
             while run.at.step < config.train.steps:
                 step = run.at.step + 1
                 guard.doing = f"step {step}"
@@ -190,7 +189,7 @@ def train(config: Config, run_dir: Folder) -> None:
                     if run.under_way is None:
                         drawn = Drawn([], [], run.at.cursor, 0, list(run.left_open), [])
                         if missing := run.buffer.missing():
-                            with progress(None, f"rollout {step}", enabled=multihost.is_main()) as bar:
+                            with progress(None, f"rollout {step}", enabled=console.bars) as bar:
                                 stream = engine.stream(weights, seed)
                                 drawn = draw_groups(
                                     stream,
@@ -217,10 +216,11 @@ def train(config: Config, run_dir: Folder) -> None:
                         run.stand_after(drawn, groups)
                         if run.buffer.missing() and algo.dynamic_sampling and algo.on_cap == "error":
                             raise StarvedError(run.buffer.cap_message())
-                        run.under_way = UnderWay(draw_metrics(drawn, config), [])
-                        if multihost.is_main():
-                            write_samples(run_dir, step, sample_rows(drawn.groups, config.train.samples_per_step, algo, policy))
-                    drawn_metrics, done = run.under_way
+                        rows = sample_rows(drawn.groups, config.train.samples_per_step, algo, policy)
+                        run.under_way = UnderWay(draw_metrics(drawn, config), [], rows)
+                        if multihost.is_main():  # now, for a step that fails; and again, when it is done
+                            write_samples(run_dir, step, rows)
+                    drawn_metrics, done, shown = run.under_way
                     kept, counts = run.buffer.ready()
 
                     # One pass over what was kept, in mini-batches of whole groups. The weights of rollouts make room.
@@ -228,7 +228,7 @@ def train(config: Config, run_dir: Folder) -> None:
                     rate, already = learning_rate(config.optim, step), len(done)
                     with (
                         timed(times, "time/update_s"),
-                        progress(algo.prompts_per_step, f"update {step}", enabled=multihost.is_main()) as bar,
+                        progress(algo.prompts_per_step, f"update {step}", enabled=console.bars) as bar,
                     ):
                         packed = []
                         for n, (batch, stats) in enumerate(minibatches(kept, config, row_shards(mesh))):
@@ -245,9 +245,13 @@ def train(config: Config, run_dir: Folder) -> None:
                     applied = run.at.updates + sum(not s["skipped"] for s in done)
                     longest, nonfinite = skipped_in_a_row(run.at.nonfinite, done)
                     if longest >= config.optim.max_nonfinite_updates:
-                        go_back(run, longest, config, restore_run, log, say)
+                        go_back(run, longest, config, restore_run, log, console.tell)
                         weights = publish(run.state.params)
                         continue
+                    with timed(times, "time/samples_s"):
+                        ratios = ratios_of(shown, kept, functools.partial(programs.old_logprobs, run.state.params), config, mesh, guard)
+                        if shown and multihost.is_main():
+                            write_samples(run_dir, step, with_ratios(shown, ratios, algo))
                     weights = publish(run.state.params)
 
                 # Say what happened.
@@ -259,7 +263,7 @@ def train(config: Config, run_dir: Folder) -> None:
                 }
                 metrics |= times | throughput(drawn_metrics, packed[already:], times)
                 last = step == config.train.steps
-                say(step_line(step, config.train.steps, metrics))
+                say(table.line(step, metrics))
                 if eval_sets and config.eval.every and (step % config.eval.every == 0 or last):
                     with timed(times, "time/eval_s"):
                         metrics |= evaluate(weights)
@@ -278,7 +282,7 @@ def train(config: Config, run_dir: Folder) -> None:
 
     if multihost.is_main():
         say(f"curves: {plot_curves(run_dir)}")
-        say(f"done: {run.at.step} steps, {run.at.updates} updates, {run.at.draws} draws in {run_dir}")
+        console.tell(f"done: {run.at.step} steps, {run.at.updates} updates, {run.at.draws} draws in {run_dir}{held_out(run_dir)}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -334,21 +338,46 @@ def score(
     """
     wanted = informative_groups(np.stack([g.correct for g in groups])) | (not config.dapo.dynamic_sampling)
     wanted &= np.array([g.draw >= first_draw for g in groups])
-    flat = [(i, r) for i, group in enumerate(groups) if wanted[i] for r in group.responses]
-    scored: list[np.ndarray] = []
-    for at in range(0, len(flat), config.dapo.responses_per_update):
-        items = [
-            TrainItem(groups[i].prompt.tokens, r.tokens, r.behavior_logprobs, r.behavior_logprobs, 0.0, 0.0)
-            for i, r in flat[at : at + config.dapo.responses_per_update]
-        ]
-        guard.reach("score")
-        batch, stats = pack(items, config, row_shards(mesh))
-        scored += gather_targets(multihost.fetch(score_rows(put_rows(batch, mesh, axis=1))), stats.placement)
-    by_group = iter(scored)
+    flat = [(group.prompt, r) for i, group in enumerate(groups) if wanted[i] for r in group.responses]
+    by_group = iter(score_responses(flat, score_rows, config, mesh, guard))
     return [
         dataclasses.replace(group, old_logprobs=tuple(next(by_group) for _ in group.responses)) if wanted[i] else group
         for i, group in enumerate(groups)
     ]
+
+
+def score_responses(
+    responses: Sequence[tuple[Prompt, Response]], score_rows: Callable[[TrainBatch], Any], config: Config, mesh: Mesh, guard: Guard
+) -> list[np.ndarray]:
+    """The trainer's log-prob of every token of each response, float32 [R] each."""
+    scored: list[np.ndarray] = []
+    for at in range(0, len(responses), config.dapo.responses_per_update):
+        items = [
+            TrainItem(prompt.tokens, r.tokens, r.behavior_logprobs, r.behavior_logprobs, 0.0, 0.0)
+            for prompt, r in responses[at : at + config.dapo.responses_per_update]
+        ]
+        guard.reach("score")
+        batch, stats = pack(items, config, row_shards(mesh))
+        scored += gather_targets(multihost.fetch(score_rows(put_rows(batch, mesh, axis=1))), stats.placement)
+    return scored
+
+
+def ratios_of(
+    shown: Sequence[Mapping[str, Any]],
+    kept: Sequence[Group],
+    score_rows: Callable[[TrainBatch], Any],
+    config: Config,
+    mesh: Mesh,
+    guard: Guard,
+) -> dict[int, np.ndarray]:
+    """r_t = π_θ / π_old of the shown responses that a step has trained on, by draw; θ after its last update. float32 [R] each.
+
+    shown: rows of `sample_rows`, the first response of a group each. kept: the step's groups; π_old is the one of its loss.
+    """
+    draws = {row["draw"] for row in shown}
+    trained = [g for g in kept if g.draw in draws and not (g.responses[0].truncated and config.dapo.overlong_filtering)]
+    scored = score_responses([(g.prompt, g.responses[0]) for g in trained], score_rows, config, mesh, guard)
+    return {g.draw: np.exp(np.minimum(logprobs - g.old_logprobs[0], 80)) for g, logprobs in zip(trained, scored, strict=True)}
 
 
 def minibatches(groups: Sequence[Group], config: Config, shards: int) -> Iterator[tuple[TrainBatch, PackStats]]:
@@ -474,6 +503,14 @@ def throughput(drawn: Mapping[str, float], packed: Sequence[PackStats], seconds:
     return rates
 
 
+def held_out(run_dir: Folder) -> str:
+    """The last held-out accuracy of each set, for the end of a line."""
+    last: dict[str, float] = {}
+    for record in read_metrics(run_dir):
+        last |= {key: value for key, value in record.items() if key.startswith("eval/") and key.endswith(("/avg", "/avg_se"))}
+    return "".join(f"; {key.split('/')[1]} {last[key]:.3f} ± {last.get(f'{key}_se', 0):.3f}" for key in last if key.endswith("/avg"))
+
+
 def check_divides(config: Config, mesh: Mesh) -> None:
     """Rows and slots are split over the mesh, so they must divide. ConfigError if not."""
     shards = row_shards(mesh)
@@ -535,11 +572,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. --set optim.learning_rate=1e-5; may be repeated"
     )
+    parser.add_argument("--quiet", action="store_true", help="only warnings, errors and the last line")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     run_dir = run_folder(args.run_dir)
     multihost.initialize()
-    train(config, run_dir)
+    train(config, run_dir, quiet=args.quiet)
     return 0
 
 

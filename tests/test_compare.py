@@ -58,6 +58,18 @@ def test_what_a_person_sees(tmp_path, capsys):
     assert capsys.readouterr().out.strip().endswith("worse")
 
 
+def test_few_problems_and_other_ways_of_sampling_are_said(tmp_path, capsys):
+    """9 problems that are all better by 1/2 have an interval of no width, which shows nothing; 10 are believed."""
+    for problems, verdict in ((9, "too few problems to tell"), (10, "better")):
+        for name, value, more in (("a", 0.25, {"verifier": "strict"}), ("b", 0.75, {"verifier": "lenient", "temperature": 0.5})):
+            sets = {"heldout": {"accuracies": of([value] * problems)}}
+            (tmp_path / f"{name}.json").write_text(json.dumps({"samples_per_problem": 4, **more, "sets": sets}))
+        assert compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+        note, line = capsys.readouterr().out.splitlines()
+        assert line.endswith(verdict)
+        assert note == f"note: verifier is 'strict' in {tmp_path}/a.json, 'lenient' in {tmp_path}/b.json"
+
+
 @pytest.mark.parametrize(
     "content, said",
     [

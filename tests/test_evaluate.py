@@ -38,11 +38,20 @@ def test_consensus(answers, correct, expected):
 
 
 def test_estimates_by_hand():
-    """Accuracies 1, 1/2, 0, 1/2 of four problems: mean 1/2, std √(1/6), standard error √(1/6) / 2."""
+    """Accuracies 1, 1/2, 0, 1/2 of four problems: mean 1/2, std √(1/6). Three of four pass, two of four have the right consensus."""
     correct = np.array([[True, True], [True, False], [False, False], [False, True]])
     answers = [["1", "1"], ["1", "2"], ["3", None], ["5", "4"]]
-    found = estimates(correct, answers)
-    assert found == pytest.approx({"avg": 0.5, "avg_se": math.sqrt(1 / 6) / 2, "pass": 0.75, "cons": 0.5})
+    avg, passed, cons = (0.5, math.sqrt(1 / 6) / 2), (0.75, 0.25), (0.5, math.sqrt(1 / 3) / 2)
+    expected = {"avg": avg, "pass": passed, "cons": cons, "pass_at_1": avg, "pass_at_2": passed}
+    flat = {name + end: number for name, numbers in expected.items() for end, number in zip(("", "_se"), numbers, strict=True)}
+    assert estimates(correct, answers) == pytest.approx(flat)
+
+
+@pytest.mark.parametrize("samples, ks", [(1, {1}), (2, {1, 2}), (3, {1, 2, 3}), (6, {1, 2, 4, 6}), (32, {1, 2, 4, 8, 16, 32})])
+def test_pass_at_powers_of_two_and_at_all_samples(samples, ks):
+    found = estimates(np.eye(samples, dtype=bool)[:1], [["1"] * samples])
+    assert {int(key[len("pass_at_") :]) for key in found if key.startswith("pass_at_") and not key.endswith("_se")} == ks
+    assert [found[f"pass_at_{k}"] for k in sorted(ks)] == pytest.approx([k / samples for k in sorted(ks)])  # one of n is right
 
 
 def test_standard_error_is_over_problems_not_over_samples():
@@ -53,4 +62,5 @@ def test_standard_error_is_over_problems_not_over_samples():
 
 
 def test_one_problem_has_no_standard_error():
-    assert estimates(np.array([[True, False]]), [["1", "2"]])["avg_se"] == 0.0
+    found = estimates(np.array([[True, False]]), [["1", "2"]])
+    assert {number for key, number in found.items() if key.endswith("_se")} == {0.0}

@@ -2,15 +2,13 @@
 
 import json
 import re
-import sys
 import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dapo_jax.runtime import metrics
-from dapo_jax.runtime.metrics import METRICS, MetricsLog, header_line, progress, read_metrics, step_line, timed, write_samples
+from dapo_jax.runtime.metrics import METRICS, MetricsLog, definition, read_metrics, timed, write_samples
 from dapo_jax.types import InputError
 
 
@@ -35,8 +33,8 @@ def test_table_has_the_public_keys_and_units_in_their_names():
         "throughput/rollout_tokens_per_s throughput/train_tokens_per_s eval/<set>/avg eval/<set>/avg_se eval/<set>/pass eval/<set>/cons"
     ).split()
     assert set(public) <= METRICS.keys()
-    for key, definition in METRICS.items():
-        assert re.fullmatch(r"[a-z]+/(<set>/)?[a-z_]+", key) and len(definition) > 10 and not definition.endswith(".")
+    for key, meaning in METRICS.items():
+        assert re.fullmatch(r"[a-z]+/(<set>/)?[a-z_]+(<k>(_se)?)?", key) and len(meaning) > 10 and not meaning.endswith(".")
         assert key.startswith("time/") == (key.endswith("_s") and not key.endswith("_per_s"))
         assert key.startswith("throughput/") == key.endswith("_per_s")
 
@@ -68,11 +66,26 @@ def test_values_that_are_not_finite_are_left_out_and_said(tmp_path, capsys):
     assert "step 2" in line and "optim/grad_norm, policy/loss" in line
 
 
-@pytest.mark.parametrize("key", ["reward/meen", "loss", "eval/avg", "eval/aime/average", "eval/a/b/avg", "time/x_s"])
+@pytest.mark.parametrize(
+    "key", ["reward/meen", "loss", "eval/avg", "eval/aime/average", "eval/a/b/avg", "eval/a/pass_at_0", "eval/a/pass_at_<k>", "time/x_s"]
+)
 def test_a_key_that_the_table_does_not_define_is_an_error(tmp_path, key):
     with MetricsLog(tmp_path) as log, pytest.raises(ValueError, match=key):
         log.write(1, 0, 0, {"reward/mean": 0.5, key: 1.0})
     assert read_metrics(tmp_path) == []
+
+
+def test_definition_of_a_key():
+    assert definition("reward/mean") == METRICS["reward/mean"]
+    assert definition("eval/a-1.x/pass_at_16") == METRICS["eval/<set>/pass_at_<k>"]
+    assert definition("eval/pass_at_2/pass_at_2_se") == METRICS["eval/<set>/pass_at_<k>_se"]
+    assert definition("step") is None
+
+
+def test_a_copy_gets_what_the_line_gets(tmp_path):
+    copies = []
+    write_steps(tmp_path, [1, 2], copy=lambda step, numbers: copies.append({"step": step, **numbers}))
+    assert copies == read_metrics(tmp_path) and len(copies) == 2
 
 
 def test_other_processes_write_nothing_but_check_their_keys(tmp_path):
@@ -132,29 +145,6 @@ def test_samples(tmp_path):
     first, second = path.read_bytes().decode("utf-8").split("\n")[:-1]
     assert strict_loads(first) == {"id": "a", "response": text, "correct": True, "reward": 0.5, "length": 7}
     assert strict_loads(second) == {"id": "b"} and "π" in first
-
-
-def test_console_columns_line_up_and_show_what_they_say():
-    values = {"reward/accuracy": 0.4567, "reward/mean": -0.25, "policy/clip_fraction_high": 0.0123, "time/update_s": 12.34}
-    header, line, other = header_line(), step_line(7, 320, values), step_line(320, 320, {})
-    assert len(header) == len(line) == len(other) and "\n" not in line
-    shown = {title: line[match.start() : match.end()].strip() for match in re.finditer(r" *\S+", header) if (title := match[0].strip())}
-    expected = {"step": "7/320", "acc%": "45.7", "reward": "-0.250", "clip+%": "1.23", "update_s": "12.3", "kl": "-"}
-    assert {title: shown[title] for title in expected} == expected and len(line) < 140
-    assert {key for _, key, *_ in metrics._COLUMNS} <= METRICS.keys()
-
-
-def test_progress_is_silent_where_there_is_no_terminal(capsys, monkeypatch):
-    with progress(10, "rollout") as bar:
-        bar.update(3)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with progress(10, "rollout") as bar:
-        bar.update(10)
-    assert "rollout" in capsys.readouterr().err
-    with progress(10, "rollout", enabled=False) as bar:
-        bar.update(10)
-    assert capsys.readouterr().err == ""
 
 
 def test_timed_adds_up_also_when_it_fails():

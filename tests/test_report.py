@@ -31,7 +31,8 @@ def record(step: int, rng) -> dict:
 
 
 def evaluation(avg: float, error: float) -> dict:
-    return {"eval/heldout/avg": avg, "eval/heldout/avg_se": error, "eval/heldout/pass": avg, "eval/heldout/cons": avg}
+    names = ("avg", "pass", "cons", "pass_at_1", "pass_at_2")
+    return {f"eval/heldout/{name}{end}": number for name in names for end, number in (("", avg), ("_se", error))}
 
 
 def row(i: int, group: str, text: str, **more) -> dict:
@@ -61,7 +62,9 @@ def make_run(folder, steps: int = 5, text: str = HOSTILE, **overrides):
     (folder / "config.yaml").write_text(dump_yaml(config))
     for step in (steps - 1, steps):
         groups = ("kept", "kept", "all_wrong", "all_correct")
-        write_samples(folder, step, [row(i, group, text) for i, group in enumerate(groups)])
+        rows = [row(i, group, text) for i, group in enumerate(groups)]
+        rows[1] |= {"trained": True, "tokens": [[text[:3], -0.01, 1.5, "high"], [text[3:], -2.5, 1.0, ""]]}
+        write_samples(folder, step, rows)
     return lines
 
 
@@ -125,7 +128,7 @@ def test_the_page_holds_the_numbers_of_the_run(tmp_path, capsys):
     assert run["split"]["steps"] == [1, 2, 3, 4, 5] and seconds["time/save_s"] == run["series"]["time/save_s"]["values"]
     assert list(seconds) == data["parts"] and {"time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s"} < set(seconds)
     assert "vocab_size: 258" in run["config"] and run["config_note"] == ""
-    assert run["clip"] == [0.2, 0.28] and run["dynamic_sampling"] is True
+    assert run["clip"] == [0.2, 0.28, None] and run["dynamic_sampling"] is True
 
 
 def test_held_out_accuracy_first_best_last_and_gain(tmp_path, capsys):
@@ -229,7 +232,8 @@ def test_what_a_model_wrote_stays_text(tmp_path, capsys):
     (run,) = page.data["runs"]
     ((_, before), (_, rows)) = run["samples"]
     assert len(before) == len(rows) == 4
-    assert "".join(text for text, _ in rows[0]["tokens"]) == HOSTILE == rows[0]["answer"] and rows[0]["turns"][0][1].endswith(HOSTILE)
+    assert [entry[2:] for entry in rows[1]["tokens"]] == [[1.5, "high"], [1, ""]] and rows[1]["trained"] is True
+    assert "".join(text for text, *_ in rows[0]["tokens"]) == HOSTILE == rows[0]["answer"] and rows[0]["turns"][0][1].endswith(HOSTILE)
     assert run["config"].startswith("# </script>") and "not read" in run["config_note"]
 
 
@@ -266,11 +270,24 @@ def test_a_sample_of_an_older_run_lacks_what_it_lacks():
 
 
 @pytest.mark.parametrize(
-    "tokens", [None, 3, [["fo", -1.0]], [["four", "x"]], [["four", -1.0, 2]], [[4, -1.0]], [["four", math.inf]], ["four"]]
+    "tokens",
+    [
+        None,
+        3,
+        [["fo", -1.0]],
+        [["four", "x"]],
+        [["four", -1.0, 2]],
+        [["four", -1.0, 2, "x"]],
+        [["four", None, 2, ""]],
+        [[4, -1.0]],
+        [["four", math.inf]],
+        ["four"],
+    ],
 )
 def test_tokens_that_do_not_make_up_the_response_are_not_shown(tokens):
     assert report.sample(json.dumps(row(0, "kept", "four", tokens=tokens)).encode()).keys() >= {"response"}
-    assert "response" not in report.sample(json.dumps(row(0, "kept", "four", tokens=[["four", None]])).encode())
+    for good in ([["four", None]], [["fo", None], ["ur", -1.0, 0.5, "low"]]):
+        assert "response" not in report.sample(json.dumps(row(0, "kept", "four", tokens=good)).encode())
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------------
@@ -330,7 +347,7 @@ def test_in_a_browser(tmp_path, capsys, width):
     with chromium.Browser(tmp_path / "profile", width, dark=width == 390) as browser:
         browser.open(tmp_path / "page.html")
         charts = browser.run("[...document.querySelectorAll('.chart')].map((c) => c.querySelectorAll('.plot path').length)")
-        assert len(charts) == 14 + 2 and min(charts) >= 2  # the curves to watch; the time of a step for each run
+        assert len(charts) == 15 + 2 and min(charts) >= 2  # the curves to watch; the time of a step for each run
         assert browser.run("document.querySelectorAll('.plot path').length === document.querySelectorAll('.plot path[d]').length")
         assert not browser.run("[...document.querySelectorAll('path')].some((p) => /NaN|Infinity|undefined/.test(p.getAttribute('d')))")
         # No element hangs out of the page.
@@ -367,7 +384,28 @@ def test_in_a_browser(tmp_path, capsys, width):
         browser.run("document.querySelector('[data-group=all]').click()")
         units = browser.run("[...document.querySelector('.response').textContent.split('')].map((c) => c.charCodeAt(0))")
         assert units == [ord(char) for char in HOSTILE]
-        assert browser.run("[...document.querySelectorAll('.response i')].slice(0, 2).map((i) => i.className)") == ["p0", "p3"]
+        kinds = "[...document.querySelectorAll('.response i')].slice(0, 4).map((i) => i.className)"
+        assert browser.run(kinds) == ["p0 unknown", "p3 unknown", "p0 high", "p3 free"]
+
+        # Tokens are coloured by probability or by clip state, with a legend, and a token tells both.
+        back = "[...document.querySelectorAll('.response i')].slice(0, 4).map((i) => getComputedStyle(i).backgroundColor)"
+        none = "rgba(0, 0, 0, 0)"
+        by_probability, scales = browser.run(back), browser.run("document.querySelectorAll('#scale i').length")
+        browser.run("document.querySelector('[data-colour=clip]').click()")
+        by_clip = browser.run(back)
+        assert [color == none for color in by_probability] == [True, False, True, False] and scales == 6
+        assert [color == none for color in by_clip] == [True, True, False, True]
+        assert by_clip[2] == browser.run("getComputedStyle(document.querySelector('#scale .high')).backgroundColor")
+        assert (
+            browser.run(
+                "(() => { document.querySelectorAll('.response i')[2].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}));"
+                "return document.getElementById('tip').textContent; })()"
+            )
+            == "log-prob −0.01, probability 0.99ratio 1.5 after the step's updates: clipped from above"
+        )
+        assert browser.run("document.querySelectorAll('.sample')[1].innerText").count("clipped tokens 1") == 1
+        browser.run("document.querySelector('[data-colour=none]').click()")
+        assert set(browser.run(back)) == {none}
         browser.run("document.querySelector('[aria-label=\"Step before\"]').click()")
         assert browser.run(count) == 1 and browser.run("document.querySelector('#step').value") == "0"
         assert browser.run("document.querySelector('.response').textContent") == "four"  # of an older version: without tokens

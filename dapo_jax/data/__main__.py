@@ -16,8 +16,8 @@ from dapo_jax.data.problems import Watch, load_problems
 from dapo_jax.data.prompts import load_tokenizer, prompt_lengths
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.data.stats import length_stats, set_stats, table
+from dapo_jax.runtime.console import progress
 from dapo_jax.runtime.folder import write_result
-from dapo_jax.runtime.metrics import progress
 from dapo_jax.types import InputError, Problem
 
 Found = dict[str, tuple[dict[str, Any], list[Problem]]]  # numbers and problems, by what a data set is called

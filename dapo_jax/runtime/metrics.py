@@ -1,25 +1,25 @@
-"""What a run reports: the table of metric keys, metrics.jsonl, TensorBoard, samples for people, the console line.
+"""What a run reports: the table of metric keys, metrics.jsonl, TensorBoard, samples for people.
 
 <run>/metrics.jsonl             a JSON object a rollout step: step, updates, draws, then metrics; finite numbers only
 <run>/tensorboard/              the same scalars
 <run>/samples/step_000012.jsonl some responses of a step
 
-In a bucket metrics.jsonl and the TensorBoard file are sent whole with every line (`runtime/folder.py`).
+`runtime/tracker.py` may have a copy of the scalars. In a bucket metrics.jsonl and the TensorBoard file are sent whole with every line
+(`runtime/folder.py`).
 """
 
 import contextlib
 import json
 import math
+import re
 import resource
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from dapo_jax.runtime import folder
 from dapo_jax.runtime.folder import Folder, Growing, Staged, as_path, writing
@@ -75,6 +75,7 @@ METRICS: Mapping[str, str] = {
     "time/reward_s": "seconds in which verification held decoding up",
     "time/old_logprobs_s": "seconds of recomputing the log-probs of pi_old",
     "time/update_s": "seconds of updates",
+    "time/samples_s": "seconds of finding which tokens of the samples are clipped, after the last update",
     "time/eval_s": "seconds of evaluation",
     "time/save_s": "seconds that saving the last checkpoint held the run up",
     "time/step_s": "seconds of the whole step",
@@ -85,7 +86,11 @@ METRICS: Mapping[str, str] = {
     "eval/<set>/avg": "avg@k: share of correct responses, mean over problems",
     "eval/<set>/avg_se": "standard error of avg@k over problems",
     "eval/<set>/pass": "pass@k: share of problems with a correct response",
+    "eval/<set>/pass_se": "standard error of pass@k over problems",
     "eval/<set>/cons": "cons@k: share of problems whose most frequent answer is correct",
+    "eval/<set>/cons_se": "standard error of cons@k over problems",
+    "eval/<set>/pass_at_<k>": "pass@k by the unbiased estimator 1 - C(n - c, k) / C(n, k) from c right ones of n, mean over problems",
+    "eval/<set>/pass_at_<k>_se": "standard error of pass_at_<k> over problems",
     "eval/<set>/response_len_mean": "mean response length, tokens",
     "eval/<set>/truncated_fraction": "share of responses that hit the length limit",
 }
@@ -100,13 +105,21 @@ class MetricsLog:
     """Context manager that appends a run's metrics to metrics.jsonl and TensorBoard.
 
     resume_step: the run goes on after this step, so lines of later steps are cut off; None starts afresh and cuts off
-    all that an earlier attempt left. enabled: False does nothing, for processes other than the first.
+    all that an earlier attempt left. enabled: False does nothing, for processes other than the first. copy: gets (step, the numbers of
+    its line) too.
 
     Raises InputError where the folder cannot be written, RunError where a bucket cannot.
     """
 
-    def __init__(self, run_dir: str | Folder, *, resume_step: int | None = None, enabled: bool = True):
-        self._path = as_path(run_dir) / "metrics.jsonl"
+    def __init__(
+        self,
+        run_dir: str | Folder,
+        *,
+        resume_step: int | None = None,
+        enabled: bool = True,
+        copy: Callable[[int, Mapping[str, float]], None] = lambda step, numbers: None,
+    ):
+        self._path, self._copy = as_path(run_dir) / "metrics.jsonl", copy
         self._lines: Growing | None = None
         if enabled:
             self._open(-1 if resume_step is None else resume_step)
@@ -137,7 +150,7 @@ class MetricsLog:
 
         Raises ValueError for a key that METRICS does not define.
         """
-        unknown = [key for key in metrics if not _is_defined(key)]
+        unknown = [key for key in metrics if definition(key) is None]
         if unknown:
             raise ValueError(f"metric {unknown[0]!r} is not in dapo_jax.runtime.metrics.METRICS; define it there")
         if self._lines is None:
@@ -146,13 +159,15 @@ class MetricsLog:
         finite = {key: number for key, number in numbers.items() if math.isfinite(number)}
         if lost := sorted(numbers.keys() - finite.keys()):
             print(f"step {step}: not finite, left out of metrics.jsonl: {', '.join(lost)}")
-        line = json.dumps({"step": int(step), "updates": int(updates), "draws": int(draws), **finite}) + "\n"
+        counters = {"updates": int(updates), "draws": int(draws)}
+        line = json.dumps({"step": int(step), **counters, **finite}) + "\n"
         with writing(self._path):
             self._lines.add(line.encode())
             for key, number in finite.items():
                 self._board.add_scalar(key, number, step)
             self._board.flush()
             self._events.send()
+        self._copy(int(step), counters | finite)
 
 
 def read_metrics(run_dir: str | Folder) -> list[dict[str, Any]]:
@@ -184,9 +199,12 @@ def write_samples(run_dir: str | Folder, step: int, rows: Sequence[Mapping[str, 
     return path
 
 
-def _is_defined(key: str) -> bool:
+def definition(key: str) -> str | None:
+    """What METRICS says of a key, None if it does not know it."""
     parts = key.split("/")
-    return key in METRICS if parts[0] != "eval" else len(parts) == 3 and f"eval/<set>/{parts[2]}" in METRICS
+    if parts[0] == "eval" and len(parts) == 3:
+        key = f"eval/<set>/{re.sub(r'_at_[1-9][0-9]*', '_at_<k>', parts[2])}" if "<" not in parts[2] else ""
+    return METRICS.get(key)
 
 
 def _number(value: Any) -> int | float:
@@ -212,42 +230,8 @@ def _until(path: Folder, last: int) -> bytes:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Console
+# Cost
 # --------------------------------------------------------------------------------------------------------------------
-
-# title, key, width, factor to the unit shown, format
-_COLUMNS = (
-    ("acc%", "reward/accuracy", 5, 100, ".1f"),
-    ("reward", "reward/mean", 7, 1, "+.3f"),
-    ("kept%", "filter/kept_fraction", 5, 100, ".0f"),
-    ("len", "rollout/response_len_mean", 6, 1, ".0f"),
-    ("cut%", "rollout/truncated_fraction", 5, 100, ".1f"),
-    ("entropy", "policy/entropy", 7, 1, ".3f"),
-    ("kl", "policy/approx_kl", 7, 1, ".1e"),
-    ("clip-%", "policy/clip_fraction_low", 6, 100, ".2f"),
-    ("clip+%", "policy/clip_fraction_high", 6, 100, ".2f"),
-    ("gnorm", "optim/grad_norm", 6, 1, ".3g"),
-    ("tok/s", "throughput/rollout_tokens_per_s", 7, 1, ".0f"),
-    ("rollout_s", "time/rollout_s", 9, 1, ".1f"),
-    ("judge_s", "time/reward_s", 7, 1, ".1f"),
-    ("update_s", "time/update_s", 8, 1, ".1f"),
-)
-
-
-def header_line() -> str:
-    """The titles over the columns of `step_line`."""
-    return " ".join([f"{'step':>9}", *(f"{title:>{width}}" for title, _, width, _, _ in _COLUMNS)])
-
-
-def step_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
-    """One line for a person, under the columns of `header_line`; `-` where there is no such metric."""
-    cells = [f"{format(metrics[key] * factor, form) if key in metrics else '-':>{width}}" for _, key, width, factor, form in _COLUMNS]
-    return " ".join([f"{f'{step}/{steps}':>9}", *cells])
-
-
-def progress(total: int | None, description: str, *, enabled: bool = True) -> tqdm:
-    """A progress bar, to be used as a context manager with `.update(n)`: shown on a terminal, nothing elsewhere."""
-    return tqdm(total=total, desc=description, leave=False, dynamic_ncols=True, disable=not (enabled and sys.stderr.isatty()))
 
 
 def peak_memory() -> int:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from dapo_jax.runtime.curves import STYLE, running_mean
-from dapo_jax.runtime.metrics import METRICS
 from dapo_jax.study.ladder import Study
 from dapo_jax.study.summary import Run, curve
 
@@ -67,7 +66,7 @@ def _figure(study: Study, rows: Sequence[dict[int, Run]]) -> Any:
         _band(panels[1], tokens / 1e6, 100 * along, row.name, _COLORS[number])
     for panel, (number, metric) in zip(panels[2:], watched, strict=False):
         factor = 100 if "(%)" in _TITLES.get(metric, "") else 1
-        panel.set_title(_TITLES.get(metric, metric), gid=METRICS.get(metric))
+        panel.set_title(_TITLES.get(metric, metric))
         panel.set_xlabel("rollout step")
         for i in (number - 1, number):
             if i >= 0 and (runs := rows[i]):

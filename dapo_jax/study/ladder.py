@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dapo_jax.config import Config, ConfigError, config_from_dict, merge, printable, read_mapping
-from dapo_jax.runtime.metrics import METRICS
+from dapo_jax.runtime.metrics import definition
 
 _KEYS = ("base", "warm_up", "seeds", "target_accuracy", "ladder")
 _ROW_KEYS = ("name", "set", "watch")
@@ -74,8 +74,8 @@ def load_study(path: str) -> Study:
         added, watch = row.get("set", {}), row.get("watch", [])
         if not isinstance(added, Mapping):
             fail(f"{key}.set", "expected a mapping of config sections")
-        if not isinstance(watch, list) or not all(name in METRICS or name.startswith("eval/") for name in watch):
-            fail(f"{key}.watch", "expected a list of metric names, as in metrics.jsonl")
+        if not isinstance(watch, list) or not all(is_training_metric(name) for name in watch):
+            fail(f"{key}.watch", "expected a list of metrics of training steps, as in metrics.jsonl")
         merged = merge(rows[-1].tree if rows else base, added)
         config_from_dict(merged, f"{where}: {key}")
         rows.append(Row(row["name"], merged, tuple(watch)))
@@ -87,3 +87,8 @@ def load_study(path: str) -> Study:
     if not config.eval.sets or not config.eval.every:
         fail("base.eval", "has no sets, or `every: 0`; a study compares held-out accuracy")
     return Study(None if changes is None else merge(base, changes), tuple(seeds), float(tree["target_accuracy"]), tuple(rows))
+
+
+def is_training_metric(name: Any) -> bool:
+    """Whether rollout steps report it."""
+    return isinstance(name, str) and not name.startswith("eval/") and definition(name) is not None

@@ -1,0 +1,78 @@
+"""What a person sees while a run goes: a table that lines up at both widths, and nothing that a log file could not hold."""
+
+import re
+import sys
+
+import pytest
+
+from dapo_jax.runtime import console
+from dapo_jax.runtime.console import StepTable, make_console, progress
+from dapo_jax.runtime.metrics import METRICS
+
+VALUES = {
+    "reward/accuracy": 0.4567,
+    "reward/mean": -0.25,
+    "policy/clip_fraction_high": 0.0123,
+    "time/update_s": 12.34,
+    "time/step_s": 60.06,
+}
+# As large as numbers of a pod's run get.
+LARGE = dict.fromkeys(METRICS, 1.0) | {"reward/mean": -1.5, "policy/approx_kl": 1.2e-3, "rollout/response_len_mean": 20480.0}
+LARGE |= {"rollout/prompts": 15360, "throughput/rollout_tokens_per_s": 1234567.0, "time/rollout_s": 1234.5, "time/step_s": 2345.6}
+
+
+def cells(titles: str, line: str) -> dict[str, str]:
+    """Each title with what stands under it."""
+    spans = {match[0].strip(): match.span() for match in re.finditer(r" *\S+", titles)}
+    return {title: line[start:end].strip() for title, (start, end) in spans.items()}
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_columns_line_up_and_show_what_they_say(columns):
+    table = StepTable(320, columns)
+    (titles, line), empty, full = table.line(7, VALUES).split("\n"), table.line(320, {}), table.line(320, LARGE)
+    assert len(titles) == len(line) == len(empty) == len(full) < columns
+    shown = cells(titles, line)
+    expected = {"step": "7/320", "acc%": "45.7", "reward": "-0.250", "kl": "-", "step_s": "60.1"}
+    assert expected.items() <= shown.items()
+    assert set(cells(titles, empty).values()) == {"320/320", "-"}
+    assert cells(titles, full)["len"] == "20480"
+    assert ("clip+%" in shown) == (columns == 120) and (columns == 80 or (shown["clip+%"], shown["train_s"]) == ("1.23", "12.3"))
+    assert {key for _, key, *_ in console._COLUMNS} <= METRICS.keys()
+
+
+def test_titles_come_again():
+    table = StepTable(100, 80)
+    lines = [table.line(step, VALUES) for step in range(1, 46)]
+    assert [step for step, line in enumerate(lines, start=1) if "acc%" in line] == [1, 21, 41]
+
+
+def test_a_log_file_has_the_wide_table_and_no_control_characters(capsys):
+    said = make_console(main=True)
+    said.say(StepTable(3).line(1, VALUES))
+    with progress(3, "rollout 1", enabled=said.bars) as bar:
+        bar.update(2)
+    out, err = capsys.readouterr()
+    assert "clip+%" in out and err == "" and all(char.isprintable() or char == "\n" for char in out)
+
+
+def test_a_quiet_run_tells_results_and_other_processes_tell_nothing(capsys):
+    for main, quiet, expected in ((True, False, "going\ndone\n"), (True, True, "done\n"), (False, False, ""), (False, True, "")):
+        said = make_console(main=main, quiet=quiet)
+        said.say("going")
+        said.tell("done")
+        assert capsys.readouterr().out == expected
+        assert said.bars == (main and not quiet)
+
+
+def test_progress_is_silent_where_there_is_no_terminal(capsys, monkeypatch):
+    with progress(10, "rollout") as bar:
+        bar.update(3)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress(10, "rollout") as bar:
+        bar.update(10)
+    assert "rollout" in capsys.readouterr().err
+    with progress(10, "rollout", enabled=False) as bar:
+        bar.update(10)
+    assert capsys.readouterr().err == ""
