@@ -482,6 +482,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Reads a YAML file, applies `section.key=value` overrides, and checks the result.
 
     Raises ConfigError, and nothing else, for anything wrong with file or overrides.
+
+    >>> config = load_config("configs/tiny_cpu.yaml", ["dapo.clip_eps_high=0.2", "optim.learning_rate=1e-5"])
+    >>> config.dapo.clip_eps_high, config.optim.learning_rate, config.dapo.responses_per_prompt
+    (0.2, 1e-05, 8)
     """
     where = printable(str(path))
     tree = _parse_yaml(read_text(path, where or "config", "config", "YAML"), where)

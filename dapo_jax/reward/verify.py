@@ -73,6 +73,9 @@ def normalize_answer(text: str) -> str:
 
     Takes what follows the last `=`; drops articles, blanks, units and TeX wrappers; writes out `\frac12` and `\sqrt3`;
     drops thousands commas.
+
+    >>> normalize_answer(r"x = \boxed{1{,}024} \text{ cm}"), normalize_answer(r"\frac12")
+    ('1024', '\\frac{1}{2}')
     """
     text = text.split("=")[-1]
     if len(text) > _MAX_ANSWER_CHARS:
@@ -100,7 +103,11 @@ def extract_answer(response: str) -> str | None:
 
 
 def strict_verify(response: str, ground_truth: str) -> bool:
-    """Whether the last `Answer:` line in the last 300 characters normalises to the same string as the ground truth."""
+    r"""Whether the last `Answer:` line in the last 300 characters normalises to the same string as the ground truth.
+
+    >>> strict_verify("Answer: 41\nAnswer: $42$", "42"), strict_verify("Answer: 42.0", "42"), strict_verify("It is 42", "42")
+    (True, False, False)
+    """
     return extract_answer(response) == normalize_answer(ground_truth)
 
 
@@ -188,7 +195,14 @@ def _run_file(path: str, source: str) -> types.ModuleType:
 
 
 def check_verdict(value: object) -> Verdict:
-    """What a custom verifier returned, as a Verdict. Raises ValueError that says what is wrong with it."""
+    """What a custom verifier returned, as a Verdict. Raises ValueError that says what is wrong with it.
+
+    >>> check_verdict((True, 1))
+    Verdict(correct=True, score=1.0, error=None)
+    >>> check_verdict((1, 1.0))
+    Traceback (most recent call last):
+    ValueError: correct must be True or False, not int
+    """
     if not isinstance(value, tuple) or len(value) != (3 if isinstance(value, Verdict) else 2):
         length = f" of {len(value)}" if isinstance(value, tuple) else ""
         raise ValueError(f"the reward function must return (correct, score), not {type(value).__name__}{length}")
