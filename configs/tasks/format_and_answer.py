@@ -8,7 +8,7 @@ more or less for the form, so that among right answers those in the right form a
 
 import re
 
-TEMPLATE = "{prompt} Reply as <think>working</think><answer>number</answer>. "
+TEMPLATE = "{prompt}="  # a model that can read is told the form here: "... Reply as <think>working</think><answer>number</answer>."
 
 _FORM = re.compile(r"<think>(?:(?!</?think>|</?answer>).)+</think>\s*<answer>(?:(?!</?think>|</?answer>).)+</answer>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>([^<]*)(?:</answer>|$)")
@@ -22,8 +22,8 @@ def reward(problem, text, length):
     return correct, (1.0 if correct else -1.0) + (0.5 if in_form else -0.5)
 
 
-def write_problems(count=2000, careless=0.5):
-    """Prints chained arithmetic as JSON lines. So many of the solutions, which the warm-up imitates, forget to close their last tag."""
+def write_problems(count=1700, careless=0.5):
+    """Prints sums as JSON lines. So many of the solutions, which the warm-up imitates, forget to close their last tag."""
     import json
     import random
 
@@ -31,7 +31,7 @@ def write_problems(count=2000, careless=0.5):
     from dapo_jax.data.arithmetic import arithmetic_problems
 
     rng = random.Random(0)
-    for p in arithmetic_problems(ArithmeticConfig(count, 128, 2, 2, 7, mistake_rate=0.15), heldout=False):
+    for p in arithmetic_problems(ArithmeticConfig(count, 128, 1, 1, 30, mistake_rate=0.15), heldout=False):
         working, _, answer = p.solution.rpartition("\nAnswer: ")
         solution = f"<think>{working}</think><answer>{answer}" + ("" if rng.random() < careless else "</answer>")
         print(json.dumps({"prompt": p.prompt, "answer": p.answer, "solution": solution}))

@@ -99,7 +99,7 @@ class RewardPool:
     """
 
     def __init__(self, section: RewardSection, source: str | None = None) -> None:
-        source = source or function_source(section.function)
+        source = function_source(section.function) if source is None else source
         self._manager = None if section.verifier == "strict" else _Manager(section, source)
         if self._manager is None:
             return
