@@ -6,11 +6,24 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from dapo_jax import __version__
 from dapo_jax.config import printable
 from dapo_jax.runtime import multihost
 from dapo_jax.types import InputError, NoCheckpointError, RunError, Stopped
 
-VERBS = ("train", "evaluate", "compare", "supervised", "plan", "benchmark", "study", "export", "report", "data", "config")
+VERBS = {
+    "train": "trains a policy with DAPO, or goes on with a run",
+    "evaluate": "held-out accuracy of a run or of a model folder",
+    "compare": "two results of evaluate, paired bootstrap",
+    "supervised": "only the warm-up on worked solutions, to a model folder",
+    "plan": "compiles a config for a TPU pod, with no TPU: does it fit",
+    "benchmark": "speed and memory of loss, rollout, draw, update",
+    "study": "the paper's ablation in miniature: rows, seeds, one table and one figure",
+    "export": "a run's newest checkpoint as a Hugging Face folder",
+    "report": "one HTML page about one run or several",
+    "data": "prepares data sets, and says what is in them",
+    "config": "every config field with its default and meaning",
+}
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:
@@ -50,9 +63,14 @@ def _say(what: object, status: int) -> int:
 
 def main() -> None:
     """`dapo-jax VERB ...` is `python -m dapo_jax.VERB ...`."""
-    if len(sys.argv) < 2 or sys.argv[1] not in VERBS:
-        wanted = len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help")
-        print(f"usage: dapo-jax {{{','.join(VERBS)}}} ...   (dapo-jax VERB --help)", file=sys.stdout if wanted else sys.stderr)
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    if verb == "--version":
+        print(f"dapo_jax {__version__}")
+        sys.exit(0)
+    if verb not in VERBS:
+        lines = ["usage: dapo-jax VERB ...      (dapo-jax VERB --help says more)", ""]
+        lines += [f"  {name:<11} {what}" for name, what in {**VERBS, "--version": "the version of this package"}.items()]
+        wanted = verb in ("-h", "--help")
+        print("\n".join(lines), file=sys.stdout if wanted else sys.stderr)
         sys.exit(0 if wanted else 2)
-    verb = importlib.import_module(f"dapo_jax.{sys.argv[1]}")
-    run(verb.main, sys.argv[2:])
+    run(importlib.import_module(f"dapo_jax.{verb}").main, sys.argv[2:])

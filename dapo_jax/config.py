@@ -5,6 +5,7 @@
 Functions get the section they need, never the whole `Config`. Defaults are the paper's recipe (arXiv 2503.14476).
 """
 
+import ast
 import dataclasses
 import difflib
 import inspect
@@ -143,8 +144,9 @@ class RewardSection:
     """Correctness and overlong punishment."""
 
     verifier: Literal["strict", "lenient", "custom"] = "strict"  # last `Answer:` line; math-verify; your function
-    function: str | None = None  # custom verifier, `package.module:function`
-    allowed_modules: tuple[str, ...] = ()  # modules that `function` may come from
+    function: str | None = None  # custom verifier, `package.module:function` or `path/file.py:function`
+    allowed_modules: tuple[str, ...] = ()  # modules and files that `function` may come from
+    allow_change: bool = False  # let a run go on although the file of `function` has changed since
     workers: int = 4  # processes that judge answers (lenient and custom)
     timeout_s: float = 10.0  # seconds for one answer; a worker that exceeds it is killed and replaced
     memory_mb: int = 2048  # address space a worker may use beyond what it starts with, MB
@@ -238,6 +240,7 @@ class Config:
     """A whole run."""
 
     preset: Literal["paper", "verl"] | None = None  # sets the places where paper and released recipe differ
+    task: str | None = None  # a Python file of yours: its TEMPLATE is data.template, its `reward` the custom verifier (docs/tasks.md)
     seed: int = 0  # of initial weights, data order and sampling
     model: ModelSection = ModelSection()  # the policy
     data: DataSection = DataSection()  # training problems
@@ -437,27 +440,69 @@ def config_from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
     preset = tree.get("preset")
     if isinstance(preset, str) and preset in PRESETS:
         tree = merge(PRESETS[preset], tree)
+    task = tree.get("task")
+    if isinstance(task, str):
+        tree = merge(_task_settings(task, tree.get("data"), f"{where}: task"), tree)
     config = _build(Config, tree, "", where)
     _check(config, where)
     return config
 
 
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file of at most 1 MB holds. Raises ConfigError, and nothing else, for anything wrong with it."""
-    where = printable(str(path))
+def read_text(path: str | Path, where: str, what: str, kind: str) -> str:
+    """The text of a small UTF-8 file. Raises ConfigError, in the words `where`, `what` and `kind`, if it cannot be read."""
     try:
         with open(path, "rb") as file:
             raw = file.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or str(e)
-        raise ConfigError(f"{where or 'config'}: cannot read config ({reason}); give the path of a YAML file") from None
+        raise ConfigError(f"{where}: cannot read {what} ({reason}); give the path of a {kind} file") from None
     if len(raw) > _MAX_BYTES:
-        raise ConfigError(f"{where}: larger than 1 MB; this is no config file")
+        raise ConfigError(f"{where}: larger than 1 MB; this is no {what} file")
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"{where}: not UTF-8 text; save the file as UTF-8") from None
-    tree = _parse_yaml(text, where)
+
+
+def _task_settings(path: str, data: Any, where: str) -> dict[str, Any]:
+    """What a task file sets beneath the config's own keys. A resolved config has a template, and needs the file no more."""
+    if not path.endswith(".py"):
+        raise ConfigError(f"{where}: expected a Python file, name.py, got {_shown(path)}")
+    settings: dict[str, Any] = {"reward": {"verifier": "custom", "function": f"{path}:reward"}}
+    if not (isinstance(data, Mapping) and "template" in data):
+        settings["data"] = {"template": _task_template(path, f"{where}: {printable(path)}")}
+    return settings
+
+
+def _task_template(path: str, where: str) -> str:
+    """The text that a Python file assigns to TEMPLATE. The file is parsed, and nothing of it is run."""
+    try:
+        body = ast.parse(read_text(path, where, "task", "Python")).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        line = f":{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
+        reason = e.msg if isinstance(e, SyntaxError) else str(e) or "nested too deeply"
+        raise ConfigError(f"{where}{line}: not valid Python ({printable(reason)[:200]}); correct the file") from None
+    assigned = [
+        node.value
+        for node in body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name) and target.id == "TEMPLATE"
+    ]
+    if not assigned:
+        raise ConfigError(f'{where}: has no TEMPLATE; add TEMPLATE = "{{prompt}}", with your words around it, or set data.template')
+    template = assigned[-1].value if isinstance(assigned[-1], ast.Constant) else None
+    if not isinstance(template, str):
+        raise ConfigError(f"{where}: TEMPLATE must be one text in quotes: it is read without running the file")
+    if template.count("{prompt}") != 1:
+        raise ConfigError(f"{where}: TEMPLATE must contain {{prompt}} exactly once")
+    return template
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file of at most 1 MB holds. Raises ConfigError, and nothing else, for anything wrong with it."""
+    where = printable(str(path))
+    tree = _parse_yaml(read_text(path, where or "config", "config", "YAML"), where)
     if not isinstance(tree, dict):
         what = "empty" if tree is None else f"a {type(tree).__name__}"
         raise ConfigError(f"{where}: is {what}; expected `section:` keys, see `python -m dapo_jax.config`")
@@ -468,6 +513,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Reads a YAML file, applies `section.key=value` overrides, and checks the result.
 
     Raises ConfigError, and nothing else, for anything wrong with file or overrides.
+
+    >>> config = load_config("configs/tiny_cpu.yaml", ["dapo.clip_eps_high=0.2", "optim.learning_rate=1e-5"])
+    >>> config.dapo.clip_eps_high, config.optim.learning_rate, config.dapo.responses_per_prompt
+    (0.2, 1e-05, 8)
     """
     tree = read_mapping(path)
     for assignment in overrides:
@@ -582,11 +631,12 @@ def _check(c: Config, where: str) -> None:
     if (c.reward.verifier == "custom") != (c.reward.function is not None):
         fail("reward.function", "goes with `verifier: custom`, and only with it")
     if c.reward.function is not None:
-        module, colon, name = c.reward.function.partition(":")
+        module, colon, name = c.reward.function.rpartition(":")
         if not colon or not module or not name.isidentifier():
-            fail("reward.function", f"expected package.module:function, got {_shown(c.reward.function)}")
+            fail("reward.function", f"expected package.module:function or file.py:function, got {_shown(c.reward.function)}")
         if module not in c.reward.allowed_modules:
-            fail("reward.function", f"module {printable(repr(module))[:60]} is not in reward.allowed_modules; add it if you trust it")
+            kind = "file" if module.endswith(".py") else "module"
+            fail("reward.function", f"{kind} {printable(repr(module))[:100]} is not in reward.allowed_modules; add it if you trust it")
 
     # The algorithm
     d = c.dapo

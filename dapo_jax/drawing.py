@@ -96,6 +96,9 @@ def prompts_wanted(missing: int, groups: Sequence[OpenGroup], rate: float) -> in
 
     (missing - informative ones - p x undecided ones) / p, rounded up. p, the keep rate, is the mean of `rate`, which counts as
     a few groups, and of the groups decided so far.
+
+    >>> prompts_wanted(6, [], 0.5), prompts_wanted(6, [], 0.25)
+    (12, 24)
     """
     informative = sum(g.is_informative() for g in groups)
     dropped = sum(g.is_judged() and not g.is_informative() for g in groups)

@@ -32,14 +32,22 @@ from dapo_jax.types import InputError, Params, Prompt, Request
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k is right) from `correct` of `samples`: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374)."""
+    """Unbiased estimate of P(at least one of k is right) from `correct` of `samples`: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374).
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 0, 4)
+    (0.25, 0.5, 0.0)
+    """
     if not 1 <= k <= samples:
         raise ValueError(f"k must be from 1 to the {samples} samples, got {k}")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def consensus(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
-    """Is the most frequent answer right? Ties go to the answer seen first; responses without an answer do not vote."""
+    """Is the most frequent answer right? Ties go to the answer seen first; responses without an answer do not vote.
+
+    >>> consensus(["7", "8", None, "8"], [False, True, False, True])
+    True
+    """
     votes = collections.Counter(a for a in answers if a is not None)
     if not votes:
         return False

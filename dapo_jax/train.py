@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import signal
@@ -34,6 +35,7 @@ from dapo_jax.policy import describe, load_params, load_policy, make_engine, row
 from dapo_jax.programs import microbatches, train_programs, train_sampling
 from dapo_jax.resume import Progress, Run, UnderWay, fetched, restore, save
 from dapo_jax.reward.pool import RewardPool, error_counts
+from dapo_jax.reward.verify import function_source
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.runtime.console import StepTable, make_console, progress
@@ -58,6 +60,7 @@ _MAY_CHANGE = (
     "mesh.",
     "optim.max_nonfinite_updates",
     "optim.rollback_steps",
+    "reward.allow_change",
     "reward.max_error_fraction",
     "reward.memory_mb",
     "reward.timeout_s",
@@ -71,6 +74,8 @@ _MAY_CHANGE = (
     "train.steps",
     "train.tracker",
 )
+
+_FUNCTION = "reward_function.py"  # in the run folder: a copy of the file that reward.function comes from
 
 _MAX_ROLLBACKS = 5  # of a run, before it gives up
 
@@ -97,11 +102,15 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     if several := mixture.summary():
         say(f"mixture: {several}")
     digest = mixture_digest([p.problem for p in prompts], mixture)
-    if differs := multihost.disagreement(multihost.software() | flatten(to_dict(config)) | {"the digest of data.train": digest}):
+    source = function_source(config.reward.function)
+    digests = {"the digest of data.train": digest, "the digest of reward.function": hashlib.sha256((source or "").encode()).hexdigest()}
+    if differs := multihost.disagreement(multihost.software() | flatten(to_dict(config)) | digests):
         raise InputError(f"{differs}; start every process with the same command, code, packages and data")
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh)
-    refuse_other_run(config, run_dir)
+    refuse_other_run(config, run_dir, source)
+    if function_changed(source, run_dir):
+        say("reward.function: its file has changed since the run was started, which reward.allow_change allows")
     if config.model.folder and read(run_dir / "config.yaml") is None:  # a run that goes on has weights of its own
         check_pretrained(config.model.folder)
     say(f"policy: {describe(policy, mesh)}")
@@ -125,14 +134,14 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         Progress(keep_rate=min(1.0, algo.prompts_per_step / algo.prompts_per_draw)),
     )
     with (
-        RewardPool(config.reward) as pool,  # first: a function that cannot be loaded leaves no folder behind
+        RewardPool(config.reward, source) as pool,  # first: a function that cannot be loaded leaves no folder behind
         locked(run_dir),
         Guard(config.train.stall_timeout_s) as guard,
         Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
         Profiler(run_dir / "profile", config.train.profile_start, config.train.profile_steps) as profiler,
     ):
-        refuse_other_run(config, run_dir)  # a job that has ended since may have begun it
-        write_config(config, run_dir)
+        refuse_other_run(config, run_dir, source)  # a job that has ended since may have begun it
+        write_config(config, run_dir, source)
         save_run = functools.partial(save, checkpoints=checkpoints, config=to_dict(config), data_digest=digest)
         restore_run = functools.partial(
             restore,
@@ -537,8 +546,14 @@ def fit_to_train_on(
     return kept
 
 
-def refuse_other_run(config: Config, run_dir: Folder) -> None:
-    """Raises ConfigError for a folder whose run was another one. Changes nothing."""
+def function_changed(source: str | None, run_dir: Folder) -> bool:
+    """Whether the file of reward.function, now `source`, is another than the run was started with."""
+    before = read(run_dir / _FUNCTION)
+    return source is not None and before is not None and before != source.encode()
+
+
+def refuse_other_run(config: Config, run_dir: Folder, source: str | None) -> None:
+    """Raises ConfigError for a folder whose run was another one, with another config or another `source` of its reward function."""
     file = run_dir / "config.yaml"
     if read(file) is None:
         return
@@ -549,13 +564,20 @@ def refuse_other_run(config: Config, run_dir: Folder) -> None:
             raise ConfigError(
                 f"{key}: is {now.get(key)!r}, but {run_dir} was started with {before.get(key)!r}; use another --run-dir, or set it back"
             )
+    if function_changed(source, run_dir) and not config.reward.allow_change:
+        raise ConfigError(
+            f"reward.function: {config.reward.function} is not what {run_dir} was started with, which is in its {_FUNCTION}; "
+            "restore the file, or set reward.allow_change, or use another --run-dir"
+        )
 
 
-def write_config(config: Config, run_dir: Folder) -> None:
-    """Writes the resolved config into the folder."""
+def write_config(config: Config, run_dir: Folder, source: str | None) -> None:
+    """Writes the resolved config into the folder, and the source of its reward function."""
     multihost.sync("the run folder has been looked at")
     if multihost.is_main():
         with writing(run_dir / "config.yaml"):
+            if source is not None:
+                write_whole(run_dir / _FUNCTION, source.encode())
             write_whole(run_dir / "config.yaml", dump_yaml(config).encode())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-PAGES = [TESTS / "README.md", TESTS.parent / "README.md"]
+PAGES = [TESTS / "README.md", TESTS.parent / "README.md", *sorted((TESTS.parent / "docs").glob("*.md"))]
 NAMED = sorted({found for page in PAGES for found in re.findall(r"`(test_\w+\.py)(?: -k (?:\"([^\"]+)\"|(\w+)))?`", page.read_text())})
 
 

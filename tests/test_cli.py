@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import dapo_jax
 from dapo_jax import cli
 from dapo_jax.types import InputError, NoCheckpointError
 
@@ -50,9 +51,14 @@ def test_help_of_every_verb(monkeypatch, capsys, verb):
     assert importlib.import_module(f"dapo_jax.{verb}").main.__doc__
 
 
-@pytest.mark.parametrize("argv, status", [([], 2), (["nothing"], 2), (["--help"], 0)])
-def test_usage(monkeypatch, argv, status):
+@pytest.mark.parametrize("argv, status", [([], 2), (["nothing"], 2), (["--help"], 0), (["--version"], 0)])
+def test_usage(monkeypatch, capsys, argv, status):
     monkeypatch.setattr(sys, "argv", ["dapo-jax", *argv])
     with pytest.raises(SystemExit) as done:
         cli.main()
     assert done.value.code == status
+    said = capsys.readouterr()
+    if argv == ["--version"]:
+        assert said.out == f"dapo_jax {dapo_jax.__version__}\n"
+    else:
+        assert all(f"  {verb} " in (said.err if status else said.out) for verb in cli.VERBS)

@@ -7,6 +7,9 @@ def informative_groups(correct: np.ndarray) -> np.ndarray:
     """Which groups hold right and wrong responses: 0 < #correct < G (arXiv 2503.14476, Eq. 8). bool [Q, G] -> bool [Q].
 
     Raises ValueError for an array that is not [Q, G].
+
+    >>> print(informative_groups([[True, False, False], [True, True, True], [False, False, False]]))
+    [ True False False]
     """
     correct = np.asarray(correct, bool)
     if correct.ndim != 2:
@@ -19,6 +22,10 @@ def group_advantages(reward: np.ndarray, *, ddof: int = 1, eps: float = 1e-6) ->
 
     The std divides by G - ddof. A group whose rewards are all equal gives exactly 0.
     Raises ValueError for an array that is not [Q, G], for ddof outside 0..G-1, and for rewards that are not finite.
+
+    >>> print(group_advantages([[1, 1, -1, -1], [0.1, 0.1, 0.1, 0.1]]).round(4))
+    [[ 0.866  0.866 -0.866 -0.866]
+     [ 0.     0.     0.     0.   ]]
     """
     reward = np.asarray(reward, np.float64)
     if reward.ndim != 2:

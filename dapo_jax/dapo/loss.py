@@ -45,6 +45,11 @@ def dapo_token_loss(
       r < 1 - ε_low (and, with dual clip, r > c), and -A r elsewhere (-A min(r, C) with a ratio cap).
 
     Source: DAPO (arXiv 2503.14476) Eq. 8 and 10; dual clip: arXiv 1912.09729.
+
+    >>> ratio, advantage = jnp.array([1.2, 2.0, 0.5, 2.0]), jnp.array([1.0, 1.0, -1.0, -1.0])
+    >>> loss = dapo_token_loss(jnp.log(ratio), jnp.zeros(4), advantage, clip_eps_low=0.2, clip_eps_high=0.28)
+    >>> [round(float(x), 4) for x in loss]
+    [-1.2, -1.28, 0.8, 2.0]
     """
     log_ratio = logprobs - old_logprobs
     if ratio_cap is not None:

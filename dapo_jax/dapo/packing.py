@@ -57,6 +57,12 @@ def normalizer_weights(group_of: np.ndarray, target_counts: np.ndarray, kept: np
     group_of: which group a response is of (any integers). target_counts: |o_i|, tokens. kept: False takes a response out of the
     loss and of all the sums above; so does having no tokens. These get 0. Raises ValueError for shapes that differ, negative
     counts and unknown normalisers.
+
+    >>> group_of, lengths, kept = [1, 1, 2, 2], [2, 4, 1, 3], [True] * 4
+    >>> print(normalizer_weights(group_of, lengths, kept, normalizer="token-mean").round(4))
+    [0.1 0.1 0.1 0.1]
+    >>> print(normalizer_weights(group_of, lengths, kept, normalizer="group-token-mean").round(4))
+    [0.0833 0.0833 0.125  0.125 ]
     """
     group_of, counts, kept = np.asarray(group_of), np.asarray(target_counts, np.int64), np.asarray(kept, bool)
     if counts.ndim != 1 or not group_of.shape == counts.shape == kept.shape:

@@ -24,7 +24,11 @@ def make_optimizer(section: OptimSection) -> optax.GradientTransformation:
 
 
 def learning_rate(section: OptimSection, rollout_step: int) -> float:
-    """Learning rate of every update of a rollout step (from 1): min(1, s / warmup_steps) · learning_rate."""
+    """Learning rate of every update of a rollout step (from 1): min(1, s / warmup_steps) · learning_rate.
+
+    >>> [learning_rate(OptimSection(learning_rate=1.0, warmup_steps=20), step) for step in (1, 10, 20, 320)]
+    [0.05, 0.5, 1.0, 1.0]
+    """
     return section.learning_rate * min(1.0, rollout_step / max(1, section.warmup_steps))
 
 

@@ -342,6 +342,11 @@ def linear_logprobs(
 
     Returns:
       (logprobs [N], entropy [N]), float32, 0 on rows without a target.
+
+    >>> hidden, head = jnp.array([[1.0, 0.0]]), jnp.array([[jnp.log(2), 0.0], [0.0, 0.0]])  # softmax (2/3, 1/3)
+    >>> logprobs, entropy = linear_logprobs(hidden, head, jnp.array([0]))
+    >>> round(float(jnp.exp(logprobs[0])), 4), round(float(entropy[0]), 4)  # log 3 - 2/3 log 2
+    (0.6667, 0.6365)
     """
     mask = jnp.ones(targets.shape, bool) if mask is None else mask
     inputs = jax.tree.map(jnp.asarray, (hidden, head, targets, mask))

@@ -13,6 +13,9 @@ def overlong_penalty(response_len: ArrayLike, *, max_response_len: int, overlong
 
     with L_max = `max_response_len` and L_cache = `overlong_buffer_len`, in tokens. L_cache = 0 leaves the first and the last
     line. Raises ValueError for negative lengths and for a buffer longer than the limit. DAPO (arXiv 2503.14476), Eq. 13.
+
+    >>> print(overlong_penalty([16384, 17408, 18432, 20480, 30000], max_response_len=20480, overlong_buffer_len=4096))
+    [ 0.   -0.25 -0.5  -1.   -1.  ]
     """
     if not 0 <= overlong_buffer_len <= max_response_len:
         raise ValueError(f"need 0 <= overlong_buffer_len <= max_response_len, got {overlong_buffer_len} and {max_response_len}")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dapo_jax.config import RewardSection
-from dapo_jax.reward.verify import check_verdict, lenient_verify, load_function, one_line, strict_verify
+from dapo_jax.reward.verify import check_verdict, function_source, lenient_verify, load_function, one_line, strict_verify
 from dapo_jax.types import InputError, Message, Problem, SharedError, Verdict
 
 _START_S = 120.0  # for a worker to import what it needs
@@ -44,10 +44,9 @@ _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH",
 _SETTINGS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 _BOOT = """
 import json, sys
-settings = json.loads(sys.argv[1])
-sys.path[:] = settings["path"]
+channel, sys.path[:] = json.loads(sys.argv[1])
 from dapo_jax.reward.pool import work
-work(settings)
+work(channel)
 """
 
 
@@ -95,11 +94,13 @@ class PendingVerdicts:
 class RewardPool:
     """Judges answers as the config section says. A context manager; `submit` may be called from any thread.
 
-    Raises InputError at construction if the verifier cannot be loaded in a worker.
+    source: `function_source` of `section.function`, for a caller that has read it. Every worker runs this text, also one that
+    is started after the file has changed. Raises InputError at construction if the verifier cannot be loaded in a worker.
     """
 
-    def __init__(self, section: RewardSection) -> None:
-        self._manager = None if section.verifier == "strict" else _Manager(section)
+    def __init__(self, section: RewardSection, source: str | None = None) -> None:
+        source = function_source(section.function) if source is None else source
+        self._manager = None if section.verifier == "strict" else _Manager(section, source)
         if self._manager is None:
             return
         try:
@@ -186,8 +187,10 @@ class _Worker:
 class _Manager:
     """Feeds, watches and replaces the workers. Other threads only start, add and stop; all else belongs to its thread."""
 
-    def __init__(self, section: RewardSection) -> None:
+    def __init__(self, section: RewardSection, source: str | None) -> None:
         self._section = section
+        names = ("verifier", "function", "allowed_modules", "timeout_s", "memory_mb")
+        self._first_line = json.dumps({"source": source} | {name: getattr(section, name) for name in names}).encode() + b"\n"
         self._blamed_key = "function" if section.verifier == "custom" else "verifier"
         self._path = [os.path.abspath(entry) for entry in [*sys.path, os.getcwd()]]
         self._lock = threading.Lock()  # of _queue's tail and _stopping
@@ -281,13 +284,11 @@ class _Manager:
             self._flush(worker)
 
     def _start_worker(self) -> None:
-        section = self._section
-        settings = {name: getattr(section, name) for name in ("verifier", "function", "allowed_modules", "timeout_s", "memory_mb")}
         try:
             ours, theirs = socket.socketpair()
             with theirs:
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _BOOT, json.dumps({**settings, "path": self._path, "channel": theirs.fileno()})],
+                    [sys.executable, "-P", "-c", _BOOT, json.dumps([theirs.fileno(), self._path])],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
@@ -299,9 +300,10 @@ class _Manager:
             self._start_failed(f"reward: cannot start a worker ({one_line(e)}); free memory or file handles")
             return
         ours.setblocking(False)
-        worker = _Worker(process, ours, deadline=time.monotonic() + _START_S)
+        worker = _Worker(process, ours, deadline=time.monotonic() + _START_S, outbox=bytearray(self._first_line))
         self._selector.register(ours, selectors.EVENT_READ, worker)
         self._workers.append(worker)
+        self._flush(worker)
 
     def _start_failed(self, error: str) -> None:
         if not self._started.is_set():
@@ -443,12 +445,12 @@ def _decode(line: bytes) -> RewardItem:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def work(settings: dict) -> None:
+def work(descriptor: int) -> None:
     """The life of a worker, to the end of its process. The socket closes only then, so that its end tells the exit status."""
-    channel = socket.socket(fileno=settings["channel"])
+    channel = socket.socket(fileno=descriptor)
     status: object = 1
     try:
-        _serve(channel, settings)
+        _serve(channel)
         status = 0
     except SystemExit as e:  # a custom function may call sys.exit
         status = 0 if e.code is None else e.code
@@ -456,14 +458,16 @@ def work(settings: dict) -> None:
         os._exit(status & 0xFF if isinstance(status, int) else 1)
 
 
-def _serve(channel: socket.socket, settings: dict) -> None:
-    """Loads the verifier, says so, then answers each item with a verdict until the caller is gone."""
+def _serve(channel: socket.socket) -> None:
+    """Hears what to judge by, loads it, says so, then answers each item with a verdict until the caller is gone."""
     # The caller alone decides when a worker ends, also where a scheduler signals every process of a job.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the caller's dispositions and mask are inherited
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     channel.set_inheritable(False)
+    lines = channel.makefile("rb")
+    settings = json.loads(lines.readline())
     try:
         judge = _load_judge(settings)
     except InputError as e:
@@ -471,7 +475,7 @@ def _serve(channel: socket.socket, settings: dict) -> None:
         return
     _limit_memory(settings["memory_mb"])
     channel.sendall(_READY + b"\n")
-    for line in channel.makefile("rb"):
+    for line in lines:
         item = _decode(line)
         # The caller enforces the deadline; this ends a worker that nobody waits for any more.
         signal.setitimer(signal.ITIMER_REAL, settings["timeout_s"] + _ALARM_S)
@@ -487,7 +491,7 @@ def _serve(channel: socket.socket, settings: dict) -> None:
 
 def _load_judge(settings: dict) -> Callable[[Problem, str, int], object]:
     if settings["verifier"] == "custom":
-        return load_function(settings["function"], settings["allowed_modules"])
+        return load_function(settings["function"], settings["allowed_modules"], settings["source"])
     try:
         lenient_verify(r"Answer: $\frac{1}{3}$", "1/2")  # loads and compiles what the first answer would wait for
     except ImportError as e:

@@ -8,11 +8,14 @@ import importlib
 import logging
 import math
 import re
+import sys
+import types
 from collections.abc import Callable, Sequence
 from numbers import Real
 
 import numpy as np
 
+from dapo_jax.config import read_text
 from dapo_jax.types import InputError, Problem, Verdict
 
 # fn(problem, response_text, response_len) -> (correct, score), or a Verdict
@@ -70,6 +73,9 @@ def normalize_answer(text: str) -> str:
 
     Takes what follows the last `=`; drops articles, blanks, units and TeX wrappers; writes out `\frac12` and `\sqrt3`;
     drops thousands commas.
+
+    >>> normalize_answer(r"x = \boxed{1{,}024} \text{ cm}"), normalize_answer(r"\frac12")
+    ('1024', '\\frac{1}{2}')
     """
     text = text.split("=")[-1]
     if len(text) > _MAX_ANSWER_CHARS:
@@ -97,7 +103,11 @@ def extract_answer(response: str) -> str | None:
 
 
 def strict_verify(response: str, ground_truth: str) -> bool:
-    """Whether the last `Answer:` line in the last 300 characters normalises to the same string as the ground truth."""
+    r"""Whether the last `Answer:` line in the last 300 characters normalises to the same string as the ground truth.
+
+    >>> strict_verify("Answer: 41\nAnswer: $42$", "42"), strict_verify("Answer: 42.0", "42"), strict_verify("It is 42", "42")
+    (True, False, False)
+    """
     return extract_answer(response) == normalize_answer(ground_truth)
 
 
@@ -144,32 +154,55 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(text.split())[:_MAX_ERROR_CHARS]
 
 
-def load_function(spec: str, allowed_modules: Sequence[str]) -> RewardFunction:
-    """Imports a custom verifier, `package.module:function`, from one of the allowed modules.
+def function_source(spec: str | None) -> str | None:
+    """The text of the file that `file.py:function` names, not run; None for anything else. Raises InputError if it cannot be read."""
+    path = (spec or "").rpartition(":")[0]
+    return read_text(path, f"reward.function: {path}", "reward", "Python") if path.endswith(".py") else None
+
+
+def load_function(spec: str, allowed_modules: Sequence[str], source: str | None = None) -> RewardFunction:
+    """A custom verifier, `package.module:function` or `file.py:function`, from one of the allowed modules or files.
 
     It is called as `fn(problem, response_text, response_len)`, with the length in tokens, and returns `(correct, score)`:
-    groups are filtered on `correct`, learning is from `score`. Raises InputError if it is not allowed, cannot be imported
-    or cannot be called.
+    groups are filtered on `correct`, learning is from `score`. source: of the file, as `function_source` read it. Raises
+    InputError if it is not allowed, cannot be imported or cannot be called.
     """
-    name, colon, attribute = spec.partition(":")
+    name, colon, attribute = spec.rpartition(":")
     if not (colon and name and attribute.isidentifier()):
-        raise InputError(f"reward.function: expected package.module:function, got {spec!r}")
+        raise InputError(f"reward.function: expected package.module:function or file.py:function, got {spec!r}")
+    kind = "module" if source is None else "file"
     if name not in allowed_modules:
-        raise InputError(f"reward.function: module {name!r} is not in reward.allowed_modules; add it if you trust it")
+        raise InputError(f"reward.function: {kind} {name!r} is not in reward.allowed_modules; add it if you trust it")
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(name) if source is None else _run_file(name, source)
     except Exception as e:
-        raise InputError(f"reward.function: cannot import {name!r} ({one_line(e)}); correct the name, or mend the module") from None
+        raise InputError(f"reward.function: cannot import {name!r} ({one_line(e)}); correct the name, or mend the {kind}") from None
     function = getattr(module, attribute, None)
     if function is None:
-        raise InputError(f"reward.function: module {name!r} has no {attribute!r}; correct the name")
+        raise InputError(f"reward.function: {kind} {name!r} has no {attribute!r}; correct the name")
     if not callable(function):
         raise InputError(f"reward.function: {spec!r} is a {type(function).__name__}; name a function(problem, text, length)")
     return function
 
 
+def _run_file(path: str, source: str) -> types.ModuleType:
+    """A module of the text of a file: what was read once, whatever the file holds by now."""
+    module = types.ModuleType("dapo_jax_task")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where dataclasses look for the module of a class
+    exec(compile(source, path, "exec"), module.__dict__)
+    return module
+
+
 def check_verdict(value: object) -> Verdict:
-    """What a custom verifier returned, as a Verdict. Raises ValueError that says what is wrong with it."""
+    """What a custom verifier returned, as a Verdict. Raises ValueError that says what is wrong with it.
+
+    >>> check_verdict((True, 1))
+    Verdict(correct=True, score=1.0, error=None)
+    >>> check_verdict((1, 1.0))
+    Traceback (most recent call last):
+    ValueError: correct must be True or False, not int
+    """
     if not isinstance(value, tuple) or len(value) != (3 if isinstance(value, Verdict) else 2):
         length = f" of {len(value)}" if isinstance(value, tuple) else ""
         raise ValueError(f"the reward function must return (correct, score), not {type(value).__name__}{length}")
