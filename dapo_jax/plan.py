@@ -198,7 +198,7 @@ def plain_loss(params: Params, batch: TrainBatch, *, model: ModelConfig, algo: D
 
 
 def _training(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms) -> list[Program]:
-    d, devices, tensor = config.dapo, mesh.size, mesh.shape["tensor"]
+    d, tensor = config.dapo, mesh.shape["tensor"]
     batch, state, trained = abstract_batch(config, mesh), train.state, adapted(model, config.model.lora)
     responses, segment = d.responses_per_update, lengths.prompt + lengths.response
     rows = max(1.0, responses * segment / row_len(config))

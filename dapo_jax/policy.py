@@ -59,7 +59,7 @@ def load_policy(config: Config, folder: str | None = None) -> Policy:
 
 
 def load_params(config: Config, policy: Policy, mesh: Mesh, folder: str | None = None, *, lora: LoraConfig | None = None) -> Params:
-    """Weights on the mesh: float32 from the model folder, or random from `seed`. With LoRA also new adapters, and all as training holds it."""
+    """Weights on the mesh, of the model folder or random from `seed`: float32, or with new adapters and as training then holds them."""
     model, key = adapted(policy.model, lora), jax.random.key(config.seed)
     abstract = abstract_params(model)
     shardings = params_sharding(abstract, mesh)
@@ -125,6 +125,7 @@ def make_engine(config: Config, policy: Policy, mesh: Mesh, sampling: Sampling) 
 
 def describe(policy: Policy, mesh: Mesh, lora: LoraConfig | None = None) -> str:
     """One line: size, kind and place of the policy, and what of it is trained."""
+
     def millions(params: Params) -> str:
         return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:,.1f} M parameters"
 

@@ -63,15 +63,11 @@ def update_program(loss: LossFn, config: Config, model: ModelConfig, mesh: Mesh)
     return _update(loss, model, optimizer, abstract_state(model, optimizer, mesh), mesh)
 
 
-def _init_optimizer(
-    model: ModelConfig, optimizer: optax.GradientTransformation, state: TrainState
-) -> Callable[[Params], TrainState]:
+def _init_optimizer(model: ModelConfig, optimizer: optax.GradientTransformation, state: TrainState) -> Callable[[Params], TrainState]:
     return jax.jit(lambda p: init_state(p, optimizer, model.lora), out_shardings=_shardings(state), donate_argnums=0)
 
 
-def _update(
-    loss: LossFn, model: ModelConfig, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh
-) -> Callable[..., Any]:
+def _update(loss: LossFn, model: ModelConfig, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh) -> Callable[..., Any]:
     return jax.jit(
         functools.partial(update_step, loss_fn=loss, optimizer=optimizer, lora=model.lora),
         donate_argnums=0,

@@ -38,7 +38,9 @@ def visible_pairs(length: float) -> float:
 
 def forward_flops(c: ModelConfig, tokens: float, pairs: float, targets: float) -> float:
     """2 a weight and token, 4Hh a layer and pair of query and key (scores and their sum of values), 2DV a target."""
-    return 2 * (layer_weights(c) + adapter_weights(c)) * tokens + 4 * c.layers * c.heads * c.head_dim * pairs + 2 * head_weights(c) * targets
+    return (
+        2 * (layer_weights(c) + adapter_weights(c)) * tokens + 4 * c.layers * c.heads * c.head_dim * pairs + 2 * head_weights(c) * targets
+    )
 
 
 def backward_flops(c: ModelConfig, tokens: float, pairs: float, targets: float) -> float:

@@ -45,7 +45,8 @@ def split(params: Params, lora: LoraConfig | None) -> tuple[Params, Params]:
     """(what is trained, what is frozen): with LoRA the adapters and the rest, else all and nothing. `join` is its inverse."""
     if lora is None:
         return params, {}
-    trained, frozen = {}, {}
+    trained: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
     for key, value in params.items():
         if key == _ADAPTER:
             trained[key] = value
