@@ -3,9 +3,8 @@
     y = x W + (α / r) · (x A) B          A [in, r] random, B [r, out] zero: at first the policy is the base model
     W' = W + (α / r) · A B               what is sampled with, evaluated and exported
 
-In training the two are kept apart. x W then needs no gradient in W, a third of a step's work; and bfloat16 would round a small A B away
-where it is added to W. In the parameter tree A and B lie beside the kernel that they adapt, as `adapter/a` and `adapter/b`; their input
-and output axes are the kernel's own.
+In training the two are kept apart, because x W' would need the gradient in W' before that in A and B, a third of a step's matmuls. In the
+parameter tree A and B lie beside the kernel that they adapt, as `adapter/a` and `adapter/b`; their input and output axes are its own.
 """
 
 import functools
