@@ -290,13 +290,13 @@ model:
   remat: none
   lora: {rank: 2, alpha: 8}
 data: {template: "{prompt}=", max_prompt_len: 16, arithmetic: {train_problems: 32, heldout_problems: 4, max_steps: 2, max_operand: 9}}
-eval: {sets: {heldout: arithmetic}, every: 4, samples_per_problem: 2, top_p: 1.0}
+eval: {sets: {heldout: arithmetic}, every: 0, samples_per_problem: 2, top_p: 1.0}
 rollout: {max_response_len: 24, decode_slots: 16}
 reward: {overlong_buffer_len: 10}
 dapo: {prompts_per_step: 4, responses_per_prompt: 4, responses_per_update: 8, prompts_per_draw: 4, dynamic_sampling: false}
 optim: {learning_rate: 1e-2, warmup_steps: 0}
 supervised: {updates: 2, responses_per_update: 8}
-train: {steps: 4, rows_per_microbatch: 8, save_every: 2}
+train: {steps: 2, rows_per_microbatch: 8, save_every: 1}
 """
 
 
@@ -324,12 +324,12 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, compile_once):
-    """A config and a run of 4 steps, and one that was stopped after 2 and started again."""
+    """A config and a run of 2 steps, and one that was stopped after the first and started again."""
     folder = tmp_path_factory.mktemp("lora")
     config = folder / "lora.yaml"
     config.write_text(CONFIG)
     runs = folder / "whole", folder / "resumed"
-    for run, steps in ((runs[0], 4), (runs[1], 2), (runs[1], 4)):
+    for run, steps in ((runs[0], 2), (runs[1], 1), (runs[1], 2)):
         assert verb(train, "--config", config, "--run-dir", run, "--set", f"train.steps={steps}") == 0
     return config, *runs
 
@@ -338,11 +338,11 @@ def test_a_resumed_run_is_the_same_bit_for_bit(finished):
     _, whole, resumed = finished
 
     def steady(run):
-        volatile = ("time/", "throughput/", "memory/", "eval/")  # an evaluation belongs to the end of a run too
+        volatile = ("time/", "throughput/", "memory/")
         return [{k: v for k, v in line.items() if not k.startswith(volatile)} for line in read_metrics(run)]
 
     def leaves(run):
-        return json.loads((run / "checkpoints" / "4" / "host" / "metadata").read_text())["leaves"]
+        return json.loads((run / "checkpoints" / "2" / "host" / "metadata").read_text())["leaves"]
 
     assert steady(whole) == steady(resumed) and leaves(whole) == leaves(resumed)
     assert {name.split("/")[-1] for name in leaves(whole)["optimizer"]} == {"a", "b", "count", "updates"}
@@ -374,7 +374,7 @@ def test_the_exported_folder_is_the_adapted_model(finished, exported):
     found = logits(params, policy.model, tokens)
     assert tiny.gap(found, logits(trained, model, tokens)) < 1e-6 < 1e-3 < tiny.gap(found, logits(start, model, tokens))
     step, restored = restore_params(run_folder(str(whole)), policy, ONE)
-    assert step == 4 and equal(jax.device_get(restored), params)
+    assert step == 2 and tiny.gap(restored, params) < 1e-7
 
 
 def saved_params(run, model):
