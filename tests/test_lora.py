@@ -397,7 +397,7 @@ def test_run_and_exported_folder_evaluate_alike(finished, exported, tmp_path):
 def test_supervised_warm_up_writes_a_merged_folder(finished, tmp_path):
     assert verb(supervised, "--config", finished[0], "--out", tmp_path / "warm") == 0
     architecture, params = load_pretrained(tmp_path / "warm")
-    start = init(dataclasses.replace(architecture, compute_dtype="float32"), jax.random.key(0))
+    start = jax.jit(init, static_argnums=0)(dataclasses.replace(architecture, compute_dtype="float32"), jax.random.key(0))
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), params, start)
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): m for path, m in jax.tree_util.tree_leaves_with_path(moved)}
     assert {name for name, m in flat.items() if m} == {f"layers/{part}/{name}/kernel" for part, name in PROJECTIONS}
