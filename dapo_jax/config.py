@@ -42,6 +42,18 @@ class RopeScaling:
     original_max_position: int = 8192  # context length before stretching, tokens
 
 
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # projections that may have an adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: the model's own weights are frozen, and W + (alpha / rank) A B is trained in A and B."""
+
+    rank: int = 16  # r, inner width of A B; 0 trains nothing
+    alpha: float = 32.0  # A B counts alpha / rank times
+    targets: tuple[str, ...] = TARGETS  # projections that are adapted, all by default
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a decoder, and how it computes."""
@@ -62,6 +74,7 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; master weights are float32
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass keeps: all, matmul results, block inputs
     attention_block: int = 512  # positions that training attention works on at a time: splash on TPU, long rows elsewhere
+    lora: LoraConfig | None = None  # adapters beside the projections; null in all but training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +86,7 @@ class ModelSection:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matmuls; master weights are float32
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass keeps: all, matmul results, block inputs
     attention_block: int = 512  # positions that training attention works on at a time: splash on TPU, long rows elsewhere
+    lora: LoraConfig | None = None  # trains adapters in place of the weights; null trains all weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -588,9 +602,15 @@ def _check(c: Config, where: str) -> None:
         check_model(arch, lambda key, message: fail(f"model.architecture.{key}", message))
         check_context(c, arch, where)
         defaults = ModelConfig()
-        for name in ("compute_dtype", "remat", "attention_block"):
+        for name in ("compute_dtype", "remat", "attention_block", "lora"):
             if getattr(arch, name) != getattr(defaults, name):
                 fail(f"model.architecture.{name}", f"set model.{name} instead")
+    if (lora := c.model.lora) is not None:
+        at_least("model.lora.rank", 0)
+        if lora.alpha <= 0:
+            fail("model.lora.alpha", "must be above 0")
+        if not lora.targets or len({*lora.targets}) < len(lora.targets) or {*lora.targets} - {*TARGETS}:
+            fail("model.lora.targets", f"expected some of {', '.join(TARGETS)}, each once")
 
     # Data
     if c.data.template.count("{prompt}") != 1:

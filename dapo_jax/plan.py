@@ -30,9 +30,9 @@ from dapo_jax.config import Config, ConfigError, DapoSection, ModelConfig, load_
 from dapo_jax.dapo.loss import batch_hidden, dapo_terms
 from dapo_jax.evaluate import eval_sampling
 from dapo_jax.model import flops
-from dapo_jax.model.decoder import logits_of
+from dapo_jax.model.decoder import abstract_params, logits_of
 from dapo_jax.model.weights import load_model_config
-from dapo_jax.policy import Policy, make_engine, row_len, with_computation
+from dapo_jax.policy import Policy, adapted, make_engine, row_len, with_computation
 from dapo_jax.programs import TrainPrograms, abstract_batch, microbatches, train_programs, train_sampling, update_program
 from dapo_jax.rollout.sampler import Arrivals
 from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
@@ -181,8 +181,9 @@ def programs(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths) -
     train = train_programs(config, model, mesh)
     training = _training(config, model, mesh, lengths, train)
     update = next(p for p in training if p.name == "update")
-    loss = functools.partial(plain_loss, model=model, algo=config.dapo, mesh=mesh)
-    plain = functools.partial(update_program(loss, config, model, mesh).lower, *update.arguments)  # type: ignore[attr-defined]
+    trained = adapted(model, config.model.lora)
+    loss = functools.partial(plain_loss, model=trained, algo=config.dapo, mesh=mesh)
+    plain = functools.partial(update_program(loss, config, trained, mesh).lower, *update.arguments)  # type: ignore[attr-defined]
     return [*_rollout(config, model, mesh, lengths, train), *training, update._replace(name=PLAIN, lower=plain, calls=0)]
 
 
@@ -197,19 +198,19 @@ def plain_loss(params: Params, batch: TrainBatch, *, model: ModelConfig, algo: D
 
 
 def _training(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms) -> list[Program]:
-    d, devices, tensor = config.dapo, mesh.size, mesh.shape["tensor"]
-    batch, state = abstract_batch(config, mesh), train.state
+    d, tensor = config.dapo, mesh.shape["tensor"]
+    batch, state, trained = abstract_batch(config, mesh), train.state, adapted(model, config.model.lora)
     responses, segment = d.responses_per_update, lengths.prompt + lengths.response
     rows = max(1.0, responses * segment / row_len(config))
     used = min(microbatches(config), math.ceil(rows / config.train.rows_per_microbatch))
     computed = used * config.train.rows_per_microbatch * row_len(config)  # positions, padding among them
     tokens, pairs, targets = responses * segment, responses * flops.visible_pairs(segment), responses * lengths.response
-    forward = flops.forward_flops(model, computed, pairs, targets)
-    backward = 2 * forward + flops.recomputed_flops(model, computed, pairs)
+    forward = flops.forward_flops(trained, computed, pairs, targets)
+    backward = flops.backward_flops(trained, computed, pairs, targets) + flops.recomputed_flops(trained, computed, pairs)
     read = used * 2 * flops.weights(model) / tensor  # bfloat16 weights, once a pass and micro-batch
     chunks = math.ceil(targets / used / row_shards(mesh) / loss_chunk(mesh))
     moments = device_bytes(state) - device_bytes(state.params)
-    published = device_bytes(_published(model, train, mesh))
+    published = device_bytes(_published(model, mesh))
     updates = d.prompts_per_step * d.responses_per_prompt / responses
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     return [
@@ -218,7 +219,7 @@ def _training(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, 
             functools.partial(train.old_logprobs.lower, state.params, batch),  # type: ignore[attr-defined]
             (state.params, batch),
             moments + published,
-            Work(flops.forward_flops(model, tokens, pairs, targets), forward, tokens, read),
+            Work(flops.forward_flops(trained, tokens, pairs, targets), forward, tokens, read),
             updates if d.old_logprobs == "recompute" else 0,
             (used, chunks),
             "train.rows_per_microbatch, mesh.tensor",
@@ -228,7 +229,7 @@ def _training(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, 
             functools.partial(train.update.lower, state, batch, rate),  # type: ignore[attr-defined]
             (state, batch, rate),
             0,
-            Work(flops.train_flops(model, tokens, pairs, targets), forward + backward, tokens, 3 * read + 6 * device_bytes(state.params)),
+            Work(flops.train_flops(trained, tokens, pairs, targets), forward + backward, tokens, 3 * read + 3 * moments),
             updates,
             (used, chunks),
             "train.rows_per_microbatch, mesh.tensor, model.remat",
@@ -238,7 +239,7 @@ def _training(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, 
             functools.partial(train.publish.lower, state.params),  # type: ignore[attr-defined]
             (state.params,),
             moments,
-            Work(0, 0, 0, 4 * flops.weights(model) / devices + 2 * flops.weights(model) / tensor),
+            Work(0, 0, 0, device_bytes(state.params) + 2 * flops.weights(model) / tensor),
             1,
             (),
             "mesh.tensor",
@@ -246,18 +247,16 @@ def _training(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, 
     ]
 
 
-def _published(model: ModelConfig, train: TrainPrograms, mesh: Mesh) -> Any:
+def _published(model: ModelConfig, mesh: Mesh) -> Any:
     """Shapes of the rollout weights."""
-    shardings = rollout_sharding(train.state.params, mesh)
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.dtype(model.compute_dtype), sharding=s), train.state.params, shardings
-    )
+    shapes, dtype = abstract_params(model), jnp.dtype(model.compute_dtype)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s), shapes, rollout_sharding(shapes, mesh))
 
 
 def _rollout(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms) -> list[Program]:
     """Reading prompts, putting them into slots, and a decode step, at the longest prompts and the fullest cache."""
     d, tensor, shards, slots = config.dapo, mesh.shape["tensor"], row_shards(mesh), config.rollout.decode_slots
-    weights, resident = _published(model, train, mesh), device_bytes(train.state)
+    weights, resident = _published(model, mesh), device_bytes(train.state)
     responses = d.prompts_per_step / lengths.kept * d.responses_per_prompt
     int8 = config.rollout.kv_cache == "int8"
     cached = flops.cache_bytes(model, int8=int8) / (tensor if model.kv_heads % tensor == 0 else 1)

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dapo_jax.config import Config, ModelConfig, check_context
+from dapo_jax.config import Config, LoraConfig, ModelConfig, check_context, load_config
 from dapo_jax.data.prompts import load_tokenizer, stop_tokens
 from dapo_jax.model.decoder import abstract_params, init
+from dapo_jax.model.lora import join, merge, split
 from dapo_jax.model.weights import load_model_config, load_pretrained
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import checkpoint
-from dapo_jax.runtime.folder import Folder
+from dapo_jax.runtime.folder import Folder, local_file, read
 from dapo_jax.runtime.mesh import params_sharding, put
 from dapo_jax.runtime.multihost import fetch
 from dapo_jax.types import InputError, NoCheckpointError, Params
@@ -23,7 +24,7 @@ from dapo_jax.types import InputError, NoCheckpointError, Params
 class Policy(NamedTuple):
     """What a policy is, apart from its weights."""
 
-    model: ModelConfig
+    model: ModelConfig  # as it samples: without adapters
     tokenizer: Any  # a transformers tokenizer
     stop: tuple[int, ...]  # token ids that end a response
 
@@ -33,6 +34,11 @@ def with_computation(config: Config, model: ModelConfig) -> ModelConfig:
     check_context(config, model)
     c = config.model
     return dataclasses.replace(model, compute_dtype=c.compute_dtype, remat=c.remat, attention_block=c.attention_block)
+
+
+def adapted(model: ModelConfig, lora: LoraConfig | None) -> ModelConfig:
+    """The model as it is trained: with adapters, if any."""
+    return dataclasses.replace(model, lora=lora)
 
 
 def load_policy(config: Config, folder: str | None = None) -> Policy:
@@ -52,24 +58,49 @@ def load_policy(config: Config, folder: str | None = None) -> Policy:
     return Policy(model, tokenizer, stop)
 
 
-def load_params(config: Config, policy: Policy, mesh: Mesh, folder: str | None = None) -> Params:
-    """float32 weights on the mesh: from the model folder, or random from `seed`."""
-    shardings = params_sharding(abstract_params(policy.model), mesh)
+def load_params(config: Config, policy: Policy, mesh: Mesh, folder: str | None = None, *, lora: LoraConfig | None = None) -> Params:
+    """Weights on the mesh, of the model folder or random from `seed`: float32, or with new adapters and as training then holds them."""
+    model, key = adapted(policy.model, lora), jax.random.key(config.seed)
+    abstract = abstract_params(model)
+    shardings = params_sharding(abstract, mesh)
     folder = folder or config.model.folder
-    if folder:
-        return jax.tree.map(put, load_pretrained(folder)[1], shardings)
-    return jax.jit(functools.partial(init, policy.model), out_shardings=shardings)(jax.random.key(config.seed))
+    if not folder:
+        return jax.jit(functools.partial(init, model), out_shardings=shardings)(key)
+    loaded = load_pretrained(folder)[1]
+    if lora is None:
+        return jax.tree.map(put, loaded, shardings)
+    places, frozen_places = split(shardings, lora)
+    adapters = jax.jit(lambda k: split(init(model, k), lora)[0], out_shardings=places)(key)
+    dtypes = jax.tree.map(lambda a: a.dtype, split(abstract, lora)[1])
+    return join(adapters, jax.tree.map(lambda value, dtype, s: put(value.astype(dtype), s), loaded, dtypes, frozen_places))
+
+
+def merged(params: Params, policy: Policy, lora: LoraConfig | None, mesh: Mesh) -> Params:
+    """Trained weights as those of a model without adapters, on the mesh; themselves if they have none."""
+    if lora is None:
+        return params
+    shardings = params_sharding(abstract_params(policy.model), mesh)
+    return jax.jit(functools.partial(merge, lora=lora), out_shardings=shardings)(params)
 
 
 def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Params]:
-    """Step and weights of the newest usable checkpoint of a run folder; NoCheckpointError if there is none."""
+    """Step and weights of the newest usable checkpoint of a run folder, its adapters merged; NoCheckpointError if there is none."""
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         raise NoCheckpointError(f"{run_dir}: holds no checkpoints; give the --run-dir of a training run")
-    abstract = abstract_params(policy.model)
+    lora = run_lora(run_dir)
+    abstract = abstract_params(adapted(policy.model, lora))
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, params_sharding(abstract, mesh))
     restored = checkpoint.restore_params(folder, target)
-    return restored.step, restored.params
+    return restored.step, merged(restored.params, policy, lora, mesh)
+
+
+def run_lora(run_dir: Folder) -> LoraConfig | None:
+    """The adapters of a run, by its own config: no other knows their alpha."""
+    if read(run_dir / "config.yaml") is None:
+        return None
+    with local_file(run_dir / "config.yaml") as file:
+        return load_config(file).model.lora
 
 
 def row_len(config: Config) -> int:
@@ -92,12 +123,16 @@ def make_engine(config: Config, policy: Policy, mesh: Mesh, sampling: Sampling) 
     )
 
 
-def describe(policy: Policy, mesh: Mesh) -> str:
-    """One line: size, kind and place of the policy."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(policy.model)))
+def describe(policy: Policy, mesh: Mesh, lora: LoraConfig | None = None) -> str:
+    """One line: size, kind and place of the policy, and what of it is trained."""
+
+    def millions(params: Params) -> str:
+        return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:,.1f} M parameters"
+
     m, shape = policy.model, " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     device = jax.devices()[0]
+    trained = f" trained through {millions(split(abstract_params(adapted(m, lora)), lora)[0])} of adapters" if lora else ""
     return (
-        f"{m.family}, {count / 1e6:,.1f} M parameters, {m.layers} layers, D {m.model_dim}, V {m.vocab_size}, {m.compute_dtype}; "
+        f"{m.family}, {millions(abstract_params(m))}{trained}, {m.layers} layers, D {m.model_dim}, V {m.vocab_size}, {m.compute_dtype}; "
         f"{len(jax.devices())} {device.platform} devices ({device.device_kind}) as {shape}"
     )

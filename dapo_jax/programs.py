@@ -15,7 +15,8 @@ from dapo_jax.dapo.loss import LossFn, batch_logprobs, cross_entropy_loss_fn, lo
 from dapo_jax.dapo.packing import max_microbatches
 from dapo_jax.dapo.update import init_state, make_optimizer, map_microbatches, update_step
 from dapo_jax.model.decoder import abstract_params
-from dapo_jax.policy import row_len
+from dapo_jax.model.lora import merge_layer
+from dapo_jax.policy import adapted, row_len
 from dapo_jax.rollout.draw import Sampling
 from dapo_jax.runtime.chips import loss_chunk
 from dapo_jax.runtime.mesh import ROWS, publisher, state_sharding
@@ -33,41 +34,42 @@ class TrainPrograms(NamedTuple):
 
 
 def train_programs(config: Config, model: ModelConfig, mesh: Mesh) -> TrainPrograms:
-    """The programs of DAPO training on a mesh. Nothing is computed or put on a device."""
-    optimizer = make_optimizer(config.optim)
+    """The programs of DAPO training on a mesh. model: as it samples. Nothing is computed or put on a device."""
+    optimizer, rollout_params = make_optimizer(config.optim), abstract_params(model)
+    model = adapted(model, config.model.lora)
     state = abstract_state(model, optimizer, mesh)
     head: dict[str, Any] = {"temperature": config.rollout.temperature, "chunk_size": loss_chunk(mesh), "mesh": mesh}
     score = functools.partial(batch_logprobs, model=model, **head)
     return TrainPrograms(
         state=state,
-        init_optimizer=_init_optimizer(optimizer, state),
-        update=_update(functools.partial(loss_fn, model=model, algo=config.dapo, **head), optimizer, state, mesh),
+        init_optimizer=_init_optimizer(model, optimizer, state),
+        update=_update(functools.partial(loss_fn, model=model, algo=config.dapo, **head), model, optimizer, state, mesh),
         old_logprobs=jax.jit(functools.partial(map_microbatches, function=score), out_shardings=NamedSharding(mesh, P(None, ROWS))),
-        publish=publisher(state.params, mesh, model.compute_dtype),
+        publish=publisher(rollout_params, mesh, model.compute_dtype, functools.partial(merge_layer, lora=model.lora)),
     )
 
 
 def supervised_programs(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[Callable[..., TrainState], Callable[..., Any]]:
     """`init_optimizer` and `update` as in `TrainPrograms`, of supervised warm-up."""
-    optimizer = make_optimizer(config.optim)
+    optimizer, model = make_optimizer(config.optim), adapted(model, config.model.lora)
     state = abstract_state(model, optimizer, mesh)
     loss = functools.partial(cross_entropy_loss_fn, model=model, chunk_size=loss_chunk(mesh), mesh=mesh)
-    return _init_optimizer(optimizer, state), _update(loss, optimizer, state, mesh)
+    return _init_optimizer(model, optimizer, state), _update(loss, model, optimizer, state, mesh)
 
 
 def update_program(loss: LossFn, config: Config, model: ModelConfig, mesh: Mesh) -> Callable[..., Any]:
-    """`update` as in `TrainPrograms`, of another loss."""
+    """`update` as in `TrainPrograms`, of another loss. model: as it is trained."""
     optimizer = make_optimizer(config.optim)
-    return _update(loss, optimizer, abstract_state(model, optimizer, mesh), mesh)
+    return _update(loss, model, optimizer, abstract_state(model, optimizer, mesh), mesh)
 
 
-def _init_optimizer(optimizer: optax.GradientTransformation, state: TrainState) -> Callable[[Params], TrainState]:
-    return jax.jit(lambda p: init_state(p, optimizer), out_shardings=_shardings(state), donate_argnums=0)
+def _init_optimizer(model: ModelConfig, optimizer: optax.GradientTransformation, state: TrainState) -> Callable[[Params], TrainState]:
+    return jax.jit(lambda p: init_state(p, optimizer, model.lora), out_shardings=_shardings(state), donate_argnums=0)
 
 
-def _update(loss: LossFn, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh) -> Callable[..., Any]:
+def _update(loss: LossFn, model: ModelConfig, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh) -> Callable[..., Any]:
     return jax.jit(
-        functools.partial(update_step, loss_fn=loss, optimizer=optimizer),
+        functools.partial(update_step, loss_fn=loss, optimizer=optimizer, lora=model.lora),
         donate_argnums=0,
         out_shardings=(_shardings(state), NamedSharding(mesh, P())),
     )
@@ -79,7 +81,7 @@ def _shardings(tree: Any) -> Any:
 
 def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a TrainState."""
-    shapes = jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params(model))
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer, model.lora), abstract_params(model))
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state_sharding(shapes, mesh))
 
 

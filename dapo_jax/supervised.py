@@ -15,7 +15,7 @@ from dapo_jax.data.mixture import load_training
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import make_prompts
 from dapo_jax.model.weights import check_new, save_pretrained
-from dapo_jax.policy import Policy, describe, load_params, load_policy, row_len
+from dapo_jax.policy import Policy, describe, load_params, load_policy, merged, row_len
 from dapo_jax.programs import supervised_programs
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.console import make_console
@@ -88,18 +88,18 @@ def main(argv: list[str] | None = None) -> int:
     problems, reports = load_training(config.data)
     prompts, _ = make_prompts(problems, policy.tokenizer, config.data)
     multihost.initialize()
-    mesh = make_mesh(config.mesh)
+    mesh, lora = make_mesh(config.mesh), config.model.lora
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
     say = console.say
     for report in reports:
         say(report.summary())
-    say(describe(policy, mesh))
+    say(describe(policy, mesh, lora))
     items = solution_items(prompts, policy, config.rollout.max_response_len)
-    state = supervised_programs(config, policy.model, mesh)[0](load_params(config, policy, mesh))
+    state = supervised_programs(config, policy.model, mesh)[0](load_params(config, policy, mesh, lora=lora))
     with Guard(config.train.stall_timeout_s) as guard:
         for _, warmed in warm_up(config, policy, state, items, mesh, say):  # noqa: B007 - the last one is used
             guard.reach("warm-up")
-    host_params = multihost.fetch(warmed.params)
+    host_params = multihost.fetch(merged(warmed.params, policy, lora, mesh))
     if multihost.is_main():
         save_pretrained(args.out, policy.model, host_params, source_folder=config.model.folder, tokenizer=policy.tokenizer)
     console.tell(f"wrote {args.out}")

@@ -113,7 +113,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         say("reward.function: its file has changed since the run was started, which reward.allow_change allows")
     if config.model.folder and read(run_dir / "config.yaml") is None:  # a run that goes on has weights of its own
         check_pretrained(config.model.folder)
-    say(f"policy: {describe(policy, mesh)}")
+    say(f"policy: {describe(policy, mesh, config.model.lora)}")
     say(
         f"step: {algo.prompts_per_step} prompts x {algo.responses_per_prompt} responses, "
         f"{algo.prompts_per_step * algo.responses_per_prompt // algo.responses_per_update} updates; {config.reward.verifier} verifier; "
@@ -123,7 +123,8 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
 
     # ---- Programs: each is compiled once for the whole run ----------------------------------------------------------
     programs = train_programs(config, policy.model, mesh)
-    as_it_is = published_as_it_is(programs.state.params, mesh, policy.model.compute_dtype)
+    lora = config.model.lora
+    as_it_is = lora is None and published_as_it_is(programs.state.params, mesh, policy.model.compute_dtype)
     publish = (lambda params: params) if as_it_is else programs.publish  # an update ends the life of what was published before it
     engine = make_engine(config, policy, mesh, train_sampling(config))
     eval_engine = make_engine(config, policy, mesh, eval_sampling(config))
@@ -163,7 +164,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         if restore_run(run):
             say(f"resumed from the checkpoint of {run.where}: {run.at.updates} updates, {run.at.draws} draws before it")
         else:
-            run.state = programs.init_optimizer(load_params(config, policy, mesh))
+            run.state = programs.init_optimizer(load_params(config, policy, mesh, lora=lora))
         tracker = Tracker(config.train.tracker if multihost.is_main() else None, run_dir, flatten(to_dict(config)), console.tell)
         log = MetricsLog(run_dir, resume_step=run.at.step if run.at.begun else None, enabled=multihost.is_main(), copy=tracker.send)
         with tracker, log, saving_at_an_end(run, save_run):

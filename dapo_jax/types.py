@@ -131,6 +131,6 @@ class TrainBatch(NamedTuple):
 class TrainState(NamedTuple):
     """What an update changes. All of it is sharded like the parameters it belongs to."""
 
-    params: Params  # float32 master weights
+    params: Params  # float32 master weights; with LoRA float32 adapters beside frozen weights in compute dtype
     opt_state: Any
     updates: Array  # int32, updates applied so far

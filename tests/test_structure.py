@@ -26,6 +26,7 @@ PURE = (
     "model/families.py",
     "model/embedding.py",
     "model/flops.py",
+    "model/lora.py",
 )
 IO_MODULES = {"os", "io", "pathlib", "time", "datetime", "random", "sys", "shutil", "tempfile", "subprocess", "socket", "logging"}
 

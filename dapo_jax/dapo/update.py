@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dapo_jax.config import OptimSection
+from dapo_jax.config import LoraConfig, OptimSection
 from dapo_jax.dapo.loss import LossFn
+from dapo_jax.model.lora import join, split
 from dapo_jax.types import Array, Params, TrainBatch, TrainState
 
 
@@ -32,9 +33,9 @@ def learning_rate(section: OptimSection, rollout_step: int) -> float:
     return section.learning_rate * min(1.0, rollout_step / max(1, section.warmup_steps))
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state before any update. float32 moments, shaped like the parameters."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+def init_state(params: Params, optimizer: optax.GradientTransformation, lora: LoraConfig | None = None) -> TrainState:
+    """A state before any update. float32 moments, shaped like the parameters; with LoRA, like the adapters."""
+    return TrainState(params, optimizer.init(split(params, lora)[0]), jnp.zeros((), jnp.int32))
 
 
 def used_microbatches(batch: TrainBatch) -> Array:
@@ -70,9 +71,15 @@ def map_microbatches(params: Params, batch: TrainBatch, *, function: Callable[[P
 
 
 def update_step(
-    state: TrainState, batch: TrainBatch, learning_rate: Array | float, *, loss_fn: LossFn, optimizer: optax.GradientTransformation
+    state: TrainState,
+    batch: TrainBatch,
+    learning_rate: Array | float,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    lora: LoraConfig | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """θ ← θ - lr · AdamW(clip(Σ over micro-batches of ∇loss)).
+    """θ ← θ - lr · AdamW(clip(Σ over micro-batches of ∇loss)). With LoRA, θ are the adapters; no gradient in other weights is taken.
 
     An update whose loss or gradient is not finite leaves parameters and optimizer state bitwise as they were.
 
@@ -83,14 +90,15 @@ def update_step(
     Returns:
       (new state, {"loss", "grad_norm", "skipped" (0 or 1), and the loss's metric sums}), float32 scalars on device.
     """
-    loss, sums, grads = accumulate(state.params, batch, loss_fn)
+    before, frozen = split(state.params, lora)
+    loss, sums, grads = accumulate(before, batch, lambda params, rows: loss_fn(join(params, frozen), rows))
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
+    direction, opt_state = optimizer.update(grads, state.opt_state, before)
+    params = jax.tree.map(lambda p, d: p - learning_rate * d, before, direction)
     changed = TrainState(params, opt_state, state.updates + 1)
-    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
-    return kept, {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - finite, **sums}
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state._replace(params=before))
+    return kept._replace(params=join(kept.params, frozen)), {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - finite, **sums}
 
 
 def summarize(sums: Mapping[str, float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ Parameters are a nested dict, layers stacked on axis 0 and scanned:
     embed/embedding [V,D] · final_norm/scale [D] · head/kernel [D,V] (absent if tied) · layers/
       attn_norm/scale, mlp_norm/scale [L,D] · attn/{q,k,v}/kernel [L,D,heads,h], bias [L,heads,h] (qwen2) ·
       attn/o/kernel [L,H,h,D] · attn/{q_norm,k_norm}/scale [L,h] (qwen3) · mlp/{gate,up}/kernel [L,D,F], down [L,F,D]
+      beside a kernel [L,*in,*out] that LoRA adapts: adapter/a [L,*in,r], adapter/b [L,r,*out]
 """
 
 import functools
@@ -19,10 +20,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dapo_jax.config import ModelConfig
+from dapo_jax.config import LoraConfig, ModelConfig
 from dapo_jax.model.attention import attend_cached, attend_rows, quantize
 from dapo_jax.model.embedding import embed
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
+from dapo_jax.model.lora import Adapter, adapter_of, stored
 from dapo_jax.types import Array, Params
 
 
@@ -82,32 +84,45 @@ class Norm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A projection written as an einsum over tokens t, its float32 kernel cast to the dtype of what it multiplies."""
+    """A projection written as an einsum over tokens t, its kernel cast to the dtype of what it multiplies."""
 
     def __init__(
-        self, spec: str, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs, bias: tuple[int, ...] | None = None, gain: float = 1.0
+        self,
+        spec: str,
+        shape: tuple[int, ...],
+        fan_in: int,
+        rngs: nnx.Rngs,
+        bias: tuple[int, ...] | None = None,
+        gain: float = 1.0,
+        lora: LoraConfig | None = None,
     ):
         self.spec = spec
+        inputs = spec.index(",") - 1
+        self.adapter = Adapter(shape[:inputs], shape[inputs:], fan_in, lora, rngs) if lora else None
         self.kernel = nnx.Param(gain * fan_in**-0.5 * jax.random.normal(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(bias)) if bias else None
 
     def __call__(self, x: Array) -> Array:
         # All leading axes become the one axis t: XLA's CPU backward pass of a product with two of them is slow.
         lead = x.ndim - self.spec.index(",") + 1
-        y = jnp.einsum(self.spec, x.reshape(-1, *x.shape[lead:]), self.kernel[...].astype(x.dtype))
+        rows = x.reshape(-1, *x.shape[lead:])
+        y = jnp.einsum(self.spec, rows, self.kernel[...].astype(x.dtype))
+        if self.adapter is not None:
+            y += self.adapter(rows)
         y = y.reshape(*x.shape[:lead], *y.shape[1:])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Attention(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        def project(heads):
+        def project(name, heads):
             bias = (heads, c.head_dim) if c.family == "qwen2" else None
-            return Linear("td,dnh->tnh", (c.model_dim, heads, c.head_dim), c.model_dim, rngs, bias=bias)
+            return Linear("td,dnh->tnh", (c.model_dim, heads, c.head_dim), c.model_dim, rngs, bias=bias, lora=adapter_of(c.lora, name))
 
-        self.q, self.k, self.v = project(c.heads), project(c.kv_heads), project(c.kv_heads)
+        self.q, self.k, self.v = project("q", c.heads), project("k", c.kv_heads), project("v", c.kv_heads)
         # Residual branches start small, so that depth does not blow up the stream at initialisation.
-        self.o = Linear("tnh,nhd->td", (c.heads, c.head_dim, c.model_dim), c.heads * c.head_dim, rngs, gain=(2 * c.layers) ** -0.5)
+        fan_in, gain = c.heads * c.head_dim, (2 * c.layers) ** -0.5
+        self.o = Linear("tnh,nhd->td", (c.heads, c.head_dim, c.model_dim), fan_in, rngs, gain=gain, lora=adapter_of(c.lora, "o"))
         self.q_norm = Norm(c.head_dim, c.norm_eps) if c.family == "qwen3" else None
         self.k_norm = Norm(c.head_dim, c.norm_eps) if c.family == "qwen3" else None
 
@@ -120,9 +135,10 @@ class Attention(nnx.Module):
 
 class Mlp(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.gate = Linear("td,df->tf", (c.model_dim, c.ffn_dim), c.model_dim, rngs)
-        self.up = Linear("td,df->tf", (c.model_dim, c.ffn_dim), c.model_dim, rngs)
-        self.down = Linear("tf,fd->td", (c.ffn_dim, c.model_dim), c.ffn_dim, rngs, gain=(2 * c.layers) ** -0.5)
+        d, f = c.model_dim, c.ffn_dim
+        self.gate = Linear("td,df->tf", (d, f), d, rngs, lora=adapter_of(c.lora, "gate"))
+        self.up = Linear("td,df->tf", (d, f), d, rngs, lora=adapter_of(c.lora, "up"))
+        self.down = Linear("tf,fd->td", (f, d), f, rngs, gain=(2 * c.layers) ** -0.5, lora=adapter_of(c.lora, "down"))
 
     def __call__(self, x: Array, layout: Layout) -> Array:
         return self.down(jax.nn.silu(layout.inner(self.gate(x))) * layout.inner(self.up(x)))
@@ -157,14 +173,17 @@ class Embed(nnx.Module):
 
 
 def init(config: ModelConfig, key: Array) -> Params:
-    """Random float32 parameters; residual branches scaled by 1/√(2L)."""
+    """Random float32 parameters; residual branches scaled by 1/√(2L). With LoRA the same, adapters beside them, as training holds them."""
     ends_key, layers_key = jax.random.split(key)
 
     def pure(module):
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
-    layers = jax.vmap(lambda k: pure(Block(config, nnx.Rngs(k))))(jax.random.split(layers_key, config.layers))
-    return {**pure(Ends(config, nnx.Rngs(ends_key))), "layers": layers}
+    def layer(params_key, adapter_key):
+        return pure(Block(config, nnx.Rngs(params=params_key, adapter=adapter_key)))
+
+    layers = jax.vmap(layer)(*(jax.random.split(k, config.layers) for k in (layers_key, jax.random.fold_in(layers_key, 0))))
+    return stored({**pure(Ends(config, nnx.Rngs(ends_key))), "layers": layers}, config.lora, config.compute_dtype)
 
 
 def abstract_params(config: ModelConfig) -> Params:

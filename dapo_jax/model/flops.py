@@ -17,6 +17,15 @@ def head_weights(c: ModelConfig) -> int:
     return c.model_dim * c.vocab_size
 
 
+def adapter_weights(c: ModelConfig) -> int:
+    """Weights of the adapters of all layers: r · (inputs + outputs) of each adapted projection; 0 without LoRA."""
+    if c.lora is None:
+        return 0
+    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    other = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": c.ffn_dim, "up": c.ffn_dim, "down": c.ffn_dim}
+    return c.layers * c.lora.rank * sum(c.model_dim + other[name] for name in c.lora.targets)
+
+
 def weights(c: ModelConfig) -> int:
     """Weights of all matrices, embedding and head once if tied. Norms and biases, below a thousandth of it, are left out."""
     return layer_weights(c) + head_weights(c) * (1 if c.tie_embeddings else 2)
@@ -29,12 +38,20 @@ def visible_pairs(length: float) -> float:
 
 def forward_flops(c: ModelConfig, tokens: float, pairs: float, targets: float) -> float:
     """2 a weight and token, 4Hh a layer and pair of query and key (scores and their sum of values), 2DV a target."""
-    return 2 * layer_weights(c) * tokens + 4 * c.layers * c.heads * c.head_dim * pairs + 2 * head_weights(c) * targets
+    return (
+        2 * (layer_weights(c) + adapter_weights(c)) * tokens + 4 * c.layers * c.heads * c.head_dim * pairs + 2 * head_weights(c) * targets
+    )
+
+
+def backward_flops(c: ModelConfig, tokens: float, pairs: float, targets: float) -> float:
+    """Twice the forward pass; with LoRA without the gradient of frozen weights, which for them is once."""
+    frozen = 0.0 if c.lora is None else 2 * layer_weights(c) * tokens + 2 * head_weights(c) * targets
+    return 2 * forward_flops(c, tokens, pairs, targets) - frozen
 
 
 def train_flops(c: ModelConfig, tokens: float, pairs: float, targets: float) -> float:
-    """Forward and backward, three times the forward pass. What remat computes again is no work of the model's."""
-    return 3 * forward_flops(c, tokens, pairs, targets)
+    """Forward and backward. What remat computes again is no work of the model's."""
+    return forward_flops(c, tokens, pairs, targets) + backward_flops(c, tokens, pairs, targets)
 
 
 def recomputed_flops(c: ModelConfig, tokens: float, pairs: float) -> float:

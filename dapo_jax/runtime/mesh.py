@@ -25,6 +25,12 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"layers/attn/o/kernel", P(None, "tensor", None, "fsdp")),  # [L, H, h, D]
     (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),  # [L, F, D]
+    (r"layers/(attn/[qkv]|mlp/(gate|up))/adapter/a", P(None, "fsdp", None)),  # [L, D, r]
+    (r"layers/attn/[qkv]/adapter/b", P(None, None, "tensor", None)),  # [L, r, heads, h]
+    (r"layers/mlp/(gate|up)/adapter/b", P(None, None, "tensor")),  # [L, r, F]
+    (r"layers/attn/o/adapter/a", P(None, "tensor", None, None)),  # [L, H, h, r]
+    (r"layers/mlp/down/adapter/a", P(None, "tensor", None)),  # [L, F, r]
+    (r"layers/(attn/o|mlp/down)/adapter/b", P(None, None, "fsdp")),  # [L, r, D]
     (r"layers/attn/[qk]_norm/scale", P(None, None)),  # [L, h]
     (r"layers/(attn|mlp)_norm/scale", P(None, None)),  # [L, D]
     (r"final_norm/scale", P(None)),  # [D]
@@ -118,9 +124,12 @@ def rollout_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
-def publisher(params: Mapping[str, Any], mesh: Mesh, dtype: str) -> Callable[[Any], Any]:
+def publisher(
+    params: Mapping[str, Any], mesh: Mesh, dtype: str, merge_layer: Callable[[Any], Any] = lambda layer: layer
+) -> Callable[[Any], Any]:
     """A jitted function from master weights to rollout weights: cast, and gathered from the fsdp shards once a step.
 
+    params: those of rollouts (arrays or shapes); `merge_layer` makes a layer of theirs of a trained one.
     A layer at a time: the compiler gathers into other memory than the result's, which for all layers would take as much again.
     """
     shardings = rollout_sharding(params, mesh)
@@ -130,7 +139,7 @@ def publisher(params: Mapping[str, Any], mesh: Mesh, dtype: str) -> Callable[[An
         return jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(mesh, P(*spec)))
 
     def publish(params: Any) -> Any:
-        layers = jax.lax.map(lambda layer: jax.tree.map(place, layer, shardings["layers"]), params["layers"])
+        layers = jax.lax.map(lambda layer: jax.tree.map(place, merge_layer(layer), shardings["layers"]), params["layers"])
         ends = {name: jax.tree.map(place, part, shardings[name]) for name, part in params.items() if name != "layers"}
         return {**ends, "layers": layers}
 
