@@ -65,9 +65,9 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
-    """Where the policy comes from: a Hugging Face folder, or random weights of a given architecture."""
+    """Where the policy comes from: a Hugging Face model, or random weights of a given architecture."""
 
-    folder: str | None = None  # Hugging Face model folder: config, safetensors, tokenizer
+    folder: str | None = None  # Hugging Face model: a folder, gs://bucket/folder, or an id of the hub, ID or ID@REVISION
     architecture: ModelConfig | None = None  # instead of a folder: random start with a byte-level tokenizer
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matmuls; master weights are float32
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass keeps: all, matmul results, block inputs
@@ -507,7 +507,7 @@ def _check(c: Config, where: str) -> None:
 
     # The policy
     if (c.model.folder is None) == (c.model.architecture is None):
-        fail("model.folder", "give either a Hugging Face folder or model.architecture, one of the two")
+        fail("model.folder", "give either a Hugging Face model or model.architecture, one of the two")
     if (arch := c.model.architecture) is not None:
         check_model(arch, lambda key, message: fail(f"model.architecture.{key}", message))
         check_context(c, arch, where)

@@ -39,6 +39,7 @@ from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
 from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, compile_program, device_bytes
 from dapo_jax.runtime.folder import write_result
 from dapo_jax.runtime.mesh import make_mesh, rollout_sharding, row_shards
+from dapo_jax.runtime.models import local_model
 from dapo_jax.train import check_divides
 from dapo_jax.types import Array, InputError, Params, TrainBatch
 
@@ -165,7 +166,8 @@ def load_pod(topology: str) -> Pod:
 
 def load_model(config: Config) -> ModelConfig:
     """The architecture, from model.architecture or the config.json of model.folder: neither weights nor a tokenizer are needed."""
-    model = load_model_config(config.model.folder) if config.model.folder else config.model.architecture
+    folder = config.model.folder and local_model(config.model.folder, ("config.json",)).folder
+    model = load_model_config(folder) if folder else config.model.architecture
     assert model is not None  # the config's own check
     return with_computation(config, model)
 

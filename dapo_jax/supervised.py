@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             guard.reach("warm-up")
     host_params = multihost.fetch(warmed.params)
     if multihost.is_main():
-        save_pretrained(args.out, policy.model, host_params, source_folder=config.model.folder, tokenizer=policy.tokenizer)
+        save_pretrained(args.out, policy.model, host_params, source_folder=policy.folder, tokenizer=policy.tokenizer)
     say(f"wrote {args.out}")
     return 0
 

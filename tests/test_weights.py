@@ -182,6 +182,7 @@ def test_config_round_trip(hf):
     assert {key: written[key] for key in shared} == {key: hf[key] for key in shared}
 
 
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE: dict[str, Any] = LLAMA_31_8B["rope_scaling"]
 REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "architecture": (LLAMA_31_8B, {"architectures": ["MistralForCausalLM"]}, "architectures"),
@@ -227,6 +228,31 @@ def test_config_refused(name):
     hf, change, key = REFUSED_CONFIGS[name]
     model_config_from_hf(hf, "x/config.json")
     assert_refused(lambda: model_config_from_hf({**hf, **change}, "x/config.json"), "x/config.json: ", f"{key}: ")
+
+
+@pytest.mark.parametrize(
+    "hf, hint",
+    [
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "'] is not supported; supported"),
+        ({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}, "'] is not supported; supported"),
+        ({"model_type": "t5"}, "'t5' is not supported; supported"),
+        ({}, "None is not supported; supported"),
+        ({"architectures": []}, "[] is not supported; supported"),
+        ({"architectures": ["LlamaForCausalLM", "Qwen2ForCausalLM"]}, "is not supported; supported"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "qwen2"}, "contradicts architectures ['LlamaForCausalLM']; supported"),
+        (
+            {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": {}},
+            "save its text part as a model; ",
+        ),
+        ({"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}, "use a text-only model of its family"),
+        ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "use a text-only model of its family"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128}, "a mixture of experts; use a dense model of its family; "),
+        ({"architectures": ["x" * 1000]}, "is not supported; supported"),
+    ],
+)
+def test_another_architecture_is_told_what_there_is_instead(hf, hint):
+    """Whatever is wrong with it, the line has every name that would have been right."""
+    assert_refused(lambda: model_config_from_hf(hf, "c"), "c: ", hint, *ARCHITECTURES)
 
 
 def test_window_that_no_layer_uses_is_accepted():

@@ -89,17 +89,26 @@ def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def _family(hf: Mapping[str, Any], fail: Fail) -> Any:
     names, model_type = hf.get("architectures"), hf.get("model_type")
-    supported = f"supported: {', '.join(_ARCHITECTURES)}"
+    supported = f"{_hint(hf, names)}; supported (docs/models.md): {', '.join(_ARCHITECTURES)}"
     if names is None:
         if model_type not in _ARCHITECTURES.values():
-            fail("model_type", f"{model_type!r} is not supported; {supported}")
+            fail("model_type", f"{repr(model_type)[:60]} is not supported{supported}")
         return model_type
     if not isinstance(names, list) or len(names) != 1 or names[0] not in list(_ARCHITECTURES):
-        fail("architectures", f"{names!r} is not supported; {supported}")
+        fail("architectures", f"{repr(names)[:60]} is not supported{supported}")
     family = _ARCHITECTURES[names[0]]
     if model_type not in (None, family):
-        fail("model_type", f"{model_type!r} contradicts architectures {names!r}; {supported}")
+        fail("model_type", f"{repr(model_type)[:60]} contradicts architectures {names!r}{supported}")
     return family
+
+
+def _hint(hf: Mapping[str, Any], names: Any) -> str:
+    """What kind of model it is, where that says what to do instead."""
+    if "ForConditionalGeneration" in str(names) or {"text_config", "vision_config", "audio_config"} & hf.keys():
+        return ", a model of text and something else; use a text-only model of its family, or save its text part as a model"
+    if "Moe" in str(names) or {"num_experts", "num_local_experts"} & hf.keys():
+        return ", a mixture of experts; use a dense model of its family"
+    return ""
 
 
 def _refuse_unsupported(hf: Mapping[str, Any], family: str, fail: Fail) -> None:

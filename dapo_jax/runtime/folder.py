@@ -47,8 +47,7 @@ def run_folder(where: str) -> Folder:
         if "://" in where:
             raise InputError(f"{where}: cannot be used as a run folder (not gs://); give a local folder or gs://bucket/folder")
         return Path(where)
-    if not re.fullmatch(r"gs://[^/*?#\[\]]+(/+[^/*?#\[\]]+)+/*", where):
-        raise InputError(f"{where}: cannot be used as a run folder (not of the form gs://bucket/folder, without *?#[]); name one")
+    check_bucket_folder(where, "a run folder")
     path = epath.Path(where)
     try:
         _ask(path.parts[2])
@@ -56,6 +55,12 @@ def run_folder(where: str) -> Folder:
     except Exception as e:  # of google-cloud-storage, gcsfs, aiohttp, google-auth
         raise InputError(f"{where}: cannot be used as a run folder ({reason(e)}); {_GIVE}") from None
     return path
+
+
+def check_bucket_folder(where: str, use: str) -> None:
+    """Raises InputError unless it is of the form gs://bucket/folder. use: as what it was given, in words."""
+    if not re.fullmatch(r"gs://[^/*?#\[\]]+(/+[^/*?#\[\]]+)+/*", where):
+        raise InputError(f"{where}: cannot be used as {use} (not of the form gs://bucket/folder, without *?#[]); name one")
 
 
 def _ask(bucket: str) -> None:
