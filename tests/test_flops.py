@@ -41,7 +41,7 @@ def test_flops_by_hand():
     again = {"none": 0, "dots": 5 * 3 * 2 * 8, "full": 2 * 7 * 324 + 5 * 3 * 2 * 8}
     for remat, expected in again.items():
         assert flops.recomputed_flops(dataclasses.replace(SMALL, remat=remat), 7, 5) == expected
-    assert flops.visible_pairs(4) == 1 + 2 + 3 + 4
+    assert flops.visible_pairs(SMALL, 4) == 1 + 2 + 3 + 4
 
 
 def test_cache_bytes_by_hand():

@@ -26,7 +26,7 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),  # [L, F, D]
     (r"layers/attn/[qk]_norm/scale", P(None, None)),  # [L, h]
-    (r"layers/(attn|mlp)_norm/scale", P(None, None)),  # [L, D]
+    (r"layers/(attn|mlp)(_post)?_norm/scale", P(None, None)),  # [L, D]
     (r"final_norm/scale", P(None)),  # [D]
 )
 
