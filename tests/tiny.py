@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dapo_jax.config import ModelConfig
+from dapo_jax.config import ModelConfig, Windows
 from dapo_jax.dapo.packing import TrainItem, normalizer_weights
 from dapo_jax.model.decoder import abstract_params, apply
 
 
 def model(family="qwen3", **changes) -> ModelConfig:
     sizes = {"vocab_size": 40, "model_dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 24}
-    return ModelConfig(family=family, **(sizes | {"max_position": 64, "rope_theta": 1e4} | changes))
+    own = {"windows": Windows(3, 2, 1e2), "rope_factor": 4.0, "query_scalar": 5.0} if family == "gemma3_text" else {}
+    return ModelConfig(family=family, **(sizes | {"max_position": 64, "rope_theta": 1e4} | own | changes))
 
 
 @functools.cache

@@ -198,9 +198,11 @@ def _gemma_fields(hf: Mapping[str, Any], layers: int, fail: Fail) -> dict[str, A
     scalar = _number({"query_pre_attn_scalar": 256, **hf}, "query_pre_attn_scalar", float, fail)
     window = _number({"sliding_window": 4096, **hf}, "sliding_window", int, fail)
     return {
-        "rope_theta": _number(whole, "rope_theta", float, fail),
+        "rope_theta": _number(whole, "rope_theta", float, fail, prefix=f"rope_parameters.{_FULL}."),
         "rope_factor": _number(whole, "factor", float, fail, prefix="rope_scaling.") if linear else 1.0,
-        "windows": Windows(window, _window_pattern(hf, layers, fail), _number(near, "rope_theta", float, fail)),
+        "windows": Windows(
+            window, _window_pattern(hf, layers, fail), _number(near, "rope_theta", float, fail, prefix=f"rope_parameters.{_SLIDING}.")
+        ),
         "query_scalar": None if scalar == hf.get("head_dim") else scalar,
     }
 
