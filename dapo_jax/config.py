@@ -54,7 +54,9 @@ class Windows:
 class ModelConfig:
     """Architecture of a decoder, and how it computes."""
 
-    family: Literal["llama", "qwen2", "qwen3", "gemma3_text"] = "qwen3"  # qwen2 has q/k/v biases, qwen3 has q/k norms; gemma3_text differs
+    family: Literal["llama", "qwen2", "qwen3", "gemma3_text"] = (
+        "qwen3"  # qwen2 has q/k/v biases, qwen3 q/k norms, gemma3_text these and windows
+    )
     vocab_size: int = 151936  # V
     model_dim: int = 1024  # D, width of the residual stream
     layers: int = 28  # L
@@ -66,7 +68,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None  # Llama 3.x only
     rope_factor: float = 1.0  # Gemma 3 only: positions are divided by it, but for layers with a window
     windows: Windows | None = None  # Gemma 3 only, and always there
-    query_scalar: float | None = None  # Gemma 3 only: scores are divided by its square root; null is head_dim
+    query_scalar: int | None = None  # Gemma 3 only: scores are divided by its square root; null is head_dim
     norm_eps: float = 1e-6  # epsilon of the RMS norms
     tie_embeddings: bool = True  # the output head is the embedding transposed
     max_position: int = 40960  # context limit, prompt and response together, tokens
@@ -481,17 +483,16 @@ def check_model(model: ModelConfig, fail) -> None:
             fail("rope_scaling", "needs factor >= 1, 0 < low_freq_factor < high_freq_factor, original_max_position >= 1")
     if (w := model.windows) and (w.size < 1 or w.every < 1 or w.rope_theta <= 0):
         fail("windows", "needs size >= 1, every >= 1, rope_theta > 0")
-    if model.rope_factor < 1 or (model.query_scalar is not None and model.query_scalar <= 0):
-        fail(
-            "rope_factor" if model.rope_factor < 1 else "query_scalar", "must be at least 1" if model.rope_factor < 1 else "must be above 0"
-        )
-    gemma = model.family == "gemma3_text"
-    if gemma != (model.windows is not None):
+    for name in ("rope_factor", "query_scalar"):
+        value = getattr(model, name)
+        if value is not None and value < 1:
+            fail(name, f"must be at least 1, got {value}")
+        if value not in (None, 1) and model.family != "gemma3_text":
+            fail(name, "goes with family gemma3_text only")
+    if (model.family == "gemma3_text") != (model.windows is not None):
         fail("windows", "goes with family gemma3_text, and is needed there")
-    if gemma and model.rope_scaling:
+    if model.windows and model.rope_scaling:
         fail("rope_scaling", "is of Llama 3.x; gemma3_text has rope_factor")
-    if not gemma and (model.rope_factor != 1 or model.query_scalar is not None):
-        fail("rope_factor" if model.rope_factor != 1 else "query_scalar", "goes with family gemma3_text only")
 
 
 def _check(c: Config, where: str) -> None:

@@ -299,6 +299,7 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "gemma-zero-window": (GEMMA3_1B, {"sliding_window": 0}, "sliding_window"),
     "gemma-layers": (GEMMA3_1B, {"layer_types": ["full_attention"] + ["sliding_attention"] * 25}, "layer_types"),
     "gemma-few-layers": (GEMMA3_1B, {"layer_types": ["sliding_attention"] * 5}, "layer_types"),
+    "gemma-endless-layers": (GEMMA3_1B, {"num_hidden_layers": 2**39, "layer_types": ["full_attention"]}, "layer_types"),
     "gemma-layers-text": (GEMMA3_1B, {"layer_types": "full_attention"}, "layer_types"),
     "gemma-pattern": (GEMMA3_1B, {"sliding_window_pattern": "LLG"}, "sliding_window_pattern"),
     "gemma-head-dim": (GEMMA3_1B, {"head_dim": None}, "head_dim"),

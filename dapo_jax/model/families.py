@@ -195,7 +195,7 @@ def _gemma_fields(hf: Mapping[str, Any], layers: int, fail: Fail) -> dict[str, A
         for key in rope.keys() - {"rope_type", "type", "rope_theta", *(("factor",) if name == "linear" else ())}:
             fail(f"rope_parameters.{kind}.{key}", f"is not supported with rope_type {name}")
     linear = whole.get("rope_type", whole.get("type")) == "linear"
-    scalar = _number({"query_pre_attn_scalar": 256, **hf}, "query_pre_attn_scalar", float, fail)
+    scalar = _number({"query_pre_attn_scalar": 256, **hf}, "query_pre_attn_scalar", int, fail)
     window = _number({"sliding_window": 4096, **hf}, "sliding_window", int, fail)
     return {
         "rope_theta": _number(whole, "rope_theta", float, fail, prefix=f"rope_parameters.{_FULL}."),
@@ -213,7 +213,7 @@ def _window_pattern(hf: Mapping[str, Any], layers: int, fail: Fail) -> int:
     if types is None:
         return min(layers + 1, _number({"sliding_window_pattern": 6, **hf}, "sliding_window_pattern", int, fail))
     every = types.index(_FULL) + 1 if isinstance(types, list) and _FULL in types else layers + 1
-    if types != _layer_types(layers, every):
+    if not isinstance(types, list) or len(types) != layers or types != _layer_types(layers, every):
         fail("layer_types", f"only {_FULL} in every so-many-th of {layers} layers and {_SLIDING} in the others is supported")
     return every
 
