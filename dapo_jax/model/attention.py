@@ -140,7 +140,11 @@ def attend_rows(q: Array, k: Array, v: Array, segment_ids: Array, window: Window
         kernel = functools.partial(attend_splash, block=block)
         if window is None:
             return _over_mesh(kernel, mesh, q, k, v, segment_ids)
-        return _over_mesh(lambda *rows, on: kernel(*rows, window._replace(on=on)), mesh, q, k, v, segment_ids, on=window.on)
+
+        def windowed(q, k, v, segment_ids, on):  # a kernel over a mesh takes what it is given, and closes over nothing
+            return kernel(q, k, v, segment_ids, window._replace(on=on))
+
+        return _over_mesh(windowed, mesh, q, k, v, segment_ids, on=window.on)
     if platform == "gpu" and t <= _LONG and q.dtype == jnp.bfloat16 and h <= 128 and h % 8 == 0:
         return attend_masked(q, k, v, segment_ids, window, implementation="cudnn")
     return attend(q, k, v, segment_ids, window) if t <= _LONG else attend_chunked(q, k, v, segment_ids, window, chunk=block)
