@@ -158,7 +158,7 @@ def test_greedy_sampling(golden):
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("gemma3")])
 def test_sampled_logprobs_are_those_of_whole_rows(name, int8):
-    """Eight slots of prompts of 2 to 8 tokens and 12 tokens each, in windows of 5. Measured: within 2e-6, with an 8-bit cache 0.04."""
+    """Eight slots of prompts of 2 to 8 tokens and 12 tokens each, in windows of 5. Measured: within 2e-6, with an 8-bit cache 0.03."""
     config, params = load_pretrained(GOLDENS / name)
     mesh = make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
     sizes = {"slots": 8, "max_prompt_len": 8, "max_response_len": 12}
@@ -171,7 +171,7 @@ def test_sampled_logprobs_are_those_of_whole_rows(name, int8):
     logprobs = np.asarray(jax.nn.log_softmax(jax.jit(apply, static_argnums=1)(params, config, rows)))
     for row, prompt, response in zip(logprobs, prompts, found, strict=True):
         expected = row[np.arange(12) + len(prompt) - 1, response.tokens]
-        np.testing.assert_allclose(response.behavior_logprobs, expected, rtol=0, atol=0.2 if int8 else 1e-5)
+        np.testing.assert_allclose(response.behavior_logprobs, expected, rtol=0, atol=0.1 if int8 else 1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("gemma3")])
