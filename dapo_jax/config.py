@@ -55,10 +55,21 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Windows:
+    """Sliding-window attention, in all layers but every so-many-th. (HF: sliding_window, sliding_window_pattern, rope_local_base_freq.)"""
+
+    size: int = 512  # W, tokens that a token sees there: itself and those just before it
+    every: int = 6  # layers every, 2 every, ... see everything
+    rope_theta: float = 1e4  # base of the rotary frequencies there
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a decoder, and how it computes."""
 
-    family: Literal["llama", "qwen2", "qwen3"] = "qwen3"  # qwen2 has q/k/v biases, qwen3 has q/k norms
+    family: Literal["llama", "qwen2", "qwen3", "gemma3_text"] = (
+        "qwen3"  # qwen2 has q/k/v biases, qwen3 q/k norms, gemma3_text these and windows
+    )
     vocab_size: int = 151936  # V
     model_dim: int = 1024  # D, width of the residual stream
     layers: int = 28  # L
@@ -68,6 +79,9 @@ class ModelConfig:
     ffn_dim: int = 3072  # F, hidden width of the gated feed-forward
     rope_theta: float = 1e6  # base of the rotary frequencies
     rope_scaling: RopeScaling | None = None  # Llama 3.x only
+    rope_factor: float = 1.0  # Gemma 3 only: positions are divided by it, but for layers with a window
+    windows: Windows | None = None  # Gemma 3 only, and always there
+    query_scalar: int | None = None  # Gemma 3 only: scores are divided by its square root; null is head_dim
     norm_eps: float = 1e-6  # epsilon of the RMS norms
     tie_embeddings: bool = True  # the output head is the embedding transposed
     max_position: int = 40960  # context limit, prompt and response together, tokens
@@ -79,9 +93,9 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
-    """Where the policy comes from: a Hugging Face folder, or random weights of a given architecture."""
+    """Where the policy comes from: a Hugging Face model, or random weights of a given architecture."""
 
-    folder: str | None = None  # Hugging Face model folder: config, safetensors, tokenizer
+    folder: str | None = None  # Hugging Face model: a folder, gs://bucket/folder, or an id of the hub, ID or ID@REVISION
     architecture: ModelConfig | None = None  # instead of a folder: random start with a byte-level tokenizer
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matmuls; master weights are float32
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass keeps: all, matmul results, block inputs
@@ -557,6 +571,18 @@ def check_model(model: ModelConfig, fail) -> None:
     if s := model.rope_scaling:
         if s.factor < 1 or s.low_freq_factor <= 0 or s.high_freq_factor <= s.low_freq_factor or s.original_max_position < 1:
             fail("rope_scaling", "needs factor >= 1, 0 < low_freq_factor < high_freq_factor, original_max_position >= 1")
+    if (w := model.windows) and (w.size < 1 or w.every < 1 or w.rope_theta <= 0):
+        fail("windows", "needs size >= 1, every >= 1, rope_theta > 0")
+    for name in ("rope_factor", "query_scalar"):
+        value = getattr(model, name)
+        if value is not None and value < 1:
+            fail(name, f"must be at least 1, got {value}")
+        if value not in (None, 1) and model.family != "gemma3_text":
+            fail(name, "goes with family gemma3_text only")
+    if (model.family == "gemma3_text") != (model.windows is not None):
+        fail("windows", "goes with family gemma3_text, and is needed there")
+    if model.windows and model.rope_scaling:
+        fail("rope_scaling", "is of Llama 3.x; gemma3_text has rope_factor")
 
 
 def _check(c: Config, where: str) -> None:
@@ -597,7 +623,7 @@ def _check(c: Config, where: str) -> None:
 
     # The policy
     if (c.model.folder is None) == (c.model.architecture is None):
-        fail("model.folder", "give either a Hugging Face folder or model.architecture, one of the two")
+        fail("model.folder", "give either a Hugging Face model or model.architecture, one of the two")
     if (arch := c.model.architecture) is not None:
         check_model(arch, lambda key, message: fail(f"model.architecture.{key}", message))
         check_context(c, arch, where)

@@ -1,7 +1,7 @@
 """Held-out accuracy: avg@k, pass@k and cons@k with standard errors.
 
 python -m dapo_jax.evaluate --config C --run-dir D          the newest checkpoint of a run
-python -m dapo_jax.evaluate --config C --model FOLDER       a Hugging Face folder
+python -m dapo_jax.evaluate --config C --model FOLDER       a model as in `model.folder`
 """
 
 import argparse
@@ -18,7 +18,7 @@ from dapo_jax.config import Config, load_config
 from dapo_jax.data.problems import load_problems
 from dapo_jax.data.prompts import decode, make_prompts
 from dapo_jax.data.rows import AS_USUAL
-from dapo_jax.policy import Policy, describe, load_params, load_policy, make_engine, restore_params
+from dapo_jax.policy import Policy, describe, load_params, load_policy, make_engine, restore_params, with_commit
 from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors
 from dapo_jax.reward.verify import extract_answer
 from dapo_jax.rollout.engine import Engine
@@ -186,12 +186,12 @@ def eval_sampling(config: Config) -> Sampling:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures held-out accuracy of a run's newest checkpoint or of a Hugging Face folder on the config's eval sets."""
+    """Measures held-out accuracy of a run's newest checkpoint or of a Hugging Face model on the config's eval sets."""
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.evaluate", description=main.__doc__)
     parser.add_argument("--config", required=True, help="YAML config; its `eval` section says what and how")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--run-dir", help="run folder of dapo_jax.train; its newest usable checkpoint is evaluated")
-    where.add_argument("--model", metavar="FOLDER", help="Hugging Face folder to evaluate")
+    where.add_argument("--model", metavar="FOLDER", help="model to evaluate: a folder, gs://bucket/folder, or an id of the hub")
     parser.add_argument("--json", metavar="OUT", help="also write the results to this file; `python -m dapo_jax.compare` reads two of them")
     parser.add_argument("--samples", metavar="OUT", help="also write every response and its verdict to this file, a JSON object a line")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. eval.samples_per_problem=8")
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     if not config.eval.sets:
         raise InputError(f"{args.config}: eval.sets: is empty; name a data set")
     run_dir = run_folder(args.run_dir) if args.run_dir else None
-    policy = load_policy(config, args.model)
+    policy = load_policy(with_commit(config, run_dir)) if run_dir else load_policy(config, args.model)
     multihost.initialize()
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
     say = console.say
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         step, params = restore_params(run_dir, policy, mesh)
         say(f"checkpoint of step {step}")
     else:
-        step, params = None, load_params(config, policy, mesh, args.model)
+        step, params = None, load_params(config, policy, mesh)
     weights = publisher(params, mesh, policy.model.compute_dtype)(params)
     engine = make_engine(config, policy, mesh, eval_sampling(config))
     with Guard(config.train.stall_timeout_s) as guard, RewardPool(config.reward) as pool:

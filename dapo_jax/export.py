@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     policy = load_policy(config)
     mesh = make_mesh(MeshSection())
     step, params = restore_params(run_dir, policy, mesh)
-    save_pretrained(args.out, policy.model, params, source_folder=config.model.folder, tokenizer=policy.tokenizer)
+    save_pretrained(args.out, policy.model, params, source_folder=policy.folder, tokenizer=policy.tokenizer)
     print(f"wrote step {step} of {args.run_dir} to {args.out}: {describe(policy, mesh)}")
     return 0
 

@@ -39,6 +39,7 @@ from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
 from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, compile_program, device_bytes
 from dapo_jax.runtime.folder import write_result
 from dapo_jax.runtime.mesh import make_mesh, rollout_sharding, row_shards
+from dapo_jax.runtime.models import local_model
 from dapo_jax.train import check_divides
 from dapo_jax.types import Array, InputError, Params, TrainBatch
 
@@ -165,7 +166,8 @@ def load_pod(topology: str) -> Pod:
 
 def load_model(config: Config) -> ModelConfig:
     """The architecture, from model.architecture or the config.json of model.folder: neither weights nor a tokenizer are needed."""
-    model = load_model_config(config.model.folder) if config.model.folder else config.model.architecture
+    folder = config.model.folder and local_model(config.model.folder, ("config.json",)).folder
+    model = load_model_config(folder) if folder else config.model.architecture
     assert model is not None  # the config's own check
     return with_computation(config, model)
 
@@ -204,7 +206,7 @@ def _training(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, 
     rows = max(1.0, responses * segment / row_len(config))
     used = min(microbatches(config), math.ceil(rows / config.train.rows_per_microbatch))
     computed = used * config.train.rows_per_microbatch * row_len(config)  # positions, padding among them
-    tokens, pairs, targets = responses * segment, responses * flops.visible_pairs(segment), responses * lengths.response
+    tokens, pairs, targets = responses * segment, responses * flops.visible_pairs(model, segment), responses * lengths.response
     forward = flops.forward_flops(trained, computed, pairs, targets)
     backward = flops.backward_flops(trained, computed, pairs, targets) + flops.recomputed_flops(trained, computed, pairs)
     read = used * 2 * flops.weights(model) / tensor  # bfloat16 weights, once a pass and micro-batch
@@ -274,8 +276,8 @@ def _rollout(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, t
 
     def prefill(name: str, tokens: jax.ShapeDtypeStruct, calls: float) -> Program:
         (rows, width), mean = tokens.shape, lengths.prompt
-        useful = flops.forward_flops(model, rows * mean, rows * flops.visible_pairs(mean), 0)
-        computed = flops.forward_flops(model, rows * width, rows * flops.visible_pairs(width), 0)
+        useful = flops.forward_flops(model, rows * mean, rows * flops.visible_pairs(model, mean), 0)
+        computed = flops.forward_flops(model, rows * width, rows * flops.visible_pairs(model, width), 0)
         lower = functools.partial(engine.programs.prefill.lower, weights, tokens)  # type: ignore[attr-defined]
         work = Work(useful, computed, rows * mean, layers)
         return Program(name, lower, (weights, tokens), resident + device_bytes(state), work, calls, settings=settings)
@@ -296,7 +298,7 @@ def _rollout(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, t
         found.append(prefill("prefill of prefixes", prefixes, 0))
         prefilled = jax.eval_shape(engine.programs.prefill, weights, prefixes)
     mean = lengths.prompt + lengths.response / 2  # tokens in the cache of a sequence under way
-    step = flops.forward_flops(model, slots, slots * mean, slots)
+    step = flops.forward_flops(model, slots, slots * flops.visible_keys(model, mean), slots)
     read = layers + 2 * flops.head_weights(model) / tensor + slots / shards * mean * cached
     evaluated = [("eval decode step", make_engine(config, Policy(model, None, (0,)), mesh, eval_sampling(config)), 0.0)]
     steps = max(responses * lengths.response / slots, config.rollout.max_response_len)

@@ -11,12 +11,13 @@ from dapo_jax.config import Config, LoraConfig, ModelConfig, check_context, load
 from dapo_jax.data.prompts import load_tokenizer, stop_tokens
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.model.lora import join, merge, split
-from dapo_jax.model.weights import load_model_config, load_pretrained
+from dapo_jax.model.weights import DESCRIPTION_FILES, WEIGHT_FILES, load_model_config, load_pretrained
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import checkpoint
 from dapo_jax.runtime.folder import Folder, local_file, read
 from dapo_jax.runtime.mesh import params_sharding, put
+from dapo_jax.runtime.models import is_id, local_model, same_commit
 from dapo_jax.runtime.multihost import fetch
 from dapo_jax.types import InputError, NoCheckpointError, Params
 
@@ -27,6 +28,8 @@ class Policy(NamedTuple):
     model: ModelConfig  # as it samples: without adapters
     tokenizer: Any  # a transformers tokenizer
     stop: tuple[int, ...]  # token ids that end a response
+    source: str | None = None  # of weights and tokenizer, as `local_model` takes it, a commit where it is of the hub; None: made here
+    folder: str | None = None  # on this machine: all of the source's files but weights
 
 
 def with_computation(config: Config, model: ModelConfig) -> ModelConfig:
@@ -41,9 +44,27 @@ def adapted(model: ModelConfig, lora: LoraConfig | None) -> ModelConfig:
     return dataclasses.replace(model, lora=lora)
 
 
-def load_policy(config: Config, folder: str | None = None) -> Policy:
-    """Architecture and tokenizer of `model.folder` (or of `folder`, if given), or of `model.architecture`. No device is touched."""
-    folder = folder or config.model.folder
+def with_commit(config: Config, run_dir: Folder | None = None) -> Config:
+    """The config with `model.folder` as ID@COMMIT where that is an id of the hub: the commit of the run that `run_dir` holds, or today's.
+
+    An id with a revision has the commit that the revision has today. Anything else stays as it is.
+    """
+    name = config.model.folder
+    if name is None or not is_id(name):
+        return config
+    stored = run_dir / "config.yaml" if run_dir else None
+    if stored is not None and read(stored) is not None:
+        with local_file(stored) as file:
+            name = same_commit(name, load_config(file).model.folder)
+    name = local_model(name, DESCRIPTION_FILES).name
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, folder=name))
+
+
+def load_policy(config: Config, source: str | None = None) -> Policy:
+    """Architecture and tokenizer of `model.folder` (or of `source`, if given), or of `model.architecture`. No device is touched."""
+    source, folder = source or config.model.folder, None
+    if source:
+        source, folder = local_model(source, DESCRIPTION_FILES)
     model = load_model_config(folder) if folder else config.model.architecture
     assert model is not None  # the config's own check
     model = with_computation(config, model)
@@ -55,16 +76,20 @@ def load_policy(config: Config, folder: str | None = None) -> Policy:
     stop = stop_tokens(tokenizer, folder)
     if stop[-1] >= model.vocab_size:
         raise InputError(f"{folder}: eos_token_id: {stop[-1]} is beyond an embedding of {model.vocab_size}; correct generation_config.json")
-    return Policy(model, tokenizer, stop)
+    return Policy(model, tokenizer, stop, source, folder)
 
 
-def load_params(config: Config, policy: Policy, mesh: Mesh, folder: str | None = None, *, lora: LoraConfig | None = None) -> Params:
-    """Weights on the mesh, of the model folder or random from `seed`: float32, or with new adapters and as training then holds them."""
+def weights_folder(policy: Policy) -> str | None:
+    """The folder on this machine that holds the weights, fetched if need be; None where they are random."""
+    return local_model(policy.source, (*DESCRIPTION_FILES, *WEIGHT_FILES)).folder if policy.source else None
+
+
+def load_params(config: Config, policy: Policy, mesh: Mesh, *, lora: LoraConfig | None = None) -> Params:
+    """Weights on the mesh, the policy's own or random from `seed`: float32, or with new adapters and as training then holds them."""
     model, key = adapted(policy.model, lora), jax.random.key(config.seed)
     abstract = abstract_params(model)
     shardings = params_sharding(abstract, mesh)
-    folder = folder or config.model.folder
-    if not folder:
+    if not (folder := weights_folder(policy)):
         return jax.jit(functools.partial(init, model), out_shardings=shardings)(key)
     loaded = load_pretrained(folder)[1]
     if lora is None:
@@ -131,8 +156,9 @@ def describe(policy: Policy, mesh: Mesh, lora: LoraConfig | None = None) -> str:
 
     m, shape = policy.model, " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     device = jax.devices()[0]
+    origin = f" of {policy.source}" if policy.source else ""
     trained = f" trained through {millions(split(abstract_params(adapted(m, lora)), lora)[0])} of adapters" if lora else ""
     return (
-        f"{m.family}, {millions(abstract_params(m))}{trained}, {m.layers} layers, D {m.model_dim}, V {m.vocab_size}, {m.compute_dtype}; "
-        f"{len(jax.devices())} {device.platform} devices ({device.device_kind}) as {shape}"
+        f"{m.family}{origin}, {millions(abstract_params(m))}{trained}, {m.layers} layers, D {m.model_dim}, V {m.vocab_size}, "
+        f"{m.compute_dtype}; {len(jax.devices())} {device.platform} devices ({device.device_kind}) as {shape}"
     )

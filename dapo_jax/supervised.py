@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             guard.reach("warm-up")
     host_params = multihost.fetch(merged(warmed.params, policy, lora, mesh))
     if multihost.is_main():
-        save_pretrained(args.out, policy.model, host_params, source_folder=config.model.folder, tokenizer=policy.tokenizer)
+        save_pretrained(args.out, policy.model, host_params, source_folder=policy.folder, tokenizer=policy.tokenizer)
     console.tell(f"wrote {args.out}")
     return 0
 

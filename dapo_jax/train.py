@@ -31,7 +31,7 @@ from dapo_jax.data.prompts import make_prompts, without
 from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets
 from dapo_jax.model.weights import check_pretrained
-from dapo_jax.policy import describe, load_params, load_policy, make_engine, row_len
+from dapo_jax.policy import describe, load_params, load_policy, make_engine, row_len, weights_folder, with_commit
 from dapo_jax.programs import microbatches, train_programs, train_sampling
 from dapo_jax.resume import Progress, Run, UnderWay, fetched, restore, save
 from dapo_jax.reward.pool import RewardPool, error_counts
@@ -84,6 +84,7 @@ _PHASES = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/updat
 
 def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     """Runs a whole DAPO training into `run_dir`, or goes on with the one that is there. quiet: says only what must be known."""
+    config = with_commit(config, run_dir)
     d, algo = config.data, config.dapo
     console = make_console(main=multihost.is_main(), quiet=quiet)
     say = console.say
@@ -111,8 +112,8 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     refuse_other_run(config, run_dir, source)
     if function_changed(source, run_dir):
         say("reward.function: its file has changed since the run was started, which reward.allow_change allows")
-    if config.model.folder and read(run_dir / "config.yaml") is None:  # a run that goes on has weights of its own
-        check_pretrained(config.model.folder)
+    if read(run_dir / "config.yaml") is None and (folder := weights_folder(policy)):  # a run that goes on has weights of its own
+        check_pretrained(folder)
     say(f"policy: {describe(policy, mesh, config.model.lora)}")
     say(
         f"step: {algo.prompts_per_step} prompts x {algo.responses_per_prompt} responses, "

@@ -10,7 +10,7 @@ import pytest
 
 from dapo_jax.config import MeshSection
 from dapo_jax.model import attention
-from dapo_jax.model.attention import _over_mesh, attend, attend_cached, attend_chunked, attend_masked, attend_splash, quantize
+from dapo_jax.model.attention import Window, _over_mesh, attend, attend_cached, attend_chunked, attend_masked, attend_splash, quantize
 from dapo_jax.runtime.mesh import make_mesh
 
 run = jax.jit(attend)
@@ -25,12 +25,12 @@ def qkv(seed=0):
     return [rng.normal(size=(N, T, heads, WIDTH)).astype(np.float32) for heads in (HEADS, KV_HEADS, KV_HEADS)]
 
 
-def plain(q, k, v, segment_ids):
+def plain(q, k, v, segment_ids, window=T):
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
     for n, t, head in np.ndindex(q.shape[:3]):
         kv = head // (HEADS // KV_HEADS)
-        seen = [s for s in range(t + 1) if segment_ids[n, s] == segment_ids[n, t]]
+        seen = [s for s in range(t + 1) if segment_ids[n, s] == segment_ids[n, t] and s > t - window]
         weights = np.exp([q[n, t, head] @ k[n, s, kv] / np.sqrt(WIDTH) for s in seen])
         out[n, t, head] = sum(w * v[n, s, kv] for w, s in zip(weights / weights.sum(), seen, strict=True))
     return out
@@ -39,6 +39,14 @@ def plain(q, k, v, segment_ids):
 def test_attend_equals_loops_over_tokens():
     q, k, v = qkv()
     np.testing.assert_allclose(run(q, k, v, SEGMENTS), plain(q, k, v, SEGMENTS), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_window_hides_what_lies_further_back_in_layers_that_have_it(size):
+    q, k, v = qkv()
+    seen = jax.jit(lambda on: attend(q, k, v, SEGMENTS, Window(size, on)))
+    np.testing.assert_allclose(seen(True), plain(q, k, v, SEGMENTS, size), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(seen(False), plain(q, k, v, SEGMENTS), rtol=0, atol=1e-6)
 
 
 def test_large_scores_do_not_overflow():
@@ -68,9 +76,11 @@ def test_gradients_reach_only_what_is_seen():
 
 
 @pytest.mark.parametrize("garbage", [0.0, 1e6])
-def test_the_cached_form_is_the_last_row_of_the_whole_one(garbage):
+@pytest.mark.parametrize("on", [None, True, False])
+def test_the_cached_form_is_the_last_row_of_the_whole_one(garbage, on):
     q, k, v = qkv()
-    whole = np.asarray(run(q, k, v, np.ones((N, T), np.int32)))
+    whole = plain(q, k, v, np.ones((N, T), np.int32), 3 if on else T)
+    run_cached = jax.jit(functools.partial(attend_cached, window=None if on is None else Window(3, jnp.asarray(on))))
     cache_k, cache_v = (np.moveaxis(x, 1, 2).copy() for x in (k, v))  # [B, K, S, h]
     for lengths in ([0, 8], [5, 3]):
         dirty_k, dirty_v, at = cache_k.copy(), cache_v.copy(), (np.arange(N), lengths)
@@ -120,19 +130,22 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("t, width", [(40, 16), (200, 64)], ids=["less than a block", "no whole blocks"])
+@pytest.mark.parametrize("t, width, size", [(40, 16, None), (40, 16, 7), (200, 64, None), (400, 64, 50)])
 @pytest.mark.parametrize("form", FORMS)
-def test_other_forms_give_the_same_output_and_gradients(form, t, width):
-    """On rows of any length, also where padding has no key but its own. Measured: 3e-6."""
+def test_other_forms_give_the_same_output_and_gradients(form, t, width, size):
+    """On rows of any length, less than a block or not whole blocks of it, also where padding has no key but its own; in layers with a
+    window and without. Measured: 3e-6."""
     inputs, segments = packed(t, width)
     mix = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
 
-    def outputs(function):
-        out, pull = jax.vjp(lambda *qkv: function(*qkv, segments), *inputs)
+    def outputs(function, on):
+        out, pull = jax.vjp(lambda *qkv: function(*qkv, segments, Window(size, on) if size else None), *inputs)
         return out, *pull(mix)
 
-    for found, expected in zip(jax.jit(lambda: outputs(FORMS[form]))(), jax.jit(lambda: outputs(attend))(), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    found, expected = (jax.jit(functools.partial(outputs, function)) for function in (FORMS[form], attend))
+    for on in (True, False) if size else (False,):
+        for a, b in zip(found(on), expected(on), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8], ids=["kv heads divide", "kv heads are repeated", "heads do not divide"])
@@ -143,6 +156,9 @@ def test_a_kernel_over_a_mesh_sees_the_heads_that_belong_together(parts):
     segments = np.resize(SEGMENTS, (rows, T))
     found = jax.jit(lambda *inputs: _over_mesh(attend, mesh, *inputs))(q, k, v, segments)
     np.testing.assert_allclose(found, run(q, k, v, segments), rtol=0, atol=1e-6)
+    windowed = jax.jit(lambda *inputs: _over_mesh(lambda *rows, on: attend(*rows, Window(3, on)), mesh, *inputs[:4], on=inputs[4]))
+    for on, size in ((True, 3), (False, T)):
+        np.testing.assert_allclose(windowed(q, k, v, segments, on), plain(q, k, v, segments, size), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +177,12 @@ def test_the_form_follows_the_platform_of_the_mesh(monkeypatch, platform, t, dty
     """Not that of the host, which here is always a CPU."""
     called = []
     for name in ("attend", "attend_chunked", "attend_masked", "attend_splash"):
-        monkeypatch.setattr(attention, name, lambda q, *inputs, name=name, **options: called.append(name) or q)
+        monkeypatch.setattr(attention, name, lambda *inputs, name=name, **options: called.append((name, *inputs[4:])) or inputs[0])
     device = types.SimpleNamespace(platform=platform)
     mesh = types.SimpleNamespace(devices=np.array([device]), shape={"tensor": 1})
-    monkeypatch.setattr(attention, "_over_mesh", lambda function, mesh, *inputs: function(*inputs))
+    monkeypatch.setattr(attention, "_over_mesh", lambda function, mesh, *inputs, **scalars: function(*inputs, **scalars))
     q = jnp.zeros((1, t, 4, 8), dtype)
-    attention.attend_rows(q, q, q, jnp.ones((1, t), jnp.int32), mesh=mesh, block=512)
-    assert called == [form]
+    for window in (None, Window(5, jnp.asarray(True))):
+        attention.attend_rows(q, q, q, jnp.ones((1, t), jnp.int32), window, mesh=mesh, block=512)
+        name, *given = called.pop()
+        assert name == form and not called and (given == [window] or (given == [] and window is None))

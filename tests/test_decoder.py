@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dapo_jax.config import RopeScaling
+from dapo_jax.config import RopeScaling, Windows
 from dapo_jax.model.decoder import (
     Cache,
     abstract_params,
@@ -23,12 +23,14 @@ from dapo_jax.model.decoder import (
     rotary,
     rotate,
     segment_positions,
+    windowed_layers,
 )
 from dapo_jax.model.families import tensors
 
 SCALED = tiny.model("llama", rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16), tie_embeddings=False)
 BIASED = tiny.model("qwen2")
 NORMED = tiny.model("qwen3", tie_embeddings=False)
+WINDOWED = tiny.model("gemma3_text", layers=3)  # a window of 3 in the first and the last
 ROWS, WIDTH = 2, 12
 TOKENS = np.random.default_rng(0).permutation(40)[: ROWS * WIDTH].reshape(ROWS, WIDTH).astype(np.int32)  # all distinct
 SEGMENTS = np.array([[1] * 4 + [2] * 5 + [3, 0, 0], [1] * 12], np.int32)
@@ -53,12 +55,13 @@ def run(params, config, tokens=TOKENS, positions=COUNTED, segment_ids=ONE_SEGMEN
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_logit_depends_on_its_own_segment_up_to_itself_and_on_nothing_else():
+@pytest.mark.parametrize("config, sight", [(NORMED, WIDTH), (tiny.model("gemma3_text", layers=1, tie_embeddings=False), 3)])
+def test_a_logit_depends_on_its_own_segment_up_to_itself_and_on_nothing_else(config, sight):
     """By gradients in the embeddings of the tokens, which are all distinct; exactly 0 where there is no dependence."""
-    params = tiny.params(NORMED)
+    params = tiny.params(config)
 
     def logits(embedding):
-        return apply({**params, "embed": {"embedding": embedding}}, NORMED, TOKENS, segment_ids=SEGMENTS)
+        return apply({**params, "embed": {"embedding": embedding}}, config, TOKENS, segment_ids=SEGMENTS)
 
     def slope(row, t):  # of all logits at [row, t], weighted at random
         probe = jnp.zeros((ROWS, WIDTH, 40)).at[row, t].set(np.random.default_rng(1).normal(size=40))
@@ -69,18 +72,19 @@ def test_a_logit_depends_on_its_own_segment_up_to_itself_and_on_nothing_else():
     reached = np.abs(slopes).max(axis=-1)[:, TOKENS.ravel()] > 0  # [row t, row s]
     row, t = np.divmod(np.arange(ROWS * WIDTH), WIDTH)
     flat = SEGMENTS.ravel()
-    expected = (row[:, None] == row[None]) & (flat[:, None] == flat[None]) & (t[:, None] >= t[None])
+    expected = (row[:, None] == row[None]) & (flat[:, None] == flat[None]) & (t[:, None] >= t[None]) & (t[:, None] < t[None] + sight)
     np.testing.assert_array_equal(reached, expected)
 
 
-def test_a_segment_in_a_packed_row_is_what_it_is_alone():
-    params = tiny.params(SCALED)
-    packed = run(params, SCALED, TOKENS, POSITIONS, SEGMENTS)
+@pytest.mark.parametrize("config", [SCALED, WINDOWED], ids=lambda c: c.family)
+def test_a_segment_in_a_packed_row_is_what_it_is_alone(config):
+    params = tiny.params(config)
+    packed = run(params, config, TOKENS, POSITIONS, SEGMENTS)
     for segment in (1, 2, 3):
         own = np.flatnonzero(SEGMENTS[0] == segment)
         alone = np.zeros_like(TOKENS)
         alone[0, : own.size] = TOKENS[0, own]
-        np.testing.assert_allclose(packed[0, own], run(params, SCALED, alone)[0, : own.size], rtol=0, atol=5e-6)
+        np.testing.assert_allclose(packed[0, own], run(params, config, alone)[0, : own.size], rtol=0, atol=5e-6)
 
 
 def test_positions_restart_with_every_segment():
@@ -103,7 +107,7 @@ def test_default_positions_are_those_of_the_segments_and_only_distances_count():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [SCALED, BIASED, NORMED], ids=lambda c: c.family)
+@pytest.mark.parametrize("config", [SCALED, BIASED, NORMED, WINDOWED], ids=lambda c: c.family)
 def test_decoding_token_by_token_gives_the_logits_of_the_whole_row(config):
     """Sequences of different lengths side by side; the cache beyond them holds garbage."""
     params, behind = tiny.params(config), np.array([0, 3])
@@ -199,7 +203,7 @@ def test_rotation_turns_the_first_half_against_the_second_as_complex_numbers():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_those_of_the_hugging_face_models(family, tied):
     config = tiny.model(family, tie_embeddings=tied)
@@ -209,7 +213,7 @@ def test_parameters_are_those_of_the_hugging_face_models(family, tied):
     assert found == expected
     vocab, d, heads, kv, h, ffn = 40, 16, 4, 2, 8, 24
     layer = 2 * d + 2 * d * heads * h + 2 * d * kv * h + 3 * d * ffn
-    layer += {"llama": 0, "qwen2": (heads + 2 * kv) * h, "qwen3": 2 * h}[family]
+    layer += {"llama": 0, "qwen2": (heads + 2 * kv) * h, "qwen3": 2 * h, "gemma3_text": 2 * h + 2 * d}[family]
     assert sum(a.size for a in jax.tree.leaves(abstract)) == vocab * d * (1 if tied else 2) + d + 2 * layer
 
 
@@ -250,6 +254,26 @@ def test_remat_saves_memory_and_changes_no_gradient():
     (none, none_bytes), (dots, dots_bytes), (full, full_bytes) = (gradient(remat) for remat in ("none", "dots", "full"))
     assert full_bytes < dots_bytes / 2 < none_bytes / 2
     assert tiny.gap(dots, none) < 1e-6 and tiny.gap(full, none) < 1e-6
+
+
+def test_remat_changes_no_gradient_where_some_layers_have_a_window():
+    params = tiny.params(WINDOWED)
+
+    def gradient(remat):
+        config = dataclasses.replace(WINDOWED, remat=remat)
+        return jax.jit(jax.grad(lambda p: jnp.sin(hidden_states(p, config, TOKENS, POSITIONS, SEGMENTS)[0]).sum()))(params)
+
+    none = gradient("none")
+    assert tiny.gap(gradient("dots"), none) < 1e-6 and tiny.gap(gradient("full"), none) < 1e-6
+
+
+def test_which_layers_have_a_window():
+    """As transformers' own rule for Gemma 3 1B: 26 layers, every sixth of them sees everything."""
+    seen = [
+        i + 1 for i, windowed in enumerate(windowed_layers(tiny.model("gemma3_text", layers=26, windows=Windows(512, 6)))) if not windowed
+    ]
+    assert seen == [6, 12, 18, 24]
+    assert windowed_layers(NORMED) is None
 
 
 def test_bfloat16_compute_differs_little_and_gives_float32_logits():

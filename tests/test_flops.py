@@ -6,7 +6,7 @@ import jax
 import pytest
 import tiny
 
-from dapo_jax.config import ModelConfig
+from dapo_jax.config import ModelConfig, Windows
 from dapo_jax.model import flops
 from dapo_jax.model.decoder import abstract_params
 
@@ -20,7 +20,7 @@ def test_weights_by_hand():
     assert flops.weights(dataclasses.replace(SMALL, tie_embeddings=True)) == 3 * 108 + 40
 
 
-@pytest.mark.parametrize("family, tied", [("llama", False), ("qwen2", True), ("qwen3", True)])
+@pytest.mark.parametrize("family, tied", [("llama", False), ("qwen2", True), ("qwen3", True), ("gemma3_text", True)])
 def test_weights_are_the_matrices_of_the_parameter_tree(family, tied):
     config = tiny.model(family, tie_embeddings=tied)
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
@@ -33,6 +33,12 @@ def test_a_published_size():
     assert flops.weights(ModelConfig("qwen2", **sizes, tie_embeddings=False)) == 7_615_616_512 - 333_312
 
 
+def test_a_published_size_of_gemma():
+    """Gemma 3 1B has 999,885,952 parameters, of them 134,272 in norms."""
+    sizes = {"vocab_size": 262144, "model_dim": 1152, "layers": 26, "heads": 4, "kv_heads": 1, "head_dim": 256, "ffn_dim": 6912}
+    assert flops.weights(ModelConfig("gemma3_text", **sizes, windows=Windows())) == 999_885_952 - 134_272
+
+
 def test_flops_by_hand():
     # 7 tokens through 324 weights; 5 pairs in 3 layers of 2 heads, 2·2 for the score and 2·2 for the sum; 2 targets of 40 weights
     forward = 2 * 7 * 324 + 5 * 3 * 2 * 8 + 2 * 2 * 40
@@ -41,7 +47,15 @@ def test_flops_by_hand():
     again = {"none": 0, "dots": 5 * 3 * 2 * 8, "full": 2 * 7 * 324 + 5 * 3 * 2 * 8}
     for remat, expected in again.items():
         assert flops.recomputed_flops(dataclasses.replace(SMALL, remat=remat), 7, 5) == expected
-    assert flops.visible_pairs(4) == 1 + 2 + 3 + 4
+    assert flops.visible_pairs(SMALL, 4) == 1 + 2 + 3 + 4 and flops.visible_keys(SMALL, 4) == 4
+
+
+def test_windows_by_hand():
+    """Three layers, the second sees everything: of 4 tokens in windows of 2 the first sees 1, the others 2."""
+    windowed = dataclasses.replace(SMALL, family="gemma3_text", windows=Windows(2, 2))
+    assert flops.visible_pairs(windowed, 4) == pytest.approx((2 * (1 + 2 + 2 + 2) + 10) / 3)
+    assert flops.visible_pairs(windowed, 2) == 3 and flops.visible_keys(windowed, 4) == pytest.approx((2 + 2 + 4) / 3)
+    assert flops.visible_pairs(dataclasses.replace(windowed, windows=Windows(2, 4)), 4) == 7
 
 
 def test_cache_bytes_by_hand():

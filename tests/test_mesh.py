@@ -104,7 +104,7 @@ def test_devices_of_other_kinds_have_no_slices():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_has_its_partition(family, tied):
     """Matrices are split over fsdp and tensor, each once; vectors of norms are whole, biases follow their heads."""
@@ -143,7 +143,7 @@ def test_an_axis_that_does_not_divide_stays_whole():
 
 def test_every_rule_is_used_by_some_family():
     mesh, used = make_mesh(CUBE), set()
-    for family in ("llama", "qwen2", "qwen3"):
+    for family in ("llama", "qwen2", "qwen3", "gemma3_text"):
         for path, leaf in by_path(abstract_params(tiny.model(family, tie_embeddings=False, lora=LoraConfig(rank=2)))).items():
             matching = [rule for rule in PARTITION_RULES if partition_matches(rule, path, leaf.shape, mesh)]
             assert len(matching) == 1, path

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dapo_jax.config import ModelConfig, RopeScaling, flatten
+from dapo_jax.config import ModelConfig, RopeScaling, Windows, flatten
 from dapo_jax.model.families import model_config_from_hf, model_config_to_hf, tensors
 from dapo_jax.model.weights import load_pretrained, save_pretrained
 from dapo_jax.types import InputError
@@ -98,6 +98,53 @@ QWEN3_06B: dict[str, Any] = {
     "vocab_size": 151936,
 }
 
+GEMMA3_1B: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "initializer_range": 0.02,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 262144,
+}
+# The text part of the 27B model, whose own config.json names its image part, too.
+GEMMA3_27B: dict[str, Any] = {
+    **GEMMA3_1B,
+    "head_dim": 128,
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 16,
+    "query_pre_attn_scalar": 168,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024,
+    "vocab_size": 262208,
+}
+
 
 def without(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {k: v for k, v in tree.items() if k not in keys}
@@ -155,6 +202,40 @@ def test_config_of_published_models():
         max_position=32768,
     )
     assert model_config_from_hf(QWEN3_06B, "c") == ModelConfig()  # the defaults are Qwen3-0.6B
+    gemma = model_config_from_hf(GEMMA3_27B, "c")
+    assert (gemma.family, gemma.windows, gemma.rope_theta, gemma.rope_factor) == ("gemma3_text", Windows(1024, 6, 1e4), 1e6, 8.0)
+    assert gemma.tie_embeddings and gemma.query_scalar == 168
+    small = model_config_from_hf(GEMMA3_1B, "c")
+    assert (small.windows, small.rope_factor, small.query_scalar) == (Windows(512, 6, 1e4), 1.0, None)
+
+
+@pytest.mark.parametrize("hf", [GEMMA3_1B, GEMMA3_27B])
+def test_gemma_in_the_spelling_of_transformers_5_means_the_same(hf):
+    old = "rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern", "torch_dtype"
+    full = {"rope_type": "default", **(hf["rope_scaling"] or {}), "rope_theta": 1e6}
+    new = {
+        **without(hf, *old),
+        "rope_parameters": {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    }
+    new["layer_types"] = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(hf["num_hidden_layers"])]
+    assert model_config_from_hf(new, "c") == model_config_from_hf(hf, "c")
+
+
+def test_gemma_defaults_are_those_of_transformers():
+    left_out = ("rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window", "sliding_window_pattern", "query_pre_attn_scalar")
+    config = model_config_from_hf(without(GEMMA3_27B, *left_out), "c")
+    assert (config.windows, config.rope_theta, config.rope_factor, config.query_scalar) == (Windows(4096, 6, 1e4), 1e6, 1.0, 256)
+
+
+@pytest.mark.parametrize("full, every", [((0, 1, 2), 1), ((1,), 2), ((2,), 3), ((), 4)])
+def test_layer_types_of_any_period(full, every):
+    types = ["full_attention" if i in full else "sliding_attention" for i in range(3)]
+    hf = {**without(GEMMA3_1B, "sliding_window_pattern"), "num_hidden_layers": 3, "layer_types": types}
+    config = model_config_from_hf(hf, "c")
+    assert config.windows == Windows(512, every)
+    written = model_config_to_hf(config)
+    assert written["layer_types"] == types and model_config_from_hf(written, "c") == config
+    assert model_config_from_hf(without(written, "layer_types"), "c") == config
 
 
 @pytest.mark.parametrize("hf", [LLAMA_31_8B, QWEN25_7B, QWEN3_06B])
@@ -172,7 +253,7 @@ def test_config_defaults_are_those_of_transformers():
     assert model_config_from_hf(without(QWEN3_06B, "architectures"), "c").family == "qwen3"
 
 
-@pytest.mark.parametrize("hf", [LLAMA_31_8B, QWEN25_7B, QWEN3_06B])
+@pytest.mark.parametrize("hf", [LLAMA_31_8B, QWEN25_7B, QWEN3_06B, GEMMA3_1B, GEMMA3_27B])
 def test_config_round_trip(hf):
     config = model_config_from_hf(hf, "c")
     written = json.loads(json.dumps(model_config_to_hf(config)))
@@ -182,6 +263,8 @@ def test_config_round_trip(hf):
     assert {key: written[key] for key in shared} == {key: hf[key] for key in shared}
 
 
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
+BY_KIND = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}}
 ROPE: dict[str, Any] = LLAMA_31_8B["rope_scaling"]
 REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "architecture": (LLAMA_31_8B, {"architectures": ["MistralForCausalLM"]}, "architectures"),
@@ -207,6 +290,33 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rope-incomplete": (LLAMA_31_8B, {"rope_scaling": without(ROPE, "high_freq_factor")}, "rope_scaling.high_freq_factor"),
     "rope-crossed": (LLAMA_31_8B, {"rope_scaling": {**ROPE, "high_freq_factor": 0.5}}, "rope_scaling"),
     "rope-text": (LLAMA_31_8B, {"rope_scaling": "llama3"}, "rope_scaling"),
+    "gemma-activation": (GEMMA3_1B, {"hidden_activation": "gelu"}, "hidden_activation"),
+    "gemma-bias": (GEMMA3_1B, {"attention_bias": True}, "attention_bias"),
+    "gemma-softcap": (GEMMA3_1B, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    "gemma-final-softcap": (GEMMA3_1B, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    "gemma-bidirectional": (GEMMA3_1B, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "gemma-no-window": (GEMMA3_1B, {"sliding_window": None}, "sliding_window"),
+    "gemma-zero-window": (GEMMA3_1B, {"sliding_window": 0}, "sliding_window"),
+    "gemma-layers": (GEMMA3_1B, {"layer_types": ["full_attention"] + ["sliding_attention"] * 25}, "layer_types"),
+    "gemma-few-layers": (GEMMA3_1B, {"layer_types": ["sliding_attention"] * 5}, "layer_types"),
+    "gemma-endless-layers": (GEMMA3_1B, {"num_hidden_layers": 2**39, "layer_types": ["full_attention"]}, "layer_types"),
+    "gemma-layers-text": (GEMMA3_1B, {"layer_types": "full_attention"}, "layer_types"),
+    "gemma-pattern": (GEMMA3_1B, {"sliding_window_pattern": "LLG"}, "sliding_window_pattern"),
+    "gemma-head-dim": (GEMMA3_1B, {"head_dim": None}, "head_dim"),
+    "gemma-llama3": (GEMMA3_1B, {"rope_scaling": ROPE}, "rope_parameters.full_attention.rope_type"),
+    "gemma-no-factor": (GEMMA3_1B, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor"),
+    "gemma-small-factor": (GEMMA3_1B, {"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "rope_scaling.factor"),
+    "gemma-rope-flat": (GEMMA3_1B, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_parameters.rope_type"),
+    "gemma-rope-text": (GEMMA3_1B, {"rope_parameters": "default"}, "rope_parameters"),
+    "gemma-rope-kind-text": (GEMMA3_1B, {"rope_parameters": {"full_attention": "default"}}, "rope_parameters.full_attention"),
+    "gemma-local-scaling": (
+        GEMMA3_1B,
+        {"rope_parameters": BY_KIND | {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "rope_parameters.sliding_attention.rope_type",
+    ),
+    "gemma-rope-key": (GEMMA3_1B, {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}, "rope_parameters.full_attention.x"),
+    "gemma-scalar": (GEMMA3_1B, {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
+    "gemma-local-base": (GEMMA3_1B, {"rope_local_base_freq": "x"}, "rope_parameters.sliding_attention.rope_theta"),
     "missing": (LLAMA_31_8B, {"hidden_size": None}, "hidden_size"),
     "missing-qwen3-head-dim": (QWEN3_06B, {"head_dim": None}, "head_dim"),
     "text": (LLAMA_31_8B, {"hidden_size": "4096"}, "hidden_size"),
@@ -227,6 +337,31 @@ def test_config_refused(name):
     hf, change, key = REFUSED_CONFIGS[name]
     model_config_from_hf(hf, "x/config.json")
     assert_refused(lambda: model_config_from_hf({**hf, **change}, "x/config.json"), "x/config.json: ", f"{key}: ")
+
+
+@pytest.mark.parametrize(
+    "hf, hint",
+    [
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "'] is not supported; supported"),
+        ({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}, "'] is not supported; supported"),
+        ({"model_type": "t5"}, "'t5' is not supported; supported"),
+        ({}, "None is not supported; supported"),
+        ({"architectures": []}, "[] is not supported; supported"),
+        ({"architectures": ["LlamaForCausalLM", "Qwen2ForCausalLM"]}, "is not supported; supported"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "qwen2"}, "contradicts architectures ['LlamaForCausalLM']; supported"),
+        (
+            {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": {}},
+            "save its text part as a model; ",
+        ),
+        ({"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}, "use a text-only model of its family"),
+        ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "use a text-only model of its family"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128}, "a mixture of experts; use a dense model of its family; "),
+        ({"architectures": ["x" * 1000]}, "is not supported; supported"),
+    ],
+)
+def test_another_architecture_is_told_what_there_is_instead(hf, hint):
+    """Whatever is wrong with it, the line has every name that would have been right."""
+    assert_refused(lambda: model_config_from_hf(hf, "c"), "c: ", hint, *ARCHITECTURES)
 
 
 def test_window_that_no_layer_uses_is_accepted():
@@ -256,7 +391,12 @@ def test_layout(name):
             return file[f"model.layers.{i}.{part}"]
 
         np.testing.assert_array_equal(layers["attn_norm"]["scale"][i], stored("input_layernorm.weight"))
-        np.testing.assert_array_equal(layers["mlp_norm"]["scale"][i], stored("post_attention_layernorm.weight"))
+        if config.family == "gemma3_text":
+            np.testing.assert_array_equal(layers["attn_post_norm"]["scale"][i], stored("post_attention_layernorm.weight"))
+            np.testing.assert_array_equal(layers["mlp_norm"]["scale"][i], stored("pre_feedforward_layernorm.weight"))
+            np.testing.assert_array_equal(layers["mlp_post_norm"]["scale"][i], stored("post_feedforward_layernorm.weight"))
+        else:
+            np.testing.assert_array_equal(layers["mlp_norm"]["scale"][i], stored("post_attention_layernorm.weight"))
         for part in ("gate", "up", "down"):
             np.testing.assert_array_equal(layers["mlp"][part]["kernel"][i], stored(f"mlp.{part}_proj.weight").T)
         for part, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
@@ -268,7 +408,7 @@ def test_layout(name):
         for head in range(config.heads):
             columns = stored("self_attn.o_proj.weight")[:, head * h : head * h + h]
             np.testing.assert_array_equal(layers["attn"]["o"]["kernel"][i][head], columns.T)
-        if config.family == "qwen3":
+        if config.family in ("qwen3", "gemma3_text"):
             for part in ("q_norm", "k_norm"):
                 np.testing.assert_array_equal(layers["attn"][part]["scale"][i], stored(f"self_attn.{part}.weight"))
 

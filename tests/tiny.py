@@ -6,25 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dapo_jax.config import ModelConfig
+from dapo_jax.config import ModelConfig, Windows
 from dapo_jax.dapo.packing import TrainItem, normalizer_weights
 from dapo_jax.model.decoder import abstract_params, apply
 
 
 def model(family="qwen3", **changes) -> ModelConfig:
     sizes = {"vocab_size": 40, "model_dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 24}
-    return ModelConfig(family=family, **(sizes | {"max_position": 64, "rope_theta": 1e4} | changes))
+    own = {"windows": Windows(3, 2, 1e2), "rope_factor": 4.0, "query_scalar": 5} if family == "gemma3_text" else {}
+    return ModelConfig(family=family, **(sizes | {"max_position": 64, "rope_theta": 1e4} | own | changes))
 
 
 @functools.cache
 def params(config: ModelConfig):
     """Random weights with nothing trivial about them: also the norms and biases, which `init` leaves at one and zero."""
     rng = np.random.default_rng(0)
+    one = 0 if config.family == "gemma3_text" else 1  # Gemma adds it itself
 
     def draw(path, leaf):
         noise = rng.normal(size=leaf.shape).astype(np.float32)
         kind = path[-1].key
-        return jnp.asarray({"scale": 1 + 0.1 * noise, "bias": 0.1 * noise, "embedding": 0.1 * noise, "kernel": 0.25 * noise}[kind])
+        return jnp.asarray({"scale": one + 0.1 * noise, "bias": 0.1 * noise, "embedding": 0.1 * noise, "kernel": 0.25 * noise}[kind])
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
 

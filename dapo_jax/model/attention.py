@@ -9,6 +9,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,24 @@ _CAUSAL_PARTS = 4  # pieces of a row's queries in XLA's form
 _LONG = 4096  # rows beyond this are not given to forms that hold something [T, T]
 
 
-def attend(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+class Window(NamedTuple):
+    """Sliding-window attention of a layer, if it is such a layer: known only while the program runs, which scans over layers."""
+
+    size: int  # tokens that are seen: a token itself and those just before it
+    on: Array  # bool, whether this layer has it
+
+    def shows(self, distance: Array) -> Array:
+        """Whether a token is seen from so far behind it."""
+        return (distance < self.size) | ~self.on
+
+
+def attend(q: Array, k: Array, v: Array, segment_ids: Array, window: Window | None = None) -> Array:
     """Attention of every token to what precedes it in its own segment.
 
     o_t = Σ_s softmax_s(q_t · k_s / √h) v_s over s ≤ t with segment_ids[s] = segment_ids[t]
 
     Args:
-      q: [N, T, H, h]. k, v: [N, T, K, h], K divides H. segment_ids: int [N, T].
+      q: [N, T, H, h]. k, v: [N, T, K, h], K divides H. segment_ids: int [N, T]. window: only s > t - size then; None is all.
 
     Returns:
       [N, T, H, h], in q's dtype; scores and softmax are float32.
@@ -50,13 +62,14 @@ def attend(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
         scores = jnp.matmul(queries, keys[..., :end], preferred_element_type=jnp.float32)
         visible = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
         visible &= jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
+        visible = visible & window.shows(jnp.arange(start, end)[:, None] - jnp.arange(end)) if window else visible
         scores = jnp.where(visible[:, None, None], scores.reshape(n, groups, per_group, -1, end), _MASKED)
         probs = jax.nn.softmax(scores, axis=-1).reshape(n, groups, -1, end)
         parts.append(jnp.matmul(probs.astype(v.dtype), values[:, :, :end]).reshape(n, groups, per_group, -1, h))
     return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(n, t, heads, h)
 
 
-def attend_chunked(q: Array, k: Array, v: Array, segment_ids: Array, *, chunk: int) -> Array:
+def attend_chunked(q: Array, k: Array, v: Array, segment_ids: Array, window: Window | None = None, *, chunk: int) -> Array:
     """`attend`, `chunk` queries at a time: memory [chunk, T] instead of [T, T], also in the backward pass, which recomputes."""
     n, t, heads, h = q.shape
     places = jnp.arange(t + -t % chunk).reshape(-1, chunk)
@@ -68,6 +81,7 @@ def attend_chunked(q: Array, k: Array, v: Array, segment_ids: Array, *, chunk: i
         q, segments, places = inputs
         scores = jnp.einsum("ntkgh,nskh->nkgts", q, k, preferred_element_type=jnp.float32) * h**-0.5
         visible = (segments[:, :, None] == segment_ids[:, None, :]) & (jnp.arange(t) <= places[:, None])
+        visible = visible & window.shows(places[:, None] - jnp.arange(t)) if window else visible
         probs = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1)
         return jnp.einsum("nkgts,nskh->ntkgh", probs.astype(v.dtype), v)
 
@@ -75,49 +89,68 @@ def attend_chunked(q: Array, k: Array, v: Array, segment_ids: Array, *, chunk: i
     return jnp.moveaxis(parts, 0, 1).reshape(n, -1, heads, h)[:, :t]
 
 
-def attend_splash(q: Array, k: Array, v: Array, segment_ids: Array, *, block: int, interpret: bool = False) -> Array:
+def attend_splash(
+    q: Array, k: Array, v: Array, segment_ids: Array, window: Window | None = None, *, block: int, interpret: bool = False
+) -> Array:
     """`attend` as a TPU kernel, forward and backward.
 
     Blocks are of `block` positions, less where the row has less, rounded up to a multiple of 128. The row is padded to whole blocks;
     padding comes last, where no other position sees it. interpret: run the kernel on any platform, for tests.
+    A kernel skips the blocks that its mask hides, so there is one for layers with a window and one for the others.
     """
     t, heads, h = q.shape[1:]
     size = _LANES * math.ceil(min(block, t) / _LANES)
     length = size * math.ceil(t / size)
     q, k, v = (jnp.pad(x, ((0, 0), (0, length - t), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q * h**-0.5, k, v))
     segments = jnp.pad(segment_ids, ((0, 0), (0, length - t)))
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
-    kernel = splash.make_splash_mha(
-        mask,
-        block_sizes=splash.BlockSizes(*(size,) * 8),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )
-    out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(q, k, v, segments)
+
+    def kernel(mask):
+        made = splash.make_splash_mha(
+            splash_attention_mask.MultiHeadMask([mask] * heads),
+            block_sizes=splash.BlockSizes(*(size,) * 8),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        return jax.vmap(lambda q, k, v, s: made(q, k, v, splash.SegmentIds(s, s)))
+
+    whole = kernel(splash_attention_mask.CausalMask((length, length)))
+    if window is None:
+        out = whole(q, k, v, segments)
+    else:
+        near = kernel(splash_attention_mask.LocalMask((length, length), (window.size - 1, 0), offset=0))
+        out = jax.lax.cond(window.on, near, whole, q, k, v, segments)
     return out.swapaxes(1, 2)[:, :t].astype(q.dtype)
 
 
-def attend_masked(q: Array, k: Array, v: Array, segment_ids: Array, *, implementation: str) -> Array:
+def attend_masked(q: Array, k: Array, v: Array, segment_ids: Array, window: Window | None = None, *, implementation: str) -> Array:
     """`attend` by `jax.nn.dot_product_attention`, "cudnn" or "xla". cuDNN takes bfloat16 and heads of up to 128, in eights."""
-    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    same, places = segment_ids[:, None, :, None] == segment_ids[:, None, None, :], jnp.arange(q.shape[1])
+    same = same & window.shows(places[:, None] - places) if window else same
     return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation=implementation)  # type: ignore[call-overload]
 
 
-def attend_rows(q: Array, k: Array, v: Array, segment_ids: Array, *, mesh: Mesh | None, block: int) -> Array:
+def attend_rows(q: Array, k: Array, v: Array, segment_ids: Array, window: Window | None = None, *, mesh: Mesh | None, block: int) -> Array:
     """`attend` in the form that suits the mesh's platform. Rows are sharded over ("data", "fsdp"), heads over "tensor".
 
     Args as `attend`; mesh: None for a program of no mesh, in XLA's form. block: positions of a splash block or a chunk of queries.
     """
     platform, t, h = mesh.devices.flat[0].platform if mesh else "cpu", q.shape[1], q.shape[3]
     if mesh and platform == "tpu":
-        return _over_mesh(functools.partial(attend_splash, block=block), mesh, q, k, v, segment_ids)
+        kernel = functools.partial(attend_splash, block=block)
+        if window is None:
+            return _over_mesh(kernel, mesh, q, k, v, segment_ids)
+
+        def windowed(q, k, v, segment_ids, on):  # a kernel over a mesh takes what it is given, and closes over nothing
+            return kernel(q, k, v, segment_ids, window._replace(on=on))
+
+        return _over_mesh(windowed, mesh, q, k, v, segment_ids, on=window.on)
     if platform == "gpu" and t <= _LONG and q.dtype == jnp.bfloat16 and h <= 128 and h % 8 == 0:
-        return attend_masked(q, k, v, segment_ids, implementation="cudnn")
-    return attend(q, k, v, segment_ids) if t <= _LONG else attend_chunked(q, k, v, segment_ids, chunk=block)
+        return attend_masked(q, k, v, segment_ids, window, implementation="cudnn")
+    return attend(q, k, v, segment_ids, window) if t <= _LONG else attend_chunked(q, k, v, segment_ids, window, chunk=block)
 
 
-def _over_mesh(function, mesh: Mesh, q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+def _over_mesh(function, mesh: Mesh, q: Array, k: Array, v: Array, segment_ids: Array, **scalars: Array) -> Array:
     """A kernel, which the compiler cannot split by itself, over each device's own rows and heads.
 
     Where "tensor" does not divide the query heads, every device computes all of them. Where it divides these but not the kv heads,
@@ -128,8 +161,12 @@ def _over_mesh(function, mesh: Mesh, q: Array, k: Array, v: Array, segment_ids: 
     if heads and k.shape[2] % parts:
         k, v = (jnp.repeat(x, math.lcm(k.shape[2], parts) // k.shape[2], axis=2) for x in (k, v))
     rows = PartitionSpec(ROW_AXES, None, heads)
-    inputs = (rows, rows, rows, PartitionSpec(ROW_AXES))
-    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=rows, check_vma=False)(q, k, v, segment_ids)
+    inputs = (rows, rows, rows, PartitionSpec(ROW_AXES), PartitionSpec())
+
+    def local(q, k, v, segment_ids, scalars):
+        return function(q, k, v, segment_ids, **scalars)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=rows, check_vma=False)(q, k, v, segment_ids, scalars)
 
 
 def quantize(x: Array) -> tuple[Array, Array]:
@@ -148,6 +185,7 @@ def attend_cached(
     lengths: Array,
     scale_k: Array | None = None,
     scale_v: Array | None = None,
+    window: Window | None = None,
 ) -> Array:
     """Attention of one new token a sequence to the cache and to itself.
 
@@ -157,6 +195,7 @@ def attend_cached(
     Args:
       q: [B, H, h]. k, v: [B, K, h], of the new token. cache_k, cache_v: [B, K, S, h]. lengths: int [B], filled entries.
       scale_k, scale_v: float32 [B, K, S], of an int8 cache (`quantize`). They stand outside the products with it.
+      window: None where everything is seen.
 
     Returns:
       [B, H, h], in q's dtype.
@@ -166,6 +205,7 @@ def attend_cached(
     past = jnp.einsum("bkgh,bksh->bkgs", grouped, cache_k.astype(q.dtype), preferred_element_type=jnp.float32) * h**-0.5
     past = past if scale_k is None else past * scale_k[:, :, None]
     filled = jnp.arange(cache_k.shape[2])[None] < lengths[:, None]
+    filled = filled & window.shows(lengths[:, None] - jnp.arange(cache_k.shape[2])) if window else filled
     past = jnp.where(filled[:, None, None], past, _MASKED)
     self_score = jnp.einsum("bkgh,bkh->bkg", grouped, k, preferred_element_type=jnp.float32)[..., None] * h**-0.5
     probs = jax.nn.softmax(jnp.concatenate([past, self_score], axis=-1), axis=-1)

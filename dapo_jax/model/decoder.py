@@ -1,4 +1,4 @@
-"""One decoder for Llama, Qwen2 and Qwen3, in Flax NNX; plain pytrees of parameters outside this file.
+"""One decoder for Llama, Qwen2, Qwen3 and Gemma 3, in Flax NNX; plain pytrees of parameters outside this file.
 
     tokens ─▶ embed ─▶ L × [ x + attn(norm(x)) ; x + mlp(norm(x)) ] ─▶ norm ─▶ head
 
@@ -6,10 +6,15 @@ Parameters are a nested dict, layers stacked on axis 0 and scanned:
 
     embed/embedding [V,D] · final_norm/scale [D] · head/kernel [D,V] (absent if tied) · layers/
       attn_norm/scale, mlp_norm/scale [L,D] · attn/{q,k,v}/kernel [L,D,heads,h], bias [L,heads,h] (qwen2) ·
-      attn/o/kernel [L,H,h,D] · attn/{q_norm,k_norm}/scale [L,h] (qwen3) · mlp/{gate,up}/kernel [L,D,F], down [L,F,D]
+      attn/o/kernel [L,H,h,D] · attn/{q_norm,k_norm}/scale [L,h] (qwen3, gemma3) · mlp/{gate,up}/kernel [L,D,F], down [L,F,D]
       beside a kernel [L,*in,*out] that LoRA adapts: adapter/a [L,*in,r], adapter/b [L,r,*out]
+      attn_post_norm/scale, mlp_post_norm/scale [L,D] (gemma3)
+
+Gemma 3 norms what a branch adds, too, has GELU instead of SiLU, scales by 1 + what its norms hold, multiplies embeddings by √D, and
+looks back only so far in most of its layers (`Windows`): which these are is scanned along.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -21,7 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dapo_jax.config import LoraConfig, ModelConfig
-from dapo_jax.model.attention import attend_cached, attend_rows, quantize
+from dapo_jax.model.attention import Window, attend_cached, attend_rows, quantize
 from dapo_jax.model.embedding import embed
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
 from dapo_jax.model.lora import Adapter, adapter_of, stored
@@ -71,16 +76,18 @@ def splits_sequence(mesh: Mesh | None, length: int) -> bool:
 
 
 class Norm(nnx.Module):
-    """RMS norm, x / √(mean x² + ε) · scale, in float32."""
+    """RMS norm, x / √(mean x² + ε) · scale, in float32. Gemma's scale is 1 + what it holds, here times `gain`."""
 
-    def __init__(self, dim: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(dim))
-        self.eps = eps
+    def __init__(self, dim: int, c: ModelConfig, gain: float = 1.0):
+        self.gain = gain if c.family == "gemma3_text" else None
+        self.scale = nnx.Param(jnp.ones(dim) if self.gain is None else jnp.zeros(dim))
+        self.eps = c.norm_eps
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...]).astype(x.dtype)
+        scale = self.scale[...] if self.gain is None else self.gain * (1 + self.scale[...].astype(jnp.float32))
+        return (wide * scale).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -123,8 +130,10 @@ class Attention(nnx.Module):
         # Residual branches start small, so that depth does not blow up the stream at initialisation.
         fan_in, gain = c.heads * c.head_dim, (2 * c.layers) ** -0.5
         self.o = Linear("tnh,nhd->td", (c.heads, c.head_dim, c.model_dim), fan_in, rngs, gain=gain, lora=adapter_of(c.lora, "o"))
-        self.q_norm = Norm(c.head_dim, c.norm_eps) if c.family == "qwen3" else None
-        self.k_norm = Norm(c.head_dim, c.norm_eps) if c.family == "qwen3" else None
+        normed = c.family in ("qwen3", "gemma3_text")
+        # Attention divides scores by √head_dim; queries make up for what they are to be divided by instead.
+        self.q_norm = Norm(c.head_dim, c, (c.head_dim / (c.query_scalar or c.head_dim)) ** 0.5) if normed else None
+        self.k_norm = Norm(c.head_dim, c) if normed else None
 
     def qkv(self, x: Array, rope: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         q, k, v = self.q(x), self.k(x), self.v(x)
@@ -139,23 +148,29 @@ class Mlp(nnx.Module):
         self.gate = Linear("td,df->tf", (d, f), d, rngs, lora=adapter_of(c.lora, "gate"))
         self.up = Linear("td,df->tf", (d, f), d, rngs, lora=adapter_of(c.lora, "up"))
         self.down = Linear("tf,fd->td", (f, d), f, rngs, gain=(2 * c.layers) ** -0.5, lora=adapter_of(c.lora, "down"))
+        self.gelu = c.family == "gemma3_text"  # by tanh
 
     def __call__(self, x: Array, layout: Layout) -> Array:
-        return self.down(jax.nn.silu(layout.inner(self.gate(x))) * layout.inner(self.up(x)))
+        activation = jax.nn.gelu if self.gelu else jax.nn.silu
+        return self.down(activation(layout.inner(self.gate(x))) * layout.inner(self.up(x)))
 
 
 class Block(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.attn_norm, self.mlp_norm = Norm(c.model_dim, c.norm_eps), Norm(c.model_dim, c.norm_eps)
+        self.attn_norm, self.mlp_norm = Norm(c.model_dim, c), Norm(c.model_dim, c)
         self.attn, self.mlp = Attention(c, rngs), Mlp(c, rngs)
+        post = c.family == "gemma3_text"
+        self.attn_post_norm, self.mlp_post_norm = (Norm(c.model_dim, c) if post else None for _ in range(2))
 
     def __call__(self, x: Array, rope: tuple[Array, Array], mix, layout: Layout) -> tuple[Array, tuple[Array, Array]]:
         """`mix(q, k, v)` is the attention itself: over a row, or over a cache."""
         with jax.named_scope("attention"):
             q, k, v = self.attn.qkv(layout.whole(self.attn_norm(x)), rope)
-            x = x + layout.spread(self.attn.o(mix(q, k, v)))
+            mixed = layout.spread(self.attn.o(mix(q, k, v)))
+            x = x + (mixed if self.attn_post_norm is None else self.attn_post_norm(mixed))
         with jax.named_scope("mlp"):
-            return x + layout.spread(self.mlp(layout.whole(self.mlp_norm(x)), layout)), (k, v)
+            fed = layout.spread(self.mlp(layout.whole(self.mlp_norm(x)), layout))
+            return x + (fed if self.mlp_post_norm is None else self.mlp_post_norm(fed)), (k, v)
 
 
 class Ends(nnx.Module):
@@ -163,7 +178,7 @@ class Ends(nnx.Module):
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.embed = Embed(c, rngs)
-        self.final_norm = Norm(c.model_dim, c.norm_eps)
+        self.final_norm = Norm(c.model_dim, c)
         self.head = None if c.tie_embeddings else Linear("td,dv->tv", (c.model_dim, c.vocab_size), c.model_dim, rngs)
 
 
@@ -208,7 +223,7 @@ def rotary(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
     """Cosine and sine of the rotary angles, float32 [..., h/2].
 
     angle_j = position · θ^(-2j/h); with Llama-3 scaling, long wavelengths are stretched by `factor`, short ones kept,
-    and those between interpolated (Llama 3.1 release).
+    and those between interpolated (Llama 3.1 release). With Gemma's `rope_factor`, all are stretched alike.
     """
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequency = config.rope_theta**-exponent
@@ -217,6 +232,8 @@ def rotary(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
         smooth = (s.original_max_position / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
         smooth = jnp.clip(smooth, 0.0, 1.0)
         frequency = frequency * (smooth + (1 - smooth) / s.factor)
+    if config.rope_factor != 1:
+        frequency = frequency / config.rope_factor
     angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -226,6 +243,25 @@ def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
     cos, sin = (r[..., None, :].astype(x.dtype) for r in rope)
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def windowed_layers(config: ModelConfig) -> Array | None:
+    """Which layers see only a window, bool [L]; None where no layer of the family does, and nothing is to be scanned along."""
+    return None if config.windows is None else (jnp.arange(config.layers) + 1) % config.windows.every != 0
+
+
+def layer_views(config: ModelConfig, positions: Array) -> Callable[[Array | None], tuple[tuple[Array, Array], Window | None]]:
+    """Rotary angles and window of a layer, as a function of its entry of `windowed_layers`."""
+    rope, w = rotary(config, positions), config.windows
+    if w is None:
+        return lambda on: (rope, None)
+    near = rotary(dataclasses.replace(config, rope_theta=w.rope_theta, rope_factor=1.0), positions)
+    return lambda on: (jax.tree.map(functools.partial(jnp.where, on), near, rope), Window(w.size, on))
+
+
+def scale_embedded(config: ModelConfig, x: Array) -> Array:
+    """Gemma's embeddings times √D, which is rounded to compute dtype first."""
+    return x * jnp.asarray(config.model_dim**0.5, x.dtype) if config.family == "gemma3_text" else x
 
 
 def segment_positions(segment_ids: Array) -> Array:
@@ -267,20 +303,23 @@ def hidden_states(
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
     positions = segment_positions(segment_ids) if positions is None else positions
     ends = _bind(Ends, config, {k: v for k, v in params.items() if k != "layers"})
-    rope = rotary(config, positions)
+    view = layer_views(config, positions)
     layout = Layout.over(mesh, tokens.shape[1])
     with jax.named_scope("embed"):
         x = embed(ends.embed.embedding[...], tokens, config.compute_dtype, mesh, splits_sequence(mesh, tokens.shape[1]))
+        x = scale_embedded(config, x)
 
     @jax.named_scope("layer")
-    def layer(x, layer_params):
+    def layer(x, inputs):
+        layer_params, on = inputs
+        rope, window = view(on)
         block = _bind(Block, config, layer_params)
-        mix = functools.partial(attend_rows, segment_ids=segment_ids, mesh=mesh, block=config.attention_block)
+        mix = functools.partial(attend_rows, segment_ids=segment_ids, window=window, mesh=mesh, block=config.attention_block)
         return block(x, rope, mix, layout)
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=_REMAT[config.remat], prevent_cse=False)
-    x, kv = jax.lax.scan(layer, x, params["layers"])
+    x, kv = jax.lax.scan(layer, x, (params["layers"], windowed_layers(config)))
     return layout.whole(ends.final_norm(x)), kv
 
 
@@ -322,13 +361,14 @@ def decode_step(
       hidden [b, D] after the final norm; the cache, written at `lengths`.
     """
     ends = _bind(Ends, config, {k: v for k, v in params.items() if k != "layers"})
-    rope = rotary(config, lengths)
+    view = layer_views(config, lengths)
     with jax.named_scope("embed"):
-        x = ends.embed.embedding[...].astype(config.compute_dtype)[tokens]
+        x = scale_embedded(config, ends.embed.embedding[...].astype(config.compute_dtype)[tokens])
 
     @jax.named_scope("layer")
     def layer(x, inputs):
-        index, layer_params = inputs
+        index, layer_params, on = inputs
+        rope, window = view(on)
 
         def part(whole):  # what is looked at, cut out of the whole cache at once: nothing else of it is touched
             size = (1, len(tokens), whole.shape[2], whole.shape[3] if read is None else read, *whole.shape[4:])
@@ -336,9 +376,9 @@ def decode_step(
 
         seen = jax.tree.map(part, cache)
         block = _bind(Block, config, layer_params)
-        return block(x, rope, lambda q, k, v: attend_cached(q, k, v, seen.k, seen.v, lengths, seen.scale_k, seen.scale_v), Layout())
+        return block(x, rope, lambda q, k, v: attend_cached(q, k, v, seen.k, seen.v, lengths, seen.scale_k, seen.scale_v, window), Layout())
 
-    x, kv = jax.lax.scan(layer, x, (jnp.arange(config.layers), params["layers"]))
+    x, kv = jax.lax.scan(layer, x, (jnp.arange(config.layers), params["layers"], windowed_layers(config)))
     new = make_cache(*kv, int8=cache.scale_k is not None)
     with jax.named_scope("cache"):
         cache = jax.tree.map(lambda old, new: _write(old, new.astype(old.dtype), lengths), cache, new)

@@ -1,4 +1,4 @@
-"""Hugging Face configs and tensor names of Llama, Qwen2 and Qwen3, read and written. Pure: no I/O.
+"""Hugging Face configs and tensor names of Llama, Qwen2, Qwen3 and Gemma 3, read and written. Pure: no I/O.
 
 What the decoder cannot compute exactly is refused, never approximated.
 """
@@ -9,12 +9,18 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dapo_jax.config import ModelConfig, RopeScaling, check_model, printable
+from dapo_jax.config import ModelConfig, RopeScaling, Windows, check_model, printable
 from dapo_jax.types import Array, InputError
 
 Fail = Callable[[str, str], typing.NoReturn]
 
-_ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma3ForCausalLM": "gemma3_text",
+}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 # ModelConfig field → Hugging Face key
 _SIZES = {
@@ -40,6 +46,7 @@ _KEYS = {
     "rope_scaling": "rope_scaling",
     "tie_embeddings": "tie_word_embeddings",
 }
+_GEMMA_KEYS = {"windows": "sliding_window", "rope_factor": "rope_scaling.factor", "query_scalar": "query_pre_attn_scalar"}
 
 
 def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
@@ -59,47 +66,65 @@ def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
     _refuse_unsupported(hf, family, fail)
     hf = _with_defaults(hf, family, fail)
     sizes = {field: _number(hf, key, int, fail) for field, key in _SIZES.items()}
-    theta, scaling = _rope(hf, fail)
-    tied = hf.get("tie_word_embeddings", False)  # transformers' default for all three families
+    rope = _gemma_fields(hf, sizes["layers"], fail) if family == "gemma3_text" else _rope(hf, fail)
+    tied = hf.get("tie_word_embeddings", family == "gemma3_text")  # transformers' defaults
     if not isinstance(tied, bool):
         fail("tie_word_embeddings", f"expected true or false, got {tied!r}")
     config = ModelConfig(
         family=family,
         **sizes,
-        rope_theta=theta,
-        rope_scaling=scaling,
+        **rope,
         norm_eps=_number(hf, "rms_norm_eps", float, fail),
         tie_embeddings=tied,
     )
-    check_model(config, lambda field, message: fail(_KEYS[field], message))
+    check_model(config, lambda field, message: fail((_KEYS | _GEMMA_KEYS)[field], message))
     return config
 
 
 def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read: the inverse of `model_config_from_hf` but for compute_dtype and remat."""
-    s = config.rope_scaling
-    return {
+    s, w = config.rope_scaling, config.windows
+    common = {
         "architectures": [name for name, family in _ARCHITECTURES.items() if family == config.family],
         "model_type": config.family,
         **{key: getattr(config, field) for field, key in _KEYS.items()},
-        "hidden_act": "silu",
-        "rope_scaling": None if s is None else {"rope_type": "llama3", **{key: getattr(s, field) for field, key in _LLAMA3.items()}},
+    }
+    if w is None:
+        llama3 = None if s is None else {"rope_type": "llama3", **{key: getattr(s, field) for field, key in _LLAMA3.items()}}
+        return common | {"hidden_act": "silu", "rope_scaling": llama3}
+    return common | {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": config.head_dim if config.query_scalar is None else config.query_scalar,
+        "rope_local_base_freq": w.rope_theta,
+        "rope_scaling": None if config.rope_factor == 1 else {"rope_type": "linear", "factor": config.rope_factor},
+        "sliding_window": w.size,
+        "sliding_window_pattern": w.every,
+        "layer_types": _layer_types(config.layers, w.every),
     }
 
 
 def _family(hf: Mapping[str, Any], fail: Fail) -> Any:
     names, model_type = hf.get("architectures"), hf.get("model_type")
-    supported = f"supported: {', '.join(_ARCHITECTURES)}"
+    supported = f"{_hint(hf, names)}; supported (docs/models.md): {', '.join(_ARCHITECTURES)}"
     if names is None:
         if model_type not in _ARCHITECTURES.values():
-            fail("model_type", f"{model_type!r} is not supported; {supported}")
+            fail("model_type", f"{repr(model_type)[:60]} is not supported{supported}")
         return model_type
     if not isinstance(names, list) or len(names) != 1 or names[0] not in list(_ARCHITECTURES):
-        fail("architectures", f"{names!r} is not supported; {supported}")
+        fail("architectures", f"{repr(names)[:60]} is not supported{supported}")
     family = _ARCHITECTURES[names[0]]
     if model_type not in (None, family):
-        fail("model_type", f"{model_type!r} contradicts architectures {names!r}; {supported}")
+        fail("model_type", f"{repr(model_type)[:60]} contradicts architectures {names!r}{supported}")
     return family
+
+
+def _hint(hf: Mapping[str, Any], names: Any) -> str:
+    """What kind of model it is, where that says what to do instead."""
+    if "ForConditionalGeneration" in str(names) or {"text_config", "vision_config", "audio_config"} & hf.keys():
+        return ", a model of text and something else; use a text-only model of its family, or save its text part as a model"
+    if "Moe" in str(names) or {"num_experts", "num_local_experts"} & hf.keys():
+        return ", a mixture of experts; use a dense model of its family"
+    return ""
 
 
 def _refuse_unsupported(hf: Mapping[str, Any], family: str, fail: Fail) -> None:
@@ -108,14 +133,20 @@ def _refuse_unsupported(hf: Mapping[str, Any], family: str, fail: Fail) -> None:
         fail("auto_map", "the model comes with its own code, which is never run; use a model of a built-in architecture without auto_map")
     if hf.get("quantization_config"):
         fail("quantization_config", "quantised weights are not supported; use a bfloat16, float16 or float32 model")
-    if hf.get("hidden_act", "silu") != "silu":
-        fail("hidden_act", f"{hf['hidden_act']!r} is not supported; supported: silu")
+    key, activation = ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma3_text" else ("hidden_act", "silu")
+    if hf.get(key, activation) != activation:
+        fail(key, f"{hf[key]!r} is not supported; supported: {activation}")
     if hf.get("attention_bias") and family != "qwen2":  # Qwen2 has its biases whatever this key says
         fail("attention_bias", f"{family} with attention biases is not supported; supported: false")
     if hf.get("mlp_bias"):
         fail("mlp_bias", "feed-forward biases are not supported; supported: false")
     if hf.get("partial_rotary_factor") not in (None, 1):
         fail("partial_rotary_factor", f"{hf['partial_rotary_factor']!r} is not supported; supported: 1")
+    if family == "gemma3_text":
+        for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+            if hf.get(key):
+                fail(key, f"{hf[key]!r} is not supported; supported: null")
+        return
     if layer_types := hf.get("layer_types"):
         if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
             fail("layer_types", "only full_attention in every layer is supported")
@@ -129,7 +160,7 @@ def _with_defaults(hf: Mapping[str, Any], family: str, fail: Fail) -> Mapping[st
     filled = {**hf}
     if hf.get("num_key_value_heads") is None and (family == "llama" or "num_key_value_heads" in hf):
         filled["num_key_value_heads"] = hf.get("num_attention_heads")
-    if hf.get("head_dim") is None and family != "qwen3":
+    if hf.get("head_dim") is None and family in ("llama", "qwen2"):
         width, heads = _number(hf, "hidden_size", int, fail), _number(hf, "num_attention_heads", int, fail)
         if width % heads:
             fail("num_attention_heads", f"{heads} does not divide hidden_size {width}; give head_dim")
@@ -137,7 +168,57 @@ def _with_defaults(hf: Mapping[str, Any], family: str, fail: Fail) -> Mapping[st
     return filled
 
 
-def _rope(hf: Mapping[str, Any], fail: Fail) -> tuple[float, RopeScaling | None]:
+def _layer_types(layers: int, every: int) -> list[str]:
+    return [_SLIDING if (i + 1) % every else _FULL for i in range(layers)]
+
+
+def _gemma_fields(hf: Mapping[str, Any], layers: int, fail: Fail) -> dict[str, Any]:
+    """What only Gemma 3 has. Rotary frequencies are two, spelled out flat by transformers 4 and by kind of layer by transformers 5."""
+    kinds, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    for key, value in (("rope_parameters", kinds), ("rope_scaling", scaling)):
+        if not isinstance(value, Mapping):
+            fail(key, f"expected an object, got {value!r}")
+    for kind, value in kinds.items():
+        if kind not in (_FULL, _SLIDING) or not isinstance(value or {}, Mapping):
+            fail(
+                f"rope_parameters.{kind}",
+                f"is not supported; supported: {_FULL} and {_SLIDING}, each with its own rope_type and rope_theta",
+            )
+    near = {"rope_theta": hf.get("rope_local_base_freq", 1e4), **(kinds.get(_SLIDING) or {})}
+    whole = {"rope_theta": hf.get("rope_theta", 1e6), **(kinds.get(_FULL) or {}), **scaling}
+    types = ("default", "linear")
+    for kind, rope in ((_SLIDING, near), (_FULL, whole)):
+        name = rope.get("rope_type", rope.get("type", "default"))
+        supported = types if kind == _FULL else types[:1]
+        if name not in supported:
+            fail(f"rope_parameters.{kind}.rope_type", f"{name!r} is not supported; supported: {', '.join(supported)}")
+        for key in rope.keys() - {"rope_type", "type", "rope_theta", *(("factor",) if name == "linear" else ())}:
+            fail(f"rope_parameters.{kind}.{key}", f"is not supported with rope_type {name}")
+    linear = whole.get("rope_type", whole.get("type")) == "linear"
+    scalar = _number({"query_pre_attn_scalar": 256, **hf}, "query_pre_attn_scalar", int, fail)
+    window = _number({"sliding_window": 4096, **hf}, "sliding_window", int, fail)
+    return {
+        "rope_theta": _number(whole, "rope_theta", float, fail, prefix=f"rope_parameters.{_FULL}."),
+        "rope_factor": _number(whole, "factor", float, fail, prefix="rope_scaling.") if linear else 1.0,
+        "windows": Windows(
+            window, _window_pattern(hf, layers, fail), _number(near, "rope_theta", float, fail, prefix=f"rope_parameters.{_SLIDING}.")
+        ),
+        "query_scalar": None if scalar == hf.get("head_dim") else scalar,
+    }
+
+
+def _window_pattern(hf: Mapping[str, Any], layers: int, fail: Fail) -> int:
+    """Every which layer sees everything; layers + 1 if none does."""
+    types = hf.get("layer_types")
+    if types is None:
+        return min(layers + 1, _number({"sliding_window_pattern": 6, **hf}, "sliding_window_pattern", int, fail))
+    every = types.index(_FULL) + 1 if isinstance(types, list) and _FULL in types else layers + 1
+    if not isinstance(types, list) or len(types) != layers or types != _layer_types(layers, every):
+        fail("layer_types", f"only {_FULL} in every so-many-th of {layers} layers and {_SLIDING} in the others is supported")
+    return every
+
+
+def _rope(hf: Mapping[str, Any], fail: Fail) -> dict[str, Any]:
     """Base of the frequencies and their scaling; `rope_scaling` wins over `rope_parameters`, as in transformers 5."""
     key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     rope = hf.get(key) or {}
@@ -152,9 +233,10 @@ def _rope(hf: Mapping[str, Any], fail: Fail) -> tuple[float, RopeScaling | None]
             fail(f"{key}.{name}", f"is not supported with rope_type {kind}; supported: {', '.join(sorted(known))}")
     theta = _number({"rope_theta": 10000.0, **hf, **rope}, "rope_theta", float, fail)  # transformers' default
     if kind == "default":
-        return theta, None
+        return {"rope_theta": theta}
     kinds = typing.get_type_hints(RopeScaling)
-    return theta, RopeScaling(**{field: _number(rope, name, kinds[field], fail, prefix=f"{key}.") for field, name in _LLAMA3.items()})
+    scaling = RopeScaling(**{field: _number(rope, name, kinds[field], fail, prefix=f"{key}.") for field, name in _LLAMA3.items()})
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def _number(hf: Mapping[str, Any], key: str, kind: type, fail: Fail, least: float | None = None, prefix: str = "") -> Any:
@@ -190,14 +272,17 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
         layer.append(_kernel(f"self_attn.{name}_proj.weight", f"attn/{name}/kernel", (d,), (heads, h)))
         if config.family == "qwen2":
             layer.append(_plain(f"self_attn.{name}_proj.bias", f"attn/{name}/bias", (heads, h))._replace(file_shape=(heads * h,)))
-        if config.family == "qwen3" and name != "v":
+        if config.family in ("qwen3", "gemma3_text") and name != "v":
             layer.append(_plain(f"self_attn.{name}_norm.weight", f"attn/{name}_norm/scale", (h,)))
+    gemma = config.family == "gemma3_text"  # where the norm after attention is of what attention adds
     layer += [
         _kernel("self_attn.o_proj.weight", "attn/o/kernel", (config.heads, h), (d,)),
-        _plain("post_attention_layernorm.weight", "mlp_norm/scale", (d,)),
+        *([_plain("post_attention_layernorm.weight", "attn_post_norm/scale", (d,))] if gemma else []),
+        _plain("pre_feedforward_layernorm.weight" if gemma else "post_attention_layernorm.weight", "mlp_norm/scale", (d,)),
         _kernel("mlp.gate_proj.weight", "mlp/gate/kernel", (d,), (ffn,)),
         _kernel("mlp.up_proj.weight", "mlp/up/kernel", (d,), (ffn,)),
         _kernel("mlp.down_proj.weight", "mlp/down/kernel", (ffn,), (d,)),
+        *([_plain("post_feedforward_layernorm.weight", "mlp_post_norm/scale", (d,))] if gemma else []),
     ]
     for i in range(config.layers):
         for t in layer:

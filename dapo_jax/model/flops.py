@@ -31,9 +31,21 @@ def weights(c: ModelConfig) -> int:
     return layer_weights(c) + head_weights(c) * (1 if c.tie_embeddings else 2)
 
 
-def visible_pairs(length: float) -> float:
-    """Pairs of query and key in a causal segment: n(n + 1) / 2."""
-    return length * (length + 1) / 2
+def _mean_over_layers(c: ModelConfig, near: float, whole: float) -> float:
+    """`near` in layers with a window, `whole` in the others."""
+    share = 0.0 if c.windows is None else (c.layers - c.layers // c.windows.every) / c.layers
+    return share * near + (1 - share) * whole
+
+
+def visible_keys(c: ModelConfig, length: float) -> float:
+    """Keys that the last of n tokens sees, n, or W with a window. Mean over layers."""
+    return _mean_over_layers(c, min(length, c.windows.size) if c.windows else length, length)
+
+
+def visible_pairs(c: ModelConfig, length: float) -> float:
+    """Pairs of query and key in a causal segment: n(n + 1) / 2; with a window W(W + 1) / 2 + (n - W)W. Mean over layers."""
+    w = min(length, c.windows.size) if c.windows else length
+    return _mean_over_layers(c, w * (w + 1) / 2 + (length - w) * w, length * (length + 1) / 2)
 
 
 def forward_flops(c: ModelConfig, tokens: float, pairs: float, targets: float) -> float:

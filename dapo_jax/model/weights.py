@@ -32,6 +32,10 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
+# What of a model's files is ever read: all there is about it, and its weights. `*` is any text.
+DESCRIPTION_FILES = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
+WEIGHT_FILES = (_SINGLE, _INDEX, "model*.safetensors")
+
 
 def load_model_config(folder: str | Path) -> ModelConfig:
     """The architecture of a Hugging Face folder, compute_dtype and remat at their defaults. InputError as `load_pretrained`."""

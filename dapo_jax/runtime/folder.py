@@ -27,8 +27,7 @@ def run_folder(where: str) -> Folder:
         if "://" in where:
             raise InputError(f"{where}: cannot be used as a run folder (not gs://); give a local folder or gs://bucket/folder")
         return Path(where)
-    if not names_objects(where):
-        raise InputError(f"{where}: cannot be used as a run folder (not of the form gs://bucket/folder, without *?#[]); name one")
+    check_bucket_folder(where, "a run folder")
     path = as_path(where)
     try:
         _ask(path.parts[2])
@@ -36,6 +35,12 @@ def run_folder(where: str) -> Folder:
     except Exception as e:  # of google-cloud-storage, gcsfs, aiohttp, google-auth
         raise InputError(f"{where}: cannot be used as a run folder ({reason(e)}); {_GIVE}") from None
     return path
+
+
+def check_bucket_folder(where: str, use: str) -> None:
+    """Raises InputError unless it is of the form gs://bucket/folder. use: as what it was given, in words."""
+    if not names_objects(where):
+        raise InputError(f"{where}: cannot be used as {use} (not of the form gs://bucket/folder, without *?#[]); name one")
 
 
 def _ask(bucket: str) -> None:

@@ -32,7 +32,7 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"layers/mlp/down/adapter/a", P(None, "tensor", None)),  # [L, F, r]
     (r"layers/(attn/o|mlp/down)/adapter/b", P(None, None, "fsdp")),  # [L, r, D]
     (r"layers/attn/[qk]_norm/scale", P(None, None)),  # [L, h]
-    (r"layers/(attn|mlp)_norm/scale", P(None, None)),  # [L, D]
+    (r"layers/(attn|mlp)(_post)?_norm/scale", P(None, None)),  # [L, D]
     (r"final_norm/scale", P(None)),  # [D]
 )
 

@@ -13,7 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 VOCAB = 96
 SHARED = dict(
@@ -35,6 +44,15 @@ LLAMA3 = dict(
 LLAMA = (LlamaForCausalLM, LlamaConfig, dict(rms_norm_eps=1e-5))
 QWEN2 = (Qwen2ForCausalLM, Qwen2Config, dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)))
 QWEN3 = (Qwen3ForCausalLM, Qwen3Config, dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)))
+# A window of 5, much shorter than the sequences of 24; scores divided by something else than head_dim, as in Gemma 3 27B.
+NEAR = dict(rope_type="default", rope_theta=1e2)
+GEMMA3 = (Gemma3ForCausalLM, Gemma3TextConfig, dict(head_dim=16, query_pre_attn_scalar=24, sliding_window=5))
+
+
+def gemma_layers(*kinds: str, **scaling: float | str) -> dict:
+    ropes = dict(full_attention=dict(rope_type="default", rope_theta=1e4) | scaling, sliding_attention=NEAR)
+    return dict(num_hidden_layers=len(kinds), layer_types=[f"{kind}_attention" for kind in kinds], rope_parameters=ropes)
+
 
 MODELS = {
     "llama_scaled_untied": (*LLAMA, dict(num_hidden_layers=2, head_dim=16, rope_parameters=LLAMA3, tie_word_embeddings=False)),
@@ -43,6 +61,11 @@ MODELS = {
     "qwen2_untied": (*QWEN2, dict(num_hidden_layers=3, tie_word_embeddings=False)),
     "qwen3_tied": (*QWEN3, dict(num_hidden_layers=2, head_dim=16, tie_word_embeddings=True)),
     "qwen3_untied": (*QWEN3, dict(num_hidden_layers=3, head_dim=8, tie_word_embeddings=False)),
+    "gemma3_tied": (*GEMMA3, gemma_layers("sliding", "full", "sliding")),
+    "gemma3_scaled_untied": (
+        *GEMMA3,
+        gemma_layers("sliding", "sliding", "full", rope_type="linear", factor=8.0) | dict(tie_word_embeddings=False),
+    ),
 }
 
 
@@ -50,7 +73,10 @@ def randomize(model: torch.nn.Module) -> None:
     """Weights large enough that logits are far from uniform; norm scales and biases that cannot be mistaken for 1 and 0."""
     for name, p in model.named_parameters():
         noise = torch.randn_like(p)
-        p.data = 1 + 0.3 * noise if "norm" in name else (0.5 if name.endswith("bias") else 0.2) * noise
+        if "norm" in name:  # Gemma adds 1 itself
+            p.data = (0 if isinstance(model, Gemma3ForCausalLM) else 1) + 0.3 * noise
+        else:
+            p.data = (0.5 if name.endswith("bias") else 0.2) * noise
 
 
 def answers(model: torch.nn.Module) -> dict[str, np.ndarray]:
