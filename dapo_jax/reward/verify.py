@@ -5,6 +5,8 @@ The strict rule is that of DAPO's released recipe (verl, `math_dapo`), which tak
 """
 
 import importlib
+import importlib.abc
+import importlib.util
 import logging
 import math
 import re
@@ -174,7 +176,7 @@ def load_function(spec: str, allowed_modules: Sequence[str], source: str | None 
     if name not in allowed_modules:
         raise InputError(f"reward.function: {kind} {name!r} is not in reward.allowed_modules; add it if you trust it")
     try:
-        module = importlib.import_module(name) if source is None else _run_file(name, source)
+        module = importlib.import_module(name) if source is None else _import_text(name, source)
     except Exception as e:
         raise InputError(f"reward.function: cannot import {name!r} ({one_line(e)}); correct the name, or mend the {kind}") from None
     function = getattr(module, attribute, None)
@@ -185,12 +187,26 @@ def load_function(spec: str, allowed_modules: Sequence[str], source: str | None 
     return function
 
 
-def _run_file(path: str, source: str) -> types.ModuleType:
-    """A module of the text of a file: what was read once, whatever the file holds by now."""
-    module = types.ModuleType("dapo_jax_task")
-    module.__file__ = path
+class _Text(importlib.abc.ExecutionLoader):
+    """Imports what was read once, whatever the file holds by now."""
+
+    def __init__(self, path: str, source: str):
+        self._path, self._source = path, source
+
+    def get_filename(self, fullname: str) -> str:
+        return self._path
+
+    def get_source(self, fullname: str) -> str:
+        return self._source
+
+
+def _import_text(path: str, source: str) -> types.ModuleType:
+    """A module of the text of a file."""
+    spec = importlib.util.spec_from_loader("dapo_jax_task", _Text(path, source), is_package=False)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # where dataclasses look for the module of a class
-    exec(compile(source, path, "exec"), module.__dict__)
+    spec.loader.exec_module(module)
     return module
 
 
