@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
-from dapo_jax.config import ConfigError, config_from_dict, flatten, load_config, to_dict
+from dapo_jax.config import ConfigError, RewardSection, config_from_dict, flatten, load_config, to_dict
 from dapo_jax.study import main, runs
 from dapo_jax.study.figure import draw_study
 from dapo_jax.study.ladder import load_study
-from dapo_jax.study.order import Drawn, accepted, bias
+from dapo_jax.study.order import Drawn, accepted, bias, leaked
 from dapo_jax.study.summary import Run, as_markdown, at_tokens, budget, estimate, late, read_runs, steps_to, summarize
 from dapo_jax.types import RunError
 
@@ -262,6 +262,16 @@ def test_first_finished_takes_the_short_groups_and_draw_order_does_not():
     found = bias([drawn], 2)
     assert (found["draw_order_length"], found["first_finished_length"]) == ((9 + 9 + 1 + 3) / 4, (2 + 2 + 1 + 3) / 4)
     assert found["all_length"] == (9 + 9 + 1 + 3 + 8 + 2 + 2 + 2) / 8 and found["draw_order_accuracy"] == 0.5
+
+
+def test_unfiltered_groups_leak_through_the_overlong_penalty():
+    """One mixed group, one all wrong of unequal length, one all wrong in which none is punished."""
+    correct = np.array([[1, 0], [0, 0], [0, 0]], bool)
+    drawn = Drawn(lengths=np.array([[2, 2], [4, 8], [3, 3]]), correct=correct, finished=np.zeros(3, int))
+    section = RewardSection(overlong_buffer_len=4)
+    # |A| is 1/√2 in both groups that differ; at token level they carry 4 and 12 tokens, at sample level two responses each
+    assert leaked([drawn], section, max_response_len=8, normalizer="token-mean") == pytest.approx(12 / 16, rel=1e-5)
+    assert leaked([drawn], section, max_response_len=8, normalizer="seq-mean-token-mean") == pytest.approx(1 / 2, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- the whole

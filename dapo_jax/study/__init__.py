@@ -8,6 +8,7 @@ which `dapo_jax.report` reads like any others.
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import Any
 from dapo_jax.runtime.folder import write_whole, writing
 from dapo_jax.study.figure import draw_study
 from dapo_jax.study.ladder import Study, load_study
-from dapo_jax.study.order import bias, draw_pools
+from dapo_jax.study.order import bias, draw_pools, leaked
 from dapo_jax.study.runs import start_dir, train_all
 from dapo_jax.study.summary import as_markdown, budget, estimate, read_runs, summarize
 from dapo_jax.types import InputError
 
-_ORDER_POOLS = 8  # pools of prompts a seed, in which draw order is held against "first finished wins"
+_POOLS = 8  # of prompts a seed, on which it is seen what dynamic sampling leaves undone
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,28 +46,30 @@ def main(argv: list[str] | None = None) -> int:
     rows = read_runs(study, out)
     if not any(rows):
         raise InputError(f"{out}: holds no finished run yet; start the study without --summary")
-    order = order_bias(study, out)
+    without = undone(study, out)
     table = summarize(study, rows)
     text = as_markdown(study, table)
     with writing(out):
         write_whole(out / "table.md", text.encode())
         write_whole(out / "figure.png", draw_study(study, rows))
-        write_whole(out / "study.json", json.dumps(_plain({"tokens": budget(rows), "rows": table, "order": order}), indent=1).encode())
+        write_whole(out / "study.json", json.dumps(_plain({"tokens": budget(rows), "rows": table, "without": without}), indent=1).encode())
     print(text)
-    for name, value in order.items():
+    for name, value in without.items():
         print(f"{name}: {value.mean:.4g} ± {value.error:.2g}")
     return 0
 
 
-def order_bias(study: Study, out: Path) -> dict[str, Any]:
-    """What `order.bias` finds with the warm-up's policies: an Estimate over seeds of each of its numbers."""
-    config = study.config
-    there = [seed for seed in study.seeds if start_dir(study, out, seed).is_dir()]
-    model = [dataclasses.replace(config.model, architecture=None, folder=str(start_dir(study, out, seed))) for seed in there]
-    found = [
-        bias(draw_pools(dataclasses.replace(config, seed=seed, model=section), _ORDER_POOLS), config.dapo.prompts_per_step)
-        for seed, section in zip(there, model, strict=True)
-    ]
+def undone(study: Study, out: Path) -> dict[str, Any]:
+    """What `order.bias` and `order.leaked` find with the policies that rows start from: an Estimate over seeds of each number."""
+    config, found = study.config, []
+    for seed in study.seeds:
+        if not (start := start_dir(study, out, seed)).is_dir():
+            continue
+        model = dataclasses.replace(config.model, architecture=None, folder=str(start))
+        pools = draw_pools(dataclasses.replace(config, seed=seed, model=model), _POOLS)
+        share = functools.partial(leaked, pools, config.reward, max_response_len=config.rollout.max_response_len)
+        leaks = {f"leaked_{normalizer}": share(normalizer=normalizer) for normalizer in ("seq-mean-token-mean", "token-mean")}
+        found.append(bias(pools, config.dapo.prompts_per_step) | leaks)
     return {name: estimate([numbers[name] for numbers in found]) for name in (found[0] if found else ())}
 
 

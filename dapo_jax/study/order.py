@@ -1,7 +1,10 @@
-"""What "first finished wins" would train on: groups accepted as they finish, beside groups accepted in the order of their draw.
+"""What would be trained on without dynamic sampling as it is here: groups taken as they finish, and groups that are not filtered.
 
-A group is finished with its longest response, so the first to finish are the short ones, and a step that takes what is there first
-trains on shorter responses and easier problems than it drew. dapo_jax accepts in draw order (`drawing.py`).
+"First finished wins": a group is finished with its longest response, so the first to finish are the short ones, and a step that takes
+what is there first trains on shorter responses and easier problems than it drew. dapo_jax accepts in draw order (`drawing.py`).
+
+Unfiltered: where overlong responses are punished, a group that is all wrong has rewards that differ, and teaches to be wrong in fewer
+tokens. dapo_jax filters on correctness, before any punishment (`dapo/groups.py`); without dynamic sampling nothing is filtered.
 """
 
 from collections.abc import Sequence
@@ -10,13 +13,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dapo_jax.config import Config
-from dapo_jax.dapo.groups import informative_groups
+from dapo_jax.config import Config, RewardSection
+from dapo_jax.dapo.groups import group_advantages, informative_groups
+from dapo_jax.dapo.packing import Normalizer, normalizer_weights
 from dapo_jax.data.mixture import load_training
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import decode, make_prompts
 from dapo_jax.policy import load_params, load_policy, make_engine
 from dapo_jax.programs import train_sampling
+from dapo_jax.reward.overlong import overlong_penalty
 from dapo_jax.reward.pool import RewardItem, RewardPool
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.types import Request
@@ -51,6 +56,22 @@ def bias(pools: Sequence[Drawn], count: int) -> dict[str, float]:
         found[f"{name}_length"] = float(np.mean([pool.lengths[i].mean() for pool, i in zip(pools, indices, strict=True)]))
         found[f"{name}_accuracy"] = float(np.mean([pool.correct[i].mean() for pool, i in zip(pools, indices, strict=True)]))
     return found
+
+
+def leaked(pools: Sequence[Drawn], reward: RewardSection, *, max_response_len: int, normalizer: Normalizer) -> float:
+    """Share of the loss's weight, sum of |w A| over tokens, on groups that are all right or all wrong, if all are trained on.
+
+    Rewards are +1 or -1 with the overlong penalty of `reward`, whether that is switched on or not.
+    """
+    shares = []
+    for lengths, correct, _ in pools:
+        penalty = overlong_penalty(lengths, max_response_len=max_response_len, overlong_buffer_len=reward.overlong_buffer_len)
+        advantages = group_advantages(np.where(correct, 1.0, -1.0) + penalty)
+        group_of = np.repeat(np.arange(len(lengths)), lengths.shape[1])
+        weights = normalizer_weights(group_of, lengths.ravel(), np.ones(lengths.size, bool), normalizer=normalizer)
+        carried = weights.reshape(lengths.shape) * lengths * np.abs(advantages)
+        shares.append(carried[~informative_groups(correct)].sum() / carried.sum())
+    return float(np.mean(shares))
 
 
 def draw_pools(config: Config, pools: int) -> list[Drawn]:
