@@ -323,7 +323,7 @@ class Listening(pool._Manager):
     """The caller's side of a worker that is not there."""
 
     def __init__(self):
-        super().__init__(RewardSection(verifier="lenient"))
+        super().__init__(RewardSection(verifier="lenient"), None)
 
     def _discard(self, worker):
         return None

@@ -253,7 +253,7 @@ def test_rollouts_get_merged_weights():
 def test_a_folder_is_loaded_frozen(tmp_path):
     save_pretrained(tmp_path / "m", BASE, tiny.params(BASE))
     config = config_from_dict({"model": {"folder": str(tmp_path / "m"), "lora": {"rank": 3}}, "eval": {"every": 0}})
-    policy = Policy(dataclasses.replace(BASE, compute_dtype="bfloat16"), None, (0,))
+    policy = Policy(dataclasses.replace(BASE, compute_dtype="bfloat16"), None, (0,), config.model.folder, config.model.folder)
     params = load_params(config, policy, ONE, lora=config.model.lora)
     adapters, frozen = split(params, LORA)
     stored = abstract_params(dataclasses.replace(policy.model, lora=config.model.lora))
