@@ -69,8 +69,12 @@ def test_each_row_adds_to_the_row_above(study):
 
 
 def test_the_shipped_ladder_is_that_of_the_paper():
-    """arXiv 2503.14476, table 1; each row differs from the one above in what it is named for and in nothing else."""
+    """arXiv 2503.14476, table 1; each row differs from the one above in what it is named for and in nothing else; and a control."""
     rows = load_study(str(SHIPPED)).rows
+    *rows, control = rows
+    alone = flatten(to_dict(config_from_dict(control.tree)))
+    naive = flatten(to_dict(config_from_dict(rows[0].tree)))
+    assert {k: alone[k] for k in alone if alone[k] != naive[k]} == {"dapo.dynamic_sampling": True}
     configs = [flatten(to_dict(config_from_dict(row.tree))) for row in rows]
     changes = [{k: b[k] for k in b if a[k] != b[k]} for a, b in zip(configs, configs[1:], strict=False)]
     assert changes == [

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.study", description=main.__doc__)
     parser.add_argument("--config", required=True, help="YAML of the study, e.g. configs/study_arithmetic_cpu.yaml")
     parser.add_argument("--out", required=True, help="folder of the study: made if missing, gone on with if not")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on a CPU as many as pairs of cores, or as cores")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the CPU cores (default 1)")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of the study's seeds")
     parser.add_argument("--summary", action="store_true", help="train nothing; table and figure of the runs that are there")
     args = parser.parse_args(argv)
