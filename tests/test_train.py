@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import tiny
 from test_tracker import install
 
 from dapo_jax import cli, evaluate, export, supervised, train
@@ -42,17 +43,8 @@ VOLATILE = ("time/", "throughput/", "memory/")
 @pytest.fixture(autouse=True, scope="module")
 def compile_once(tmp_path_factory):
     """Every run here compiles the same programs; the first one leaves them to the others."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with tiny.compilation_cache(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(autouse=True)
