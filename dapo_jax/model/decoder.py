@@ -334,18 +334,24 @@ def make_cache(k: Array, v: Array, *, int8: bool) -> Cache:
 def _write(old: Array, new: Array, lengths: Array) -> Array:
     """new [L, b, K, ...] into old [L, B, K, S, ...] at (i, lengths[i]) for i < b, in place. Beyond S nothing is written.
 
-    A sequence at a time: for one scatter of all, the TPU compiler lays the cache out another way, and copies all of it.
+    A GPU, which starts a program for every step of a loop, scatters all at once. A TPU takes a sequence at a time: for one scatter of
+    all, its compiler lays the cache out another way, and copies all of it.
     """
 
-    lengths = jnp.asarray(lengths)
+    def each(old, new, lengths):
+        def one(i, old):
+            at = (0, i, 0, jnp.minimum(lengths[i], old.shape[3] - 1), *(0,) * (old.ndim - 4))
+            fresh = jax.lax.dynamic_slice_in_dim(new, i, 1, axis=1)[:, :, :, None]
+            kept = jax.lax.dynamic_slice(old, at, fresh.shape)
+            return jax.lax.dynamic_update_slice(old, jnp.where(lengths[i] < old.shape[3], fresh, kept), at)
 
-    def one(i, old):
-        at = (0, i, 0, jnp.minimum(lengths[i], old.shape[3] - 1), *(0,) * (old.ndim - 4))
-        fresh = jax.lax.dynamic_slice_in_dim(new, i, 1, axis=1)[:, :, :, None]
-        kept = jax.lax.dynamic_slice(old, at, fresh.shape)
-        return jax.lax.dynamic_update_slice(old, jnp.where(lengths[i] < old.shape[3], fresh, kept), at)
+        return jax.lax.fori_loop(0, len(lengths), one, old)
 
-    return jax.lax.fori_loop(0, len(lengths), one, old)
+    def at_once(old, new, lengths):
+        # Two index arrays with a slice between them: their common axis comes first in the values.
+        return old.at[:, jnp.arange(len(lengths)), :, lengths].set(jnp.moveaxis(new, 1, 0), mode="drop")
+
+    return jax.lax.platform_dependent(old, new, jnp.asarray(lengths), cuda=at_once, default=each)
 
 
 def decode_step(

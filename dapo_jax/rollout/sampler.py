@@ -115,7 +115,13 @@ def _copy_arrivals(cache: Cache, prefilled: Cache, rows: Array, slots: Array, co
 
             return jax.tree.map(one, cache, source)
 
-        return jax.lax.fori_loop(0, count, copy, cache)
+        def at_once(cache):
+            def one(old, new):
+                return old.at[jnp.arange(len(rows))[:, None], index, slots, :, : new.shape[2]].set(new[rows], mode="drop")
+
+            return jax.tree.map(one, cache, source)
+
+        return jax.lax.platform_dependent(cache, cuda=at_once, default=lambda cache: jax.lax.fori_loop(0, count, copy, cache))
 
     return jax.lax.fori_loop(0, cache.k.shape[1], layer, cache)
 
