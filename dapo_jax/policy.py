@@ -15,6 +15,7 @@ from dapo_jax.model.weights import DESCRIPTION_FILES, WEIGHT_FILES, load_model_c
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import checkpoint
+from dapo_jax.runtime.chips import prefill_tokens
 from dapo_jax.runtime.folder import Folder, local_file, read
 from dapo_jax.runtime.mesh import params_sharding, put
 from dapo_jax.runtime.models import is_id, local_model, same_commit
@@ -144,6 +145,7 @@ def make_engine(config: Config, policy: Policy, mesh: Mesh, sampling: Sampling) 
         max_response_len=config.rollout.max_response_len,
         mesh=mesh,
         fetch=fetch,
+        prefill_tokens=prefill_tokens(mesh),
         int8=config.rollout.kv_cache == "int8",
     )
 

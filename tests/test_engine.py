@@ -135,6 +135,18 @@ def test_on_a_mesh_with_more_slots_responses_are_the_same_and_programs_are_few(r
     assert_same(second, responses)
 
 
+@pytest.mark.parametrize("tokens, prompts", [(1, 1), (10, 2), (512, 4)])
+def test_as_many_prompts_are_read_at_a_time_as_it_is_told(responses, tokens, prompts):
+    """Of PROMPT padded tokens each, one at least, and no more than there are slots; responses are the same."""
+    engine, params = make_engine(4, (1, 1, 1), prefill_tokens=tokens)
+    read, prefill = [], engine.programs.prefill
+    engine.programs = engine.programs._replace(prefill=lambda params, prompts: read.append(prompts.shape) or prefill(params, prompts))
+    assert_same(engine.generate(params, REQUESTS, SEED), responses)
+    assert set(read) == {(prompts, PROMPT)}
+    heads = {request.prompt[:-1].tobytes() for request in REQUESTS}  # requests with the same share a row of the cache
+    assert len(heads) <= len(read) * prompts <= len(REQUESTS) + prompts - 1
+
+
 def test_ragged_prompts_and_responses_compile_few_programs_and_a_second_time_none(caplog):
     rng = np.random.default_rng(3)
     mesh = make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])

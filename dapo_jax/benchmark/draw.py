@@ -20,6 +20,7 @@ from dapo_jax.policy import Policy
 from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool
 from dapo_jax.rollout.engine import Engine, Stream
 from dapo_jax.rollout.sampler import Sampling
+from dapo_jax.runtime.chips import prefill_tokens
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import publisher
 from dapo_jax.runtime.multihost import fetch
@@ -143,7 +144,7 @@ def benchmark_draw(sizes: Sizes) -> dict[str, Any]:
         reward=RewardSection(overlong_buffer_len=0),
     )
     limits = {"slots": sizes.slots, "max_prompt_len": sizes.prompt_len, "max_response_len": sizes.max_response_len}
-    make = functools.partial(Engine, model, Sampling(), (), **limits, mesh=mesh, fetch=fetch)
+    make = functools.partial(Engine, model, Sampling(), (), **limits, mesh=mesh, fetch=fetch, prefill_tokens=prefill_tokens(mesh))
     weights = publisher(params, mesh, sizes.dtype)(params)
     tokens = np.random.default_rng(0).integers(0, sizes.vocab, (10 * _BATCH * sizes.groups, sizes.prompt_len), np.int32)
     prompts = [Prompt(Problem(str(i), "", ""), row) for i, row in enumerate(tokens)]

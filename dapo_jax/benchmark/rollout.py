@@ -14,6 +14,7 @@ from dapo_jax.benchmark.measure import Sizes, device, random_model, report, spee
 from dapo_jax.rollout.draw import Sampling
 from dapo_jax.rollout.engine import Engine, Programs
 from dapo_jax.rollout.sampler import sample_on_mesh
+from dapo_jax.runtime.chips import prefill_tokens
 from dapo_jax.runtime.mesh import publisher
 from dapo_jax.runtime.multihost import fetch
 from dapo_jax.types import Params, Request
@@ -66,7 +67,9 @@ def benchmark_rollout(sizes: Sizes) -> dict[str, Any]:
     model, mesh, params = random_model(sizes, "--slots", sizes.slots)
     limits = {"slots": sizes.slots, "max_prompt_len": sizes.prompt_len, "max_response_len": sizes.max_response_len}
     sampling = Sampling(top_p=sizes.top_p, top_k=sizes.top_k)
-    make = functools.partial(Engine, model, sampling, (), **limits, mesh=mesh, fetch=fetch, int8=sizes.kv_cache == "int8")
+    make = functools.partial(
+        Engine, model, sampling, (), **limits, mesh=mesh, fetch=fetch, prefill_tokens=prefill_tokens(mesh), int8=sizes.kv_cache == "int8"
+    )
     weights = publisher(params, mesh, sizes.dtype)(params)
     prompts = np.random.default_rng(0).integers(0, sizes.vocab, (sizes.requests, sizes.prompt_len), np.int32)
     lengths = response_lengths(sizes)
@@ -99,5 +102,5 @@ def benchmark_rollout(sizes: Sizes) -> dict[str, Any]:
         shares = {f"{part}_share": part_seconds / seconds for part, part_seconds in parts.items()}
         modes[name] = speed(counts[name]["tokens"], times[name]) | {"decode_steps": counts[name]["steps"]} | shares
     table = [{"mode": name, **mode, "bound": bound} for name, mode in modes.items()]
-    ratio = modes["lockstep"]["cpu_seconds"] / modes["refill"]["cpu_seconds"]
-    return report(sizes, table, {"modes": modes, "bound_decode_steps": bound, "lockstep/refill_cpu_seconds": ratio}, device())
+    ratios = {f"lockstep/refill_{key}": modes["lockstep"][key] / modes["refill"][key] for key in ("seconds", "cpu_seconds")}
+    return report(sizes, table, {"modes": modes, "bound_decode_steps": bound} | ratios, device())

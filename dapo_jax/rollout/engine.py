@@ -23,7 +23,6 @@ from dapo_jax.types import Array, Params, Request, Response
 
 _SEGMENT = 64  # decode steps at most between looks at which sequences are still live
 _REFILL = 16  # slots are refilled when one in so many is free
-_PREFILL_TOKENS = 512  # prompt tokens that a shard reads at a time, or one prompt
 _HALVINGS = 3  # of the slots that are decoded, while the last sequences end
 
 
@@ -50,6 +49,7 @@ class Engine:
       slots: B, over all devices; a multiple of the mesh's row shards. stop: token ids that end a response.
       mesh: slots are split over its ("data", "fsdp") axes, kv heads and the vocabulary over "tensor" where they divide.
       fetch: device arrays to numpy, whole, on every process.
+      prefill_tokens: prompt tokens that a shard reads at a time, or one prompt; `chips.prefill_tokens`.
       int8: keeps keys and values in 8 bits. Log-probs of 1536 tokens sampled from SmolLM2-135M are then off from float32 ones by
         0.027 on average, 0.16 at the 99th percentile (bfloat16 compute with an exact cache: 0.027 and 0.14). A response that is
         gone on with may then differ from an uninterrupted one: its prefix is read again through exact keys and values.
@@ -67,6 +67,7 @@ class Engine:
         max_response_len: int,
         mesh: Mesh,
         fetch: Callable[[Any], Any],
+        prefill_tokens: int = 512,
         int8: bool = False,
         compact: bool = True,
     ):
@@ -76,7 +77,7 @@ class Engine:
         self.reads = sorted({*_lengths(64, self.cache_len), *_lengths(192, self.cache_len)})
         self.prompt_lens = _lengths(16, max_prompt_len, self.cache_len)
         self.widths = sorted({self.slots >> i for i in range(_HALVINGS + 1)} - {0} if compact else {self.slots})
-        self.fetch = fetch
+        self.prefill_tokens, self.fetch = prefill_tokens, fetch
         whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(ROW_AXES))
         heads = sampler.kv_axis(model.kv_heads, mesh)
 
@@ -235,7 +236,7 @@ class Stream:
         width = capacity = 0
         for job in self._queue:
             wide = next(n for n in engine.prompt_lens if n >= max(width, len(job.sequence) - 1))
-            room = engine.shards * max(1, min(engine.slots, _PREFILL_TOKENS // wide))
+            room = engine.shards * max(1, min(engine.slots, engine.prefill_tokens // wide))
             if job.head not in rows and len(rows) >= room:
                 break
             rows.setdefault(job.head, len(rows))
