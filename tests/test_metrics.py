@@ -3,12 +3,13 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dapo_jax.runtime.metrics import METRICS, MetricsLog, definition, read_metrics, timed, write_samples
+from dapo_jax.runtime.metrics import METRICS, MetricsLog, definition, peak_memory, read_metrics, timed, write_samples
 from dapo_jax.types import InputError
 
 
@@ -145,6 +146,17 @@ def test_samples(tmp_path):
     first, second = path.read_bytes().decode("utf-8").split("\n")[:-1]
     assert strict_loads(first) == {"id": "a", "response": text, "correct": True, "reward": 0.5, "length": 7}
     assert strict_loads(second) == {"id": "b"} and "π" in first
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not tell a process's own peak")
+def test_peak_memory_is_this_processs_own(monkeypatch):
+    """Linux tells a new process the peak of the one that started it as its own, by getrusage."""
+    monkeypatch.setattr("resource.getrusage", lambda who: pytest.fail("asked getrusage"))
+    before = peak_memory()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    assert 0 < 1024 * int(status["VmRSS"].split()[0]) <= peak_memory()
+    more = np.ones(before // 8 + 2**24)  # what is in use now and 128 MiB
+    assert before + more.nbytes // 2 < peak_memory() < 3 * before + 2 * more.nbytes
 
 
 def test_timed_adds_up_also_when_it_fails():

@@ -235,10 +235,10 @@ def test_late_values_and_estimates():
     assert math.isnan(estimate([1.0]).error) and math.isnan(estimate([]).mean)
 
 
-def test_upclipped_probability_counts_only_steps_that_clipped():
-    run = curve([0, 0], **{"policy/upclipped_prob_mean": [0.9, 0.9, 0.9, 0], "policy/clip_fraction_high": [0.1, 0.1, 0.1, 0]})
-    assert math.isnan(late(run, "policy/upclipped_prob_mean"))
-    run = curve([0, 0], tokens=range(10), **{"policy/upclipped_prob_mean": [0] * 9 + [0.4], "policy/clip_fraction_high": [0] * 9 + [0.1]})
+def test_late_means_are_over_steps_that_have_the_metric():
+    run = curve([0, 0], **{"policy/upclipped_prob_mean": [0.9, 0.9, 0.9, math.nan]})
+    assert math.isnan(late(run, "policy/upclipped_prob_mean")) and math.isnan(late(run, "policy/entropy"))
+    run = curve([0, 0], tokens=range(10), **{"policy/upclipped_prob_mean": [math.nan] * 9 + [0.4]})
     assert late(run, "policy/upclipped_prob_mean") == pytest.approx(0.4)
 
 
@@ -296,6 +296,24 @@ def test_table_figure_and_json_of_finished_runs(study, tmp_path, capsys, monkeyp
     assert (out / "table.md").read_text() in capsys.readouterr().out
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert draw_study(loaded, read_runs(loaded, out)).startswith(b"\x89PNG")
+
+
+def test_what_the_starts_leave_undone_is_measured_once(study, tmp_path, capsys, monkeypatch):
+    loaded, out, measured = study(), tmp_path / "out", []
+
+    def measure(config, seed, start):
+        measured.append((seed, start.name))
+        return {"leaked_token-mean": 0.25 + 0.5 * (seed == loaded.seeds[0])}
+
+    monkeypatch.setattr("dapo_jax.study._undone", measure)
+    for seed in loaded.seeds:
+        (out / "warm" / str(seed)).mkdir(parents=True)
+        write_run(runs.run_dir(out, loaded, loaded.rows[0], seed), [0.1, 0.2, 0.3], tokens=100)
+    for _ in range(2):
+        assert main(["--config", str(tmp_path / "study.yaml"), "--out", str(out), "--summary"]) == 0
+        assert "leaked_token-mean: 0.5 ± 0.25\n" in capsys.readouterr().out
+        assert json.loads((out / "study.json").read_text())["without"] == {"leaked_token-mean": [0.5, 0.25, 2]}
+    assert measured == [(seed, str(seed)) for seed in loaded.seeds]
 
 
 def test_nothing_finished_yet(study, tmp_path):

@@ -249,4 +249,6 @@ def test_summarize_divides_by_tokens_and_by_clipped_tokens():
     expected |= {"clip_fraction_dual": 0, "importance_capped_fraction": 0, "upclipped_prob_mean": 0.25, "sampler_gap_mean": 0.03}
     assert summarize(sums) == pytest.approx({f"policy/{k}": v for k, v in expected.items()})
     assert summarize(sums | {"clipped_dual": 3.0})["policy/clip_fraction_dual"] == pytest.approx(0.3)
+    nothing = summarize(sums | {"clipped_high": 0.0, "upclipped_prob": 0.0})
+    assert nothing["policy/clip_fraction_high"] == 0 and "policy/upclipped_prob_mean" not in nothing
     assert summarize({"tokens": 0.0, "entropy": 0.0, "approx_kl": 0.0}) == {"policy/entropy": 0, "policy/approx_kl": 0}

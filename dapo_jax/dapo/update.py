@@ -102,17 +102,22 @@ def update_step(
 
 
 def summarize(sums: Mapping[str, float]) -> dict[str, float]:
-    """`policy/` metrics from metric sums: each a mean over target tokens, or over the clipped ones."""
+    """`policy/` metrics from metric sums: each a mean over target tokens, or over the clipped ones, and left out where there are none."""
     tokens = max(sums["tokens"], 1.0)
     means = {f"policy/{name}": sums[name] / tokens for name in ("entropy", "approx_kl")}
     if "clipped_high" not in sums:
         return means
-    return means | {
-        "policy/token_prob_mean": sums["token_prob"] / tokens,
-        "policy/clip_fraction_low": sums["clipped_low"] / tokens,
-        "policy/clip_fraction_high": sums["clipped_high"] / tokens,
-        "policy/clip_fraction_dual": sums.get("clipped_dual", 0.0) / tokens,
-        "policy/importance_capped_fraction": sums.get("importance_capped", 0.0) / tokens,
-        "policy/upclipped_prob_mean": sums["upclipped_prob"] / max(sums["clipped_high"], 1.0),
-        "policy/sampler_gap_mean": sums["sampler_gap"] / tokens,
-    }
+    clipped = sums["clipped_high"]
+    of_clipped = {"policy/upclipped_prob_mean": sums["upclipped_prob"] / clipped} if clipped else {}
+    return (
+        means
+        | of_clipped
+        | {
+            "policy/token_prob_mean": sums["token_prob"] / tokens,
+            "policy/clip_fraction_low": sums["clipped_low"] / tokens,
+            "policy/clip_fraction_high": clipped / tokens,
+            "policy/clip_fraction_dual": sums.get("clipped_dual", 0.0) / tokens,
+            "policy/importance_capped_fraction": sums.get("importance_capped", 0.0) / tokens,
+            "policy/sampler_gap_mean": sums["sampler_gap"] / tokens,
+        }
+    )

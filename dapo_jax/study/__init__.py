@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dapo_jax.config import Config
 from dapo_jax.runtime.folder import write_whole, writing
 from dapo_jax.study.figure import draw_study
 from dapo_jax.study.ladder import Study, load_study
@@ -60,17 +61,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def undone(study: Study, out: Path) -> dict[str, Any]:
-    """What `order.bias` and `order.leaked` find with the policies that rows start from: an Estimate over seeds of each number."""
-    config, found = study.config, []
+    """What `order.bias` and `order.leaked` find with the policies that rows start from: an Estimate over seeds of each number.
+
+    A seed's numbers are kept in <out>/undone/<seed>.json.
+    """
+    found = []
     for seed in study.seeds:
         if not (start := start_dir(study, out, seed)).is_dir():
             continue
-        model = dataclasses.replace(config.model, architecture=None, folder=str(start))
-        pools = draw_pools(dataclasses.replace(config, seed=seed, model=model), _POOLS)
-        share = functools.partial(leaked, pools, config.reward, max_response_len=config.rollout.max_response_len)
-        leaks = {f"leaked_{normalizer}": share(normalizer=normalizer) for normalizer in ("seq-mean-token-mean", "token-mean")}
-        found.append(bias(pools, config.dapo.prompts_per_step) | leaks)
+        if not (file := out / "undone" / f"{seed}.json").is_file():
+            with writing(out):
+                write_whole(file, json.dumps(_undone(study.config, seed, start)).encode())
+        found.append(json.loads(file.read_text()))
     return {name: estimate([numbers[name] for numbers in found]) for name in (found[0] if found else ())}
+
+
+def _undone(config: Config, seed: int, start: Path) -> dict[str, float]:
+    model = dataclasses.replace(config.model, architecture=None, folder=str(start))
+    pools = draw_pools(dataclasses.replace(config, seed=seed, model=model), _POOLS)
+    share = functools.partial(leaked, pools, config.reward, max_response_len=config.rollout.max_response_len)
+    leaks = {f"leaked_{normalizer}": share(normalizer=normalizer) for normalizer in ("seq-mean-token-mean", "token-mean")}
+    return bias(pools, config.dapo.prompts_per_step) | leaks
 
 
 def _plain(value: Any) -> Any:

@@ -75,11 +75,8 @@ def at_tokens(run: Run, tokens: float, part: str = "avg") -> float:
 
 
 def curve(run: Run, metric: str) -> np.ndarray:
-    """A metric over the steps, NaN where there is none: also the probability of up-clipped tokens where none was clipped."""
-    if metric not in run.metrics:
-        return np.full(len(run.steps), math.nan)
-    clipped = run.metrics["policy/clip_fraction_high"] if metric == "policy/upclipped_prob_mean" else np.ones(len(run.steps))
-    return np.where(clipped > 0, run.metrics[metric], math.nan)
+    """A metric over the steps, NaN where there is none."""
+    return run.metrics.get(metric, np.full(len(run.steps), math.nan))
 
 
 def late(run: Run, metric: str) -> float:
