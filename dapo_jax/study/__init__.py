@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     text = as_markdown(study, table)
     with writing(out):
         write_whole(out / "table.md", text.encode())
-        write_whole(out / "figure.png", draw_study(study, rows))
+        write_whole(out / "figure.png", draw_study(study, rows, without))
         write_whole(out / "study.json", json.dumps(_plain({"tokens": budget(rows), "rows": table, "without": without}), indent=1).encode())
     print(text)
     for name, value in without.items():

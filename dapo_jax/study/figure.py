@@ -2,14 +2,14 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dapo_jax.runtime.curves import STYLE, running_mean
 from dapo_jax.study.ladder import Study
-from dapo_jax.study.summary import Run, curve
+from dapo_jax.study.summary import Estimate, Run, curve
 
 _COLORS = ("#6b7280", "#d9730d", "#7a4fa3", "#2f8f5b", "#b8323a", "#1f5fa8", "#8a6d3b", "#0f7b8a")
 _COLUMNS = 3
@@ -23,33 +23,37 @@ _TITLES = {
     "rollout/truncated_fraction": "Responses cut off (%)",
     "rollout/response_len_mean": "Response length (tokens)",
 }
+_ACCEPTED = {"all": "all informative", "draw_order": "in draw order", "first_finished": "first finished"}
 
 
-def draw_study(study: Study, rows: Sequence[dict[int, Run]]) -> bytes:
-    """PNG. Lines are means over seeds, bands one standard error on each side.
+def draw_study(study: Study, rows: Sequence[dict[int, Run]], without: Mapping[str, Estimate]) -> bytes:
+    """PNG. Lines are means over seeds, bands and bars one standard error on each side.
 
-    The first two panels show all rows; each of the others a metric that a row is to change, beside the row above.
+    The first two panels show all rows; each of the others a metric that a row is to change, beside the row above. The last shows what
+    `order.bias` found of the order in which groups are accepted, if that is among `without`.
     """
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
         image = io.BytesIO()
-        _figure(study, rows).savefig(image, dpi=130)
+        _figure(study, rows, without).savefig(image, dpi=130)
     return image.getvalue()
 
 
-def _figure(study: Study, rows: Sequence[dict[int, Run]]) -> Any:
+def _figure(study: Study, rows: Sequence[dict[int, Run]], without: Mapping[str, Estimate]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     watched = [(number, metric) for number, row in enumerate(study.rows) for metric in row.watch]
-    height = math.ceil((2 + len(watched)) / _COLUMNS)
+    accepted = {text: without[f"{key}_length"] for key, text in _ACCEPTED.items() if f"{key}_length" in without}
+    used = 2 + len(watched) + bool(accepted)
+    height = math.ceil(used / _COLUMNS)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.06)
     figure = Figure(figsize=(13.5, 3.4 * height), facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     panels = figure.subplots(height, _COLUMNS, squeeze=False).ravel()
-    for panel in panels[2 + len(watched) :]:
+    for panel in panels[used:]:
         panel.set_axis_off()
 
     panels[0].set_title("Held-out accuracy (%), equal updates")
@@ -73,7 +77,17 @@ def _figure(study: Study, rows: Sequence[dict[int, Run]]) -> Any:
                 values = np.array([_smooth(curve(run, metric)) for run in runs.values()])
                 _band(panel, next(iter(runs.values())).steps, factor * values, study.rows[i].name, _COLORS[i])
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
+    if accepted:
+        panel = panels[used - 1]
+        panel.set_title("Length of what is accepted (tokens)")
+        means, errors = ([value[i] for value in accepted.values()] for i in (0, 1))
+        panel.errorbar(range(len(accepted)), means, np.nan_to_num(errors), fmt="o", capsize=3, color=_COLORS[0])
+        panel.set_xticks(range(len(accepted)), list(accepted))
+        panel.set_xlim(-0.5, len(accepted) - 0.5)
     for panel in panels[: 2 + len(watched)]:
+        if len(panel.lines) > 3:  # room above for so long a legend
+            low, high = panel.get_ylim()
+            panel.set_ylim(top=high + 0.07 * len(panel.lines) * (high - low))
         if panel.lines:
             panel.legend(fontsize=7.5, frameon=False, labelcolor="linecolor")
     return figure
