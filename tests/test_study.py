@@ -200,6 +200,29 @@ def test_a_verb_that_fails_is_named_with_its_last_line(tmp_path):
     assert "clip_eps_high" in (tmp_path / "good.log").read_text()
 
 
+def test_runs_at_a_time_share_the_memory_of_a_gpu_unless_told_otherwise(tmp_path, monkeypatch):
+    seen = []
+
+    class Process:
+        pid = 0
+
+        def __init__(self, command, env, **rest):
+            seen.append(env.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))
+
+        def wait(self):
+            return 0
+
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setattr("subprocess.Popen", Process)
+    monkeypatch.setattr("os.sched_setaffinity", lambda pid, cores: None, raising=False)
+    for jobs, told in ((1, None), (4, None), (4, "0.1")):
+        if told:
+            monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", told)
+        with runs._Processes(tmp_path / "cache", jobs) as processes:
+            processes.run(["train"], tmp_path / "log")
+    assert seen == [None, "0.200", "0.1"]
+
+
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 

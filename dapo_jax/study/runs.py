@@ -107,8 +107,11 @@ class _Processes:
         self._shares: queue.Queue[list[int]] = queue.Queue()  # cores for a process each: sharing them all costs more than it gives
         for job in range(jobs):
             self._shares.put(cores[job % max(1, len(cores)) :: jobs])
-        # The rows run much the same programs: what one has compiled, the others read.
-        self._environment = {"JAX_COMPILATION_CACHE_DIR": str(cache)} | os.environ
+        # The rows run much the same programs: what one has compiled, the others read. On a GPU each would take most of its memory.
+        self._environment = {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+        if jobs > 1:
+            self._environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.8 / jobs:.3f}"
+        self._environment |= os.environ
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = threading.Event()
         self._before: dict[int, object] = {}
