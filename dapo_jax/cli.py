@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dapo_jax import __version__
 from dapo_jax.config import printable
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.folder import reason
 from dapo_jax.types import InputError, NoCheckpointError, RunError, Stopped
 
 VERBS = {
@@ -44,14 +45,25 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     except BrokenPipeError:  # `| head` closed our output
         sys.stderr.close()
         status = 0
-    except Exception:
-        if not multihost.is_distributed():
+    except Exception as e:
+        if out_of_memory(e):
+            what = f"out of memory ({reason(e)}); lower rollout.decode_slots (sampling) or train.rows_per_microbatch (updates)"
+            status = _say(f"{what}, set model.remat: full, or use more devices; `python -m dapo_jax.plan` says what fits a TPU", 2)
+        elif multihost.is_distributed():
+            traceback.print_exc()
+            status = _say("ended by the error above", 1)
+        else:
             raise
-        traceback.print_exc()
-        status = _say("ended by the error above", 1)
     if status and multihost.is_distributed():
         multihost.leave(status)
     sys.exit(status)
+
+
+def out_of_memory(e: Exception) -> bool:
+    """Whether a device, or the host, had not as much memory as was asked for."""
+    # By name: what runs before a verb does not import jax. A CPU calls it INTERNAL, and the compiler of a TPU says "ran out of memory".
+    from_jax = type(e).__name__ == "JaxRuntimeError" and any(words in str(e) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
+    return isinstance(e, MemoryError) or from_jax
 
 
 def _say(what: object, status: int) -> int:

@@ -1,5 +1,7 @@
 """Custom verifiers that behave well and badly, for tests of the reward pool. Workers import this module by name."""
 
+import dataclasses
+import json
 import os
 import sys
 import time
@@ -8,8 +10,10 @@ not_callable = 3
 
 
 def judge(problem, text, response_len):
-    """Right iff the text is the answer; `!word` in its place does something nasty."""
-    command = text.partition(" ")[0]
+    """Right iff the text is the answer; `!problem` and the problem as JSON checks that, any other `!word` does something nasty."""
+    command, _, rest = text.partition(" ")
+    if command == "!problem":
+        return json.dumps(dataclasses.asdict(problem)) == rest, 0.0
     if command in _NASTY:
         return _NASTY[command]()
     return text == problem.answer, response_len / 10

@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+import jax
 import pytest
 
 import dapo_jax
@@ -36,9 +37,28 @@ def test_errors_are_one_line_and_a_status(capsys, error, status, said):
     assert capsys.readouterr().err == said
 
 
-def test_a_bug_is_not_hidden():
-    with pytest.raises(ZeroDivisionError):
-        cli.run(raising(ZeroDivisionError()), [])
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (MemoryError(), ""),
+        # as a GPU, the compiler of a TPU and a CPU say it
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."), "9 bytes"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.1G of 15.7G hbm."), "20.1G"),
+        (jax.errors.JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 29491200000 bytes."), "29491200000"),
+    ],
+    ids=["host", "gpu", "tpu", "cpu"],
+)
+def test_out_of_memory_says_what_to_lower(capsys, error, reason):
+    assert status_of(raising(error)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dapo_jax: out of memory (") and said.count("\n") == 1 and reason in said
+    assert "lower rollout.decode_slots (sampling) or train.rows_per_microbatch (updates)" in said
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")], ids=["python", "jax"])
+def test_a_bug_is_not_hidden(error):
+    with pytest.raises(type(error)):
+        cli.run(raising(error), [])
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

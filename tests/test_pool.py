@@ -1,6 +1,8 @@
 """The reward pool: right verdicts in order, and nothing that an answer or a custom function does gets further than its worker."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -70,6 +72,9 @@ def test_custom_function_gets_the_item_whole(pool):
     items = [RewardItem(Problem("p", turns, odd), odd, 7), item("42", response_len=30), item("41", response_len=5), item("x" * 10**6)]
     assert pool.judge(items) == [Verdict(True, 0.7), Verdict(True, 3.0), Verdict(False, 0.5), Verdict(False, 1.0)]
     assert pool.judge([]) == []
+    filled = Problem("p", turns, odd, "a solution", "some/data.jsonl")
+    assert all(dataclasses.asdict(filled).values())
+    assert pool.judge([RewardItem(filled, "!problem " + json.dumps(dataclasses.asdict(filled)), 0)]) == [Verdict(True, 0.0)]
 
 
 def test_submissions_run_while_the_caller_goes_on(pool):

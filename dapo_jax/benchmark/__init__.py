@@ -20,9 +20,10 @@ import jax
 
 from dapo_jax.benchmark.draw import benchmark_draw
 from dapo_jax.benchmark.loss import benchmark_loss
-from dapo_jax.benchmark.measure import Sizes, out_of_memory
+from dapo_jax.benchmark.measure import Sizes
 from dapo_jax.benchmark.rollout import benchmark_rollout
 from dapo_jax.benchmark.update import benchmark_update
+from dapo_jax.cli import out_of_memory
 from dapo_jax.types import InputError
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dapo_jax.benchmark.measure import Sizes, device, memory, mesh_of, out_of_memory, report, speed, temp_bytes, timed
+from dapo_jax.benchmark.measure import Sizes, device, memory, mesh_of, report, speed, temp_bytes, timed
+from dapo_jax.cli import out_of_memory
 from dapo_jax.config import DapoSection
 from dapo_jax.dapo.loss import dapo_token_loss, policy_metrics
 from dapo_jax.model.logprobs import ROW_AXES, linear_loss

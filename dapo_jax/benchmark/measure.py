@@ -90,10 +90,6 @@ def temp_bytes(program: Any) -> int:
     return program.memory_analysis().temp_size_in_bytes
 
 
-def out_of_memory(e: Exception) -> bool:
-    return isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)
-
-
 def report(sizes: Sizes, table: Sequence[Mapping[str, Any]], result: Mapping[str, Any], device: Mapping[str, str]) -> dict[str, Any]:
     """Prints sizes, the table (bytes as MB) and what single results are not in it; returns the JSON object."""
 

@@ -430,14 +430,14 @@ def _ending(status: int | None, timeout_s: float) -> str:
 def _encode(item: RewardItem) -> bytes:
     problem = item.problem
     prompt = problem.prompt if isinstance(problem.prompt, str) else [[turn.role, turn.content] for turn in problem.prompt]
-    fields = (problem.id, prompt, problem.answer, problem.solution, item.text, int(item.response_len))
+    fields = (problem.id, prompt, problem.answer, problem.solution, problem.source, item.text, int(item.response_len))
     return json.dumps(fields).encode() + b"\n"  # ASCII, so that lone surrogates survive too
 
 
 def _decode(line: bytes) -> RewardItem:
-    name, prompt, answer, solution, text, response_len = json.loads(line)
+    name, prompt, answer, solution, source, text, response_len = json.loads(line)
     turns = prompt if isinstance(prompt, str) else tuple(Message(*turn) for turn in prompt)
-    return RewardItem(Problem(name, turns, answer, solution), text, response_len)
+    return RewardItem(Problem(name, turns, answer, solution, source), text, response_len)
 
 
 # --------------------------------------------------------------------------------------------------------------------
