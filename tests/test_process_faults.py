@@ -58,7 +58,6 @@ class Job:
             "PYTHONPATH": os.pathsep.join([str(Path(dapo_jax.__file__).parents[1]), str(TESTS), os.environ.get("PYTHONPATH", "")]),
             faults.VARIABLE: plan,
         }
-        env.pop("XLA_FLAGS", None)
         verb = ["-c", program] if program else ["-m", "dapo_jax.train"]
         command = [sys.executable, *verb, "--config", folder / "tiny.yaml", "--run-dir", folder / "run"]
         command += [x for o in ("train.steps=2", "eval.every=0", "supervised.updates=0", *overrides) for x in ("--set", o)]

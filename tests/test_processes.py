@@ -37,7 +37,6 @@ def start(folder: Path, name: str, processes: int, devices: int) -> list[subproc
         "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONPATH": os.pathsep.join([str(Path(dapo_jax.__file__).parents[1]), str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
-    env.pop("XLA_FLAGS", None)
     arguments = [
         sys.executable,
         str(TESTS / "process_worker.py"),
