@@ -52,7 +52,7 @@ from dapo_jax.supervised import solution_items, warm_up
 from dapo_jax.types import Group, InputError, Prompt, Response, RunError, SharedError, Stopped, TrainBatch
 
 # Config that may change between the runs of one run folder: how long, how watched, how spread; not what is learned.
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "dapo.max_generation_batches",
     "dapo.on_cap",
     "data.allow_change",
@@ -554,18 +554,23 @@ def function_changed(source: str | None, run_dir: Folder) -> bool:
     return source is not None and before is not None and before != source.encode()
 
 
+def difference(before: Config, now: Config, may_change: tuple[str, ...]) -> tuple[str, Any, Any] | None:
+    """The first key, but for those that start with one of `may_change`, in which two configs differ, and what it was and is."""
+    a, b = flatten(to_dict(before)), flatten(to_dict(now))
+    differing = (key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and not key.startswith(may_change))
+    return next(((key, a.get(key), b.get(key)) for key in differing), None)
+
+
 def refuse_other_run(config: Config, run_dir: Folder, source: str | None) -> None:
     """Raises ConfigError for a folder whose run was another one, with another config or another `source` of its reward function."""
     file = run_dir / "config.yaml"
     if read(file) is None:
         return
     with local_file(file) as stored:
-        before, now = (flatten(to_dict(c)) for c in (load_config(stored), config))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
-            raise ConfigError(
-                f"{key}: is {now.get(key)!r}, but {run_dir} was started with {before.get(key)!r}; use another --run-dir, or set it back"
-            )
+        before = load_config(stored)
+    if changed := difference(before, config, MAY_CHANGE):
+        key, was, now = changed
+        raise ConfigError(f"{key}: is {now!r}, but {run_dir} was started with {was!r}; use another --run-dir, or set it back")
     if function_changed(source, run_dir) and not config.reward.allow_change:
         raise ConfigError(
             f"reward.function: {config.reward.function} is not what {run_dir} was started with, which is in its {_FUNCTION}; "

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from dapo_jax.study.figure import draw_study
 from dapo_jax.study.ladder import load_study
 from dapo_jax.study.order import Drawn, accepted, bias, leaked
 from dapo_jax.study.summary import Run, as_markdown, at_tokens, budget, estimate, late, read_runs, steps_to, summarize
-from dapo_jax.types import RunError
+from dapo_jax.types import InputError, RunError
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "study_arithmetic_cpu.yaml"
 TREE = {
@@ -144,7 +145,7 @@ def verbs(monkeypatch):
             Path(flags["--out"]).mkdir(parents=True)
         else:
             folder = Path(flags["--run-dir"])
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             sets = [value for key, value in zip(words[1::2], words[2::2], strict=True) if key == "--set"]
             load_config(flags["--config"], [s for s in sets if not s.startswith("model.")])  # a config that train would take
             write_run(folder, [0.1, 0.2, 0.3])
@@ -179,6 +180,73 @@ def test_every_row_starts_from_its_seeds_warm_up_and_nothing_is_done_twice(study
     (out / "runs" / "1_clip_higher" / "5").rmdir()
     runs.train_all(study(), out, 1, print)
     assert verbs == [("train", Path("runs/1_clip_higher/5"))]
+
+
+def put(*path):
+    """A change of a study's tree: the last of `path` is set where the others lead."""
+    *keys, last, value = path
+
+    def change(tree):
+        for key in keys:
+            tree = tree[key] if isinstance(tree, list) else tree.setdefault(key, {})
+        tree[last] = value
+
+    return change
+
+
+@pytest.fixture
+def begun(study, verbs, tmp_path, monkeypatch):
+    """A study whose runs are all there, and `again`, which starts it with a change: what it starts then, of which folder."""
+    out, start = tmp_path / "out", ["--config", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
+    runs.train_all(study(), out, 1, print)
+    monkeypatch.setattr("dapo_jax.study._undone", lambda config, seed, start: {"all_length": float(config.rollout.max_response_len)})
+    monkeypatch.setattr("dapo_jax.study.draw_study", lambda *args: b"")
+
+    def again(change, *flags):
+        del verbs[:]
+        study(change)
+        assert main([*start, *flags]) == 0
+        return [path for _, path in verbs]
+
+    return again
+
+
+@pytest.mark.parametrize("flags", [(), ("--summary",), ("--seeds", "3")])
+@pytest.mark.parametrize(
+    "change, file, said",
+    [
+        (put("base", "optim", "learning_rate", 0.5), "0_naive", "optim.learning_rate: is 1e-06, by which .*, but 0.5 in the study"),
+        (put("ladder", 1, "set", "dapo", "clip_eps_high", 0.3), "1_clip_higher", "dapo.clip_eps_high: is 0.28, .* 0.3 in the study"),
+        (put("base", "eval", "temperature", 0.5), "0_naive", "eval.temperature: is 1.0, .*0.5 in the study"),
+        (put("warm_up", "supervised", "updates", 7), "warm_up", "supervised.updates: is 1, .*but 7 in the study"),
+    ],
+)
+def test_a_study_with_another_config_is_not_credited_with_the_runs_of_the_old_one(begun, verbs, tmp_path, change, file, said, flags):
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out" / "configs").iterdir()}
+    with pytest.raises(ConfigError, match=rf"configs/{file}.yaml: {said}; give another --out, or set it back") as error:
+        begun(change, *flags)
+    assert "\n" not in str(error.value) and not verbs
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "configs").iterdir()} == before
+
+
+def test_a_study_may_grow_and_what_makes_no_result_may_change(begun, tmp_path):
+    added = {"name": "+ last", "set": {"dapo": {"dual_clip": 3}}}
+    assert begun(put("base", "reward", "workers", 1)) == begun(put("target_accuracy", 0.1)) == begun(put("ladder", 2, "watch", [])) == []
+    assert begun(lambda tree: tree["ladder"].append(added)) == [Path(f"runs/3_last/{seed}") for seed in (3, 5)]
+    assert begun(put("seeds", [3, 5, 6])) == [Path(p) for p in ("warm/6.part", "runs/0_naive/6", "runs/1_clip_higher/6", "runs/2_filter/6")]
+    renamed = put("ladder", 2, {"name": "+ punishment", "set": {"reward": {"overlong_penalty": False}}})
+    assert begun(renamed, "--seeds", "3") == [Path("runs/2_punishment/3")]
+    shutil.rmtree(tmp_path / "out" / "runs")
+    assert len(begun(put("base", "dapo", "clip_eps_high", 0.25))) == 6  # nothing but the warm-up is left, which has no part in it
+
+
+def test_longer_runs_go_on_and_shorter_ones_are_refused(begun, verbs):
+    with pytest.raises(ConfigError, match="runs/0_naive/3: train.steps: is 3 in the study, but .* done 4; .* set it to 4 or more"):
+        begun(put("base", "train", "steps", 3))
+    with pytest.raises(InputError, match="holds no finished run yet"):  # those of four steps are not the table's
+        begun(put("base", "train", "steps", 6))
+    assert [verb for verb, _ in verbs] == 6 * ["train"]
+    assert begun(put("base", "train", "steps", 4)) == []  # set back
 
 
 def test_rows_of_a_pretrained_model_need_no_warm_up(study, verbs, tmp_path):
@@ -323,6 +391,11 @@ def test_table_figure_and_json_of_finished_runs(study, tmp_path, capsys, monkeyp
     assert plain == (out / "figure.png").read_bytes() != draw_study(loaded, read_runs(loaded, out), orders)
 
 
+def test_the_figure_takes_runs_that_were_made_longer_beside_new_ones(study):
+    longer, new = curve([0.1, 0.2, 0.4], tokens=range(1, 5)), curve([0.1, 0.3], tokens=range(1, 5), every=4)
+    draw_study(study(), [{3: longer, 5: new}, {}, {}], {})  # one was evaluated in step 2 too, its last at first
+
+
 def test_what_the_starts_leave_undone_is_measured_once(study, tmp_path, capsys, monkeypatch):
     loaded, out, measured = study(), tmp_path / "out", []
 
@@ -339,6 +412,16 @@ def test_what_the_starts_leave_undone_is_measured_once(study, tmp_path, capsys, 
         assert "leaked_token-mean: 0.5 ± 0.25\n" in capsys.readouterr().out
         assert json.loads((out / "study.json").read_text())["without"] == {"leaked_token-mean": [0.5, 0.25, 2]}
     assert measured == [(seed, str(seed)) for seed in loaded.seeds]
+
+
+def test_what_the_starts_leave_undone_is_measured_again_by_another_config(begun, tmp_path, capsys):
+    undone = tmp_path / "out" / "undone" / "3.json"
+    begun(put("target_accuracy", 0.4))
+    assert json.loads(undone.read_text())["numbers"] == {"all_length": 40}
+    shutil.rmtree(tmp_path / "out" / "runs")
+    shutil.rmtree(tmp_path / "out" / "warm")
+    begun(put("base", "rollout", "max_response_len", 39))
+    assert "all_length: 39 ± 0" in capsys.readouterr().out
 
 
 def test_nothing_finished_yet(study, tmp_path):

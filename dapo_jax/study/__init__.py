@@ -2,28 +2,31 @@
 
     python -m dapo_jax.study --config configs/study_arithmetic_cpu.yaml --out runs/study
 
-Start it again to go on: what has been trained is not trained again. <out>/ gets table.md, figure.png, study.json and the run folders,
-which `dapo_jax.report` reads like any others.
+Start it again to go on: what has been trained is not trained again. Rows and seeds may be added, and train.steps may grow; another config
+for a row that has runs is refused. <out>/ gets table.md, figure.png, study.json and the run folders, which `dapo_jax.report` reads like
+any others.
 """
 
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dapo_jax.config import Config
+from dapo_jax.config import Config, config_from_dict, to_dict
 from dapo_jax.runtime.folder import write_whole, writing
 from dapo_jax.study.figure import draw_study
 from dapo_jax.study.ladder import Study, load_study
 from dapo_jax.study.order import bias, draw_pools, leaked
-from dapo_jax.study.runs import start_dir, train_all
+from dapo_jax.study.runs import refuse_other_study, start_dir, train_all
 from dapo_jax.study.summary import as_markdown, budget, estimate, read_runs, summarize
 from dapo_jax.types import InputError
 
 _POOLS = 8  # of prompts a seed, on which it is seen what dynamic sampling leaves undone
+_MEASURED = ("model", "data", "rollout", "reward", "dapo", "optim", "supervised")  # sections that this depends on
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if unknown := sorted(set(args.seeds) - set(study.seeds)):
             raise InputError(f"--seeds: {unknown} are not among the study's seeds {list(study.seeds)}; correct them")
         study = dataclasses.replace(study, seeds=tuple(args.seeds))
+    refuse_other_study(study, out)
     if not args.summary:
         train_all(study, out, args.jobs, lambda line: print(line, flush=True))
     rows = read_runs(study, out)
@@ -63,17 +67,25 @@ def main(argv: list[str] | None = None) -> int:
 def undone(study: Study, out: Path) -> dict[str, Any]:
     """What `order.bias` and `order.leaked` find with the policies that rows start from: an Estimate over seeds of each number.
 
-    A seed's numbers are kept in <out>/undone/<seed>.json.
+    A seed's numbers are kept in <out>/undone/<seed>.json, with the digest of the config that they were measured by.
     """
-    found = []
+    found, digest = [], _measured_by(study)
     for seed in study.seeds:
         if not (start := start_dir(study, out, seed)).is_dir():
             continue
-        if not (file := out / "undone" / f"{seed}.json").is_file():
+        file = out / "undone" / f"{seed}.json"
+        if not file.is_file() or (kept := json.loads(file.read_text())).get("config") != digest:
+            kept = {"config": digest, "numbers": _undone(study.config, seed, start)}
             with writing(out):
-                write_whole(file, json.dumps(_undone(study.config, seed, start)).encode())
-        found.append(json.loads(file.read_text()))
+                write_whole(file, json.dumps(kept).encode())
+        found.append(kept["numbers"])
     return {name: estimate([numbers[name] for numbers in found]) for name in (found[0] if found else ())}
+
+
+def _measured_by(study: Study) -> str:
+    """SHA-256 of all that the policies that rows start from, and what is sampled of them, depend on."""
+    trees = [to_dict(config_from_dict(tree)) for tree in (study.warm_up, study.rows[0].tree) if tree is not None]
+    return hashlib.sha256(json.dumps([{name: tree[name] for name in _MEASURED} for tree in trees], sort_keys=True).encode()).hexdigest()
 
 
 def _undone(config: Config, seed: int, start: Path) -> dict[str, float]:

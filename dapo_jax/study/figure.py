@@ -1,5 +1,6 @@
 """The study as one figure: held-out accuracy over updates and over tokens, and what each part of the ladder is to change."""
 
+import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -63,10 +64,12 @@ def _figure(study: Study, rows: Sequence[dict[int, Run]], without: Mapping[str, 
     for number, (row, runs) in enumerate(zip(study.rows, rows, strict=True)):
         if not runs:
             continue
-        accuracy = np.array([run.evals["avg"] for run in runs.values()])
+        # A run that was made longer has an evaluation where it ended at first.
+        steps = functools.reduce(np.intersect1d, [run.eval_steps for run in runs.values()])
+        accuracy = np.array([run.evals["avg"][np.isin(run.eval_steps, steps)] for run in runs.values()])
         tokens = np.linspace(0, min(run.tokens[-1] for run in runs.values()), 50)
         along = np.array([np.interp(tokens, run.eval_tokens, run.evals["avg"]) for run in runs.values()])
-        _band(panels[0], next(iter(runs.values())).eval_steps, 100 * accuracy, row.name, _COLORS[number])
+        _band(panels[0], steps, 100 * accuracy, row.name, _COLORS[number])
         _band(panels[1], tokens / 1e6, 100 * along, row.name, _COLORS[number])
     for panel, (number, metric) in zip(panels[2:], watched, strict=False):
         factor = 100 if "(%)" in _TITLES.get(metric, "") else 1

@@ -4,7 +4,8 @@
     <out>/configs/<row>.yaml            the row's config
     <out>/runs/<row>/<seed>/            its run folder; <seed>.log beside it is what it said
 
-What is there is not done again, and a run that was interrupted goes on from its checkpoint.
+What is there is not done again, and a run that was interrupted goes on from its checkpoint. So the config of a row that has runs, and
+of a warm-up that has been made, stays what it is (`refuse_other_study`).
 """
 
 import concurrent.futures
@@ -19,11 +20,16 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dapo_jax.config import config_from_dict, dump_yaml
+from dapo_jax.config import Config, ConfigError, config_from_dict, dump_yaml, load_config
 from dapo_jax.runtime.folder import remove, write_whole, writing
 from dapo_jax.runtime.metrics import read_metrics
 from dapo_jax.study.ladder import Row, Study
+from dapo_jax.train import MAY_CHANGE, difference
 from dapo_jax.types import RunError, Stopped
+
+# What may change while a row has runs: less than in a run folder, for all runs of a table draw and are evaluated alike.
+_MAY_CHANGE = tuple(key for key in MAY_CHANGE if not key.startswith(("dapo.", "eval.")))
+_NOT_OF_WARM_UP = ("dapo.", "eval.", "reward.")  # which the warm-up makes no use of
 
 
 def row_key(study: Study, row: Row) -> str:
@@ -41,10 +47,47 @@ def start_dir(study: Study, out: Path, seed: int) -> Path:
     return out / "warm" / str(seed) if study.warm_up is not None else Path(str(study.config.model.folder))
 
 
+def last_step(folder: Path) -> int:
+    """The last step of a run folder, 0 where there is none yet."""
+    records = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
+    return records[-1]["step"] if records else 0
+
+
 def is_done(folder: Path, steps: int) -> bool:
     """Whether a run folder holds the run's last step."""
-    records = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
-    return bool(records) and records[-1]["step"] >= steps
+    return last_step(folder) >= steps
+
+
+def refuse_other_study(study: Study, out: Path) -> None:
+    """Raises ConfigError if what is in `out` was made by another config than the study now has: it is not done again.
+
+    Rows without runs may change, and so may what is no part of a result, as reward.workers. train.steps may grow, and the runs go on.
+    """
+    trained = [(row, folders) for row in study.rows if (folders := _made(out / "runs" / row_key(study, row)))]
+    for row, folders in trained:
+        config = config_from_dict(row.tree)
+        _refuse_change(out / "configs" / f"{row_key(study, row)}.yaml", config, _MAY_CHANGE)
+        for folder in folders:
+            if (step := last_step(folder)) > config.train.steps:
+                raise ConfigError(
+                    f"{folder}: train.steps: is {config.train.steps} in the study, but this run has done {step}; "
+                    f"give another --out, or set it to {step} or more"
+                )
+    if study.warm_up is not None and (trained or _made(out / "warm")):
+        _refuse_change(out / "configs" / "warm_up.yaml", config_from_dict(study.warm_up), (*_MAY_CHANGE, *_NOT_OF_WARM_UP))
+
+
+def _made(folder: Path) -> list[Path]:
+    """The folders in it, by seed, that hold something made; one of a warm-up under way is called <seed>.part."""
+    return sorted(path for path in folder.glob("*") if path.is_dir() and path.suffix != ".part")
+
+
+def _refuse_change(file: Path, config: Config, may_change: tuple[str, ...]) -> None:
+    if file.is_file() and (changed := difference(load_config(file), config, may_change)):
+        key, was, now = changed
+        raise ConfigError(
+            f"{file}: {key}: is {was!r}, by which something here was trained, but {now!r} in the study; give another --out, or set it back"
+        )
 
 
 def train_all(study: Study, out: Path, jobs: int, say: Callable[[str], None]) -> None:
