@@ -442,25 +442,60 @@ def _build(cls: type, mapping: Mapping[str, Any], prefix: str, where: str) -> An
     return cls(**values)
 
 
-def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `top` in it, section by section."""
-    merged = dict(base)
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+
+
+def _section(kind: Any) -> type | None:
+    """The dataclass that a field of this kind may hold."""
+    return next((k for k in _alternatives(kind) if dataclasses.is_dataclass(k) and isinstance(k, type)), None)
+
+
+def _entries(kind: Any) -> Any:
+    """What the mapping by name that a field of this kind may hold has for entries: data.train, data.columns, eval.sets."""
+    return next((typing.get_args(k)[1] for k in _alternatives(kind) if typing.get_origin(k) is Mapping), None)
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any], cls: type = Config) -> dict[str, Any]:
+    """`base` with the keys of `top` in it, both of the section `cls`.
+
+    Sections are merged key by key. All else takes the place of what was there, a mapping by name (data.train, eval.sets) whole.
+    """
+    hints, merged = typing.get_type_hints(cls), dict(base)
     for key, value in top.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            value = merge(merged[key], value)
+        section = _section(hints.get(key))
+        if section and isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            value = merge(merged[key], value, section)
         merged[key] = value
     return merged
 
 
 def _override(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
     key, equals, text = assignment.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    key = key.strip()
+    if not equals or not key or key.startswith(".") or key.endswith("."):
         raise ConfigError(f"--set {printable(assignment)[:60]}: expected section.key=value")
-    value: Any = _parse_yaml(text, f"--set {_shown(key.strip())}")
-    for part in reversed(parts):
-        value = {part: value}
-    return merge(tree, value)
+    return _put(tree, key, _parse_yaml(text, f"--set {_shown(key)}"), Config)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _put(tree: Mapping[str, Any], key: str, value: Any, cls: type) -> dict[str, Any]:
+    """The tree of a section with a value at a dotted key. In a mapping by name the rest of the key is the name: data.train.own.jsonl."""
+    name, dot, rest = key.partition(".")
+    if not dot:
+        return merge(tree, {name: value}, cls)
+    kind = typing.get_type_hints(cls).get(name)
+    below = _mapping(tree.get(name))
+    if (entry := _entries(kind)) is not None:
+        part, _, field = rest.rpartition(".")
+        if part and field in getattr(entry, "__dataclass_fields__", ()) and not isinstance(value, Mapping):  # of one data set's columns
+            rest, value = part, {**_mapping(below.get(part)), field: value}
+        return {**tree, name: {**below, rest: value}}
+    section = _section(kind)
+    return {**tree, name: _put(below, rest, value, section) if section else {rest: value}}
 
 
 def config_from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
@@ -540,7 +575,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a YAML file, applies `section.key=value` overrides, and checks the result.
 
-    Raises ConfigError, and nothing else, for anything wrong with file or overrides.
+    An override of a section is merged into it, any other takes the place of what was there: `data.train={a.jsonl: 1}` of all data
+    sets, `data.train.a.jsonl=1` of one entry. Raises ConfigError, and nothing else, for anything wrong with file or overrides.
 
     >>> config = load_config("configs/tiny_cpu.yaml", ["dapo.clip_eps_high=0.2", "optim.learning_rate=1e-5"])
     >>> config.dapo.clip_eps_high, config.optim.learning_rate, config.dapo.responses_per_prompt

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_jax import config as config_module
-from dapo_jax.config import Config, ConfigError, config_from_dict, describe, dump_yaml, load_config
+from dapo_jax.config import ColumnsConfig, Config, ConfigError, config_from_dict, describe, dump_yaml, load_config
 
 MINIMAL = """
 model: {architecture: {vocab_size: 258, model_dim: 64, layers: 2, heads: 4, kv_heads: 2, head_dim: 16, ffn_dim: 128}}
@@ -65,6 +65,40 @@ def test_numbers(load, text, value):
 def test_overrides_win_over_the_file_and_reach_any_depth(load):
     c = load("seed: 1\n", ["seed=2", "model.architecture.layers=7", "eval.sets.a=x.jsonl", "reward.allowed_modules=[m]"])
     assert (c.seed, c.model.architecture.layers, dict(c.eval.sets), c.reward.allowed_modules) == (2, 7, {"a": "x.jsonl"}, ("m",))
+
+
+SETS = """
+eval: {every: 0, sets: {old: old.jsonl}}
+data: {train: {gsm8k.jsonl: 1, own.jsonl: 3}, columns: {own.jsonl: {prompt: q, answer: a}, old.jsonl: {prompt: q}}}
+"""
+
+
+@pytest.mark.parametrize(
+    "override, field, value",
+    [
+        ("data.train={other.jsonl: 1}", "train", {"other.jsonl": 1}),
+        ("data={train: {other.jsonl: 1}}", "train", {"other.jsonl": 1}),
+        ("data.train=other.jsonl", "train", "other.jsonl"),
+        ("data.train.own.jsonl=2", "train", {"gsm8k.jsonl": 1, "own.jsonl": 2}),
+        ("data.train.../a.b/own.jsonl=2", "train", {"gsm8k.jsonl": 1, "own.jsonl": 3, "../a.b/own.jsonl": 2}),
+        ("eval.sets={aime: a.jsonl}", "sets", {"aime": "a.jsonl"}),
+        ("eval={sets: {aime: a.jsonl}}", "sets", {"aime": "a.jsonl"}),
+        ("eval.sets.aime=a.jsonl", "sets", {"old": "old.jsonl", "aime": "a.jsonl"}),
+        ("data.columns={own.jsonl: {answer: b}}", "columns", {"own.jsonl": ColumnsConfig(answer="b")}),
+        ("data.columns.own.jsonl={answer: b}", "columns", {"own.jsonl": ColumnsConfig(answer="b"), "old.jsonl": ColumnsConfig("q")}),
+        ("data.columns.own.jsonl.answer=b", "columns", {"own.jsonl": ColumnsConfig("q", "b"), "old.jsonl": ColumnsConfig("q")}),
+    ],
+)
+def test_an_override_takes_the_place_of_a_mapping_by_name_or_of_one_entry(load, override, field, value):
+    columns = () if field == "columns" else ("data.columns={}",)  # which name data sets that must be there
+    c = load(SETS, [*columns, override], MINIMAL.replace("eval: {every: 0}", ""))
+    assert getattr(c.eval if field == "sets" else c.data, field) == value
+    assert c.eval.every == 0 and c.data.arithmetic == Config().data.arithmetic
+
+
+def test_an_override_is_merged_into_a_section(load):
+    c = load("dapo: {dual_clip: 3}\n", ["dapo={clip_eps_high: 0.3}", "model.lora={rank: 4}", "model.lora={alpha: 8}"])
+    assert (c.dapo.dual_clip, c.dapo.clip_eps_high, c.model.lora.rank, c.model.lora.alpha) == (3, 0.3, 4, 8)
 
 
 BAD = {

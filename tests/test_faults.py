@@ -224,7 +224,7 @@ def test_a_mixture_goes_on_bit_for_bit_and_only_with_its_weights(config, tmp_pat
     monkeypatch.setenv(faults.VARIABLE, "update:4=term")
     assert run_train(config, "cut", *mixture) == 143
     monkeypatch.delenv(faults.VARIABLE)
-    assert run_train(config, "cut", *mixture, "data.train={d.jsonl: 3}") == 2
+    assert run_train(config, "cut", *mixture, "data.train.d.jsonl=3") == 2
     assert "data.train.d.jsonl: is 3.0, but cut was started with 2.0" in capfd.readouterr().err
     assert run_train(config, "cut", *mixture) == 0
     assert steady("cut") == steady("whole") and record(tmp_path / "cut", 2)["leaves"] == record(tmp_path / "whole", 2)["leaves"]

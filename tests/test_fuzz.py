@@ -171,6 +171,7 @@ def test_config_files(path, content):
 
 
 KEYS = ["dapo.dual_clip", "model.architecture", "eval.sets.a", "seed", "model.rope", "data.template", "reward.allowed_modules", "optim"]
+KEYS += ["data.train", "data.train.a.jsonl", "data.columns.a", "data.columns.a.jsonl.prompt", "model.lora", "model.lora.rank"]
 
 
 @examples(100)

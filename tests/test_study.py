@@ -69,6 +69,16 @@ def test_each_row_adds_to_the_row_above(study):
         assert sum(above[key] != row[key] for key in row) == 1
 
 
+def test_a_row_replaces_data_sets_and_weights_whole(study):
+    def change(tree):
+        tree["base"]["data"]["train"] = {"a.jsonl": 1, "arithmetic": 2}
+        tree["ladder"][1]["set"]["data"] = {"train": {"b.jsonl": 1}}
+
+    configs = [config_from_dict(row.tree) for row in study(change).rows]
+    assert [c.data.train for c in configs] == [{"a.jsonl": 1, "arithmetic": 2}, {"b.jsonl": 1}, {"b.jsonl": 1}]
+    assert configs[1].data.template == "{prompt}="
+
+
 def test_the_shipped_ladder_is_that_of_the_paper():
     """arXiv 2503.14476, table 1; each row differs from the one above in what it is named for and in nothing else; and a control."""
     rows = load_study(str(SHIPPED)).rows

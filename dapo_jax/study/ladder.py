@@ -6,6 +6,8 @@ seeds: [0, 1, 2, 3]
 target_accuracy: 0.8               held-out accuracy that `steps to target` counts to
 ladder:
   - {name: naive GRPO, set: {dapo: {...}}, watch: [policy/entropy]}
+
+`set` and `warm_up` are merged as overrides of a config are: section by section, but data.train and the like are replaced whole.
 """
 
 import dataclasses
