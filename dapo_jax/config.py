@@ -64,8 +64,8 @@ class Windows:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Architecture of a decoder, and how it computes."""
+class Architecture:
+    """What a decoder is."""
 
     family: Literal["llama", "qwen2", "qwen3", "gemma3_text"] = (
         "qwen3"  # qwen2 has q/k/v biases, qwen3 q/k norms, gemma3_text these and windows
@@ -85,6 +85,12 @@ class ModelConfig:
     norm_eps: float = 1e-6  # epsilon of the RMS norms
     tie_embeddings: bool = True  # the output head is the embedding transposed
     max_position: int = 40960  # context limit, prompt and response together, tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Architecture):
+    """A decoder, and how it computes, which `ModelSection` says of any model."""
+
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls; master weights are float32
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass keeps: all, matmul results, block inputs
     attention_block: int = 512  # positions that training attention works on at a time: splash on TPU, long rows elsewhere
@@ -96,7 +102,7 @@ class ModelSection:
     """Where the policy comes from: a Hugging Face model, or random weights of a given architecture."""
 
     folder: str | None = None  # Hugging Face model: a folder, gs://bucket/folder, or an id of the hub, ID or ID@REVISION
-    architecture: ModelConfig | None = None  # instead of a folder: random start with a byte-level tokenizer
+    architecture: Architecture | None = None  # instead of a folder: random start with a byte-level tokenizer
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matmuls; master weights are float32
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass keeps: all, matmul results, block inputs
     attention_block: int = 512  # positions that training attention works on at a time: splash on TPU, long rows elsewhere
@@ -434,6 +440,8 @@ def _build(cls: type, mapping: Mapping[str, Any], prefix: str, where: str) -> An
     values = {}
     for name, value in mapping.items():
         key = f"{prefix}.{_shown(name)}" if prefix else _shown(name)
+        if cls is Architecture and name in ModelConfig.__dataclass_fields__.keys() - {*names}:
+            raise ConfigError(f"{where}: {key}: set model.{name} instead")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else "it has: " + ", ".join(names)
@@ -593,7 +601,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def check_model(model: ModelConfig, fail) -> None:
+def check_model(model: Architecture, fail) -> None:
     """Calls `fail(key, message)` for the first thing that makes an architecture impossible."""
     for name in ("vocab_size", "model_dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "max_position"):
         if getattr(model, name) < 1:
@@ -663,10 +671,6 @@ def _check(c: Config, where: str) -> None:
     if (arch := c.model.architecture) is not None:
         check_model(arch, lambda key, message: fail(f"model.architecture.{key}", message))
         check_context(c, arch, where)
-        defaults = ModelConfig()
-        for name in ("compute_dtype", "remat", "attention_block", "lora"):
-            if getattr(arch, name) != getattr(defaults, name):
-                fail(f"model.architecture.{name}", f"set model.{name} instead")
     if (lora := c.model.lora) is not None:
         at_least("model.lora.rank", 0)
         if lora.alpha <= 0:
@@ -743,6 +747,12 @@ def _check(c: Config, where: str) -> None:
         fail("dapo.dual_clip", f"must be above 1, got {d.dual_clip}")
     if d.importance_cap is not None and d.importance_cap < 1 + d.clip_eps_high:
         fail("dapo.importance_cap", f"must be at least 1 + clip_eps_high = {1 + d.clip_eps_high:g}, got {d.importance_cap:g}")
+    if d.dynamic_sampling and d.on_cap == "error" and (most := d.prompts_per_draw * d.max_generation_batches) < d.prompts_per_step:
+        fail(
+            "dapo.max_generation_batches",
+            f"{d.max_generation_batches} x prompts_per_draw {d.prompts_per_draw} = {most} prompts, of which no step can have "
+            f"prompts_per_step {d.prompts_per_step} groups; raise one of the two, or set dapo.on_cap to train",
+        )
     if d.partial_rollouts and not d.dynamic_sampling:
         fail("dapo.partial_rollouts", "needs dapo.dynamic_sampling, which decides when groups suffice")
     if not 0 <= d.advantage_ddof < d.responses_per_prompt:
@@ -757,7 +767,7 @@ def _check(c: Config, where: str) -> None:
         fail("mesh", f"axes are at least 1, and one of them may be -1; got {axes}")
 
 
-def check_context(c: Config, model: ModelConfig, where: str = "config") -> None:
+def check_context(c: Config, model: Architecture, where: str = "config") -> None:
     """Raises ConfigError if prompt and response together exceed the model's context."""
     longest = c.data.max_prompt_len + c.rollout.max_response_len
     if longest > model.max_position:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dapo_jax.config import Config, LoraConfig, ModelConfig, check_context, load_config
+from dapo_jax.config import Architecture, Config, LoraConfig, ModelConfig, check_context, load_config
 from dapo_jax.data.prompts import load_tokenizer, stop_tokens
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.model.lora import join, merge, split
@@ -33,11 +33,11 @@ class Policy(NamedTuple):
     folder: str | None = None  # on this machine: all of the source's files but weights
 
 
-def with_computation(config: Config, model: ModelConfig) -> ModelConfig:
+def with_computation(config: Config, model: Architecture) -> ModelConfig:
     """The architecture with how the config wants it computed, once its context is known to hold the config's lengths."""
     check_context(config, model)
     c = config.model
-    return dataclasses.replace(model, compute_dtype=c.compute_dtype, remat=c.remat, attention_block=c.attention_block)
+    return ModelConfig(**vars(model) | {"compute_dtype": c.compute_dtype, "remat": c.remat, "attention_block": c.attention_block})
 
 
 def adapted(model: ModelConfig, lora: LoraConfig | None) -> ModelConfig:

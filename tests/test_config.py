@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_jax import config as config_module
-from dapo_jax.config import ColumnsConfig, Config, ConfigError, config_from_dict, describe, dump_yaml, load_config
+from dapo_jax.config import ColumnsConfig, Config, ConfigError, config_from_dict, describe, dump_yaml, load_config, to_dict
 
 MINIMAL = """
 model: {architecture: {vocab_size: 258, model_dim: 64, layers: 2, heads: 4, kv_heads: 2, head_dim: 16, ffn_dim: 128}}
@@ -199,6 +199,22 @@ def test_a_dumped_config_loads_equal(load, tmp_path):
     c = load("preset: verl\ndata: {template: 'a: {prompt}\n\n010 yes 1e5 #'}\n", ["eval.sets.a=b", "optim.learning_rate=1e-7"])
     (tmp_path / "d.yaml").write_text(dump_yaml(c))
     assert load_config(tmp_path / "d.yaml") == c
+
+
+@pytest.mark.parametrize("key, value", [("compute_dtype", "float32"), ("remat", "none"), ("attention_block", "512"), ("lora", "null")])
+def test_how_to_compute_is_no_part_of_an_architecture_not_even_as_it_would_be_anyway(load, key, value):
+    with pytest.raises(ConfigError, match=f"model.architecture.{key}: set model.{key} instead"):
+        load(overrides=[f"model.architecture.{key}={value}"])
+    assert key not in to_dict(load(overrides=[f"model.{key}={value}"]))["model"]["architecture"]
+
+
+def test_a_cap_below_a_steps_groups_is_refused_where_no_step_could_then_be_made(load):
+    cap = ["dapo.prompts_per_step=32", "dapo.prompts_per_draw=3", "dapo.max_generation_batches=10"]
+    for carried in ("false", "true"):  # surplus and open groups were drawn by some step, too
+        with pytest.raises(ConfigError, match="dapo.max_generation_batches: 10 x prompts_per_draw 3 = 30 .* prompts_per_step 32 groups"):
+            load(overrides=[*cap, f"dapo.carry_surplus={carried}", f"dapo.partial_rollouts={carried}"])
+    for legitimate in ("dapo.on_cap=train", "dapo.dynamic_sampling=false", "dapo.max_generation_batches=11"):
+        load(overrides=[*cap, legitimate])
 
 
 def test_every_field_is_described():

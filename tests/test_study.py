@@ -12,7 +12,7 @@ import yaml
 
 from dapo_jax.config import ConfigError, RewardSection, config_from_dict, flatten, load_config, to_dict
 from dapo_jax.study import main, runs
-from dapo_jax.study.figure import draw_study
+from dapo_jax.study.figure import _figure, draw_study
 from dapo_jax.study.ladder import load_study
 from dapo_jax.study.order import Drawn, accepted, bias, leaked
 from dapo_jax.study.summary import Run, as_markdown, at_tokens, budget, estimate, late, read_runs, steps_to, summarize
@@ -270,6 +270,35 @@ def test_rows_of_a_pretrained_model_need_no_warm_up(study, verbs, tmp_path):
     assert runs.start_dir(pretrained, tmp_path / "out", 5) == tmp_path / "model"
 
 
+@pytest.mark.parametrize("folder", ["gs://bucket/models/tiny", "some-lab/Tiny-0.1B@main", "models/tiny"])
+def test_a_model_folder_is_handed_on_as_it_was_given(study, monkeypatch, tmp_path, folder):
+    def change(tree):
+        tree["base"]["model"] = {"folder": folder}
+        del tree["warm_up"]
+
+    def run(self, words, log):
+        config = load_config(words[2], words[6::2])
+        assert (config.model.folder, config.model.architecture, config.seed) == (folder, None, int(Path(words[4]).name))
+        write_run(Path(words[4]), [0.1, 0.2, 0.3])
+
+    def measure(config, seed, start):
+        measured.append((seed, str(start)))
+        return {"all_length": 9.0}
+
+    def asked(name, files):
+        if len(measured) == 1:
+            raise InputError(f"{name}: the hub cannot be reached")
+
+    measured: list[tuple[int, str]] = []
+    monkeypatch.setattr(runs._Processes, "run", run)
+    monkeypatch.setattr("dapo_jax.study._undone", measure)
+    monkeypatch.setattr("dapo_jax.study.local_model", asked)
+    study(change)
+    assert main(["--config", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]) == 0  # a table, though seed 5's cannot be had
+    assert measured == [(3, folder)]
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["without"] == {"all_length": [9.0, None, 1]}
+
+
 def test_a_verb_that_fails_is_named_with_its_last_line(tmp_path):
     with runs._Processes(tmp_path / "cache", 1) as processes:
         processes.run(["config"], tmp_path / "good.log")
@@ -404,6 +433,16 @@ def test_table_figure_and_json_of_finished_runs(study, tmp_path, capsys, monkeyp
 def test_the_figure_takes_runs_that_were_made_longer_beside_new_ones(study):
     longer, new = curve([0.1, 0.2, 0.4], tokens=range(1, 5)), curve([0.1, 0.3], tokens=range(1, 5), every=4)
     draw_study(study(), [{3: longer, 5: new}, {}, {}], {})  # one was evaluated in step 2 too, its last at first
+
+
+def test_a_figure_of_many_rows_tells_them_apart(study):
+    def change(tree):
+        tree["ladder"] = [{"name": f"row {n}", "watch": ["policy/entropy"] if n == 9 else []} for n in range(10)]
+
+    run = curve([0.1, 0.2, 0.4], **{"policy/entropy": [1, 2, 3, 4]})
+    panels = _figure(study(change), [{3: run}] * 10, {}).axes
+    looks = [[(line.get_color(), line.get_linestyle()) for line in panel.lines] for panel in panels[:3]]
+    assert len(set(looks[0])) == 10 and looks[0] == looks[1] and looks[2] == looks[0][8:]
 
 
 def test_what_the_starts_leave_undone_is_measured_once(study, tmp_path, capsys, monkeypatch):

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dapo_jax.config import Config, config_from_dict, to_dict
+from dapo_jax.model.weights import DESCRIPTION_FILES
+from dapo_jax.paths import Folder
 from dapo_jax.runtime.folder import write_whole, writing
+from dapo_jax.runtime.models import local_model
 from dapo_jax.study.figure import draw_study
 from dapo_jax.study.ladder import Study, load_study
 from dapo_jax.study.order import bias, draw_pools, leaked
@@ -71,15 +74,28 @@ def undone(study: Study, out: Path) -> dict[str, Any]:
     """
     found, digest = [], _measured_by(study)
     for seed in study.seeds:
-        if not (start := start_dir(study, out, seed)).is_dir():
-            continue
-        file = out / "undone" / f"{seed}.json"
-        if not file.is_file() or (kept := json.loads(file.read_text())).get("config") != digest:
+        start, file = start_dir(study, out, seed), out / "undone" / f"{seed}.json"
+        kept = json.loads(file.read_text()) if file.is_file() else {}
+        if kept.get("config") != digest:
+            if not _is_to_be_had(study, start):
+                continue
             kept = {"config": digest, "numbers": _undone(study.config, seed, start)}
             with writing(out):
                 write_whole(file, json.dumps(kept).encode())
         found.append(kept["numbers"])
     return {name: estimate([numbers[name] for numbers in found]) for name in (found[0] if found else ())}
+
+
+def _is_to_be_had(study: Study, start: Folder) -> bool:
+    """Whether the policy that rows start from is here, in its bucket or on the hub. Finished runs have a table without it too."""
+    if study.warm_up is not None:
+        return start.is_dir()
+    try:
+        local_model(str(start), DESCRIPTION_FILES)
+    except InputError as e:
+        print(f"what dynamic sampling leaves undone is not measured: {e}", flush=True)
+        return False
+    return True
 
 
 def _measured_by(study: Study) -> str:
@@ -88,7 +104,7 @@ def _measured_by(study: Study) -> str:
     return hashlib.sha256(json.dumps([{name: tree[name] for name in _MEASURED} for tree in trees], sort_keys=True).encode()).hexdigest()
 
 
-def _undone(config: Config, seed: int, start: Path) -> dict[str, float]:
+def _undone(config: Config, seed: int, start: Folder) -> dict[str, float]:
     model = dataclasses.replace(config.model, architecture=None, folder=str(start))
     pools = draw_pools(dataclasses.replace(config, seed=seed, model=model), _POOLS)
     share = functools.partial(leaked, pools, config.reward, max_response_len=config.rollout.max_response_len)

@@ -13,6 +13,7 @@ from dapo_jax.study.ladder import Study
 from dapo_jax.study.summary import Estimate, Run, curve
 
 _COLORS = ("#6b7280", "#d9730d", "#7a4fa3", "#2f8f5b", "#b8323a", "#1f5fa8", "#8a6d3b", "#0f7b8a")
+_LINES = ("-", "--", ":", "-.")  # once all colours have been used
 _COLUMNS = 3
 _WINDOW = 9  # steps of the running mean of a training metric
 _TITLES = {
@@ -69,8 +70,8 @@ def _figure(study: Study, rows: Sequence[dict[int, Run]], without: Mapping[str, 
         accuracy = np.array([run.evals["avg"][np.isin(run.eval_steps, steps)] for run in runs.values()])
         tokens = np.linspace(0, min(run.tokens[-1] for run in runs.values()), 50)
         along = np.array([np.interp(tokens, run.eval_tokens, run.evals["avg"]) for run in runs.values()])
-        _band(panels[0], steps, 100 * accuracy, row.name, _COLORS[number])
-        _band(panels[1], tokens / 1e6, 100 * along, row.name, _COLORS[number])
+        _band(panels[0], steps, 100 * accuracy, row.name, number)
+        _band(panels[1], tokens / 1e6, 100 * along, row.name, number)
     for panel, (number, metric) in zip(panels[2:], watched, strict=False):
         factor = 100 if "(%)" in _TITLES.get(metric, "") else 1
         panel.set_title(_TITLES.get(metric, metric))
@@ -78,7 +79,7 @@ def _figure(study: Study, rows: Sequence[dict[int, Run]], without: Mapping[str, 
         for i in (number - 1, number):
             if i >= 0 and (runs := rows[i]):
                 values = np.array([_smooth(curve(run, metric)) for run in runs.values()])
-                _band(panel, next(iter(runs.values())).steps, factor * values, study.rows[i].name, _COLORS[i])
+                _band(panel, next(iter(runs.values())).steps, factor * values, study.rows[i].name, i)
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
     if accepted:
         panel = panels[used - 1]
@@ -103,11 +104,12 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.where(share > 0, running_mean(np.where(there, values, 0.0), window) / np.where(share > 0, share, 1.0), math.nan)
 
 
-def _band(panel: Any, places: np.ndarray, curves: np.ndarray, label: str, color: str) -> None:
-    """Mean of curves [seeds, n] with a band of one standard error on each side."""
+def _band(panel: Any, places: np.ndarray, curves: np.ndarray, label: str, number: int) -> None:
+    """Mean of curves [seeds, n] with a band of one standard error on each side, in the look of the row with this number."""
+    color, line = _COLORS[number % len(_COLORS)], _LINES[number // len(_COLORS) % len(_LINES)]
     there = np.isfinite(curves).all(axis=0)
     places, curves = places[there], curves[:, there]
     mean = curves.mean(axis=0)
     error = curves.std(axis=0, ddof=1) / math.sqrt(len(curves)) if len(curves) > 1 else np.zeros_like(mean)
     panel.fill_between(places, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
-    panel.plot(places, mean, color=color, label=label)
+    panel.plot(places, mean, color=color, linestyle=line, label=label)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dapo_jax.config import Config, ConfigError, config_from_dict, dump_yaml, load_config
+from dapo_jax.paths import Folder, as_path
 from dapo_jax.runtime.folder import remove, write_whole, writing
 from dapo_jax.runtime.metrics import read_metrics
 from dapo_jax.study.ladder import Row, Study
@@ -42,9 +43,9 @@ def run_dir(out: Path, study: Study, row: Row, seed: int) -> Path:
     return out / "runs" / row_key(study, row) / str(seed)
 
 
-def start_dir(study: Study, out: Path, seed: int) -> Path:
-    """The model folder that every row of a seed starts from."""
-    return out / "warm" / str(seed) if study.warm_up is not None else Path(str(study.config.model.folder))
+def start_dir(study: Study, out: Path, seed: int) -> Folder:
+    """The model folder that every row of a seed starts from; as text it is what `model.folder` takes, gs://... and hub ids too."""
+    return out / "warm" / str(seed) if study.warm_up is not None else as_path(str(study.config.model.folder))
 
 
 def last_step(folder: Path) -> int:
@@ -122,7 +123,7 @@ def train_all(study: Study, out: Path, jobs: int, say: Callable[[str], None]) ->
 
 
 def _warm_up(study: Study, out: Path, seed: int, processes: "_Processes", say: Callable[[str], None]) -> None:
-    folder, part = start_dir(study, out, seed), out / "warm" / f"{seed}.part"
+    folder, part = out / "warm" / str(seed), out / "warm" / f"{seed}.part"
     if folder.is_dir():
         return
     remove(part)
