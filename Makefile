@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+REAL := real/asdiv_train.jsonl real/asdiv_heldout.jsonl real/smollm2-135m/model.safetensors
 
 .PHONY: demo test lint pytest plan real study torture clean
 
@@ -28,8 +29,8 @@ plan: $(VENV)/installed
 	status=0; for c in configs/*_v[0-9]*.yaml; do $(BIN)/python -m dapo_jax.plan --config $$c || status=1; done; exit $$status
 
 real: $(VENV)/installed
-	test -d real || $(BIN)/python tests/make_real_inputs.py --out real
-	$(BIN)/python -m pytest tests/test_real.py
+	ls $(REAL) > /dev/null 2>&1 || $(BIN)/python tests/make_real_inputs.py --out real
+	DAPO_REAL=real $(BIN)/python -m pytest tests/test_real.py
 
 study: $(VENV)/installed
 	$(BIN)/python -m dapo_jax.study --config configs/study_arithmetic_cpu.yaml --out runs/study --jobs 2

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from a checkout that is not installed
 
 from dapo_jax.cli import run
+from dapo_jax.runtime.folder import write_whole
 from dapo_jax.types import InputError
 
 
@@ -181,8 +183,10 @@ def write_model(folder: Path, fields: Mapping[str, Any], tensors: Iterable[tuple
     for name, content in (("config", config), ("tokenizer_config", tokenizer_config), ("generation_config", generation_config)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     weights = hf_weights(tensors, config["num_attention_heads"], config["num_key_value_heads"])
+    part = folder / "model.safetensors.part"  # there whole or not at all, and last: by it `make real` knows a folder that is done
     try:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, part, metadata={"format": "pt"})
+        os.replace(part, folder / "model.safetensors")
     except SafetensorError as e:  # what it makes of a full disk
         raise InputError(f"{folder}/model.safetensors: cannot be written ({e}); give --out a writable folder with 0.6 GB free") from None
     return sum(weight.size for weight in weights.values())
@@ -240,8 +244,8 @@ def split_problems(problems: list[dict[str, str]], heldout: int) -> tuple[list[d
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Writes one JSON object a line, UTF-8."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    """Writes one JSON object a line, UTF-8; the file is there whole or not at all."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def make_problems(packages: Path, out: Path) -> tuple[int, int, int]:

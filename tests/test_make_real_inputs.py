@@ -1,6 +1,7 @@
 """The pure parts of make_real_inputs.py, on tiny synthetic packages."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,54 @@ def test_a_wheel_that_is_not_the_pinned_one_is_refused(tmp_path):
     (tmp_path / "tiny_one-1-py3-none-any.whl").write_bytes(b"abc")
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256 of "abc", FIPS 180-2
     assert real.wheel(real.Package("tiny-one", "1", abc), tmp_path).read_bytes() == b"abc"
+
+
+def test_files_that_an_interrupted_write_leaves_are_not_taken_for_whole_ones(tmp_path, monkeypatch):
+    def cut_short(weights, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(real, "save_file", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        real.write_model(tmp_path, gguf_fields(), gguf_tensors())
+    assert not (tmp_path / "model.safetensors").exists()
+    monkeypatch.undo()
+    real.write_model(tmp_path, gguf_fields(), gguf_tensors())
+    assert load_file(tmp_path / "model.safetensors") and not list(tmp_path.glob("*.part"))
+
+
+PYTHON = """#!/bin/sh
+echo "$DAPO_REAL $*" >> log
+case "$*" in
+*make_real_inputs*)
+    mkdir -p real/smollm2-135m
+    test -e network || exit 2
+    touch real/asdiv_train.jsonl real/asdiv_heldout.jsonl real/smollm2-135m/model.safetensors
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_real_goes_on_until_all_of_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("DAPO_REAL", raising=False)
+    shutil.copy(SCRIPT.parent.parent / "Makefile", tmp_path)
+    for name in ("requirements.txt", "pyproject.toml", "venv/bin/python", "venv/installed"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(PYTHON)
+    (tmp_path / "venv/bin/python").chmod(0o755)
+
+    def make() -> tuple[bool, list[str]]:
+        (tmp_path / "log").unlink(missing_ok=True)
+        done = subprocess.run(["make", "real", "VENV=venv"], cwd=tmp_path, capture_output=True, check=False)
+        return done.returncode == 0, (tmp_path / "log").read_text().splitlines()
+
+    fetch, test = " tests/make_real_inputs.py --out real", "real -m pytest tests/test_real.py"
+    assert make() == make() == (False, [fetch])
+    (tmp_path / "network").touch()
+    assert make() == (True, [fetch, test])
+    assert make() == (True, [test])
+    (tmp_path / "real/asdiv_heldout.jsonl").unlink()
+    assert make() == (True, [fetch, test])
 
 
 @pytest.mark.parametrize("bad", ["no wheels", "out is a file"])
