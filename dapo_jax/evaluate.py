@@ -6,6 +6,7 @@ python -m dapo_jax.evaluate --config C --model FOLDER       a model as in `model
 
 import argparse
 import collections
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from dapo_jax.config import Config, load_config
 from dapo_jax.data.problems import load_problems
-from dapo_jax.data.prompts import decode, make_prompts
+from dapo_jax.data.prompts import decode, make_prompts, without
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.policy import Policy, describe, load_params, load_policy, make_engine, restore_params, with_commit
 from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors
@@ -179,6 +180,14 @@ def load_sets(config: Config, policy: Policy, say: Callable[[str], None]) -> dic
         left_out = "".join(f", {count} skipped: {reason}" for reason, count in skipped.items())
         say(f"eval/{name}: {report.summary()}; {len(sets[name])} used{left_out}")
     return sets
+
+
+def not_held_out(prompts: Sequence[Prompt], eval_sets: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]) -> list[Prompt]:
+    """The prompts that may be trained on: those that no evaluation set holds. Says how many are left out."""
+    kept = without(prompts, itertools.chain(*eval_sets.values()))
+    if held := len(prompts) - len(kept):
+        say(f"problems: {held} of the prompts are in eval.sets too, and left out of training")
+    return kept
 
 
 def eval_sampling(config: Config) -> Sampling:

@@ -14,6 +14,7 @@ from dapo_jax.dapo.packing import TrainItem, build_batch, max_microbatches
 from dapo_jax.data.mixture import load_training
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import make_prompts
+from dapo_jax.evaluate import load_sets, not_held_out
 from dapo_jax.model.weights import check_new, save_pretrained
 from dapo_jax.policy import Policy, describe, load_params, load_policy, merged, row_len
 from dapo_jax.programs import supervised_programs
@@ -75,7 +76,11 @@ def warm_up(
 def main(argv: list[str] | None = None) -> int:
     """Trains on worked solutions (`supervised` section) and writes a Hugging Face folder."""
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.supervised", description=main.__doc__)
-    parser.add_argument("--config", required=True, help="YAML config; its `supervised`, `data` and `model` sections are used")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="YAML config; its `supervised`, `data` and `model` sections are used; problems of `eval.sets` are left out",
+    )
     parser.add_argument("--out", required=True, help="folder to write: config, safetensors, tokenizer")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. supervised.updates=500")
     parser.add_argument("--quiet", action="store_true", help="only warnings, errors and the last line")
@@ -85,16 +90,21 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{args.config}: supervised.updates: is 0, so there is nothing to do; set it")
     check_new(args.out)
     policy = load_policy(config)
-    problems, reports = load_training(config.data)
-    prompts, _ = make_prompts(problems, policy.tokenizer, config.data)
     multihost.initialize()
-    mesh, lora = make_mesh(config.mesh), config.model.lora
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
     say = console.say
+    problems, reports = load_training(config.data)
     for report in reports:
         say(report.summary())
+    prompts, _ = make_prompts(problems, policy.tokenizer, config.data)
+    unseen = not_held_out(prompts, load_sets(config, policy, say), say)
+    if not unseen:
+        raise InputError(
+            f"data.train: all {len(prompts)} prompts are in eval.sets too, and nothing is left to train on; give more problems"
+        )
+    items = solution_items(unseen, policy, config.rollout.max_response_len)
+    mesh, lora = make_mesh(config.mesh), config.model.lora
     say(describe(policy, mesh, lora))
-    items = solution_items(prompts, policy, config.rollout.max_response_len)
     state = supervised_programs(config, policy.model, mesh)[0](load_params(config, policy, mesh, lora=lora))
     with Guard(config.train.stall_timeout_s) as guard:
         for _, warmed in warm_up(config, policy, state, items, mesh, say):  # noqa: B007 - the last one is used

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,9 +26,9 @@ from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targ
 from dapo_jax.dapo.update import learning_rate, summarize
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.mixture import load_training, mix, mixture_digest
-from dapo_jax.data.prompts import make_prompts, without
+from dapo_jax.data.prompts import make_prompts
 from dapo_jax.drawing import Drawn, draw_groups
-from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets
+from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets, not_held_out
 from dapo_jax.model.weights import check_pretrained
 from dapo_jax.policy import describe, load_params, load_policy, make_engine, row_len, weights_folder, with_commit
 from dapo_jax.programs import microbatches, train_programs, train_sampling
@@ -539,10 +538,9 @@ def fit_to_train_on(
     prompts: Sequence[Prompt], eval_sets: Mapping[str, Sequence[Prompt]], config: Config, say: Callable[[str], None]
 ) -> list[Prompt]:
     """The prompts that no evaluation set holds. InputError if they are too few for a step."""
-    kept = without(prompts, itertools.chain(*eval_sets.values()))
-    if held := len(prompts) - len(kept):
-        say(f"problems: {held} of the prompts are in eval.sets too, and left out of training")
+    kept = not_held_out(prompts, eval_sets, say)
     if len(kept) < (wanted := config.dapo.prompts_per_step):
+        held = len(prompts) - len(kept)
         few = f"{len(kept)} prompts to train on" + (f" ({held} more are in eval.sets)" if held else "")
         raise InputError(f"data.train: {few} are fewer than dapo.prompts_per_step {wanted}; give more problems, or lower it")
     return kept

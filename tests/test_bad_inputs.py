@@ -293,6 +293,22 @@ def test_problems_that_are_evaluated_on_are_not_trained_on(config, tmp_path, ref
     assert "data.train: 0 prompts to train on (9 more are in eval.sets) are fewer than dapo.prompts_per_step 2" in said
 
 
+def test_problems_that_are_evaluated_on_are_not_warmed_up_on(config, tmp_path, refused):
+    """Of the problems that have a solution, some or all are held out. Nothing is written."""
+    rows = [row | {"solution": f"Answer: {row['answer']}"} if n < 3 else row for n, row in enumerate(GOOD)]
+    paths = [write_rows(tmp_path / name, rows) for name, rows in (("d.jsonl", rows), ("e.jsonl", GOOD[:3]), ("all.jsonl", GOOD))]
+    held_out = ("supervised.updates=1", f"data.train={paths[0]}", f"eval.sets.heldout={paths[1]}")
+
+    def args(*overrides):
+        return ("--config", config, "--out", tmp_path / "out", *(x for o in overrides for x in ("--set", o)))
+
+    said, out = refused(supervised, *args(*held_out))
+    assert "data.train: no problem has a `solution`" in said
+    assert "problems: 3 of the prompts are in eval.sets too, and left out of training" in out
+    said, _ = refused(supervised, *args(*held_out, f"eval.sets.more={paths[2]}"))
+    assert "data.train: all 9 prompts are in eval.sets too" in said
+
+
 def test_warm_up_without_solutions(config, tmp_path, refused):
     path = write_rows(tmp_path / "d.jsonl", GOOD)
     said, _ = refused(train, *train_args(config, tmp_path / "run", f"data.train={path}", "supervised.updates=1"))
