@@ -19,7 +19,7 @@ from dapo_jax.config import Config, load_config
 from dapo_jax.data.problems import load_problems
 from dapo_jax.data.prompts import decode, make_prompts, without
 from dapo_jax.data.rows import AS_USUAL
-from dapo_jax.policy import Policy, describe, load_params, load_policy, make_engine, restore_params, with_commit
+from dapo_jax.policy import Policy, check_divides, describe, load_params, load_policy, make_engine, restore_params, with_commit
 from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors
 from dapo_jax.reward.verify import extract_answer
 from dapo_jax.rollout.engine import Engine
@@ -216,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     say = console.say
     sets = load_sets(config, policy, say)
     mesh = make_mesh(config.mesh)
+    check_divides(config, mesh, slots=True)
     say(describe(policy, mesh))
     if run_dir:
         step, params = restore_params(run_dir, policy, mesh)

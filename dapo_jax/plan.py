@@ -32,7 +32,7 @@ from dapo_jax.evaluate import eval_sampling
 from dapo_jax.model import flops
 from dapo_jax.model.decoder import abstract_params, logits_of
 from dapo_jax.model.weights import load_model_config
-from dapo_jax.policy import Policy, adapted, make_engine, row_len, with_computation
+from dapo_jax.policy import Policy, adapted, check_divides, make_engine, row_len, with_computation
 from dapo_jax.programs import TrainPrograms, abstract_batch, microbatches, train_programs, train_sampling, update_program
 from dapo_jax.rollout.sampler import Arrivals
 from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
@@ -40,7 +40,6 @@ from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, compile_program,
 from dapo_jax.runtime.folder import write_result
 from dapo_jax.runtime.mesh import make_mesh, rollout_sharding, row_shards
 from dapo_jax.runtime.models import local_model
-from dapo_jax.train import check_divides
 from dapo_jax.types import Array, InputError, Params, TrainBatch
 
 _GIB = 2**30
@@ -179,7 +178,7 @@ def load_model(config: Config) -> ModelConfig:
 
 def programs(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths) -> list[Program]:
     """Every jitted program of a run of a size that matters, in the order of a step; last one that no run has, for comparison."""
-    check_divides(config, mesh)
+    check_divides(config, mesh, rows=True, slots=True)
     train = train_programs(config, model, mesh)
     training = _training(config, model, mesh, lengths, train)
     update = next(p for p in training if p.name == "update")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dapo_jax.config import Architecture, Config, LoraConfig, ModelConfig, check_context, load_config
+from dapo_jax.config import Architecture, Config, ConfigError, LoraConfig, ModelConfig, check_context, load_config
 from dapo_jax.data.prompts import load_tokenizer, stop_tokens
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.model.lora import join, merge, split
@@ -17,7 +17,7 @@ from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import checkpoint
 from dapo_jax.runtime.chips import prefill_tokens
 from dapo_jax.runtime.folder import Folder, local_file, read
-from dapo_jax.runtime.mesh import params_sharding, put
+from dapo_jax.runtime.mesh import params_sharding, put, row_shards
 from dapo_jax.runtime.models import is_id, local_model, same_commit
 from dapo_jax.runtime.multihost import fetch
 from dapo_jax.types import InputError, NoCheckpointError, Params
@@ -132,6 +132,19 @@ def run_lora(run_dir: Folder) -> LoraConfig | None:
 def row_len(config: Config) -> int:
     """T, tokens of a training row."""
     return config.train.row_len or config.data.max_prompt_len + config.rollout.max_response_len
+
+
+def check_divides(config: Config, mesh: Mesh, *, rows: bool = False, slots: bool = False) -> None:
+    """Training rows and decode slots are split over the mesh, so those that are used must divide. ConfigError if not."""
+    shards = row_shards(mesh)
+    for used, key, size in (
+        (rows, "train.rows_per_microbatch", config.train.rows_per_microbatch),
+        (slots, "rollout.decode_slots", config.rollout.decode_slots),
+    ):
+        if used and size % shards:
+            raise ConfigError(
+                f"{key}: {size} does not divide over the mesh's {shards} row shards (data x fsdp); use a multiple of {shards}"
+            )
 
 
 def make_engine(config: Config, policy: Policy, mesh: Mesh, sampling: Sampling) -> Engine:

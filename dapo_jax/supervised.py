@@ -16,7 +16,7 @@ from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import make_prompts
 from dapo_jax.evaluate import load_sets, not_held_out
 from dapo_jax.model.weights import check_new, save_pretrained
-from dapo_jax.policy import Policy, describe, load_params, load_policy, merged, row_len
+from dapo_jax.policy import Policy, check_divides, describe, load_params, load_policy, merged, row_len
 from dapo_jax.programs import supervised_programs
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.console import make_console
@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     items = solution_items(unseen, policy, config.rollout.max_response_len)
     mesh, lora = make_mesh(config.mesh), config.model.lora
+    check_divides(config, mesh, rows=True)
     say(describe(policy, mesh, lora))
     state = supervised_programs(config, policy.model, mesh)[0](load_params(config, policy, mesh, lora=lora))
     with Guard(config.train.stall_timeout_s) as guard:

@@ -30,7 +30,7 @@ from dapo_jax.data.prompts import make_prompts
 from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets, not_held_out
 from dapo_jax.model.weights import check_pretrained
-from dapo_jax.policy import describe, load_params, load_policy, make_engine, row_len, weights_folder, with_commit
+from dapo_jax.policy import check_divides, describe, load_params, load_policy, make_engine, row_len, weights_folder, with_commit
 from dapo_jax.programs import microbatches, train_programs, train_sampling
 from dapo_jax.resume import Progress, Run, UnderWay, fetched, restore, save
 from dapo_jax.reward.pool import RewardPool, error_counts
@@ -107,7 +107,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     if differs := multihost.disagreement(multihost.software() | flatten(to_dict(config)) | digests):
         raise InputError(f"{differs}; start every process with the same command, code, packages and data")
     mesh = make_mesh(config.mesh)
-    check_divides(config, mesh)
+    check_divides(config, mesh, rows=True, slots=True)
     refuse_other_run(config, run_dir, source)
     if function_changed(source, run_dir):
         say("reward.function: its file has changed since the run was started, which reward.allow_change allows")
@@ -519,19 +519,6 @@ def held_out(run_dir: Folder) -> str:
     for record in read_metrics(run_dir):
         last |= {key: value for key, value in record.items() if key.startswith("eval/") and key.endswith(("/avg", "/avg_se"))}
     return "".join(f"; {key.split('/')[1]} {last[key]:.3f} ± {last.get(f'{key}_se', 0):.3f}" for key in last if key.endswith("/avg"))
-
-
-def check_divides(config: Config, mesh: Mesh) -> None:
-    """Rows and slots are split over the mesh, so they must divide. ConfigError if not."""
-    shards = row_shards(mesh)
-    for key, size in (
-        ("train.rows_per_microbatch", config.train.rows_per_microbatch),
-        ("rollout.decode_slots", config.rollout.decode_slots),
-    ):
-        if size % shards:
-            raise ConfigError(
-                f"{key}: {size} does not divide over the mesh's {shards} row shards (data x fsdp); use a multiple of {shards}"
-            )
 
 
 def fit_to_train_on(

@@ -170,6 +170,20 @@ def test_verbs_without_work_say_so(config, refused, tmp_path):
     assert "c.yaml: eval.sets: is empty" in refused(evaluate, "--config", config, "--run-dir", tmp_path)[0]
 
 
+@pytest.mark.parametrize("slots", [4, 12])
+def test_evaluate_refuses_slots_that_do_not_divide_over_devices(config, sound_model, refused, slots):
+    """Fewer than the 8 devices, or more. Rows of training do not matter to it."""
+    sizes = ("--set", f"rollout.decode_slots={slots}", "--set", "train.rows_per_microbatch=4")
+    said, _ = refused(evaluate, "--config", config, "--model", sound_model, *sizes)
+    assert f"rollout.decode_slots: {slots} does not divide over the mesh's 8 row shards" in said
+
+
+def test_supervised_refuses_rows_that_do_not_divide_over_devices(config, refused, tmp_path):
+    sizes = ("supervised.updates=1", "train.rows_per_microbatch=4", "rollout.decode_slots=4")
+    said, _ = refused(supervised, "--config", config, "--out", tmp_path / "out", *(x for s in sizes for x in ("--set", s)))
+    assert "train.rows_per_microbatch: 4 does not divide over the mesh's 8 row shards" in said
+
+
 def test_a_path_may_lead_upwards(config, refused, tmp_path, monkeypatch):
     """Paths of a config are the user's own, wherever they lead. Those in model folders are not (see the index below)."""
     write_rows(tmp_path / "rows.jsonl", GOOD)

@@ -87,6 +87,12 @@ def test_a_response_does_not_depend_on_its_slot_or_on_its_neighbours(single, res
     assert_same(engine.generate(params, REQUESTS[6:7], SEED), responses[6:7])
 
 
+@pytest.mark.parametrize("slots", [0, 3, 6])
+def test_slots_that_do_not_divide_over_the_row_shards_are_refused(slots):
+    with pytest.raises(ValueError, match=f"a multiple of the mesh's 4 row shards, got {slots}"):
+        make_engine(slots, (2, 2, 1))
+
+
 def test_draw_sample_and_seed_each_change_the_noise(single):
     prompt = np.array([7, 8], np.int32)
     engine, params = single

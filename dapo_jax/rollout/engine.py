@@ -46,7 +46,7 @@ class Engine:
     """A fixed number of decode slots over a mesh, and the programs compiled for them.
 
     Args:
-      slots: B, over all devices; a multiple of the mesh's row shards. stop: token ids that end a response.
+      slots: B, over all devices; a multiple of the mesh's row shards, or ValueError. stop: token ids that end a response.
       mesh: slots are split over its ("data", "fsdp") axes, kv heads and the vocabulary over "tensor" where they divide.
       fetch: device arrays to numpy, whole, on every process.
       prefill_tokens: prompt tokens that a shard reads at a time, or one prompt; `chips.prefill_tokens`.
@@ -72,6 +72,8 @@ class Engine:
         compact: bool = True,
     ):
         self.shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        if slots < 1 or slots % self.shards:  # with no slot on a shard nothing would ever end
+            raise ValueError(f"slots must be a multiple of the mesh's {self.shards} row shards, got {slots}")
         self.slots = slots // self.shards
         self.max_response_len, self.cache_len = max_response_len, max_prompt_len + max_response_len
         self.reads = sorted({*_lengths(64, self.cache_len), *_lengths(192, self.cache_len)})
