@@ -56,20 +56,21 @@ def consensus(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
     return bool(correct[list(answers).index(winner)])
 
 
-def estimates(correct: np.ndarray, answers: Sequence[Sequence[str | None]]) -> dict[str, float]:
+def estimates(correct: np.ndarray, answers: Sequence[Sequence[str | None]] | None) -> dict[str, float]:
     """avg@n, pass@n, cons@n, and pass@k for k = 1, 2, 4, ... and n, as `pass_at_<k>`; each a mean over problems with its standard error.
 
     The standard error is over problems, std of the problems' values / √Q: samples of one problem are no independent evidence.
 
     Args:
-      correct: bool [Q, n]. answers: Q lists of n extracted answers, None where a response has none.
+      correct: bool [Q, n]. answers: Q lists of n extracted answers, None where a response has none; None, and no cons@n, where
+        nobody knows which responses give the same answer.
     """
     n = np.shape(correct)[1]
     right = np.sum(correct, axis=1).tolist()
     of_problems = {
         "avg": [c / n for c in right],
         "pass": [pass_at_k(n, c, n) for c in right],
-        "cons": [consensus(a, c) for a, c in zip(answers, correct, strict=True)],
+        **({} if answers is None else {"cons": [consensus(a, c) for a, c in zip(answers, correct, strict=True)]}),
         **{f"pass_at_{k}": [pass_at_k(n, c, k) for c in right] for k in [*(2**i for i in range((n - 1).bit_length())), n]},
     }
     return {key: number for name, values in of_problems.items() for key, number in _mean(name, values).items()}
@@ -92,6 +93,8 @@ def evaluate_set(
     on_done: Callable[[int], None] = lambda count: None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Samples every problem k times and judges the responses.
+
+    Votes, cons@k, are of the strict verifier only, whose answers are texts: others judge responses and do not say which ones agree.
 
     The noise of problem i, sample j is the same at every call, so that two evaluations differ by their weights only.
     `guard` is reached as `eval` after each segment, and before the verdicts are used.
@@ -116,7 +119,8 @@ def evaluate_set(
     check_errors(verdicts, config.reward)
     correct = np.array([v.correct for v in verdicts]).reshape(-1, k)
     answers = [[extract_answer(text) for text in texts[i : i + k]] for i in range(0, len(texts), k)]
-    metrics = estimates(correct, answers) | {
+    judged_by_them = config.reward.verifier == "strict"  # other verifiers read answers in ways of their own
+    metrics = estimates(correct, answers if judged_by_them else None) | {
         "response_len_mean": float(np.mean([len(r.tokens) for r in responses])),
         "truncated_fraction": float(np.mean([r.truncated for r in responses])),
     }
@@ -153,8 +157,9 @@ def evaluate_sets(
     for name, prompts in sets.items():
         with progress(len(prompts) * k, f"eval {name}", enabled=bars) as bar:
             m, rows = evaluate_set(prompts, config, engine=engine, params=params, policy=policy, pool=pool, guard=guard, on_done=bar.update)
+        cons = f"cons@{k} {m['cons']:.3f}, " if "cons" in m else ""
         say(
-            f"eval {name}: avg@{k} {m['avg']:.3f} ± {m['avg_se']:.3f}, pass@{k} {m['pass']:.3f}, cons@{k} {m['cons']:.3f}, "
+            f"eval {name}: avg@{k} {m['avg']:.3f} ± {m['avg_se']:.3f}, pass@{k} {m['pass']:.3f}, {cons}"
             f"{m['response_len_mean']:.0f} tokens, {m['truncated_fraction']:.1%} cut"
         )
         results[name] = m, rows

@@ -2,11 +2,17 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from dapo_jax.evaluate import consensus, estimates, pass_at_k
+from dapo_jax.config import config_from_dict
+from dapo_jax.data.prompts import byte_tokenizer
+from dapo_jax.evaluate import consensus, estimates, evaluate_sets, pass_at_k
+from dapo_jax.policy import Policy
+from dapo_jax.reward.verify import lenient_verify, strict_verify
+from dapo_jax.types import Problem, Prompt, Response, Verdict
 
 
 @pytest.mark.parametrize("samples, correct, k", [(n, c, k) for n in range(1, 7) for c in range(n + 1) for k in range(1, n + 1)])
@@ -64,3 +70,43 @@ def test_standard_error_is_over_problems_not_over_samples():
 def test_one_problem_has_no_standard_error():
     found = estimates(np.array([[True, False]]), [["1", "2"]])
     assert {number for key, number in found.items() if key.endswith("_se")} == {0.0}
+
+
+JUDGES = {
+    "strict": ("Answer: 42", strict_verify, {}),
+    "lenient": (r"It is \boxed{42}.", lenient_verify, {}),
+    "custom": ("<answer>42</answer>", lambda text, answer: f">{answer}<" in text, {"function": "m:f", "allowed_modules": ["m"]}),
+}
+
+
+@pytest.mark.parametrize("verifier", JUDGES)
+def test_votes_are_counted_only_where_the_verifier_reads_the_answers_that_vote(verifier):
+    """Four right responses to each of two problems, in the form that each verifier reads."""
+    text, rule, more = JUDGES[verifier]
+    section = {"verifier": verifier, **more}
+    config = config_from_dict({"model": {"architecture": {}}, "eval": {"every": 0, "samples_per_problem": 4}, "reward": section})
+    tokens = np.array(byte_tokenizer()(text)["input_ids"], np.int32)
+    said = []
+
+    def generate(params, requests, seed, on_done):
+        return [Response(tokens, np.zeros(len(tokens), np.float32), False) for _ in requests]
+
+    def submit(items):
+        verdicts = [Verdict(rule(item.text, item.problem.answer), 1.0) for item in items]
+        return SimpleNamespace(wait=lambda seconds: True, result=lambda: verdicts)
+
+    found = evaluate_sets(
+        {"a": [Prompt(Problem(name, "6*7", "42"), np.array([5], np.int32)) for name in "xy"]},
+        config,
+        engine=SimpleNamespace(generate=generate),
+        params={},
+        policy=Policy(config.model.architecture, byte_tokenizer(), (1,)),
+        pool=SimpleNamespace(submit=submit),
+        guard=SimpleNamespace(reach=lambda place: None, wait=lambda done, place: None),
+        say=said.append,
+    )
+    metrics, rows = found["a"]
+    assert all(row["correct"] for row in rows) and metrics["avg"] == metrics["pass"] == metrics["pass_at_4"] == 1.0
+    votes = {key: number for key, number in metrics.items() if key.startswith("cons")}
+    assert votes == ({"cons": 1.0, "cons_se": 0.0} if verifier == "strict" else {})
+    assert ("cons@4 1.000" in said[0]) == ("cons" in said[0]) == (verifier == "strict")

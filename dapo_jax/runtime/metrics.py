@@ -88,7 +88,7 @@ METRICS: Mapping[str, str] = {
     "eval/<set>/avg_se": "standard error of avg@k over problems",
     "eval/<set>/pass": "pass@k: share of problems with a correct response",
     "eval/<set>/pass_se": "standard error of pass@k over problems",
-    "eval/<set>/cons": "cons@k: share of problems whose most frequent answer is correct",
+    "eval/<set>/cons": "cons@k: share of problems whose most frequent answer is correct, where the verifier is strict",
     "eval/<set>/cons_se": "standard error of cons@k over problems",
     "eval/<set>/pass_at_<k>": "pass@k by the unbiased estimator 1 - C(n - c, k) / C(n, k) from c right ones of n, mean over problems",
     "eval/<set>/pass_at_<k>_se": "standard error of pass_at_<k> over problems",
