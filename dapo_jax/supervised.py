@@ -22,7 +22,7 @@ from dapo_jax.runtime import multihost
 from dapo_jax.runtime.console import make_console
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, put_rows, row_shards
-from dapo_jax.types import InputError, Prompt, TrainState
+from dapo_jax.types import InputError, Prompt, TrainBatch, TrainState
 
 
 def solution_items(prompts: Sequence[Prompt], policy: Policy, max_response_len: int) -> list[TrainItem]:
@@ -43,13 +43,27 @@ def solution_items(prompts: Sequence[Prompt], policy: Policy, max_response_len: 
 
 
 def warm_up(
-    config: Config, policy: Policy, state: TrainState, items: Sequence[TrainItem], mesh: Mesh, say: Callable[[str], None], done: int = 0
-) -> Iterator[tuple[int, TrainState]]:
+    config: Config,
+    policy: Policy,
+    state: TrainState,
+    items: Sequence[TrainItem],
+    mesh: Mesh,
+    say: Callable[[str], None],
+    done: int = 0,
+    skipped: int = 0,
+) -> Iterator[tuple[int, int, TrainState]]:
     """`supervised.updates` of AdamW on the mean token cross-entropy of solutions, in the order of the seed.
 
     Every solution comes once an epoch, whatever the weights of the data set that it is of.
 
-    items: of `solution_items`. state: fresh, or after the first `done` of the updates; donated. Yields (updates done, state) after each.
+    Each update is waited for, so that a stop waits for no more than one; the next one's rows are made meanwhile.
+
+    Args:
+      items: of `solution_items`. state: fresh, or after the first `done` of the updates, the last `skipped` of which had a loss or
+        gradient that is not finite; donated.
+
+    Yields (updates done, how many in a row were skipped up to this one, state) after each. Raises InputError at
+    `optim.max_nonfinite_updates` in a row.
     """
     section = config.supervised
     longest = max(len(item.prompt) + len(item.response) for item in items)
@@ -57,20 +71,31 @@ def warm_up(
     microbatches = max_microbatches(section.responses_per_update, row_len=row_len(config), max_item_len=longest, rows_per_microbatch=rows)
     _, update = supervised_programs(config, policy.model, mesh)
 
-    _, cursor = advance(Cursor(), len(items), done * section.responses_per_update, seed=config.seed)
+    def batches() -> Iterator[TrainBatch]:
+        _, cursor = advance(Cursor(), len(items), done * section.responses_per_update, seed=config.seed)
+        for _ in range(done, section.updates):
+            chosen, cursor = advance(cursor, len(items), section.responses_per_update, seed=config.seed)
+            mine = [items[i] for i in chosen]
+            weight = 1.0 / sum(len(item.response) for item in mine)
+            mine = [item._replace(weight=weight) for item in mine]
+            batch, _ = build_batch(
+                mine, row_len=row_len(config), rows_per_microbatch=rows, microbatches=microbatches, row_shards=row_shards(mesh)
+            )
+            yield put_rows(batch, mesh, axis=1)
+
+    coming = batches()
+    batch = next(coming, None)
     for u in range(done + 1, section.updates + 1):
-        chosen, cursor = advance(cursor, len(items), section.responses_per_update, seed=config.seed)
-        mine = [items[i] for i in chosen]
-        weight = 1.0 / sum(len(item.response) for item in mine)
-        mine = [item._replace(weight=weight) for item in mine]
-        batch, _ = build_batch(
-            mine, row_len=row_len(config), rows_per_microbatch=rows, microbatches=microbatches, row_shards=row_shards(mesh)
-        )
         rate = section.learning_rate * min(1.0, u / max(1, section.warmup_updates))
-        state, sums = update(state, put_rows(batch, mesh, axis=1), np.float32(rate))
+        state, sums = update(state, batch, np.float32(rate))
+        batch = next(coming, None)
+        skipped = skipped + 1 if float(sums["skipped"]) else 0  # waits
         if u % max(1, section.updates // 5) == 0 or u == section.updates:
             say(f"warm-up {u:>5}/{section.updates}  cross-entropy {float(sums['loss']):.4f}")
-        yield u, state
+        if skipped >= config.optim.max_nonfinite_updates:
+            trouble = f"{skipped} updates in a row had a loss or gradient that is not finite and were skipped"
+            raise InputError(f"warm-up update {u}: {trouble}; lower supervised.learning_rate, or look at the solutions")
+        yield u, skipped, state
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     say(describe(policy, mesh, lora))
     state = supervised_programs(config, policy.model, mesh)[0](load_params(config, policy, mesh, lora=lora))
     with Guard(config.train.stall_timeout_s) as guard:
-        for _, warmed in warm_up(config, policy, state, items, mesh, say):  # noqa: B007 - the last one is used
+        for _, _, warmed in warm_up(config, policy, state, items, mesh, say):  # noqa: B007 - the last one is used
             guard.reach("warm-up")
     host_params = multihost.fetch(merged(warmed.params, policy, lora, mesh))
     if multihost.is_main():

@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 import pytest
-from test_train import CONFIG, TESTS, compile_once, record, reward_module, run_train, steady  # noqa: F401 - fixtures
+from test_train import CONFIG, TESTS, compile_once, record, reward_module, run_train, steady, verb  # noqa: F401 - fixtures
 
-from dapo_jax import train
+from dapo_jax import supervised, train
 from dapo_jax.runtime import faults, lock
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.metrics import read_metrics
@@ -172,6 +172,22 @@ def test_updates_that_are_not_finite_are_skipped_then_end_the_run_or_take_it_bac
     assert lines[0]["draws"] == ends[0] and lines[1]["draws"] - lines[1]["rollout/prompts"] >= ends[2]
     assert all(leaf["finite"] for leaves in record(back, 3)["leaves"].values() for leaf in leaves.values())
     assert any(p.name.startswith("bad-2") for p in (back / "checkpoints").iterdir())
+
+
+def test_warm_up_whose_updates_are_not_finite_ends_the_run_and_the_verb(config, tmp_path, monkeypatch, capfd):
+    """At such a rate the first update ruins the weights, and all others are skipped: two in a row, also with a stop between them."""
+    rates = ("supervised.updates=5", "supervised.learning_rate=1e15", "supervised.warmup_updates=0")
+    monkeypatch.setenv(faults.VARIABLE, "warm-up:2=term")
+    assert run_train(config, tmp_path / "run", *rates) == 143
+    monkeypatch.delenv(faults.VARIABLE)
+    for _ in range(2):  # nothing of it is saved: the same again
+        assert run_train(config, tmp_path / "run", *rates) == 2
+        said = [line for line in capfd.readouterr().err.splitlines() if "not finite" in line]
+        assert len(said) == 1 and said[0].startswith("dapo_jax: warm-up update 3: 2 updates in a row had a loss or gradient")
+    assert not read_metrics(tmp_path / "run")
+    settings = [x for rate in rates for x in ("--set", rate)]
+    assert verb(supervised, "--config", config, "--out", tmp_path / "out", *settings) == 2
+    assert "warm-up update 3: 2 updates in a row" in capfd.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_one_skipped_update_leaves_parameters_as_they_are(config, tmp_path, monkeypatch):

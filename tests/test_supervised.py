@@ -1,0 +1,79 @@
+"""Supervised warm-up: what is waited for, and when it gives up. The update is a stand-in that notes what is asked of it."""
+
+import jax
+import numpy as np
+import pytest
+
+from dapo_jax import supervised
+from dapo_jax.config import MeshSection, config_from_dict
+from dapo_jax.dapo.packing import TrainItem
+from dapo_jax.policy import Policy
+from dapo_jax.runtime.mesh import make_mesh
+from dapo_jax.types import InputError
+
+ZEROS = np.zeros(3, np.float32)
+ITEMS = [TrainItem(np.arange(4, dtype=np.int32), np.arange(3, dtype=np.int32), ZEROS, ZEROS, 0.0, 0.0) for _ in range(5)]
+
+
+class OnDevice:
+    """A number that is there once its update has ended: to read it is to wait."""
+
+    def __init__(self, value, wait):
+        self.value, self.wait = value, wait
+
+    def __float__(self):
+        self.wait()
+        return float(self.value)
+
+
+@pytest.fixture
+def warm_up(monkeypatch):
+    """Runs a warm-up of updates of which some are skipped (1), and returns what happened, in order."""
+
+    def warm_up(skips, done=0, skipped=0, most=3):
+        happened = []
+
+        def update(state, batch, rate):
+            number = state + 1
+
+            def wait():
+                if f"end {number}" not in happened:
+                    happened.append(f"end {number}")
+
+            happened.append(f"update {number}")
+            return number, {"skipped": OnDevice(skips[state], wait), "loss": OnDevice(1, wait)}
+
+        monkeypatch.setattr(supervised, "supervised_programs", lambda *args: (None, update))
+        monkeypatch.setattr(supervised, "put_rows", lambda batch, mesh, axis: happened.append("rows"))
+        changes = {
+            "model": {"architecture": {}},
+            "eval": {"every": 0},
+            "supervised": {"updates": len(skips), "responses_per_update": 2},
+            "optim": {"max_nonfinite_updates": most},
+            "train": {"rows_per_microbatch": 1},
+        }
+        config = config_from_dict(changes)
+        policy, mesh = Policy(config.model.architecture, None, ()), make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
+        for updates, in_a_row, state in supervised.warm_up(config, policy, done, ITEMS, mesh, print, done, skipped):
+            assert updates == state
+            happened.append(f"{in_a_row} skipped")
+        return happened
+
+    return warm_up
+
+
+def test_an_update_has_ended_before_the_place_where_a_run_may_be_left(warm_up):
+    """One update is under way at a time, and the next one's rows are made meanwhile."""
+    first, second, third = (["update 1", "rows", "end 1"], ["update 2", "rows", "end 2"], ["update 3", "end 3"])
+    none = ["0 skipped"]
+    assert warm_up([0, 0, 0]) == ["rows", *first, *none, *second, *none, *third, *none]
+
+
+def test_skipped_updates_in_a_row_end_a_warm_up(warm_up):
+    counts = [line for line in warm_up([1, 1, 0, 1, 0, 1, 1]) if "skipped" in line]
+    assert counts == [f"{n} skipped" for n in (1, 2, 0, 1, 0, 1, 2)]
+    with pytest.raises(InputError, match="^warm-up update 5: 3 updates in a row had a loss or gradient that is not finite and were skipped; "):
+        warm_up([1, 0, 1, 1, 1, 0])
+    with pytest.raises(InputError, match="^warm-up update 2: 3 updates in a row"):  # the last of all, too
+        warm_up([0, 1], done=1, skipped=2)
+    assert warm_up([0, 1], done=1, skipped=1)[-1] == "2 skipped"
