@@ -59,9 +59,13 @@ class Run:
         """In words."""
         return f"step {self.at.step}" + (f" and {len(self.under_way.sums)} updates of the next" if self.under_way else "")
 
-    def stand_after(self, drawn: Drawn, groups: Sequence[Group]) -> None:
-        """A step has drawn. groups: those of `drawn`, with log π_old."""
-        self.buffer.add(groups)
+    def stand_after(self, drawn: Drawn, groups: Sequence[Group], *, at_least: int) -> None:
+        """A step has drawn. groups: those of `drawn`, with log π_old.
+
+        Raises StarvedError, and stands where it stood, if there are fewer than `at_least` groups to train on: the step is then drawn
+        anew when the run goes on, under the limits and from the problems that it has by then.
+        """
+        self.buffer.add(groups, at_least=at_least)
         self.left_open = drawn.open
         for outcome in drawn.outcomes:
             self.memory.record(*outcome)

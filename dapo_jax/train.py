@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dapo_jax.config import Config, ConfigError, dump_yaml, flatten, load_config, to_dict
-from dapo_jax.dapo.buffer import DynamicSamplingBuffer, StarvedError, StepCounts
+from dapo_jax.dapo.buffer import DynamicSamplingBuffer, StepCounts
 from dapo_jax.dapo.groups import group_advantages, informative_groups
 from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targets, normalizer_weights
 from dapo_jax.dapo.update import learning_rate, summarize
@@ -225,13 +225,11 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                             score_rows = functools.partial(programs.old_logprobs, run.state.params)
                             with timed(times, "time/old_logprobs_s"):
                                 groups = score(groups, run.at.draws, score_rows, config, mesh, guard)
-                        run.stand_after(drawn, groups)
-                        if run.buffer.missing() and algo.dynamic_sampling and algo.on_cap == "error":
-                            raise StarvedError(run.buffer.cap_message())
                         rows = sample_rows(drawn.groups, config.train.samples_per_step, algo, policy)
-                        run.under_way = UnderWay(draw_metrics(drawn, config), [], rows)
                         if multihost.is_main():  # now, for a step that fails; and again, when it is done
                             write_samples(run_dir, step, rows)
+                        run.stand_after(drawn, groups, at_least=algo.prompts_per_step if algo.on_cap == "error" else 1)
+                        run.under_way = UnderWay(draw_metrics(drawn, config), [], rows)
                     drawn_metrics, done, shown = run.under_way
                     kept, counts = run.buffer.ready()
 

@@ -178,13 +178,16 @@ def test_a_step_may_train_with_what_there_is_but_not_with_nothing():
 
 def test_the_message_at_the_cap_counts_and_advises():
     buffer = DynamicSamplingBuffer(8, True, True)
-    buffer.add([make_group(d, c) for d, c in enumerate([WRONG] * 3 + [RIGHT] * 2 + [MIXED])])
-    text = buffer.cap_message()
+    with pytest.raises(StarvedError) as caught:
+        buffer.add([make_group(d, c) for d, c in enumerate([WRONG] * 3 + [RIGHT] * 2 + [MIXED])], at_least=2)
+    text = str(caught.value)
     assert "\n" not in text and text.startswith("dapo.max_generation_batches: ")
     for part in ("1 of 8 groups", "drew 6: 2 all right, 3 all wrong, 1 mixed", "easier", "responses_per_prompt", "on_cap: train"):
         assert part in text
-    buffer.add([make_group(d, RIGHT) for d in range(10, 14)])
-    assert "harder" in buffer.cap_message()
+    with pytest.raises(StarvedError, match="1 of 8 groups .* drew 10: 6 all right, 3 all wrong, 1 mixed; use harder"):
+        buffer.add([make_group(d, c) for d, c in enumerate([WRONG] * 3 + [RIGHT] * 6 + [MIXED])], at_least=2)
+    buffer.add([make_group(0, MIXED), make_group(1, MIXED)], at_least=2)
+    assert buffer.ready()[1].drawn == 2  # what was refused left no trace
 
 
 def assert_same(left, right):

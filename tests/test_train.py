@@ -335,3 +335,31 @@ def test_on_cap_train_uses_what_there_is(config, tmp_path):
     lines = read_metrics(tmp_path / "run")
     assert all(line["rollout/prompts"] == 2 for line in lines)
     assert np.diff([line["updates"] for line in lines]) <= 1
+
+
+def test_a_starved_step_is_drawn_anew_and_a_raised_cap_goes_on_bit_for_bit(config, tmp_path, capfd):
+    """A cap of 2 prompts cannot fill 6 groups. Lifted, the run is the one that never met it."""
+    settings = ("dapo.prompts_per_draw=2", "train.steps=2", "eval.every=0", "supervised.updates=0")
+    for _ in range(2):
+        assert run_train(config, tmp_path / "cut", *settings, "dapo.max_generation_batches=1") == 2
+        assert "of 6 groups to train on; this step carried in 0 and drew 2: " in capfd.readouterr().err
+    assert len((tmp_path / "cut/samples/step_000001.jsonl").read_text().splitlines()) == 2  # what was drawn can be looked at
+    assert run_train(config, tmp_path / "cut", *settings, "dapo.max_generation_batches=20") == 0
+    assert run_train(config, tmp_path / "whole", *settings, "dapo.max_generation_batches=20") == 0
+    assert steady(tmp_path / "cut") == steady(tmp_path / "whole")
+
+
+def test_a_step_that_keeps_no_group_leaves_a_run_that_goes_on(config, tmp_path, capfd):
+    """No answer is right, then with other problems half of them are."""
+    data, judge = tmp_path / "data.jsonl", tmp_path / "judge.py"
+    judge.write_text("def judge(problem, text, response_len):\n    return problem.answer == '1' and sum(text.encode()) % 2 == 0, 0.0\n")
+    settings = ("dapo.prompts_per_draw=2", "dapo.on_cap=train", "train.steps=1", "eval.every=0", "supervised.updates=0")
+    settings += (f"data.train={data}", f"reward.function={judge}:judge", f"reward.allowed_modules=[{judge}]")
+    for answer, batches, changes, status in ((0, 1, (), 2), (0, 2, (), 2), (1, 2, ("data.allow_change=true",), 0)):
+        data.write_text("".join(json.dumps({"prompt": f"{n}+{n}", "answer": str(answer)}) + "\n" for n in range(10, 20)))
+        limit = f"dapo.max_generation_batches={batches}"
+        assert run_train(config, tmp_path / "run", *settings, limit, *changes) == status
+        drew = f"0 of 6 groups to train on; this step carried in 0 and drew {2 * batches}: 0 all right, {2 * batches} all wrong, "
+        assert (drew in capfd.readouterr().err) == (status == 2)
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["rollout/prompts"] == line["draws"] == 4

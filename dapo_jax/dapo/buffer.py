@@ -68,10 +68,11 @@ class DynamicSamplingBuffer:
         self._last_draw = -1
         self._tally = _Tally()
 
-    def add(self, groups: Sequence[Group]) -> None:
+    def add(self, groups: Sequence[Group], *, at_least: int = 0) -> None:
         """Takes in judged groups, in draw order. Groups that the filter drops need no old log-probs.
 
-        Raises ValueError, and takes none, unless draw indices increase, also from call to call, and every group that passes the
+        Raises StarvedError, and takes none, if fewer than `at_least` groups to train on would be there then. Raises ValueError, and
+        takes none, unless draw indices increase, also from call to call, and every group that passes the
         filter is complete: a text, a verdict and a reward for each response, a log-prob of both kinds for each token.
         """
         draws = [self._last_draw, *(group.draw for group in groups)]
@@ -82,12 +83,10 @@ class DynamicSamplingBuffer:
         for group, use in zip(groups, usable, strict=True):
             if use:
                 _check_lengths(group)
+        accepted, t = [*self._accepted, *itertools.compress(groups, usable)], self._tally
         for group, use in zip(groups, usable, strict=True):
             size, right = len(group.correct), int(np.sum(group.correct))
-            if use:
-                self._accepted.append(group)
-            t = self._tally
-            self._tally = _Tally(
+            t = _Tally(
                 carried_in=t.carried_in,
                 drawn=t.drawn + 1,
                 all_correct=t.all_correct + (right == size),
@@ -96,7 +95,9 @@ class DynamicSamplingBuffer:
                 right=t.right + right,
                 wasted_tokens=t.wasted_tokens + (0 if use else _response_tokens(group)),
             )
-        self._last_draw = draws[-1]
+        if len(accepted) < at_least:
+            raise StarvedError(_cap_message(len(accepted), self._prompts_per_step, t))
+        self._accepted, self._tally, self._last_draw = accepted, t, draws[-1]
 
     def missing(self) -> int:
         """Groups that the step still needs."""
@@ -108,7 +109,7 @@ class DynamicSamplingBuffer:
         Changes nothing: until `take`, `state` holds all of it. Raises StarvedError if there is no group at all.
         """
         if not self._accepted:
-            raise StarvedError(self.cap_message())
+            raise StarvedError(_cap_message(0, self._prompts_per_step, self._tally))
         kept, surplus = self._accepted[: self._prompts_per_step], self._accepted[self._prompts_per_step :]
         t = self._tally
         return kept, StepCounts(
@@ -129,18 +130,6 @@ class DynamicSamplingBuffer:
         self._accepted = self._accepted[len(kept) :] if self._carry_surplus else []
         self._tally = _Tally(carried_in=len(self._accepted))
         return kept, counts
-
-    def cap_message(self) -> str:
-        """One line for a step that may draw no more and has too few groups: what was drawn, and what to do."""
-        t = self._tally
-        mixed = t.drawn - t.all_correct - t.all_wrong
-        problems = "easier problems or a supervised warm-up" if t.all_wrong >= t.all_correct else "harder problems"
-        train = " or set dapo.on_cap: train" if self._accepted else ""
-        return (
-            f"dapo.max_generation_batches: used up with {len(self._accepted)} of {self._prompts_per_step} groups to train on; "
-            f"this step carried in {t.carried_in} and drew {t.drawn}: {t.all_correct} all right, {t.all_wrong} all wrong, {mixed} mixed; "
-            f"use {problems}, raise dapo.responses_per_prompt, raise dapo.max_generation_batches{train}"
-        )
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that `restore` needs, as flat numeric arrays; arrays without elements are left out, for stores that refuse them."""
@@ -211,6 +200,18 @@ class DynamicSamplingBuffer:
                 )
             )
         self._last_draw, self._tally, self._accepted = last_draw, _Tally(*tally), groups
+
+
+def _cap_message(accepted: int, needed: int, t: _Tally) -> str:
+    """One line for a step that may draw no more and has too few groups: what was drawn, and what to do."""
+    mixed = t.drawn - t.all_correct - t.all_wrong
+    problems = "easier problems or a supervised warm-up" if t.all_wrong >= t.all_correct else "harder problems"
+    train = " or set dapo.on_cap: train" if accepted else ""
+    return (
+        f"dapo.max_generation_batches: used up with {accepted} of {needed} groups to train on; "
+        f"this step carried in {t.carried_in} and drew {t.drawn}: {t.all_correct} all right, {t.all_wrong} all wrong, {mixed} mixed; "
+        f"use {problems}, raise dapo.responses_per_prompt, raise dapo.max_generation_batches{train}"
+    )
 
 
 def _check_lengths(group: Group) -> None:
