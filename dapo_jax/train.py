@@ -50,13 +50,15 @@ from dapo_jax.samples import sample_rows, with_ratios
 from dapo_jax.supervised import solution_items, warm_up
 from dapo_jax.types import Group, InputError, Prompt, Response, RunError, SharedError, Stopped, TrainBatch
 
-# Config that may change between the runs of one run folder: how long, how watched, how spread; not what is learned.
+# Config that may change between the runs of one run folder: how long, how watched, how spread over which devices; not what is learned.
 MAY_CHANGE = (
     "dapo.max_generation_batches",
     "dapo.on_cap",
     "data.allow_change",
     "eval.",
     "mesh.",
+    "model.attention_block",
+    "model.remat",
     "optim.max_nonfinite_updates",
     "optim.rollback_steps",
     "reward.allow_change",
@@ -64,9 +66,11 @@ MAY_CHANGE = (
     "reward.memory_mb",
     "reward.timeout_s",
     "reward.workers",
+    "rollout.decode_slots",
     "supervised.save_every",
     "train.keep_checkpoints",
     "train.profile_",
+    "train.rows_per_microbatch",
     "train.samples_per_step",
     "train.save_every",
     "train.stall_timeout_s",

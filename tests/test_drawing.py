@@ -97,8 +97,8 @@ class FakePool:
         return Pending()
 
 
-def drawn(outcome, missing=8, keep_rate=0.5, pool=None, first_draw=0, memory=None, left_open=(), **algo):
-    stream = FakeStream(outcome)
+def drawn(outcome, missing=8, keep_rate=0.5, pool=None, first_draw=0, memory=None, left_open=(), slots=32, **algo):
+    stream, settings = FakeStream(outcome, slots), config(**algo)
     found = draw_groups(
         stream,
         PROMPTS,
@@ -108,7 +108,7 @@ def drawn(outcome, missing=8, keep_rate=0.5, pool=None, first_draw=0, memory=Non
         left_open=left_open,
         cursor=Cursor(),
         memory=memory or PassMemory(len(PROMPTS), None, 1),
-        config=config(**algo),
+        config=dataclasses.replace(settings, rollout=dataclasses.replace(settings.rollout, decode_slots=slots)),
         policy=POLICY,
         pool=pool or FakePool(),
         guard=Guard(None),
@@ -185,6 +185,20 @@ def test_the_clock_decides_nothing():
         assert other.submitted == stream.submitted and other.segment == stream.segment
         assert [g.draw for g in again.groups] == [g.draw for g in whole.groups] and again.verdicts == whole.verdicts
     assert len({segment for segment, _, _ in stream.submitted}) > 1  # prompts were drawn while decoding went on
+
+
+def test_slots_change_how_many_are_drawn_and_not_what_a_draw_gives():
+    """Nor which are trained on: the first informative ones in draw order."""
+
+    def outcome(draw, sample):
+        rng = random.Random(f"{draw} {sample}")
+        return rng.randint(1, 60), rng.random() < 0.15
+
+    few, many = (drawn(outcome, keep_rate=0.2, slots=slots)[0].groups for slots in (8, 64))
+    assert len(few) < len(many)
+    for a, b in zip(few, many, strict=False):
+        assert a.draw == b.draw and a.texts == b.texts and a.reward.tolist() == b.reward.tolist()
+    assert len([g for g in few if is_informative(g)]) >= 8
 
 
 def test_kept_lengths_are_distributed_like_all_lengths_and_first_finished_wins_would_not_be():

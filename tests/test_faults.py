@@ -231,6 +231,16 @@ def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_p
     assert last["draws"] == steady(tmp_path / "cut")[-2]["draws"] + last["rollout/prompts"]
 
 
+def test_a_run_goes_on_over_other_devices_with_the_rows_and_slots_that_fit_them(config, whole, tmp_path):
+    """The first step on half as many row shards, then as the run that nothing happened to: alike but for rounding. The slots change no
+    draw here; `test_drawing.py -k slots` is where they do."""
+    shards = ("mesh.fsdp=4", "mesh.tensor=2", "train.rows_per_microbatch=4", "rollout.decode_slots=16")
+    assert run_train(config, tmp_path / "run", *shards, "model.remat=full", "model.attention_block=16", "train.steps=1") == 0
+    assert run_train(config, tmp_path / "run", STEPS) == 0
+    for found, expected in zip(steady(tmp_path / "run"), steady(whole), strict=True):
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
 def test_a_mixture_goes_on_bit_for_bit_and_only_with_its_weights(config, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+{n}", "answer": str(2 * n)}) + "\n" for n in range(10, 20)))
