@@ -43,6 +43,13 @@ class UnderWay(NamedTuple):
     shown: Sequence[Mapping[str, Any]]  # rows of `samples.sample_rows`
 
 
+class DataDigests(NamedTuple):
+    """Which problems a run trains on."""
+
+    loaded: str  # of data.train, those that evaluation sets hold too among them
+    trained_on: str  # without these, and with their weights
+
+
 @dataclasses.dataclass
 class Run:
     """A run at this moment."""
@@ -73,9 +80,9 @@ class Run:
         self.at = at._replace(draws=at.draws + drawn.draws, cursor=drawn.cursor, keep_rate=keep_rate_after(at.keep_rate, groups))
 
 
-def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data_digest: str) -> None:
+def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data: DataDigests) -> None:
     """Writes a checkpoint, of a whole step or of one under way. Nothing to do where this step is there already."""
-    host: dict[str, Any] = {"progress": run.at, "config": config, "data_digest": data_digest}
+    host: dict[str, Any] = {"progress": run.at, "config": config, "data_digest": data.trained_on, "loaded_digest": data.loaded}
     arrays = run.buffer.state() | run.memory.state() | open_state(run.left_open)
     if run.at.begun and run.under_way is None:
         if checkpoints.latest_step() != run.at.step:
@@ -96,14 +103,15 @@ def restore(
     *,
     prompts: Sequence[Prompt],
     policy: Policy,
-    data_digest: str,
+    data: DataDigests,
     allow_change: bool = False,
     at_most: int | None = None,
 ) -> bool:
     """Takes up the newest usable checkpoint, of a step no later than `at_most`; False if there is none.
 
     prompts: of the whole data set. allow_change: goes on although the data set is another one: at its start, and without the groups
-    that were drawn from the old one. Raises InputError if the data set is another one otherwise.
+    that were drawn from the old one. Raises InputError if the data set is another one otherwise; it is also where evaluation sets have
+    come to hold other problems of it.
     """
     if at_most is not None and min(checkpoints.steps(), default=at_most + 1) > at_most:
         return False
@@ -114,20 +122,21 @@ def restore(
     host, arrays = restored.host, restored.groups
     at = Progress(*host["progress"])
     at = at._replace(cursor=Cursor(*at.cursor))
-    if host["data_digest"] == data_digest:
+    changed, before = "data.train: is not the data set that the run was started with", "that one"
+    if host.get("loaded_digest") == data.loaded:
+        changed = "eval.sets: hold other prompts of data.train than when the run was started, and what they hold is not trained on"
+        before = "the sets that it had (python -m dapo_jax.evaluate measures any other)"
+    if host["data_digest"] == data.trained_on:
         run.buffer.restore(arrays, {p.problem.id: p.problem for p in prompts})
         run.memory.restore(arrays)
         run.left_open = restore_open(arrays, prompts, policy)
         run.under_way = UnderWay(host["drawn"], _sums(host["sums"], arrays), host.get("shown", ())) if "drawn" in host else None
     elif not allow_change:
         raise InputError(
-            "data.train: is not the data set that the run was started with; use that one, or set data.allow_change to go on with "
-            "this one from its start, or give another --run-dir"
+            f"{changed}; use {before}, or set data.allow_change to go on from the start of what there is now, or give another --run-dir"
         )
     elif "drawn" in host:
-        raise InputError(
-            f"data.train: is another data set, and the run was stopped in the midst of step {at.step + 1}; finish that with the old one"
-        )
+        raise InputError(f"{changed}, and the run was stopped in the midst of step {at.step + 1}; finish that with {before}")
     else:
         at = at._replace(cursor=Cursor())
     run.at, run.state = at, restored.state

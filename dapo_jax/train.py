@@ -26,13 +26,14 @@ from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targ
 from dapo_jax.dapo.update import learning_rate, summarize
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.mixture import load_training, mix, mixture_digest
+from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import make_prompts
 from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets, not_held_out
 from dapo_jax.model.weights import check_pretrained
 from dapo_jax.policy import check_divides, describe, load_params, load_policy, make_engine, row_len, weights_folder, with_commit
 from dapo_jax.programs import microbatches, train_programs, train_sampling
-from dapo_jax.resume import Progress, Run, UnderWay, fetched, restore, save
+from dapo_jax.resume import DataDigests, Progress, Run, UnderWay, fetched, restore, save
 from dapo_jax.reward.pool import RewardPool, error_counts
 from dapo_jax.reward.verify import function_source
 from dapo_jax.runtime import multihost
@@ -100,14 +101,16 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     loaded = "; ".join(report.summary() for report in reports)
     say(f"problems: {loaded}; {len(prompts)} prompts" + "".join(f", {n} skipped: {why}" for why, n in skipped.items()))
     eval_sets = load_sets(config, policy, say)
+    loaded_digest = problems_digest(p.problem for p in prompts)
     prompts = fit_to_train_on(prompts, eval_sets, config, say)
     solutions = solution_items(prompts, policy, config.rollout.max_response_len) if config.supervised.updates else []
     mixture = mix(d.train, [p.problem for p in prompts])
     if several := mixture.summary():
         say(f"mixture: {several}")
-    digest = mixture_digest([p.problem for p in prompts], mixture)
+    data_digests = DataDigests(loaded_digest, mixture_digest([p.problem for p in prompts], mixture))
     source = function_source(config.reward.function)
-    digests = {"the digest of data.train": digest, "the digest of reward.function": hashlib.sha256((source or "").encode()).hexdigest()}
+    function_digest = hashlib.sha256((source or "").encode()).hexdigest()
+    digests = {"the digest of data.train": data_digests.trained_on, "the digest of reward.function": function_digest}
     if differs := multihost.disagreement(multihost.software() | flatten(to_dict(config)) | digests):
         raise InputError(f"{differs}; start every process with the same command, code, packages and data")
     mesh = make_mesh(config.mesh)
@@ -147,14 +150,14 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     ):
         refuse_other_run(config, run_dir, source)  # a job that has ended since may have begun it
         write_config(config, run_dir, source)
-        save_run = functools.partial(save, checkpoints=checkpoints, config=to_dict(config), data_digest=digest)
+        save_run = functools.partial(save, checkpoints=checkpoints, config=to_dict(config), data=data_digests)
         restore_run = functools.partial(
             restore,
             checkpoints=checkpoints,
             abstract_state=programs.state,
             prompts=prompts,
             policy=policy,
-            data_digest=digest,
+            data=data_digests,
             allow_change=d.allow_change,
         )
 

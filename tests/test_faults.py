@@ -221,8 +221,13 @@ def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_p
     assert steady(tmp_path / "cut") == steady(tmp_path / "whole")
     assert record(tmp_path / "cut", 2)["host"]["progress"][3][0] >= 1  # epochs
 
-    data.write_text("".join(rows))
     capfd.readouterr()
+    (tmp_path / "held.jsonl").write_text(rows[0])
+    assert run_train(config, tmp_path / "cut", *few, "train.steps=3", f"eval.sets={{held: {tmp_path / 'held.jsonl'}}}") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("dapo_jax: eval.sets: hold other prompts of data.train than when the run was started") and "evaluate" in line
+
+    data.write_text("".join(rows))
     assert run_train(config, tmp_path / "cut", *few, "train.steps=3") == 2
     assert "data.train: is not the data set that the run was started with" in capfd.readouterr().err
     assert run_train(config, tmp_path / "cut", *few, "train.steps=3", "data.allow_change=true") == 0
@@ -252,6 +257,9 @@ def test_a_mixture_goes_on_bit_for_bit_and_only_with_its_weights(config, tmp_pat
     monkeypatch.delenv(faults.VARIABLE)
     assert run_train(config, "cut", *mixture, "data.train.d.jsonl=3") == 2
     assert "data.train.d.jsonl: is 3.0, but cut was started with 2.0" in capfd.readouterr().err
+    assert run_train(config, "cut", *mixture, "eval.sets={all: d.jsonl}", "eval.max_problems=1", "data.allow_change=true") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("dapo_jax: eval.sets: hold other prompts") and "in the midst of step 2; finish that with the sets" in line
     assert run_train(config, "cut", *mixture) == 0
     assert steady("cut") == steady("whole") and record(tmp_path / "cut", 2)["leaves"] == record(tmp_path / "whole", 2)["leaves"]
 
