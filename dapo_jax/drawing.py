@@ -46,6 +46,7 @@ class Drawn(NamedTuple):
     verdicts: list[Verdict]
     cursor: Cursor  # after the last prompt drawn
     draws: int  # prompts drawn, those of groups that are left open included
+    tokens: int  # response tokens sampled, those of groups that are left open included
     open: list["OpenGroup"]  # left to the next step, in draw order
     outcomes: list[tuple[int, bool, int]]  # of each group: its problem, whether every response was right, the epoch it was drawn in
 
@@ -75,6 +76,11 @@ class OpenGroup:
             for sample, response in enumerate(self.responses)
             if response is None
         ]
+
+    def tokens(self) -> int:
+        """Response tokens that are there so far."""
+        begun = (len(self.begun[n][0]) if n in self.begun else 0 for n in range(len(self.responses)))
+        return sum(here if r is None else len(r.tokens) for r, here in zip(self.responses, begun, strict=True))
 
     def is_judged(self) -> bool:
         return None not in self.verdicts
@@ -162,8 +168,9 @@ def draw_groups(
         else:
             wanted = missing - len(groups)
         if wanted > 0:
-            indices, cursor = memory.take(cursor, wanted, seed=config.seed)
-            new = [OpenGroup(first_draw + draws + n, prompts[i], size, int(i), cursor.epoch) for n, i in enumerate(indices)]
+            indices, epochs, cursor = memory.take(cursor, wanted, seed=config.seed)
+            taken = enumerate(zip(indices.tolist(), epochs.tolist(), strict=True), first_draw + draws)
+            new = [OpenGroup(draw, prompts[i], size, i, epoch) for draw, (i, epoch) in taken]
             groups, draws = groups + new, draws + wanted
             by_draw |= {group.draw: group for group in new}
             stream.submit([request for group in new for request in group.requests()])
@@ -203,7 +210,8 @@ def draw_groups(
     check_errors(judged, config.reward)
     done = settled(groups)
     outcomes = [(group.problem, all(v.correct for v in group.verdicts if v is not None), group.epoch) for group in done]
-    return Drawn([_reward(group, config) for group in done], judged, cursor, draws, groups[len(done) :], outcomes)
+    tokens = sum(map(OpenGroup.tokens, groups)) - sum(map(OpenGroup.tokens, left_open))
+    return Drawn([_reward(group, config) for group in done], judged, cursor, draws, tokens, groups[len(done) :], outcomes)
 
 
 def open_state(groups: Sequence[OpenGroup]) -> dict[str, np.ndarray]:

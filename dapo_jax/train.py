@@ -206,7 +206,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 with timed(times, "time/step_s"), jax.profiler.StepTraceAnnotation("rollout step", step_num=step):
                     # Draw until the buffer holds a step's worth of informative groups.
                     if run.under_way is None:
-                        drawn = Drawn([], [], run.at.cursor, 0, list(run.left_open), [])
+                        drawn = Drawn([], [], run.at.cursor, 0, 0, list(run.left_open), [])
                         if missing := run.buffer.missing():
                             with progress(None, f"rollout {step}", enabled=console.bars) as bar:
                                 stream = engine.stream(weights, seed)
@@ -464,9 +464,9 @@ def draw_metrics(step: Drawn, config: Config) -> dict[str, float]:
     metrics: dict[str, float] = {
         "reward/timeouts": timeouts,
         "reward/errors": errors,
-        "rollout/generation_batches": math.ceil(len(drawn) / config.dapo.prompts_per_draw),
-        "rollout/prompts": len(drawn),
-        "rollout/tokens": sum(len(r.tokens) for g in drawn for r in g.responses),
+        "rollout/generation_batches": math.ceil(step.draws / config.dapo.prompts_per_draw),
+        "rollout/prompts": step.draws,
+        "rollout/tokens": step.tokens,
     }
     if not drawn:  # a step that lives on carried groups alone draws nothing, and the others say nothing
         return metrics

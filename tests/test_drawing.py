@@ -36,7 +36,7 @@ class FakeStream:
     def __init__(self, outcome, slots=32):
         self._outcome, self._slots = outcome, slots
         self._queue, self._left = collections.deque(), {}
-        self.segment, self.submitted = 0, []
+        self.segment, self.submitted, self.sampled = 0, [], 0
 
     pending = property(lambda self: len(self._queue))
     live = property(lambda self: len(self._left))
@@ -52,6 +52,7 @@ class FakeStream:
             begun = 0 if request.prefix is None else len(request.prefix[0])
             self._left[request.draw, request.sample] = (self._outcome(request.draw, request.sample)[0] - begun, request)
         steps = min(left for left, _ in self._left.values())
+        self.sampled += steps * len(self._left)
         self._left = {key: (left - steps, request) for key, (left, request) in self._left.items()}
         ended = sorted(key for key, (left, _) in self._left.items() if left == 0)
         self.segment += 1
@@ -267,6 +268,21 @@ def test_partial_rollouts_leave_later_groups_to_the_next_step_and_lose_nothing()
     whole = [g for step in steps(6) for g in step.groups]
     for a, b in zip(groups, whole, strict=False):
         assert a.draw == b.draw and a.texts == b.texts and a.reward.tolist() == b.reward.tolist()
+
+
+def test_tokens_are_counted_in_the_step_that_samples_them():
+    left_open, draws, settled = [], 0, 0
+    for _ in range(6):
+        step, stream = drawn(long_tailed, first_draw=draws, left_open=left_open, partial_rollouts=True)
+        assert step.tokens == stream.sampled > 0
+        left_open, draws, settled = step.open, draws + step.draws, settled + len(step.groups)
+        assert draws == settled + len(left_open)
+
+
+def test_a_group_knows_the_epoch_that_its_prompt_was_drawn_in():
+    """Fifty problems, 60 of them drawn at a time."""
+    found, _ = drawn(lambda draw, sample: (5, True), missing=60, dynamic_sampling=False)
+    assert [epoch for *_, epoch in found.outcomes] == [0] * 50 + [1] * 10
 
 
 def test_open_groups_survive_a_checkpoint():

@@ -29,7 +29,8 @@ def owners(mixture, draws):
 
 
 def draw(mixture, take, seed, cursor=Cursor()):  # noqa: B008
-    return PassMemory(sum(mixture.counts), None, 1, mixture).take(cursor, take, seed=seed)
+    taken, _, after = PassMemory(sum(mixture.counts), None, 1, mixture).take(cursor, take, seed=seed)
+    return taken, after
 
 
 # Draws
@@ -107,7 +108,7 @@ def test_resting_problems_are_skipped_in_the_order_of_the_mixture():
     memory = PassMemory(8, 1, 2, mixture)
     memory.record(1, True, 0)
     plain, _ = draw(mixture, 24, 5)
-    taken, _ = memory.take(Cursor(), 10, seed=5)
+    taken, *_ = memory.take(Cursor(), 10, seed=5)
     assert taken.tolist() == [i for i in plain if i != 1][:10]
 
 

@@ -58,7 +58,7 @@ def metrics(**algo):
     buffer.add(DRAWN)
     kept, counts = buffer.take()
     config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2, **algo))
-    drawn = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 3, [], []), config)
+    drawn = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 3, 40, [], []), config)
     return drawn | update_metrics(kept, counts, SUMS, PACKED, config)
 
 
@@ -101,6 +101,14 @@ def test_every_metric_of_a_step():
         "pack/efficiency": 0.5,
     }
     assert metrics() == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_a_step_draws_and_samples_counts_in_it_wherever_its_groups_are_completed():
+    """Two prompts more than the groups completed, left open after 15 tokens."""
+    config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2))
+    found = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 5, 55, [], []), config)
+    assert (found["rollout/prompts"], found["rollout/generation_batches"], found["rollout/tokens"]) == (5, 3, 55)
+    assert found["filter/kept_fraction"] == pytest.approx(1 / 3)  # of groups that are completed
 
 
 def test_with_the_samplers_logprobs_the_gap_is_that_of_the_first_update():

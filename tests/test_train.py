@@ -264,7 +264,9 @@ def test_partial_rollouts_resume_bit_for_bit(config, tmp_path):
     assert run_train(config, tmp_path / "cut", *settings, "train.steps=2") == 0
     assert run_train(config, tmp_path / "cut", *settings, "train.steps=4") == 0
     assert steady(tmp_path / "cut") == steady(tmp_path / "whole")
-    assert any(line["filter/open_groups"] for line in steady(tmp_path / "whole")[1:3])
+    lines = steady(tmp_path / "whole")
+    assert any(line["filter/open_groups"] for line in lines[1:3])
+    assert np.cumsum([line["rollout/prompts"] for line in lines]).tolist() == [line["draws"] for line in lines]
 
 
 def test_evaluation_of_run_and_of_its_export_agree(finished, tmp_path, capsys):

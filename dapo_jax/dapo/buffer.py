@@ -27,14 +27,14 @@ class StepCounts:
     without it, all-right and all-wrong groups are trained on too: drawn + carried_in == kept + surplus.
     """
 
-    drawn: int  # groups drawn in this step
+    drawn: int  # groups drawn in this step, or completed in it where partial rollouts left them open
     kept: int  # groups to train on; the first min(carried_in, kept) of them are carried ones
     all_correct: int  # drawn groups without a wrong response
     all_wrong: int  # drawn groups without a right response
     surplus: int  # groups beyond what the step needs, carried to the next step or dropped
     carried_in: int  # groups that the previous step left over
     wasted_tokens: int  # response tokens of groups that will never be trained on
-    accuracy: float | None  # share of right responses among all drawn in this step; None if it drew nothing
+    accuracy: float | None  # share of right responses among those of the drawn groups; None if there are none
     accuracy_kept: float  # share of right responses among those to train on
 
 

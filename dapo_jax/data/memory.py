@@ -26,21 +26,27 @@ class PassMemory:
         self._streak = np.zeros(count, np.int32)
         self._rests_until = np.full(count, -1, np.int32)  # last epoch in which it is skipped
 
-    def take(self, cursor: Cursor, wanted: int, *, seed: int) -> tuple[np.ndarray, Cursor]:
-        """The next `wanted` problems that do not rest, int64 [wanted], and the cursor after them. If all rest, none is skipped."""
+    def take(self, cursor: Cursor, wanted: int, *, seed: int) -> tuple[np.ndarray, np.ndarray, Cursor]:
+        """The next `wanted` problems that do not rest, the epoch that each is drawn in, int64 [wanted] both, and the cursor after them.
+
+        If all rest, none is skipped.
+        """
         count = len(self._streak)
         order = functools.partial(mixture_order, self._mixture, seed=seed) if self._mixture else None
         if self._rest_after is None:
-            return advance(cursor, count, wanted, seed=seed, order=order)
-        found: list[int] = []
+            epochs = cursor.epoch + (cursor.index + np.arange(wanted)) // count
+            indices, cursor = advance(cursor, count, wanted, seed=seed, order=order)
+            return indices, epochs, cursor
+        found: list[tuple[int, int]] = []
         skipped = 0
         while len(found) < wanted:
             epoch, index = (cursor.epoch + 1, 0) if cursor.index >= count else cursor
             chosen, cursor = advance(cursor, count, min(wanted - len(found), count - index), seed=seed, order=order)
-            awake = [int(i) for i in chosen if self._rests_until[i] < epoch or skipped >= count]
+            awake = [(int(i), epoch) for i in chosen if self._rests_until[i] < epoch or skipped >= count]
             skipped = 0 if awake else skipped + len(chosen)
             found += awake
-        return np.array(found, np.int64), cursor
+        indices, epochs = np.array(found, np.int64).reshape(-1, 2).T
+        return indices, epochs, cursor
 
     def record(self, index: int, all_correct: bool, epoch: int) -> None:
         """Tells the outcome of a draw of problem `index`, made in `epoch`."""

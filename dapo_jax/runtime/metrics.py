@@ -29,17 +29,17 @@ from dapo_jax.types import InputError
 VOLATILE = ("time/", "throughput/", "memory/")  # areas of metrics that depend on the clock and the machine; no other does
 
 METRICS: Mapping[str, str] = {
-    # Judged responses
-    "reward/mean": "mean of score + overlong penalty over the responses drawn in this step",
-    "reward/accuracy": "share of correct responses among all drawn in this step, before filtering",
+    # Judged responses. A group is completed in the step that draws it, or, with dapo.partial_rollouts, perhaps in a later one
+    "reward/mean": "mean of score + overlong penalty over the responses of the groups completed in this step",
+    "reward/accuracy": "share of correct responses among those of all groups completed in this step, before filtering",
     "reward/accuracy_kept": "share of correct responses among those trained on, after filtering",
-    "reward/overlong_penalty_mean": "mean overlong penalty over the responses drawn in this step, in [-1, 0]",
+    "reward/overlong_penalty_mean": "mean overlong penalty over the responses of the groups completed in this step, in [-1, 0]",
     "reward/errors": "responses without a verdict because the reward failed, time-outs not among them",
     "reward/timeouts": "responses without a verdict because the reward took too long",
     # Dynamic sampling
-    "filter/kept_fraction": "share of the groups drawn in this step that are neither all correct nor all wrong",
-    "filter/all_correct": "share of the groups drawn in this step without a wrong response",
-    "filter/all_wrong": "share of the groups drawn in this step without a correct response",
+    "filter/kept_fraction": "share of the groups completed in this step that are neither all correct nor all wrong",
+    "filter/all_correct": "share of the groups completed in this step without a wrong response",
+    "filter/all_wrong": "share of the groups completed in this step without a correct response",
     "filter/carried_groups": "groups trained on that the previous step had left over",
     "filter/surplus_groups": "informative groups beyond what this step needs",
     "filter/open_groups": "groups that dapo.partial_rollouts leaves to the next step, unfinished or after an unfinished one",
@@ -48,11 +48,11 @@ METRICS: Mapping[str, str] = {
     "filter/wasted_tokens": "response tokens of groups that are never trained on",
     # Sampling
     "rollout/generation_batches": "prompts drawn in this step in units of dapo.prompts_per_draw, rounded up",
-    "rollout/prompts": "prompts drawn in this step",
-    "rollout/response_len_mean": "mean response length of all drawn, tokens",
-    "rollout/response_len_max": "longest response drawn, tokens",
-    "rollout/truncated_fraction": "share of the responses drawn that hit the length limit",
-    "rollout/tokens": "response tokens sampled in this step",
+    "rollout/prompts": "prompts drawn in this step, those of groups that are left open included",
+    "rollout/response_len_mean": "mean response length in the groups completed in this step, tokens",
+    "rollout/response_len_max": "longest response there, tokens",
+    "rollout/truncated_fraction": "share of the responses there that hit the length limit",
+    "rollout/tokens": "response tokens sampled in this step, those of groups that are left open included",
     # The policy, over the response tokens of all updates of the step
     "policy/loss": "mean loss of the step's updates",
     "policy/entropy": "mean entropy of the next-token distribution, nats",
