@@ -176,9 +176,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         log = MetricsLog(run_dir, resume_step=run.at.step if run.at.begun else None, enabled=multihost.is_main(), copy=tracker.send)
         with tracker, log, saving_at_an_end(run, save_run):
             if (warm := config.supervised.updates) > run.at.warmed:
-                for updates, in_a_row, state in warm_up(
-                    config, policy, run.state, solutions, mesh, say, run.at.warmed, run.at.nonfinite
-                ):
+                for updates, in_a_row, state in warm_up(config, policy, run.state, solutions, mesh, say, run.at.warmed, run.at.nonfinite):
                     run.state = state if updates < warm else programs.init_optimizer(state.params)
                     run.at = run.at._replace(warmed=updates, nonfinite=in_a_row if updates < warm else 0)
                     guard.reach("warm-up")
