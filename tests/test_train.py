@@ -340,12 +340,12 @@ def test_on_cap_train_uses_what_there_is(config, tmp_path):
 
 
 def test_a_starved_step_is_drawn_anew_and_a_raised_cap_goes_on_bit_for_bit(config, tmp_path, capfd):
-    """A cap of 2 prompts cannot fill 6 groups. Lifted, the run is the one that never met it."""
-    settings = ("dapo.prompts_per_draw=2", "train.steps=2", "eval.every=0", "supervised.updates=0")
+    """Of 6 prompts, two responses each, not all groups are mixed. With the cap lifted, the run is the one that never met it."""
+    settings = ("dapo.prompts_per_draw=2", "dapo.responses_per_prompt=2", "train.steps=2", "eval.every=0", "supervised.updates=0")
     for _ in range(2):
-        assert run_train(config, tmp_path / "cut", *settings, "dapo.max_generation_batches=1") == 2
-        assert "of 6 groups to train on; this step carried in 0 and drew 2: " in capfd.readouterr().err
-    assert len((tmp_path / "cut/samples/step_000001.jsonl").read_text().splitlines()) == 2  # what was drawn can be looked at
+        assert run_train(config, tmp_path / "cut", *settings, "dapo.max_generation_batches=3") == 2
+        assert "of 6 groups to train on; this step carried in 0 and drew 6: " in capfd.readouterr().err
+    assert len((tmp_path / "cut/samples/step_000001.jsonl").read_text().splitlines()) == 6  # what was drawn can be looked at
     assert run_train(config, tmp_path / "cut", *settings, "dapo.max_generation_batches=20") == 0
     assert run_train(config, tmp_path / "whole", *settings, "dapo.max_generation_batches=20") == 0
     assert steady(tmp_path / "cut") == steady(tmp_path / "whole")
