@@ -14,3 +14,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 hypothesis.settings.register_profile("repeatable", derandomize=True)  # `--hypothesis-profile=default` looks for new counterexamples
 hypothesis.settings.load_profile("repeatable")
+
+_LONG = ("process_faults", "processes", "train", "faults", "lora", "buckets", "benchmark")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: at the end one of them would keep one worker busy and the others idle."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONG)
