@@ -47,9 +47,9 @@ def pool(helper_on_path):
 
 
 def test_strict_needs_no_worker():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with RewardPool(RewardSection(verifier="strict")) as pool:
-        assert threading.active_count() == before
+        assert set(threading.enumerate()) <= before  # those of other tests may end meanwhile
         verdicts = pool.judge([item("Answer: 42"), item("Answer: 43"), item(r"\boxed{42}")])
     assert verdicts == [Verdict(True, 1.0), Verdict(False, -1.0), Verdict(False, -1.0)]
 
@@ -234,11 +234,11 @@ def test_a_function_that_cannot_be_loaded_is_bad_input(tmp_path, monkeypatch, ch
     (tmp_path / "exits_at_import.py").write_text("import os\nos._exit(5)")
     monkeypatch.syspath_prepend(str(tmp_path))
     section = RewardSection(**({"verifier": "custom", "workers": 1, "allowed_modules": ("reward_functions",)} | changes))
-    threads = threading.enumerate()
+    threads = set(threading.enumerate())
     with pytest.raises(InputError, match=says) as info:
         RewardPool(section)
     assert str(info.value).startswith("reward.function: ") and "\n" not in str(info.value)
-    assert threading.enumerate() == threads
+    assert set(threading.enumerate()) <= threads  # those of other tests may end meanwhile
 
 
 def test_workers_that_stop_starting_give_errors_not_silence(tmp_path, monkeypatch):
