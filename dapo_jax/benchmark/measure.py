@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dapo_jax.config import MeshSection, ModelConfig, check_model
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.runtime.mesh import make_mesh, params_sharding, row_shards
+from dapo_jax.runtime.metrics import process_memory
 from dapo_jax.types import InputError, Params
 
 Sizes = argparse.Namespace  # the flags
@@ -44,10 +45,9 @@ def memory(*, peak: bool) -> int | None:
     try:
         if not peak:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     except OSError:
         return None
-    return 1024 * int(status["VmHWM" if peak else "VmRSS"].split()[0])
+    return process_memory("VmHWM" if peak else "VmRSS")
 
 
 def mesh_of(sizes: Sizes) -> Mesh:

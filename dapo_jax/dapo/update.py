@@ -107,17 +107,12 @@ def summarize(sums: Mapping[str, float]) -> dict[str, float]:
     means = {f"policy/{name}": sums[name] / tokens for name in ("entropy", "approx_kl")}
     if "clipped_high" not in sums:
         return means
-    clipped = sums["clipped_high"]
-    of_clipped = {"policy/upclipped_prob_mean": sums["upclipped_prob"] / clipped} if clipped else {}
-    return (
-        means
-        | of_clipped
-        | {
-            "policy/token_prob_mean": sums["token_prob"] / tokens,
-            "policy/clip_fraction_low": sums["clipped_low"] / tokens,
-            "policy/clip_fraction_high": clipped / tokens,
-            "policy/clip_fraction_dual": sums.get("clipped_dual", 0.0) / tokens,
-            "policy/importance_capped_fraction": sums.get("importance_capped", 0.0) / tokens,
-            "policy/sampler_gap_mean": sums["sampler_gap"] / tokens,
-        }
-    )
+    means |= {
+        "policy/token_prob_mean": sums["token_prob"] / tokens,
+        "policy/clip_fraction_low": sums["clipped_low"] / tokens,
+        "policy/clip_fraction_high": sums["clipped_high"] / tokens,
+        "policy/clip_fraction_dual": sums.get("clipped_dual", 0.0) / tokens,
+        "policy/importance_capped_fraction": sums.get("importance_capped", 0.0) / tokens,
+        "policy/sampler_gap_mean": sums["sampler_gap"] / tokens,
+    }
+    return means | ({"policy/upclipped_prob_mean": sums["upclipped_prob"] / clipped} if (clipped := sums["clipped_high"]) else {})

@@ -241,9 +241,17 @@ def peak_memory() -> int:
     if used:
         return max(used)
     # Linux hands the peak that getrusage tells down from the process that started this one.
-    status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.M) if status.is_file() else None
-    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    own = process_memory("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if own is None else own
+
+
+def process_memory(field: str) -> int | None:
+    """Bytes of host memory that this process uses, `VmRSS`, or used at most, `VmHWM`. None where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return 1024 * int(found[1]) if (found := re.search(rf"^{field}:\s*(\d+) kB$", status, re.M)) else None
 
 
 @contextlib.contextmanager
