@@ -11,6 +11,8 @@ sampler's, `old_logprobs` stand in the ratio's denominator: two names, because t
 """
 
 import dataclasses
+import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -61,6 +63,27 @@ class Problem:
     answer: str
     solution: str | None = None  # a worked solution, for supervised warm-up only
     source: str = dataclasses.field(default="", compare=False)  # the data set it is of, as the config names it
+
+
+_INTEGER = re.compile(r"(\$?[+-]?)([0-9]+)(\$?)")
+
+
+def canonical_answer(text: str) -> str:
+    """A ground truth as verifiers compare it: the one element of a JSON list of texts; an integer without leading zeros.
+
+    >>> canonical_answer('["34"]'), canonical_answer("025"), canonical_answer("0.5")
+    ('34', '25', '0.5')
+    """
+    text = text.strip()
+    if text.startswith("[") and '"' in text:
+        try:
+            match json.loads(text):
+                case [str(answer)]:
+                    text = answer.strip()
+        except (ValueError, RecursionError):
+            pass
+    integer = _INTEGER.fullmatch(text)
+    return f"{integer[1]}{integer[2].lstrip('0') or '0'}{integer[3]}" if integer else text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapo_jax.reward.verify import check_verdict, extract_answer, lenient_verify, load_function, normalize_answer, strict_verify
-from dapo_jax.types import InputError, Problem, Verdict
+from dapo_jax.types import InputError, Problem, Verdict, canonical_answer
 
 RIGHT = [
     ("Answer: 42", "42"),
@@ -52,6 +52,32 @@ def test_strict_accepts(response, truth):
 @pytest.mark.parametrize("response", WRONG)
 def test_strict_refuses(response):
     assert strict_verify(response, "42") is False
+
+
+@pytest.mark.parametrize(
+    ("gold", "canonical"),
+    [
+        ("025", "25"),
+        ("$073$", "$73$"),
+        ("-007", "-7"),
+        ("000", "0"),
+        ("0101", "101"),
+        ('["34"]', "34"),
+        (' [ "025" ] ', "25"),
+        *((same, same) for same in ("0", "0.5", "000.5", "0x1", "007 km", "1,024", "[34]", '["1", "2"]', '[["3"]]', '["3"', "")),
+        ('["' * 100_000, '["' * 100_000),
+        ("0" * 2**20 + "x", "0" * 2**20 + "x"),
+    ],
+)
+def test_canonical_answer(gold, canonical):
+    assert canonical_answer(gold) == canonical
+
+
+@pytest.mark.parametrize(("response", "gold"), [("So.\nAnswer: 25", "025"), ("So.\nAnswer: $73$", "073"), ("Answer: 34", '["34"]')])
+def test_verifiers_read_the_ground_truth_in_canonical_form(response, gold):
+    """As AIME 2024 (`025`) and Skywork-OR1 (`["34"]`) have it. The rule for responses stays: `Answer: 042` is not 42."""
+    assert strict_verify(response, gold) is True
+    assert lenient_verify(response, gold) is True
 
 
 def test_strict_looks_at_the_last_300_characters():

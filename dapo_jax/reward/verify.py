@@ -18,7 +18,7 @@ from numbers import Real
 import numpy as np
 
 from dapo_jax.config import read_text
-from dapo_jax.types import InputError, Problem, Verdict
+from dapo_jax.types import InputError, Problem, Verdict, canonical_answer
 
 # fn(problem, response_text, response_len) -> (correct, score), or a Verdict
 RewardFunction = Callable[[Problem, str, int], Verdict | tuple[bool, float]]
@@ -110,7 +110,7 @@ def strict_verify(response: str, ground_truth: str) -> bool:
     >>> strict_verify("Answer: 41\nAnswer: $42$", "42"), strict_verify("Answer: 42.0", "42"), strict_verify("It is 42", "42")
     (True, False, False)
     """
-    return extract_answer(response) == normalize_answer(ground_truth)
+    return extract_answer(response) == normalize_answer(canonical_answer(ground_truth))
 
 
 def lenient_verify(response: str, ground_truth: str) -> bool:
