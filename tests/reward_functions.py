@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -14,8 +15,8 @@ def judge(problem, text, response_len):
     command, _, rest = text.partition(" ")
     if command == "!problem":
         return json.dumps(dataclasses.asdict(problem)) == rest, 0.0
-    if command in _NASTY:
-        return _NASTY[command]()
+    if text in _NASTY:
+        return _NASTY[text]()
     return text == problem.answer, response_len / 10
 
 
@@ -44,6 +45,10 @@ def _child():
     time.sleep(1000)
 
 
+def _leave_session():
+    return True, float(subprocess.Popen(["sleep", "1000"], start_new_session=True).pid)
+
+
 _NASTY = {
     "!sleep": lambda: time.sleep(1000),
     "!exit": lambda: os._exit(3),
@@ -53,6 +58,8 @@ _NASTY = {
     "!print": _print,
     "!raise": _raise,
     "!child": _child,
+    "!fork": lambda: (os.fork() >= 0, 0.0),
+    "!leave session": _leave_session,
     "!environment": _environment,
     "!jax": lambda: ("jax" not in sys.modules and "flax" not in sys.modules, 0.0),
     "!main": lambda: (not hasattr(sys.modules["__main__"], "__file__"), 0.0),

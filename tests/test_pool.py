@@ -121,6 +121,12 @@ def test_long_answers_in_small():
     assert torture_rewards.long_answers(40).startswith("40 right verdicts each")
 
 
+def test_a_function_that_forks_shifts_no_verdict(pool):
+    """Parent and child both return from the function; only the parent's verdict counts."""
+    items = [item("!fork"), item("41"), item("42"), item("41")] * 8
+    assert [verdict.correct for verdict in pool.judge(items)] == [True, False, True, False] * 8
+
+
 def test_a_worker_that_outgrew_its_memory_is_replaced(pool):
     first, _, second = pool.judge([item("!pid"), item("!allocate"), item("!pid")])
     assert first.score != second.score
@@ -141,6 +147,13 @@ def test_what_a_worker_started_dies_with_it(pool):
     pid = int(pool.judge([item("!pid")])[0].score)
     assert pool.judge([item("!child")])[0].error == "timed out after 1 s"
     assert not _group_lives(pid)
+
+
+@pytest.mark.parametrize(("end", "error"), [("!sleep", "timed out after 1 s"), ("!exit", "worker exited with status 3")])
+def test_what_has_left_the_session_of_its_worker_dies_with_it(pool, end, error):
+    started, ended = pool.judge([item("!leave session"), item(end)])
+    assert ended.error == error
+    assert not _group_lives(int(started.score))
 
 
 def _group_lives(pid, wait_s=5.0):
@@ -191,12 +204,13 @@ with RewardPool(section) as pool:
         os.kill(os.getpid(), 9)
 """
 MODULE = """
-import os, time
+import os, signal, time
 
 def judge(problem, text, response_len):
     if text == "hang":
         with open("new", "w") as f:
             f.write(str(os.getpid()))
+        signal.alarm(0)  # takes the worker's own
         os.rename("new", "pid")
         time.sleep(1000)
     return text == problem.answer, 1.0

@@ -8,11 +8,13 @@ only the answer it was judging goes without a verdict.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import math
 import os
 import resource
+import secrets
 import selectors
 import signal
 import socket
@@ -36,6 +38,8 @@ _ALARM_S = 2.0  # beyond the deadline, when a worker whose caller is gone ends i
 _AHEAD = 16  # answers that a worker holds, the one it judges included
 _READ_BYTES = 1 << 16  # above what a worker can have to say of the answers it holds
 _READY = b"ready"
+_MARK = "DAPO_JAX_REWARD_WORKER"  # environment variable: which worker a process comes from
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _TIMED_OUT = "timed out"
 
 # What a worker's environment keeps of the caller's. The rest may hold secrets.
@@ -176,6 +180,7 @@ class _Task(NamedTuple):
 @dataclasses.dataclass(eq=False)
 class _Worker:
     process: subprocess.Popen
+    mark: str  # in the environment of all that it starts
     channel: socket.socket  # non-blocking
     deadline: float  # of its start, then of the answer it judges; monotonic seconds
     ready: bool = False
@@ -284,6 +289,7 @@ class _Manager:
             self._flush(worker)
 
     def _start_worker(self) -> None:
+        mark = secrets.token_hex(8)
         try:
             ours, theirs = socket.socketpair()
             with theirs:
@@ -292,7 +298,7 @@ class _Manager:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | _SETTINGS,
+                    env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | _SETTINGS | {_MARK: mark},
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # no Ctrl-C; and a group of its own, killed with all that it starts
                 )
@@ -300,7 +306,7 @@ class _Manager:
             self._start_failed(f"reward: cannot start a worker ({one_line(e)}); free memory or file handles")
             return
         ours.setblocking(False)
-        worker = _Worker(process, ours, deadline=time.monotonic() + _START_S, outbox=bytearray(self._first_line))
+        worker = _Worker(process, mark, ours, deadline=time.monotonic() + _START_S, outbox=bytearray(self._first_line))
         self._selector.register(ours, selectors.EVENT_READ, worker)
         self._workers.append(worker)
         self._flush(worker)
@@ -399,6 +405,7 @@ class _Manager:
         worker.channel.close()
         with contextlib.suppress(OSError):  # not reaped yet, so the group is still its own
             os.killpg(worker.process.pid, signal.SIGKILL)
+        _kill_marked(worker.mark)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return worker.process.wait(timeout=1.0)
         return None
@@ -414,6 +421,15 @@ class _Manager:
 
     def _requeue(self, worker: _Worker) -> None:
         self._queue.extendleft(reversed(worker.tasks))
+
+
+def _kill_marked(mark: str) -> None:
+    """Kills what has left the process group of a worker: its environment still names the worker. Needs /proc."""
+    entry = f"{_MARK}={mark}\0".encode()
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or gone
+            if entry in file.read_bytes():
+                os.kill(int(file.parent.name), signal.SIGKILL)
 
 
 def _ending(status: int | None, timeout_s: float) -> str:
@@ -465,7 +481,10 @@ def _serve(channel: socket.socket) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the caller's dispositions and mask are inherited
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if sys.platform == "linux":  # the kernel kills this process when its caller dies, whatever a function has done to the alarm below
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     channel.set_inheritable(False)
+    worker = os.getpid()
     lines = channel.makefile("rb")
     settings = json.loads(lines.readline())
     try:
@@ -485,6 +504,8 @@ def _serve(channel: socket.socket) -> None:
             verdict = Verdict(False, -1.0, f"MemoryError: needs more than reward.memory_mb {settings['memory_mb']}")
         except Exception as e:
             verdict = Verdict(False, -1.0, one_line(e))
+        if os.getpid() != worker:  # the function has forked: the child must not answer too
+            os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         channel.sendall(json.dumps(verdict).encode() + b"\n")
 
