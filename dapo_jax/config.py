@@ -300,6 +300,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 _MAX_DEPTH = 16
 _MAX_BYTES = 1 << 20
+_MAX_NODES = 10_000  # keys and values: 1 MB of them take PyYAML half a minute
 _CREDENTIALS = re.compile(r"(?<=\w\w):/{1,2}[^/?#\s]*@")  # https://user:password@host; paths have one slash of it left
 
 
@@ -311,6 +312,9 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+        self._nodes = getattr(self, "_nodes", 0) + 1
+        if self._nodes > _MAX_NODES:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {_MAX_NODES:,} keys and values", self.peek_event().start_mark)
         self._depth = getattr(self, "_depth", 0) + 1
         if self._depth > _MAX_DEPTH:
             raise yaml.constructor.ConstructorError(None, None, "nested too deeply", self.peek_event().start_mark)

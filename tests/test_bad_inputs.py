@@ -116,6 +116,7 @@ NO_CONFIGS = {
     "python tag": (b"seed: !!python/object/apply:os.system [ls]", "c.yaml:1: could not determine a constructor"),
     "alias bomb": (b"a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "c.yaml:2: aliases are not allowed"),
     "deep nesting": (b"seed: " + b"[" * 20_000, "c.yaml:1: nested too deeply"),
+    "more keys than a config has": (b"k: 1\n" * 6_000, "c.yaml:5000: more than 10,000 keys and values"),
 }
 BAD_CONFIGS = {
     "unknown key": ("dapo: {clip_eps: 1}", "c.yaml: dapo.clip_eps: unknown key; did you mean 'clip_eps_"),
