@@ -7,6 +7,7 @@ Functions get the section they need, never the whole `Config`. Defaults are the 
 
 import ast
 import dataclasses
+import datetime
 import difflib
 import inspect
 import math
@@ -145,6 +146,7 @@ class DataSection:
     template: str = DAPO_TEMPLATE  # wraps a plain-text problem; {prompt} is where it goes
     allow_change: bool = False  # let a run go on with another data set than it was started with, from its start
     chat: bool = True  # render through the tokenizer's chat template
+    chat_date: str = "2024-07-26"  # the day, YYYY-MM-DD, that chat templates write which write today's: prompts stay the same
     max_prompt_len: int = 2048  # tokens; longer prompts are skipped and counted
     arithmetic: ArithmeticConfig = ArithmeticConfig()  # used where a data set is called `arithmetic`
 
@@ -169,6 +171,7 @@ class RolloutSection:
     temperature: float = 1.0  # sampling temperature, also of the log-probs in the loss
     top_p: float = 1.0  # nucleus mass
     top_k: int = 0  # sample among the k most probable tokens; 0 is all
+    stop_tokens: tuple[str, ...] = ()  # tokens, by their text, that end a response beside the model's own; the console lists all
     decode_slots: int = 512  # B, sequences decoded at a time, over all devices
     kv_cache: Literal["compute", "int8"] = "compute"  # keys and values while sampling: as computed, or 8 bits with a scale a token and head
 
@@ -683,6 +686,10 @@ def _check(c: Config, where: str) -> None:
             fail("model.lora.targets", f"expected some of {', '.join(TARGETS)}, each once")
 
     # Data
+    try:
+        datetime.date.fromisoformat(c.data.chat_date)
+    except ValueError:
+        fail("data.chat_date", f"expected a day as 2024-07-26, got {_shown(c.data.chat_date)}")
     if c.data.template.count("{prompt}") != 1:
         fail("data.template", "must contain {prompt} exactly once")
     if c.data.arithmetic.max_steps < c.data.arithmetic.min_steps:

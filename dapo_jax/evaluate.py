@@ -181,7 +181,7 @@ def load_sets(config: Config, policy: Policy, say: Callable[[str], None]) -> dic
         columns = config.data.columns.get(source, AS_USUAL)
         problems, report = load_problems(source, config.data.arithmetic, columns=columns, heldout=True)
         problems = problems[: config.eval.max_problems]
-        sets[name], skipped = make_prompts(problems, policy.tokenizer, config.data)
+        sets[name], skipped = make_prompts(problems, policy.tokenizer, config.data, policy.model.vocab_size)
         left_out = "".join(f", {count} skipped: {reason}" for reason, count in skipped.items())
         say(f"eval/{name}: {report.summary()}; {len(sets[name])} used{left_out}")
     return sets

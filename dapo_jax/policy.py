@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from dapo_jax.config import Architecture, Config, ConfigError, LoraConfig, ModelConfig, check_context, load_config
-from dapo_jax.data.prompts import load_tokenizer, stop_tokens
+from dapo_jax.data.prompts import check_embedded, load_tokenizer, stop_tokens
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.model.lora import join, merge, split
 from dapo_jax.model.weights import DESCRIPTION_FILES, WEIGHT_FILES, load_model_config, load_pretrained
@@ -20,7 +20,7 @@ from dapo_jax.runtime.folder import Folder, local_file, read
 from dapo_jax.runtime.mesh import params_sharding, put, row_shards
 from dapo_jax.runtime.models import is_id, local_model, same_commit
 from dapo_jax.runtime.multihost import fetch
-from dapo_jax.types import InputError, NoCheckpointError, Params
+from dapo_jax.types import NoCheckpointError, Params
 
 
 class Policy(NamedTuple):
@@ -70,13 +70,8 @@ def load_policy(config: Config, source: str | None = None) -> Policy:
     assert model is not None  # the config's own check
     model = with_computation(config, model)
     tokenizer = load_tokenizer(folder)
-    where = f"{folder}: tokenizer" if folder else "model.architecture.vocab_size"
-    ids = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): ids may have gaps
-    if ids > model.vocab_size:
-        raise InputError(f"{where}: {ids} tokens do not fit an embedding of {model.vocab_size}; use the model's own tokenizer")
-    stop = stop_tokens(tokenizer, folder)
-    if stop[-1] >= model.vocab_size:
-        raise InputError(f"{folder}: eos_token_id: {stop[-1]} is beyond an embedding of {model.vocab_size}; correct generation_config.json")
+    stop = stop_tokens(tokenizer, folder, config.data, config.rollout.stop_tokens)
+    check_embedded(stop, model.vocab_size, tokenizer, f"{folder or 'model.architecture'}: stop tokens")
     return Policy(model, tokenizer, stop, source, folder)
 
 
@@ -172,8 +167,9 @@ def describe(policy: Policy, mesh: Mesh, lora: LoraConfig | None = None) -> str:
     m, shape = policy.model, " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     device = jax.devices()[0]
     origin = f" of {policy.source}" if policy.source else ""
+    stop = ", ".join(map(str, policy.tokenizer.convert_ids_to_tokens(list(policy.stop))))
     trained = f" trained through {millions(split(abstract_params(adapted(m, lora)), lora)[0])} of adapters" if lora else ""
     return (
         f"{m.family}{origin}, {millions(abstract_params(m))}{trained}, {m.layers} layers, D {m.model_dim}, V {m.vocab_size}, "
-        f"{m.compute_dtype}; {len(jax.devices())} {device.platform} devices ({device.device_kind}) as {shape}"
+        f"{m.compute_dtype}; responses end with {stop}; {len(jax.devices())} {device.platform} devices ({device.device_kind}) as {shape}"
     )

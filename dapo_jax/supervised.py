@@ -13,7 +13,7 @@ from dapo_jax.config import Config, load_config
 from dapo_jax.dapo.packing import TrainItem, build_batch, max_microbatches
 from dapo_jax.data.mixture import load_training
 from dapo_jax.data.problems import Cursor, advance
-from dapo_jax.data.prompts import make_prompts
+from dapo_jax.data.prompts import check_embedded, make_prompts
 from dapo_jax.evaluate import load_sets, not_held_out
 from dapo_jax.model.weights import check_new, save_pretrained
 from dapo_jax.policy import Policy, check_divides, describe, load_params, load_policy, merged, row_len
@@ -33,6 +33,7 @@ def solution_items(prompts: Sequence[Prompt], policy: Policy, max_response_len: 
     encoded = policy.tokenizer([p.problem.solution for p in with_solution], add_special_tokens=False)["input_ids"]
     items = []
     for prompt, ids in zip(with_solution, encoded, strict=True):
+        check_embedded(ids, policy.model.vocab_size, policy.tokenizer, f"the solution of problem {prompt.problem.id}")
         response = np.array([*ids, policy.tokenizer.eos_token_id], np.int32)
         zeros = np.zeros(len(response), np.float32)
         if len(response) <= max_response_len:
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     problems, reports = load_training(config.data)
     for report in reports:
         say(report.summary())
-    prompts, _ = make_prompts(problems, policy.tokenizer, config.data)
+    prompts, _ = make_prompts(problems, policy.tokenizer, config.data, policy.model.vocab_size)
     unseen = not_held_out(prompts, load_sets(config, policy, say), say)
     if not unseen:
         raise InputError(

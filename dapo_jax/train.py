@@ -97,7 +97,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     check_tracker(config.train.tracker, run_dir)
     policy = load_policy(config)
     problems, reports = load_training(d)
-    prompts, skipped = make_prompts(problems, policy.tokenizer, d)
+    prompts, skipped = make_prompts(problems, policy.tokenizer, d, policy.model.vocab_size)
     loaded = "; ".join(report.summary() for report in reports)
     say(f"problems: {loaded}; {len(prompts)} prompts" + "".join(f", {n} skipped: {why}" for why, n in skipped.items()))
     eval_sets = load_sets(config, policy, say)

@@ -423,18 +423,23 @@ def leading_out(folder, weight_map):
     weight_map["model.norm.weight"] = "../outside.safetensors"
 
 
-def larger_tokenizer(folder):
+def beyond_the_embedding(char):
+    """Gives a character an id that has no row in the embedding."""
+
+    def change(folder):
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text())
+        content["model"]["vocab"][char] = 300
+        path.write_text(json.dumps(content))
+
+    return change
+
+
+def placeholder(folder):
+    """A token beyond the embedding that no text holds, as Gemma 3's small models have for images."""
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens(["one", "more"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(folder)
-
-
-def gap_in_ids(folder):
-    """As many tokens as the embedding has rows, but one of them with an id beyond."""
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    content["model"]["vocab"]["!"] = 300
-    path.write_text(json.dumps(content))
 
 
 def template(text):
@@ -445,7 +450,7 @@ NORM = "model.norm.weight"
 BAD_MODELS = {
     "no folder": (shutil.rmtree, "m: no such folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "m/config.json: cannot read (No such file"),
-    "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "m: no readable tokenizer"),
+    "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "m: no tokenizer.json; give"),
     "remote code in the model": (
         lambda f: edit_json(f / "config.json", auto_map={"AutoModel": "evil.M"}),
         "config.json: auto_map: the model",
@@ -455,9 +460,11 @@ BAD_MODELS = {
         "tokenizer_config.json: auto_map: the tokenizer comes with its own code",
     ),
     "no end token": (lambda f: edit_json(f / "tokenizer_config.json", eos_token=...), "the tokenizer has no end-of-sequence token"),
-    "larger tokenizer": (larger_tokenizer, "m: tokenizer: 260 tokens do not fit an embedding of 258"),
-    "gap in the token ids": (gap_in_ids, "m: tokenizer: 301 tokens do not fit an embedding of 258"),
-    "end token beyond": (lambda f: edit_json(f / "config.json", eos_token_id=[1, 10**12]), "eos_token_id: 1000000000000 is beyond"),
+    "prompt beyond": (beyond_the_embedding("="), "token '=' (300) is beyond the model's embedding of 258 tokens"),
+    "end token beyond": (
+        lambda f: edit_json(f / "config.json", eos_token_id=[1, 10**12]),
+        "m: stop tokens: token (1000000000000) is beyond the model's embedding of 258 tokens",
+    ),
     "short context": (lambda f: edit_json(f / "config.json", max_position_embeddings=50), "exceed the model's context of 50 tokens"),
     "template that hangs": (
         template("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"),
@@ -518,8 +525,10 @@ def test_bad_weights(config, model, refused, case):
         template("{% for m in messages %}{{ m.content }}{% endfor %}"),
         template("{{ 9 ** 9 }}{{ messages[0]['content'] }}"),
         with_index(lambda f, w: None),
+        beyond_the_embedding("!"),
+        placeholder,
     ],
-    ids=["pad = EOS", "no pad", "chat template", "arithmetic in a template", "shards"],
+    ids=["pad = EOS", "no pad", "chat template", "arithmetic in a template", "shards", "a token beyond", "a placeholder beyond"],
 )
 def test_folders_that_are_odd_but_sound(config, model, tmp_path, refused, change):
     change(model)
@@ -717,7 +726,7 @@ def test_secrets_of_the_environment_stay_from_a_chat_template(monkeypatch):
         return popen(*args, **kwargs)
 
     monkeypatch.setattr(subprocess, "Popen", watched)
-    assert chat.render("{{ messages[0].content }}", {}, [[{"role": "user", "content": "a"}]]) == ["a"]
+    assert chat.render("{{ messages[0].content }}", {}, [[{"role": "user", "content": "a"}]], "2024-07-26") == ["a"]
     assert len(started) == 1 and "PATH" in started[0][1] and CANARY not in repr(started)
 
 

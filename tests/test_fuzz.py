@@ -441,7 +441,7 @@ def test_tokenizers(path, tokenizer_files, data):
     tokenizer = within(10, load_tokenizer, str(folder))
     if tokenizer is None:
         return
-    stops = within(3, stop_tokens, tokenizer, str(folder))
+    stops = within(3, stop_tokens, tokenizer, str(folder), DataSection(chat=False))
     assert stops is None or all(type(i) is int and i >= 0 for i in stops)
     problems = [Problem(text, text, "1") for text in ("a" * 40 + "!", "Find \\frac{1}{2} of é.\n")]
     found = within(10, make_prompts, problems, tokenizer, DataSection(template="{prompt}", chat=False))

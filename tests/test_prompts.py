@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import dapo_jax
@@ -23,6 +23,7 @@ from dapo_jax.data import prompts as module
 from dapo_jax.data.prompts import byte_tokenizer, decode, load_tokenizer, make_prompts, stop_tokens, without
 from dapo_jax.types import InputError, Message, Problem
 
+DATE = "2024-07-26"
 BARE = DataSection(template="{prompt}", max_prompt_len=50)
 CHATML = (
     "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"  # with a beginning-of-sequence token, as many templates
@@ -151,6 +152,81 @@ def test_unusable_tokenizer_folders(folder, how, monkeypatch):
     assert not (folder / "ran").exists()
 
 
+def byte_level_bpe():
+    """As Llama 3's, Qwen's and DeepSeek's: spaces are letters of the vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|begin|>", "<|end|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["Hello world, 12345 numbers and two  spaces."] * 3, trainer)
+    return tokenizer
+
+
+def sentencepiece_bpe():
+    """As Llama 2's and CodeQwen's: a space is ▁, and bytes are tokens of their own."""
+    special = ["<unk>", "<|begin|>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["Hello world, 12345 numbers and two  spaces."] * 3, trainer)
+    return tokenizer
+
+
+def tokenizer_folder(folder, tokenizer, **settings):
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "add_bos_token": True, "model_max_length": 8, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("kind", [byte_level_bpe, sentencepiece_bpe])
+@pytest.mark.parametrize(
+    "tokenizer_class, model_type",
+    [("LlamaTokenizerFast", "llama"), ("Qwen2Tokenizer", "qwen2"), ("GemmaTokenizer", "gemma3_text"), ("PreTrainedTokenizerFast", "qwen3")],
+)
+def test_tokens_are_those_of_tokenizer_json_whatever_class_is_named(tmp_path, kind, tokenizer_class, model_type):
+    folder = tokenizer_folder(tmp_path / "m", kind(), tokenizer_class=tokenizer_class)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    loaded, reference = load_tokenizer(str(folder)), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "Hello world,  two\n\n\tspaces of 12345. é北"
+    ids = reference.encode(text).ids
+    assert loaded(text)["input_ids"] == ids and prompt_tokens([problem(text)], loaded, DataSection(template="{prompt}")) == [ids]
+    assert decode(loaded, ids, ()) == reference.decode(ids) and loaded.get_vocab() == reference.get_vocab()
+    if kind is byte_level_bpe:
+        assert decode(loaded, ids, ()) == text
+
+
+def test_a_transformers_that_makes_other_tokens_or_texts_is_refused(tmp_path, monkeypatch):
+    """As 5.8.0 did, which lost the spaces of byte-level tokenizers of the class LlamaTokenizer."""
+    folder = tokenizer_folder(tmp_path / "m", byte_level_bpe())
+    load = PreTrainedTokenizerFast.from_pretrained
+
+    def loses(part, value):
+        def from_pretrained(*args, **kwargs):
+            tokenizer = load(*args, **kwargs)
+            setattr(tokenizer.backend_tokenizer, part, value)
+            return tokenizer
+
+        monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", from_pretrained)
+        with pytest.raises(InputError, match=f"^{folder}: transformers [0-9.]+ does not read tokenizer.json as .*: .Hello, world"):
+            load_tokenizer(str(folder))
+
+    loses("pre_tokenizer", pre_tokenizers.Metaspace())
+    loses("decoder", decoders.Fuse())
+
+
+@pytest.mark.parametrize("other", ["tokenizer.model", "vocab.json"])
+def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path, other):
+    (tmp_path / other).write_text("{}")
+    with pytest.raises(InputError, match=f"^{tmp_path}: no tokenizer.json, only {other}; make one, .*AutoTokenizer.*save_pretrained"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_loading_is_offline(folder, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("looked for something on the network"))
     assert load_tokenizer(str(folder)).eos_token_id == 1
@@ -187,11 +263,43 @@ def test_stop_tokens_are_the_union(byte_level, tmp_path, generation, model, expe
     for name, content in (("generation_config.json", generation), ("config.json", model)):
         if content is not None:
             (tmp_path / name).write_text(json.dumps(content))
-    assert stop_tokens(byte_level, str(tmp_path)) == expected
+    assert stop_tokens(byte_level, str(tmp_path), BARE) == expected
 
 
 def test_stop_tokens_without_a_folder(byte_level):
-    assert stop_tokens(byte_level, None) == (1,)
+    assert stop_tokens(byte_level, None, BARE) == (1,)
+
+
+IM = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ENDS = {  # of a turn, by chat template
+    "ChatML": (IM + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "<|im_end|>"),
+    "a header whatever is asked for": (IM + "<|im_start|>assistant\n", "<|im_end|>"),
+    "a longer token that begins alike": (IM.replace("<|im_end|>", " <|im_end|>|"), "<|im_end|>|"),
+    "text": ("{% for m in messages %}### {{ m.role }}: {{ m.content }} END {% endfor %}<|im_end|>", None),
+    "no turn of the assistant": ("{{ messages[0].content }}<|im_end|>", None),
+    "an error": ("{{ raise_exception('no') if messages|length > 1 }}", None),
+    "none": (None, None),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_the_template_s_end_of_turn_is_a_stop_token(case):
+    """As of Qwen2.5's base models, whose end-of-sequence token is another one."""
+    template, end = ENDS[case]
+    tokenizer = words_tokenizer(chat_template=template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|im_end|>|"]})
+    ends = [] if end is None else [tokenizer.convert_tokens_to_ids(end)]
+    assert stop_tokens(tokenizer, None, DataSection()) == (1, *ends)
+    assert stop_tokens(tokenizer, None, DataSection(chat=False)) == (1,)
+    for stop in ends:
+        assert decode(tokenizer, [4, 5, stop], (1, stop)) == "a b"
+
+
+def test_stop_tokens_of_the_config_are_single_tokens(byte_level):
+    assert stop_tokens(byte_level, None, BARE, ("<|pad|>", "!")) == (0, 1, 2 + ord("!"))
+    for text, count in (("ab", 2), ("", 0), ("é", 2)):
+        with pytest.raises(InputError, match=f"^rollout.stop_tokens: '{text}' is {count} tokens of this tokenizer; give texts of single"):
+            stop_tokens(byte_level, None, BARE, (text,))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +309,7 @@ def test_stop_tokens_without_a_folder(byte_level):
 def test_unusable_end_tokens(byte_level, tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match="config.json") as caught:
-        stop_tokens(byte_level, str(tmp_path))
+        stop_tokens(byte_level, str(tmp_path), BARE)
     assert "\n" not in str(caught.value)
 
 
@@ -285,6 +393,17 @@ def test_long_and_empty_prompts_are_left_out_and_counted(byte_level):
     assert make_prompts([problem("\u3000"), problem("a")], bare_words, BARE)[1] == {"no tokens": 1}
 
 
+def test_a_token_beyond_the_embedding_is_refused_where_a_prompt_holds_it():
+    """Gemma 3's small models have one that no text holds; the tokenizer of another model has many."""
+    byte_level = byte_tokenizer()
+    byte_level.add_tokens(["<image>"])
+    assert len(make_prompts([problem("image")], byte_level, BARE, 258)[0]) == 1
+    with pytest.raises(
+        InputError, match=r"^the prompt of problem an <image>: token '<image>' \(258\) is beyond .* embedding of 258 tokens; "
+    ):
+        make_prompts([problem("a"), problem("an <image>")], byte_level, BARE, 258)
+
+
 def test_order_is_kept_across_batches(byte_level, monkeypatch):
     monkeypatch.setattr(module, "_BATCH", 3)
     texts = [f"{i}" * (1 + i % 4) for i in range(20)]
@@ -349,7 +468,17 @@ def test_the_deadline_is_for_each_conversation(monkeypatch):
     monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
     slow = "{% for i in range(900) %}{% for j in range(2000) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
     texts = [str(n) for n in range(20)]
-    assert chat.render(slow, {}, [[{"role": "user", "content": text}] for text in texts]) == texts
+    assert chat.render(slow, {}, [[{"role": "user", "content": text}] for text in texts], DATE) == texts
+
+
+def test_a_template_that_writes_the_date_is_given_the_config_s():
+    """As Llama 3.2's does: a run that goes on tomorrow has the same prompts."""
+    tokenizer = words_tokenizer(chat_template="{% if strftime_now is defined %}{{ strftime_now('[ %d %b %Y ]') }}{% endif %}")
+    tokenizer.add_tokens(["26", "Jul", "2024", "01", "Mar", "2031"])
+    found = [
+        tokenizer.decode(t) for d in ({}, {"chat_date": "2031-03-01"}) for t in prompt_tokens([problem("a")], tokenizer, DataSection(**d))
+    ]
+    assert found == ["[ 26 Jul 2024 ]", "[ 01 Mar 2031 ]"]
 
 
 REAL_TEMPLATES = [
@@ -368,7 +497,7 @@ def test_texts_are_those_of_transformers(template):
         [{"role": "user", "content": "a b"}],
         [{"role": "system", "content": ""}, {"role": "user", "content": " é\u2028\U0001f600 <b> {{ 1 }} \n"}],
     ]
-    found = chat.render(template, tokenizer.special_tokens_map, conversations)
+    found = chat.render(template, tokenizer.special_tokens_map, conversations, DATE)
     assert found == [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in conversations]
 
 
@@ -383,7 +512,7 @@ def answers(process):
     print(process.pid, flush=True)  # it has started
     yield from heard
 chat._answers, chat.DEADLINE_S = answers, 1.0
-chat.render({HOLDING!r}, {{}}, [[{{"role": "user", "content": "a"}}]])
+chat.render({HOLDING!r}, {{}}, [[{{"role": "user", "content": "a"}}]], {DATE!r})
 """
     root = Path(dapo_jax.__file__).parent.parent
     with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as caller:

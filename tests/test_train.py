@@ -300,7 +300,7 @@ BAD = {
     "slots over devices": (("rollout.decode_slots=30",), "rollout.decode_slots: 30 does not divide"),
     "mesh": (("mesh.fsdp=3",), "mesh: data 1 x fsdp 3 x tensor 1 does not cover 8 devices"),
     "every prompt too long": (("data.max_prompt_len=1",), "longer than 1 tokens"),
-    "tokenizer beyond the embedding": (("model.architecture.vocab_size=100",), "258 tokens do not fit an embedding of 100"),
+    "tokenizer beyond the embedding": (("model.architecture.vocab_size=50",), "is beyond the model's embedding of 50 tokens"),
     "reward module missing": (("reward.function=gone:f", "reward.allowed_modules=[gone]"), "gone"),
     "reward raises": (("reward.function=reward_functions:raises",), "answers got no verdict"),
     "reward is nonsense": (("reward.function=reward_functions:nonsense",), "answers got no verdict"),

@@ -6,6 +6,7 @@ of a few harmless variables, a memory limit and a deadline for every conversatio
 """
 
 import contextlib
+import datetime
 import json
 import os
 import resource
@@ -33,15 +34,26 @@ class TemplateError(Exception):
     """Why a template gave no text; half a sentence."""
 
 
-def render(template: str, variables: Mapping[str, Any], conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
-    """Each conversation through a chat template, up to where the assistant answers. variables: JSON-able, as the special tokens are.
+def render(
+    template: str,
+    variables: Mapping[str, Any],
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    date: str,
+    *,
+    add_generation_prompt: bool = True,
+) -> list[str]:
+    """Each conversation through a chat template, with the header of the assistant's turn at the end unless told otherwise.
+
+    Args:
+      variables: JSON-able, as the special tokens are.
+      date: YYYY-MM-DD, what the template takes for today: the clock would make another prompt of the same problem every day.
 
     Raises TemplateError if the template fails, or takes too much time, memory or text for a conversation.
     """
     if not conversations:
         return []
     with tempfile.TemporaryFile() as orders:
-        for order in ([template, dict(variables), DEADLINE_S], *conversations):
+        for order in ([template, dict(variables), DEADLINE_S, date, add_generation_prompt], *conversations):
             orders.write(json.dumps(order).encode() + b"\n")
         orders.seek(0)
         with subprocess.Popen(
@@ -92,17 +104,26 @@ def work() -> None:
         os.dup2(nothing.fileno(), 1)  # whatever a library may print
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the caller's disposition and mask are inherited
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
         with contextlib.suppress(ValueError, OSError):  # where there is no /proc, or a lower limit already
             limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + _MEMORY_BYTES
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
         _say(out, b"ready")
-        template, variables, deadline_s = json.loads(sys.stdin.buffer.readline())
+        template, variables, deadline_s, date, add_generation_prompt = json.loads(sys.stdin.buffer.readline())
+
+        class FixedDate(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls.fromisoformat(date)
+
+        chat_template_utils.datetime = FixedDate  # type: ignore[misc]  # of strftime_now
         for line in sys.stdin.buffer:
             signal.setitimer(signal.ITIMER_REAL, deadline_s + _ALARM_S)  # the caller decides; this is for one that is gone
             try:
-                texts: Any = render_jinja_template([json.loads(line)], chat_template=template, add_generation_prompt=True, **variables)[0]
+                texts: Any = chat_template_utils.render_jinja_template(
+                    [json.loads(line)], chat_template=template, add_generation_prompt=add_generation_prompt, **variables
+                )[0]
                 text = texts[0]
                 if len(text) > MAX_CHARS:
                     raise ValueError(f"a text of {len(text):,} characters")

@@ -19,7 +19,9 @@ if typing.TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _PAD, _END = "<|pad|>", "<|end|>"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files that may hold one
+_OTHER_FORMS = ("tokenizer.model", "vocab.json", "tekken.json")  # of a tokenizer, from which a tokenizer.json can be made
+_CHECKED = ("Hello, world! Don't", "  two\n\n\tindented  lines ", "12345 + 6.78 = \\frac{1}{2}", "naïve 北京 привет 😀", "f(x)=x**2;\r\n}")
+_ANSWER = "FORTYTWO"  # what the assistant says where the end of its turn is looked for
 _BATCH = 1024  # texts tokenised at a time
 
 
@@ -57,7 +59,10 @@ def _byte_characters() -> list[str]:
 
 
 def load_tokenizer(folder: str | None) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a Hugging Face model folder, or the byte-level one for None. Runs no code of the folder, downloads nothing.
+    """The tokenizer.json of a model folder, or the byte-level tokenizer for None. Runs no code of the folder, downloads nothing.
+
+    Texts become the tokens that the `tokenizers` library reads from tokenizer.json. The class that tokenizer_config.json names is not
+    used: classes of transformers rebuild the tokenizer from parts of the file, in their own way.
 
     Raises InputError if there is no usable tokenizer, or if it names no end-of-sequence token.
     """
@@ -65,21 +70,50 @@ def load_tokenizer(folder: str | None) -> "PreTrainedTokenizerFast":
         return byte_tokenizer()
     if not Path(folder).is_dir():  # anything else would be taken for the name of a model on the Hub
         raise InputError(f"{folder}: no such folder; give a Hugging Face model folder")
-    if not any(Path(folder, name).is_file() for name in _TOKENIZERS):  # for want of them, transformers makes an empty one
-        raise InputError(f"{folder}: no readable tokenizer (none of {', '.join(_TOKENIZERS)}); give a folder with a tokenizer.json")
+    if not Path(folder, "tokenizer.json").is_file():
+        other = next((name for name in _OTHER_FORMS if Path(folder, name).is_file()), None)
+        if other is None:
+            raise InputError(f"{folder}: no tokenizer.json; give a complete Hugging Face model folder")
+        code = f'from transformers import AutoTokenizer as T; T.from_pretrained("{folder}").save_pretrained("{folder}")'
+        raise InputError(
+            f"{folder}: no tokenizer.json, only {other}; make one, where transformers, sentencepiece and tiktoken are installed: "
+            f"python -c '{code}'"
+        )
     settings = Path(folder, "tokenizer_config.json")
-    if settings.exists() and _json_object(settings).get("auto_map"):  # transformers would take some other tokenizer instead
+    if settings.exists() and _json_object(settings).get("auto_map"):
         raise InputError(f"{settings}: auto_map: the tokenizer comes with its own code, which is never run; use one without auto_map")
     try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = _transformers().PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        changed = _changed_text(tokenizer, str(Path(folder, "tokenizer.json")))
     except BaseException as e:  # the many kinds that damaged or missing files raise
         if not isinstance(e, Exception) and not _is_panic(e):
             raise
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         raise InputError(f"{folder}: no readable tokenizer ({reason}); give a folder with a tokenizer.json") from None
+    if changed is not None:
+        version = _transformers().__version__
+        raise InputError(
+            f"{folder}: transformers {version} does not read tokenizer.json as the tokenizers library does: {changed!r} becomes other "
+            "tokens or another text; install another version of transformers (requirements.txt)"
+        )
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     return tokenizer
+
+
+def _changed_text(tokenizer: "PreTrainedTokenizerFast", file: str) -> str | None:
+    """The first of a few texts that the tokenizer encodes or decodes otherwise than the `tokenizers` library does by its file."""
+    from tokenizers import Tokenizer
+
+    reference = Tokenizer.from_file(file)
+    reference.no_truncation()
+    reference.no_padding()
+    for text in _CHECKED:
+        ids = reference.encode(text).ids
+        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if tokenizer(text)["input_ids"] != ids or decoded != reference.decode(ids, skip_special_tokens=False):
+            return text
+    return None
 
 
 def _is_panic(error: BaseException) -> bool:
@@ -87,10 +121,15 @@ def _is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def stop_tokens(tokenizer: "PreTrainedTokenizerFast", folder: str | None) -> tuple[int, ...]:
-    """Tokens that end a response, sorted: `eos_token_id` of the tokenizer, and of generation_config.json and config.json in `folder`.
+def stop_tokens(
+    tokenizer: "PreTrainedTokenizerFast", folder: str | None, section: DataSection, more: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Tokens that end a response, sorted.
 
-    Raises InputError if one of the files cannot be read, or holds something else there.
+    These are `eos_token_id` of the tokenizer, and of generation_config.json and config.json in `folder`; with `section.chat` the token
+    by which the chat template ends a turn of the assistant; and `more`, by their texts.
+
+    Raises InputError if one of the files cannot be read or holds something else there, or if one of `more` is not a single token.
     """
     stops = {tokenizer.eos_token_id}
     for path in [Path(folder, name) for name in ("generation_config.json", "config.json")] if folder else []:
@@ -101,7 +140,27 @@ def stop_tokens(tokenizer: "PreTrainedTokenizerFast", folder: str | None) -> tup
         if not all(type(i) is int and i >= 0 for i in ids):
             raise InputError(f"{path}: eos_token_id: expected a token or a list of tokens, got {repr(eos)[:60]}; correct the value")
         stops |= set(ids)
+    if section.chat and tokenizer.chat_template and (end := _end_of_turn(tokenizer, section.chat_date)) is not None:
+        stops.add(end)
+    for text in more:
+        ids = list(next(_tokenise(tokenizer, [text], add_special_tokens=False)))
+        if len(ids) != 1:
+            raise InputError(f"rollout.stop_tokens: {text!r} is {len(ids)} tokens of this tokenizer; give texts of single tokens")
+        stops.add(ids[0])
     return tuple(sorted(stops))
+
+
+def _end_of_turn(tokenizer: "PreTrainedTokenizerFast", date: str) -> int | None:
+    """The token that the chat template writes after what the assistant says; None if it writes text there, or fails."""
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        [text] = chat.render(tokenizer.get_chat_template(), tokenizer.special_tokens_map, [turns], date, add_generation_prompt=False)
+    except (chat.TemplateError, ValueError, OSError):  # what `_render` raises for prompts says why
+        return None
+    said, _, following = text.rpartition(_ANSWER)
+    ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content}
+    found = [content for content in ids if said and following.lstrip().startswith(content)]
+    return ids[max(found, key=len)] if found else None
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -128,14 +187,15 @@ def decode(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[int] | np.ndar
 
 
 def make_prompts(
-    problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast", section: DataSection
+    problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast", section: DataSection, vocab_size: int | None = None
 ) -> tuple[list[Prompt], Mapping[str, int]]:
     """Problems as token sequences, in order, and how many were left out for which reason.
 
     A plain-text problem is put into `section.template`; with `section.chat` it then becomes one user turn of the tokenizer's chat
     template, if there is one. Chat turns go through the chat template as they are, or are joined by blank lines. Problems that
     contain a control token of the tokenizer, and prompts longer than `section.max_prompt_len`, are left out.
-    Raises InputError if the chat template fails or hangs, the tokenizer breaks down, or no prompt is left.
+    Raises InputError if the chat template fails or hangs, the tokenizer breaks down, no prompt is left, or one has a token from
+    `vocab_size` on.
     """
     clean = _without_control_tokens(problems, tokenizer)
     prompts = []
@@ -147,6 +207,7 @@ def make_prompts(
             left_out["no tokens"] += 1
         else:
             prompts.append(Prompt(problem, np.array(tokens, np.int32)))
+            check_embedded(tokens, vocab_size, tokenizer, f"the prompt of problem {problem.id}")
     counts = {reason: count for reason, count in left_out.items() if count}
     if not prompts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "no problems"
@@ -159,6 +220,16 @@ def prompt_lengths(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerF
     clean = _without_control_tokens(problems, tokenizer)
     lengths = np.fromiter(map(len, _rendered(clean, tokenizer, section)), np.int64, len(clean))
     return lengths, len(problems) - len(clean)
+
+
+def check_embedded(tokens: Sequence[int], vocab_size: int | None, tokenizer: "PreTrainedTokenizerFast", where: str) -> None:
+    """Raises InputError if one of the tokens has no row in the model's embedding, as the image placeholder of Gemma 3's small models."""
+    if vocab_size is not None and (most := max(tokens, default=0)) >= vocab_size:
+        name = next((f" {text!r}" for text, i in tokenizer.get_vocab().items() if i == most), "")
+        raise InputError(
+            f"{where}: token{name} ({most}) is beyond the model's embedding of {vocab_size} tokens; use the model's own tokenizer, and "
+            "texts without this token"
+        )
 
 
 def without(prompts: Sequence[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:
@@ -176,7 +247,11 @@ def _rendered(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast",
     """Each problem through template, chat template and tokenizer."""
     conversations = [_conversation(p, section.template) for p in problems]
     as_chat = section.chat and bool(tokenizer.chat_template)
-    texts = _render(tokenizer, conversations) if as_chat else ["\n\n".join(turn["content"] for turn in c) for c in conversations]
+    texts = (
+        _render(tokenizer, conversations, section.chat_date)
+        if as_chat
+        else ["\n\n".join(turn["content"] for turn in c) for c in conversations]
+    )
     return _tokenise(tokenizer, texts, add_special_tokens=not as_chat)
 
 
@@ -209,10 +284,10 @@ def _tokenise(tokenizer: "PreTrainedTokenizerFast", texts: list[str], *, add_spe
             yield tokens[:-1] if ends else tokens  # an end token would ask for a new text, not for an answer
 
 
-def _render(tokenizer: "PreTrainedTokenizerFast", conversations: list[list[dict[str, str]]]) -> list[str]:
+def _render(tokenizer: "PreTrainedTokenizerFast", conversations: list[list[dict[str, str]]], date: str) -> list[str]:
     """Conversations through the chat template, up to where the assistant answers."""
     try:
-        return chat.render(tokenizer.get_chat_template(), tokenizer.special_tokens_map, conversations)
+        return chat.render(tokenizer.get_chat_template(), tokenizer.special_tokens_map, conversations, date)
     except (chat.TemplateError, ValueError, OSError) as e:  # several templates and none the default; no process to be had
         reason = " ".join(str(e).split())[:200]
         where = f"chat template of {tokenizer.name_or_path or 'the tokenizer'}"
