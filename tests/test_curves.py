@@ -47,11 +47,23 @@ def drawn(lines) -> dict[str, np.ndarray]:
 def test_lines_show_the_numbers():
     lines = records(10)
     got = drawn(lines)
-    np.testing.assert_allclose(got["aime (held out)"], [[0, 5, 10], [25, 50, 50]])
-    shown = (("score + penalty", "reward/mean", 1), ("kept", "filter/kept_fraction", 100), ("KL (nats)", "policy/approx_kl", 1))
+    np.testing.assert_allclose(got["held-out: aime"], [[0, 5, 10], [25, 50, 50]])
+    shown = (
+        ("score + penalty", "reward/mean", 1),
+        ("informative (kept)", "filter/kept_fraction", 100),
+        ("KL (nats, right)", "policy/approx_kl", 1),
+    )
     for label, key, factor in shown:
         np.testing.assert_allclose(got[label], [range(1, 11), [factor * line[key] for line in lines[1:]]])
     assert len(got) == 13
+
+
+def test_every_panel_names_its_steps_and_shares_do_not_share_an_axis_with_nats():
+    figure = curves._draw(records(10), "title")
+    assert [axes.get_xlabel() for axes in figure.axes[:6]] == ["rollout step"] * 6
+    by_label = {line.get_label(): axes for axes in figure.axes for line in axes.lines}
+    assert by_label["KL (nats, right)"] is not by_label["clipped high"] is by_label["clipped low"]
+    assert by_label["truncated (%, right)"] is not by_label["mean length"]
 
 
 def test_standard_error_band():
