@@ -4,6 +4,7 @@
     python -m dapo_jax.benchmark rollout      sampling through the rollout engine
     python -m dapo_jax.benchmark draw         the sampling of a DAPO step: streaming, and generating all to filter it
     python -m dapo_jax.benchmark update       one optimizer update on packed rows
+    python -m dapo_jax.benchmark host         what a process does in a step beside its devices, without a model
 
 Each prints a table, and one JSON object as its last line. Rates and `seconds` are of the best call; `cpu_seconds` is processor
 time, steadier where a CPU is shared (host work only where there is an accelerator). Quote ratios within one run.
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 
 from dapo_jax.benchmark.draw import benchmark_draw
+from dapo_jax.benchmark.host import benchmark_host
 from dapo_jax.benchmark.loss import benchmark_loss
 from dapo_jax.benchmark.measure import Sizes
 from dapo_jax.benchmark.rollout import benchmark_rollout
@@ -56,13 +58,15 @@ _ROLLOUT |= {"--median": "of log-normal lengths, before they are cut", "--top-k"
 _DRAW = {"--slots": "sequences decoded at a time", "--groups": "informative groups wanted", "--group": "responses of a group", **_LENGTHS}
 _DRAW |= {"--median": "of log-normal lengths, before they are cut", **_MODEL}
 _UPDATE = {"--rows": "rows of a micro-batch", "--row-len": "tokens of a row", "--responses": "responses in the update"} | _LENGTHS | _MODEL
+_HOST = {"--processes": "in the job", "--responses": "of the step; half of them are packed", "--group": "responses of a group"}
+_HOST |= {"--slots": "sequences decoded at a time", **_LENGTHS, "--median": "of log-normal lengths, before they are cut"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one benchmark. Its JSON is the last line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.benchmark", description=__doc__, formatter_class=raw)
-    verbs = parser.add_subparsers(dest="what", required=True, metavar="loss|rollout|draw|update")
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="loss|rollout|draw|update|host")
 
     def verb(run: Callable[[Sizes], dict[str, Any]], flags: dict[str, str], *defaults: int) -> argparse.ArgumentParser:
         name = run.__name__.removeprefix("benchmark_")
@@ -100,6 +104,13 @@ def main(argv: list[str] | None = None) -> int:
     update = verb(benchmark_update, _UPDATE, 8, 512, 8, 128, 384, 4, 256, 4, 2, 64, 1024, 32000, 3)
     text = "of responses: all the longest, or log-normal with a median of a sixth of it (default equal)"
     update.add_argument("--lengths", choices=("equal", "lognormal"), default="equal", help=text)
+    host = verbs.add_parser("host", help=benchmark_host.__doc__, description=benchmark_host.__doc__)
+    for (flag, text), default in zip(_HOST.items(), (32, 16384, 16, 1408, 256, 20480, 3300), strict=True):
+        kind = functools.partial(_number, flag, int, 1)
+        host.add_argument(flag, type=kind, default=default, metavar="N", help=f"{text} (default {default})")
+    fraction(host, "--sigma", "of the logarithm of the lengths")
+    host.add_argument("--tokenizer", metavar="FOLDER", help="of a Hugging Face model (default bytes)")
+    host.set_defaults(run=benchmark_host)
     args = parser.parse_args(argv)
     try:
         print(json.dumps(args.run(args)))
