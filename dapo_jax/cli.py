@@ -4,12 +4,14 @@ import importlib
 import signal
 import sys
 import traceback
+import typing
 from collections.abc import Callable
 
 from dapo_jax import __version__
 from dapo_jax.config import printable
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.folder import reason
+from dapo_jax.runtime.guard import signals_end
 from dapo_jax.types import InputError, NoCheckpointError, RunError, Stopped
 
 VERBS = {
@@ -29,6 +31,11 @@ VERBS = {
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:
     """Runs a verb and exits: 0 done, 1 the run cannot go on, 2 bad input in one line, 3 no usable checkpoint, 128 + n on signal n."""
+    with signals_end():
+        _run(main, argv)
+
+
+def _run(main: Callable[[list[str] | None], int], argv: list[str] | None) -> typing.NoReturn:
     try:
         status = main(argv)
     except InputError as e:
@@ -40,8 +47,8 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     except Stopped as e:
         _say(e, 0)
         sys.exit(128 + e.number)  # all processes leave together
-    except KeyboardInterrupt:
-        status = _say("interrupted", 128 + signal.SIGINT)
+    except KeyboardInterrupt as e:
+        status = _say(str(e) or "interrupted", 128 + getattr(e, "number", signal.SIGINT))
     except BrokenPipeError:  # `| head` closed our output
         sys.stderr.close()
         status = 0

@@ -1,7 +1,10 @@
 """The console script, `--help` of every verb, and exit statuses."""
 
 import importlib
+import os
+import signal
 import sys
+import time
 
 import jax
 import pytest
@@ -35,6 +38,22 @@ def raising(error):
 def test_errors_are_one_line_and_a_status(capsys, error, status, said):
     assert status_of(raising(error)) == status
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_there_is_anything_to_save_is_one_line_and_a_status(capsys, number):
+    before, removed = signal.getsignal(number), []
+
+    def main(argv):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            removed.append("what was half written")
+
+    assert status_of(main) == 128 + number and removed
+    assert capsys.readouterr().err == f"dapo_jax: interrupted by {number.name}\n"
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,8 @@ with Guard(float(sys.argv[1])) as guard:
 def test_a_guard_leaves_signals_as_they_were():
     before = signal.getsignal(signal.SIGTERM)
     with Guard(None) as guard:
+        assert signal.getsignal(signal.SIGTERM) == before  # there is nothing to save yet
+        guard.reach("step")
         assert signal.getsignal(signal.SIGTERM) != before
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped) as stopped:

@@ -147,14 +147,39 @@ def test_chips_that_another_process_holds_are_named(devices, said, monkeypatch):
     assert "tpu_scripts/stop" in str(e.value) and "\n" not in str(e.value)
 
 
-def test_a_process_that_waits_for_the_others_says_so(tmp_path):
-    """Started alone: the mistake of starting a pod's job on one host only."""
-    script = "from dapo_jax.runtime import multihost; multihost._WAIT_S = 0.5; multihost.initialize()"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
-    env |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "PYTHONPATH": str(Path(dapo_jax.__file__).parents[1])}
-    with subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True) as process:
-        assert "the same command has to run on every host at a time" in process.stderr.readline()
-        process.kill()
+def test_a_signal_ends_a_process_that_starts_up(tmp_path):
+    """One waits for the others, and says so: started alone, the mistake of starting a pod's job on one host only. One has joined, is a job
+    of its own, and loads something for long."""
+    script = """
+import sys, time
+from dapo_jax import cli
+from dapo_jax.runtime import multihost
+
+def main(argv):
+    multihost._WAIT_S = 0.5
+    multihost.initialize()
+    print("joined", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+cli.run(main, [])
+"""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PROCESS_ID": "0", "PYTHONPATH": str(Path(dapo_jax.__file__).parents[1])}
+
+    def start(processes):
+        more = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
+        return subprocess.Popen([sys.executable, "-c", script], env=env | more, stderr=subprocess.PIPE, text=True)
+
+    with start(2) as waiting, start(1) as joined:
+        assert "the same command has to run on every host at a time" in waiting.stderr.readline()
+        assert joined.stderr.readline() == "joined\n"
+        for process in (waiting, joined):
+            process.terminate()
+        try:
+            assert [process.wait(timeout=20) for process in (waiting, joined)] == [143, 143]
+        finally:
+            for process in (waiting, joined):
+                process.kill()
+        assert joined.stderr.read().endswith(": interrupted by SIGTERM\n")
 
 
 def two_processes(monkeypatch, first: dict):

@@ -5,15 +5,19 @@
 * a signal that any process has received stops all of them, at the same place, by raising Stopped;
 * the watchdog hears that the run moves. If it hears nothing for too long, it prints every thread's stack and ends the process,
   for a host that sleeps or is gone leaves the others waiting in a collective, without any error.
+
+Before the first such place there is nothing to save: there, a signal ends the process at once (`signals_end`).
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -28,12 +32,60 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STDERR = 2  # the file descriptor: sys.stderr may be replaced
 _LOOK_S = 0.2  # between looks for a signal while the run waits
 _GRACE_S = 10.0  # beyond the time-out, when the interpreter itself is stuck and cannot say what
+_UNWIND_S = 3.0  # from a signal that ends the process to the end of it
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came while nothing could be saved. Exit status 128 + its number. No Exception, so that nobody takes it for an error."""
+
+    def __init__(self, number: int):
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
+
+
+@contextlib.contextmanager
+def signals_end() -> Iterator[None]:
+    """While inside, and until a Guard has its first place, SIGTERM or SIGINT raises Interrupted in the main thread.
+
+    That thread may be in C++ code that returns late: waiting for other processes, compiling. The process then ends after `_UNWIND_S`.
+    """
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python sets no handlers
+        yield
+        return
+    heard: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if heard:
+            os._exit(128 + number)
+        heard.append(number)
+        raise Interrupted(number)
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):  # closed: the verb has ended
+            while number := awake.recv(1):
+                if signal.getsignal(number[0]) is interrupt:
+                    time.sleep(_UNWIND_S)
+                    os._exit(128 + number[0])
+
+    awake, wake = socket.socketpair()
+    wake.setblocking(False)
+    with awake, wake:
+        before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+        descriptor = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=watch, name="signals", daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(descriptor)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class Guard:
     """Context manager around a run. To be made and used in the main thread, on every process alike.
 
-    stall_timeout_s: seconds without a `reach` that end the process with status 1; None never does. Starts with the first `reach`.
+    stall_timeout_s: seconds without a `reach` that end the process with status 1; None never does. Starts with the first `reach`, as
+    does the heeding of signals.
 
     Attributes:
       doing: what the run is at, for the watchdog's message. asked: the signal that this process has received, or 0.
@@ -48,8 +100,6 @@ class Guard:
         self._fault = faults.from_environment(jax.process_index())
 
     def __enter__(self) -> "Guard":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
-            self._before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
         if self._timeout is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
@@ -62,6 +112,8 @@ class Guard:
 
     def reach(self, place: str) -> None:
         """The run has come to a place where it may be left. Raises Stopped, on every process, if any has been asked to stop."""
+        if self._moved is None and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
         self._moved = time.monotonic()
         if self._timeout is not None:
             faulthandler.dump_traceback_later(self._timeout + _GRACE_S, exit=True, file=_STDERR)

@@ -63,6 +63,7 @@ def initialize() -> None:
 
 
 def _join() -> None:
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and tell nobody; `guard` heeds it
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         count, index = (_environment_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         if not index < count:
