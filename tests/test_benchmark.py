@@ -121,6 +121,16 @@ def test_draw():
     assert positive(*(mode[key] for mode in (batches, streaming) for key in ("kept_tokens_per_s", "seconds", "cpu_seconds")))
 
 
+def test_host():
+    """Every response is fetched, a quarter of them (rounded up in each segment) are decoded and judged; half of the groups are packed."""
+    sizes = "--processes 4 --responses 64 --group 4 --slots 16 --prompt-len 4 --max-response-len 200 --median 30"
+    lines, result = run(f"host {sizes}")
+    parts, segments = result["parts"], result["segments"]
+    assert list(parts) == ["fetch", "decode", "judge", "group", "pack"] and len(lines) == 7
+    assert 64 < result["tokens"] <= 64 * 200 and parts["judge"]["calls"] == segments and parts["pack"]["calls"] == 2
+    assert all(positive(part["seconds"]) for part in parts.values()) and positive(result["peak_bytes"])
+
+
 def test_padded_rows_hold_the_items_one_by_one():
     sizes = argparse.Namespace(responses=5, prompt_len=4, max_response_len=12, vocab=64, lengths="lognormal")
     items = train_items(sizes)
@@ -180,7 +190,7 @@ def test_bad_sizes_exit_with_2():
     assert done.stderr.splitlines() == ["dapo_jax: --layers: expected a whole number from 1 to 2147483647, got '0'; correct it"]
 
 
-@pytest.mark.parametrize("verb", ["loss", "rollout", "draw", "update"])
+@pytest.mark.parametrize("verb", ["loss", "rollout", "draw", "update", "host"])
 def test_help_gives_every_default(verb, capsys):
     with pytest.raises(SystemExit) as e:
         main([verb, "--help"])

@@ -20,7 +20,7 @@ from dapo_jax.benchmark.measure import Sizes, device, report
 from dapo_jax.config import Config, DapoSection, ModelConfig, RewardSection, RolloutSection, TrainSection
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor
-from dapo_jax.data.prompts import load_tokenizer, stop_tokens
+from dapo_jax.data.prompts import load_tokenizer
 from dapo_jax.policy import Policy
 from dapo_jax.reward.pool import RewardPool
 from dapo_jax.rollout.engine import Engine, Programs
@@ -31,6 +31,7 @@ from dapo_jax.runtime.metrics import process_memory
 from dapo_jax.train import minibatches
 from dapo_jax.types import Problem, Prompt, Request
 
+_PARTS = ("fetch", "decode", "judge", "group", "pack")
 _UPDATE = 512  # responses of a mini-batch
 _ROWS = 32  # of a micro-batch
 
@@ -89,7 +90,7 @@ class _Clock:
     """Wall and processor seconds of functions, and how often they were called."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0, "cpu_seconds": 0.0, "calls": 0})
+        self.parts = {part: {"seconds": 0.0, "cpu_seconds": 0.0, "calls": 0} for part in _PARTS}
 
     def __call__(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -108,7 +109,7 @@ def benchmark_host(sizes: Sizes) -> dict[str, Any]:
     responses from the device, decodes and judges (strict) its share of them, puts them into groups, and packs half of the groups into
     mini-batches of 512 responses. `group` is all that sampling does on the host but the first three."""
     tokenizer = load_tokenizer(sizes.tokenizer)
-    stop = stop_tokens(tokenizer, sizes.tokenizer)
+    stop = (tokenizer.eos_token_id,)
     ids = np.setdiff1d(sorted(tokenizer.get_vocab().values()), [*tokenizer.all_special_ids, *stop])
     model = ModelConfig("llama", int(ids.max()) + 1, 2, 1, 1, 1, 2, 2)
     groups, clock = sizes.responses // sizes.group, _Clock()
@@ -157,5 +158,5 @@ def benchmark_host(sizes: Sizes) -> dict[str, Any]:
         pass
     total = {key: sum(part[key] for part in clock.parts.values()) for key in ("seconds", "cpu_seconds")}
     table = [{"part": name, **part} for name, part in clock.parts.items()]
-    result = {"parts": dict(clock.parts), "tokens": drawn.tokens, "segments": stream.segment, **total, "peak_bytes": process_memory("VmHWM")}
-    return report(sizes, table, result, device())
+    counts = {"tokens": drawn.tokens, "segments": stream.segment, "peak_bytes": process_memory("VmHWM")}
+    return report(sizes, table, {"parts": clock.parts, **total, **counts}, device())
