@@ -237,7 +237,7 @@ BAD_DATA = {
     "empty": (rows(), "d.jsonl: 0 problems from 0 rows; give rows with a `prompt` and an `answer`"),
     "no good row": (
         rows({"text": "a"}, b"{", b"\xff"),
-        "1 skipped: no prompt (row 1), 1 skipped: not JSON (row 2), 1 skipped: not UTF-8 (row 3)",
+        "1 skipped: no prompt (row 1: columns text), 1 skipped: not JSON (row 2), 1 skipped: not UTF-8 (row 3)",
     ),
     "conflicts alone": (rows({"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}), "1 conflicting prompts dropped"),
     "too long": (rows({"prompt": "x" * 17, "answer": 1}), "no usable prompt (1 longer than 16 tokens); raise data.max_prompt_len"),
@@ -287,7 +287,7 @@ def test_bad_rows_are_counted_and_the_run_goes_on(config, tmp_path, refused):
     said, out = refused(train, *train_args(config, tmp_path / "run", f"data.train={path}", NO_MESH))
     assert ACCEPTED in said
     assert "d.jsonl: 12 problems from 23 rows (2 duplicates, 1 conflicting prompts dropped, " in out
-    assert "3 skipped: no answer (row 2), 2 skipped: no prompt (row 4), 1 skipped: answer over 1000 characters (row 7)" in out
+    assert "3 skipped: no answer (row 2: columns prompt), 2 skipped: no prompt (row 4: columns answer), 1 skipped: answer over" in out
     assert "1 skipped: prompt is not valid Unicode (row 8), 1 skipped: not JSON (row 23))" in out
     assert "9 prompts, 1 skipped: control tokens, 2 skipped: longer than 16 tokens" in out
 
@@ -333,10 +333,10 @@ def test_warm_up_without_solutions(config, tmp_path, refused):
 def test_a_file_that_changes_while_it_is_read(config, tmp_path, monkeypatch, refused):
     path, parse = write_rows(tmp_path / "d.jsonl", GOOD), problems._problem_from_line
 
-    def parse_while_another_program_writes(line, columns):
+    def parse_while_another_program_writes(line, columns, notes):
         with path.open("ab") as stream:
             stream.write(b"\n")
-        return parse(line, columns)
+        return parse(line, columns, notes)
 
     monkeypatch.setattr(problems, "_problem_from_line", parse_while_another_program_writes)
     assert "changed while it was read" in refused(train, *train_args(config, tmp_path / "run", f"data.train={path}"), unchanged=False)[0]

@@ -59,7 +59,8 @@ def test_the_counts_of_a_file(capsys):
             "duplicates": 2,
             "conflicts": 1,
             "in_earlier_sets": 0,
-            "skipped": {"no answer": {"count": 1, "first_row": 6}},
+            "skipped": {"no answer": {"count": 1, "first_row": 6, "columns": ["question"]}},
+            "normalized": {},
             "with_solution": 1,
         }
     }
@@ -69,7 +70,7 @@ def test_the_counts_of_a_file(capsys):
         "  problems                  4",
         "  duplicates                2  rows whose prompt an earlier row has",
         "  conflicts                 1  prompts with different answers, left out",
-        "  skipped                   1  no answer (first in row 6)",
+        "  skipped                   1  no answer (first in row 6: columns question)",
         "  with a solution           1  25.0% of the problems",
     ]
 
@@ -113,13 +114,13 @@ def test_percentiles_and_histogram_against_a_naive_count(lengths, limit):
 
 def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
     assert verb("prepare", "--source", "a.jsonl", "--test", "b.jsonl", "--columns", "prompt=q", "--out", "out") == 2
-    assert "a.jsonl: 0 problems from 8 rows (8 skipped: no prompt (column q) (row 1))" in capsys.readouterr().err
+    assert "a.jsonl: 0 problems from 8 rows (8 skipped: no prompt (column q) (row 1: columns question, answer))" in capsys.readouterr().err
     assert not Path("out").exists()
     Path("b.jsonl").write_text('{"question": "7+7?", "answer": "14"}\n')
     assert verb("prepare", "--source", "a.jsonl", "--test", "b.jsonl", "--out", "out", "--name", "sums") == 0
     out = capsys.readouterr().out.splitlines()
     assert out == [
-        "a.jsonl: 4 problems from 8 rows (2 duplicates, 1 conflicting prompts dropped, 1 skipped: no answer (row 6))",
+        "a.jsonl: 4 problems from 8 rows (2 duplicates, 1 conflicting prompts dropped, 1 skipped: no answer (row 6: columns question))",
         "b.jsonl: 1 problems from 1 rows",
         "wrote out/sums/1.0.0",
     ]

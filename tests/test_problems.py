@@ -125,7 +125,7 @@ def test_summary_is_one_line(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [GOOD] * 1001 + [{"prompt": "x"}, b"{", {"prompt": "y"}] + conflict)
     assert load(path)[1].summary() == (
         f"{path}: 1 problems from 1,006 rows (1,001 duplicates, 1 conflicting prompts dropped, "
-        "2 skipped: no answer (row 1002), 1 skipped: not JSON (row 1003))"
+        "2 skipped: no answer (row 1002: columns prompt), 1 skipped: not JSON (row 1003))"
     )
     assert load(write_jsonl(path, [GOOD]))[1].summary() == f"{path}: 1 problems from 1 rows"
 
@@ -185,7 +185,12 @@ BAD_LINES = {
     b'{"prompt": "a", "answer": Infinity}': "answer is neither text nor a finite number",
     b'{"prompt": "a", "answer": 1e999}': "answer is neither text nor a finite number",
     b'{"prompt": "a", "answer": true}': "answer is neither text nor a finite number",
-    b'{"prompt": "a", "answer": ["1"]}': "answer is neither text nor a finite number",
+    b'{"prompt": "a", "answer": [{}]}': "answer is neither text nor a finite number",
+    b'{"prompt": "a", "answer": ["1", "2"]}': "several answers",
+    b'{"prompt": "a", "answer": "[\\"1\\", \\"2\\"]"}': "several answers",
+    b'{"prompt": "a", "answer": []}': "no answer",
+    b'{"prompt": "a", "solution": "It is \\\\boxed{4."}': "answer with an open \\boxed{",
+    b"{\"prompt\": \"[{'role': 'user', 'content': 'a'}]\", \"answer\": 1}": "prompt is the text of chat turns, but not JSON",
     b'{"prompt": "a", "answer": "\\ud800"}': "answer is not valid Unicode",
     b'{"prompt": "a", "answer": "' + b"1" * 1001 + b'"}': "answer over 1000 characters",
     b'{"prompt": "a", "answer": ' + b"1" * 5000 + b"}": "answer over 1000 characters",
@@ -314,7 +319,7 @@ def test_parquet_columns_whose_names_are_not_text(tmp_path):
 
 def test_parquet_without_the_columns(tmp_path):
     pq.write_table(pa.table({"text": ["a"], "answer": ["1"]}), tmp_path / "a.parquet")
-    assert "no prompt (row 1)" in error_of(tmp_path / "a.parquet")
+    assert "no prompt (row 1: columns answer" in error_of(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
@@ -355,7 +360,11 @@ def test_folder_that_is_not_prepared(tmp_path):
 def test_no_usable_problem(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [])
     assert "0 problems from 0 rows" in error_of(path)
-    assert "no prompt (row 1)" in error_of(write_jsonl(path, [{"text": "a"}]))
+    said = error_of(write_jsonl(path, [{"text": "a", "esc\x1b[2J": 1}]))
+    assert "no prompt (row 1: columns text, esc\\x1b[2J)); give rows with a `prompt` and an `answer`, or name their columns in " in said
+    assert said.endswith(f"data.columns: {{{path}: {{prompt: COLUMN, answer: COLUMN}}}}")
+    many = error_of(write_jsonl(path, [dict.fromkeys(["x" * 1000, *map(str, range(1000))])]))
+    assert "columns " + "x" * 40 + ", 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...)" in many
     assert "1 conflicting prompts dropped" in error_of(write_jsonl(path, [{"prompt": "a", "answer": a} for a in "12"]))
 
 
@@ -376,10 +385,10 @@ def test_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", [GOOD] * 3)
     parse = module._problem_from_line
 
-    def parse_while_another_program_writes(line, columns):
+    def parse_while_another_program_writes(line, columns, notes):
         with path.open("ab") as stream:
             stream.write(b"\n")
-        return parse(line, columns)
+        return parse(line, columns, notes)
 
     monkeypatch.setattr(module, "_problem_from_line", parse_while_another_program_writes)
     # The reader sees what was appended as blank lines, and would be content.

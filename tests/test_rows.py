@@ -1,6 +1,7 @@
 """Rows as data sets are published, and rows whose columns a config names."""
 
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +35,10 @@ def load(path, **columns):
     return load_problems(str(path), ArithmeticConfig(), columns=ColumnsConfig(**columns))
 
 
+def row_of(prompt):
+    return prompt if isinstance(prompt, str) else [vars(turn) for turn in prompt]
+
+
 # As published
 
 PUBLISHED = {
@@ -49,14 +54,83 @@ PUBLISHED = {
     ),
     "problem and answer": (
         {"id": 60, "problem": AIME, "solution": "Try all.", "answer": "070", "year": 2025},
-        Problem("60", AIME, "070", "Try all."),
+        Problem("60", AIME, "70", "Try all."),
     ),
     "capitals": ({"ID": "2024-I-4", "Problem": AIME, "Solution": "Try all.", "Answer": 70}, Problem("2024-I-4", AIME, "70", "Try all.")),
     "question and answer": ({"question": AIME, "answer": "70"}, Problem("", AIME, "70")),
     "question and expected_answer": ({"id": "aime25-0", "question": AIME, "expected_answer": "70"}, Problem("aime25-0", AIME, "70")),
     "gsm8k": (
         GSM8K,
-        Problem("", GSM8K["question"], "72", GSM8K["answer"].replace("#### 72", "Answer: 72")),
+        Problem(
+            "",
+            GSM8K["question"],
+            "72",
+            "In May she sold 48/2 = 24 clips.\nAltogether 48+24 = 72.\nAnswer: 72",
+        ),
+    ),
+    "math": (
+        {"problem": AIME, "level": "Level 5", "type": "Algebra", "solution": r"So \boxed{1}, or $b=\boxed{\frac{7}{\sqrt{2}}}$."},
+        Problem("", AIME, r"\frac{7}{\sqrt{2}}", r"So \boxed{1}, or $b=\boxed{\frac{7}{\sqrt{2}}}$." + "\nAnswer: \\frac{7}{\\sqrt{2}}"),
+    ),
+    "math-500": (
+        {"problem": AIME, "solution": r"It is $\boxed{70}$.", "answer": "70", "subject": "Algebra", "level": 5, "unique_id": "test/1.json"},
+        Problem("", AIME, "70", r"It is $\boxed{70}$."),
+    ),
+    "skywork-or1": (
+        {"prompt": [{"role": "user", "content": AIME}], "reward_model": {"ground_truth": '["\\\\frac{1}{2}"]', "style": "rule"}},
+        Problem("", (Message("user", AIME),), r"\frac{1}{2}"),
+    ),
+    "olympiadbench": (
+        {"question": AIME, "context": None, "solution": ["Try all.", "Or think."], "final_answer": ["70"]},
+        Problem("", AIME, "70", "Try all."),
+    ),
+    "dapo-math-17k-processed": (
+        {"prompt": AIME, "solution": "34", "reward_model": {"ground_truth": "34", "style": "rule"}, "extra_info": {"index": "u0"}},
+        Problem("u0", AIME, "34"),
+    ),
+    "asdiv": (
+        {"body": "Pia has 3 pens and buys 4.", "question": "How many pens has Pia?", "answer": "7 (pens)"},
+        Problem("", "Pia has 3 pens and buys 4.\n\nHow many pens has Pia?", "7 (pens)"),
+    ),
+    "agieval": (
+        {"passage": None, "question": "Which is prime?", "options": ["(A)4", "(B)7"], "answer": "B"},
+        Problem("", "Which is prime?\n\n(A)4\n(B)7", "B"),
+    ),
+    "choices of which the answer is one": (
+        {"question": "Which is prime?", "choices": ["4", "7"], "answer": "7"},
+        Problem("", "Which is prime?\n\n4\n7", "7"),
+    ),
+    "choices without letters": (
+        {"question": "Which is prime?", "choices": ["4", "7"], "answer": "B"},
+        Problem("", "Which is prime?\n\nA) 4\nB) 7", "B"),
+    ),
+    "options by letter": (
+        {"question": "Which is prime?", "options": {"A": "4", "B": "7"}, "answer": "B"},
+        Problem("", "Which is prime?\n\nA) 4\nB) 7", "B"),
+    ),
+    "options as text": (
+        {"question": "Which is prime?", "options": "A) 4 B) 7", "answer": "B"},
+        Problem("", "Which is prime?\n\nA) 4 B) 7", "B"),
+    ),
+    "chat turns as JSON text": (
+        {"prompt": json.dumps([{"role": "user", "content": AIME}]), "answer": "70"},
+        Problem("", (Message("user", AIME),), "70"),
+    ),
+    "messages": (
+        {"messages": [{"role": "user", "content": AIME}], "ground_truth": "70", "dataset": "math"},
+        Problem("", (Message("user", AIME),), "70"),
+    ),
+    "messages with the response": (
+        {"messages": [{"role": "user", "content": AIME}, {"role": "assistant", "content": r"\boxed{70} it is."}]},
+        Problem("", (Message("user", AIME),), "70", "\\boxed{70} it is.\nAnswer: 70"),
+    ),
+    "an open turn": (
+        {"prompt": [{"role": "user", "content": AIME}, {"role": "assistant", "content": ""}], "answer": 70},
+        Problem("", (Message("user", AIME),), "70"),
+    ),
+    "alpaca with an answer": (
+        {"instruction": "Add.", "input": "1 and 2", "answer": "3", "output": "It is 3."},
+        Problem("", "Add.\n\n1 and 2", "3"),
     ),
 }
 
@@ -68,6 +142,7 @@ def test_published_rows_are_recognised(tmp_path, case, ending):
     path = write(tmp_path / f"a.{ending}", [row] * 32)
     (found,), report = load(path)
     assert problem_from_row(row) == expected
+    assert problem_from_row({"prompt": expected.prompt, **vars(expected)} | {"prompt": row_of(expected.prompt)}) == expected  # as prepared
     assert (found.prompt, found.answer, found.solution) == (expected.prompt, expected.answer, expected.solution)
     assert found.id == (expected.id or found.id) and found.source == path and report.duplicates == 31
 
@@ -77,6 +152,7 @@ def test_the_strict_verifier_accepts_every_gsm8k_solution(number, worked):
     for written in (f"{number:,}", f"{number}", f"{number}.5"):
         problem = problem_from_row({"question": "q", "answer": f"{worked}\n#### {written}\n"})
         assert problem.answer == written
+        worked = re.sub("<<[^<>\n]*>>", "", worked)
         if worked.strip():
             assert problem.solution.startswith(worked.rstrip()) and strict_verify(problem.solution, problem.answer)
         else:
@@ -96,8 +172,16 @@ def test_a_question_is_not_taken_without_its_passage(tmp_path):
         {"passage": "", "context": None, "question": "2+2?", "answer": "4"},
     ]
     loaded, report = load(write(tmp_path / "a.jsonl", rows))
-    assert [p.prompt for p in loaded] == ["2+2?"]
-    assert report.skipped == {"a question with a passage or context; name both in data.columns as the prompt": Skip(1, 1)}
+    assert [p.prompt for p in loaded] == ["Ellen has six balls, Marin nine.\n\nHow many in all?", "2+2?"]
+    assert report.normalized == {"prompts joined from question and passage": 1}
+    unknown = [{"options": 5}, {"choices": {"text": ["4", "7"]}}, {"choices": ["4", "7"], "answer": 1}, {"context": {"title": "x"}}]
+    loaded, report = load(write(tmp_path / "b.jsonl", [*rows, *({"question": "q", "answer": "B", **more} for more in unknown)]))
+    assert report.skipped == {
+        "a question with options of an unknown form; make one column of both": Skip(1, 3),
+        "a question with choices of an unknown form; make one column of both": Skip(2, 4),
+        "a question with context of an unknown form; make one column of both": Skip(1, 6),
+    }
+    assert problem_from_row({"prompt": "q", "context": "c", "answer": 1}).prompt == "q"  # a prompt is whole
     loaded, _ = load(write(tmp_path / "a.parquet", rows[:1]), prompt="{passage} {question}")
     assert [p.prompt for p in loaded] == ["Ellen has six balls, Marin nine. How many in all?"]
 
@@ -120,9 +204,11 @@ def test_named_columns(tmp_path, ending):
     assert found == Problem("x1", "2+2?", "4", "2+2=4")
     (found,), _ = load(path, prompt="{task.text} ({task.parts.key}, {}) {{meta.uid}}")
     assert (found.prompt, found.answer) == ("2+2? (4, {}) {x1}", "nor this")
-    with pytest.raises(InputError, match=r"1 skipped: no prompt \(column task.words\) \(row 1\)\); .* name their columns in data.columns"):
+    with pytest.raises(
+        InputError, match=r"1 skipped: no prompt \(column task.words\) \(row 1: columns [a-z, ]+\)\); .* name their columns in data.columns"
+    ):
         load(path, prompt="task.words")
-    with pytest.raises(InputError, match=r"1 skipped: no words \(row 1\)"):
+    with pytest.raises(InputError, match=r"1 skipped: no words \(row 1: columns"):
         load(path, prompt="{words}")
     with pytest.raises(InputError, match=r"1 skipped: task is neither text nor a finite number \(row 1\)"):
         load(path, prompt="{task}")
@@ -132,6 +218,53 @@ def test_a_column_whose_name_has_a_dot(tmp_path):
     for ending in ("jsonl", "parquet"):
         (found,), _ = load(write(tmp_path / f"a.{ending}", [{"a.b": "dotted", "answer": 1}]), prompt="a.b")
         assert found.prompt == "dotted"
+
+
+def test_what_was_normalized_is_counted(tmp_path):
+    rows = [
+        {"problem": "a", "answer": "204"},
+        {"problem": "b", "answer": "025"},
+        {"problem": "c", "answer": '["007"]'},
+        {"problem": "d", "answer": ["5"], "solution": "$\\boxed{5}$."},
+        {"problem": "e", "solution": r"\boxed{6}"},
+        {"question": "f", "answer": "1+6 = <<1+6=7>>7\n#### 7"},
+        {"problem": "g", "answer": "000"},
+        {"problem": "h", "answer": "01", "solution": 5},
+        {"prompt": '[{"role": "user", "content": "i"}]', "answer": "[1, 2]"},
+        {"prompt": "[{1}, 2] is?", "answer": "-07"},
+        {"problem": "k", "answer": "0.50"},
+    ]
+    loaded, report = load(write(tmp_path / "a.jsonl", rows))
+    assert [p.answer for p in loaded] == ["204", "25", "7", "5", "6", "7", "0", "[1, 2]", "-7", "0.50"]
+    assert [p.solution for p in loaded if p.solution] == ["1+6 = 7\nAnswer: 7"] and isinstance(loaded[-2].prompt, str)
+    assert report.normalized == {
+        "integer answers without their leading zeros": 4,
+        "answers that were a list of one": 2,
+        "solutions that only repeat the answer, not used": 1,
+        r"answers taken from \boxed{}": 1,
+        "solutions without their <<...>> annotations": 1,
+        "prompts that were chat turns as JSON text": 1,
+    }
+    assert "1 skipped: solution is not text (row 8), 4 integer answers without their leading zeros, " in report.summary()
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"answer": "solution"}, {"answer": "solution", "answer_after": r"\boxed"}, {"answer": "solution", "answer_after": r"\boxed{"}],
+)
+def test_an_answer_in_a_box(tmp_path, columns):
+    boxes = {
+        r"is $\boxed{4}$.": "4",
+        r"is $\boxed{\{1, \sqrt{2}\}}$, {really}": r"\{1, \sqrt{2}\}",
+        r"is $\boxed{1} = \boxed{ 2 }$": "2",
+        r"is $\boxed 3$.": "3",
+        r"\boxed{[0, 1\}}": r"[0, 1\}",
+    }
+    rows = [{"problem": text, "solution": text, "answer": "not this"} for text in [*boxes, r"is $\boxed{5$"]]
+    loaded, report = load(write(tmp_path / "a.jsonl", rows), **columns)
+    assert {p.prompt: p.answer for p in loaded} == boxes
+    assert loaded[0].solution == "is $\\boxed{4}$.\nAnswer: 4" and strict_verify(loaded[0].solution, loaded[0].answer)
+    assert report.skipped == {r"answer with an open \boxed{": Skip(1, 6)}
 
 
 def test_an_answer_after_a_mark(tmp_path):

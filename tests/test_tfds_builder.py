@@ -186,7 +186,7 @@ def test_splits(tmp_path):
 
 def test_no_usable_record(tmp_path):
     folder = prepare_other(tmp_path, {"image_name": tfds.features.Text()}, {"train": [{"image_name": "a"}]})
-    assert "1 skipped: no prompt (row 1)" in error_of(read_problems, folder)
+    assert "1 skipped: no prompt (row 1: columns image_name)" in error_of(read_problems, folder)
 
 
 # Damage

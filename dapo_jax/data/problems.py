@@ -12,12 +12,12 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dapo_jax.config import ArithmeticConfig, ColumnsConfig
+from dapo_jax.config import ArithmeticConfig, ColumnsConfig, printable
 from dapo_jax.data.arithmetic import arithmetic_problems
 from dapo_jax.data.bucket import local_copy
 from dapo_jax.data.rows import AS_USUAL, MAX_ANSWER_CHARS, BadRow, column_names, problem_from_row
@@ -26,6 +26,7 @@ from dapo_jax.types import InputError, Message, Problem
 _MAX_ROW_BYTES = 16 << 20  # a line of JSON; bounds memory on a file without line ends
 _PARQUET_BATCH = 4096  # rows
 _WATCHED = 1000  # rows between two words on how far the reading is
+_SHOWN_COLUMNS = 12
 
 Watch = Callable[[int], Any]  # is told how many rows were read since it was last told
 
@@ -36,6 +37,12 @@ class Skip:
 
     count: int
     first_row: int  # from 1
+    columns: Sequence[str] = dataclasses.field(default=(), compare=False)  # of that row, where it lacks one that is needed
+
+    @property
+    def where(self) -> str:
+        """The first row, for people: `row 3: columns text, label`."""
+        return f"row {self.first_row}" + (f": columns {', '.join(self.columns)}" if self.columns else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +56,15 @@ class LoadReport:
     conflicts: int  # distinct prompts that came with different answers, and were dropped whole
     skipped: Mapping[str, Skip]  # by reason
     elsewhere: int = 0  # distinct prompts that an earlier data set of the mixture has
+    normalized: Mapping[str, int] = dataclasses.field(default_factory=dict)  # rows that were not taken literally, by what was done
 
     def summary(self) -> str:
         """One line for the log."""
         parts = [f"{self.duplicates:,} duplicates"] if self.duplicates else []
         parts += [f"{self.conflicts:,} conflicting prompts dropped"] if self.conflicts else []
         parts += [f"{self.elsewhere:,} in an earlier data set"] if self.elsewhere else []
-        parts += [f"{skip.count:,} skipped: {reason} (row {skip.first_row})" for reason, skip in self.skipped.items()]
+        parts += [f"{skip.count:,} skipped: {reason} ({skip.where})" for reason, skip in self.skipped.items()]
+        parts += [f"{count:,} {what}" for what, count in self.normalized.items()]
         return f"{self.source}: {self.problems:,} problems from {self.rows:,} rows" + (f" ({', '.join(parts)})" if parts else "")
 
 
@@ -115,27 +124,32 @@ def _load(source: str, path: str, columns: ColumnsConfig, heldout: bool, watch: 
 
 
 def collect_problems(
-    source: str, rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Problem], watch: Watch | None = None
+    source: str, rows: Iterable[tuple[int, Any]], parse: Callable[..., Problem], watch: Watch | None = None
 ) -> tuple[list[Problem], LoadReport]:
     """Parses numbered rows, keeps one problem a distinct prompt, drops prompts with conflicting answers, counts the rest.
 
+    parse: as `problem_from_row`, to which it also gives `notes`.
     A row may be the BadRow that its reader makes of it. Only distinct prompts stay in memory. Raises InputError if no problem is left.
     """
     found: dict[str | tuple[Message, ...], Problem | None] = {}  # None: answers conflict
     skipped: dict[str, Skip] = {}
+    normalized: Counter[str] = Counter()
     total = duplicates = 0
     for number, row in rows:
         total += 1
         if watch is not None and total % _WATCHED == 0:
             watch(_WATCHED)
+        notes: list[str] = []
         try:
             if isinstance(row, BadRow):
                 raise row
-            problem = parse(row)
+            problem = parse(row, notes=notes)
         except BadRow as e:
-            before = skipped.get(str(e), Skip(0, number))
-            skipped[str(e)] = Skip(before.count + 1, before.first_row)
+            before = skipped.get(str(e)) or Skip(0, number, _shown(e.columns))
+            skipped[str(e)] = dataclasses.replace(before, count=before.count + 1)
             continue
+        if notes:
+            normalized.update(dict.fromkeys(notes, 1))
         if problem.prompt not in found:
             found[problem.prompt] = problem
             continue
@@ -144,10 +158,16 @@ def collect_problems(
         if first is not None and first.answer != problem.answer:
             found[problem.prompt] = None
     problems = with_unique_ids([p for p in found.values() if p is not None])
-    report = LoadReport(source, total, len(problems), duplicates, len(found) - len(problems), skipped)
+    report = LoadReport(source, total, len(problems), duplicates, len(found) - len(problems), skipped, normalized=normalized)
     if not problems:
-        raise InputError(f"{report.summary()}; give rows with a `prompt` and an `answer`, or name their columns in data.columns")
+        recipe = f"data.columns: {{{source}: {{prompt: COLUMN, answer: COLUMN}}}}"
+        raise InputError(f"{report.summary()}; give rows with a `prompt` and an `answer`, or name their columns in {recipe}")
     return problems, report
+
+
+def _shown(columns: Sequence[str]) -> list[str]:
+    """Names of columns as messages hold them: few, short and without control characters."""
+    return [printable(name)[:40] for name in columns[:_SHOWN_COLUMNS]] + ["..."] * (len(columns) > _SHOWN_COLUMNS)
 
 
 def with_unique_ids(problems: list[Problem]) -> list[Problem]:
@@ -179,11 +199,11 @@ def _line(stream: io.BufferedIOBase) -> bytes:
     return line
 
 
-def _problem_from_line(line: bytes, columns: ColumnsConfig) -> Problem:
+def _problem_from_line(line: bytes, columns: ColumnsConfig, notes: list[str]) -> Problem:
     if len(line) > _MAX_ROW_BYTES:
         raise BadRow(f"longer than {_MAX_ROW_BYTES >> 20} MB")
     try:
-        return problem_from_row(_JSON.decode(line.decode("utf-8")), columns)
+        return problem_from_row(_JSON.decode(line.decode("utf-8")), columns, notes)
     except UnicodeDecodeError:
         raise BadRow("not UTF-8") from None
     except (ValueError, RecursionError):

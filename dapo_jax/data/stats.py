@@ -1,11 +1,12 @@
 """What is in a data set: rows, what became of them, and how long the prompts are. As numbers, and as lines for a terminal."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dapo_jax.data.problems import LoadReport
+from dapo_jax.data.problems import LoadReport, Skip
 from dapo_jax.types import Problem
 
 PERCENTILES = (50, 90, 95, 99)
@@ -22,7 +23,8 @@ def set_stats(report: LoadReport, problems: Sequence[Problem]) -> dict[str, Any]
         "duplicates": report.duplicates,
         "conflicts": report.conflicts,
         "in_earlier_sets": report.elsewhere,
-        "skipped": {reason: {"count": skip.count, "first_row": skip.first_row} for reason, skip in report.skipped.items()},
+        "skipped": {reason: dataclasses.asdict(skip) for reason, skip in report.skipped.items()},
+        "normalized": dict(report.normalized),
         "with_solution": sum(p.solution is not None for p in problems),
     }
 
@@ -72,7 +74,8 @@ def table(title: str, stats: Mapping[str, Any]) -> list[str]:
         if stats[key] or key in ("rows", "problems"):
             lines.append(_line(key.replace("_", " "), stats[key], notes.get(key, "")))
     for reason, skip in stats["skipped"].items():
-        lines.append(_line("skipped", skip["count"], f"{reason} (first in row {skip['first_row']})"))
+        lines.append(_line("skipped", skip["count"], f"{reason} (first in {Skip(**skip).where})"))
+    lines += [_line("normalized", count, what) for what, count in stats["normalized"].items()]
     lines.append(_line("with a solution", stats["with_solution"], f"{stats['with_solution'] / stats['problems']:.1%} of the problems"))
     if "share" in stats:
         lines.append(f"  {'share of draws':<16}{stats['share']:>11.1%}  weight {stats['weight']:g}")
