@@ -25,7 +25,7 @@ from dapo_jax.dapo.groups import group_advantages, informative_groups
 from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targets, normalizer_weights
 from dapo_jax.dapo.update import learning_rate, summarize
 from dapo_jax.data.memory import PassMemory
-from dapo_jax.data.mixture import load_training, mix, mixture_digest
+from dapo_jax.data.mixture import load_training, mix, mixture_digest, sources_of
 from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import make_prompts
 from dapo_jax.drawing import Drawn, draw_groups
@@ -551,6 +551,19 @@ def difference(before: Config, now: Config, may_change: tuple[str, ...]) -> tupl
     return next(((key, a.get(key), b.get(key)) for key in differing), None)
 
 
+def with_names_of(before: Config, now: Config) -> Config:
+    """`before` with its training sets named as those of `now` are, by place: files may move, and digests tell what they hold.
+
+    The columns of other sets are those of `now`: evaluation may change.
+    """
+    train, names = before.data.train, sources_of(now.data.train)
+    named = dict(zip(old := sources_of(train), [*names, *old[len(names) :]], strict=False))
+    columns = {name: c for name, c in now.data.columns.items() if name not in names}
+    columns |= {named[name]: c for name, c in before.data.columns.items() if name in named}
+    renamed = named[train] if isinstance(train, str) else {named[name]: weight for name, weight in train.items()}
+    return dataclasses.replace(before, data=dataclasses.replace(before.data, train=renamed, columns=columns))
+
+
 def refuse_other_run(config: Config, run_dir: Folder, source: str | None) -> None:
     """Raises ConfigError for a folder whose run was another one, with another config or another `source` of its reward function."""
     file = run_dir / "config.yaml"
@@ -558,7 +571,8 @@ def refuse_other_run(config: Config, run_dir: Folder, source: str | None) -> Non
         return
     with local_file(file) as stored:
         before = load_config(stored)
-    if changed := difference(before, config, MAY_CHANGE):
+    other_data = ("data.train", "data.columns") if config.data.allow_change else ()
+    if changed := difference(with_names_of(before, config), config, MAY_CHANGE + other_data):
         key, was, now = changed
         raise ConfigError(f"{key}: is {now!r}, but {run_dir} was started with {was!r}; use another --run-dir, or set it back")
     if function_changed(source, run_dir) and not config.reward.allow_change:

@@ -21,6 +21,7 @@ from dapo_jax.config import load_config
 from dapo_jax.model.decoder import apply
 from dapo_jax.model.weights import load_pretrained
 from dapo_jax.runtime.metrics import METRICS, read_metrics
+from dapo_jax.types import InputError
 
 TESTS = Path(__file__).parent
 CONFIG = """
@@ -365,3 +366,23 @@ def test_a_step_that_keeps_no_group_leaves_a_run_that_goes_on(config, tmp_path, 
         assert (drew in capfd.readouterr().err) == (status == 2)
     (line,) = read_metrics(tmp_path / "run")
     assert line["rollout/prompts"] == line["draws"] == 4
+
+
+def test_a_run_folder_takes_its_data_from_anywhere(config, tmp_path):
+    """The names of data sets may change, with their columns; their number, order of weights and columns may not."""
+    two = ("data.train={a.jsonl: 1, b.jsonl: 2}", "data.columns={b.jsonl: {prompt: q}, e.jsonl: {answer: key}}", "eval.sets={e: e.jsonl}")
+    train.write_config(load_config(config, two), tmp_path / "run", None)
+
+    def refusal(*overrides):
+        try:
+            train.refuse_other_run(load_config(config, (*two, *overrides)), tmp_path / "run", None)
+        except InputError as e:
+            return str(e)
+
+    columns = "data.columns={d/b.jsonl: {prompt: q}}"
+    assert refusal() is None
+    assert refusal("data.train={d/a.jsonl: 1, d/b.jsonl: 2}", columns, "eval.sets={e: f.jsonl}") is None
+    assert "data.train.d/b.jsonl: is 3.0, but" in refusal("data.train={d/a.jsonl: 1, d/b.jsonl: 3}", columns)
+    assert "data.train.c.jsonl: is 1.0, but" in refusal("data.train.c.jsonl=1")
+    assert "data.columns.d/b.jsonl.prompt: is None, but" in refusal("data.train={d/a.jsonl: 1, d/b.jsonl: 2}", "data.columns={}")
+    assert refusal("data.train=other.jsonl", "data.columns={}", "data.allow_change=true") is None  # by digest, once it is loaded
