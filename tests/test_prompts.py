@@ -453,7 +453,7 @@ LOOPS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endf
         (LOOPS, "no result within 1 s"),
         (HOLDING, "no result within 1 s"),
         ("{{ 'a' * 10 ** 10 }}", "MemoryError"),
-        ("{{ 'a' * 20 * 2 ** 20 }}", "a text of 20,971,520 characters"),
+        ("{{ messages[0].content * 20 * 2 ** 20 }}", "a text of 20,971,520 characters"),
         ({"rag": "a", "tools": "b"}, "no default specified"),
     ],
 )
