@@ -232,7 +232,7 @@ class OptimSection:
     b2: float = 0.999  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
     max_nonfinite_updates: int = 3  # stop after so many skipped updates in a row
-    rollback_steps: int | None = None  # rather than stop, go back so many rollout steps or more and skip what was drawn since; null stops
+    rollback_steps: int | None = None  # then, or on non-finite logits: roll back so many steps or more, past the draws since; null stops
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Run:
     state: Any = None  # a TrainState
     left_open: Sequence[OpenGroup] = ()  # by partial rollouts, for the next step
     under_way: UnderWay | None = None
+    saved: Progress | None = None  # what the newest checkpoint of a whole step says
 
     @property
     def where(self) -> str:
@@ -81,12 +82,18 @@ class Run:
 
 
 def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data: DataDigests) -> None:
-    """Writes a checkpoint, of a whole step or of one under way. Nothing to do where this step is there already."""
+    """Writes a checkpoint, of a whole step or of one under way. Nothing to do where there is one of just this progress.
+
+    After a rollback a whole step is there already, with less draws and rollbacks: it is then written as one under way is.
+    """
+    whole = run.at.begun and run.under_way is None
+    if whole and run.at == run.saved:
+        return
     host: dict[str, Any] = {"progress": run.at, "config": config, "data_digest": data.trained_on, "loaded_digest": data.loaded}
     arrays = run.buffer.state() | run.memory.state() | open_state(run.left_open)
-    if run.at.begun and run.under_way is None:
-        if checkpoints.latest_step() != run.at.step:
-            checkpoints.save(run.at.step, run.state, host, arrays)
+    if whole and checkpoints.latest_step() != run.at.step:
+        checkpoints.save(run.at.step, run.state, host, arrays)
+        run.saved = run.at
         return
     if run.under_way is not None:
         sums = fetched(run.under_way.sums)
@@ -94,6 +101,7 @@ def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data:
         if sums:  # arrays, for what a skipped update summed up may be no number that JSON knows
             arrays["under_way_sums"] = np.array([[s[name] for name in sorted(s)] for s in sums], np.float64)
     checkpoints.save_interrupted(run.at.step, run.state, host, arrays)
+    run.saved = run.at if whole else None
 
 
 def restore(
@@ -139,7 +147,10 @@ def restore(
         raise InputError(f"{changed}, and the run was stopped in the midst of step {at.step + 1}; finish that with {before}")
     else:
         at = at._replace(cursor=Cursor())
-    run.at, run.state = at, restored.state
+        run.buffer.clear()
+        run.memory.clear()
+        run.left_open, run.under_way = (), None
+    run.at, run.state, run.saved = at, restored.state, at if run.under_way is None else None
     return True
 
 

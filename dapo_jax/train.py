@@ -12,6 +12,7 @@ import functools
 import hashlib
 import math
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dapo_jax.config import Config, ConfigError, dump_yaml, flatten, load_config, to_dict
+from dapo_jax.config import Config, ConfigError, OptimSection, dump_yaml, flatten, load_config, to_dict
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer, StepCounts
 from dapo_jax.dapo.groups import group_advantages, informative_groups
 from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targets, normalizer_weights
@@ -49,7 +50,7 @@ from dapo_jax.runtime.profile import Profiler
 from dapo_jax.runtime.tracker import Tracker, check_tracker
 from dapo_jax.samples import sample_rows, with_ratios
 from dapo_jax.supervised import solution_items, warm_up
-from dapo_jax.types import Group, InputError, Prompt, Response, RunError, SharedError, Stopped, TrainBatch
+from dapo_jax.types import Group, InputError, NonFiniteError, Prompt, Response, RunError, SharedError, Stopped, TrainBatch
 
 # Config that may change between the runs of one run folder: how long, how watched, how spread over which devices; not what is learned.
 MAY_CHANGE = (
@@ -192,6 +193,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 run.at = run.at._replace(begun=True)
 
             # ---- Rollout steps --------------------------------------------------------------------------------------
+            rolling_back = functools.partial(rolled_back_if_diverged, run, config.optim, restore_run, save_run, log, console.tell)
             seed = jax.random.key(config.seed)
             saving: dict[str, float] = {}
             table = StepTable(config.train.steps)
@@ -201,15 +203,16 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 guard.reach("step")
                 profiler.begin(step)
                 times = dict.fromkeys(_PHASES, 0.0)
-                with timed(times, "time/step_s"), jax.profiler.StepTraceAnnotation("rollout step", step_num=step):
+                weights = publish(run.state.params) if weights is None else weights
+                annotation = jax.profiler.StepTraceAnnotation("rollout step", step_num=step)
+                with rolling_back() as rolled_back, timed(times, "time/step_s"), annotation:
                     # Draw until the buffer holds a step's worth of informative groups.
                     if run.under_way is None:
                         drawn = Drawn([], [], run.at.cursor, 0, 0, list(run.left_open), [])
                         if missing := run.buffer.missing():
                             with progress(None, f"rollout {step}", enabled=console.bars) as bar:
-                                stream = engine.stream(weights, seed)
                                 drawn = draw_groups(
-                                    stream,
+                                    engine.stream(weights, seed),
                                     prompts,
                                     missing=missing,
                                     keep_rate=run.at.keep_rate,
@@ -224,7 +227,6 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                                     times=times,
                                     on_done=functools.partial(show_progress, bar),
                                 )
-                            del stream  # it holds the weights
                         groups = drawn.groups
                         if groups and algo.old_logprobs == "recompute":
                             score_rows = functools.partial(programs.old_logprobs, run.state.params)
@@ -239,7 +241,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                     kept, counts = run.buffer.ready()
 
                     # One pass over what was kept, in mini-batches of whole groups. The weights of rollouts make room.
-                    del weights
+                    weights = None
                     rate, already = learning_rate(config.optim, step), len(done)
                     with (
                         timed(times, "time/update_s"),
@@ -260,14 +262,15 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                     applied = run.at.updates + sum(not s["skipped"] for s in done)
                     longest, nonfinite = skipped_in_a_row(run.at.nonfinite, done)
                     if longest >= config.optim.max_nonfinite_updates:
-                        go_back(run, longest, config, restore_run, log, console.tell)
-                        weights = publish(run.state.params)
-                        continue
+                        raise NonFiniteError(f"{longest} updates in a row had a loss or gradient that is not finite and were skipped")
                     with timed(times, "time/samples_s"):
                         ratios = ratios_of(shown, kept, functools.partial(programs.old_logprobs, run.state.params), config, mesh, guard)
                         if shown and multihost.is_main():
                             write_samples(run_dir, step, with_ratios(shown, ratios, algo))
                     weights = publish(run.state.params)
+                if rolled_back:
+                    weights = None
+                    continue
 
                 # Say what happened.
                 metrics = drawn_metrics | update_metrics(kept, counts, done, packed, config) | {"optim/lr": rate}
@@ -280,8 +283,11 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 last = step == config.train.steps
                 say(table.line(step, metrics))
                 if eval_sets and config.eval.every and (step % config.eval.every == 0 or last):
-                    with timed(times, "time/eval_s"):
+                    with rolling_back() as rolled_back, timed(times, "time/eval_s"):
                         metrics |= evaluate(weights)
+                    if rolled_back:
+                        weights = None
+                        continue
                 run.buffer.take()
                 run.at = run.at._replace(step=step, updates=applied, nonfinite=nonfinite)
                 run.under_way = None
@@ -350,11 +356,16 @@ def score(
     Done when groups are drawn and never again: the first update's ratio is then exactly the policy's own, and groups
     carried to a later step keep the log-probs of the policy that drew them. So do those drawn before `first_draw`, which partial
     rollouts finished in this step: their tokens are of several policies, and only the sampler knows which.
+
+    Raises NonFiniteError if a log-prob is non-finite: before a group is taken into the buffer.
     """
     wanted = informative_groups(np.stack([g.correct for g in groups])) | (not config.dapo.dynamic_sampling)
     wanted &= np.array([g.draw >= first_draw for g in groups])
     flat = [(group.prompt, r) for i, group in enumerate(groups) if wanted[i] for r in group.responses]
-    by_group = iter(score_responses(flat, score_rows, config, mesh, guard))
+    scored = score_responses(flat, score_rows, config, mesh, guard)
+    if bad := sum(not np.isfinite(logprobs).all() for logprobs in scored):
+        raise NonFiniteError(f"the trainer's log-probs of {bad} of {len(scored)} responses are non-finite, though the sampler's are not")
+    by_group = iter(scored)
     return [
         dataclasses.replace(group, old_logprobs=tuple(next(by_group) for _ in group.responses)) if wanted[i] else group
         for i, group in enumerate(groups)
@@ -428,22 +439,30 @@ def skipped_in_a_row(before: int, sums: Sequence[Mapping[str, float]]) -> tuple[
     return longest, running
 
 
-def go_back(
+@contextlib.contextmanager
+def rolled_back_if_diverged(
     run: Run,
-    skipped: int,
-    config: Config,
+    optim: OptimSection,
     restore_run: Callable[..., bool],
+    save_run: Callable[[Run], None],
     log: MetricsLog,
     say: Callable[[str], None],
-) -> None:
-    """Takes the run back `optim.rollback_steps` or more, and past the draws that led to updates that are not finite.
+) -> Iterator[list[int]]:
+    """Where NonFiniteError ends what is inside, rolls the run back `optim.rollback_steps` or more, past the draws since, and saves that.
 
-    Raises InputError where the config does not ask for it, or there is nothing to go back to. Nothing of the step is saved then: it is
-    done again when the run goes on, and what troubled it may have been the machine's.
+    Yields a list, which then holds the step that the run is at. Raises InputError where the config does not ask for it, or there is no
+    checkpoint to roll back to. Nothing of the step is saved then: it is done again when the run goes on, and the machine may have been
+    at fault.
     """
-    step = run.at.step + 1
-    trouble = f"step {step}: {skipped} updates in a row had a loss or gradient that is not finite and were skipped"
-    back, at = config.optim.rollback_steps, run.at
+    trouble, rolled_back = "", list[int]()
+    try:
+        yield rolled_back
+    except NonFiniteError as e:
+        trouble = f"step {run.at.step + 1}: {e}"
+        traceback.clear_frames(e.__traceback__)  # they hold the weights and the cache
+    if not trouble:
+        return
+    back, at = optim.rollback_steps, run.at
     if back is None:
         raise InputError(f"{trouble}; lower optim.learning_rate, look at the samples of this step, or set optim.rollback_steps")
     if at.rollbacks >= _MAX_ROLLBACKS:
@@ -452,7 +471,9 @@ def go_back(
         raise InputError(f"{trouble}, and there is no checkpoint {back} steps back; lower train.save_every or optim.rollback_steps")
     run.at = run.at._replace(draws=at.draws, cursor=at.cursor, rollbacks=at.rollbacks + 1)
     log.go_back(run.at.step)
-    say(f"{trouble}: back to step {run.at.step}, without the problems that were drawn since")
+    save_run(run)  # whatever ends the run next: it must not draw these problems again, nor forget how often it was rolled back
+    rolled_back.append(run.at.step)
+    say(f"{trouble}: rolled back to step {run.at.step}, without the problems that were drawn since")
 
 
 def draw_metrics(step: Drawn, config: Config) -> dict[str, float]:

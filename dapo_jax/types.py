@@ -30,6 +30,10 @@ class SharedError(InputError):
     """One that every process of a job raises at the same place, so that they can still save together."""
 
 
+class NonFiniteError(InputError):
+    """Numbers of the policy are non-finite: logits it is sampled by, or so many updates in a row. Nothing of the step may be saved."""
+
+
 class NoCheckpointError(Exception):
     """A run folder holds no usable checkpoint. Exit status 3."""
 

@@ -194,6 +194,30 @@ def test_the_smallest_and_largest_noise_draw_no_token_that_is_all_but_impossible
     assert tokens.tolist() == [token]
 
 
+# A row each: finite, masked, NaN, +inf, nothing but -inf
+ODD = np.tile(np.random.default_rng(2).normal(size=600).astype(np.float32), (5, 1))
+ODD[1, 100:500], ODD[2, 7], ODD[3, 590], ODD[4] = -np.inf, np.nan, np.inf, -np.inf
+IS_ODD = [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.0), Sampling(1.0, top_p=0.7), Sampling(1.0, top_p=0.7, top_k=50)], ids=str)
+def test_a_row_that_is_no_distribution_has_no_log_prob_and_ends(sampling):
+    """And a masked vocabulary is one like any other. NaN and +inf are rejected for ever by a loop that compares them."""
+    tokens, logprobs = draw(ODD, jax.random.split(jax.random.key(1), 5), sampling)
+    assert np.isnan(logprobs).tolist() == IS_ODD
+    assert not 100 <= tokens[1] < 500
+    np.testing.assert_allclose(logprobs[:2], np.asarray(jax.nn.log_softmax(ODD[:2]))[[0, 1], np.asarray(tokens[:2])], rtol=0, atol=2e-6)
+
+
+def test_rejection_ends_after_64_draws_which_is_as_good_as_never(monkeypatch):
+    """Noise that always draws the lightest entry that is left, from 300 of falling weight: the 64th draw is taken."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.full((), 1 - 2.0**-23, jnp.float32))
+    logits = np.linspace(0, -1, 300, dtype=np.float32)[None]
+    tokens, logprobs = jax.jit(lambda keys: sample_tokens(logits, keys, Sampling(1.0, 0.1)))(jax.random.split(jax.random.key(0), 1))
+    assert tokens.tolist() == [300 - 64] and np.isfinite(logprobs).all()
+    assert stats.poisson.sf(63, np.log(2**18)) < 1e-24  # 64 rejections, whatever top_p and the distribution over 2^18 entries
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The vocabulary split over devices
 # --------------------------------------------------------------------------------------------------------------------
@@ -231,6 +255,13 @@ def test_devices_that_hold_a_part_of_the_vocabulary_draw_the_same_token(vocab, p
     expected = draw(logits, keys, sampling)
     assert found[0].tolist() == expected[0].tolist()
     np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=2e-6)
+
+
+def test_a_row_that_is_no_distribution_on_one_device_is_none_on_any():
+    program = split_draw(600, Sampling(1.0, 0.7), 4)
+    inputs = np.tile(ODD, (8, 1)), jax.random.split(jax.random.key(5), 40)
+    _, logprobs = program(*(jax.device_put(x, s) for x, s in zip(inputs, program.input_shardings[0], strict=True)))
+    assert np.isnan(logprobs).tolist() == 8 * IS_ODD
 
 
 def test_no_device_sees_the_logits_of_another():

@@ -5,6 +5,7 @@ import logging
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -15,7 +16,7 @@ from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.runtime.multihost import fetch
-from dapo_jax.types import Request
+from dapo_jax.types import NonFiniteError, Request
 
 MODEL = tiny.model()
 PROMPT, RESPONSE = 5, 70  # longer than the 64 decode steps of one segment, and than the 64 tokens of cache that are read first
@@ -25,12 +26,12 @@ RNG = np.random.default_rng(0)
 REQUESTS = [Request(i // 2, i % 2, RNG.integers(5, 40, 1 + i % PROMPT).astype(np.int32)) for i in range(11)]
 
 
-def make_engine(slots, layout, **options):
+def make_engine(slots, layout, model=MODEL, **options):
     """An engine, and the weights as it wants them."""
     mesh = make_mesh(MeshSection(*layout), jax.devices()[: np.prod(layout)])
     sizes = {"slots": slots, "max_prompt_len": PROMPT, "max_response_len": RESPONSE}
-    engine = Engine(MODEL, Sampling(1.0, 0.95), STOP, **sizes, mesh=mesh, fetch=fetch, **options)
-    return engine, publisher(abstract_params(MODEL), mesh, "float32")(tiny.params(MODEL))
+    engine = Engine(model, Sampling(1.0, 0.95), STOP, **sizes, mesh=mesh, fetch=fetch, **options)
+    return engine, publisher(abstract_params(model), mesh, "float32")(tiny.params(model))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,30 @@ def test_on_done_is_told_of_every_response_once(single, responses):
     single[0].generate(single[1], REQUESTS, SEED, done.append)
     assert sum(done) == len(REQUESTS) and min(done) >= 0
     assert len(done) > 3  # more often than once a batch
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [("NaN", r"1 of \d+ weights are \(embed/embedding\)"), ("huge", "finite weights overflow in float32")],
+    ids=["NaN", "huge"],
+)
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_non_finite_logits_raise_and_say_where_they_come_from(what, said, layout):
+    """NaN in the embedding of a token that one prompt holds, or a row of the head that is too large for any."""
+    model = tiny.model(tie_embeddings=False)
+    engine, _ = make_engine(8, layout, model=model)
+    params = tiny.params(model)
+    if what == "NaN":
+        params = {**params, "embed": {"embedding": params["embed"]["embedding"].at[39].set(np.nan)}}
+    else:
+        params = {**params, "head": {"kernel": jnp.full_like(params["head"]["kernel"], 3e38)}, "final_norm": {"scale": jnp.full(16, 10.0)}}
+    requests = [Request(i, 0, np.array([5, 39 if i == 6 and what == "NaN" else 6], np.int32)) for i in range(10)]
+    with pytest.raises(
+        NonFiniteError,
+        match=rf"^sampling: draw {6 if what == 'NaN' else 0}, sample 0: logits are non-finite after 0 tokens, because {said}; ",
+    ) as e:
+        engine.generate(params, requests, SEED)
+    assert "\n" not in str(e.value)
 
 
 def test_no_requests_no_responses(single):

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from test_train import CONFIG, TESTS, compile_once, record, reward_module, run_train, steady, verb  # noqa: F401 - fixtures
 
 from dapo_jax import supervised, train
+from dapo_jax.rollout.engine import Engine
 from dapo_jax.runtime import faults, lock
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.metrics import read_metrics
@@ -150,7 +152,8 @@ QUICK = ("supervised.updates=0", "eval.every=0", "train.save_every=1", "train.st
 
 
 def test_updates_that_are_not_finite_are_skipped_then_end_the_run_or_take_it_back(config, tmp_path, monkeypatch, capfd):
-    """The draws of step 2 poison its loss. The parameters stay those of step 1; with a rollback, other draws take their place."""
+    """The draws of step 2 poison its loss. The parameters stay those of step 1; with a rollback, other draws take their place. A signal
+    right after it loses nothing of that."""
     good, bad, back = (tmp_path / name for name in ("good", "bad", "back"))
     assert run_train(config, good, *QUICK) == 0
     ends = [line["draws"] for line in read_metrics(good)]
@@ -167,13 +170,43 @@ def test_updates_that_are_not_finite_are_skipped_then_end_the_run_or_take_it_bac
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(TESTS))
     poison(monkeypatch, range(ends[1], ends[2]))
+    monkeypatch.setenv(faults.VARIABLE, "step:3=term")  # the first is step 2, the second step 3
+    assert run_train(config, back, *QUICK, "optim.rollback_steps=1") == 143
+    assert "rolled back to step 1, without the problems that were drawn since" in capfd.readouterr().out
+    monkeypatch.delenv(faults.VARIABLE)
     assert run_train(config, back, *QUICK, "optim.rollback_steps=1") == 0
-    assert "back to step 1, without the problems that were drawn since" in capfd.readouterr().out
+    assert "rolled back" not in capfd.readouterr().out
     lines = read_metrics(back)
     assert [line["step"] for line in lines] == [1, 2, 3] and [line["optim/rollbacks"] for line in lines] == [0, 1, 1]
     assert lines[0]["draws"] == ends[0] and lines[1]["draws"] - lines[1]["rollout/prompts"] >= ends[2]
     assert all(leaf["finite"] for leaves in record(back, 3)["leaves"].values() for leaf in leaves.values())
     assert any(p.name.startswith("bad-2") for p in (back / "checkpoints").iterdir())
+
+
+def test_sampling_from_non_finite_weights_keeps_nothing_of_the_step(config, tmp_path, monkeypatch, capfd):
+    """Weights that are lost on their way to the sampler in step 3: once and again, and the run ends; once, and the run rolls back."""
+    run, plain, times = tmp_path / "run", Engine.stream, 10
+
+    def stream(engine, params, seed):
+        nonlocal times
+        times -= 1
+        return plain(engine, jax.tree.map(lambda p: p * np.inf, params) if times >= 0 else params, seed)
+
+    assert run_train(config, run, *QUICK, "train.steps=2") == 0
+    before = {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()}
+    monkeypatch.setattr(Engine, "stream", stream)
+    capfd.readouterr()
+    assert run_train(config, run, *QUICK) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("dapo_jax: step 3: sampling: draw ") and "weights are (embed/embedding)" in line and "rollback_steps" in line
+    assert {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()} == before
+    assert [line["step"] for line in read_metrics(run)] == [1, 2] and not (run / "samples/step_000003.jsonl").exists()
+    draws = read_metrics(run)[-1]["draws"]
+    times = 1
+    assert run_train(config, run, *QUICK, "optim.rollback_steps=1") == 0
+    assert "rolled back to step 1" in capfd.readouterr().out
+    lines = read_metrics(run)
+    assert [line["optim/rollbacks"] for line in lines] == [0, 1, 1] and lines[1]["draws"] - lines[1]["rollout/prompts"] == draws
 
 
 def test_warm_up_whose_updates_are_not_finite_ends_the_run_and_the_verb(config, tmp_path, monkeypatch, capfd):

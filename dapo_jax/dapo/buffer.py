@@ -64,6 +64,10 @@ class DynamicSamplingBuffer:
         self._prompts_per_step = prompts_per_step
         self._dynamic_sampling = dynamic_sampling
         self._carry_surplus = carry_surplus
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all groups and counts."""
         self._accepted: list[Group] = []  # in draw order, the carried ones first
         self._last_draw = -1
         self._tally = _Tally()

@@ -26,6 +26,10 @@ class PassMemory:
         self._streak = np.zeros(count, np.int32)
         self._rests_until = np.full(count, -1, np.int32)  # last epoch in which it is skipped
 
+    def clear(self) -> None:
+        """Forgets all draws."""
+        self._streak[:], self._rests_until[:] = 0, -1
+
     def take(self, cursor: Cursor, wanted: int, *, seed: int) -> tuple[np.ndarray, np.ndarray, Cursor]:
         """The next `wanted` problems that do not rest, the epoch that each is drawn in, int64 [wanted] both, and the cursor after them.
 

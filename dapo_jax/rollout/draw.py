@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from dapo_jax.types import Array
 
 _BLOCK = 128  # vocabulary entries
+# Top-p draws a token until one is accepted. n rejections in a row take n uniforms whose product is at least max(top_p, 1 / V), and are
+# as likely as a Poisson variable of mean ln min(1 / top_p, V) is to reach n: below 1e-24 for n = 64 and a vocabulary of 2^18.
+_ROUNDS = 64
 
 
 class Sampling(NamedTuple):
@@ -32,8 +35,8 @@ def _as_blocks(weights: Array) -> Array:
 
 
 def _block_sums(blocks: Array, floor: Array, axis: str | None) -> Array:
-    """Sum of the weights above `floor` [B] in each block of the whole vocabulary."""
-    sums = jnp.where(blocks > floor[:, None, None], blocks, 0.0).sum(axis=-1)
+    """Sum of the weights above `floor` [B] in each block of the whole vocabulary; NaN where a block holds one."""
+    sums = jnp.where(blocks <= floor[:, None, None], 0.0, blocks).sum(axis=-1)
     return sums if axis is None else jax.lax.all_gather(sums, axis, axis=1, tiled=True)
 
 
@@ -111,7 +114,7 @@ def _draw(blocks: Array, sums: Array, keys: Array, sampling: Sampling, axis: str
     Top-p (the fewest entries that hold top_p of the mass; ties stay in) is by rejection, which needs no threshold: a draw
     is in the nucleus if what is heavier holds less than top_p. If not, neither is anything as light: the next draw is
     from the heavier ones. The mass outside the nucleus halves, or so, with each of these rounds, and what is accepted is
-    distributed as if only the nucleus had been there.
+    distributed as if only the nucleus had been there. The draw of round _ROUNDS is taken as it is.
     """
     floor = jnp.zeros(blocks.shape[0])
     if sampling.top_k:
@@ -135,7 +138,7 @@ def _draw(blocks: Array, sums: Array, keys: Array, sampling: Sampling, axis: str
         return round_ + 1, drawn, sums, open_ & rejected(drawn, sums)
 
     sums = _block_sums(blocks, drawn[2], axis)
-    return jax.lax.while_loop(lambda carry: carry[3].any(), again, (1, drawn, sums, rejected(drawn, sums)))[1]
+    return jax.lax.while_loop(lambda carry: (carry[0] < _ROUNDS) & carry[3].any(), again, (1, drawn, sums, rejected(drawn, sums)))[1]
 
 
 def sample_tokens(logits: Array, keys: Array, sampling: Sampling, axis: str | None = None) -> tuple[Array, Array]:
@@ -147,7 +150,8 @@ def sample_tokens(logits: Array, keys: Array, sampling: Sampling, axis: str | No
       logits: float32 [B, V]; under `jax.shard_map` with `axis`, this device's part of V. keys: PRNG keys [B], one a token.
 
     Returns:
-      tokens int32 [B], logprobs float32 [B] (of softmax(logits) where greedy).
+      tokens int32 [B], logprobs float32 [B] (of softmax(logits) where greedy). The log-prob is NaN, and the token any, exactly where
+      a row of logits / temperature is no distribution: it holds NaN or +inf, or nothing but -inf.
     """
     scaled = logits / (sampling.temperature or 1.0)
     vocab = logits.shape[1]

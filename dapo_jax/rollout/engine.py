@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -19,7 +20,7 @@ from dapo_jax.model.decoder import Cache
 from dapo_jax.model.logprobs import ROW_AXES
 from dapo_jax.rollout import sampler
 from dapo_jax.rollout.sampler import Arrivals, SamplerState, Sampling, Slots
-from dapo_jax.types import Array, Params, Request, Response
+from dapo_jax.types import Array, NonFiniteError, Params, Request, Response
 
 _SEGMENT = 64  # decode steps at most between looks at which sequences are still live
 _REFILL = 16  # slots are refilled when one in so many is free
@@ -35,6 +36,12 @@ class Programs(NamedTuple):
     move: Callable[..., Any]
     decode: Callable[..., Any]
     take: Callable[..., Any]
+
+
+@jax.jit
+def _are_finite(params: Params) -> Any:
+    """Whether each parameter is, in a tree like theirs."""
+    return jax.tree.map(lambda p: jnp.isfinite(p).all(), params)
 
 
 def _lengths(first: int, *tops: int) -> list[int]:
@@ -79,7 +86,7 @@ class Engine:
         self.reads = sorted({*_lengths(64, self.cache_len), *_lengths(192, self.cache_len)})
         self.prompt_lens = _lengths(16, max_prompt_len, self.cache_len)
         self.widths = sorted({self.slots >> i for i in range(_HALVINGS + 1)} - {0} if compact else {self.slots})
-        self.prefill_tokens, self.fetch = prefill_tokens, fetch
+        self.prefill_tokens, self.fetch, self.dtype = prefill_tokens, fetch, model.compute_dtype
         whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(ROW_AXES))
         heads = sampler.kv_axis(model.kv_heads, mesh)
 
@@ -106,7 +113,10 @@ class Engine:
     def generate(
         self, params: Params, requests: Sequence[Request], seed: Array, on_done: Callable[[int], None] = lambda count: None
     ) -> list[Response]:
-        """Samples every request to its end; responses in the order of the requests. `on_done` is told how many more have ended."""
+        """Samples every request to its end; responses in the order of the requests. `on_done` is told how many more have ended.
+
+        Raises NonFiniteError as `Stream.advance`.
+        """
         stream, responses = self.stream(params, seed), dict[int, Response]()
         stream.submit(requests)
         while stream.pending or stream.live:
@@ -170,7 +180,10 @@ class Stream:
             self._submitted += 1
 
     def advance(self) -> list[tuple[Request, Response]]:
-        """Fills free slots from the queue, decodes one segment, and returns what it finished, by draw and sample."""
+        """Fills free slots from the queue, decodes one segment, and returns what it finished, by draw and sample.
+
+        Raises NonFiniteError, on every process, if a sequence's logits are non-finite.
+        """
         finished = sorted(self._segment(), key=lambda found: (found[0].request.draw, found[0].request.sample))
         return [(job.request, response) for job, response in finished]
 
@@ -209,9 +222,25 @@ class Stream:
         seen, steps = engine.fetch((seen, steps))
         live, self._length, ended = np.array(seen)
         self.segment, self.steps = self.segment + 1, self.steps + int(steps)
-        finished = self._responses([at for at in sorted(self._running) if not live[at]], ended)
+        done = [at for at in sorted(self._running) if not live[at]]
+        self._check_finite(done, ended)
+        finished = self._responses(done, ended)
         self._running = {at: job for at, job in self._running.items() if live[at]}
         return finished
+
+    def _check_finite(self, done: Sequence[tuple[int, int]], ended: np.ndarray) -> None:
+        """Raises NonFiniteError if one of the slots stopped without an end token and below its limit, and says what is non-finite."""
+        for at in done:
+            job, length = self._running[at], int(self._length[at])
+            if ended[at] or length == self._room(job):
+                continue
+            leaves = jax.tree_util.tree_leaves_with_path(self._engine.fetch(_are_finite(self._params)))
+            bad = [jax.tree_util.keystr(path, simple=True, separator="/") for path, finite in leaves if not finite]
+            raise NonFiniteError(
+                f"sampling: draw {job.request.draw}, sample {job.request.sample}: logits are non-finite after {length} tokens, because "
+                + (f"{len(bad)} of {len(leaves)} weights are ({bad[0]})" if bad else f"finite weights overflow in {self._engine.dtype}")
+                + "; use weights of an earlier step, or others"
+            )
 
     def _refill(self) -> None:
         """Starts requests from the front of the queue in the free slots, lowest slots first."""

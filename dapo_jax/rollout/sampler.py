@@ -30,7 +30,7 @@ class Slots(NamedTuple):
     tokens: Array  # int32 [N, b, R], the response
     logprobs: Array  # float32 [N, b, R]
     ended: Array  # bool, drew a stop token
-    live: Array  # bool, neither ended nor at its limit
+    live: Array  # bool, neither ended nor at its limit, and no logits were non-finite
 
 
 class SamplerState(NamedTuple):
@@ -168,8 +168,8 @@ def take(slots: Slots, which: Array) -> tuple[Array, Array]:
 
 
 def _append(slots: Slots, tokens: Array, logprobs: Array, stop: tuple[int, ...]) -> Slots:
-    """Adds the token [N, b] that was drawn to every live sequence."""
-    live = slots.live
+    """Adds the token [N, b] that was drawn to every live sequence; where its log-prob is NaN, the sequence stops before it."""
+    live = slots.live & ~jnp.isnan(logprobs)
     at = jnp.where(live, slots.length, slots.tokens.shape[-1])
     write = jax.vmap(jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop")))  # one entry a row: rows may be long
     length = slots.length + live
@@ -209,6 +209,9 @@ def decode(
     read: int,
 ) -> tuple[SamplerState, Array, Array]:
     """Decodes the first `width` slots of every shard until enough of them are free, or for `max_steps` steps.
+
+    A sequence whose logits are non-finite gets no token and is not live any more, though neither ended nor at its limit: for the host
+    to see (`Stream._check_finite`).
 
     Args:
       few: int32, leave when no more sequences than this are live. half: int32, or no more than this on any shard.
