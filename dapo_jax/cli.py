@@ -1,6 +1,8 @@
 """Exit statuses of every verb, and the `dapo-jax VERB ...` console script."""
 
 import importlib
+import itertools
+import os
 import signal
 import sys
 import traceback
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from dapo_jax import __version__
 from dapo_jax.config import printable
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.console import escaped_output
 from dapo_jax.runtime.folder import reason
 from dapo_jax.runtime.guard import signals_end
 from dapo_jax.types import InputError, NoCheckpointError, RunError, Stopped
@@ -31,12 +34,13 @@ VERBS = {
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:
     """Runs a verb and exits: 0 done, 1 the run cannot go on, 2 bad input in one line, 3 no usable checkpoint, 128 + n on signal n."""
-    with signals_end():
+    with signals_end(), escaped_output():
         _run(main, argv)
 
 
 def _run(main: Callable[[list[str] | None], int], argv: list[str] | None) -> typing.NoReturn:
     try:
+        _check_arguments(sys.argv[1:] if argv is None else argv)
         status = main(argv)
     except InputError as e:
         status = _say(e, 2)
@@ -56,6 +60,8 @@ def _run(main: Callable[[list[str] | None], int], argv: list[str] | None) -> typ
         if out_of_memory(e):
             what = f"out of memory ({reason(e)}); lower rollout.decode_slots (sampling) or train.rows_per_microbatch (updates)"
             status = _say(f"{what}, set model.remat: full, or use more devices; `python -m dapo_jax.plan` says what fits a TPU", 2)
+        elif why := no_device(e):
+            status = _say(why, 2)
         elif multihost.is_distributed():
             traceback.print_exc()
             status = _say("ended by the error above", 1)
@@ -66,11 +72,30 @@ def _run(main: Callable[[list[str] | None], int], argv: list[str] | None) -> typ
     sys.exit(status)
 
 
+def _check_arguments(argv: list[str]) -> None:
+    """No argument of any verb may be empty: as a path it would be the current folder, or the same as none."""
+    for before, argument in itertools.pairwise(["the first argument", *argv]):
+        flag, _, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        if argument != flag and not value.strip():
+            raise InputError(f"{flag}: is empty; give a value, or leave it out")
+
+
 def out_of_memory(e: Exception) -> bool:
     """Whether a device, or the host, had not as much memory as was asked for."""
     # By name: what runs before a verb does not import jax. A CPU calls it INTERNAL, and the compiler of a TPU says "ran out of memory".
     from_jax = type(e).__name__ == "JaxRuntimeError" and any(words in str(e) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
     return isinstance(e, MemoryError) or from_jax
+
+
+def no_device(e: Exception) -> str | None:
+    """What to say where jax has no device of the kinds in JAX_PLATFORMS, or does not know them; None for any other error."""
+    *_, (frame, _) = traceback.walk_tb(e.__traceback__)
+    failed = isinstance(e, AssertionError) and frame.f_globals.get("__name__") == "jax._src.xla_bridge"  # where CUDA is missing
+    if not failed and not (isinstance(e, RuntimeError) and str(e).startswith("Unable to initialize backend")):
+        return None
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    said = f" ({reason(e)})" if str(e) else ""
+    return f"JAX_PLATFORMS: is {asked!r}, but jax finds no such device{said}; install jax for this device, or unset JAX_PLATFORMS"
 
 
 def _say(what: object, status: int) -> int:

@@ -1,8 +1,10 @@
 """The console script, `--help` of every verb, and exit statuses."""
 
 import importlib
+import importlib.util
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -72,6 +74,33 @@ def test_out_of_memory_says_what_to_lower(capsys, error, reason):
     said = capsys.readouterr().err
     assert said.startswith("dapo_jax: out of memory (") and said.count("\n") == 1 and reason in said
     assert "lower rollout.decode_slots (sampling) or train.rows_per_microbatch (updates)" in said
+
+
+@pytest.mark.parametrize("platforms, first", [("cuda", "jax.devices()"), ("cudda", "jax.jit(lambda x: x)(1)")])
+def test_devices_that_jax_does_not_have_are_named(platforms, first):
+    if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        pytest.skip("jax has CUDA here")
+    script = f"import jax; from dapo_jax import cli; cli.run(lambda argv: {first})"
+    environment = os.environ | {"JAX_PLATFORMS": platforms}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"dapo_jax: JAX_PLATFORMS: is '{platforms}', but jax finds no such device")
+    assert done.stderr.endswith("; install jax for this device, or unset JAX_PLATFORMS\n")
+
+
+@pytest.mark.parametrize("argv", [["--run-dir", ""], ["--config", "c.yaml", "--run-dir", " "], ["--run-dir="]])
+def test_an_empty_argument_is_no_folder(capsys, argv):
+    with pytest.raises(SystemExit) as done:
+        cli.run(lambda argv: 0, argv)
+    assert done.value.code == 2
+    assert capsys.readouterr().err == "dapo_jax: --run-dir: is empty; give a value, or leave it out\n"
+
+
+def test_empty_values_of_other_kinds_are_left_to_the_verb(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.run(lambda argv: 0, ["--quiet", "--set", "data.template=", "x"])
+    assert done.value.code == 0
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")], ids=["python", "jax"])

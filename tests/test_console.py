@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from dapo_jax import cli
 from dapo_jax.runtime import console
 from dapo_jax.runtime.console import StepTable, make_console, progress
 from dapo_jax.runtime.metrics import METRICS
@@ -76,3 +77,23 @@ def test_progress_is_silent_where_there_is_no_terminal(capsys, monkeypatch):
     with progress(10, "rollout", enabled=False) as bar:
         bar.update(10)
     assert capsys.readouterr().err == ""
+
+
+def test_terminal_controls_reach_no_terminal_through_any_verb(capsys, monkeypatch):
+    """Names of files, keys of files, errors: whatever is printed. Bars may move the cursor."""
+
+    def main(argv):
+        print("data\x1b[31m\x9b2J\x07\r\udcff.jsonl: ¿ok? 你好\tof\nthree")
+        with progress(2, "rollout 1") as bar:
+            bar.update(2)
+        print("run\x1b]0;title\x07: waiting", file=sys.stderr)
+        return 0
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(SystemExit):
+        cli.run(main, [])
+    out, err = capsys.readouterr()
+    assert out == "data\\x1b[31m\\x9b2J\\x07\\r\\udcff.jsonl: ¿ok? 你好\tof\nthree\n"
+    bars, _, line = err.rpartition("\r")
+    assert "rollout 1: " in bars and line.endswith("run\\x1b]0;title\\x07: waiting\n")
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", err)

@@ -107,6 +107,9 @@ def test_one_process_writes_the_logs(runs):
     assert "step" not in (runs / "two1.log").read_text()
 
 
+NO_ADDRESSES = ("localhost", ":8476", "localhost:x", "localhost:99999", "::1")
+
+
 @pytest.mark.parametrize(
     "given, said",
     [
@@ -114,6 +117,8 @@ def test_one_process_writes_the_logs(runs):
         ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID: is ''"),
         ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES: is 'two'"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID: is 2 of JAX_NUM_PROCESSES 2"),
+        ({"JAX_NUM_PROCESSES": "9" * 20, "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES: is '99999999999999999999'"),
+        *(({"JAX_COORDINATOR_ADDRESS": a}, f"JAX_COORDINATOR_ADDRESS: is {a!r}; expected HOST:PORT") for a in NO_ADDRESSES),
     ],
 )
 def test_an_incomplete_description_of_the_job_is_named(given, said, monkeypatch):
@@ -124,6 +129,19 @@ def test_an_incomplete_description_of_the_job_is_named(given, said, monkeypatch)
     with pytest.raises(InputError) as e:
         multihost.initialize()
     assert str(e.value).startswith(said) and "\n" not in str(e.value)
+
+
+def test_a_port_that_is_in_use_is_named(monkeypatch):
+    with socket.create_server(("", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        for name, value in (("COORDINATOR_ADDRESS", address), ("NUM_PROCESSES", "1"), ("PROCESS_ID", "0")):
+            monkeypatch.setenv(f"JAX_{name}", value)
+        # In a process of its own: jax does not forget an attempt to join.
+        script = "from dapo_jax import cli; from dapo_jax.runtime import multihost; cli.run(lambda argv: multihost.initialize())"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"dapo_jax: JAX_COORDINATOR_ADDRESS: process 0 cannot listen on the port of {address}; give a free one\n" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 IN_USE = "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 4711. Not attempting to load libtpu.so"

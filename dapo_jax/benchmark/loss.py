@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dapo_jax.benchmark.measure import Sizes, device, memory, mesh_of, report, speed, temp_bytes, timed
-from dapo_jax.cli import out_of_memory
+from dapo_jax.cli import no_device, out_of_memory
 from dapo_jax.config import DapoSection
 from dapo_jax.dapo.loss import dapo_token_loss, policy_metrics
 from dapo_jax.model.logprobs import ROW_AXES, linear_loss
@@ -155,8 +155,10 @@ def _serve(pipe: Any, name: str, sizes: Sizes) -> None:
             pipe.send(answer)
     except InputError as e:
         pipe.send(e)
-    except (MemoryError, jax.errors.JaxRuntimeError) as e:
-        if not out_of_memory(e):
+    except Exception as e:
+        if why := no_device(e):
+            pipe.send(InputError(why))
+        elif not out_of_memory(e):
             raise
 
 

@@ -65,7 +65,8 @@ class LoadReport:
         parts += [f"{self.elsewhere:,} in an earlier data set"] if self.elsewhere else []
         parts += [f"{skip.count:,} skipped: {reason} ({skip.where})" for reason, skip in self.skipped.items()]
         parts += [f"{count:,} {what}" for what, count in self.normalized.items()]
-        return f"{self.source}: {self.problems:,} problems from {self.rows:,} rows" + (f" ({', '.join(parts)})" if parts else "")
+        summary = f"{self.source}: {self.problems:,} problems from {self.rows:,} rows" + (f" ({', '.join(parts)})" if parts else "")
+        return printable(summary)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 A log file gets the same lines, without control characters.
 """
 
+import contextlib
+import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -31,6 +33,31 @@ _COLUMNS = (
     ("train_s", "time/update_s", 7, 1, ".1f", False),
     ("step_s", "time/step_s", 6, 1, ".1f", True),
 )
+
+
+_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"  # surrogates too: they are undecodable bytes of file names
+_NOT_OF_BARS = rf"(?![\r\x1b]){_CONTROLS}|\x1b(?!\[A)"  # what progress bars do not write
+
+
+class _Escaped:
+    """A text stream that writes control characters as escapes: file names, keys of files and quoted texts may hold any."""
+
+    def __init__(self, stream: Any, controls: str):
+        self._stream, self._controls = stream, re.compile(controls)
+
+    def write(self, text: str) -> int:
+        return self._stream.write(self._controls.sub(lambda found: repr(found[0])[1:-1], text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def escaped_output() -> Iterator[None]:
+    """Standard output and error without terminal controls while inside."""
+    out, err = _Escaped(sys.stdout, _CONTROLS), _Escaped(sys.stderr, _NOT_OF_BARS)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
 class Console(NamedTuple):

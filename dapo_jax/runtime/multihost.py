@@ -4,6 +4,7 @@ Work that may be shared (judging answers) is: each process does its own part, an
 follows from them is decided on the same numbers everywhere.
 """
 
+import contextlib
 import glob
 import hashlib
 import importlib.metadata
@@ -11,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import threading
@@ -41,7 +43,7 @@ def initialize() -> None:
     """Joins the other processes of the job, before anything else touches a device. Nothing to do for a job of one.
 
     On a TPU VM the pod's metadata tell who the others are. Elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID do. Raises InputError if these are incomplete, and RunError if another process has the chips.
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID do. Raises InputError if they are wrong, and RunError if another process has the chips.
     Says so if it has to wait; after five minutes jax ends a process that the others have not joined.
     """
     if jax.distributed.is_initialized():
@@ -53,6 +55,9 @@ def initialize() -> None:
         _join()
         found = jax.devices()[0].platform
     except RuntimeError as e:
+        if "Failed to start RPC server" in str(e):
+            address = os.environ["JAX_COORDINATOR_ADDRESS"]
+            raise InputError(f"JAX_COORDINATOR_ADDRESS: process 0 cannot listen on the port of {address}; give a free one") from None
         if "already in use" not in str(e) and "libtpu_lockfile" not in str(e):
             raise
         raise RunError(f"the TPU is in use by another process of this host ({reason(e)}); {_FREE_IT}") from None
@@ -65,6 +70,9 @@ def initialize() -> None:
 def _join() -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and tell nobody; `guard` heeds it
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        port = re.fullmatch(r"[^:]+:(\d{1,5})|\[[^]]+\]:(\d{1,5})", address)
+        if not port or not 0 < int(port[1] or port[2]) < 2**16:  # jax would wait for ever, or end with a fault of its C++
+            raise InputError(f"JAX_COORDINATOR_ADDRESS: is {address!r}; expected HOST:PORT of process 0, such as 10.0.0.2:8476")
         count, index = (_environment_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         if not index < count:
             raise InputError(f"JAX_PROCESS_ID: is {index} of JAX_NUM_PROCESSES {count}; it counts from 0")
@@ -82,7 +90,7 @@ def on_tpu_vm() -> bool:
 
 def _environment_number(name: str) -> int:
     text = os.environ.get(name, "")
-    if not text.isdecimal():
+    if not re.fullmatch(r"\d{1,6}", text, re.ASCII):
         raise InputError(f"{name}: is {text!r}, but JAX_COORDINATOR_ADDRESS is set; give a whole number, or unset both")
     return int(text)
 
@@ -94,15 +102,19 @@ def is_distributed() -> bool:
 
 def who() -> str:
     """This process, for a line of several processes' output."""
-    return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+    try:
+        return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+    except (RuntimeError, AssertionError):  # jax knows only once it has a device
+        return socket.gethostname()
 
 
 def leave(status: int) -> typing.NoReturn:
     """Ends this process at once. One that ended in the usual way would wait for the others, who may be waiting for it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if is_main():  # the others end with the first process, and may have something to say before
-        time.sleep(_LAST_WORDS_S)
+    with contextlib.suppress(RuntimeError, AssertionError):  # where jax has no device
+        if is_main():  # the others end with the first process, and may have something to say before
+            time.sleep(_LAST_WORDS_S)
     os._exit(status)
 
 
