@@ -117,7 +117,7 @@ def _copied(url: str, files: Sequence[str]) -> Path:
         listed = {}
     except Exception as e:  # of gcsfs, aiohttp, google-auth; ImportError without gcsfs
         raise InputError(f"{url}: cannot be listed ({reason(e)}); {_ACCESS}") from None
-    if "config.json" not in listed:
+    if not {"config.json", "adapter_config.json"} & listed.keys():
         raise InputError(f"{url}: no such model folder, for it holds no config.json; correct it, or copy a Hugging Face folder there")
     state = json.dumps([url.rstrip("/"), sorted((name, entry["size"], entry.get("generation")) for name, entry in listed.items())])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dapo_jax", "models")
