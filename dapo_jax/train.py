@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 import signal
 import traceback
@@ -31,8 +30,18 @@ from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import make_prompts
 from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets, not_held_out
-from dapo_jax.model.weights import check_pretrained
-from dapo_jax.policy import check_divides, describe, load_params, load_policy, make_engine, row_len, weights_folder, with_commit
+from dapo_jax.policy import (
+    check_divides,
+    check_started_alike,
+    check_weights,
+    describe,
+    load_params,
+    load_policy,
+    make_engine,
+    row_len,
+    weights_folder,
+    with_commit,
+)
 from dapo_jax.programs import microbatches, train_programs, train_sampling
 from dapo_jax.resume import DataDigests, Progress, Run, UnderWay, fetched, restore, save
 from dapo_jax.reward.pool import RewardPool, error_counts
@@ -110,17 +119,15 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         say(f"mixture: {several}")
     data_digests = DataDigests(loaded_digest, mixture_digest([p.problem for p in prompts], mixture))
     source = function_source(config.reward.function)
-    function_digest = hashlib.sha256((source or "").encode()).hexdigest()
-    digests = {"the digest of data.train": data_digests.trained_on, "the digest of reward.function": function_digest}
-    if differs := multihost.disagreement(multihost.software() | flatten(to_dict(config)) | digests):
-        raise InputError(f"{differs}; start every process with the same command, code, packages and data")
+    sets = {"data.train": prompts} | {f"eval.sets.{name}": held_out for name, held_out in eval_sets.items()}
+    check_started_alike(config, policy, sets, {"the reward function": source})
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh, rows=True, slots=True)
     refuse_other_run(config, run_dir, source)
     if function_changed(source, run_dir):
         say("reward.function: its file has changed since the run was started, which reward.allow_change allows")
     if read(run_dir / "config.yaml") is None and (folder := weights_folder(policy)):  # a run that goes on has weights of its own
-        check_pretrained(folder)
+        check_weights(folder)
     say(f"policy: {describe(policy, mesh, config.model.lora)}")
     say(
         f"step: {algo.prompts_per_step} prompts x {algo.responses_per_prompt} responses, "

@@ -1,5 +1,6 @@
 """Problems as tokens: tokenizer, prompt template, chat template, stop tokens, and responses back to text."""
 
+import hashlib
 import json
 import os
 import re
@@ -230,6 +231,14 @@ def check_embedded(tokens: Sequence[int], vocab_size: int | None, tokenizer: "Pr
             f"{where}: token{name} ({most}) is beyond the model's embedding of {vocab_size} tokens; use the model's own tokenizer, and "
             "texts without this token"
         )
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256, in hexadecimal, of problems (answers and solutions included) and tokens, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr(prompt.problem).encode("utf-8", "surrogatepass") + b"\n" + prompt.tokens.tobytes())
+    return digest.hexdigest()
 
 
 def without(prompts: Sequence[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:

@@ -1,6 +1,8 @@
 """Hugging Face model folders: safetensors into stacked float32 parameters, and back."""
 
 import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
@@ -8,6 +10,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,19 @@ _QUANTIZED = re.compile(r"\.(scales|biases|qweight|qzeros|g_idx|absmax|weight_sc
 # What of a model's files is ever read: all there is about it, and its weights. `*` is any text.
 DESCRIPTION_FILES = ("config.json", "generation_config.json", _ADAPTER, *_TOKENIZER_FILES)
 WEIGHT_FILES = (_SINGLE, _INDEX, "model*.safetensors")
+
+
+@functools.cache
+def file_digests(folder: str, patterns: tuple[str, ...]) -> dict[str, str]:
+    """SHA-256 of each file of the folder that one of the patterns names, by name. Reads them whole, several at a time, and only once."""
+    paths = sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()})
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip((path.name for path in paths), pool.map(digest, paths), strict=True))
 
 
 def load_model_config(folder: str | Path) -> ModelConfig:
