@@ -140,7 +140,7 @@ class DataSection:
     """Training problems and how they become prompts."""
 
     train: str | Mapping[str, float] = (
-        "arithmetic"  # .jsonl, .parquet, a prepared tensorflow-datasets folder, `arithmetic` (embedded); or several with weights
+        "arithmetic"  # a file, folder or pattern of rows (docs/data.md), or `arithmetic` (embedded); or several with weights
     )
     columns: Mapping[str, ColumnsConfig] = dataclasses.field(default_factory=dict)  # by data set, where they have other names than usual
     template: str = DAPO_TEMPLATE  # wraps a plain-text problem; {prompt} is where it goes
