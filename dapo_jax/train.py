@@ -246,6 +246,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                         run.under_way = UnderWay(draw_metrics(drawn, config), [], rows)
                     drawn_metrics, done, shown = run.under_way
                     kept, counts = run.buffer.ready()
+                    first_draw = run.at.draws - int(drawn_metrics["rollout/prompts"])  # of this step
 
                     # One pass over what was kept, in mini-batches of whole groups. The weights of rollouts make room.
                     weights = None
@@ -255,7 +256,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                         progress(algo.prompts_per_step, f"update {step}", enabled=console.bars) as bar,
                     ):
                         packed = []
-                        for n, (batch, stats) in enumerate(minibatches(kept, config, row_shards(mesh))):
+                        for n, (batch, stats) in enumerate(minibatches(kept, config, row_shards(mesh), first_draw)):
                             packed.append(stats)
                             bar.update(algo.responses_per_update // algo.responses_per_prompt)
                             if n < already:  # was done when the run was stopped
@@ -280,7 +281,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                     continue
 
                 # Say what happened.
-                metrics = drawn_metrics | update_metrics(kept, counts, done, packed, config) | {"optim/lr": rate}
+                metrics = drawn_metrics | update_metrics(kept, first_draw, counts, done, packed, config) | {"optim/lr": rate}
                 metrics |= {
                     "filter/resting_problems": run.memory.resting(run.at.cursor.epoch),
                     "filter/open_groups": len(run.left_open),
@@ -413,8 +414,11 @@ def ratios_of(
     return {g.draw: np.exp(np.minimum(logprobs - g.old_logprobs[0], 80)) for g, logprobs in zip(trained, scored, strict=True)}
 
 
-def minibatches(groups: Sequence[Group], config: Config, shards: int) -> Iterator[tuple[TrainBatch, PackStats]]:
-    """Yields the packed batch of each update: whole groups in draw order, advantages and normaliser written in."""
+def minibatches(groups: Sequence[Group], config: Config, shards: int, first_draw: int = 0) -> Iterator[tuple[TrainBatch, PackStats]]:
+    """Yields the packed batch of each update: whole groups in draw order, advantages and normaliser written in.
+
+    first_draw: of the step. Of the groups before it the sampler's log-probs, if they are in the ratio, are left out of the metrics.
+    """
     algo = config.dapo
     advantages = group_advantages(np.stack([g.reward for g in groups]), ddof=algo.advantage_ddof, eps=algo.advantage_eps)
     per_update = algo.responses_per_update // algo.responses_per_prompt
@@ -430,9 +434,10 @@ def minibatches(groups: Sequence[Group], config: Config, shards: int) -> Iterato
         flat_advantages = advantages[at : at + per_update].reshape(-1)
         old = [logprobs for group in mine for logprobs in group.old_logprobs]
         owners = [group.prompt.tokens for group in mine for _ in group.responses]
+        old_only = [algo.old_logprobs == "sampler" and group.draw < first_draw for group in mine for _ in group.responses]
         items = [
-            TrainItem(prompt, r.tokens, o, r.behavior_logprobs, float(a), float(w))
-            for prompt, r, o, a, w in zip(owners, responses, old, flat_advantages, weights, strict=True)
+            TrainItem(prompt, r.tokens, o, o + np.nan if hidden else r.behavior_logprobs, float(a), float(w))
+            for prompt, r, o, hidden, a, w in zip(owners, responses, old, old_only, flat_advantages, weights, strict=True)
         ]
         yield pack(items, config, shards)
 
@@ -512,27 +517,39 @@ def draw_metrics(step: Drawn, config: Config) -> dict[str, float]:
 
 
 def update_metrics(
-    kept: Sequence[Group], counts: StepCounts, sums: Sequence[dict[str, float]], packed: Sequence[PackStats], config: Config
+    kept: Sequence[Group],
+    first_draw: int,
+    counts: StepCounts,
+    sums: Sequence[dict[str, float]],
+    packed: Sequence[PackStats],
+    config: Config,
 ) -> dict[str, float]:
-    """The metrics of what one rollout step trained on and learned, timings aside."""
-    total = {name: sum(s[name] for s in sums) for name in sums[0]}
-    metrics = summarize(total) | {
+    """The metrics of what one rollout step trained on and learned, timings aside. first_draw: of the step.
+
+    `policy/` metrics and the gradient norm are of the updates that were applied: the sums of a skipped one may be non-finite.
+    """
+    applied = [s for s in sums if not s["skipped"]]
+    metrics = {
         "reward/accuracy_kept": counts.accuracy_kept,
-        "filter/carried_groups": counts.carried_in,
+        "filter/carried_groups": min(counts.carried_in, counts.kept),
         "filter/surplus_groups": counts.surplus,
         "filter/wasted_tokens": counts.wasted_tokens,
         "filter/trained_informative": float(informative_groups(np.stack([g.correct for g in kept])).mean()),
         "policy/long_share": float(np.mean([p.long_share for p in packed])),
-        "policy/loss": float(np.mean([s["loss"] for s in sums])),
-        "optim/grad_norm": float(np.mean([s["grad_norm"] for s in sums])),
-        "optim/skipped_updates": total["skipped"],
+        "optim/skipped_updates": len(sums) - len(applied),
         "pack/efficiency": float(np.mean([p.efficiency for p in packed])),
     }
+    if applied:
+        metrics |= summarize({name: sum(s[name] for s in applied) for name in applied[0]})
+        metrics["policy/loss"] = float(np.mean([s["loss"] for s in applied]))
+        metrics["optim/grad_norm"] = float(np.mean([s["grad_norm"] for s in applied]))
+    # Sampler and trainer are compared on tokens that this step's policy sampled, before an update has changed it.
     if config.dapo.old_logprobs == "recompute":
-        gaps = [np.abs(o - r.behavior_logprobs) for g in kept for o, r in zip(g.old_logprobs, g.responses, strict=True)]
-        metrics["policy/sampler_gap_mean"] = float(np.concatenate(gaps).mean())
-    else:  # only before the first update are trainer and sampler the same policy
-        metrics["policy/sampler_gap_mean"] = summarize(sums[0])["policy/sampler_gap_mean"]
+        new = [(o, r) for g in kept if g.draw >= first_draw for o, r in zip(g.old_logprobs, g.responses, strict=True)]
+        if new:
+            metrics["policy/sampler_gap_mean"] = float(np.concatenate([np.abs(o - r.behavior_logprobs) for o, r in new]).mean())
+    elif applied and applied[0]["gap_tokens"]:
+        metrics["policy/sampler_gap_mean"] = applied[0]["sampler_gap"] / applied[0]["gap_tokens"]
     return metrics
 
 
