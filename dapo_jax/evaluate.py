@@ -19,23 +19,12 @@ from dapo_jax.config import Config, load_config
 from dapo_jax.data.problems import load_problems
 from dapo_jax.data.prompts import decode, make_prompts, without
 from dapo_jax.data.rows import AS_USUAL
-from dapo_jax.policy import (
-    Policy,
-    check_divides,
-    check_started_alike,
-    describe,
-    load_params,
-    load_policy,
-    make_engine,
-    restore_params,
-    with_commit,
-)
+from dapo_jax.policy import Policy, check_divides, describe, load_params, load_policy, make_engine, restore_params, with_commit
 from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors
-from dapo_jax.reward.verify import extract_answer, function_source
+from dapo_jax.reward.verify import extract_answer
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
-from dapo_jax.runtime.checkpoint import records_digest
 from dapo_jax.runtime.console import make_console, progress
 from dapo_jax.runtime.folder import run_folder, write_result
 from dapo_jax.runtime.guard import Guard
@@ -188,9 +177,9 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def load_sets(config: Config, policy: Policy, say: Callable[[str], None]) -> dict[str, list[Prompt]]:
     """The evaluation sets of a config, rendered to prompts."""
     sets = {}
-    for name, source in config.eval.sets.items():
-        columns = config.data.columns.get(source, AS_USUAL)
-        problems, report = load_problems(source, config.data.arithmetic, columns=columns, heldout=True)
+    for name, one in config.eval.sets.items():
+        columns = one.columns or AS_USUAL
+        problems, report = load_problems(one.path, config.data.arithmetic, columns=columns, heldout=True)
         problems = problems[: config.eval.max_problems]
         sets[name], skipped = make_prompts(problems, policy.tokenizer, config.data, policy.model.vocab_size)
         left_out = "".join(f", {count} skipped: {reason}" for reason, count in skipped.items())
@@ -231,10 +220,6 @@ def main(argv: list[str] | None = None) -> int:
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
     say = console.say
     sets = load_sets(config, policy, say)
-    source = function_source(config.reward.function)
-    checkpoints = records_digest(run_dir / "checkpoints") if run_dir else None
-    facts = {"the reward function": source, "the digest of the checkpoints in --run-dir": checkpoints}
-    check_started_alike(config, policy, {f"eval.sets.{name}": prompts for name, prompts in sets.items()}, facts)
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh, slots=True)
     say(describe(policy, mesh))
@@ -245,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         step, params = None, load_params(config, policy, mesh)
     weights = publisher(params, mesh, policy.model.compute_dtype)(params)
     engine = make_engine(config, policy, mesh, eval_sampling(config))
-    with Guard(config.train.stall_timeout_s) as guard, RewardPool(config.reward, source) as pool:
+    with Guard(config.train.stall_timeout_s) as guard, RewardPool(config.reward) as pool:
         found = evaluate_sets(
             sets, config, engine=engine, params=weights, policy=policy, pool=pool, guard=guard, say=console.tell, bars=console.bars
         )

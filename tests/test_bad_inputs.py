@@ -113,10 +113,13 @@ NO_CONFIGS = {
     "a film": (b"\0" * 2_000_000, "c.yaml: larger than 1 MB"),
     "tabs": (b"dapo:\n\tdual_clip: 3\n", "c.yaml:2: "),
     "duplicate key": (b"seed: 1\nseed: 2", "c.yaml:2: duplicate key 'seed'"),
-    "python tag": (b"seed: !!python/object/apply:os.system [ls]", "c.yaml:1: could not determine a constructor"),
+    "python tag": (
+        b"seed: !!python/object/apply:os.system [ls]",
+        "c.yaml:1: tags are not allowed, got tag:yaml.org,2002:python/",
+    ),
     "alias bomb": (b"a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "c.yaml:2: aliases are not allowed"),
     "deep nesting": (b"seed: " + b"[" * 20_000, "c.yaml:1: nested too deeply"),
-    "more keys than a config has": (b"k: 1\n" * 6_000, "c.yaml:5000: more than 10,000 keys and values"),
+    "more keys than a config has": (b"".join(b"k%d: 1\n" % n for n in range(6_000)), "c.yaml:5000: more than 10,000 keys and values"),
 }
 BAD_CONFIGS = {
     "unknown key": ("dapo: {clip_eps: 1}", "c.yaml: dapo.clip_eps: unknown key; did you mean 'clip_eps_"),
@@ -126,7 +129,7 @@ BAD_CONFIGS = {
     "negative size": ("rollout: {decode_slots: -8}", "c.yaml: rollout.decode_slots: must be at least 1"),
     "zero size": ("train: {rows_per_microbatch: 0}", "c.yaml: train.rows_per_microbatch: must be at least 1"),
     "huge size": ("train: {row_len: 99999999999999999999}", "c.yaml: train.row_len: 99999999999999999999 is too large"),
-    "G = 1": ("dapo: {responses_per_prompt: 1}", "c.yaml: dapo.responses_per_prompt: a group needs at least 2"),
+    "G = 1": ("dapo: {responses_per_prompt: 1}", "c.yaml: dapo.responses_per_prompt: must be at least 2, got 1"),
     "update splits groups": ("dapo: {responses_per_update: 100}", "100 is no multiple of responses_per_prompt 16"),
     "heads": ("model: {architecture: {heads: 3, kv_heads: 2}}", "c.yaml: model.architecture.kv_heads: 2 does not divide heads 3"),
     "epsilon": ("dapo: {clip_eps_low: 1}", "c.yaml: dapo.clip_eps_low: must be at least 0 and below 1"),
@@ -134,7 +137,7 @@ BAD_CONFIGS = {
     "base 60": ("seed: 1:30", "c.yaml: seed: expected a whole number, got '1:30'"),
     "NUL": ('data: {train: "x\\0.jsonl"}', "c.yaml: data.train: contains a NUL"),
     "NUL in a set": ('eval: {sets: {a: "x\\0.jsonl"}}', "c.yaml: eval.sets.a: contains a NUL"),
-    "NUL in a list": ('reward: {allowed_modules: ["\\0"]}', "c.yaml: reward.allowed_modules: contains a NUL"),
+    "NUL in a list": ('reward: {allowed_modules: ["\\0"]}', "c.yaml: reward.allowed_modules.0: contains a NUL"),
     "lone surrogate": ('data: {train: "\\ud800.jsonl"}', "c.yaml: data.train: is not valid Unicode"),
     "set named ..": ("eval: {sets: {..: a.jsonl}}", "c.yaml: eval.sets: name .. may hold"),
     "function not allowed": ("reward: {verifier: custom, function: 'os:system'}", "module 'os' is not in reward.allowed_modules"),
@@ -247,7 +250,7 @@ BAD_DATA = {
     "corrupt records": (corrupt_records, "1.0.0: not a readable data set"),
     "missing": (lambda folder: "missing.jsonl", "missing.jsonl: no such file; correct the path"),
     "a plain folder": (lambda folder: ".", "holds no dataset_info.json"),
-    "unknown kind": (lambda folder: "c.yaml", "c.yaml: not a known kind of data set; give .parquet, .jsonl"),
+    "unknown kind": (lambda folder: "c.yaml", "c.yaml: not a known kind of data set; give .jsonl"),
     "a URL": (lambda folder: "https://host/a.jsonl", "https://host/a.jsonl: no such file"),
 }
 
@@ -331,14 +334,14 @@ def test_warm_up_without_solutions(config, tmp_path, refused):
 
 
 def test_a_file_that_changes_while_it_is_read(config, tmp_path, monkeypatch, refused):
-    path, parse = write_rows(tmp_path / "d.jsonl", GOOD), problems.problem_from_row
+    path, parse = write_rows(tmp_path / "d.jsonl", GOOD), problems._problem_from_line
 
-    def parse_while_another_program_writes(*args):
+    def parse_while_another_program_writes(line, columns, notes):
         with path.open("ab") as stream:
             stream.write(b"\n")
-        return parse(*args)
+        return parse(line, columns, notes)
 
-    monkeypatch.setattr(problems, "problem_from_row", parse_while_another_program_writes)
+    monkeypatch.setattr(problems, "_problem_from_line", parse_while_another_program_writes)
     assert "changed while it was read" in refused(train, *train_args(config, tmp_path / "run", f"data.train={path}"), unchanged=False)[0]
     assert not (tmp_path / "run").exists()
 
@@ -653,10 +656,10 @@ def test_nothing_is_unpickled_evaluated_or_run_by_a_shell(file):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load")
+            assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load")
             assert keywords.get("shell", "False") == "False" and keywords.get("trust_remote_code", "False") == "False"
-            if called in ("yaml.load", "np.load", "np.savez"):
-                assert keywords.get("Loader") == "_StrictLoader" or keywords.get("allow_pickle") == "False"
+            if called in ("np.load", "np.savez"):
+                assert keywords.get("allow_pickle") == "False"
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
@@ -726,7 +729,7 @@ def test_secrets_of_the_environment_stay_from_a_chat_template(monkeypatch):
         return popen(*args, **kwargs)
 
     monkeypatch.setattr(subprocess, "Popen", watched)
-    assert [*chat.render("{{ messages[0].content }}", {}, [[{"role": "user", "content": "a"}]], "2024-07-26", max_chars=9)] == ["a"]
+    assert chat.render("{{ messages[0].content }}", {}, [[{"role": "user", "content": "a"}]], "2024-07-26") == ["a"]
     assert len(started) == 1 and "PATH" in started[0][1] and CANARY not in repr(started)
 
 

@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_jax import config as config_module
-from dapo_jax.config import ColumnsConfig, Config, ConfigError, config_from_dict, describe, dump_yaml, load_config, to_dict
+from dapo_jax.config import (
+    ColumnsConfig,
+    Config,
+    ConfigError,
+    EvalSet,
+    TrainSet,
+    config_from_dict,
+    describe,
+    dump_yaml,
+    load_config,
+    to_dict,
+)
 
 MINIMAL = """
 model: {architecture: {vocab_size: 258, model_dim: 64, layers: 2, heads: 4, kv_heads: 2, head_dim: 16, ffn_dim: 128}}
@@ -64,36 +75,45 @@ def test_numbers(load, text, value):
 
 def test_overrides_win_over_the_file_and_reach_any_depth(load):
     c = load("seed: 1\n", ["seed=2", "model.architecture.layers=7", "eval.sets.a=x.jsonl", "reward.allowed_modules=[m]"])
-    assert (c.seed, c.model.architecture.layers, dict(c.eval.sets), c.reward.allowed_modules) == (2, 7, {"a": "x.jsonl"}, ("m",))
+    assert (c.seed, c.model.architecture.layers, dict(c.eval.sets), c.reward.allowed_modules) == (2, 7, {"a": EvalSet("x.jsonl")}, ("m",))
 
 
 SETS = """
-eval: {every: 0, sets: {old: old.jsonl}}
-data: {train: {gsm8k.jsonl: 1, own.jsonl: 3}, columns: {own.jsonl: {prompt: q, answer: a}, old.jsonl: {prompt: q}}}
+eval: {every: 0, sets: {old: {path: old.jsonl, columns: {prompt: q}}}}
+data: {train: [gsm8k.jsonl, {path: own.jsonl, weight: 3, columns: {prompt: q, answer: a}}]}
 """
+GSM8K, OWN, OLD = TrainSet("gsm8k.jsonl"), TrainSet("own.jsonl", ColumnsConfig("q", "a"), 3.0), EvalSet("old.jsonl", ColumnsConfig("q"))
 
 
 @pytest.mark.parametrize(
-    "override, field, value",
+    "override, expected",
     [
-        ("data.train={other.jsonl: 1}", "train", {"other.jsonl": 1}),
-        ("data={train: {other.jsonl: 1}}", "train", {"other.jsonl": 1}),
-        ("data.train=other.jsonl", "train", "other.jsonl"),
-        ("data.train.own.jsonl=2", "train", {"gsm8k.jsonl": 1, "own.jsonl": 2}),
-        ("data.train.../a.b/own.jsonl=2", "train", {"gsm8k.jsonl": 1, "own.jsonl": 3, "../a.b/own.jsonl": 2}),
-        ("eval.sets={aime: a.jsonl}", "sets", {"aime": "a.jsonl"}),
-        ("eval={sets: {aime: a.jsonl}}", "sets", {"aime": "a.jsonl"}),
-        ("eval.sets.aime=a.jsonl", "sets", {"old": "old.jsonl", "aime": "a.jsonl"}),
-        ("data.columns={own.jsonl: {answer: b}}", "columns", {"own.jsonl": ColumnsConfig(answer="b")}),
-        ("data.columns.own.jsonl={answer: b}", "columns", {"own.jsonl": ColumnsConfig(answer="b"), "old.jsonl": ColumnsConfig("q")}),
-        ("data.columns.own.jsonl.answer=b", "columns", {"own.jsonl": ColumnsConfig("q", "b"), "old.jsonl": ColumnsConfig("q")}),
+        ("data.train=other.jsonl", [TrainSet("other.jsonl")]),
+        ("data.train=[other.jsonl, {path: own.jsonl, weight: 2}]", [TrainSet("other.jsonl"), TrainSet("own.jsonl", weight=2.0)]),
+        ("data={train: [{path: other.jsonl}]}", [TrainSet("other.jsonl")]),
+        ("data.train.0.weight=2", [TrainSet("gsm8k.jsonl", weight=2.0), OWN]),
+        ("data.train.0.columns.prompt=p", [TrainSet("gsm8k.jsonl", ColumnsConfig("p")), OWN]),
+        ("data.train.1.columns.answer=b", [GSM8K, TrainSet("own.jsonl", ColumnsConfig("q", "b"), 3.0)]),
+        ("data.train.1=../a.b/own.jsonl", [GSM8K, TrainSet("../a.b/own.jsonl")]),
+        ("data.train.2=more.jsonl", [GSM8K, OWN, TrainSet("more.jsonl")]),
+        ("eval.sets={aime: a.jsonl}", {"aime": EvalSet("a.jsonl")}),
+        ("eval={sets: {aime: a.jsonl}}", {"aime": EvalSet("a.jsonl")}),
+        ("eval.sets.aime=a.jsonl", {"old": OLD, "aime": EvalSet("a.jsonl")}),
+        ("eval.sets.old=new.jsonl", {"old": EvalSet("new.jsonl")}),
+        ("eval.sets.old={path: new.jsonl}", {"old": EvalSet("new.jsonl")}),
+        ("eval.sets.old.columns.answer=b", {"old": EvalSet("old.jsonl", ColumnsConfig("q", "b"))}),
+        ("eval.sets.old.path=new.jsonl", {"old": EvalSet("new.jsonl", ColumnsConfig("q"))}),
     ],
 )
-def test_an_override_takes_the_place_of_a_mapping_by_name_or_of_one_entry(load, override, field, value):
-    columns = () if field == "columns" else ("data.columns={}",)  # which name data sets that must be there
-    c = load(SETS, [*columns, override], MINIMAL.replace("eval: {every: 0}", ""))
-    assert getattr(c.eval if field == "sets" else c.data, field) == value
+def test_an_override_replaces_data_sets_or_sets_a_part_of_one(load, override, expected):
+    c = load(SETS, [override], MINIMAL.replace("eval: {every: 0}", ""))
+    assert (dict(c.eval.sets) if isinstance(expected, dict) else list(c.data.train)) == expected
     assert c.eval.every == 0 and c.data.arithmetic == Config().data.arithmetic
+
+
+def test_parts_of_a_single_data_set_can_be_set(load):
+    c = load("data: {train: a.jsonl}\n", ["data.train.0.columns.prompt=q", "data.train.1=b.jsonl", "data.train.1.weight=2"])
+    assert c.data.train == (TrainSet("a.jsonl", ColumnsConfig("q")), TrainSet("b.jsonl", weight=2.0))
 
 
 def test_an_override_is_merged_into_a_section(load):
@@ -116,7 +136,7 @@ BAD = {
     "inf": ("optim: {learning_rate: .inf}\n", "learning_rate: must be finite"),
     "huge int": ("seed: 99999999999999999999\n", "seed: 99999999999999999999 is too large"),
     "int that overflows float": ("optim: {learning_rate: 1" + "0" * 400 + "}\n", "learning_rate"),
-    "python tag": ("seed: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+    "python tag": ("seed: !!python/object/apply:os.system [ls]\n", "c.yaml:4: tags are not allowed"),
     "alias bomb": ("a: &a [1]\nb: [*a, *a]\n", "aliases are not allowed"),
     "merge key": ("a: &a {}\nb: {<<: *a}\n", "aliases are not allowed"),
     "deep nesting": ("seed: " + "[" * 100 + "]" * 100 + "\n", "nested too deeply"),
@@ -127,8 +147,8 @@ BAD = {
     "null section": ("dapo:\n", "dapo: expected a mapping, got null"),
     "NUL": ('data: {train: "a\\0b"}\n', "data.train: contains a NUL"),
     "number for key": ("1: 2\n", "key 1 is not text"),
-    "wrong literal": ("reward: {verifier: strictt}\n", "reward.verifier: expected one of strict, lenient, custom"),
-    "G = 1": ("dapo: {responses_per_prompt: 1}\n", "dapo.responses_per_prompt: a group needs at least 2"),
+    "wrong literal": ("reward: {verifier: strictt}\n", "reward.verifier: expected one of 'strict', 'lenient' or 'custom'"),
+    "G = 1": ("dapo: {responses_per_prompt: 1}\n", "dapo.responses_per_prompt: must be at least 2, got 1"),
     "update splits groups": ("dapo: {responses_per_update: 100}\n", "100 is no multiple of responses_per_prompt 16"),
     "update does not divide": ("dapo: {responses_per_update: 336}\n", "336 does not divide prompts_per_step x responses_per_prompt = 8192"),
     "zero": ("rollout: {decode_slots: 0}\n", "rollout.decode_slots: must be at least 1, got 0"),
@@ -138,7 +158,7 @@ BAD = {
     "eps_high": ("dapo: {clip_eps_high: -0.1}\n", "dapo.clip_eps_high: must be at least 0"),
     "importance cap": ("dapo: {importance_cap: 1.2}\n", "dapo.importance_cap: must be at least 1 + clip_eps_high = 1.28"),
     "dual clip": ("dapo: {dual_clip: 1}\n", "dapo.dual_clip: must be above 1"),
-    "ddof": ("dapo: {advantage_ddof: 16}\n", "dapo.advantage_ddof: must be at least 0 and below responses_per_prompt 16"),
+    "ddof": ("dapo: {advantage_ddof: 16}\n", "dapo.advantage_ddof: must be below responses_per_prompt 16"),
     "top_p": ("rollout: {top_p: 0}\n", "rollout.top_p: must be above 0 and at most 1"),
     "temperature": ("rollout: {temperature: 0}\n", "rollout.temperature: must be above 0"),
     "buffer": ("reward: {overlong_buffer_len: 30000}\n", "reward.overlong_buffer_len: exceeds rollout.max_response_len 20480"),
@@ -151,6 +171,10 @@ BAD = {
     "folder and architecture": ("", "model.folder: give either", ["model.folder=x"]),
     "no such override": ("", "optim.lr: unknown key", ["optim.lr=1"]),
     "override without =": ("", "--set seed: expected section.key=value", ["seed"]),
+    "an index beyond the list": ("", "--set data.train.1.weight: expected 0 to 0, got 1", ["data.train=[]", "data.train.1.weight=2"]),
+    "a name in a list": ("", "--set data.train.own.jsonl: expected 0 to 2, got own", ["data.train=[a, b]", "data.train.own.jsonl=2"]),
+    "deep override": ("", "expected section.key=value", ["a" + ".a" * 20000 + "=1"]),
+    "two documents": ("\n---\na: 1\n", "c.yaml: holds more than one YAML document"),
     "override of a scalar's inside": ("", "seed: expected a whole number", ["seed.a=1"]),
 }
 

@@ -26,7 +26,7 @@ ROWS = [
 ]
 CONFIG = """
 model: {architecture: {vocab_size: 258, model_dim: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, ffn_dim: 32, max_position: 64}}
-data: {train: {a.jsonl: 1, b.jsonl: 3}, columns: {b.jsonl: {prompt: q}}, template: "{prompt}=", max_prompt_len: 16}
+data: {train: [a.jsonl, {path: b.jsonl, weight: 3, columns: {prompt: q}}], template: "{prompt}=", max_prompt_len: 16}
 eval: {sets: {held: arithmetic}}
 rollout: {max_response_len: 40}
 reward: {overlong_buffer_len: 10}
@@ -79,7 +79,7 @@ def test_the_sets_of_a_config_with_the_lengths_of_their_prompts(capsys):
     """Lengths are bytes and a `=` here; `make_prompts` keeps those that are not too long."""
     assert verb("stats", "--config", "c.yaml", "--json", "out.json", "--set", "data.arithmetic.heldout_problems=20") == 0
     found = json.loads(Path("out.json").read_text())
-    assert list(found) == ["data.train.1", "data.train.2", "eval.sets.held"]
+    assert list(found) == ["data.train.0", "data.train.1", "eval.sets.held"]
     first, second, held = found.values()
     assert (first["weight"], first["share"], second["weight"], second["share"]) == (1, 0.25, 3, 0.75)
     assert (second["problems"], second["in_earlier_sets"], second["rows"]) == (2, 1, 3)
@@ -134,7 +134,7 @@ def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
     "args, said",
     [
         ("stats --source gone.jsonl", "gone.jsonl: no such file; correct the path"),
-        ("stats --source a.tsv", "a.tsv: not a known kind of data set"),
+        ("stats --source a.csv", "a.csv: not a known kind of data set"),
         ("stats --source a.jsonl --columns promt=q", "--columns promt: expected PART=COLUMN, where PART is one of prompt, answer,"),
         ("stats --source a.jsonl --columns prompt", "--columns prompt: expected PART=COLUMN"),
         ("stats --source a.jsonl --tokenizer gone", "gone: no such folder; give a Hugging Face model folder"),
@@ -142,7 +142,7 @@ def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
         ("stats --source a.jsonl --set seed=1", "--set: goes with --config"),
         ("stats --config c.yaml --columns prompt=q", "--columns, --heldout: go with --source"),
         ("stats --config gone.yaml", "gone.yaml: cannot read config"),
-        ("stats --config c.yaml --set data.columns.a.prompt=q", "data.columns.a: is no data set of data.train or eval.sets"),
+        ("stats --config c.yaml --set data.columns.a.prompt=q", "data.columns: belongs to a data set"),
         ("prepare --source a.jsonl --out out --name No/Name", "'No/Name': cannot name a data set; use small letters"),
         ("prepare --source a.jsonl --out gs://bucket", "gs://bucket: not of the form gs://bucket/name"),
         ("prepare --source a.jsonl --out a.jsonl", "a.jsonl: cannot be written"),

@@ -139,9 +139,9 @@ def poison(monkeypatch, draws):
     """Makes the loss of every mini-batch that holds one of the draws not a number."""
     plain = train.minibatches
 
-    def poisoned(groups, config, *args):
+    def poisoned(groups, config, shards):
         size = config.dapo.responses_per_update // config.dapo.responses_per_prompt
-        for n, (batch, stats) in enumerate(plain(groups, config, *args)):
+        for n, (batch, stats) in enumerate(plain(groups, config, shards)):
             bad = any(group.draw in draws for group in groups[n * size : (n + 1) * size])
             yield (batch._replace(weight=batch.weight * np.float32(np.nan)) if bad else batch), stats
 
@@ -284,16 +284,16 @@ def test_a_run_goes_on_over_other_devices_with_the_rows_and_slots_that_fit_them(
 def test_a_mixture_goes_on_bit_for_bit_wherever_its_files_are_and_only_with_its_weights(config, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+{n}", "answer": str(2 * n)}) + "\n" for n in range(10, 20)))
-    mixture = (*QUICK, "data.train={arithmetic: 1, d.jsonl: 2}", "train.steps=2", "train.save_every=1")
+    mixture = (*QUICK, "data.train=[arithmetic, {path: d.jsonl, weight: 2}]", "train.steps=2", "train.save_every=1")
     assert run_train(config, "whole", *mixture) == 0
     assert "mixture: 33.3% arithmetic (64 prompts, each drawn 0.39 times an epoch), 66.7% d.jsonl (10 prompts" in capfd.readouterr().out
     monkeypatch.setenv(faults.VARIABLE, "update:4=term")
     assert run_train(config, "cut", *mixture) == 143
     monkeypatch.delenv(faults.VARIABLE)
-    assert run_train(config, "cut", *mixture, "data.train.d.jsonl=3") == 2
-    assert "data.train.d.jsonl: is 3.0, but cut was started with 2.0" in capfd.readouterr().err
+    assert run_train(config, "cut", *mixture, "data.train.1.weight=3") == 2
+    assert "data.train.1.weight: is 3.0, but cut was started with 2.0" in capfd.readouterr().err
     (tmp_path / "d.jsonl").rename("moved.jsonl")  # the same problems under another name are the same data
-    mixture = (*QUICK, "data.train={arithmetic: 1, moved.jsonl: 2}", "train.steps=2", "train.save_every=1")
+    mixture = (*QUICK, "data.train=[arithmetic, {path: moved.jsonl, weight: 2}]", "train.steps=2", "train.save_every=1")
     assert run_train(config, "cut", *mixture, "eval.sets={all: moved.jsonl}", "eval.max_problems=1", "data.allow_change=true") == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("dapo_jax: eval.sets: hold other prompts") and "in the midst of step 2; finish that with the sets" in line

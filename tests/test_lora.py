@@ -267,7 +267,7 @@ def test_a_folder_is_loaded_frozen(tmp_path):
     [
         ({"rank": -1}, r"model.lora.rank: must be at least 0"),
         ({"alpha": 0}, r"model.lora.alpha: must be above 0"),
-        ({"targets": ["q", "w"]}, r"model.lora.targets: expected some of q, k, v, o, gate, up, down"),
+        ({"targets": ["q", "w"]}, r"model.lora.targets.1: expected one of 'q', 'k', 'v', 'o', 'gate', 'up' or 'down', got 'w'"),
         ({"targets": []}, r"model.lora.targets"),
         ({"targets": ["q", "q"]}, r"each once"),
         ({"ranks": 3}, r"did you mean 'rank'"),

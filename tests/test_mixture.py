@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_jax.config import ArithmeticConfig, ColumnsConfig, DataSection
+from dapo_jax.config import ArithmeticConfig, ColumnsConfig, DataSection, TrainSet
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.mixture import Mixture, drawn_of_each, load_training, mix, mixture_digest, mixture_order
 from dapo_jax.data.problems import Cursor, advance, epoch_order, problems_digest
@@ -135,25 +135,25 @@ def sources(tmp_path):
 
 def test_the_first_data_set_that_has_a_prompt_keeps_it(sources):
     a, b = sources
-    section = DataSection(train={a: 1.0, b: 2.0}, columns={b: ColumnsConfig(prompt="q")})
+    section = DataSection((TrainSet(a), TrainSet(b, ColumnsConfig(prompt="q"), 2.0)))
     problems, reports = load_training(section)
     assert [(p.prompt, p.answer, p.source) for p in problems] == [("x", "1", a), ("y", "1", a), ("z", "2", b), ("w", "1", b)]
     assert [(r.rows, r.problems, r.elsewhere, r.duplicates, r.conflicts) for r in reports] == [(5, 2, 0, 2, 1), (3, 2, 1, 0, 0)]
     assert reports[1].summary() == f"{b}: 2 problems from 3 rows (1 in an earlier data set)"
     ids = [p.id for p in problems]
     assert len(set(ids)) == 4 and ids[0] == "0" and "1" not in ids  # both data sets have a 1 that is used
-    swapped, _ = load_training(DataSection(train={b: 2.0, a: 1.0}, columns=section.columns))
+    swapped, _ = load_training(DataSection(section.train[::-1]))
     assert {p.prompt: p.answer for p in swapped} == {"x": "other", "z": "2", "w": "1", "y": "1"}
 
 
 def test_one_data_set_loads_as_ever(sources):
-    problems, (report,) = load_training(DataSection(train=sources[0]))
+    problems, (report,) = load_training(DataSection(train := (TrainSet(sources[0]),)))
     assert [p.id for p in problems] == ["0", "1"] and report.problems == 2
-    assert mixture_digest(problems, mix(sources[0], problems)) == problems_digest(problems)
+    assert mixture_digest(problems, mix(train, problems)) == problems_digest(problems)
 
 
 def test_the_embedded_problems_may_be_one_of_several(sources):
-    section = DataSection(train={sources[0]: 1.0, "arithmetic": 1.0}, arithmetic=ArithmeticConfig(train_problems=10))
+    section = DataSection((TrainSet(sources[0]), TrainSet("arithmetic")), arithmetic=ArithmeticConfig(train_problems=10))
     problems, _ = load_training(section)
     mixture = mix(section.train, problems)
     assert mixture.counts == (2, 10)
@@ -162,7 +162,7 @@ def test_the_embedded_problems_may_be_one_of_several(sources):
 
 def test_the_digest_covers_problems_and_weights():
     problems = [Problem(c, c, "1", source=s) for c, s in zip("abcd", "xxyy", strict=True)]
-    trains = [{"x": 1.0, "y": 1.0}, {"x": 1.0, "y": 1.5}, {"x": 1.5, "y": 1.0}]
+    trains = [(TrainSet("x", weight=x), TrainSet("y", weight=y)) for x, y in ((1.0, 1.0), (1.0, 1.5), (1.5, 1.0))]
     digests = {mixture_digest(problems, mix(train, problems)) for train in trains}
     moved = [Problem(c, c, "1", source=s) for c, s in zip("abcd", "xyyy", strict=True)]
     digests.add(mixture_digest(moved, mix(trains[0], moved)))
@@ -172,16 +172,16 @@ def test_the_digest_covers_problems_and_weights():
 def test_what_cannot_be_mixed(sources):
     a, b = sources
     with pytest.raises(InputError, match=r"a.jsonl: every problem is in an earlier data set of data.train; leave this one out"):
-        load_training(DataSection(train={write_copy(a): 1.0, a: 1.0}))
-    problems, _ = load_training(DataSection(train={a: 1.0}))
+        load_training(DataSection((TrainSet(write_copy(a)), TrainSet(a))))
+    problems, _ = load_training(DataSection((TrainSet(a),)))
     with pytest.raises(InputError, match=r"b.jsonl: has no prompt to train on; leave it out of data.train"):
-        mix({a: 1.0, b: 1.0}, problems)
+        mix((TrainSet(a), TrainSet(b)), problems)
     two = [*problems, Problem("w", "w", "1", source=b)]
     with pytest.raises(
         InputError, match=r"data.train: .*b.jsonl: weight 0.1 of the whole is less than one draw in an epoch of 3; raise it"
     ):
-        mix({a: 9.0, b: 1.0}, two)
-    assert mix({a: 2.0, b: 1.0}, two).counts == (2, 1)
+        mix((TrainSet(a, weight=9.0), TrainSet(b)), two)
+    assert mix((TrainSet(a, weight=2.0), TrainSet(b)), two).counts == (2, 1)
 
 
 def write_copy(path):

@@ -44,7 +44,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "dapo_jax").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "dapo_jax").rglob("*") if p.suffix not in (".pyc", ".toml") and p.is_file()}
     assert names == package
     assert {"dapo_jax/py.typed", "dapo_jax/report_page.html", "dapo_jax/model/__init__.py", "dapo_jax/benchmark/__main__.py"} <= names
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapo_jax.config import ArithmeticConfig, ColumnsConfig, ConfigError, config_from_dict, dump_yaml, load_config
+from dapo_jax.config import ArithmeticConfig, ColumnsConfig, ConfigError, EvalSet, TrainSet, config_from_dict, dump_yaml, load_config
 from dapo_jax.data.problems import Skip, load_problems
 from dapo_jax.data.rows import BadRow, column_names, problem_from_row
 from dapo_jax.reward.verify import strict_verify
@@ -205,7 +205,7 @@ def test_named_columns(tmp_path, ending):
     (found,), _ = load(path, prompt="{task.text} ({task.parts.key}, {}) {{meta.uid}}")
     assert (found.prompt, found.answer) == ("2+2? (4, {}) {x1}", "nor this")
     with pytest.raises(
-        InputError, match=r"1 skipped: no prompt \(column task.words\) \(row 1: columns [a-z, ]+\)\); .* name their columns in data.columns"
+        InputError, match=r"1 skipped: no prompt \(column task.words\) \(row 1: columns [a-z, ]+\)\); .* name their columns: {path: "
     ):
         load(path, prompt="task.words")
     with pytest.raises(InputError, match=r"1 skipped: no words \(row 1: columns"):
@@ -326,37 +326,43 @@ def refusal(data, tree=TREE):
     return str(e.value)
 
 
-def test_columns_are_kept_by_data_set(tmp_path):
-    columns = {"a.jsonl": {"prompt": "q.text"}, "b": {"answer": "key", "answer_after": "####"}}
-    tree = {
-        **TREE,
-        "data": {"train": {"a.jsonl": 1, "gs://x/b.parquet": 2.5}, "columns": columns},
-        "eval": {"every": 0, "sets": {"e": "b"}},
-    }
+def test_columns_and_weights_are_kept_by_data_set(tmp_path):
+    b = {"path": "gs://x/b.parquet", "columns": {"answer": "key", "answer_after": "####"}}
+    tree = {**TREE, "data": {"train": ["a.jsonl", b | {"weight": 2}]}, "eval": {"every": 0, "sets": {"e": b, "f": "a.jsonl"}}}
     config = config_from_dict(tree)
-    assert config.data.columns["b"] == ColumnsConfig(answer="key", answer_after="####")
-    assert config.data.train == {"a.jsonl": 1.0, "gs://x/b.parquet": 2.5} and isinstance(config.data.train["a.jsonl"], float)
+    columns = ColumnsConfig(answer="key", answer_after="####")
+    assert config.data.train == (TrainSet("a.jsonl"), TrainSet("gs://x/b.parquet", columns, 2.0))
+    assert isinstance(config.data.train[1].weight, float)
+    assert config.eval.sets == {"e": EvalSet("gs://x/b.parquet", columns), "f": EvalSet("a.jsonl")}
     (tmp_path / "c.yaml").write_text(dump_yaml(config))
     assert load_config(tmp_path / "c.yaml") == config
-    assert load_config(tmp_path / "c.yaml", ["data.train=a.jsonl"]).data.train == "a.jsonl"
+    assert load_config(tmp_path / "c.yaml", ["data.train=a.jsonl"]).data.train == (TrainSet("a.jsonl"),)
+
+
+def one(**more):
+    return {"train": [{"path": "a.jsonl"} | more]}
 
 
 @pytest.mark.parametrize(
     "data, said",
     [
-        ({"columns": {"other": {"prompt": "q"}}}, "data.columns.other: is no data set of data.train or eval.sets"),
-        ({"columns": {"arithmetic": {"promt": "q"}}}, "data.columns.arithmetic.promt: unknown key; did you mean 'prompt'?"),
-        ({"columns": {"arithmetic": {"prompt": " "}}}, "data.columns.arithmetic.prompt: is empty; name a column"),
-        ({"columns": {"arithmetic": "q"}}, "data.columns.arithmetic: expected a mapping, got 'q'"),
-        ({"train": {}}, "data.train: is empty; name a data set"),
-        ({"train": {"a.jsonl": 0}}, "data.train.a.jsonl: a weight must be above 0, got 0; leave the data set out instead"),
-        ({"train": {"a.jsonl": -1}}, "data.train.a.jsonl: a weight must be above 0, got -1"),
-        ({"train": {"a.jsonl": "1"}}, "data.train.a.jsonl: expected a number, got '1'"),
-        ({"train": {"a.jsonl": float("inf")}}, "data.train.a.jsonl: must be finite"),
-        ({"train": {"a\0.jsonl": 1}}, "contains a NUL character"),
-        ({"train": {"https://me:secret@host/a.jsonl": 1}}, "holds the user name or password of a URL"),
-        ({"train": ["a.jsonl"]}, "data.train: expected text or a mapping, got ['a.jsonl']"),
-        ({"train": None}, "data.train: expected text or a mapping, got null"),
+        ({"columns": {"a.jsonl": {"prompt": "q"}}}, "data.columns: belongs to a data set: train: [{path: a.jsonl, columns: {"),
+        (one(columns={"promt": "q"}), "data.train.0.columns.promt: unknown key; did you mean 'prompt'?"),
+        (one(columns={"prompt": " "}), "data.train.0.columns.prompt: is empty; give something, or leave it out"),
+        (one(columns="q"), "data.train.0.columns: expected a mapping, got 'q'"),
+        (one(weigth=1), "data.train.0.weigth: unknown key; did you mean 'weight'?"),
+        (one(weight=0), "data.train.0.weight: must be above 0, got 0"),
+        (one(weight=-1), "data.train.0.weight: must be above 0, got -1"),
+        (one(weight="1"), "data.train.0.weight: expected a number, got '1'"),
+        (one(weight=float("inf")), "data.train.0.weight: must be finite, got inf"),
+        (one(path="a\0.jsonl"), "data.train.0.path: contains a NUL character"),
+        (one(path="https://me:secret@host/a.jsonl"), "data.train.0.path: holds the user name or password of a URL"),
+        ({"train": [{"weight": 2}]}, "data.train.0.path: is missing; give it"),
+        ({"train": [3]}, "data.train.0: expected a mapping, got 3"),
+        ({"train": ["a.jsonl", {"path": "a.jsonl", "weight": 2}]}, "data.train.1.path: a.jsonl is in the list already; remove one"),
+        ({"train": []}, "data.train: is empty; give something"),
+        ({"train": {"a.jsonl": 1}}, "data.train: expected text or a list, got {'a.jsonl': 1}; write [{path: a.jsonl, weight: 1, "),
+        ({"train": None}, "data.train: expected text or a list, got null"),
     ],
 )
 def test_what_no_config_may_say(data, said):

@@ -66,11 +66,11 @@ def test_each_row_adds_to_the_row_above(study):
 
 def test_a_row_replaces_data_sets_and_weights_whole(study):
     def change(tree):
-        tree["base"]["data"]["train"] = {"a.jsonl": 1, "arithmetic": 2}
-        tree["ladder"][1]["set"]["data"] = {"train": {"b.jsonl": 1}}
+        tree["base"]["data"]["train"] = ["a.jsonl", {"path": "arithmetic", "weight": 2}]
+        tree["ladder"][1]["set"]["data"] = {"train": ["b.jsonl"]}
 
     configs = [config_from_dict(row.tree) for row in study(change).rows]
-    assert [c.data.train for c in configs] == [{"a.jsonl": 1, "arithmetic": 2}, {"b.jsonl": 1}, {"b.jsonl": 1}]
+    assert [[one.path for one in c.data.train] for c in configs] == [["a.jsonl", "arithmetic"], ["b.jsonl"], ["b.jsonl"]]
     assert configs[1].data.template == "{prompt}="
 
 

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="what", required=True, metavar="prepare|stats")
 
     sub = verbs.add_parser("prepare", help=prepare.__doc__, description=prepare.__doc__)
-    sub.add_argument("--source", required=True, help="a data set: a file, a folder or pattern of shards, here or at gs://bucket/...")
+    sub.add_argument("--source", required=True, help=".jsonl, .jsonl.gz or .parquet, here or at gs://bucket/...")
     sub.add_argument("--test", metavar="SOURCE", help="problems to evaluate on, which become the split `test`")
     sub.add_argument("--out", required=True, metavar="FOLDER", help="where FOLDER/NAME/1.0.0 is to be, here or in a bucket")
     sub.add_argument("--name", default="problems", help="of the data set, e.g. dapo_math_17k (default problems)")
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     sub = verbs.add_parser("stats", help=stats.__doc__, description=stats.__doc__)
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", help="YAML config: its data.train and eval.sets")
-    which.add_argument("--source", help="one data set: a file, a folder, a pattern, or `arithmetic`")
+    which.add_argument("--source", help="one data set: a file, a prepared folder, or `arithmetic`")
     sub.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override of the config, e.g. data.max_prompt_len=1024"
     )
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     sub.set_defaults(run=stats)
 
     for sub in verbs.choices.values():
-        text = "what is in which column, as in data.columns, e.g. prompt=problem.text answer=label"
+        text = "what is in which column, as in `columns` of a data set in a config, e.g. prompt=problem.text answer=label"
         sub.add_argument("--columns", nargs="+", default=[], metavar="PART=COLUMN", help=text)
     args = parser.parse_args(argv)
     args.run(args)
@@ -70,7 +70,7 @@ def prepare(args: argparse.Namespace) -> None:
 def stats(args: argparse.Namespace) -> None:
     """Says what is in the data sets of a config, or in one data set: rows, what became of them, and how long the prompts are."""
     if args.config and (args.columns or args.heldout):
-        raise InputError("--columns, --heldout: go with --source; a config has data.columns")
+        raise InputError("--columns, --heldout: go with --source; a config has `columns` in data.train and eval.sets")
     if args.set and not args.config:
         raise InputError("--set: goes with --config")
     config = load_config(args.config, args.set) if args.config else None
@@ -91,13 +91,13 @@ def _of_config(config: Config, watch: Watch) -> Found:
     section, found = config.data, {}
     problems, reports = load_training(section, watch)
     mixture = mix(section.train, problems)
-    for number, (report, weight, share) in enumerate(zip(reports, mixture.weights, mixture.shares(), strict=True), 1):
+    for number, (report, weight, share) in enumerate(zip(reports, mixture.weights, mixture.shares(), strict=True)):
         own = [p for p in problems if p.source == report.source]
         drawn = {"weight": weight, "share": float(share)} if len(reports) > 1 else {}
         found[f"data.train.{number}" if drawn else "data.train"] = set_stats(report, own) | drawn, own
-    for name, source in config.eval.sets.items():
-        columns = section.columns.get(source, AS_USUAL)
-        own, report = load_problems(source, section.arithmetic, columns=columns, heldout=True, watch=watch)
+    for name, one in config.eval.sets.items():
+        columns = one.columns or AS_USUAL
+        own, report = load_problems(one.path, section.arithmetic, columns=columns, heldout=True, watch=watch)
         found[f"eval.sets.{name}"] = set_stats(report, own), own
     return found
 

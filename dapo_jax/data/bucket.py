@@ -8,11 +8,10 @@ from pathlib import Path
 
 from etils import epath
 
-from dapo_jax.data.files import ENDINGS
 from dapo_jax.paths import is_bucket, names_objects, reason
 from dapo_jax.types import InputError
 
-_SHARDS = tuple(ending for ending in ENDINGS if ending != ".json")
+FILES = (".jsonl", ".jsonl.gz", ".parquet")
 _INFO = "dataset_info.json"  # is in every folder that tensorflow-datasets prepared
 _CHUNK = 1 << 20  # bytes
 _GIVE = 'pip install "dapo_jax[tpu]", and give the machine the bucket'
@@ -32,17 +31,14 @@ def local_copy(source: str) -> Iterator[str]:
         path = epath.Path(source)
         copy = Path(temporary, path.name)
         with _talking(source, "read"):
-            if source.endswith(ENDINGS):
+            if source.endswith(FILES):
                 _fetch(path, copy)
-            else:
-                parts = [*path.iterdir()] if path.is_dir() else []
-                if not any(part.name == _INFO or part.name.endswith(_SHARDS) for part in parts):
-                    raise InputError(
-                        f"{source}: ends in none of {', '.join(ENDINGS)}, and holds no {_INFO}; give a file or a folder of them"
-                    )
+            elif (path / _INFO).exists():
                 copy.mkdir()
-                for part in parts:
+                for part in path.iterdir():
                     _fetch(part, copy / part.name)
+            else:
+                raise InputError(f"{source}: ends in none of {', '.join(FILES)}, and holds no {_INFO}; give a file or a prepared folder")
         yield str(copy)
 
 

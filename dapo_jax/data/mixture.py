@@ -12,14 +12,14 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from dapo_jax.config import DataSection
+from dapo_jax.config import DataSection, TrainSet
 from dapo_jax.data.problems import Cursor, LoadReport, Watch, advance, epoch_order, load_problems, problems_digest, with_unique_ids
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.types import InputError, Message, Problem
@@ -56,30 +56,25 @@ def load_training(section: DataSection, watch: Watch | None = None) -> tuple[lis
     """
     found: dict[str | tuple[Message, ...], Problem] = {}
     reports = []
-    for source in sources_of(section.train):
-        columns = section.columns.get(source, AS_USUAL)
-        problems, report = load_problems(source, section.arithmetic, columns=columns, watch=watch)
+    for one in section.train:
+        columns = one.columns or AS_USUAL
+        problems, report = load_problems(one.path, section.arithmetic, columns=columns, watch=watch)
         own = [p for p in problems if p.prompt not in found]
         if not own:
-            raise InputError(f"{source}: every problem is in an earlier data set of data.train; leave this one out")
+            raise InputError(f"{one.path}: every problem is in an earlier data set of data.train; leave this one out")
         found |= {p.prompt: p for p in own}
         reports.append(dataclasses.replace(report, problems=len(own), elsewhere=len(problems) - len(own)))
     return (with_unique_ids([*found.values()]) if len(reports) > 1 else [*found.values()]), reports
 
 
-def sources_of(train: str | Mapping[str, float]) -> list[str]:
-    """The data sets that data.train names."""
-    return [train] if isinstance(train, str) else [*train]
-
-
-def mix(train: str | Mapping[str, float], problems: Sequence[Problem]) -> Mixture:
+def mix(train: Sequence[TrainSet], problems: Sequence[Problem]) -> Mixture:
     """The mixture of those problems of `load_training` that are to be drawn.
 
     Raises InputError if a data set has none among them, or too small a weight to be drawn in every epoch.
     """
-    sources = sources_of(train)
-    counts = [sum(p.source == source for p in problems) for source in sources]
-    mixture = Mixture(tuple(sources), tuple(counts), (1.0,) if isinstance(train, str) else tuple(train.values()))
+    sources = tuple(one.path for one in train)
+    counts = tuple(sum(p.source == source for p in problems) for source in sources)
+    mixture = Mixture(sources, counts, tuple(one.weight for one in train))
     for source, count, share in zip(sources, counts, mixture.shares(), strict=True):
         if not count:
             raise InputError(f"{source}: has no prompt to train on; leave it out of data.train")

@@ -194,8 +194,10 @@ class _Manager:
 
     def __init__(self, section: RewardSection, source: str | None) -> None:
         self._section = section
-        names = ("verifier", "function", "allowed_modules", "timeout_s", "memory_mb")
-        self._first_line = json.dumps({"source": source} | {name: getattr(section, name) for name in names}).encode() + b"\n"
+        s = section
+        limits = {"timeout_s": s.timeout_s, "memory_mb": s.memory_mb}
+        settings = {"source": source, "verifier": s.verifier, "function": s.function, "allowed_modules": s.allowed_modules} | limits
+        self._first_line = json.dumps(settings).encode() + b"\n"
         self._blamed_key = "function" if section.verifier == "custom" else "verifier"
         self._path = [os.path.abspath(entry) for entry in [*sys.path, os.getcwd()]]
         self._lock = threading.Lock()  # of _queue's tail and _stopping

@@ -1,0 +1,42 @@
+"""Run configuration: small YAML files, dotted overrides; strict, checked before any device is used.
+
+python -m dapo_jax.config            prints every field with its default and meaning
+"""
+
+from dapo_jax.config.checks import ConfigError, check_context, check_model, printable
+from dapo_jax.config.describe import describe, main
+from dapo_jax.config.load import (
+    config_from_dict,
+    dump_yaml,
+    load_config,
+    merge,
+    read_mapping,
+    read_text,
+)
+from dapo_jax.config.schema import (
+    DAPO_TEMPLATE,
+    PRESETS,
+    TARGETS,
+    Architecture,
+    ArithmeticConfig,
+    ColumnsConfig,
+    Config,
+    DapoSection,
+    DataSection,
+    EvalSection,
+    EvalSet,
+    LoraConfig,
+    MeshSection,
+    ModelConfig,
+    ModelSection,
+    OptimSection,
+    RewardSection,
+    RolloutSection,
+    RopeScaling,
+    SupervisedSection,
+    TrainSection,
+    TrainSet,
+    Windows,
+    flatten,
+    to_dict,
+)

@@ -1,0 +1,279 @@
+"""Configs from small YAML files, with dotted overrides, presets and task files; and back."""
+
+import ast
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from dapo_jax.config.checks import ConfigError, build, check, check_texts, printable, shown
+from dapo_jax.config.schema import PRESETS, Config, to_dict
+
+_MAX_DEPTH = 16
+_MAX_BYTES = 1 << 20
+_MAX_NODES = 10_000  # keys and values: 1 MB of them take PyYAML half a minute
+
+# ------------------------------------------------------------------------------------------ YAML
+
+_FLOAT = re.compile(
+    r"[-+]?(?=\.?[0-9])(?:0|[1-9][0-9]*)?(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_SCALARS: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (
+    (re.compile(r"null|~|"), lambda text: None),
+    (re.compile(r"true|false"), lambda text: text == "true"),
+    (re.compile(r"[-+]?(?:0|[1-9][0-9]*)"), int),
+    (_FLOAT, lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))),
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    """The tree of a YAML document: 1.2 scalars, keys of text once each, no alias, no tag."""
+    try:
+        events = _events(text)
+        trees = [_tree(event, events) for event in events if isinstance(event, yaml.NodeEvent)]
+    except yaml.MarkedYAMLError as e:
+        line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
+        reason = printable(str(e.problem or e.context))[:200]
+        raise ConfigError(f"{where}{line}: {reason}; correct the YAML") from None
+    except (yaml.YAMLError, ValueError) as e:  # unreadable characters, too long a number
+        reason = printable((str(e).splitlines() or ["unreadable"])[0])[:200]
+        raise ConfigError(f"{where}: not valid YAML ({reason}); correct the file") from None
+    if len(trees) > 1:
+        raise ConfigError(f"{where}: holds more than one YAML document; keep one")
+    return trees[0] if trees else None
+
+
+def _refuse(event: Any, problem: str) -> NoReturn:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+
+def _events(text: str) -> Iterator[yaml.Event]:
+    """The events of a YAML text, up to the first that no config has."""
+    nodes = depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        nodes += isinstance(event, yaml.NodeEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            _refuse(event, "aliases are not allowed")
+        if (tag := getattr(event, "tag", None)) is not None:
+            _refuse(event, f"tags are not allowed, got {tag}")
+        if nodes > _MAX_NODES:
+            _refuse(event, f"more than {_MAX_NODES:,} keys and values")
+        if depth > _MAX_DEPTH:
+            _refuse(event, "nested too deeply")
+        yield event
+
+
+def _tree(event: yaml.Event, events: Iterator[yaml.Event]) -> Any:
+    """The value that begins with an event; takes the rest of it from `events`."""
+    if isinstance(event, yaml.ScalarEvent):
+        kinds = () if event.style else _SCALARS  # what is quoted is text
+        return next((f(event.value) for p, f in kinds if p.fullmatch(event.value)), event.value)
+    inner = itertools.takewhile(lambda e: not isinstance(e, yaml.CollectionEndEvent), events)
+    if isinstance(event, yaml.SequenceStartEvent):
+        return [_tree(one, events) for one in inner]
+    tree: dict[str, Any] = {}
+    for one in inner:
+        key = _tree(one, events)
+        if not isinstance(key, str):
+            _refuse(one, f"key {repr(key)[:60]} is not text")
+        if key in tree:
+            _refuse(one, f"duplicate key {key[:60]!r}")
+        tree[key] = _tree(next(events), events)
+    return tree
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_tree` would read as a number."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789")
+)
+
+
+def dump_yaml(config: Config) -> str:
+    """YAML that `load_config` reads back to an equal Config."""
+    tree = to_dict(config)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+# ----------------------------------------------------------------------------------------- trees
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any], *path: str) -> dict[str, Any]:
+    """`base` with the keys of `top` in it; `path` is where in a config they are.
+
+    Sections are merged key by key. Everything else is replaced whole, eval.sets and lists too.
+    """
+    merged = dict(base)
+    for key, value in top.items():
+        if (*path, key)[:2] != ("eval", "sets") and isinstance(value, Mapping):
+            below = merged.get(key)
+            value = merge(below, value, *path, key) if isinstance(below, Mapping) else value
+        merged[key] = value
+    return merged
+
+
+def _override(tree: Mapping[str, Any], assignment: str) -> dict[str, Any]:
+    key, equals, text = assignment.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path) or len(path) > _MAX_DEPTH:
+        raise ConfigError(f"--set {printable(assignment)[:60]}: expected section.key=value")
+    where = f"--set {shown(key.strip())}"
+    return _put(tree, path, _parse_yaml(text, where), where)
+
+
+def _put(tree: Any, path: Sequence[str], value: Any, where: str, done: tuple[str, ...] = ()) -> Any:
+    """The tree with a value at a path of keys and, in lists, indices."""
+    name, rest = path[0], path[1:]
+    index = int(name) if re.fullmatch("[0-9]{1,4}", name) else None
+    if isinstance(tree, str):  # a data set by its path alone
+        tree = {"path": tree} if index is None else [tree]
+    if isinstance(tree, list):
+        if index is None or index > len(tree):
+            raise ConfigError(f"{where}: expected 0 to {len(tree)}, got {shown(name)}")
+        below = tree[index] if index < len(tree) else None
+        entry = _put(below, rest, value, where, (*done, name)) if rest else value
+        return [*tree[:index], entry, *tree[index + 1 :]]
+    tree = tree if isinstance(tree, Mapping) else {}
+    if not rest:
+        return merge(tree, {name: value}, *done)
+    return {**tree, name: _put(tree.get(name), rest, value, where, (*done, name))}
+
+
+def _data_sets(tree: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The tree with each text that names a data set as the mapping that it is short for."""
+
+    def entry(one: Any) -> Any:
+        return {"path": one} if isinstance(one, str) else one
+
+    data, evaluation = tree.get("data"), tree.get("eval")
+    if isinstance(data, Mapping) and "train" in data:
+        train = [data["train"]] if isinstance(data["train"], str) else data["train"]
+        if not isinstance(train, list):
+            got = "null" if train is None else printable(repr(train))[:60]
+            raise ConfigError(
+                f"{where}: data.train: expected text or a list, got {got}; "
+                "write [{path: a.jsonl, weight: 1, columns: {prompt: question}}, ...]"
+            )
+        tree = {**tree, "data": {**data, "train": [entry(one) for one in train]}}
+    if isinstance(evaluation, Mapping) and isinstance(sets := evaluation.get("sets"), Mapping):
+        sets = {name: entry(one) for name, one in sets.items()}
+        tree = {**tree, "eval": {**evaluation, "sets": sets}}
+    return tree
+
+
+# ----------------------------------------------------------------------------------------- tasks
+
+
+def read_text(path: str | Path, where: str, what: str, kind: str) -> str:
+    """The text of a UTF-8 file of at most 1 MB. Raises ConfigError, in the words `where`, `what`
+    and `kind`, if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or str(e)
+        do = f"give the path of a {kind} file"
+        raise ConfigError(f"{where}: cannot read {what} ({reason}); {do}") from None
+    if len(raw) > _MAX_BYTES:
+        raise ConfigError(f"{where}: larger than 1 MB; this is no {what} file")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where}: not UTF-8 text; save the file as UTF-8") from None
+
+
+def _task_settings(path: str, data: Any, where: str) -> dict[str, Any]:
+    """What a task file sets beneath the config's own keys. A resolved config has a template, and
+    needs the file no more."""
+    if not path.endswith(".py"):
+        raise ConfigError(f"{where}: expected a Python file, name.py, got {shown(path)}")
+    settings: dict[str, Any] = {"reward": {"verifier": "custom", "function": f"{path}:reward"}}
+    if not (isinstance(data, Mapping) and "template" in data):
+        settings["data"] = {"template": _task_template(path, f"{where}: {printable(path)}")}
+    return settings
+
+
+def _task_template(path: str, where: str) -> str:
+    """The text that a Python file assigns to TEMPLATE. The file is parsed, and not run."""
+    try:
+        body = ast.parse(read_text(path, where, "task", "Python")).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        line = f":{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
+        reason = e.msg if isinstance(e, SyntaxError) else str(e) or "nested too deeply"
+        say = f"not valid Python ({printable(reason)[:200]}); correct the file"
+        raise ConfigError(f"{where}{line}: {say}") from None
+    assigned: ast.expr | None = None
+    for node in body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if "TEMPLATE" in map(ast.unparse, targets):
+                assigned = node.value
+    if assigned is None:
+        add = 'add TEMPLATE = "{prompt}", with your words around it, or set data.template'
+        raise ConfigError(f"{where}: has no TEMPLATE; {add}")
+    template = assigned.value if isinstance(assigned, ast.Constant) else None
+    if not isinstance(template, str):
+        say = "TEMPLATE must be one text in quotes: it is read without running the file"
+        raise ConfigError(f"{where}: {say}")
+    if template.count("{prompt}") != 1:
+        raise ConfigError(f"{where}: TEMPLATE must contain {{prompt}} exactly once")
+    return template
+
+
+# --------------------------------------------------------------------------------------- configs
+
+
+def config_from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
+    """Builds and checks a Config. `where` names the source in errors."""
+
+    def fail(key: str, message: str) -> NoReturn:
+        raise ConfigError(f"{where}: {key}: {message}")
+
+    check_texts(tree, "", fail)
+    preset, task = tree.get("preset"), tree.get("task")
+    if isinstance(preset, str) and preset in PRESETS:
+        tree = merge(PRESETS[preset], tree)
+    if isinstance(task, str):
+        tree = merge(_task_settings(task, tree.get("data"), f"{where}: task"), tree)
+    config = build(Config, _data_sets(tree, where), fail)
+    check(config, where)
+    return config
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file of at most 1 MB holds. Raises ConfigError for all others."""
+    where = printable(str(path))
+    tree = _parse_yaml(read_text(path, where or "config", "config", "YAML"), where)
+    if not isinstance(tree, dict):
+        what = "empty" if tree is None else f"a {type(tree).__name__}"
+        see = "see `python -m dapo_jax.config`"
+        raise ConfigError(f"{where}: is {what}; expected `section:` keys, {see}")
+    return tree
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `section.key=value` overrides, and checks the result.
+
+    An override of a section is merged into it, any other replaces what was there; a number is an
+    index into a list: `data.train.0.weight=2`. Raises ConfigError, and nothing else.
+
+    >>> overrides = ["dapo.clip_eps_high=0.2", "optim.learning_rate=1e-5"]
+    >>> config = load_config("configs/tiny_cpu.yaml", overrides)
+    >>> config.dapo.clip_eps_high, config.optim.learning_rate, config.dapo.responses_per_prompt
+    (0.2, 1e-05, 8)
+    """
+    tree: Mapping[str, Any] = read_mapping(path)
+    for assignment in overrides:
+        tree = _override(tree, assignment)
+    return config_from_dict(tree, printable(str(path)))

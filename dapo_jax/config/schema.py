@@ -1,0 +1,419 @@
+"""What a run may be told: frozen dataclasses, each field with default, meaning and bounds.
+
+Functions take the section they need. Defaults are the paper's recipe (arXiv 2503.14476).
+"""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal
+
+DAPO_TEMPLATE = (
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    '{prompt}\n\nRemember to put your answer on its own line after "Answer:".'
+)
+STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # how pydantic reads a tree
+
+
+def field(default: Any, description: str, **bounds: Any) -> Any:
+    """A field with its default and meaning; `bounds` are pydantic's, e.g. ge=1 or lt=1."""
+    kind = "default_factory" if callable(default) else "default"
+    metadata = {"description": description, **bounds}
+    return dataclasses.field(**{kind: default}, metadata=metadata)  # type: ignore[call-overload]
+
+
+# ----------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling of rotary embeddings."""
+
+    factor: float = field(8.0, "how much the context was stretched", ge=1)
+    low_freq_factor: float = field(
+        1.0, "wavelengths above original_max_position / this are stretched", gt=0
+    )
+    high_freq_factor: float = field(4.0, "wavelengths below it / this are left alone", gt=0)
+    original_max_position: int = field(8192, "context length before, tokens", ge=1)
+
+
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+TARGETS: tuple[Target, ...] = typing.get_args(Target)  # projections that may have an adapter
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: W is frozen, A and B are trained in W + (alpha / rank) A B."""
+
+    rank: int = field(16, "r, inner width of A B; 0 trains nothing", ge=0)
+    alpha: float = field(32.0, "A B counts alpha / rank times", gt=0)
+    targets: tuple[Target, ...] = field(TARGETS, "projections with adapters", min_length=1)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Sliding-window attention, in all layers but every so-many-th.
+
+    Hugging Face names: sliding_window, sliding_window_pattern, rope_local_base_freq.
+    """
+
+    size: int = field(512, "W, tokens that a token attends to: itself and those before it", ge=1)
+    every: int = field(6, "layers every, 2 every, ... attend to everything", ge=1)
+    rope_theta: float = field(1e4, "base of the rotary frequencies with a window", gt=0)
+
+
+Family = Literal["llama", "qwen2", "qwen3", "gemma3_text"]
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a decoder is."""
+
+    __pydantic_config__ = STRICT
+    family: Family = field("qwen3", "qwen2: q/k/v biases; qwen3: q/k norms; gemma3_text: windows")
+    vocab_size: int = field(151936, "V", ge=1)
+    model_dim: int = field(1024, "D, width of the residual stream", ge=1)
+    layers: int = field(28, "L", ge=1)
+    heads: int = field(16, "H, query heads", ge=1)
+    kv_heads: int = field(8, "K, key/value heads; divides heads", ge=1)
+    head_dim: int = field(128, "width of one head; even", ge=1)
+    ffn_dim: int = field(3072, "F, hidden width of the gated feed-forward", ge=1)
+    rope_theta: float = field(1e6, "base of the rotary frequencies", gt=0)
+    rope_scaling: RopeScaling | None = field(None, "Llama 3.x only")
+    rope_factor: float = field(
+        1.0, "Gemma 3 only: divides positions in layers without a window", ge=1
+    )
+    windows: Windows | None = field(None, "Gemma 3 only, and required there")
+    query_scalar: int | None = field(
+        None, "Gemma 3 only: scores are divided by its square root; null is head_dim", ge=1
+    )
+    norm_eps: float = field(1e-6, "epsilon of the RMS norms", gt=0)
+    tie_embeddings: bool = field(True, "the output head is the embedding transposed")
+    max_position: int = field(40960, "context limit, prompt and response, tokens", ge=1)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Architecture):
+    """A decoder, and how it computes, which `ModelSection` says of any model."""
+
+    compute_dtype: Dtype = field("float32", "of matmuls; master weights are float32")
+    remat: Remat = field("none", "what the backward pass keeps: all, matmul results, block inputs")
+    attention_block: int = field(512, "positions that training attention works on at a time", ge=1)
+    lora: LoraConfig | None = field(None, "adapters; null in all but training")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Where the policy comes from: a Hugging Face model, or random weights of an architecture."""
+
+    folder: str | None = field(
+        None, "Hugging Face model: folder, gs://bucket/folder, or hub id, ID or ID@REVISION"
+    )
+    architecture: Architecture | None = field(
+        None, "instead of a folder: random weights with a byte-level tokenizer"
+    )
+    compute_dtype: Dtype = field("bfloat16", "of matmuls; master weights are float32")
+    remat: Remat = field("full", "what the backward pass keeps: all, matmul results, block inputs")
+    attention_block: int = field(
+        512, "positions that training attention works on at a time: splash, long rows", ge=1
+    )
+    lora: LoraConfig | None = field(None, "trains adapters only; null trains all weights")
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+@dataclass(frozen=True)
+class ArithmeticConfig:
+    """The embedded generator of chained arithmetic: a line a step, so solutions vary in length."""
+
+    train_problems: int = field(20000, "distinct training problems", ge=1)
+    heldout_problems: int = field(256, "distinct problems for evaluation, none in training", ge=1)
+    min_steps: int = field(1, "fewest operations in a problem", ge=1)
+    max_steps: int = field(4, "most operations in a problem", ge=1)
+    max_operand: int = field(20, "operands are drawn from 1 to this", ge=1)
+    mistake_rate: float = field(
+        0.0, "probability that a step of a training solution is wrong", ge=0, le=1
+    )
+    check_rate: float = field(
+        0.0, "probability that a step of a training solution is followed by its check", ge=0, le=1
+    )
+    seed: int = field(0, "which problems are generated", ge=0)
+
+
+@dataclass(frozen=True)
+class ColumnsConfig:
+    """Which columns hold what. `a.b` is field b of column a. null: what has a usual name."""
+
+    prompt: str | None = field(
+        None, 'text or chat turns, or several columns: "{passage} {question}"', pattern=r"\S"
+    )
+    answer: str | None = field(None, "text or a number", pattern=r"\S")
+    solution: str | None = field(None, "text", pattern=r"\S")
+    id: str | None = field(None, "text or a number", pattern=r"\S")
+    answer_after: str | None = field(
+        None,
+        "the answer follows the last of these, e.g. ####; before is the solution",
+        pattern=r"\S",
+    )
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A data set to evaluate on. A text is short for its path."""
+
+    path: str = field(
+        MISSING, ".jsonl, .parquet, a prepared tensorflow-datasets folder, or `arithmetic`"
+    )
+    columns: ColumnsConfig | None = field(None, "if the columns have other names than usual")
+
+
+@dataclass(frozen=True)
+class TrainSet(EvalSet):
+    """A data set to train on. A text is short for its path."""
+
+    weight: float = field(1.0, "share of the draws, relative to the other data sets", gt=0)
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Training problems and how they become prompts."""
+
+    train: tuple[TrainSet, ...] = field(
+        (TrainSet("arithmetic"),), "a data set, or a list of several", min_length=1
+    )
+    template: str = field(DAPO_TEMPLATE, "wraps a plain-text problem, which replaces {prompt}")
+    allow_change: bool = field(False, "resume with another data set, from its start")
+    chat: bool = field(True, "render through the tokenizer's chat template")
+    chat_date: str = field("2024-07-26", "today, as chat templates read it: prompts stay the same")
+    max_prompt_len: int = field(2048, "tokens; longer prompts are skipped and counted", ge=1)
+    arithmetic: ArithmeticConfig = field(ArithmeticConfig(), "the data set `arithmetic`")
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """Held-out problems and how they are sampled."""
+
+    sets: Mapping[str, EvalSet] = field(dict, "data sets by name")
+    every: int = field(
+        10, "rollout steps between evaluations; also before and after training; 0 is never", ge=0
+    )
+    samples_per_problem: int = field(32, "k of avg@k, pass@k, cons@k", ge=1)
+    temperature: float = field(1.0, "sampling temperature; 0 is greedy", ge=0)
+    top_p: float = field(0.7, "nucleus mass", gt=0, le=1)
+    max_problems: int | None = field(None, "use only the first so many of each set", ge=1)
+
+
+# -------------------------------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    """Sampling of training responses."""
+
+    max_response_len: int = field(20480, "L_max, generation limit, tokens", ge=1)
+    temperature: float = field(1.0, "sampling temperature, also of the loss's log-probs", gt=0)
+    top_p: float = field(1.0, "nucleus mass", gt=0, le=1)
+    top_k: int = field(0, "sample among the k most probable tokens; 0 is all", ge=0)
+    stop_tokens: tuple[str, ...] = field(
+        (), "tokens, by text, that end a response beside the model's own; the console lists all"
+    )
+    decode_slots: int = field(512, "B, sequences decoded at a time, over all devices", ge=1)
+    kv_cache: Literal["compute", "int8"] = field(
+        "compute", "keys and values: as computed, or 8 bits with a scale a token and head"
+    )
+
+
+@dataclass(frozen=True)
+class RewardSection:
+    """Correctness and overlong penalty."""
+
+    verifier: Literal["strict", "lenient", "custom"] = field(
+        "strict", "last `Answer:` line; math-verify; your function"
+    )
+    function: str | None = field(
+        None, "custom verifier, `package.module:function` or `path/file.py:function`"
+    )
+    allowed_modules: tuple[str, ...] = field((), "modules and files that `function` may be in")
+    allow_change: bool = field(False, "resume although the file of `function` has changed")
+    workers: int = field(4, "processes that judge answers (lenient and custom)", ge=1)
+    timeout_s: float = field(10.0, "seconds for one answer; then the worker is replaced", gt=0)
+    memory_mb: int = field(2048, "address space a worker may add to what it starts with, MB", ge=1)
+    max_error_fraction: float = field(
+        0.1, "stop if more of a generation batch than this gets no verdict", ge=0, le=1
+    )
+    overlong_penalty: bool = field(True, "soft overlong penalty, added to the score")
+    overlong_buffer_len: int = field(
+        4096, "L_cache, last tokens before max_response_len; there the penalty grows to -1", ge=0
+    )
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class DapoSection:
+    """The algorithm. Each part can be switched off; with all off it is naive GRPO without KL."""
+
+    prompts_per_step: int = field(512, "N, groups trained on in a rollout step", ge=1)
+    responses_per_prompt: int = field(16, "G, responses in a group", ge=2)
+    responses_per_update: int = field(512, "mini-batch; whole groups", ge=1)
+    clip_eps_low: float = field(0.2, "ratio is clipped below 1 - this", ge=0, lt=1)
+    clip_eps_high: float = field(0.28, "ratio is clipped above 1 + this (clip-higher)", ge=0)
+    dual_clip: float | None = field(
+        None, "caps the loss of A < 0 at this times |A|; null is off", gt=1
+    )
+    loss_normalizer: Literal[
+        "token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum"
+    ] = field(
+        "token-mean",
+        "over the mini-batch's tokens; per prompt group (Eq. 8); per response (naive GRPO)",
+    )
+    advantage_ddof: int = field(1, "std divides by G - this", ge=0)
+    advantage_eps: float = field(1e-6, "added to the std", ge=0)
+    dynamic_sampling: bool = field(True, "train only on groups with accuracy neither 0 nor 1")
+    prompts_per_draw: int = field(
+        1536, "a generation batch: prompts expected to give the groups of a step", ge=1
+    )
+    max_generation_batches: int = field(10, "generation batches in a rollout step, at most", ge=1)
+    on_cap: Literal["error", "train"] = field(
+        "error", "if they yield too few groups: stop, or train with what there is"
+    )
+    carry_surplus: bool = field(
+        True, "use surplus groups in the next step, with the log-probs of the policy that drew them"
+    )
+    partial_rollouts: bool = field(
+        False, "end a step once its first groups suffice; unfinished responses continue in the next"
+    )
+    rest_after: int | None = field(
+        None, "skip a problem for a while after so many all-correct groups in a row", ge=1
+    )
+    rest_epochs: int = field(1, "for so many further passes over the data", ge=1)
+    overlong_filtering: bool = field(False, "give truncated responses weight 0 in the loss")
+    old_logprobs: Literal["recompute", "sampler"] = field(
+        "recompute", "of pi_old: by the trainer, or as sampled"
+    )
+    importance_cap: float | None = field(
+        None, "truncated importance sampling: cap on the weight of the sampler's mismatch"
+    )
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """AdamW with linear warm-up counted in rollout steps, then constant."""
+
+    learning_rate: float = field(1e-6, "after warm-up", ge=0)
+    warmup_steps: int = field(
+        20, "rollout steps; the rate of step s is min(1, s / this) of it", ge=0
+    )
+    weight_decay: float = field(0.1, "decoupled", ge=0)
+    grad_clip: float = field(1.0, "global norm", gt=0)
+    b1: float = field(0.9, "decay of the first moment", ge=0, lt=1)
+    b2: float = field(0.999, "decay of the second moment", ge=0, lt=1)
+    eps: float = field(1e-8, "added to the root of the second moment", gt=0)
+    max_nonfinite_updates: int = field(3, "stop after so many skipped updates in a row", ge=1)
+    rollback_steps: int | None = field(
+        None,
+        "then, or on non-finite logits: roll back so many steps, past the draws since",
+        ge=1,
+    )
+
+
+@dataclass(frozen=True)
+class SupervisedSection:
+    """Cross-entropy warm-up on worked solutions, before RL or by its own verb."""
+
+    updates: int = field(0, "how many; 0 is none", ge=0)
+    responses_per_update: int = field(128, "solutions in an update", ge=1)
+    learning_rate: float = field(1e-3, "after warm-up, then constant", ge=0)
+    warmup_updates: int = field(20, "updates of linear warm-up", ge=0)
+    save_every: int = field(200, "updates between checkpoints", ge=1)
+
+
+@dataclass(frozen=True)
+class MeshSection:
+    """Devices along each axis; one of them may be -1, which takes what is left."""
+
+    data: int = field(1, "replicas", ge=-1)
+    fsdp: int = field(-1, "shards of parameters, optimizer state and rows", ge=-1)
+    tensor: int = field(1, "shards of heads, feed-forward and vocabulary", ge=-1)
+    topology: str | None = field(None, "chips that dapo_jax.plan compiles for, e.g. v5p:4x4x8")
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """Length of the run, shape of the training rows, what is kept."""
+
+    steps: int = field(320, "rollout steps", ge=1)
+    row_len: int | None = field(
+        None, "T, tokens of a packed row; null is prompt limit + response limit", ge=1
+    )
+    rows_per_microbatch: int = field(64, "rows in a forward and backward pass, all devices", ge=1)
+    save_every: int = field(10, "rollout steps between checkpoints; also after the last", ge=1)
+    keep_checkpoints: int = field(3, "how many, the newest", ge=1)
+    samples_per_step: int = field(8, "responses written to samples/ each step", ge=0)
+    tracker: Literal["wandb", "mlflow"] | None = field(None, "also send metrics there")
+    stall_timeout_s: float | None = field(
+        1800.0, "exit after so many seconds without a segment, update or save; null never", ge=1
+    )
+    profile_start: int | None = field(None, "first rollout step to trace into profile/", ge=1)
+    profile_steps: int = field(1, "how many are traced", ge=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    __pydantic_config__ = STRICT
+    preset: Literal["paper", "verl"] | None = field(None, "where paper and its code differ")
+    task: str | None = field(
+        None, "a Python file: TEMPLATE is data.template, `reward` the verifier (docs/tasks.md)"
+    )
+    seed: int = field(0, "of initial weights, data order and sampling", ge=0)
+    model: ModelSection = field(ModelSection(), "the policy")
+    data: DataSection = field(DataSection(), "training problems")
+    eval: EvalSection = field(EvalSection(), "held-out problems")
+    rollout: RolloutSection = field(RolloutSection(), "sampling")
+    reward: RewardSection = field(RewardSection(), "verification and overlong penalty")
+    dapo: DapoSection = field(DapoSection(), "the algorithm")
+    optim: OptimSection = field(OptimSection(), "the optimizer")
+    supervised: SupervisedSection = field(SupervisedSection(), "warm-up")
+    mesh: MeshSection = field(MeshSection(), "devices")
+    train: TrainSection = field(TrainSection(), "the run")
+
+
+# What a preset sets beneath the file's own keys. In weight decay, gradient clip, ddof and epsilon
+# paper and code agree.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
+        "dapo": {"loss_normalizer": "group-token-mean", "dual_clip": None},
+        "optim": {"warmup_steps": 20},
+    },
+    "verl": {
+        "dapo": {"loss_normalizer": "token-mean", "dual_clip": 10.0},
+        "optim": {"warmup_steps": 10},
+    },
+}
+
+
+def to_dict(section: Any) -> dict[str, Any]:
+    """A section as plain nested dicts and lists, every field resolved."""
+    return json.loads(json.dumps(dataclasses.asdict(section)))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}, "c": [{"d": 2}]}` as `{"a.b": 1, "c.0.d": 2}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
