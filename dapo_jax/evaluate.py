@@ -19,12 +19,23 @@ from dapo_jax.config import Config, load_config
 from dapo_jax.data.problems import load_problems
 from dapo_jax.data.prompts import decode, make_prompts, without
 from dapo_jax.data.rows import AS_USUAL
-from dapo_jax.policy import Policy, check_divides, describe, load_params, load_policy, make_engine, restore_params, with_commit
+from dapo_jax.policy import (
+    Policy,
+    check_divides,
+    check_started_alike,
+    describe,
+    load_params,
+    load_policy,
+    make_engine,
+    restore_params,
+    with_commit,
+)
 from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors
-from dapo_jax.reward.verify import extract_answer
+from dapo_jax.reward.verify import extract_answer, function_source
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.checkpoint import records_digest
 from dapo_jax.runtime.console import make_console, progress
 from dapo_jax.runtime.folder import run_folder, write_result
 from dapo_jax.runtime.guard import Guard
@@ -220,6 +231,10 @@ def main(argv: list[str] | None = None) -> int:
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
     say = console.say
     sets = load_sets(config, policy, say)
+    source = function_source(config.reward.function)
+    checkpoints = records_digest(run_dir / "checkpoints") if run_dir else None
+    facts = {"the reward function": source, "the digest of the checkpoints in --run-dir": checkpoints}
+    check_started_alike(config, policy, {f"eval.sets.{name}": prompts for name, prompts in sets.items()}, facts)
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh, slots=True)
     say(describe(policy, mesh))
@@ -230,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         step, params = None, load_params(config, policy, mesh)
     weights = publisher(params, mesh, policy.model.compute_dtype)(params)
     engine = make_engine(config, policy, mesh, eval_sampling(config))
-    with Guard(config.train.stall_timeout_s) as guard, RewardPool(config.reward) as pool:
+    with Guard(config.train.stall_timeout_s) as guard, RewardPool(config.reward, source) as pool:
         found = evaluate_sets(
             sets, config, engine=engine, params=weights, policy=policy, pool=pool, guard=guard, say=console.tell, bars=console.bars
         )

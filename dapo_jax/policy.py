@@ -2,25 +2,27 @@
 
 import dataclasses
 import functools
+import importlib.metadata
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from dapo_jax.config import Architecture, Config, ConfigError, LoraConfig, ModelConfig, check_context, load_config
-from dapo_jax.data.prompts import check_embedded, load_tokenizer, stop_tokens
+from dapo_jax.config import Architecture, Config, ConfigError, LoraConfig, ModelConfig, check_context, flatten, load_config, to_dict
+from dapo_jax.data.prompts import check_embedded, load_tokenizer, prompts_digest, stop_tokens
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.model.lora import join, merge, split
-from dapo_jax.model.weights import DESCRIPTION_FILES, WEIGHT_FILES, load_model_config, load_pretrained
+from dapo_jax.model.weights import DESCRIPTION_FILES, WEIGHT_FILES, check_pretrained, file_digests, load_model_config, load_pretrained
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
-from dapo_jax.runtime import checkpoint
+from dapo_jax.runtime import checkpoint, multihost
 from dapo_jax.runtime.chips import prefill_tokens
 from dapo_jax.runtime.folder import Folder, local_file, read
 from dapo_jax.runtime.mesh import params_sharding, put, row_shards
 from dapo_jax.runtime.models import is_id, local_model, same_commit
 from dapo_jax.runtime.multihost import fetch
-from dapo_jax.types import NoCheckpointError, Params
+from dapo_jax.types import NoCheckpointError, Params, Prompt
 
 
 class Policy(NamedTuple):
@@ -75,6 +77,37 @@ def load_policy(config: Config, source: str | None = None) -> Policy:
     return Policy(model, tokenizer, stop, source, folder)
 
 
+def check_started_alike(config: Config, policy: Policy, sets: Mapping[str, Sequence[Prompt]], facts: Mapping[str, Any]) -> None:
+    """Raises InputError, on every process, unless all have the same config, software, description of the model (tokenizer and chat
+    template included), problems and prompt tokens, and the same further `facts`. sets: by their config keys."""
+
+    def all_facts() -> dict[str, Any]:
+        modules = importlib.metadata.packages_distributions() if config.reward.allowed_modules else {}
+        packages = {package for module in config.reward.allowed_modules for package in modules.get(module.partition(".")[0], ())}
+        return (
+            multihost.software()
+            | {package: multihost.version(package) for package in packages}
+            | flatten(to_dict(config))
+            | {"the model": policy.source}
+            | _file_facts(policy.folder, DESCRIPTION_FILES)
+            | dict(facts)
+            | {f"the digest of {name}": prompts_digest(prompts) for name, prompts in sets.items()}
+        )
+
+    multihost.check_alike(all_facts)
+
+
+def check_weights(folder: str) -> None:
+    """Raises InputError unless the folder's weights can be loaded and are the same for every process."""
+    check_pretrained(folder)
+    multihost.check_alike(lambda: _file_facts(folder, WEIGHT_FILES))
+
+
+def _file_facts(folder: str | None, patterns: tuple[str, ...]) -> dict[str, str]:
+    digests = file_digests(folder, patterns) if folder else {}
+    return {f"the digest of the model's {name}": digest for name, digest in digests.items()}
+
+
 def weights_folder(policy: Policy) -> str | None:
     """The folder on this machine that holds the weights, fetched if need be; None where they are random."""
     return local_model(policy.source, (*DESCRIPTION_FILES, *WEIGHT_FILES)).folder if policy.source else None
@@ -87,6 +120,7 @@ def load_params(config: Config, policy: Policy, mesh: Mesh, *, lora: LoraConfig 
     shardings = params_sharding(abstract, mesh)
     if not (folder := weights_folder(policy)):
         return jax.jit(functools.partial(init, model), out_shardings=shardings)(key)
+    check_weights(folder)
     loaded = load_pretrained(folder)[1]
     if lora is None:
         return jax.tree.map(put, loaded, shardings)

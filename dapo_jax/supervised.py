@@ -16,7 +16,7 @@ from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import check_embedded, make_prompts
 from dapo_jax.evaluate import load_sets, not_held_out
 from dapo_jax.model.weights import check_new, save_pretrained
-from dapo_jax.policy import Policy, check_divides, describe, load_params, load_policy, merged, row_len
+from dapo_jax.policy import Policy, check_divides, check_started_alike, describe, load_params, load_policy, merged, row_len
 from dapo_jax.programs import supervised_programs
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.console import make_console
@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(
             f"data.train: all {len(prompts)} prompts are in eval.sets too, and nothing is left to train on; give more problems"
         )
+    check_started_alike(config, policy, {"data.train": unseen}, {})
     items = solution_items(unseen, policy, config.rollout.max_response_len)
     mesh, lora = make_mesh(config.mesh), config.model.lora
     check_divides(config, mesh, rows=True)

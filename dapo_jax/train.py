@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 import signal
 import traceback
@@ -31,8 +30,18 @@ from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import make_prompts
 from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets, not_held_out
-from dapo_jax.model.weights import check_pretrained
-from dapo_jax.policy import check_divides, describe, load_params, load_policy, make_engine, row_len, weights_folder, with_commit
+from dapo_jax.policy import (
+    check_divides,
+    check_started_alike,
+    check_weights,
+    describe,
+    load_params,
+    load_policy,
+    make_engine,
+    row_len,
+    weights_folder,
+    with_commit,
+)
 from dapo_jax.programs import microbatches, train_programs, train_sampling
 from dapo_jax.resume import DataDigests, Progress, Run, UnderWay, fetched, restore, save
 from dapo_jax.reward.pool import RewardPool, error_counts
@@ -110,17 +119,15 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         say(f"mixture: {several}")
     data_digests = DataDigests(loaded_digest, mixture_digest([p.problem for p in prompts], mixture))
     source = function_source(config.reward.function)
-    function_digest = hashlib.sha256((source or "").encode()).hexdigest()
-    digests = {"the digest of data.train": data_digests.trained_on, "the digest of reward.function": function_digest}
-    if differs := multihost.disagreement(multihost.software() | flatten(to_dict(config)) | digests):
-        raise InputError(f"{differs}; start every process with the same command, code, packages and data")
+    sets = {"data.train": prompts} | {f"eval.sets.{name}": held_out for name, held_out in eval_sets.items()}
+    check_started_alike(config, policy, sets, {"the reward function": source})
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh, rows=True, slots=True)
     refuse_other_run(config, run_dir, source)
     if function_changed(source, run_dir):
         say("reward.function: its file has changed since the run was started, which reward.allow_change allows")
     if read(run_dir / "config.yaml") is None and (folder := weights_folder(policy)):  # a run that goes on has weights of its own
-        check_pretrained(folder)
+        check_weights(folder)
     say(f"policy: {describe(policy, mesh, config.model.lora)}")
     say(
         f"step: {algo.prompts_per_step} prompts x {algo.responses_per_prompt} responses, "
@@ -239,6 +246,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                         run.under_way = UnderWay(draw_metrics(drawn, config), [], rows)
                     drawn_metrics, done, shown = run.under_way
                     kept, counts = run.buffer.ready()
+                    first_draw = run.at.draws - int(drawn_metrics["rollout/prompts"])  # of this step
 
                     # One pass over what was kept, in mini-batches of whole groups. The weights of rollouts make room.
                     weights = None
@@ -248,7 +256,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                         progress(algo.prompts_per_step, f"update {step}", enabled=console.bars) as bar,
                     ):
                         packed = []
-                        for n, (batch, stats) in enumerate(minibatches(kept, config, row_shards(mesh))):
+                        for n, (batch, stats) in enumerate(minibatches(kept, config, row_shards(mesh), first_draw)):
                             packed.append(stats)
                             bar.update(algo.responses_per_update // algo.responses_per_prompt)
                             if n < already:  # was done when the run was stopped
@@ -273,7 +281,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                     continue
 
                 # Say what happened.
-                metrics = drawn_metrics | update_metrics(kept, counts, done, packed, config) | {"optim/lr": rate}
+                metrics = drawn_metrics | update_metrics(kept, first_draw, counts, done, packed, config) | {"optim/lr": rate}
                 metrics |= {
                     "filter/resting_problems": run.memory.resting(run.at.cursor.epoch),
                     "filter/open_groups": len(run.left_open),
@@ -406,8 +414,11 @@ def ratios_of(
     return {g.draw: np.exp(np.minimum(logprobs - g.old_logprobs[0], 80)) for g, logprobs in zip(trained, scored, strict=True)}
 
 
-def minibatches(groups: Sequence[Group], config: Config, shards: int) -> Iterator[tuple[TrainBatch, PackStats]]:
-    """Yields the packed batch of each update: whole groups in draw order, advantages and normaliser written in."""
+def minibatches(groups: Sequence[Group], config: Config, shards: int, first_draw: int = 0) -> Iterator[tuple[TrainBatch, PackStats]]:
+    """Yields the packed batch of each update: whole groups in draw order, advantages and normaliser written in.
+
+    first_draw: of the step. Of the groups before it the sampler's log-probs, if they are in the ratio, are left out of the metrics.
+    """
     algo = config.dapo
     advantages = group_advantages(np.stack([g.reward for g in groups]), ddof=algo.advantage_ddof, eps=algo.advantage_eps)
     per_update = algo.responses_per_update // algo.responses_per_prompt
@@ -423,9 +434,10 @@ def minibatches(groups: Sequence[Group], config: Config, shards: int) -> Iterato
         flat_advantages = advantages[at : at + per_update].reshape(-1)
         old = [logprobs for group in mine for logprobs in group.old_logprobs]
         owners = [group.prompt.tokens for group in mine for _ in group.responses]
+        old_only = [algo.old_logprobs == "sampler" and group.draw < first_draw for group in mine for _ in group.responses]
         items = [
-            TrainItem(prompt, r.tokens, o, r.behavior_logprobs, float(a), float(w))
-            for prompt, r, o, a, w in zip(owners, responses, old, flat_advantages, weights, strict=True)
+            TrainItem(prompt, r.tokens, o, o + np.nan if hidden else r.behavior_logprobs, float(a), float(w))
+            for prompt, r, o, hidden, a, w in zip(owners, responses, old, old_only, flat_advantages, weights, strict=True)
         ]
         yield pack(items, config, shards)
 
@@ -505,27 +517,39 @@ def draw_metrics(step: Drawn, config: Config) -> dict[str, float]:
 
 
 def update_metrics(
-    kept: Sequence[Group], counts: StepCounts, sums: Sequence[dict[str, float]], packed: Sequence[PackStats], config: Config
+    kept: Sequence[Group],
+    first_draw: int,
+    counts: StepCounts,
+    sums: Sequence[dict[str, float]],
+    packed: Sequence[PackStats],
+    config: Config,
 ) -> dict[str, float]:
-    """The metrics of what one rollout step trained on and learned, timings aside."""
-    total = {name: sum(s[name] for s in sums) for name in sums[0]}
-    metrics = summarize(total) | {
+    """The metrics of what one rollout step trained on and learned, timings aside. first_draw: of the step.
+
+    `policy/` metrics and the gradient norm are of the updates that were applied: the sums of a skipped one may be non-finite.
+    """
+    applied = [s for s in sums if not s["skipped"]]
+    metrics = {
         "reward/accuracy_kept": counts.accuracy_kept,
-        "filter/carried_groups": counts.carried_in,
+        "filter/carried_groups": min(counts.carried_in, counts.kept),
         "filter/surplus_groups": counts.surplus,
         "filter/wasted_tokens": counts.wasted_tokens,
         "filter/trained_informative": float(informative_groups(np.stack([g.correct for g in kept])).mean()),
         "policy/long_share": float(np.mean([p.long_share for p in packed])),
-        "policy/loss": float(np.mean([s["loss"] for s in sums])),
-        "optim/grad_norm": float(np.mean([s["grad_norm"] for s in sums])),
-        "optim/skipped_updates": total["skipped"],
+        "optim/skipped_updates": len(sums) - len(applied),
         "pack/efficiency": float(np.mean([p.efficiency for p in packed])),
     }
+    if applied:
+        metrics |= summarize({name: sum(s[name] for s in applied) for name in applied[0]})
+        metrics["policy/loss"] = float(np.mean([s["loss"] for s in applied]))
+        metrics["optim/grad_norm"] = float(np.mean([s["grad_norm"] for s in applied]))
+    # Sampler and trainer are compared on tokens that this step's policy sampled, before an update has changed it.
     if config.dapo.old_logprobs == "recompute":
-        gaps = [np.abs(o - r.behavior_logprobs) for g in kept for o, r in zip(g.old_logprobs, g.responses, strict=True)]
-        metrics["policy/sampler_gap_mean"] = float(np.concatenate(gaps).mean())
-    else:  # only before the first update are trainer and sampler the same policy
-        metrics["policy/sampler_gap_mean"] = summarize(sums[0])["policy/sampler_gap_mean"]
+        new = [(o, r) for g in kept if g.draw >= first_draw for o, r in zip(g.old_logprobs, g.responses, strict=True)]
+        if new:
+            metrics["policy/sampler_gap_mean"] = float(np.concatenate([np.abs(o - r.behavior_logprobs) for o, r in new]).mean())
+    elif applied and applied[0]["gap_tokens"]:
+        metrics["policy/sampler_gap_mean"] = applied[0]["sampler_gap"] / applied[0]["gap_tokens"]
     return metrics
 
 

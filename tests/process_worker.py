@@ -5,6 +5,7 @@ python process_worker.py OUT.npz CONFIG RUN_DIR     with JAX_COORDINATOR_ADDRESS
 
 import functools
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,9 +16,9 @@ from dapo_jax.config import DapoSection, MeshSection
 from dapo_jax.dapo.loss import loss_fn
 from dapo_jax.dapo.packing import build_batch
 from dapo_jax.dapo.update import accumulate
-from dapo_jax.runtime import multihost
+from dapo_jax.runtime import lock, multihost
 from dapo_jax.runtime.mesh import make_mesh, params_sharding, put, put_rows
-from dapo_jax.types import Verdict
+from dapo_jax.types import InputError, Verdict
 
 VERDICTS = [Verdict(i % 3 == 0, i / 4, "timed out after 1 s" if i == 5 else None) for i in range(7)]
 
@@ -37,12 +38,29 @@ def gradient() -> dict[str, np.ndarray]:
     return {"loss": np.asarray(multihost.fetch(loss)), "gradient": flat, "rows": np.array(sorted(rows))}
 
 
+def refusals(run_dir: str) -> list[str]:
+    """What this process says of facts of which one is its own, and of a run folder that the first process alone has."""
+    mine, said = jax.process_index(), []
+    multihost.check_alike(lambda: {"a": 1, "b": 2})
+    lock.check_shared(Path(run_dir))
+    lock._SHOWN_S = 0.5
+    for attempt in (
+        lambda: multihost.check_alike(lambda: {"z": "same", "weights": mine, "a": mine}),
+        lambda: lock.check_shared(Path(f"{run_dir}.{mine}")),
+    ):
+        try:
+            attempt()
+        except InputError as e:
+            said.append(str(e))
+    return said
+
+
 def main(out: str, config: str, run_dir: str) -> int:
     multihost.initialize()
     found = gradient()
     mine = multihost.share(VERDICTS)
     assert multihost.gather_verdicts(mine, len(VERDICTS)) == VERDICTS
-    np.savez(out.replace(".npz", f"{jax.process_index()}.npz"), **found, judged=len(mine))
+    np.savez(out.replace(".npz", f"{jax.process_index()}.npz"), **found, judged=len(mine), refusals=refusals(run_dir))
     return train.main(["--config", config, "--run-dir", run_dir])
 
 

@@ -250,7 +250,7 @@ BAD_DATA = {
     "corrupt records": (corrupt_records, "1.0.0: not a readable data set"),
     "missing": (lambda folder: "missing.jsonl", "missing.jsonl: no such file; correct the path"),
     "a plain folder": (lambda folder: ".", "holds no dataset_info.json"),
-    "unknown kind": (lambda folder: "c.yaml", "c.yaml: not a known kind of data set; give .jsonl"),
+    "unknown kind": (lambda folder: "c.yaml", "c.yaml: not a known kind of data set; give .parquet, .jsonl"),
     "a URL": (lambda folder: "https://host/a.jsonl", "https://host/a.jsonl: no such file"),
 }
 
@@ -334,14 +334,14 @@ def test_warm_up_without_solutions(config, tmp_path, refused):
 
 
 def test_a_file_that_changes_while_it_is_read(config, tmp_path, monkeypatch, refused):
-    path, parse = write_rows(tmp_path / "d.jsonl", GOOD), problems._problem_from_line
+    path, parse = write_rows(tmp_path / "d.jsonl", GOOD), problems.problem_from_row
 
-    def parse_while_another_program_writes(line, columns, notes):
+    def parse_while_another_program_writes(*args):
         with path.open("ab") as stream:
             stream.write(b"\n")
-        return parse(line, columns, notes)
+        return parse(*args)
 
-    monkeypatch.setattr(problems, "_problem_from_line", parse_while_another_program_writes)
+    monkeypatch.setattr(problems, "problem_from_row", parse_while_another_program_writes)
     assert "changed while it was read" in refused(train, *train_args(config, tmp_path / "run", f"data.train={path}"), unchanged=False)[0]
     assert not (tmp_path / "run").exists()
 
@@ -729,7 +729,7 @@ def test_secrets_of_the_environment_stay_from_a_chat_template(monkeypatch):
         return popen(*args, **kwargs)
 
     monkeypatch.setattr(subprocess, "Popen", watched)
-    assert chat.render("{{ messages[0].content }}", {}, [[{"role": "user", "content": "a"}]], "2024-07-26") == ["a"]
+    assert [*chat.render("{{ messages[0].content }}", {}, [[{"role": "user", "content": "a"}]], "2024-07-26", max_chars=9)] == ["a"]
     assert len(started) == 1 and "PATH" in started[0][1] and CANARY not in repr(started)
 
 

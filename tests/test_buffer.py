@@ -117,6 +117,8 @@ def test_steps_equal_a_naive_simulation(needed, dynamic, carry, generation_batch
             for entry in waiting[needed:]:
                 entry[2] = None if carry else "dropped"
             groups, counts = buffer.take()
+            added = [len([e for e in ledger if e[1] == s]) for s in range(step + 1)]
+            assert all(step - e[1] <= -(-added[e[1]] // needed) for e in waiting[:needed])  # the bound on staleness
             mine = [e[0] for e in ledger if e[1] == step]
             right = [sum(g.correct) for g in mine]
             assert draws(groups) == [e[0].draw for e in waiting[:needed]] == sorted(draws(groups))

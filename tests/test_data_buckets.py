@@ -30,10 +30,13 @@ def local(tmp_path_factory):
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(text))
     pq.write_table(pa.Table.from_pylist(ROWS), folder / "a.parquet")
     prepare(str(folder / "a.jsonl"), str(folder))
+    for number in range(2):
+        (folder / "shards").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(ROWS[25 * number :][:25]), folder / "shards" / f"train-{number}.parquet")
     return folder
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "problems/1.0.0"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "problems/1.0.0", "shards"])
 def test_a_bucket_holds_the_same_problems(empty, local, name):  # noqa: F811
     for file in (local / name).iterdir() if (local / name).is_dir() else [local / name]:
         empty.put(f"deep/{file.relative_to(local).as_posix()}", file.read_bytes())
@@ -60,7 +63,7 @@ def test_the_verb_reads_from_a_bucket_and_prepares_in_it(empty, local, tmp_path,
     "source, said",
     {
         "gs://bucket/gone.jsonl": "no such file; correct the path",
-        "gs://bucket/gone": "ends in none of .jsonl, .jsonl.gz, .parquet, and holds no dataset_info.json",
+        "gs://bucket/gone": "ends in none of .parquet, .jsonl, .jsonl.gz, .json, .csv, .arrow, and holds no dataset_info.json",
         "gs://bucket": "not of the form gs://bucket/name",
         "gs://bucket/*.jsonl": "not of the form gs://bucket/name",
         "gs://bucket/half.parquet": "corrupt Parquet after row 0",

@@ -134,7 +134,7 @@ def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
     "args, said",
     [
         ("stats --source gone.jsonl", "gone.jsonl: no such file; correct the path"),
-        ("stats --source a.csv", "a.csv: not a known kind of data set"),
+        ("stats --source a.tsv", "a.tsv: not a known kind of data set"),
         ("stats --source a.jsonl --columns promt=q", "--columns promt: expected PART=COLUMN, where PART is one of prompt, answer,"),
         ("stats --source a.jsonl --columns prompt", "--columns prompt: expected PART=COLUMN"),
         ("stats --source a.jsonl --tokenizer gone", "gone: no such folder; give a Hugging Face model folder"),

@@ -204,10 +204,15 @@ def test_metric_sums_of_the_tiny_batch():
         "clipped_high": 1,  # 1.5
         "upclipped_prob": np.exp(logprobs[0][1]),
         "sampler_gap": 0.5,  # two tokens
+        "gap_tokens": 10,
     }
     assert {k: float(sums[k]) for k in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert set(sums) == {*expected, "entropy"}  # whose value is test_logprobs' to check
     assert 0 < sums["entropy"] < 10 * np.log(MODEL.vocab_size)
+    items[1] = items[1]._replace(behavior_logprobs=items[1].behavior_logprobs + np.float32(np.nan))
+    (loss, without), grads = loss_and_grad(PARAMS, rows(items))
+    assert (float(without["sampler_gap"]), float(without["gap_tokens"])) == pytest.approx((0.5, 10 - len(items[1].response)), rel=1e-5)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, grads)))
 
 
 def test_dual_clipped_tokens_are_counted_only_where_it_is_on():

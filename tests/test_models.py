@@ -104,7 +104,7 @@ def hub(cache, folder, monkeypatch):
     """A hub with one model: refs by name, and what was fetched by commit. It looks into the real cache's folders."""
     refs = {"main": "a" * 40, "v1": "b" * 40}
 
-    def snapshot_download(repo_id, *, revision=None, allow_patterns):
+    def snapshot_download(repo_id, *, revision=None, allow_patterns, local_files_only):
         assert repo_id == ID
         commit = refs.get(revision or "main", revision)
         return str(snapshot(cache, folder, commit, ref=revision or "main", files=allow_patterns))

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_jax.config import ArithmeticConfig
+from dapo_jax.data import files
 from dapo_jax.data import problems as module
 from dapo_jax.data.problems import BadRow, Cursor, Skip, advance, epoch_order, load_problems, problem_from_row, problems_digest
 from dapo_jax.types import InputError, Message, Problem
@@ -215,7 +216,7 @@ def test_the_longest_answer_that_is_allowed(tmp_path):
 
 
 def test_overlong_rows_are_counted_and_do_not_swallow_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(files, "_MAX_ROW_BYTES", 100)
     size = len(json.dumps({"prompt": "", "answer": "1"}))
     texts = ["x" * 1000, "y" * (99 - size), "z" * (100 - size)]  # a line end counts too
     loaded, report = load(write_jsonl(tmp_path / "a.jsonl", [GOOD, *({"prompt": t, "answer": "1"} for t in texts), GOOD]))
@@ -277,7 +278,7 @@ def test_any_bytes_are_counted(tmp_path_factory, lines):
 
 
 def test_parquet_rows_across_row_groups_and_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_PARQUET_BATCH", 7)
+    monkeypatch.setattr(files, "_BATCH", 7)
     numbers = [i % 40 for i in range(100)]
     table = pa.table({"prompt": [f"p{n}" for n in numbers], "answer": [float(n) for n in numbers], "solution": [None] * 100})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=30)
@@ -319,7 +320,7 @@ def test_parquet_columns_whose_names_are_not_text(tmp_path):
 
 def test_parquet_without_the_columns(tmp_path):
     pq.write_table(pa.table({"text": ["a"], "answer": ["1"]}), tmp_path / "a.parquet")
-    assert "no prompt (row 1: columns answer" in error_of(tmp_path / "a.parquet")
+    assert "no prompt (row 1: columns text, answer)" in error_of(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
@@ -338,14 +339,15 @@ def test_corrupt_parquet(tmp_path, damage):
 
 
 def test_missing_file(tmp_path):
-    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
+    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow", "a.csv", "a.json"):
         assert "no such file" in error_of(tmp_path / name)
+    assert "*.jsonl: no file has such a name; correct the pattern" in error_of(tmp_path / "*.jsonl")
 
 
 def test_unknown_extension(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("prompt,answer\n")
-    assert ".jsonl" in error_of(path)
+    path = tmp_path / "a.tsv"
+    path.write_text("prompt\tanswer\n")
+    assert "give .parquet, .jsonl, .jsonl.gz, .json, .csv, .arrow, a folder or pattern of such" in error_of(path)
 
 
 def test_unreadable_file(tmp_path):
@@ -383,14 +385,14 @@ def test_corrupt_gzip(tmp_path, damage):
 
 def test_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", [GOOD] * 3)
-    parse = module._problem_from_line
+    parse = module.problem_from_row
 
-    def parse_while_another_program_writes(line, columns, notes):
+    def parse_while_another_program_writes(*args):
         with path.open("ab") as stream:
             stream.write(b"\n")
-        return parse(line, columns, notes)
+        return parse(*args)
 
-    monkeypatch.setattr(module, "_problem_from_line", parse_while_another_program_writes)
+    monkeypatch.setattr(module, "problem_from_row", parse_while_another_program_writes)
     # The reader sees what was appended as blank lines, and would be content.
     assert "changed while it was read" in error_of(path)
 

@@ -1,8 +1,12 @@
 """A job of two processes with 2 CPU devices each does what one process with 4 does."""
 
+import dataclasses
 import hashlib
+import importlib
+import importlib.metadata
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,9 +19,14 @@ import tiny
 from test_train import CONFIG, VOLATILE
 
 import dapo_jax
+from dapo_jax import cli, policy
+from dapo_jax.config import config_from_dict
+from dapo_jax.data.prompts import load_tokenizer
+from dapo_jax.model import weights
+from dapo_jax.model.weights import save_pretrained
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.metrics import read_metrics
-from dapo_jax.types import InputError, RunError
+from dapo_jax.types import InputError, Problem, Prompt, RunError
 
 TESTS = Path(__file__).parent
 MESH = "mesh: {data: 2, fsdp: 2}\n"
@@ -82,6 +91,18 @@ def test_each_process_holds_rows_and_judges_answers_of_its_own(runs):
     rows = [set(np.load(runs / f"two{i}.npz")["rows"]) for i in (0, 1)]
     assert rows[0] and rows[1] and not rows[0] & rows[1] and rows[0] | rows[1] == set(range(8))
     assert [int(np.load(runs / f"two{i}.npz")["judged"]) for i in (0, 1)] == [4, 3]
+
+
+def test_what_differs_between_processes_is_refused_on_each(runs):
+    """The first fact that differs, in their order; and a run folder that a process does not find. Nothing is left of that folder."""
+    for i in (0, 1):
+        facts, folder = np.load(runs / f"two{i}.npz")["refusals"].tolist()
+        assert facts.startswith("weights is 1 on process 1, 0 on process 0; start every process with the same command")
+        assert facts.endswith("packages, model and data")
+        assert folder.startswith(f"{runs / f'two.{i}'}: process 1 of 2 on ") and "does not find what process 0 has written there" in folder
+        assert "one --run-dir that all hosts reach" in folder
+    assert not list(runs.glob("two.*")) and not list((runs / "two").glob("nonce*"))
+    assert np.load(runs / "one0.npz")["refusals"].tolist() == []  # a process alone
 
 
 def test_a_training_run_keeps_the_same_groups_and_learns_the_same(runs):
@@ -232,3 +253,87 @@ def test_software_names_versions_and_the_code_itself():
     found = multihost.software()
     assert found["jax"] == jax.__version__ and len(found["code"]) == 16
     assert found == multihost.software()
+
+
+def names_of(requirements) -> set[str]:
+    wanted = (line for line in requirements if line[:1].isalpha() and "extra ==" not in line)
+    return {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in wanted}
+
+
+def test_versions_of_all_packages_that_decide_an_outcome_are_compared():
+    """All that running needs, and what tokenizer and verifier need, but for packages that only show, store or fetch."""
+    show_store_or_fetch = {"matplotlib", "tensorboardx", "tqdm", "etils", "huggingface-hub", "packaging", "typer"}
+    needed = names_of((TESTS.parent / "requirements.txt").read_text().splitlines())
+    for package in ("transformers", "math-verify", "sympy"):
+        needed |= names_of(importlib.metadata.requires(package) or ())
+    assert needed - show_store_or_fetch <= names_of(multihost.DECIDING_PACKAGES)
+    assert multihost.software()["math-verify"] == importlib.metadata.version("math-verify")
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """The facts that `check_alike` gets, in order."""
+    found = []
+    monkeypatch.setattr(multihost, "check_alike", lambda facts: found.append(dict(facts())))
+    return found
+
+
+def test_model_files_prompts_and_packages_are_compared(compared, tmp_path, monkeypatch):
+    """What changes if one file, prompt or package of a process is another."""
+    model = tiny.model(family="llama", vocab_size=258)
+    folder = tmp_path / "model"
+    save_pretrained(folder, model, tiny.params(model), tokenizer=load_tokenizer(None))
+    reward = {"verifier": "custom", "function": "m:f", "allowed_modules": ["m", "matplotlib"]}
+    config = config_from_dict({"model": {"folder": str(folder)}, "eval": {"every": 0}, "reward": reward})
+    problem = Problem("a", "1+1=", "2", "It is 2.")
+    tokens = np.array([5, 6], np.int32)
+
+    def facts(prompt=Prompt(problem, tokens)):  # noqa: B008
+        weights.file_digests.cache_clear()
+        policy.check_started_alike(config, policy.Policy(model, None, (), str(folder), str(folder)), {"data.train": [prompt]}, {"more": 1})
+        policy.check_weights(str(folder))
+        return compared.pop(-2) | compared.pop()
+
+    def changed(*args) -> list[str]:
+        return [key for key, value in facts(*args).items() if before.get(key) != value]
+
+    before = facts()
+    assert before["more"] == 1 and before["matplotlib"] and before["the model"] == str(folder) and before["model.folder"] == str(folder)
+    assert list(before).index("the digest of the model's tokenizer.json") < list(before).index("the digest of data.train")
+    for prompt in (
+        Prompt(problem, np.array([5, 7], np.int32)),
+        Prompt(dataclasses.replace(problem, answer="3"), tokens),
+        Prompt(dataclasses.replace(problem, solution="So 2."), tokens),
+    ):
+        assert changed(prompt) == ["the digest of data.train"]
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert changed() == ["the digest of the model's chat_template.jinja"]
+    (folder / "chat_template.jinja").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-3] + bytes([content[-3] ^ 32]) + content[-2:])
+        assert changed() == [f"the digest of the model's {name}"]
+        (folder / name).write_bytes(content)
+    installed = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9" if name == "math-verify" else installed(name))
+    assert changed() == ["math-verify"]
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "supervised"])
+def test_every_verb_refuses_before_it_writes(verb, tmp_path, monkeypatch, capfd):
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+
+    def refuse(facts):
+        found = facts()
+        raise InputError(", ".join(key for key in found if key.startswith("the digest of")))
+
+    monkeypatch.setattr(multihost, "check_alike", refuse)
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"dapo_jax.{verb}")
+    options = {"train": ["--run-dir", "run"], "evaluate": ["--run-dir", "run"], "supervised": ["--out", "out"]}[verb]
+    with pytest.raises(SystemExit) as done:
+        cli.run(module.main, ["--config", "tiny.yaml", *options])
+    sets = {"train": ["data.train", "eval.sets.heldout"], "evaluate": ["the checkpoints in --run-dir", "eval.sets.heldout"]}
+    said = ", ".join(f"the digest of {name}" for name in sets.get(verb, ["data.train"]))
+    assert done.value.code == 2 and f"dapo_jax: {said}\n" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import dapo_jax
 from dapo_jax.config import DAPO_TEMPLATE, DataSection
 from dapo_jax.data import chat
 from dapo_jax.data import prompts as module
-from dapo_jax.data.prompts import byte_tokenizer, decode, load_tokenizer, make_prompts, stop_tokens, without
+from dapo_jax.data.prompts import byte_tokenizer, decode, load_tokenizer, make_prompts, prompt_lengths, stop_tokens, without
 from dapo_jax.types import InputError, Message, Problem
 
 DATE = "2024-07-26"
@@ -453,7 +454,6 @@ LOOPS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endf
         (LOOPS, "no result within 1 s"),
         (HOLDING, "no result within 1 s"),
         ("{{ 'a' * 10 ** 10 }}", "MemoryError"),
-        ("{{ messages[0].content * 20 * 2 ** 20 }}", "a text of 20,971,520 characters"),
         ({"rag": "a", "tools": "b"}, "no default specified"),
     ],
 )
@@ -468,7 +468,40 @@ def test_the_deadline_is_for_each_conversation(monkeypatch):
     monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
     slow = "{% for i in range(900) %}{% for j in range(2000) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
     texts = [str(n) for n in range(20)]
-    assert chat.render(slow, {}, [[{"role": "user", "content": text}] for text in texts], DATE) == texts
+    assert [*chat.render(slow, {}, [[{"role": "user", "content": text}] for text in texts], DATE, max_chars=9)] == texts
+
+
+def test_the_deadline_is_not_for_the_caller(monkeypatch):
+    """It may take longer over one text than the process has for the next, which the pipe between them cannot hold."""
+    monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
+    lengths = []
+    for text in chat.render("{{ messages[0].content * 10 ** 5 }}", {}, [[{"role": "user", "content": "a"}]] * 3, DATE, max_chars=10**5):
+        lengths.append(len(text))
+        if len(lengths) == 1:
+            time.sleep(3.2)
+    assert lengths == [10**5] * 3
+
+
+def test_texts_that_no_prompt_can_be_are_left_out_as_too_long_before_they_are_tokenised():
+    """20 MB of a template for each problem; they stay in its process. Of 50 tokens none has more characters than 50 of the longest."""
+    tokenizer = words_tokenizer(chat_template="{{ messages[0].content * (20 if messages[0].content == 'a' else 20 * 2 ** 20) }}")
+    most = 50 * max(map(len, tokenizer.get_vocab()))
+    assert 20 < most < 20 * 2**20
+    prompts, left_out = make_prompts([problem("a"), problem("b"), problem("c")], tokenizer, BARE)
+    assert ([p.problem.prompt for p in prompts], left_out) == (["a"], {"longer than 50 tokens": 2})
+    lengths, _ = prompt_lengths([problem("a"), problem("b"), problem("c")], tokenizer, BARE)
+    assert lengths.tolist() == [len(prompts[0].tokens), 51, 51]
+
+
+def test_memory_holds_a_batch_of_texts_and_tokens(byte_level):
+    section = DataSection(template="{prompt}" + "x" * 60_000, max_prompt_len=10_000)  # within what 10,000 of `<|pad|>` would have
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="no usable prompt .60 longer than 10000 tokens"):
+            make_prompts([problem(str(n)) for n in range(60)], byte_level, section)
+        assert tracemalloc.get_traced_memory()[1] < 30e6  # 1 MB of text and its tokens; all together 60 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_template_that_writes_the_date_is_given_the_config_s():
@@ -497,7 +530,7 @@ def test_texts_are_those_of_transformers(template):
         [{"role": "user", "content": "a b"}],
         [{"role": "system", "content": ""}, {"role": "user", "content": " é\u2028\U0001f600 <b> {{ 1 }} \n"}],
     ]
-    found = chat.render(template, tokenizer.special_tokens_map, conversations, DATE)
+    found = [*chat.render(template, tokenizer.special_tokens_map, conversations, DATE, max_chars=1000)]
     assert found == [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in conversations]
 
 
@@ -505,14 +538,15 @@ def test_a_template_without_a_caller_ends_itself():
     """Its process has a deadline of its own, for where the caller was killed."""
     code = f"""
 from dapo_jax.data import chat
-answers_of = chat._answers
-def answers(process):
-    heard = answers_of(process)
+from dapo_jax.data import confined
+lines_of = confined._lines
+def lines(process, deadline_s):
+    heard = lines_of(process, deadline_s)
     yield next(heard)
     print(process.pid, flush=True)  # it has started
     yield from heard
-chat._answers, chat.DEADLINE_S = answers, 1.0
-chat.render({HOLDING!r}, {{}}, [[{{"role": "user", "content": "a"}}]], {DATE!r})
+confined._lines, chat.DEADLINE_S = lines, 1.0
+[*chat.render({HOLDING!r}, {{}}, [[{{"role": "user", "content": "a"}}]], {DATE!r}, max_chars=9)]
 """
     root = Path(dapo_jax.__file__).parent.parent
     with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as caller:

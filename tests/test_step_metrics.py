@@ -10,7 +10,7 @@ from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.dapo.packing import PackStats
 from dapo_jax.data.problems import Cursor
 from dapo_jax.drawing import Drawn
-from dapo_jax.train import draw_metrics, throughput, update_metrics
+from dapo_jax.train import draw_metrics, minibatches, throughput, update_metrics
 from dapo_jax.types import Group, Problem, Prompt, Response, Verdict
 
 
@@ -37,29 +37,30 @@ DRAWN = [
     group(8, [0, 0], [10, 8], [True, False], [-0.5, -0.25], gap=9),
 ]
 VERDICTS = [Verdict(True, 1.0)] * 3 + [Verdict(False, -1.0, "timed out after 1 s")] * 2 + [Verdict(False, -1.0, "ValueError: x")]
-# Two updates over 10 and 8 target tokens; the second was skipped.
+# Three updates; the last was skipped, and its sums are as non-finite as they may be. Over 10 and 8 target tokens, of which 6 and 8 are new.
 SUMS = [
     {"loss": 0.2, "grad_norm": 1.0, "skipped": 0.0, "tokens": 10.0, "entropy": 20.0, "approx_kl": 0.0, "token_prob": 4.0}
-    | {"clipped_low": 0.0, "clipped_high": 0.0, "upclipped_prob": 0.0, "sampler_gap": 1.0},
-    {"loss": 0.4, "grad_norm": 3.0, "skipped": 1.0, "tokens": 8.0, "entropy": 7.0, "approx_kl": 0.9, "token_prob": 5.0}
-    | {"clipped_low": 2.0, "clipped_high": 4.0, "upclipped_prob": 1.0, "sampler_gap": 8.0},
+    | {"clipped_low": 0.0, "clipped_high": 0.0, "upclipped_prob": 0.0, "sampler_gap": 1.0, "gap_tokens": 6.0},
+    {"loss": 0.4, "grad_norm": 3.0, "skipped": 0.0, "tokens": 8.0, "entropy": 7.0, "approx_kl": 0.9, "token_prob": 5.0}
+    | {"clipped_low": 2.0, "clipped_high": 4.0, "upclipped_prob": 1.0, "sampler_gap": 8.0, "gap_tokens": 8.0},
 ]
+SUMS.append(dict.fromkeys(SUMS[0], np.nan) | {"skipped": 1.0})
 PACKED = [PackStats(2, 1, 30, 10, 0.75, 0.5, ()), PackStats(1, 1, 14, 8, 0.25, 0.3, ())]
 
 
-def metrics(**algo):
-    """The step as the training loop makes it: the step before left group 4, this one draws 6 to 8 and trains on 4 and 6."""
+def metrics(sums=SUMS, left=(CARRIED,), **algo):
+    """The step as the training loop makes it: the step before left some groups, this one draws 6 to 8 and trains on two."""
     buffer = DynamicSamplingBuffer(1, dynamic_sampling=True, carry_surplus=True)
-    buffer.add([group(3, [1, 0], [1, 1], [False, False], [0, 0], gap=0), CARRIED])
+    buffer.add([group(2, [1, 0], [1, 1], [False, False], [0, 0], gap=0), *left])
     buffer.take()
     state = buffer.state()
     buffer = DynamicSamplingBuffer(2, dynamic_sampling=True, carry_surplus=True)
-    buffer.restore(state, {CARRIED.prompt.problem.id: CARRIED.prompt.problem})
+    buffer.restore(state, {g.prompt.problem.id: g.prompt.problem for g in left})
     buffer.add(DRAWN)
     kept, counts = buffer.take()
     config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2, **algo))
     drawn = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 3, 40, [], []), config)
-    return drawn | update_metrics(kept, counts, SUMS, PACKED, config)
+    return drawn | update_metrics(kept, 6, counts, sums, PACKED, config)
 
 
 def test_every_metric_of_a_step():
@@ -93,8 +94,7 @@ def test_every_metric_of_a_step():
         "policy/clip_fraction_dual": 0,
         "policy/importance_capped_fraction": 0,
         "policy/upclipped_prob_mean": 1 / 4,
-        # of the 4 carried tokens 0.5 each, of the 14 drawn ones 0.1
-        "policy/sampler_gap_mean": (4 * 0.5 + 14 * 0.1) / 18,
+        "policy/sampler_gap_mean": 0.1,  # of the 14 tokens drawn in this step, not of the 4 carried ones
         "policy/long_share": 0.4,
         "optim/grad_norm": 2.0,
         "optim/skipped_updates": 1,
@@ -111,9 +111,39 @@ def test_what_a_step_draws_and_samples_counts_in_it_wherever_its_groups_are_comp
     assert found["filter/kept_fraction"] == pytest.approx(1 / 3)  # of groups that are completed
 
 
-def test_with_the_samplers_logprobs_the_gap_is_that_of_the_first_update():
-    """Only before it are trainer and sampler the same policy."""
-    assert metrics(old_logprobs="sampler")["policy/sampler_gap_mean"] == pytest.approx(1.0 / 10)
+def test_with_the_samplers_logprobs_the_gap_is_that_of_the_first_update_on_new_tokens():
+    """Only before it are trainer and sampler the same policy. A skipped update does not change it; carried tokens are of another."""
+    assert metrics(old_logprobs="sampler")["policy/sampler_gap_mean"] == pytest.approx(1.0 / 6)
+    assert metrics([SUMS[2], SUMS[1]], old_logprobs="sampler")["policy/sampler_gap_mean"] == pytest.approx(8.0 / 8)
+    none_new = SUMS[0] | {"gap_tokens": 0.0, "sampler_gap": 0.0}
+    assert "policy/sampler_gap_mean" not in metrics([none_new, SUMS[1]], old_logprobs="sampler")
+
+
+def test_groups_carried_in_count_if_they_are_trained_on_and_give_no_gap():
+    found = metrics(left=(dataclasses.replace(CARRIED, draw=3), CARRIED, SURPLUS))
+    assert (found["filter/carried_groups"], found["filter/surplus_groups"]) == (2, 2)
+    assert "policy/sampler_gap_mean" not in found
+
+
+def test_a_step_whose_updates_were_all_skipped_says_so_and_nothing_of_the_policy():
+    found = metrics(SUMS[2:] * 2)
+    assert found["optim/skipped_updates"] == 2 and found["pack/efficiency"] == 0.5
+    assert {key for key in found if key.startswith(("policy/", "optim/"))} == {
+        "policy/long_share",
+        "policy/sampler_gap_mean",
+        "optim/skipped_updates",
+    }
+    assert all(np.isfinite(value) for value in found.values())
+
+
+def test_mini_batches_hide_the_samplers_log_probs_of_groups_of_earlier_steps():
+    """Only where they are in the ratio, and nowhere else than for the metric."""
+    for mode, hidden in (("sampler", 4), ("recompute", 0)):
+        algo = DapoSection(responses_per_prompt=2, responses_per_update=4, old_logprobs=mode)
+        config = dataclasses.replace(Config(), dapo=algo)
+        batch, _ = next(minibatches([CARRIED, DRAWN[0]], config, 1, 6))
+        unknown = np.isnan(batch.behavior_logprobs)
+        assert unknown.sum() == hidden and not unknown[~batch.target_mask].any() and np.isfinite(batch.old_logprobs).all()
 
 
 def test_surplus_groups_are_counted_and_not_wasted():

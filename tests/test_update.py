@@ -244,9 +244,9 @@ def test_loss_and_gradient_of_many_microbatches_are_those_of_one_plain_batch():
 
 def test_summarize_divides_by_tokens_and_by_clipped_tokens():
     sums = {"tokens": 10.0, "entropy": 5, "approx_kl": 0.1, "token_prob": 4, "clipped_low": 1, "clipped_high": 2, "upclipped_prob": 0.5}
-    sums |= {"sampler_gap": 0.3, "loss": 9, "grad_norm": 9}
+    sums |= {"loss": 9, "grad_norm": 9}
     expected = {"entropy": 0.5, "approx_kl": 0.01, "token_prob_mean": 0.4, "clip_fraction_low": 0.1, "clip_fraction_high": 0.2}
-    expected |= {"clip_fraction_dual": 0, "importance_capped_fraction": 0, "upclipped_prob_mean": 0.25, "sampler_gap_mean": 0.03}
+    expected |= {"clip_fraction_dual": 0, "importance_capped_fraction": 0, "upclipped_prob_mean": 0.25}
     assert summarize(sums) == pytest.approx({f"policy/{k}": v for k, v in expected.items()})
     assert summarize(sums | {"clipped_dual": 3.0})["policy/clip_fraction_dual"] == pytest.approx(0.3)
     nothing = summarize(sums | {"clipped_high": 0.0, "upclipped_prob": 0.0})

@@ -274,7 +274,8 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "model-type": (LLAMA_31_8B, {"model_type": "mistral"}, "model_type"),
     "no-architecture": (LLAMA_31_8B, {"architectures": None, "model_type": "gemma"}, "model_type"),
     "remote-code": (LLAMA_31_8B, {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}, "auto_map"),
-    "quantised": (LLAMA_31_8B, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    "quantized": (LLAMA_31_8B, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    "quantized-mlx": (LLAMA_31_8B, {"quantization": {"group_size": 64, "bits": 4}}, "quantization"),
     "gelu": (LLAMA_31_8B, {"hidden_act": "gelu"}, "hidden_act"),
     "llama-bias": (LLAMA_31_8B, {"attention_bias": True}, "attention_bias"),
     "qwen3-bias": (QWEN3_06B, {"attention_bias": True}, "attention_bias"),
@@ -502,15 +503,16 @@ class FakeTokenizer:
         (Path(folder) / "tokenizer.json").write_text("its own")
 
 
-def test_tokenizer_is_saved_instead_of_the_sources(tmp_path):
+def test_tokenizer_is_saved_where_there_is_no_source(tmp_path):
+    """A source's own files stay as they are: transformers would name a class of its own in them, which earlier releases do not know."""
     config, params = load_pretrained(GOLDENS / "qwen2_tied")
     source = copy_golden("qwen2_tied", tmp_path)
     for name in ("tokenizer.json", "vocab.json"):
         (source / name).write_text("the source's")
     save_pretrained(tmp_path / "a", config, params, source_folder=source, tokenizer=FakeTokenizer())
-    assert (tmp_path / "a" / "tokenizer.json").read_text() == "its own"
-    assert not (tmp_path / "a" / "vocab.json").exists() and (tmp_path / "a" / "generation_config.json").exists()
+    assert {(tmp_path / "a" / name).read_text() for name in ("tokenizer.json", "vocab.json")} == {"the source's"}
     save_pretrained(tmp_path / "b", config, params, tokenizer=FakeTokenizer())
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "its own"
     hf = json.loads((tmp_path / "b" / "config.json").read_text())
     assert (hf["eos_token_id"], hf["bos_token_id"], hf["torch_dtype"]) == (5, None, "float32")
 
@@ -629,6 +631,13 @@ def outside(folder, to):
     redirect(folder, to)
 
 
+def quantized(tensors):
+    """As MLX does it: eight weights of 4 bits in a word, and a scale for every group of them."""
+    name = "model.embed_tokens.weight"
+    tensors[name] = np.zeros((tensors[name].shape[0], tensors[name].shape[1] // 8), np.uint32)
+    tensors["model.embed_tokens.scales"] = np.ones((tensors[name].shape[0], 1), np.float16)
+
+
 def misshapen(file):
     file["model.layers.1.mlp.up_proj.weight"] = file["model.layers.1.mlp.up_proj.weight"].T
 
@@ -688,6 +697,10 @@ BAD_FOLDERS = {
         lambda f: change_tensors(f, lambda t: t.update({"model.layers.3.input_layernorm.weight": t[NORM]})),
         ["model.layers.3.input_layernorm.weight: tensor has no place"],
     ),
+    "quantized": (
+        lambda f: change_tensors(f, quantized),
+        ["model.embed_tokens.scales: quantized weights are not supported; use a bfloat16"],
+    ),
     "misshapen": (lambda f: change_tensors(f, misshapen), ["model.layers.1.mlp.up_proj.weight", "(40, 32)", "(32, 40)"]),
     "integers": (
         lambda f: change_tensors(f, lambda t: t.update({NORM: t[NORM].astype(np.int8)})),
@@ -711,6 +724,16 @@ def test_sharded_folder_loads(tmp_path):
     folder = copy_golden("qwen2_untied", tmp_path)
     write_index(folder, shard(folder))
     assert_same_params(load_pretrained(folder)[1], load_pretrained(GOLDENS / "qwen2_untied")[1])
+
+
+@pytest.mark.parametrize("missing", [["config.json", "model.safetensors"], ["config.json"], ["model.safetensors"]])
+def test_an_adapter_is_no_model(tmp_path, missing):
+    folder = copy_golden("qwen2_tied", tmp_path)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    load_pretrained(folder)  # a whole model that was trained with one
+    for name in missing:
+        (folder / name).unlink()
+    assert_refused(lambda: load_pretrained(folder), f"{folder}: is a PEFT adapter, not a whole model; merge it into its base model first")
 
 
 def test_tied_head_is_ignored_if_equal_and_refused_if_not(tmp_path):

@@ -54,8 +54,8 @@ class DynamicSamplingBuffer:
     """Collects the groups of a rollout step.
 
     prompts_per_step: groups a step trains on. dynamic_sampling: accept informative groups only.
-    carry_surplus: keep what a step does not need for the next one, else drop it. A caller that draws only while `missing()`
-    is above 0 trains on no group later than ceil(prompts of one generation batch / prompts_per_step) steps after its draw.
+    carry_surplus: keep what a step does not need for the next one, else drop it. If groups are added only while `missing()` is above 0,
+    the n groups that one step adds are trained on at most ceil(n / prompts_per_step) steps later.
     """
 
     def __init__(self, prompts_per_step: int, dynamic_sampling: bool, carry_surplus: bool):

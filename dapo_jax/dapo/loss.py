@@ -69,6 +69,7 @@ def policy_metrics(logprobs: Array, entropy: Array, args: TrainBatch, algo: Dapo
     """Per-token quantities whose sums over target tokens make the `policy/` metrics (`update.summarize` divides)."""
     log_ratio = logprobs - args.old_logprobs
     ratio = jnp.exp(log_ratio)
+    current = ~jnp.isnan(args.behavior_logprobs)
     up_clipped = (args.advantages > 0) & (ratio > 1 + algo.clip_eps_high)
     metrics = {
         "tokens": jnp.ones_like(logprobs),
@@ -78,7 +79,8 @@ def policy_metrics(logprobs: Array, entropy: Array, args: TrainBatch, algo: Dapo
         "clipped_low": (args.advantages < 0) & (ratio < 1 - algo.clip_eps_low),
         "clipped_high": up_clipped,
         "upclipped_prob": jnp.where(up_clipped, jnp.exp(logprobs), 0.0),
-        "sampler_gap": jnp.abs(logprobs - args.behavior_logprobs),
+        "sampler_gap": jnp.where(current, jnp.abs(logprobs - jnp.where(current, args.behavior_logprobs, 0.0)), 0.0),
+        "gap_tokens": current,
     }
     if algo.importance_cap is not None:
         weight = ratio if algo.old_logprobs == "sampler" else jnp.exp(args.old_logprobs - args.behavior_logprobs)

@@ -113,6 +113,5 @@ def summarize(sums: Mapping[str, float]) -> dict[str, float]:
         "policy/clip_fraction_high": sums["clipped_high"] / tokens,
         "policy/clip_fraction_dual": sums.get("clipped_dual", 0.0) / tokens,
         "policy/importance_capped_fraction": sums.get("importance_capped", 0.0) / tokens,
-        "policy/sampler_gap_mean": sums["sampler_gap"] / tokens,
     }
     return means | ({"policy/upclipped_prob_mean": sums["upclipped_prob"] / clipped} if (clipped := sums["clipped_high"]) else {})

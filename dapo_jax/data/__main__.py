@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="what", required=True, metavar="prepare|stats")
 
     sub = verbs.add_parser("prepare", help=prepare.__doc__, description=prepare.__doc__)
-    sub.add_argument("--source", required=True, help=".jsonl, .jsonl.gz or .parquet, here or at gs://bucket/...")
+    sub.add_argument("--source", required=True, help="a data set: a file, a folder or pattern of shards, here or at gs://bucket/...")
     sub.add_argument("--test", metavar="SOURCE", help="problems to evaluate on, which become the split `test`")
     sub.add_argument("--out", required=True, metavar="FOLDER", help="where FOLDER/NAME/1.0.0 is to be, here or in a bucket")
     sub.add_argument("--name", default="problems", help="of the data set, e.g. dapo_math_17k (default problems)")
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     sub = verbs.add_parser("stats", help=stats.__doc__, description=stats.__doc__)
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", help="YAML config: its data.train and eval.sets")
-    which.add_argument("--source", help="one data set: a file, a prepared folder, or `arithmetic`")
+    which.add_argument("--source", help="one data set: a file, a folder, a pattern, or `arithmetic`")
     sub.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override of the config, e.g. data.max_prompt_len=1024"
     )

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from etils import epath
 
+from dapo_jax.data.files import ENDINGS
 from dapo_jax.paths import is_bucket, names_objects, reason
 from dapo_jax.types import InputError
 
-FILES = (".jsonl", ".jsonl.gz", ".parquet")
+_SHARDS = tuple(ending for ending in ENDINGS if ending != ".json")
 _INFO = "dataset_info.json"  # is in every folder that tensorflow-datasets prepared
 _CHUNK = 1 << 20  # bytes
 _GIVE = 'pip install "dapo_jax[tpu]", and give the machine the bucket'
@@ -31,14 +32,17 @@ def local_copy(source: str) -> Iterator[str]:
         path = epath.Path(source)
         copy = Path(temporary, path.name)
         with _talking(source, "read"):
-            if source.endswith(FILES):
+            if source.endswith(ENDINGS):
                 _fetch(path, copy)
-            elif (path / _INFO).exists():
-                copy.mkdir()
-                for part in path.iterdir():
-                    _fetch(part, copy / part.name)
             else:
-                raise InputError(f"{source}: ends in none of {', '.join(FILES)}, and holds no {_INFO}; give a file or a prepared folder")
+                parts = [*path.iterdir()] if path.is_dir() else []
+                if not any(part.name == _INFO or part.name.endswith(_SHARDS) for part in parts):
+                    raise InputError(
+                        f"{source}: ends in none of {', '.join(ENDINGS)}, and holds no {_INFO}; give a file or a folder of them"
+                    )
+                copy.mkdir()
+                for part in parts:
+                    _fetch(part, copy / part.name)
         yield str(copy)
 
 

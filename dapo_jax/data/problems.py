@@ -1,18 +1,16 @@
 """Problems from files: read row by row, checked, de-duplicated, and put in an order that a restart can repeat.
 
-A data set is JSON lines, Parquet or a prepared tensorflow-datasets folder, here or in a bucket. `rows.py` says what a row may look like.
+`files.py` reads the rows of files, `tfds_builder.py` those of prepared folders, `bucket.py` fetches both. `rows.py` says what a row may
+look like.
 """
 
 import dataclasses
 import functools
-import gzip
 import hashlib
-import io
 import json
 import os
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +18,10 @@ import numpy as np
 from dapo_jax.config import ArithmeticConfig, ColumnsConfig, printable
 from dapo_jax.data.arithmetic import arithmetic_problems
 from dapo_jax.data.bucket import local_copy
-from dapo_jax.data.rows import AS_USUAL, MAX_ANSWER_CHARS, BadRow, column_names, problem_from_row
+from dapo_jax.data.files import files_of, is_prepared, rows_of
+from dapo_jax.data.rows import AS_USUAL, BadRow, column_names, problem_from_row
 from dapo_jax.types import InputError, Message, Problem
 
-_MAX_ROW_BYTES = 16 << 20  # a line of JSON; bounds memory on a file without line ends
-_PARQUET_BATCH = 4096  # rows
 _WATCHED = 1000  # rows between two words on how far the reading is
 _SHOWN_COLUMNS = 12
 
@@ -84,7 +81,7 @@ def load_problems(
 ) -> tuple[list[Problem], LoadReport]:
     """Distinct problems of a data set, in order of first appearance, and what became of its rows.
 
-    `source` is a .jsonl, .jsonl.gz or .parquet file, a folder prepared by tensorflow-datasets, either of them at gs://bucket/..., or the
+    `source` is a file, or a folder or pattern of shards (`files.py`), a folder prepared by tensorflow-datasets, or the
     word `arithmetic`, which makes the problems of `arithmetic`. `heldout` selects evaluation problems where a source has both kinds.
     Raises InputError if the source cannot be read, or holds no usable problem.
     """
@@ -99,37 +96,34 @@ def load_problems(
 
 def _load(source: str, path: str, columns: ColumnsConfig, heldout: bool, watch: Watch | None) -> tuple[list[Problem], LoadReport]:
     """The problems of `path`, a file or folder of this machine, which messages call `source`."""
-    if os.path.isdir(path):
+    if is_prepared(path):
         from dapo_jax.data import tfds_builder  # not at the top: tensorflow-datasets is slow to import, and few runs need it
 
         return tfds_builder.read_problems(path, columns=columns, heldout=heldout, watch=watch, source=source)
-    rows: Iterator[tuple[int, Any]]
-    parse: Callable[..., Problem]
-    if source.endswith((".jsonl", ".jsonl.gz")):
-        rows, parse = _json_lines(source, path), _problem_from_line
-    elif source.endswith(".parquet"):
-        rows, parse = _parquet_rows(source, path, column_names(columns)), problem_from_row
-    else:
-        raise InputError(f"{source}: not a known kind of data set; give .jsonl, .jsonl.gz, .parquet, a prepared folder, or `arithmetic`")
     try:
-        before = os.stat(path)
-        loaded = collect_problems(source, rows, functools.partial(parse, columns=columns), watch)
-        after = os.stat(path)
+        files = files_of(source, path, heldout)
+        before = _versions(files)
+        loaded = collect_problems(source, rows_of(source, files, column_names(columns)), columns, watch)
+        after = _versions(files)
     except FileNotFoundError:
         raise InputError(f"{source}: no such file; correct the path") from None
     except OSError as e:
         raise InputError(f"{source}: cannot be read ({e.strerror or e}); check the file and its permissions") from None
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+    if before != after:
         raise InputError(f"{source}: changed while it was read; start again when it is complete")
     return loaded
 
 
+def _versions(files: Sequence[str]) -> list[tuple[int, int]]:
+    """What tells whether files were written to."""
+    return [(found.st_size, found.st_mtime_ns) for found in map(os.stat, files)]
+
+
 def collect_problems(
-    source: str, rows: Iterable[tuple[int, Any]], parse: Callable[..., Problem], watch: Watch | None = None
+    source: str, rows: Iterable[tuple[int, Any]], columns: ColumnsConfig, watch: Watch | None = None
 ) -> tuple[list[Problem], LoadReport]:
     """Parses numbered rows, keeps one problem a distinct prompt, drops prompts with conflicting answers, counts the rest.
 
-    parse: as `problem_from_row`, to which it also gives `notes`.
     A row may be the BadRow that its reader makes of it. Only distinct prompts stay in memory. Raises InputError if no problem is left.
     """
     found: dict[str | tuple[Message, ...], Problem | None] = {}  # None: answers conflict
@@ -144,7 +138,7 @@ def collect_problems(
         try:
             if isinstance(row, BadRow):
                 raise row
-            problem = parse(row, notes=notes)
+            problem = problem_from_row(row, columns, notes)
         except BadRow as e:
             before = skipped.get(str(e)) or Skip(0, number, _shown(e.columns))
             skipped[str(e)] = dataclasses.replace(before, count=before.count + 1)
@@ -175,83 +169,6 @@ def with_unique_ids(problems: list[Problem]) -> list[Problem]:
     """A data set's own identifiers where they identify, else ones that derive from the prompt."""
     uses = Counter(p.id for p in problems)
     return [p if p.id and uses[p.id] == 1 else dataclasses.replace(p, id=_content_id(p.prompt)) for p in problems]
-
-
-def _json_lines(source: str, path: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank, without byte-order mark. Of an overlong line only the start is kept."""
-    number = 0
-    try:
-        with gzip.open(path) if source.endswith(".gz") else open(path, "rb") as stream:
-            while line := _line(stream):
-                number += 1
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield number, line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise InputError(f"{source}: corrupt gzip after row {number} ({e}); fetch the file again") from None
-
-
-def _line(stream: io.BufferedIOBase) -> bytes:
-    line = stream.readline(_MAX_ROW_BYTES + 1)
-    rest = line
-    while len(rest) > _MAX_ROW_BYTES and not rest.endswith(b"\n"):
-        rest = stream.readline(_MAX_ROW_BYTES + 1)
-    return line
-
-
-def _problem_from_line(line: bytes, columns: ColumnsConfig, notes: list[str]) -> Problem:
-    if len(line) > _MAX_ROW_BYTES:
-        raise BadRow(f"longer than {_MAX_ROW_BYTES >> 20} MB")
-    try:
-        return problem_from_row(_JSON.decode(line.decode("utf-8")), columns, notes)
-    except UnicodeDecodeError:
-        raise BadRow("not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise BadRow("not JSON") from None
-
-
-def _whole_number(digits: str) -> int | str:
-    return int(digits) if len(digits) <= MAX_ANSWER_CHARS else digits  # int() refuses, or takes long over, thousands of digits
-
-
-_JSON = json.JSONDecoder(parse_int=_whole_number)
-
-
-def _parquet_rows(source: str, path: str, columns: list[str]) -> Iterator[tuple[int, Any]]:
-    """Numbered rows as plain Python objects, a record batch in memory at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_PARQUET_BATCH, columns=columns):
-                for row in _plain_rows(batch):
-                    number += 1
-                    yield number, row
-    except (FileNotFoundError, PermissionError):
-        raise
-    except (pa.ArrowException, OSError, ValueError) as e:  # ValueError: names of columns that are not UTF-8
-        raise InputError(f"{source}: corrupt Parquet after row {number} ({_first_line(e)}); fetch the file again") from None
-
-
-def _plain_rows(batch: Any) -> list[Any]:
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:  # Parquet writers may store any bytes as text; find the rows that hold them
-        bad = "prompt is not valid Unicode"
-    except (ArithmeticError, LookupError, ValueError):  # a date beyond the year 9999, a time zone that nobody knows
-        bad = "answer is neither text nor a finite number"
-    if len(batch) == 1:
-        return [BadRow(bad)]
-    half = len(batch) // 2
-    return _plain_rows(batch.slice(0, half)) + _plain_rows(batch.slice(half))
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Problems as tokens: tokenizer, prompt template, chat template, stop tokens, and responses back to text."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 
 from dapo_jax.config import DataSection
 from dapo_jax.data import chat
+from dapo_jax.data.confined import ConfinedError
 from dapo_jax.types import InputError, Problem, Prompt
 
 if typing.TYPE_CHECKING:
@@ -22,7 +24,8 @@ _PAD, _END = "<|pad|>", "<|end|>"
 _OTHER_FORMS = ("tokenizer.model", "vocab.json", "tekken.json")  # of a tokenizer, from which a tokenizer.json can be made
 _CHECKED = ("Hello, world! Don't", "  two\n\n\tindented  lines ", "12345 + 6.78 = \\frac{1}{2}", "naïve 北京 привет 😀", "f(x)=x**2;\r\n}")
 _ANSWER = "FORTYTWO"  # what the assistant says where the end of its turn is looked for
-_BATCH = 1024  # texts tokenised at a time
+_BATCH = 1024  # texts tokenised at a time, of so many characters together
+_BATCH_CHARS = 1 << 20
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -154,10 +157,11 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerFast", date: str) -> int | None:
     """The token that the chat template writes after what the assistant says; None if it writes text there, or fails."""
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        [text] = chat.render(tokenizer.get_chat_template(), tokenizer.special_tokens_map, [turns], date, add_generation_prompt=False)
-    except (chat.TemplateError, ValueError, OSError):  # what `_render` raises for prompts says why
+        template, variables = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+        [text] = chat.render(template, variables, [turns], date, max_chars=_BATCH_CHARS, add_generation_prompt=False)
+    except (ConfinedError, ValueError, OSError):  # what `_render` raises for prompts says why
         return None
-    said, _, following = text.rpartition(_ANSWER)
+    said, _, following = (text or "").rpartition(_ANSWER)
     ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content}
     found = [content for content in ids if said and following.lstrip().startswith(content)]
     return ids[max(found, key=len)] if found else None
@@ -201,7 +205,7 @@ def make_prompts(
     prompts = []
     left_out = Counter({"control tokens": len(problems) - len(clean)})
     for problem, tokens in zip(clean, _rendered(clean, tokenizer, section), strict=True):
-        if len(tokens) > section.max_prompt_len:
+        if tokens is None or len(tokens) > section.max_prompt_len:
             left_out[f"longer than {section.max_prompt_len} tokens"] += 1
         elif not tokens:
             left_out["no tokens"] += 1
@@ -216,10 +220,13 @@ def make_prompts(
 
 
 def prompt_lengths(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast", section: DataSection) -> tuple[np.ndarray, int]:
-    """Tokens of every prompt as `make_prompts` makes them, however long, int64 [Q]; and of how many it makes none: control tokens."""
+    """Tokens of every prompt as `make_prompts` makes them, int64 [Q]; and of how many it makes none: control tokens.
+
+    A text of more characters than `section.max_prompt_len` tokens can have counts as one token more than these.
+    """
     clean = _without_control_tokens(problems, tokenizer)
-    lengths = np.fromiter(map(len, _rendered(clean, tokenizer, section)), np.int64, len(clean))
-    return lengths, len(problems) - len(clean)
+    found = (section.max_prompt_len + 1 if t is None else len(t) for t in _rendered(clean, tokenizer, section))
+    return np.fromiter(found, np.int64, len(clean)), len(problems) - len(clean)
 
 
 def check_embedded(tokens: Sequence[int], vocab_size: int | None, tokenizer: "PreTrainedTokenizerFast", where: str) -> None:
@@ -230,6 +237,14 @@ def check_embedded(tokens: Sequence[int], vocab_size: int | None, tokenizer: "Pr
             f"{where}: token{name} ({most}) is beyond the model's embedding of {vocab_size} tokens; use the model's own tokenizer, and "
             "texts without this token"
         )
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256, in hexadecimal, of problems (answers and solutions included) and tokens, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr(prompt.problem).encode("utf-8", "surrogatepass") + b"\n" + prompt.tokens.tobytes())
+    return digest.hexdigest()
 
 
 def without(prompts: Sequence[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:
@@ -243,16 +258,35 @@ def _without_control_tokens(problems: Sequence[Problem], tokenizer: "PreTrainedT
     return [p for p in problems if not any(control.search(text) for text in _texts(p))]
 
 
-def _rendered(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast", section: DataSection) -> Iterator[list[int]]:
-    """Each problem through template, chat template and tokenizer."""
-    conversations = [_conversation(p, section.template) for p in problems]
-    as_chat = section.chat and bool(tokenizer.chat_template)
-    texts = (
-        _render(tokenizer, conversations, section.chat_date)
-        if as_chat
-        else ["\n\n".join(turn["content"] for turn in c) for c in conversations]
-    )
-    return _tokenise(tokenizer, texts, add_special_tokens=not as_chat)
+def _rendered(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast", section: DataSection) -> Iterator[list[int] | None]:
+    """Each problem through template, chat template and tokenizer. None for a text that is longer than any `max_prompt_len` tokens.
+
+    Texts are in memory a batch at a time: templates may make megabytes of every problem.
+    """
+    conversations = (_conversation(p, section.template) for p in problems)
+    max_chars = section.max_prompt_len * max(map(len, tokenizer.get_vocab()))
+    texts: Iterator[str | None]
+    if as_chat := section.chat and bool(tokenizer.chat_template):
+        texts = _render(tokenizer, conversations, section.chat_date, max_chars)
+    else:
+        joined = ("\n\n".join(turn["content"] for turn in c) for c in conversations)
+        texts = (text if len(text) <= max_chars else None for text in joined)
+    for batch in _batches(texts):
+        tokens = _tokenise(tokenizer, [text for text in batch if text is not None], add_special_tokens=not as_chat)
+        yield from (None if text is None else next(tokens) for text in batch)
+
+
+def _batches(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
+    """Texts of `_BATCH_CHARS` characters together, but for one that is longer."""
+    batch: list[str | None] = []
+    chars = 0
+    for text in texts:
+        chars += len(text or "")
+        if batch and (len(batch) == _BATCH or chars > _BATCH_CHARS):
+            yield batch
+            batch, chars = [], len(text or "")
+        batch.append(text)
+    yield batch
 
 
 def _control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
@@ -271,24 +305,27 @@ def _conversation(problem: Problem, template: str) -> list[dict[str, str]]:
 
 
 def _tokenise(tokenizer: "PreTrainedTokenizerFast", texts: list[str], *, add_special_tokens: bool) -> Iterator[list[int]]:
-    for start in range(0, len(texts), _BATCH):
-        try:
-            encoded = tokenizer(texts[start : start + _BATCH], add_special_tokens=add_special_tokens)["input_ids"]
-        except BaseException as e:
-            if not _is_panic(e):
-                raise
-            reason = " ".join(str(e).split())[:200]
-            raise InputError(f"{tokenizer.name_or_path}: the tokenizer fails on a prompt ({reason}); use another one") from None
-        for tokens in encoded:
-            ends = add_special_tokens and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id
-            yield tokens[:-1] if ends else tokens  # an end token would ask for a new text, not for an answer
+    if not texts:
+        return
+    try:
+        encoded = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+    except BaseException as e:
+        if not _is_panic(e):
+            raise
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer fails on a prompt ({reason}); use another one") from None
+    for tokens in encoded:
+        ends = add_special_tokens and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id
+        yield tokens[:-1] if ends else tokens  # an end token would ask for a new text, not for an answer
 
 
-def _render(tokenizer: "PreTrainedTokenizerFast", conversations: list[list[dict[str, str]]], date: str) -> list[str]:
+def _render(
+    tokenizer: "PreTrainedTokenizerFast", conversations: Iterable[chat.Conversation], date: str, max_chars: int
+) -> Iterator[str | None]:
     """Conversations through the chat template, up to where the assistant answers."""
     try:
-        return chat.render(tokenizer.get_chat_template(), tokenizer.special_tokens_map, conversations, date)
-    except (chat.TemplateError, ValueError, OSError) as e:  # several templates and none the default; no process to be had
+        yield from chat.render(tokenizer.get_chat_template(), tokenizer.special_tokens_map, conversations, date, max_chars=max_chars)
+    except (ConfinedError, ValueError, OSError) as e:  # several templates and none the default; no process to be had
         reason = " ".join(str(e).split())[:200]
         where = f"chat template of {tokenizer.name_or_path or 'the tokenizer'}"
         raise InputError(f"{where}: {reason}; use another tokenizer, or set data.chat to false") from None

@@ -1,7 +1,6 @@
 """Problems as a prepared tensorflow-datasets folder (array_record), written and read by random access without TensorFlow."""
 
 import contextlib
-import functools
 import io
 import re
 import tempfile
@@ -14,8 +13,9 @@ import tensorflow_datasets as tfds
 
 from dapo_jax.config import ArithmeticConfig, ColumnsConfig
 from dapo_jax.data import bucket
+from dapo_jax.data.files import choose_split
 from dapo_jax.data.problems import LoadReport, Watch, collect_problems, load_problems
-from dapo_jax.data.rows import AS_USUAL, problem_from_row
+from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.paths import Folder, as_path, is_bucket
 from dapo_jax.types import InputError, Problem
 
@@ -132,22 +132,14 @@ def read_problems(
         raise InputError(f"{source}: holds no dataset_info.json; give a folder prepared by tensorflow-datasets")
     try:
         builder = tfds.builder_from_directory(folder)
-        split = _split(source, list(builder.info.splits), heldout)
+        split = choose_split(source, list(builder.info.splits), heldout)
         raw = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
     except InputError:
         raise
     except Exception as e:  # the many kinds that tensorflow-datasets, protobuf and array_record raise on damaged files
         raise _corrupt(source, e) from None
     rows = _rows(source, builder.info.features, raw)
-    return collect_problems(source, rows, functools.partial(problem_from_row, columns=columns), watch)
-
-
-def _split(source: str, splits: list[str], heldout: bool) -> str:
-    wanted = ("test", "validation") if heldout else ("train",)
-    found = splits if len(splits) == 1 else [name for name in wanted if name in splits]
-    if not found:
-        raise InputError(f"{source}: has none of the splits {', '.join(wanted)} among {', '.join(splits)}; prepare one of them alone")
-    return found[0]
+    return collect_problems(source, rows, columns, watch)
 
 
 def _rows(source: str, features: Any, raw: Any) -> Iterator[tuple[int, Any]]:

@@ -131,8 +131,9 @@ def _refuse_unsupported(hf: Mapping[str, Any], family: str, fail: Fail) -> None:
     """What changes the logits in a way that the decoder does not know."""
     if hf.get("auto_map"):
         fail("auto_map", "the model comes with its own code, which is never run; use a model of a built-in architecture without auto_map")
-    if hf.get("quantization_config"):
-        fail("quantization_config", "quantised weights are not supported; use a bfloat16, float16 or float32 model")
+    for key in ("quantization_config", "quantization"):  # the latter is MLX's
+        if hf.get(key):
+            fail(key, "quantized weights are not supported; use a bfloat16, float16 or float32 model")
     key, activation = ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma3_text" else ("hidden_act", "silu")
     if hf.get(key, activation) != activation:
         fail(key, f"{hf[key]!r} is not supported; supported: {activation}")

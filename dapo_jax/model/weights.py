@@ -1,6 +1,8 @@
 """Hugging Face model folders: safetensors into stacked float32 parameters, and back."""
 
 import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
@@ -8,6 +10,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +35,26 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
+_ADAPTER = "adapter_config.json"
+# Tensors that MLX, GPTQ, AWQ, bitsandbytes and compressed-tensors put beside quantized weights.
+_QUANTIZED = re.compile(r"\.(scales|biases|qweight|qzeros|g_idx|absmax|weight_scale\w*|weight_packed)$")
+
 # What of a model's files is ever read: all there is about it, and its weights. `*` is any text.
-DESCRIPTION_FILES = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
+DESCRIPTION_FILES = ("config.json", "generation_config.json", _ADAPTER, *_TOKENIZER_FILES)
 WEIGHT_FILES = (_SINGLE, _INDEX, "model*.safetensors")
+
+
+@functools.cache
+def file_digests(folder: str, patterns: tuple[str, ...]) -> dict[str, str]:
+    """SHA-256 of each file of the folder that one of the patterns names, by name. Reads them whole, several at a time, and only once."""
+    paths = sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()})
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip((path.name for path in paths), pool.map(digest, paths), strict=True))
 
 
 def load_model_config(folder: str | Path) -> ModelConfig:
@@ -42,6 +62,8 @@ def load_model_config(folder: str | Path) -> ModelConfig:
     folder = Path(folder)
     if not os.path.isdir(folder):  # unlike Path.is_dir, also says no where access is denied
         raise InputError(f"{folder}: no such folder; give a Hugging Face model folder")
+    if not (folder / "config.json").exists():
+        _refuse_adapter(folder)
     return model_config_from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
 
 
@@ -120,6 +142,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / _SINGLE]
     index = folder / _INDEX
     if not index.is_file():
+        _refuse_adapter(folder)
         if any(folder.glob("*.bin")):
             raise InputError(f"{folder}: only pickled weights (.bin), which are never opened; convert them to safetensors")
         raise InputError(f"{folder}: no {_SINGLE} and no {_INDEX}; give a complete Hugging Face model folder")
@@ -134,6 +157,14 @@ def _weight_files(folder: Path) -> list[Path]:
         if not (folder / shard).is_file():
             raise InputError(f"{index}: weight_map.{_shown(name)}: file {shard[:100]} is missing; download the model again")
     return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / _ADAPTER).is_file():
+        raise InputError(
+            f"{folder}: is a PEFT adapter, not a whole model; merge it into its base model first, where peft is installed: "
+            "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
+        )
 
 
 def _open(path: Path) -> Any:
@@ -154,6 +185,8 @@ def _check_stored(folder: Path, config: ModelConfig, stored: Mapping[str, tuple[
         if found.get_dtype() not in _DTYPES:
             raise InputError(f"{path}: {name}: dtype {found.get_dtype()} is not supported; supported: {', '.join(_DTYPES)}")
 
+    if quantized := next(filter(_QUANTIZED.search, sorted(stored)), None):
+        raise InputError(f"{folder}: {_shown(quantized)}: quantized weights are not supported; use a bfloat16, float16 or float32 model")
     expected = set()
     for t in tensors(config):
         if t.name not in stored:
@@ -203,7 +236,7 @@ def save_pretrained(
       folder: new, or empty.
       source_folder: where the model came from; its config.json is kept but for the dtype, its generation_config.json
         and tokenizer files are copied.
-      tokenizer: a transformers tokenizer, saved instead of the source's files.
+      tokenizer: a transformers tokenizer, saved where there is no source folder.
       max_shard_bytes: larger models are split into files of at most this size and an index.
 
     Raises:
@@ -217,9 +250,11 @@ def save_pretrained(
     try:
         with _appearing_whole(Path(folder).resolve()) as partial:
             _write_json(partial / "config.json", hf)
-            for path in _side_files(source, tokenizer):
-                shutil.copyfile(path, partial / path.name)
-            if tokenizer is not None:
+            if source is not None:
+                for name in ("generation_config.json", *_TOKENIZER_FILES):
+                    if (source / name).is_file():
+                        shutil.copyfile(source / name, partial / name)
+            elif tokenizer is not None:
                 tokenizer.save_pretrained(str(partial))
             _write_weights(partial, config, params, max_shard_bytes)
     except OSError as e:
@@ -271,14 +306,6 @@ def _export_config(config: ModelConfig, source: Path | None, tokenizer: Any) -> 
         raise InputError(f"{where}: describes another architecture than the parameters; give the folder that training started from")
     spelled = [key for key in ("dtype", "torch_dtype") if key in hf] or ["torch_dtype"]
     return {**hf, **dict.fromkeys(spelled, "float32")}
-
-
-def _side_files(source: Path | None, tokenizer: Any) -> list[Path]:
-    """Files of the source folder that go with the weights."""
-    if source is None:
-        return []
-    names = ("generation_config.json", *(_TOKENIZER_FILES if tokenizer is None else ()))
-    return [source / name for name in names if (source / name).is_file()]
 
 
 def _write_weights(folder: Path, config: ModelConfig, params: Params, max_shard_bytes: int) -> None:

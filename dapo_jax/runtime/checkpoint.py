@@ -231,6 +231,14 @@ class Checkpoints:
         )
 
 
+def records_digest(folder: str | Folder) -> str:
+    """SHA-256, in hexadecimal, of the records of all whole steps in the folder, which hold a digest of every array."""
+    digest = hashlib.sha256()
+    for path in _stored(_absolute(folder)):
+        digest.update(path.name.encode() + b"\n" + (folders.read(path / _RECORD) or b""))
+    return digest.hexdigest()
+
+
 def restore_params(folder: str | Folder, abstract_params: Params) -> RestoredParams:
     """The weights of the newest usable checkpoint, without the optimizer's. Changes nothing in the folder.
 

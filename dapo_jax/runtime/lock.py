@@ -4,11 +4,13 @@ A local folder is locked by the kernel, which lets go when the process ends, how
 object `lock` names its holder and changes every few seconds while that lives. A job that finds one waits: if it changes, the folder is
 in use; if it does not for `_PATIENCE_S`, its holder is gone (killed, preempted) and the job takes it over. No clocks are compared. A
 holder that was cut off and comes back finds another's name, and ends at once without saving: up to a beat long both may have written.
-A checkpoint that two jobs mixed up is noticed by its digests. Reading (`evaluate`, `export`) asks for no lock.
+A checkpoint that two jobs mixed up is noticed by its digests. Before all this, every process of a job has to find the folder that the
+first one writes to: a folder of each host's own disk would be found out by the first save. Reading (`evaluate`, `export`) asks for no lock.
 """
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import socket
@@ -19,10 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dapo_jax.runtime import multihost
-from dapo_jax.runtime.folder import Folder, is_bucket, read, reason
-from dapo_jax.types import InputError
+from dapo_jax.runtime.folder import Folder, is_bucket, read, reason, write_whole, writing
+from dapo_jax.types import InputError, RunError
 
 _BEAT_S = 5.0
+_SHOWN_S = 10.0  # within which every host sees a new file of a shared folder
 _PATIENCE_S = 20.0  # below the 30 s that collectives on CPUs wait for the first process
 
 
@@ -30,14 +33,56 @@ _PATIENCE_S = 20.0  # below the 30 s that collectives on CPUs wait for the first
 def locked(run_dir: Folder) -> Iterator[None]:
     """Holds `run_dir/lock` while inside.
 
-    The first process locks for all of the job. Raises InputError, on every process, if another job has the folder.
+    The first process locks for all of the job. Raises InputError, on every process, if another job has the folder, or if the processes
+    do not share it.
     """
+    check_shared(run_dir)
     with contextlib.ExitStack() as stack:
         lock = _lease if is_bucket(run_dir) else _lock
         refusal = lock(run_dir / "lock", stack) if multihost.is_main() else ""
         if refusal := multihost.from_main(refusal):
             raise InputError(refusal)
         yield
+
+
+def check_shared(run_dir: Folder) -> None:
+    """Raises InputError, on every process, unless each finds in the folder what the first has just written there."""
+    if not multihost.is_distributed():
+        return
+    nonce, refusal, made = secrets.token_hex(8), "", False
+    if multihost.is_main():
+        made = not run_dir.exists()
+        try:
+            with writing(run_dir):
+                write_whole(run_dir / f"nonce-{nonce}", b"")
+        except (InputError, RunError) as e:
+            refusal = str(e)
+    nonce, refusal = json.loads(multihost.from_main(json.dumps([nonce, refusal])))
+    if refusal:
+        raise InputError(refusal)
+    file = run_dir / f"nonce-{nonce}"
+    lost = next(filter(None, multihost.gather_texts("" if _appears(file) else multihost.who())), None)
+    if multihost.is_main():
+        file.unlink()
+        if lost and made and not is_bucket(run_dir):
+            run_dir.rmdir()
+    if lost:
+        raise InputError(
+            f"{run_dir}: {lost} does not find what process 0 has written there; a job of several processes needs one --run-dir that all "
+            "hosts reach: give gs://bucket/folder, or a folder of a network file system"
+        )
+
+
+def _appears(file: Folder) -> bool:
+    """Whether the file is there, or soon: a network file system may show it late."""
+    until = time.monotonic() + _SHOWN_S
+    while True:
+        with contextlib.suppress(InputError, RunError):  # no access: it is not shown
+            if read(file) is not None:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(_SHOWN_S / 50)
 
 
 def _lock(path: Folder, stack: contextlib.ExitStack) -> str:

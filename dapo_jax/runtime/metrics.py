@@ -40,7 +40,7 @@ METRICS: Mapping[str, str] = {
     "filter/kept_fraction": "share of the groups completed in this step that are neither all correct nor all wrong",
     "filter/all_correct": "share of the groups completed in this step without a wrong response",
     "filter/all_wrong": "share of the groups completed in this step without a correct response",
-    "filter/carried_groups": "groups trained on that the previous step had left over",
+    "filter/carried_groups": "groups trained on that earlier steps had left over",
     "filter/surplus_groups": "informative groups beyond what this step needs",
     "filter/open_groups": "groups that dapo.partial_rollouts leaves to the next step, unfinished or after an unfinished one",
     "filter/resting_problems": "problems that dapo.rest_after has skipped in this epoch",
@@ -53,7 +53,7 @@ METRICS: Mapping[str, str] = {
     "rollout/response_len_max": "longest response there, tokens",
     "rollout/truncated_fraction": "share of the responses there that hit the length limit",
     "rollout/tokens": "response tokens sampled in this step, those of groups that are left open included",
-    # The policy, over the response tokens of all updates of the step
+    # The policy, over the response tokens of all updates of the step that were not skipped
     "policy/loss": "mean loss of the step's updates",
     "policy/entropy": "mean entropy of the next-token distribution, nats",
     "policy/token_prob_mean": "mean probability of the sampled tokens",
@@ -64,7 +64,7 @@ METRICS: Mapping[str, str] = {
     "policy/importance_capped_fraction": "share of tokens whose importance weight dapo.importance_cap caps",
     "policy/upclipped_prob_mean": "mean probability of the tokens clipped from above",
     "policy/long_share": "share of the loss's weight, sum of |w A| over tokens, on the longest quarter of an update's responses",
-    "policy/sampler_gap_mean": "mean |log pi_old - log-prob of the sampler|, nats",
+    "policy/sampler_gap_mean": "mean |log-prob of the trainer - of the sampler|, nats, on tokens of the policy that the step starts from",
     # Optimisation
     "optim/grad_norm": "global gradient norm before clipping, mean of the step's updates",
     "optim/lr": "learning rate of the step's updates",

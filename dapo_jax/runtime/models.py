@@ -72,7 +72,8 @@ def _downloaded(name: str, files: Sequence[str]) -> LocalModel:
 
     repo, _, revision = name.partition("@")
     try:
-        folder = huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=list(files))
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE  # releases below 2 list a commit's files on the hub all the same
+        folder = huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=list(files), local_files_only=offline)
     except Exception as e:  # of huggingface_hub, its HTTP client, and the file system
         raise InputError(f"{name}: {_refusal(e, repo, revision)}") from None
     return LocalModel(f"{repo}@{Path(folder).name}", folder)  # a folder of the cache is called by its commit
@@ -80,7 +81,7 @@ def _downloaded(name: str, files: Sequence[str]) -> LocalModel:
 
 def _refusal(error: Exception, repo: str, revision: str) -> str:
     """Why there is no download, and what to do. Errors' own texts are left out: they may quote headers, with a token in them."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     download = f"download it elsewhere (`hf download {repo}`) and give the path of the folder"
     if isinstance(error, errors.GatedRepoError):
@@ -89,7 +90,7 @@ def _refusal(error: Exception, repo: str, revision: str) -> str:
         return f"is neither a folder here nor a model that the hub shows; correct the spelling, set HF_TOKEN if it is private, or {_GIVE}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the hub's {repo} has no revision {revision!r}; give a branch, tag or commit of it, or none for the newest"
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+    if isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         return f"is no folder here, and not whole in the cache, while HF_HUB_OFFLINE is set; unset it, or {download}"
     if isinstance(error, errors.HfHubHTTPError):
         status = getattr(error.response, "status_code", "no status")
@@ -116,7 +117,7 @@ def _copied(url: str, files: Sequence[str]) -> Path:
         listed = {}
     except Exception as e:  # of gcsfs, aiohttp, google-auth; ImportError without gcsfs
         raise InputError(f"{url}: cannot be listed ({reason(e)}); {_ACCESS}") from None
-    if "config.json" not in listed:
+    if not {"config.json", "adapter_config.json"} & listed.keys():
         raise InputError(f"{url}: no such model folder, for it holds no config.json; correct it, or copy a Hugging Face folder there")
     state = json.dumps([url.rstrip("/"), sorted((name, entry["size"], entry.get("generation")) for name, entry in listed.items())])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dapo_jax", "models")

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,14 @@ from dapo_jax.runtime.folder import reason
 from dapo_jax.types import InputError, RunError, Verdict
 
 _T = TypeVar("_T")
+
+# Those that decide what a run samples, judges or computes, also where they come with another package or are optional.
+DECIDING_PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "ml_dtypes", "numpy", "scipy"),
+    *("transformers", "tokenizers", "sentencepiece", "safetensors", "regex", "jinja2", "PyYAML"),
+    *("math-verify", "latex2sympy2_extended", "antlr4-python3-runtime", "sympy", "mpmath"),
+    *("pyarrow", "tensorflow-datasets", "array_record"),
+)
 
 _HEARTBEAT_S = 10  # the others notice so many seconds after a process has died; jax waits 100
 _WAIT_S = 20.0  # before a process that waits for the others says so
@@ -140,36 +148,49 @@ def from_main(text: str) -> str:
     """The first process's text, on every process."""
     if jax.process_count() == 1:
         return text
-    return _gather_texts(text)[0]
+    return gather_texts(text)[0]
 
 
 def disagreement(facts: Mapping[str, Any]) -> str | None:
-    """What differs between the processes, in words, or None. facts: JSON-able, with the same keys everywhere."""
+    """The first of the facts that differs between the processes, in words, or None. facts: JSON-able."""
     if jax.process_count() == 1:
         return None
     text = json.dumps(facts, sort_keys=True, default=str)
     digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
     if (digests == digests[0]).all():
         return None
-    first, *others = (json.loads(said) for said in _gather_texts(text))
+    first, *others = (json.loads(said) for said in gather_texts(json.dumps(facts, default=str)))
     return next(
         f"{key} is {other.get(key)!r} on process {index}, {first.get(key)!r} on process 0"
         for index, other in enumerate(others, start=1)
-        for key in sorted(first.keys() | other.keys())
+        for key in first | other
         if first.get(key) != other.get(key)
     )
 
 
-def software() -> dict[str, str]:
-    """What has to be the same on every process: versions, and a digest of this package's own code."""
+def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
+    """Raises InputError, on every process, unless all find the same facts (as `disagreement` takes them). A single process finds none."""
+    if jax.process_count() > 1 and (differs := disagreement(facts())):
+        raise InputError(f"{differs}; start every process with the same command, code, packages, model and data")
+
+
+def software() -> dict[str, str | None]:
+    """What has to be the same on every process: versions, None where a package is missing, and a digest of this package's own code."""
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
-    return {"python": platform.python_version(), "code": code.hexdigest()[:16]} | {n: importlib.metadata.version(n) for n in names}
+    return {"python": platform.python_version(), "code": code.hexdigest()[:16]} | {name: version(name) for name in DECIDING_PACKAGES}
 
 
-def _gather_texts(text: str) -> list[str]:
+def version(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gather_texts(text: str) -> list[str]:
     """Every process's text, by process."""
     data = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(data)))

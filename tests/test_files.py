@@ -1,0 +1,153 @@
+"""Files of every kind hold the same rows; folders and patterns are read shard by shard."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dapo_jax.config import ArithmeticConfig, ColumnsConfig
+from dapo_jax.data import files
+from dapo_jax.data.problems import Skip, load_problems
+from dapo_jax.types import InputError
+
+ROWS = [{"question": f"{n}+1?\u00e9", "key": f"{n + 1}", "note": '"a,\nb"'} for n in range(20)]
+COLUMNS = {"answer": "key"}
+
+
+def load(path, heldout=False, **columns):
+    return load_problems(str(path), ArithmeticConfig(), columns=ColumnsConfig(**columns), heldout=heldout)
+
+
+def answers(path, **kwargs):
+    return [p.answer for p in load(path, **COLUMNS, **kwargs)[0]]
+
+
+def error_of(path, **columns):
+    with pytest.raises(InputError) as caught:
+        load(path, **columns)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(path, rows=ROWS):
+    """Rows as a file of the kind that its name's ending says."""
+    path.parent.mkdir(exist_ok=True)
+    table = pa.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    elif path.suffix == ".arrow":
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table, max_chunksize=9)
+    elif path.suffix == ".csv":
+        lines = [[*rows[0]], *([*row.values()] for row in rows)]
+        quoted = [",".join('"' + cell.replace('"', '""') + '"' for cell in line) for line in lines]
+        path.write_text("\ufeff" + "\r\n".join(quoted), newline="")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def save_to_disk(folder, rows=ROWS):
+    """As `datasets.Dataset.save_to_disk` writes it, a cache of `map` beside it."""
+    shards = [write(folder / f"data-0000{n}-of-00002.arrow", rows[10 * n :][:10]) for n in range(2)]
+    write(folder / "cache-1234.arrow", [{"question": "cached", "key": "0"}])
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": shard.name} for shard in shards], "_split": None}))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {"question": {"dtype": "string", "_type": "Value"}}}))
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "arrow", "csv", "json"])
+def test_every_kind_holds_the_same_rows(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(files, "_BATCH", 7)
+    path = write(tmp_path / f"a.{ending}", [*ROWS, {"question": "no answer", "key": None if ending != "csv" else "", "note": "x"}])
+    loaded, report = load(path, **COLUMNS)
+    assert loaded == load(write(tmp_path / "b.jsonl"), **COLUMNS)[0] and len(loaded) == 20
+    assert dict(report.skipped) == {"no answer (column key)": Skip(1, 21)}
+    assert "(row 1: columns question, key, note)" in error_of(path)
+
+
+def test_a_folder_that_datasets_saved(tmp_path):
+    assert answers(save_to_disk(tmp_path / "saved")) == [row["key"] for row in ROWS]
+    splits = tmp_path / "splits"
+    for name, rows in {"train": ROWS[:12], "test": ROWS[12:]}.items():
+        save_to_disk(splits / name if splits.mkdir(exist_ok=True) is None else splits, rows)
+    (splits / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert (len(answers(splits)), len(answers(splits, heldout=True))) == (12, 8)
+    for damaged in ("{", "[]", '{"_data_files": []}', '{"_data_files": [5]}'):
+        (tmp_path / "saved/state.json").write_text(damaged)
+        assert "state.json: _data_files: not a list that datasets.save_to_disk wrote" in error_of(tmp_path / "saved")
+    (tmp_path / "saved/state.json").write_text('{"_data_files": [{"filename": "../../etc/gone.arrow"}]}')
+    assert "no such file" in error_of(tmp_path / "saved")
+
+
+def test_folders_and_patterns_of_shards(tmp_path):
+    plain, split = tmp_path / "plain", tmp_path / "split"
+    for n in range(2):
+        write(plain / f"{n}.jsonl", ROWS[10 * n :][:10])
+        write(split / f"train-0000{n}-of-00002.parquet", ROWS[8 * n :][:8])
+    write(split / "test-00000-of-00001.parquet", ROWS[16:])
+    (split / "dataset_infos.json").write_text("{}")
+    assert answers(plain) == answers(plain / "*.jsonl") == [row["key"] for row in ROWS]
+    assert (len(answers(split)), len(answers(split, heldout=True)), len(answers(split / "*.parquet"))) == (16, 4, 20)
+    loaded, report = load(plain / "[01].jsonl", **COLUMNS)
+    assert report.rows == 20 and {p.source for p in loaded} == {str(plain / "[01].jsonl")}
+
+    (plain / "1.jsonl").write_text('{"question": "q"}\n')
+    assert load(plain, **COLUMNS)[1].skipped == {"no answer (column key)": Skip(1, 11)}  # rows are numbered through
+    (split / "train-00001-of-00002.parquet").write_bytes(b"PAR1")
+    assert f"{split}: train-00001-of-00002.parquet: corrupt Parquet after row 0" in error_of(split)
+    for name in ("test-00000-of-00001.parquet", "train-00001-of-00002.parquet", "train-00000-of-00002.parquet"):
+        os.remove(split / name)
+    write(split / "validation.parquet")
+    write(split / "test.parquet")
+    assert "has none of the splits train among test, validation; prepare one of them alone" in error_of(split)
+
+
+def test_a_shard_that_changes_while_another_is_read(tmp_path, monkeypatch):
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl")
+    read = files._json_lines
+
+    def write_then_read(where, path, columns):
+        Path(tmp_path, "a.jsonl").write_text("")
+        return read(where, path, columns)
+
+    monkeypatch.setattr(files, "_json_lines", write_then_read)
+    assert "changed while it was read" in error_of(tmp_path, **COLUMNS)
+
+
+def test_json_that_is_no_array_is_read_by_lines(tmp_path, monkeypatch):
+    lines = tmp_path / "a.json"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert answers(lines) == [row["key"] for row in ROWS]
+    for text in ('[{"question": "q", "key": "1"}', "[" * 100_000):
+        lines.write_text(text)
+        assert "not a JSON array" in error_of(lines)
+    lines.write_bytes(b'["\xff"]')
+    assert "not a JSON array ('utf-8' codec can't decode" in error_of(lines)
+    monkeypatch.setattr(files, "_MAX_ARRAY_BYTES", 3)
+    assert "write it as .jsonl, a row a line" in error_of(lines)
+
+
+def test_csv_rows_that_are_no_rows(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"question,answer\n1+1?,2\nshort\nlong,3,4,5\n\xff,6\n\n,7\n")
+    loaded, report = load(path)
+    assert [(p.prompt, p.answer) for p in loaded] == [("1+1?", "2"), ("long", "3")]
+    assert report.skipped == {"no answer": Skip(1, 2), "prompt is not valid Unicode": Skip(1, 4), "no prompt": Skip(1, 5)}
+    monkeypatch.setattr(files, "_MAX_ROW_BYTES", 200)
+    path.write_text("question,answer\n1+1?,2\n" + '"' + "x\n" * 200)
+    assert "not CSV after row 1 (field larger than field limit (200)); correct the quotes there" in error_of(path)
+
+
+def test_damaged_arrow(tmp_path):
+    path = write(tmp_path / "a.arrow")
+    content = path.read_bytes()
+    for damaged in (b"", b"ARROW1\0\0" * 9, content[: len(content) // 2]):
+        path.write_bytes(damaged)
+        assert "corrupt Arrow after row" in error_of(path, **COLUMNS)
