@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dapo_jax.config import Config, ConfigError, DapoSection, ModelConfig, load_config
 from dapo_jax.dapo.loss import batch_hidden, dapo_terms
@@ -38,7 +38,7 @@ from dapo_jax.rollout.sampler import Arrivals
 from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
 from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, compile_program, device_bytes
 from dapo_jax.runtime.folder import write_result
-from dapo_jax.runtime.mesh import make_mesh, rollout_sharding, row_shards
+from dapo_jax.runtime.mesh import make_mesh, rollout_dtype, rollout_sharding, row_shards
 from dapo_jax.runtime.models import local_model
 from dapo_jax.types import Array, InputError, Params, TrainBatch
 
@@ -250,8 +250,12 @@ def _training(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, 
 
 def _published(model: ModelConfig, mesh: Mesh) -> Any:
     """Shapes of the rollout weights."""
-    shapes, dtype = abstract_params(model), jnp.dtype(model.compute_dtype)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s), shapes, rollout_sharding(shapes, mesh))
+    shapes = abstract_params(model)
+
+    def published(path: Any, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(rollout_dtype(path, model.compute_dtype)), sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(published, shapes, rollout_sharding(shapes, mesh))
 
 
 def _rollout(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms) -> list[Program]:

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dapo_jax.config import MeshSection
 from dapo_jax.model.logprobs import linear_logprobs, linear_loss
+from dapo_jax.runtime.compiled import sent_bytes
 from dapo_jax.runtime.mesh import make_mesh, put_rows
 
 N, D, V = 40, 16, 130
@@ -188,6 +190,25 @@ def test_rows_and_vocabulary_spread_unevenly_over_devices(expected_loss, layout)
     for found, whole in zip(values, plain_values, strict=True):
         np.testing.assert_allclose(found, whole, rtol=0, atol=5e-6)
     assert tiny.gap(slopes, plain_slopes) < 2e-6
+
+
+@pytest.mark.parametrize("layout", [(1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("function", ["loss", "logprobs"])
+def test_the_head_is_gathered_in_compute_dtype(layout, function):
+    """Half the bytes of the float32 parameter. In float16, because a CPU gathers bfloat16 as float32."""
+    mesh, (d, v) = make_mesh(MeshSection(*layout)), (32, 512)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    hidden = jax.ShapeDtypeStruct((64, d), jnp.float16, sharding=rows)
+    head = jax.ShapeDtypeStruct((d, v), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+    targets, weight = (jax.ShapeDtypeStruct((64,), dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
+
+    def run(hidden, head, targets, weight):
+        if function == "loss":
+            return linear_loss(hidden, head, targets, token_loss, weight, chunk_size=16, mesh=mesh)[0]
+        return (weight * linear_logprobs(hidden, head, targets, chunk_size=16, mesh=mesh)[0]).sum()
+
+    program = jax.jit(run).lower(hidden, head, targets, weight).compile()
+    assert sent_bytes(program.as_text())["all-gather"] == 2 * d * v // layout[2] * (layout[1] - 1) / layout[1]
 
 
 @pytest.mark.parametrize("layout, whole", [((1, 1, 2), False), ((1, 1, 4), True)], ids=["split", "does not divide"])

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from dapo_jax.config import LoraConfig, MeshSection, OptimSection
 from dapo_jax.dapo.update import init_state, make_optimizer
-from dapo_jax.model.decoder import abstract_params
+from dapo_jax.model.decoder import abstract_params, apply
 from dapo_jax.runtime import mesh as runtime_mesh
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.mesh import (
@@ -191,11 +191,21 @@ def test_rollout_weights_are_split_over_tensor_only():
     for path, leaf in by_path(published).items():
         axes = [axis for axis in leaf.sharding.spec if axis]
         assert axes == ([] if path.endswith("scale") else ["tensor"]), path
-        assert leaf.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(leaf, np.asarray(by_path(params)[path]).astype(jnp.bfloat16))
+        assert leaf.dtype == (jnp.float32 if path.endswith("scale") else jnp.bfloat16)
+        np.testing.assert_array_equal(leaf, np.asarray(by_path(params)[path]).astype(leaf.dtype))
     assert jax.tree.map(lambda p: p.sharding, published) == rollout_sharding(params, mesh)
     publish(trained)
     assert publish._cache_size() == 1
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
+def test_rollout_weights_compute_what_the_master_weights_do(family):
+    """To the bit: the trainer casts kernels to bfloat16 for every use, and multiplies by the scales of norms in float32."""
+    config = tiny.model(family, compute_dtype="bfloat16")
+    params, tokens = tiny.params(config), np.arange(8, dtype=np.int32)[None]
+    published = publisher(abstract_params(config), make_mesh(MeshSection(1, 1, 1), jax.devices()[:1]), "bfloat16")(params)
+    run = jax.jit(apply, static_argnums=1)
+    np.testing.assert_array_equal(run(published, config, tokens), run(params, config, tokens))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -115,16 +115,21 @@ def _add_rows(buffer: Array, rows: Array, valid: Array, values: Array) -> Array:
     return buffer.at[jnp.where(valid, rows, buffer.shape[0])].set(values, mode="drop")
 
 
-def _specs(static: _Static, head: Array) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
-    """Partitions of rows, of the head as it is worked on, and of its gradient.
+def _specs(static: _Static, head: Array) -> tuple[PartitionSpec, PartitionSpec]:
+    """Partitions of rows, and of the head and its gradient: over `fsdp` like the parameter it belongs to, where that divides D.
 
-    The head is gathered over the row axes once a call, and its gradient reduced once, after the loop: scattered over `fsdp`
-    like the parameter it belongs to, where that divides D.
+    The head is gathered over `fsdp` once a call, and its gradient reduced once, after the loop.
     """
     columns = VOCAB_AXIS if static.splits_vocab(head) else None
     assert static.mesh is not None
-    scatter = "fsdp" if head.shape[0] % static.mesh.shape["fsdp"] == 0 else None
-    return PartitionSpec(ROW_AXES), PartitionSpec(None, columns), PartitionSpec(scatter, columns)
+    split = "fsdp" if head.shape[0] % static.mesh.shape["fsdp"] == 0 else None
+    return PartitionSpec(ROW_AXES), PartitionSpec(split, columns)
+
+
+def _whole_head(hidden: Array, head: Array) -> Array:
+    """The head [D, v] in the dtype of `hidden` [n, D], cast before it is gathered: half the bytes where that is bfloat16."""
+    head = head.astype(hidden.dtype)
+    return head if head.shape[0] == hidden.shape[1] else jax.lax.all_gather(head, "fsdp", tiled=True)
 
 
 def _reduce_head(static: _Static, d_head: Array) -> Array:
@@ -144,7 +149,7 @@ def _loss_forward(token_loss: TokenLoss, static: _Static, with_grad: bool, vocab
     """Loss, metric sums and (if asked) both gradients, over one device's rows and columns."""
     size = min(static.chunk_size, hidden.shape[0])
     plan = _plan(mask, size, vocab)
-    head = head.astype(hidden.dtype)
+    head = _whole_head(hidden, head)
 
     def chunk_loss(logprobs, entropy, args, valid):
         loss, metrics = token_loss(jnp.where(valid, logprobs, 0.0), entropy, args)
@@ -183,13 +188,13 @@ def _loss_sharded(token_loss, static, with_grad, hidden, head, targets, mask, to
         loss, metrics, d_hidden, d_head = run(*inputs)
         return *jax.lax.psum((loss, metrics), ROW_AXES), d_hidden, _reduce_head(static, d_head) if with_grad else None
 
-    rows, kernel, d_kernel = _specs(static, head)
+    rows, kernel = _specs(static, head)
     whole = PartitionSpec()
     return jax.shard_map(
         local,
         mesh=static.mesh,
         in_specs=(rows, kernel, rows, rows, rows),
-        out_specs=(whole, whole, rows, d_kernel),
+        out_specs=(whole, whole, rows, kernel),
         check_vma=False,
     )(hidden, head, targets, mask, token_args)
 
@@ -254,7 +259,7 @@ def linear_loss(
 def _logprobs_forward(static: _Static, vocab: _Vocab, hidden, head, targets, mask):
     size = min(static.chunk_size, hidden.shape[0])
     plan = _plan(mask, size, vocab)
-    head = head.astype(hidden.dtype)
+    head = _whole_head(hidden, head)
 
     def body(i, carry):
         rows, valid = _rows(plan, i, size)
@@ -268,19 +273,19 @@ def _logprobs_forward(static: _Static, vocab: _Vocab, hidden, head, targets, mas
 def _logprobs_backward(static: _Static, vocab: _Vocab, hidden, head, targets, mask, d_logprobs, d_entropy):
     size = min(static.chunk_size, hidden.shape[0])
     plan = _plan(mask, size, vocab)
-    kernel = head.astype(hidden.dtype)
+    head = _whole_head(hidden, head)
 
     def body(i, carry):
         d_hidden, d_head = carry
         rows, valid = _rows(plan, i, size)
         h = hidden[rows]
-        scored = _score(h, kernel, targets[rows], static.temperature, vocab)
+        scored = _score(h, head, targets[rows], static.temperature, vocab)
         softmax = scored.weights / scored.total[:, None]
         log_softmax = scored.logits - scored.lse[:, None]
         d_logits = (scored.hit - softmax) * jnp.where(valid, d_logprobs[rows], 0.0)[:, None]
         d_logits -= softmax * (log_softmax + scored.entropy[:, None]) * jnp.where(valid, d_entropy[rows], 0.0)[:, None]
         d_logits = (d_logits / static.temperature).astype(h.dtype)
-        d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, kernel))
+        d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, head))
         return d_hidden, d_head + _d_head(h, d_logits)
 
     zeros = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
@@ -293,7 +298,7 @@ def _linear_logprobs(static, hidden, head, targets, mask):
     run = functools.partial(_logprobs_forward, static, _Vocab(static.splits_vocab(head)))
     if static.mesh is None:
         return run(hidden, head, targets, mask)
-    rows, kernel, _ = _specs(static, head)
+    rows, kernel = _specs(static, head)
     return jax.shard_map(run, mesh=static.mesh, in_specs=(rows, kernel, rows, rows), out_specs=(rows, rows), check_vma=False)(
         hidden, head, targets, mask
     )
@@ -314,9 +319,9 @@ def _linear_logprobs_bwd(static, inputs, cotangents):
         d_hidden, d_head = run(*args)
         return d_hidden, _reduce_head(static, d_head)
 
-    rows, kernel, d_kernel = _specs(static, head)
+    rows, kernel = _specs(static, head)
     specs = (rows, kernel, rows, rows, rows, rows)
-    d_hidden, d_head = jax.shard_map(local, mesh=static.mesh, in_specs=specs, out_specs=(rows, d_kernel), check_vma=False)(
+    d_hidden, d_head = jax.shard_map(local, mesh=static.mesh, in_specs=specs, out_specs=(rows, kernel), check_vma=False)(
         *inputs, *cotangents
     )
     return d_hidden, d_head.astype(head.dtype), None, None

@@ -124,33 +124,43 @@ def rollout_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
+def rollout_dtype(path: Any, dtype: str) -> str:
+    """Dtype of a parameter in rollouts: what it is cast to for every use anyway. Norms compute in float32, in sampler and trainer alike."""
+    return "float32" if path[-1].key == "scale" else dtype
+
+
 def publisher(
     params: Mapping[str, Any], mesh: Mesh, dtype: str, merge_layer: Callable[[Any], Any] = lambda layer: layer
 ) -> Callable[[Any], Any]:
-    """A jitted function from master weights to rollout weights: cast, and gathered from the fsdp shards once a step.
+    """A jitted function from master weights to rollout weights: cast (`rollout_dtype`), and gathered from the fsdp shards once a step.
 
     params: those of rollouts (arrays or shapes); `merge_layer` makes a layer of theirs of a trained one.
     A layer at a time: the compiler gathers into other memory than the result's, which for all layers would take as much again.
     """
     shardings = rollout_sharding(params, mesh)
 
-    def place(leaf: Array, sharding: NamedSharding) -> Array:
+    def place(path: Any, leaf: Array, sharding: NamedSharding) -> Array:
         spec = sharding.spec[len(sharding.spec) - leaf.ndim :]  # without the axis of the layers
-        return jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(mesh, P(*spec)))
+        return jax.lax.with_sharding_constraint(leaf.astype(rollout_dtype(path, dtype)), NamedSharding(mesh, P(*spec)))
+
+    def placed(part: Any, name: str) -> Any:
+        return jax.tree_util.tree_map_with_path(place, part, shardings[name])
 
     def publish(params: Any) -> Any:
-        layers = jax.lax.map(lambda layer: jax.tree.map(place, merge_layer(layer), shardings["layers"]), params["layers"])
-        ends = {name: jax.tree.map(place, part, shardings[name]) for name, part in params.items() if name != "layers"}
-        return {**ends, "layers": layers}
+        layers = jax.lax.map(lambda layer: placed(merge_layer(layer), "layers"), params["layers"])
+        return {**{name: placed(part, name) for name, part in params.items() if name != "layers"}, "layers": layers}
 
     return jax.jit(publish, out_shardings=shardings)
 
 
 def published_as_it_is(params: Mapping[str, Any], mesh: Mesh, dtype: str) -> bool:
     """Whether rollout weights are the master weights: the same dtype, on the same devices. Publishing then copies nothing."""
+
+    def same(path: Any, leaf: Any, master: NamedSharding, rollout: NamedSharding) -> bool:
+        return leaf.dtype == rollout_dtype(path, dtype) and master.is_equivalent_to(rollout, len(leaf.shape))
+
     places = params_sharding(params, mesh), rollout_sharding(params, mesh)
-    same = jax.tree.map(lambda p, a, b: p.dtype == dtype and a.is_equivalent_to(b, len(p.shape)), params, *places)
-    return all(jax.tree.leaves(same))
+    return all(jax.tree.leaves(jax.tree_util.tree_map_with_path(same, params, *places)))
 
 
 def put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
