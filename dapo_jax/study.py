@@ -29,8 +29,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -45,6 +46,8 @@ from dapo_jax.config import (
     printable,
     read_mapping,
 )
+from dapo_jax.config.checks import build
+from dapo_jax.config.schema import STRICT, field
 from dapo_jax.runtime.curves import STYLE, running_mean
 from dapo_jax.runtime.folder import remove, write_whole, writing
 from dapo_jax.runtime.metrics import definition, read_metrics
@@ -56,8 +59,30 @@ _RUN_MAY_CHANGE = tuple(key for key in MAY_CHANGE if not key.startswith(("dapo."
 _WARM_UP_MAY_CHANGE = (*_RUN_MAY_CHANGE, "dapo.", "eval.", "reward.")
 
 
+@dataclasses.dataclass(frozen=True)
+class LadderRow:
+    """A row as the file has it."""
+
+    name: str = field(MISSING, "heading of the row", min_length=1)
+    set: Mapping[str, Any] = field(dict, "overrides of the row above")
+    watch: tuple[str, ...] = field((), "metrics to draw beside those of the row above")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyFile:
+    """A study as the file has it."""
+
+    __pydantic_config__ = STRICT
+
+    base: Mapping[str, Any] = field(MISSING, "config of the first row")
+    seeds: tuple[int, ...] = field(MISSING, "every row is trained with each", min_length=1)
+    target_accuracy: float = field(MISSING, "held-out accuracy of `steps to target`", gt=0, le=1)
+    ladder: tuple[LadderRow, ...] = field(MISSING, "rows", min_length=1)
+    warm_up: Mapping[str, Any] | None = field(None, "overrides of the base for the warm-up")
+
+
 class Row(NamedTuple):
-    """A row of the table. key: its name in paths. watch: metrics drawn beside those of the row above."""
+    """A row of the table. key: its name in paths."""
 
     name: str
     key: str
@@ -78,59 +103,36 @@ class Study:
 
 def load_study(path: str) -> Study:
     """Reads and checks a study. Raises ConfigError for anything wrong with it."""
-    tree, where = read_mapping(path), printable(path)
+    where = printable(path)
 
-    def require(ok: Any, key: str, message: str) -> None:
-        if not ok:
-            raise ConfigError(f"{where}: {key}: {message}")
+    def fail(key: str, message: str) -> NoReturn:
+        raise ConfigError(f"{where}: {key}: {message}")
 
-    known = {"base": Mapping, "seeds": list, "target_accuracy": int | float, "ladder": list}
-    for key in (*tree, *known):
-        found = f"a study has the keys {', '.join(known)} and warm_up"
-        require(key in (*known, "warm_up"), printable(str(key))[:60], f"unknown key; {found}")
-        kind = known.get(key, Mapping)
-        require(isinstance(tree.get(key), kind), key, f"is missing or of the wrong type; {found}")
-    base, seeds, target = tree["base"], tree["seeds"], tree["target_accuracy"]
-    distinct = len(set(map(repr, seeds))) == len(seeds) > 0
-    require(
-        distinct and all(type(s) is int and s >= 0 for s in seeds),
-        "seeds",
-        "expected a list of different whole numbers",
-    )
-    require(0 < target <= 1, "target_accuracy", "must be above 0 and at most 1")
-    require(base.get("seed") is None, "base.seed", "comes from `seeds`; remove it")
-    require(tree["ladder"], "ladder", "is empty; give at least one row")
+    file: StudyFile = build(StudyFile, read_mapping(path), fail)
+    if len(set(file.seeds)) < len(file.seeds) or min(file.seeds) < 0:
+        fail("seeds", "expected different numbers from 0 on")
+    if file.base.get("seed") is not None:
+        fail("base.seed", "comes from `seeds`; remove it")
     rows: list[Row] = []
-    for number, row in enumerate(tree["ladder"]):
-        key = f"ladder[{number}]"
-        row = row if isinstance(row, Mapping) else {}
-        added, watch = row.get("set", {}), row.get("watch", [])
-        shape = isinstance(row.get("name"), str) and {*row} <= {"name", "set", "watch"}
-        require(shape, key, "expected a mapping with `name`, and `set` and `watch` if wanted")
-        require(isinstance(added, Mapping), f"{key}.set", "expected a mapping of config sections")
-        named = isinstance(watch, list) and all(_is_training_metric(name) for name in watch)
-        require(named, f"{key}.watch", "expected metrics of training steps, as in metrics.jsonl")
-        merged = merge(rows[-1].tree if rows else base, added)
-        short = re.sub(r"[^a-z0-9]+", "_", row["name"].lower()).strip("_")
-        config = config_from_dict(merged, f"{where}: {key}")
-        rows.append(Row(row["name"], f"{number}_{short}", merged, config, tuple(watch)))
-    first = rows[0].config
-    warms_up = "warm_up" in tree
-    require(
-        warms_up != (first.model.folder is not None),
-        "warm_up",
-        "give warm_up or base.model.folder, one of the two: the policy that rows start from",
-    )
-    require(first.eval.sets and first.eval.every, "base.eval", "has no sets, or `every: 0`")
-    warm_up = None
-    if warms_up:
-        warm_up = config_from_dict(merge(base, tree["warm_up"]), f"{where}: warm_up")
-        require(warm_up.supervised.updates, "base.supervised.updates", "is 0; rows need a warm-up")
-    return Study(warm_up, tuple(seeds), float(target), tuple(rows))
-
-
-def _is_training_metric(name: Any) -> bool:
-    return isinstance(name, str) and not name.startswith("eval/") and definition(name) is not None
+    for number, row in enumerate(file.ladder):
+        key = f"ladder.{number}"
+        for metric in row.watch:
+            if metric.startswith("eval/") or definition(metric) is None:
+                fail(f"{key}.watch", f"{printable(metric)[:60]} is no metric of a training step")
+        tree = merge(rows[-1].tree if rows else file.base, row.set)
+        short = re.sub(r"[^a-z0-9]+", "_", row.name.lower()).strip("_")
+        config = config_from_dict(tree, f"{where}: {key}")
+        rows.append(Row(row.name, f"{number}_{short}", tree, config, row.watch))
+    first, warm_up = rows[0].config, None
+    if (file.warm_up is None) == (first.model.folder is None):
+        fail("warm_up", "rows start from a warm-up or from base.model.folder; give one of the two")
+    if not first.eval.sets or not first.eval.every:
+        fail("base.eval", "has no sets, or `every: 0`; a study compares held-out accuracy")
+    if file.warm_up is not None:
+        warm_up = config_from_dict(merge(file.base, file.warm_up), f"{where}: warm_up")
+        if not warm_up.supervised.updates:
+            fail("base.supervised.updates", "is 0; rows start from a warm-up")
+    return Study(warm_up, file.seeds, file.target_accuracy, tuple(rows))
 
 
 # --------------------------------------------------------------------------------------------------
