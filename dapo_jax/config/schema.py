@@ -145,7 +145,7 @@ class ColumnsConfig:
 class EvalSet:
     """A data set to evaluate on. A text is short for its path."""
 
-    path: str = field(MISSING, ".jsonl, .parquet, tensorflow-datasets folder, or `arithmetic`")
+    path: str = field(MISSING, "file, folder or pattern of rows (docs/data.md), or `arithmetic`")
     columns: ColumnsConfig | None = field(None, "if the columns have other names than usual")
 
 

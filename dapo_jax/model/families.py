@@ -46,7 +46,16 @@ _KEYS = {
     "rope_scaling": "rope_scaling",
     "tie_embeddings": "tie_word_embeddings",
 }
-_GEMMA_KEYS = {"windows": "sliding_window", "rope_factor": "rope_scaling.factor", "query_scalar": "query_pre_attn_scalar"}
+_CHECKED = {
+    **_KEYS,
+    **{f"rope_scaling.{field}": f"rope_scaling.{key}" for field, key in _LLAMA3.items()},
+    "windows": "sliding_window",
+    "windows.size": "sliding_window",
+    "windows.every": "sliding_window_pattern",
+    "windows.rope_theta": "rope_local_base_freq",
+    "rope_factor": "rope_scaling.factor",
+    "query_scalar": "query_pre_attn_scalar",
+}
 
 
 def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
@@ -77,7 +86,7 @@ def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
         norm_eps=_number(hf, "rms_norm_eps", float, fail),
         tie_embeddings=tied,
     )
-    check_model(config, lambda field, message: fail((_KEYS | _GEMMA_KEYS)[field], message))
+    check_model(config, lambda field, message: fail(_CHECKED[field], message))
     return config
 
 
