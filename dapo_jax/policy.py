@@ -9,7 +9,18 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dapo_jax.config import Architecture, Config, ConfigError, LoraConfig, ModelConfig, check_context, flatten, load_config, to_dict
+from dapo_jax.config import (
+    Architecture,
+    Config,
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    ModelSection,
+    check_context,
+    flatten,
+    load_config,
+    to_dict,
+)
 from dapo_jax.data.prompts import check_embedded, load_tokenizer, prompts_digest, stop_tokens
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.model.lora import join, merge, split
@@ -139,23 +150,51 @@ def merged(params: Params, policy: Policy, lora: LoraConfig | None, mesh: Mesh) 
 
 
 def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Params]:
-    """Step and weights of the newest usable checkpoint of a run folder, its adapters merged; NoCheckpointError if there is none."""
+    """Step and weights of the newest usable checkpoint of a run folder, its adapters merged.
+
+    Raises NoCheckpointError if there is none, ConfigError if the policy is not the one that the run trains.
+    """
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         raise NoCheckpointError(f"{run_dir}: holds no checkpoints; give the --run-dir of a training run")
-    lora = run_lora(run_dir)
+    run = run_model(run_dir)
+    if run is not None:
+        check_same_model(run, policy, run_dir)
+    lora = run.lora if run else None  # no other config knows the adapters' alpha
     abstract = abstract_params(adapted(policy.model, lora))
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, params_sharding(abstract, mesh))
     restored = checkpoint.restore_params(folder, target)
     return restored.step, merged(restored.params, policy, lora, mesh)
 
 
-def run_lora(run_dir: Folder) -> LoraConfig | None:
-    """The adapters of a run, by its own config: no other knows their alpha."""
+def run_model(run_dir: Folder) -> ModelSection | None:
+    """The model of a run, by its own config."""
     if read(run_dir / "config.yaml") is None:
         return None
     with local_file(run_dir / "config.yaml") as file:
-        return load_config(file).model.lora
+        return load_config(file).model
+
+
+def check_same_model(run: ModelSection, policy: Policy, run_dir: Folder) -> None:
+    """Raises ConfigError if the run's weights are not those of the policy's architecture. A model's folder may have moved."""
+    found = [("model.folder", run.folder, policy.source)] if (run.folder is None) != (policy.source is None) else []
+    if run.architecture is not None:
+        fields = [field.name for field in dataclasses.fields(Architecture)]
+        found += [(f"model.architecture.{name}", getattr(run.architecture, name), getattr(policy.model, name)) for name in fields]
+    for key, was, now in found:
+        if was != now:
+            raise ConfigError(
+                f"{key}: is {now!r}, but {run_dir} was trained with {was!r}; set it back, or give --config {run_dir}/config.yaml"
+            )
+
+
+def check_adapters(section: ModelSection) -> None:
+    """Raises ConfigError for adapters beside random weights, which stay as they are."""
+    if section.lora is not None and section.folder is None:
+        raise ConfigError(
+            "model.lora: adapters are trained beside frozen weights, and those of model.architecture are random; set model.folder to a "
+            "trained model, such as one that `python -m dapo_jax.supervised` wrote, or set model.lora to null"
+        )
 
 
 def row_len(config: Config) -> int:

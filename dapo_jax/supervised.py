@@ -16,7 +16,7 @@ from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import check_embedded, make_prompts
 from dapo_jax.evaluate import load_sets, not_held_out
 from dapo_jax.model.weights import check_new, save_pretrained
-from dapo_jax.policy import Policy, check_divides, check_started_alike, describe, load_params, load_policy, merged, row_len
+from dapo_jax.policy import Policy, check_adapters, check_divides, check_started_alike, describe, load_params, load_policy, merged, row_len
 from dapo_jax.programs import supervised_programs
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.console import make_console
@@ -115,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     if not config.supervised.updates:
         raise InputError(f"{args.config}: supervised.updates: is 0, so there is nothing to do; set it")
     check_new(args.out)
+    check_adapters(config.model)
     policy = load_policy(config)
     multihost.initialize()
     console = make_console(main=multihost.is_main(), quiet=args.quiet)

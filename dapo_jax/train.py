@@ -31,6 +31,7 @@ from dapo_jax.data.prompts import make_prompts
 from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets, not_held_out
 from dapo_jax.policy import (
+    check_adapters,
     check_divides,
     check_started_alike,
     check_weights,
@@ -105,6 +106,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
 
     # ---- Problems, prompts and policy: all that can be wrong is found before a device works -------------------------
     check_tracker(config.train.tracker, run_dir)
+    check_adapters(config.model)
     policy = load_policy(config)
     problems, reports = load_training(d)
     prompts, skipped = make_prompts(problems, policy.tokenizer, d, policy.model.vocab_size)
@@ -157,6 +159,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         Profiler(run_dir / "profile", config.train.profile_start, config.train.profile_steps) as profiler,
     ):
         refuse_other_run(config, run_dir, source)  # a job that has ended since may have begun it
+        check_steps(config.train.steps, max(checkpoints.steps(), default=0), run_dir)
         write_config(config, run_dir, source)
         save_run = functools.partial(save, checkpoints=checkpoints, config=to_dict(config), data=data_digests)
         restore_run = functools.partial(
@@ -612,6 +615,14 @@ def refuse_other_run(config: Config, run_dir: Folder, source: str | None) -> Non
         raise ConfigError(
             f"reward.function: {config.reward.function} is not what {run_dir} was started with, which is in its {_FUNCTION}; "
             "restore the file, or set reward.allow_change, or use another --run-dir"
+        )
+
+
+def check_steps(steps: int, done: int, run_dir: Folder) -> None:
+    """Raises ConfigError if a run has done more steps than it is asked for."""
+    if steps < done:
+        raise ConfigError(
+            f"train.steps: is {steps}, but {run_dir} has done {done} steps; set it to {done} or more, or use another --run-dir"
         )
 
 

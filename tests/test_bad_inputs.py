@@ -566,6 +566,24 @@ def test_a_reward_function_that_cannot_be_loaded_leaves_no_folder(config, tmp_pa
 # --------------------------------------------------------------------------------------------------------- run folders
 
 
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (
+            ("model.architecture.layers=3",),
+            "model.architecture.layers: is 3, but {run} was trained with 1; set it back, or give --config {run}/",
+        ),
+        (of_folder("{model}"), "model.folder: is '{model}', but {run} was trained with None; set it back"),
+    ],
+)
+def test_a_config_that_contradicts_a_run_s_checkpoints(config, sound_model, tmp_path, refused, overrides, expected):
+    run, names = tmp_path / "run", {"model": sound_model, "run": tmp_path / "run"}
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(config.read_text())
+    changes = (x for change in overrides for x in ("--set", change.format(**names)))
+    assert expected.format(**names) in refused(evaluate, "--config", config, "--run-dir", run, *changes)[0]
+
+
 def test_a_run_folder_that_cannot_be(config, tmp_path, refused):
     (tmp_path / "file").write_text("mine")
     for run_dir in (tmp_path / "file", tmp_path / "file" / "below", "/proc/no/such/place", tmp_path / "file" / "two\nlines"):

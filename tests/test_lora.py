@@ -11,10 +11,20 @@ import pytest
 import tiny
 
 from dapo_jax import cli, evaluate, export, supervised, train
-from dapo_jax.config import ConfigError, DapoSection, LoraConfig, MeshSection, OptimSection, config_from_dict, load_config
+from dapo_jax.config import (
+    ConfigError,
+    DapoSection,
+    LoraConfig,
+    MeshSection,
+    ModelConfig,
+    OptimSection,
+    config_from_dict,
+    load_config,
+)
 from dapo_jax.dapo.loss import loss_fn
 from dapo_jax.dapo.packing import build_batch
 from dapo_jax.dapo.update import accumulate, init_state, make_optimizer, update_step
+from dapo_jax.data.prompts import byte_tokenizer
 from dapo_jax.model import flops
 from dapo_jax.model.decoder import abstract_params, apply, init
 from dapo_jax.model.lora import join, merge, split
@@ -285,7 +295,7 @@ def test_adapters_are_no_part_of_an_architecture():
 
 CONFIG = """
 model:
-  architecture: {vocab_size: 258, model_dim: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, ffn_dim: 32, max_position: 64}
+  folder: FOLDER
   compute_dtype: float32
   remat: none
   lora: {rank: 2, alpha: 8}
@@ -318,7 +328,9 @@ def finished(tmp_path_factory, compile_once):
     """A config and a run of 2 steps, and one that was stopped after the first and started again."""
     folder = tmp_path_factory.mktemp("lora")
     config = folder / "lora.yaml"
-    config.write_text(CONFIG)
+    model = ModelConfig(vocab_size=258, model_dim=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn_dim=32, max_position=64)
+    save_pretrained(folder / "start", model, jax.jit(init, static_argnums=0)(model, jax.random.key(0)), tokenizer=byte_tokenizer())
+    config.write_text(CONFIG.replace("FOLDER", str(folder / "start")))
     runs = folder / "whole", folder / "resumed"
     for run, steps in ((runs[0], 2), (runs[1], 1), (runs[1], 2)):
         assert verb(train, "--config", config, "--run-dir", run, "--set", f"train.steps={steps}") == 0
@@ -344,6 +356,25 @@ def test_other_adapters_are_another_run(finished, capsys):
     for change in ("model.lora=null", "model.lora.rank=4", "model.lora.alpha=4", "model.lora.targets=[q]"):
         assert verb(train, "--config", config, "--run-dir", whole, "--set", change) == 2
         assert "model.lora" in capsys.readouterr().err
+
+
+def test_a_run_is_not_asked_for_fewer_steps_than_it_has_done(finished, capsys):
+    config, whole, _ = finished
+    assert verb(train, "--config", config, "--run-dir", whole, "--set", "train.steps=1") == 2
+    assert f"train.steps: is 1, but {whole} has done 2 steps; set it to 2 or more, or use another --run-dir" in capsys.readouterr().err
+    assert load_config(whole / "config.yaml").train.steps == 2
+
+
+@pytest.mark.parametrize("module, place", [(train, "--run-dir"), (supervised, "--out")])
+def test_adapters_beside_random_weights_are_refused(tmp_path, capsys, module, place):
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    architecture = "model.architecture={vocab_size: 258, max_position: 64}"
+    overrides = ("--set", "model.folder=null", "--set", architecture)
+    assert verb(module, "--config", tmp_path / "c.yaml", place, tmp_path / "out", *overrides) == 2
+    assert "model.lora: adapters are trained beside frozen weights, and those of model.architecture are random; set model.folder" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
