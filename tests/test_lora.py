@@ -254,7 +254,8 @@ def test_rollouts_get_merged_weights():
     params = trained_params(model, scale=0.02)
     params = jax.tree.map(lambda p, a: put(np.asarray(p).astype(a.dtype), a.sharding), params, programs.state.params)
     published = jax.device_get(programs.publish(params))
-    expected = jax.tree.map(lambda a: a.astype(jnp.bfloat16), by_hand(jax.device_get(params), LORA))
+    expected = jax.tree.map(lambda a, leaf: a.astype(leaf.dtype), by_hand(jax.device_get(params), LORA), published)
+    assert {leaf.dtype for leaf in jax.tree.leaves(published)} == {jnp.dtype("float32"), jnp.dtype("bfloat16")}  # norms, all others
     assert jax.tree.structure(published) == jax.tree.structure(expected)
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.mean(a != b), published, expected))) < 0.01  # ties of rounding
     assert tiny.gap(published, expected) < 1e-3
