@@ -1,5 +1,6 @@
 r"""The verifiers, on the examples that the released rule is known by and on hostile text."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -198,6 +199,110 @@ def test_lenient_accepts(response, truth):
 )
 def test_lenient_refuses(response, truth):
     assert lenient_verify(response, truth) is False
+
+
+@pytest.mark.parametrize(
+    ("response", "truth"),
+    [
+        # a marked answer, whatever marks it
+        ("<think>9*8</think><answer>72</answer>", "72"),
+        ("<think>Answer: 5</think><answer>\nAnswer: $72$\n</answer>", "72"),
+        ("<answer>72", "72"),
+        ("We add.\n**Answer:**\n\n\\[\n\\boxed{72}\n\\]", "72"),
+        ("We add.\n**Final Answer:**\n\n$$\\boxed{72}$$", "72"),
+        ("We add.\n**Answer:**\n72", "72"),
+        ("**Answer**: 72", "72"),
+        ("__Answer:__ 72", "72"),
+        ("Answer: 41\nAnswer:", "41"),
+        ("Answer: Monday.", "Monday"),
+        ("Answer: 5 km, 6 km", "5 km, 6 km"),
+        # lists, with and without dollars
+        *((form.format("3,2,1"), "1,2,3") for form in ("Answer: {}", "Answer: ${}$", "\\boxed{{{}}}", "${}$", "{}")),
+        ("Answer: 48 and 384", "$48$, $384$"),
+        ("Answer: x=1 or x=-2", "x=1, x=-2"),
+        (r"Answer: $12\text{ and }13$", "12, 13"),
+        # what math-verify compares as text, because its reading has no value
+        ("Answer: 12:00", "12:00"),
+        ("Answer: $12:00$", "12:00"),
+        # numbers
+        (r"So $\boxed{4.5 \times 10^{33}}$.", "4.5e33"),
+        (r"So $\boxed{4.5e33}$.", r"4.5 \times 10^{33}"),
+        ("Answer: 8.7 x 10^8", "8.7e8"),
+        ("Answer: 870000000", "8.7e8"),
+        ("Answer: 0.333333", "1/3"),
+        ("Answer: 0.000000100000001", "0.0000001"),
+        (r"Answer: \frac{1}{2006!}", r"\frac{1}{2006!}"),
+        ("Answer: 1 024", "1024"),
+        (r"Answer: \$1,024.50", "1024.50"),
+    ],
+)
+def test_lenient_finds_and_compares(response, truth):
+    assert lenient_verify(response, truth) is True
+
+
+@pytest.mark.parametrize(
+    ("response", "truth"),
+    [
+        # a part of the answer
+        ("Answer: 0", "x + y - z + 2 = 0"),
+        ("Answer: $48$", "$48$, $384$"),
+        ("Answer: x=-2", "x=1, x=-2"),
+        ("Answer: $x=1$", "$x=1$ or $x=-2$"),
+        ("Answer: 5x=0", "x^{2}-4 x-2=0"),
+        ("Answer: 1", r"$\frac{x^{2}}{2} - \frac{y^{2}}{2} = 1$"),
+        ("Answer: f(x)=x+1", "$f(x)=-1$,$f(x)=x+1$"),
+        ("Answer: 2", "(x,y)=(1,2)"),
+        (r"Answer: 1+\sqrt{2}", r"1 \pm \sqrt{2}"),
+        # more than the answer
+        ("Answer: 41 or 42", "41"),
+        ("Answer: 41 or 42", "42"),
+        ("<answer>7 or 72</answer>", "72"),
+        ("<answer>72</answer>\nAnswer: 71", "72"),
+        # another value
+        ("Answer: (3,2,1)", "(1,2,3)"),
+        ("Answer: 1:00", "12:00"),
+        (r"\boxed{6.6\times 10^{-34}}", r"9.1\times 10^{-31}"),
+        (r"\boxed{0.0000001}", "0.0000002"),
+        ("Answer: (0.0000001, 2)", "(0.0000002, 2)"),
+        ("Answer: 0", "0.0000001"),
+        ("Answer: 0.0000001", "0"),
+        (r"\boxed{\frac{1}{2006!}}", r"\frac{1}{2004!}"),
+        ("Answer: 10^{-2000}", "0.0000001"),
+        ("Answer: 0.3333", "1/3"),
+        ("Answer: 870000001", "8.7e8"),
+        ("Answer: 10000000000001.0", "10000000000000"),
+    ],
+)
+def test_lenient_accepts_no_part_and_no_other_value(response, truth):
+    assert lenient_verify(response, truth) is False
+
+
+# The rows of math-verify's own table that `lenient` judges otherwise: the first 40 characters of gold and
+# prediction, what the table says, and why.
+EXCEPTIONS = {
+    ("1000.99", "1000,99", True): "a comma separates values or thousands, not decimals",
+    ("1,22", "1.22", True): "the same",
+    ("$9$", "Answer $ \n 9 \n $", False): "the table reads TeX alone there, and wants it on one line",
+    ("$9$", "Answer \\( \n 9 \n \\)", False): "the same",
+    ("$(\\begin{pmatrix}\\frac{1}{3}\\\\ \\frac{1}{", "$\\begin{pmatrix}0.33\\\\0.2 \\end{pmatrix}$", True): "compared to 2 decimals there",
+    ("$(\\frac{3}{5},\\frac{8}{3}]$", "$(0.6,2.6667]$", True): "the same",
+    ("$x \\in [-2,7]$", "$-2 \\\\le x \\\\le 7$", True): "an option there; without it the table says False too",
+    ("$f(x)$", "$f(y)$", True): "an option there, by which variables do not matter",
+    (
+        "Let the percentage of people in Mathopol",
+        "Let's denote the total number of adults ",
+        True,
+    ): "no answer in the last 2,000 characters",
+    ("\\\\boxed{W(n) = 1 \\\\text{ and } W(n) = -1", "W(x)=1orW(x)=-1", True): "the gold is cut off, and has no value",
+    ("$1 - \\frac{1}{\\mathrm{e}}$", "$1 + \\frac{1}{\\mathrm{e}}$", True): "the values differ; the table notes what math-verify says",
+}
+
+
+def test_lenient_agrees_with_the_table_of_math_verify():
+    rows = json.loads((Path(__file__).parent / "goldens/math_verify.json").read_text())
+    assert len(rows) == 265
+    differ = {(gold[:40], pred[:40], equal) for gold, pred, equal in rows if lenient_verify(pred, gold) is not equal}
+    assert differ == set(EXCEPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ The strict rule is that of DAPO's released recipe (verl, `math_dapo`), which tak
 import importlib
 import importlib.abc
 import importlib.util
+import itertools
 import logging
 import math
 import re
@@ -14,6 +15,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -113,41 +115,136 @@ def strict_verify(response: str, ground_truth: str) -> bool:
     return extract_answer(response) == normalize_answer(canonical_answer(ground_truth))
 
 
-def lenient_verify(response: str, ground_truth: str) -> bool:
-    r"""Whether the response is right by the strict rule, or its answer equals the ground truth in value, by math-verify.
+# Where a response marks its answer, and how it may write lists and numbers.
+_TAGGED = re.compile(r"(?is)<answer>(.*?)(?:</answer>|\Z)")
+_LABEL = re.compile(r"(?i)answer[*_]*\s*:[*_\s]*")  # markdown around it or not
+_DISPLAY = re.compile(r"(?s)(?:\\\[.*?\\\]|\$\$.*?\$\$)[^\n]*")
+_DELIMITER = re.compile(r"\$|\\[()\[\]]")
+_MARKUP = re.compile(r"[\\^_]")
+_CONJUNCTION = re.compile(r"\s*,?(?:\s+(?:and|or)\s+|\s*\\(?:text|mbox)\{\s*(?:and|or)\s*\}\s*)")
+_WORD = re.compile(r"(?!and\b|or\b)\b[A-Za-z]{2,}")
+_GROUPED = re.compile(r"(?<![\d.,] )(?<![\w.,])\d{1,3}(?: \d{3})+(?![\w ]*\d)")  # 1 000 000
+_EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(?:[eE]\+?(-?\d+)(?![\w.]*\d)|\s*[x×]\s*10\^(?:(-?\d+)|\{(-?\d+)\}))")
 
-    The answer is the last `Answer:` line, or else what math-verify finds, such as the last `\boxed{}`, in the last 2,000
-    characters. Time and memory are unbounded for a hostile answer (`9^{9^{9^9}}`): call it where it can be killed, as
-    RewardPool does. Raises ImportError without math-verify, MemoryError if an answer needs more than there is.
+_MAX_DECIMALS = 10_000  # to which numbers are compared, however small
+
+
+def lenient_verify(response: str, ground_truth: str) -> bool:
+    r"""Whether the value of the response's answer equals that of the ground truth, by math-verify.
+
+    The answer is looked for in the last 2,000 characters: in the last `<answer>` tag, after the last `Answer:` (markdown around it, on
+    its line, or in display math below), or else wherever math-verify finds one, such as the last `\boxed{}`. It must be the whole
+    answer: of `$48$, $384$` neither part is right. Lists of values are compared as sets. Numbers agree to six decimals, and small ones to
+    four significant digits at least.
+
+    Time and memory are unbounded for an adversarial answer (`9^{9^{9^9}}`): call it where it can be killed, as RewardPool does. Raises
+    ImportError without math-verify, MemoryError if an answer needs more than there is.
     """
-    from math_verify import parse, verify
+    from math_verify import parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
-    if strict_verify(response, ground_truth):
+    gold_text = _list(_plain_numbers(canonical_answer(ground_truth)))
+    tail = _plain_numbers(response[-LENIENT_TAIL:])
+    marked = _marked_answer(tail)
+    if marked is not None and _undelimited(marked) == _undelimited(gold_text) != "":
         return True
     try:
-        gold = parse(f"\\boxed{{{ground_truth}}}", parsing_timeout=None, raise_on_error=True)
-        for candidate in _lenient_candidates(response[-LENIENT_TAIL:]):
-            if answer := parse(candidate, parsing_timeout=None, raise_on_error=True):
-                return bool(verify(gold, answer, timeout_seconds=None, raise_on_error=True))
+        gold = parse(f"\\boxed{{{gold_text}}}", parsing_timeout=None, raise_on_error=True)
+        for reading in [tail] if marked is None else _readings(marked, tail):
+            answer = parse(reading, parsing_timeout=None, raise_on_error=True)
+            if _same_value(gold, answer):
+                return True
+            if any(not isinstance(value, str) for value in answer):
+                return False  # the first reading that has a value counts
     except MemoryError:
         raise
-    except Exception:  # no value to compare: not right
+    except Exception:  # no value to compare: not correct
         return False
     return False
 
 
-def _lenient_candidates(tail: str) -> list[str]:
-    """Texts to parse for an answer; the first in which math-verify finds one counts."""
-    line = _answer_line(tail)
-    if line is None:
-        return [tail]
-    labelled = f"Answer: {line}"
-    if re.search(r"\$|\\\(|\\\[|\\boxed", line):
+def _readings(marked: str, tail: str) -> list[str]:
+    """Texts in which math-verify looks for the value of a marked answer, the likeliest first."""
+    labelled = f"Answer: {marked}"
+    if _DELIMITER.search(marked) or "\\boxed" in marked:
         return [labelled, tail]
-    # math-verify reads TeX only between delimiters: from a bare `2\sqrt{3}` it would take the 2.
-    as_tex = f"${line.strip()}$"
-    return [as_tex, labelled, tail] if re.search(r"[\\^_]", line) else [labelled, as_tex, tail]
+    # math-verify reads TeX only between delimiters: from a bare `2\sqrt{3}` it would take the 2, from `3,2,1` the 3.2.
+    as_tex = f"${marked}$"
+    return [labelled, as_tex, tail] if _WORD.search(marked) and not _MARKUP.search(marked) else [as_tex, labelled, tail]
+
+
+def _marked_answer(tail: str) -> str | None:
+    """The text of the last answer that a tag or a label marks, or that is all there is; None if there is none."""
+    tags = list(_TAGGED.finditer(tail))
+    if tags and not _LABEL.search(tail, tags[-1].end()):
+        tail = tags[-1][1]
+    for label in reversed(list(_LABEL.finditer(tail))):
+        rest = tail[label.end() :]
+        display = _DISPLAY.match(rest)
+        if answer := (display[0] if display else rest.partition("\n")[0]).strip(" \t\n*_"):
+            return _list(answer)
+    alone = tail.strip(" \t\n*_")
+    return _list(alone) if tags or not ("\n" in alone or _WORD.search(alone)) else None
+
+
+def _list(text: str) -> str:
+    return _CONJUNCTION.sub(", ", text).rstrip(" .")
+
+
+def _plain_numbers(text: str) -> str:
+    r"""A text with its numbers as math-verify reads them: `4.5e33` as `4.5 \times 10^{33}`, `1 000` and `\$1000` as `1000`."""
+    text = _GROUPED.sub(lambda number: number[0].replace(" ", ""), text.replace(r"\$", ""))
+    return _EXPONENT.sub(lambda n: rf"{n[1]} \times 10^{{{n[2] or n[3] or n[4]}}}", text)
+
+
+def _undelimited(text: str) -> str:
+    return " ".join(_DELIMITER.sub(" ", text).split())
+
+
+def _same_value(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
+    """Whether a reading of the ground truth equals one of the answer. One that math-verify cannot compare stops none of the others."""
+    from math_verify import verify
+
+    settings: dict[str, Any] = {"timeout_seconds": None, "raise_on_error": True}
+    for a, b in itertools.product(gold, answer):
+        try:
+            if not verify(a, b, **settings):
+                equal = _same_number(a, b)
+            elif more := max(_further_decimals(a), _further_decimals(b)):
+                equal = verify(a, b, float_rounding=6 + more, numeric_precision=15 + more, **settings)
+            else:
+                equal = True
+        except MemoryError:
+            raise
+        except Exception:
+            continue
+        if equal:
+            return True
+    return False
+
+
+def _further_decimals(value: Any) -> int:
+    """How many decimals beyond six the smallest number in a value needs, to be compared to four significant digits."""
+    import sympy
+
+    most = 0.0
+    parts = sympy.preorder_traversal(value)
+    for part in parts:
+        if getattr(part, "is_number", False):
+            parts.skip()
+            size = abs(part.evalf(5))
+            if size.is_finite and size.is_positive:
+                most = max(most, -float(sympy.log(size, 10)))
+    return min(max(0, math.ceil(most) - 3), _MAX_DECIMALS)
+
+
+def _same_number(a: Any, b: Any) -> bool:
+    """Whether two numbers, one of them a floating-point one, differ by rounding errors alone: `8.7 \\times 10^8` is 870000000."""
+    from sympy import Float
+
+    if isinstance(a, str) or isinstance(b, str) or not (a.is_number and b.is_number and (a - b).has(Float)):
+        return False
+    return bool(abs((a - b).evalf()) <= 1e-14 * abs(a.evalf()))
 
 
 def one_line(error: BaseException | str) -> str:
