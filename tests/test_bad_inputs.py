@@ -244,7 +244,7 @@ BAD_DATA = {
     ),
     "conflicts alone": (rows({"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}), "1 conflicting prompts dropped"),
     "too long": (rows({"prompt": "x" * 17, "answer": 1}), "no usable prompt (1 longer than 16 tokens); raise data.max_prompt_len"),
-    "control tokens": (rows({"prompt": "<|end|>", "answer": 1}), "no usable prompt (1 control tokens)"),
+    "control tokens": (rows({"prompt": "<|end|>", "answer": 1}), "no usable prompt (1 control tokens (<|end|>)); write the markup"),
     "corrupt gzip": (corrupt_gzip, "d.jsonl.gz: corrupt gzip after row"),
     "corrupt parquet": (corrupt_parquet, "d.parquet: corrupt Parquet after row 0"),
     "corrupt records": (corrupt_records, "1.0.0: not a readable data set"),
@@ -292,7 +292,7 @@ def test_bad_rows_are_counted_and_the_run_goes_on(config, tmp_path, refused):
     assert "d.jsonl: 12 problems from 23 rows (2 duplicates, 1 conflicting prompts dropped, " in out
     assert "3 skipped: no answer (row 2: columns prompt), 2 skipped: no prompt (row 4: columns answer), 1 skipped: answer over" in out
     assert "1 skipped: prompt is not valid Unicode (row 8), 1 skipped: not JSON (row 23))" in out
-    assert "9 prompts, 1 skipped: control tokens, 2 skipped: longer than 16 tokens" in out
+    assert "9 prompts, 1 skipped: control tokens (<|end|>), 2 skipped: longer than 16 tokens" in out
 
 
 @pytest.mark.parametrize("count", [1, 3])

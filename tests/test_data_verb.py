@@ -89,19 +89,19 @@ def test_the_sets_of_a_config_with_the_lengths_of_their_prompts(capsys):
     out = capsys.readouterr().out
     assert "  share of draws        75.0%  weight 3\n" in out
     assert "  too long                  1  33.3% exceed 16 tokens\n" in out
-    assert "  control tokens            1  problems that hold" in out
+    assert "  control tokens            1  problems that hold <|end|>, left out\n" in out
 
     section = load_config("c.yaml").data
     problems, _ = load_problems("a.jsonl", ArithmeticConfig())
     kept, left_out = make_prompts(problems, byte_tokenizer(), section)
-    measured, control = prompt_lengths(problems, byte_tokenizer(), section)
+    measured, control, _ = prompt_lengths(problems, byte_tokenizer(), section)
     assert [n for n in measured if n <= section.max_prompt_len] == [len(p.tokens) for p in kept]
-    assert dict(left_out) == {"control tokens": control, "longer than 16 tokens": 1}
+    assert dict(left_out) == {"control tokens (<|end|>)": control, "longer than 16 tokens": 1}
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(1, 3000))
 def test_percentiles_and_histogram_against_a_naive_count(lengths, limit):
-    found = length_stats(np.array(lengths, np.int64), 0, limit)
+    found = length_stats(np.array(lengths, np.int64), 0, [], limit)
     ordered = sorted(lengths)
     for p in (50, 90, 95, 99):
         assert found[f"p{p}"] == min(n for n in ordered if 100 * sum(m <= n for m in ordered) >= p * len(ordered))

@@ -376,7 +376,8 @@ def test_control_tokens_are_left_out_before_a_chat_template_sees_them():
 def check_left_out(problems, tokenizer):
     prompts, left_out = make_prompts(problems, tokenizer, BARE)
     assert [p.problem.prompt for p in prompts] == ["a", "</ s>"]
-    assert left_out == {"control tokens": 2}
+    [token] = [token for token in ("</s>", "<s>", "<unk>", "<tool>") if token in str(problems[0].prompt)]
+    assert left_out == {f"control tokens ({token})": 2}
 
 
 def test_control_tokens_of_the_template_are_kept(byte_level):
@@ -388,7 +389,7 @@ def test_long_and_empty_prompts_are_left_out_and_counted(byte_level):
     problems = [problem(text) for text in ("x" * 51, "y" * 50, "é" * 26, "z" * 10_000, "<|pad|>", "ok")]
     prompts, left_out = make_prompts(problems, byte_level, BARE)
     assert [p.problem.prompt[0] for p in prompts] == ["y", "o"]
-    assert left_out == {"longer than 50 tokens": 3, "control tokens": 1}
+    assert left_out == {"longer than 50 tokens": 3, "control tokens (<|pad|>)": 1}
     bare_words = words_tokenizer()
     bare_words.backend_tokenizer.post_processor = None
     assert make_prompts([problem("\u3000"), problem("a")], bare_words, BARE)[1] == {"no tokens": 1}
@@ -409,6 +410,21 @@ def test_order_is_kept_across_batches(byte_level, monkeypatch):
     monkeypatch.setattr(module, "_BATCH", 3)
     texts = [f"{i}" * (1 + i % 4) for i in range(20)]
     assert prompt_tokens([problem(t) for t in texts], byte_level) == [bytes_of(t) for t in texts]
+
+
+def test_prompts_that_hold_markup_are_told_which_and_what_to_do(byte_level):
+    """As TinyZero's are: whole conversations, written out for another tokenizer's template."""
+    marked = [problem((Message("user", f"<|end|>user {n} <|pad|><|end|>assistant"),)) for n in range(2)] + [problem("<|end|>")]
+    with pytest.raises(InputError) as caught:
+        make_prompts(marked, byte_level, BARE)
+    assert str(caught.value) == (
+        "data: no usable prompt (3 control tokens (<|end|>, <|pad|>)); write the markup of these prompts as chat turns (role, content), "
+        "to which the chat template adds it"
+    )
+    many = byte_tokenizer()
+    many.add_special_tokens({"additional_special_tokens": [f"<{n}>" for n in range(9)] + ["<1><2>", "<\n>"]})
+    _, left_out = make_prompts([problem("<1><2>"), problem("<3><4><5><6><7><3>"), problem("<3><\n>"), problem("a")], many, BARE)
+    assert left_out == {"control tokens (<3>, <\\n>, <1><2>, <4>, ...)": 3}
 
 
 @pytest.mark.parametrize("problems", [[], [problem("x" * 51)], [problem("<|end|>"), problem("y" * 60)]], ids=["none", "long", "both"])
@@ -489,7 +505,7 @@ def test_texts_that_no_prompt_can_be_are_left_out_as_too_long_before_they_are_to
     assert 20 < most < 20 * 2**20
     prompts, left_out = make_prompts([problem("a"), problem("b"), problem("c")], tokenizer, BARE)
     assert ([p.problem.prompt for p in prompts], left_out) == (["a"], {"longer than 50 tokens": 2})
-    lengths, _ = prompt_lengths([problem("a"), problem("b"), problem("c")], tokenizer, BARE)
+    lengths, *_ = prompt_lengths([problem("a"), problem("b"), problem("c")], tokenizer, BARE)
     assert lengths.tolist() == [len(prompts[0].tokens), 51, 51]
 
 
@@ -532,6 +548,24 @@ def test_texts_are_those_of_transformers(template):
     ]
     found = [*chat.render(template, tokenizer.special_tokens_map, conversations, DATE, max_chars=1000)]
     assert found == [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in conversations]
+
+
+def test_a_last_turn_of_the_assistant_is_continued(chatty, byte_level):
+    """Its turn is not closed and no other one opened: what follows is the response."""
+    turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "<think>\n"}]
+    for template in REAL_TEMPLATES[:2]:
+        tokenizer = words_tokenizer(chat_template=template)
+        [found] = chat.render(template, tokenizer.special_tokens_map, [turns], DATE, max_chars=1000)
+        assert found == tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+        assert found.rstrip().endswith("<think>")
+
+    prefill = problem((Message("user", "a"), Message("assistant", "b\n")))
+    words = [" ".join(chatty.convert_ids_to_tokens(ids)) for ids in prompt_tokens([prefill, problem("c")], chatty)]
+    assert words == ["<s> [ user ] a [ assistant ] b", "<s> [ user ] c [ assistant ]"]
+    assert prompt_tokens([prefill], byte_level) == [bytes_of("a\n\nb\n")]
+    silent = words_tokenizer(chat_template="{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
+    with pytest.raises(InputError, match="^chat template of .*: cannot continue the assistant's last turn: continue_final_message is set"):
+        make_prompts([prefill], silent, BARE)
 
 
 def test_a_template_without_a_caller_ends_itself():

@@ -27,6 +27,8 @@ def render(
 ) -> Iterator[str | None]:
     """Each conversation through a chat template, with the header of the assistant's turn at the end unless told otherwise.
 
+    Where the last turn is the assistant's, it is left open instead, and the response continues it.
+
     Args:
       variables: JSON-able, as the special tokens are.
       date: YYYY-MM-DD, what the template takes for today: the clock would make another prompt of the same problem every day.
@@ -56,10 +58,16 @@ def work(orders: Iterator[Any]) -> Iterator[Any]:
 
     chat_template_utils.datetime = FixedDate  # type: ignore[misc]  # of strftime_now
     for turns in orders:
+        open_turn = add_generation_prompt and turns[-1]["role"] == "assistant"
         try:
             texts: Any = chat_template_utils.render_jinja_template(
-                [turns], chat_template=template, add_generation_prompt=add_generation_prompt, **variables
+                [turns],
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt and not open_turn,
+                continue_final_message=open_turn,
+                **variables,
             )[0]
             yield [texts[0] if len(texts[0]) <= max_chars else None, None]
         except Exception as e:  # a template is a program: it may raise anything
-            yield [None, " ".join(str(e).split())[:200] or type(e).__name__]
+            what = "cannot continue the assistant's last turn: " if open_turn else ""
+            yield [None, what + (" ".join(str(e).split())[:200] or type(e).__name__)]

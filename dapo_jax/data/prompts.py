@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dapo_jax.config import DataSection
+from dapo_jax.config import DataSection, printable
 from dapo_jax.data import chat
 from dapo_jax.data.confined import ConfinedError
 from dapo_jax.types import InputError, Problem, Prompt
@@ -24,6 +24,7 @@ _PAD, _END = "<|pad|>", "<|end|>"
 _OTHER_FORMS = ("tokenizer.model", "vocab.json", "tekken.json")  # of a tokenizer, from which a tokenizer.json can be made
 _CHECKED = ("Hello, world! Don't", "  two\n\n\tindented  lines ", "12345 + 6.78 = \\frac{1}{2}", "naïve 北京 привет 😀", "f(x)=x**2;\r\n}")
 _ANSWER = "FORTYTWO"  # what the assistant says where the end of its turn is looked for
+_SHOWN_TOKENS = 4  # in a message
 _BATCH = 1024  # texts tokenised at a time, of so many characters together
 _BATCH_CHARS = 1 << 20
 
@@ -196,14 +197,15 @@ def make_prompts(
     """Problems as token sequences, in order, and how many were left out for which reason.
 
     A plain-text problem is put into `section.template`; with `section.chat` it then becomes one user turn of the tokenizer's chat
-    template, if there is one. Chat turns go through the chat template as they are, or are joined by blank lines. Problems that
-    contain a control token of the tokenizer, and prompts longer than `section.max_prompt_len`, are left out.
+    template, if there is one. Chat turns go through the chat template as they are, or are joined by blank lines; a last turn of the
+    assistant is left open, and responses continue it. Problems that contain a control token of the tokenizer, and prompts longer than
+    `section.max_prompt_len`, are left out.
     Raises InputError if the chat template fails or hangs, the tokenizer breaks down, no prompt is left, or one has a token from
     `vocab_size` on.
     """
-    clean = _without_control_tokens(problems, tokenizer)
+    clean, markup = _without_control_tokens(problems, tokenizer)
     prompts = []
-    left_out = Counter({"control tokens": len(problems) - len(clean)})
+    left_out = Counter({f"control tokens ({', '.join(markup)})": len(problems) - len(clean)})
     for problem, tokens in zip(clean, _rendered(clean, tokenizer, section), strict=True):
         if tokens is None or len(tokens) > section.max_prompt_len:
             left_out[f"longer than {section.max_prompt_len} tokens"] += 1
@@ -215,18 +217,23 @@ def make_prompts(
     counts = {reason: count for reason, count in left_out.items() if count}
     if not prompts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "no problems"
-        raise InputError(f"data: no usable prompt ({reasons}); raise data.max_prompt_len or use other problems")
+        remedy = "raise data.max_prompt_len or use other problems"
+        if markup:
+            remedy = "write the markup of these prompts as chat turns (role, content), to which the chat template adds it"
+        raise InputError(f"data: no usable prompt ({reasons}); {remedy}")
     return prompts, counts
 
 
-def prompt_lengths(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast", section: DataSection) -> tuple[np.ndarray, int]:
-    """Tokens of every prompt as `make_prompts` makes them, int64 [Q]; and of how many it makes none: control tokens.
+def prompt_lengths(
+    problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast", section: DataSection
+) -> tuple[np.ndarray, int, list[str]]:
+    """Tokens of every prompt as `make_prompts` makes them, int64 [Q]; how many it leaves out for which control tokens.
 
     A text of more characters than `section.max_prompt_len` tokens can have counts as one token more than these.
     """
-    clean = _without_control_tokens(problems, tokenizer)
+    clean, markup = _without_control_tokens(problems, tokenizer)
     found = (section.max_prompt_len + 1 if t is None else len(t) for t in _rendered(clean, tokenizer, section))
-    return np.fromiter(found, np.int64, len(clean)), len(problems) - len(clean)
+    return np.fromiter(found, np.int64, len(clean)), len(problems) - len(clean), markup
 
 
 def check_embedded(tokens: Sequence[int], vocab_size: int | None, tokenizer: "PreTrainedTokenizerFast", where: str) -> None:
@@ -253,9 +260,17 @@ def without(prompts: Sequence[Prompt], held_out: Iterable[Prompt]) -> list[Promp
     return [prompt for prompt in prompts if prompt.tokens.tobytes() not in held]
 
 
-def _without_control_tokens(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast") -> list[Problem]:
+def _without_control_tokens(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast") -> tuple[list[Problem], list[str]]:
+    """The problems without such tokens, and the tokens that the others hold, the most frequent first, a few at most."""
     control = re.compile("|".join(map(re.escape, _control_tokens(tokenizer))) or "(?!)")
-    return [p for p in problems if not any(control.search(text) for text in _texts(p))]
+    clean, held = [], Counter[str]()
+    for problem in problems:
+        if found := {token for text in _texts(problem) for token in control.findall(text)}:
+            held.update(found)
+        else:
+            clean.append(problem)
+    ranked = sorted(held, key=lambda token: (-held[token], token))
+    return clean, [printable(token) for token in ranked[:_SHOWN_TOKENS]] + ["..."] * (len(ranked) > _SHOWN_TOKENS)
 
 
 def _rendered(problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerFast", section: DataSection) -> Iterator[list[int] | None]:
@@ -291,7 +306,7 @@ def _batches(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
 
 def _control_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*tokenizer.all_special_tokens, *added} - {""})
+    return sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)  # of two, the longer is found
 
 
 def _texts(problem: Problem) -> list[str]:

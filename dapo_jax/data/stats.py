@@ -29,14 +29,15 @@ def set_stats(report: LoadReport, problems: Sequence[Problem]) -> dict[str, Any]
     }
 
 
-def length_stats(lengths: np.ndarray, control_tokens: int, max_prompt_len: int) -> dict[str, Any]:
-    """How the lengths of prompts, int64 [Q] in tokens, are distributed.
+def length_stats(lengths: np.ndarray, with_control_tokens: int, control_tokens: Sequence[str], max_prompt_len: int) -> dict[str, Any]:
+    """How the lengths of prompts, int64 [Q] in tokens, are distributed; how many more are left out for the `control_tokens` they hold.
 
     The p-th percentile is the shortest length that at least p% of the prompts do not exceed. `histogram` holds [from, below, prompts].
     """
     found: dict[str, Any] = {
         "prompts": len(lengths),
-        "with_control_tokens": control_tokens,
+        "with_control_tokens": with_control_tokens,
+        "control_tokens": [*control_tokens],
         "max_prompt_len": max_prompt_len,
         "too_long": int((lengths > max_prompt_len).sum()),
     }
@@ -89,7 +90,9 @@ def _line(name: str, count: int, note: str) -> str:
 def _length_lines(found: Mapping[str, Any]) -> list[str]:
     lines = []
     if found["with_control_tokens"]:
-        lines.append(_line("control tokens", found["with_control_tokens"], "problems that hold tokens that steer the model, left out"))
+        lines.append(
+            _line("control tokens", found["with_control_tokens"], f"problems that hold {', '.join(found['control_tokens'])}, left out")
+        )
     if "max" not in found:
         return lines
     lines.append(
