@@ -44,10 +44,11 @@ class UnderWay(NamedTuple):
 
 
 class DataDigests(NamedTuple):
-    """Which problems a run trains on."""
+    """Which problems a run trains on, and as which tokens."""
 
     loaded: str  # of data.train, those that evaluation sets hold too among them
     trained_on: str  # without these, and with their weights
+    tokens: str  # of the prompts of the latter
 
 
 @dataclasses.dataclass
@@ -90,6 +91,7 @@ def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data:
     if whole and run.at == run.saved:
         return
     host: dict[str, Any] = {"progress": run.at, "config": config, "data_digest": data.trained_on, "loaded_digest": data.loaded}
+    host["tokens_digest"] = data.tokens
     arrays = run.buffer.state() | run.memory.state() | open_state(run.left_open)
     if whole and checkpoints.latest_step() != run.at.step:
         checkpoints.save(run.at.step, run.state, host, arrays)
@@ -119,7 +121,7 @@ def restore(
 
     prompts: of the whole data set. allow_change: goes on although the data set is another one: at its start, and without the groups
     that were drawn from the old one. Raises InputError if the data set is another one otherwise; it is also where evaluation sets have
-    come to hold other problems of it.
+    come to hold other problems of it, and where its prompts have become other tokens.
     """
     if at_most is not None and min(checkpoints.steps(), default=at_most + 1) > at_most:
         return False
@@ -131,10 +133,17 @@ def restore(
     at = Progress(*host["progress"])
     at = at._replace(cursor=Cursor(*at.cursor))
     changed, before = "data.train: is not the data set that the run was started with", "that one"
-    if host.get("loaded_digest") == data.loaded:
+    same = host["data_digest"] == data.trained_on
+    if same:
+        changed, before = (
+            "model.folder: its tokenizer or chat template makes other prompts than when the run was started",
+            "the files it had",
+        )
+        same = host.get("tokens_digest", data.tokens) == data.tokens  # absent where an earlier version saved
+    elif host.get("loaded_digest") == data.loaded:
         changed = "eval.sets: hold other prompts of data.train than when the run was started, and what they hold is not trained on"
         before = "the sets that it had (python -m dapo_jax.evaluate measures any other)"
-    if host["data_digest"] == data.trained_on:
+    if same:
         run.buffer.restore(arrays, {p.problem.id: p.problem for p in prompts})
         run.memory.restore(arrays)
         run.left_open = restore_open(arrays, prompts, policy)

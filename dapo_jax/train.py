@@ -27,7 +27,7 @@ from dapo_jax.dapo.update import learning_rate, summarize
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.mixture import load_training, mix, mixture_digest
 from dapo_jax.data.problems import problems_digest
-from dapo_jax.data.prompts import make_prompts
+from dapo_jax.data.prompts import make_prompts, tokens_digest
 from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets, not_held_out
 from dapo_jax.policy import (
@@ -119,7 +119,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     mixture = mix(d.train, [p.problem for p in prompts])
     if several := mixture.summary():
         say(f"mixture: {several}")
-    data_digests = DataDigests(loaded_digest, mixture_digest([p.problem for p in prompts], mixture))
+    data_digests = DataDigests(loaded_digest, mixture_digest([p.problem for p in prompts], mixture), tokens_digest(prompts))
     source = function_source(config.reward.function)
     sets = {"data.train": prompts} | {f"eval.sets.{name}": held_out for name, held_out in eval_sets.items()}
     check_started_alike(config, policy, sets, {"the reward function": source})

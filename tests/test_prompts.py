@@ -21,8 +21,18 @@ import dapo_jax
 from dapo_jax.config import DAPO_TEMPLATE, DataSection
 from dapo_jax.data import chat
 from dapo_jax.data import prompts as module
-from dapo_jax.data.prompts import byte_tokenizer, decode, load_tokenizer, make_prompts, prompt_lengths, stop_tokens, without
-from dapo_jax.types import InputError, Message, Problem
+from dapo_jax.data.prompts import (
+    byte_tokenizer,
+    decode,
+    load_tokenizer,
+    make_prompts,
+    prompt_lengths,
+    prompts_digest,
+    stop_tokens,
+    tokens_digest,
+    without,
+)
+from dapo_jax.types import InputError, Message, Problem, Prompt
 
 DATE = "2024-07-26"
 BARE = DataSection(template="{prompt}", max_prompt_len=50)
@@ -443,6 +453,13 @@ def test_a_tokenizer_whose_pattern_explodes_is_bad_input(folder):
     loaded = load_tokenizer(str(folder))
     with pytest.raises(InputError, match=f"^{folder}: the tokenizer fails on a prompt"):
         make_prompts([problem("a" * 40 + "!")], loaded, BARE)
+
+
+def test_digests_of_prompts_tell_tokens_and_answers_apart():
+    one, other = (Prompt(Problem("1", "a", answer), np.array([1, 2], np.int32)) for answer in "xy")
+    split = [Prompt(one.problem, np.array([i], np.int32)) for i in (1, 2)]
+    assert tokens_digest([one]) == tokens_digest([other]) != tokens_digest(split)
+    assert len({prompts_digest([one]), prompts_digest([other]), prompts_digest(split)}) == 3
 
 
 def test_held_out_prompts_are_left_out_however_they_are_written(byte_level):

@@ -12,9 +12,9 @@ from dapo_jax.data.problems import Cursor
 from dapo_jax.drawing import OpenGroup
 from dapo_jax.resume import DataDigests, Progress, Run, UnderWay, restore, save
 from dapo_jax.runtime.checkpoint import Restored
-from dapo_jax.types import Prompt
+from dapo_jax.types import InputError, Prompt
 
-DATA = DataDigests("loaded", "trained on")
+DATA = DataDigests("loaded", "trained on", "tokens")
 PROMPTS = [Prompt(problem, np.array([1], np.int32)) for problem in PROBLEMS.values()]
 
 
@@ -88,9 +88,25 @@ def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
     run.left_open = [OpenGroup(5, PROMPTS[0], 2)]
     run.under_way = UnderWay({}, [{"loss": np.nan}], [])
     run.at = run.at._replace(step=2, draws=6)
-    taken_up(folder, run, DataDigests("other", "other") if changed else DATA, allow_change=changed, at_most=1)
+    taken_up(folder, run, DataDigests("other", "other", "other") if changed else DATA, allow_change=changed, at_most=1)
     assert (run.at.step, run.buffer.missing(), run.memory.resting(0)) == (1, 2 if changed else 1, 0)
     assert not run.left_open and run.under_way is None
     run.buffer.add([make_group(draw, MIXED) for draw in (6, 7)])
     groups, counts = run.buffer.take()
     assert [g.draw for g in groups] == ([6, 7] if changed else [0, 6]) and counts.drawn == (2 if changed else 3)
+
+
+def test_prompts_of_other_tokens_are_other_data():
+    """Of the same problems, by a tokenizer or chat template that has changed since."""
+    folder, run = Folder(), make_run(Progress(step=1, draws=1, cursor=Cursor(1, 2), begun=True))
+    run.buffer.add([make_group(0, MIXED)])
+    write(run, folder)
+    others = DATA._replace(tokens="others")
+    with pytest.raises(
+        InputError, match="^model.folder: its tokenizer or chat template makes other prompts than when the run was started; "
+    ):
+        taken_up(folder, make_run(), others)
+    again = taken_up(folder, make_run(), others, allow_change=True)
+    assert (again.at.cursor, again.buffer.missing()) == (Cursor(), 2)
+    folder.whole[1].host.pop("tokens_digest")  # as an earlier version wrote it
+    assert taken_up(folder, make_run(), others).buffer.missing() == 1

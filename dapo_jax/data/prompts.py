@@ -246,11 +246,19 @@ def check_embedded(tokens: Sequence[int], vocab_size: int | None, tokenizer: "Pr
         )
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256, in hexadecimal, of problems (answers and solutions included) and tokens, in order."""
+def tokens_digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256, in hexadecimal, of the prompts' tokens, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(repr(prompt.problem).encode("utf-8", "surrogatepass") + b"\n" + prompt.tokens.tobytes())
+        digest.update(len(prompt.tokens).to_bytes(8, "little") + prompt.tokens.tobytes())
+    return digest.hexdigest()
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256, in hexadecimal, of problems (answers and solutions included) and tokens, in order."""
+    digest = hashlib.sha256(tokens_digest(prompts).encode())
+    for prompt in prompts:
+        digest.update(repr(prompt.problem).encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
 
 
