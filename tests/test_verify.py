@@ -92,6 +92,8 @@ def test_strict_looks_at_the_last_300_characters():
         (r"x = \boxed{1{,}024} \text{ cm}", "1024"),
         ("a dog", "dog"),
         ("$1,000,000$ dollars", "1000000"),
+        ("-1,024", "-1024"),
+        ("-1,024-x", "-1,024-x"),
         ("(1,024)", "(1,024)"),  # no number, so its comma stays
         (r"\frac{3}{4}", r"\frac{3}{4}"),
         (r"\frac34x", r"\frac{3}{4}x"),

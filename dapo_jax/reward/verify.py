@@ -90,8 +90,8 @@ def normalize_answer(text: str) -> str:
         text = text.replace(expression, "")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    digits = text.replace(",", "")
-    return digits if digits.isdigit() else text.strip()
+    digits = text.replace(",", "")  # of negative numbers too, from which the released rule takes none
+    return digits if digits.removeprefix("-").isdigit() else text.strip()
 
 
 def _answer_line(text: str) -> str | None:
