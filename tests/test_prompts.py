@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import dapo_jax
@@ -229,6 +229,50 @@ def test_a_transformers_that_makes_other_tokens_or_texts_is_refused(tmp_path, mo
 
     loses("pre_tokenizer", pre_tokenizers.Metaspace())
     loses("decoder", decoders.Fuse())
+
+
+REFUSED_DECODERS = {
+    "a regular expression": decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex("(a|aa)+[bc]"), "")]),
+    "a longer text": decoders.Replace("a", "a" * 10**5),
+    "a text between all": decoders.Replace("", " "),
+    "a panic": decoders.Strip("a", 0, 2),
+    "what no text model has": decoders.CTC(),
+    "as many steps as a file holds": decoders.Sequence([decoders.WordPiece("")] * 17),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_DECODERS)
+def test_decoders_that_adversarial_responses_could_stop_are_refused(tmp_path, case):
+    tokenizer = byte_level_bpe()
+    tokenizer.decoder = REFUSED_DECODERS[case]
+    folder = tokenizer_folder(tmp_path / "m", tokenizer)
+    with pytest.raises(InputError, match=f"^{folder}/tokenizer.json: decoder: .*(; supported: |use a tokenizer of at most)"):
+        load_tokenizer(str(folder))
+
+
+def test_tokens_that_are_very_long_texts_are_refused(tmp_path):
+    tokenizer = byte_level_bpe()
+    tokenizer.add_tokens(["a" * 1024])
+    assert "a" * 1024 in load_tokenizer(str(tokenizer_folder(tmp_path / "long", tokenizer))).get_vocab()
+    tokenizer.add_tokens(["a" * 1025])
+    with pytest.raises(InputError, match="tokenizer.json: the token 'aaaaaaaaaaaaaaaaaaaa'... has 1,025 characters; supported: 1,024$"):
+        load_tokenizer(str(tokenizer_folder(tmp_path / "longer", tokenizer)))
+
+
+def test_a_tokenizer_that_panics_over_a_response_is_one_line():
+    tokenizer = words_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Strip("a", 0, 2)
+    with pytest.raises(InputError, match="the tokenizer fails on a response .index out of bounds.*; use another one$"):
+        decode(tokenizer, tokenizer.convert_tokens_to_ids(["a"]), ())
+
+
+def test_a_tokenizer_that_takes_for_ever_over_a_prompt_is_one_line(monkeypatch):
+    """Its regular expressions, here of 2^14 ways to divide each word, run in native code."""
+    monkeypatch.setattr(module, "DEADLINE_S", 0.3)
+    tokenizer = words_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a|aa)+[bc]"), "isolated")
+    with pytest.raises(InputError, match="the tokenizer takes over 0.3 s for a prompt; use another one$"):
+        make_prompts([problem(("a" * 28 + " ") * 10)], tokenizer, BARE)
 
 
 @pytest.mark.parametrize("other", ["tokenizer.model", "vocab.json"])

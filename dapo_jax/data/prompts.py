@@ -1,9 +1,12 @@
 """Problems as tokens: tokenizer, prompt template, chat template, stop tokens, and responses back to text."""
 
+import contextlib
 import hashlib
 import json
 import os
+import queue
 import re
+import threading
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +28,10 @@ _OTHER_FORMS = ("tokenizer.model", "vocab.json", "tekken.json")  # of a tokenize
 _CHECKED = ("Hello, world! Don't", "  two\n\n\tindented  lines ", "12345 + 6.78 = \\frac{1}{2}", "naïve 北京 привет 😀", "f(x)=x**2;\r\n}")
 _ANSWER = "FORTYTWO"  # what the assistant says where the end of its turn is looked for
 _SHOWN_TOKENS = 4  # in a message
+DEADLINE_S = 60.0  # for a batch of texts to become tokens
+_DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece")
+_MAX_STEPS = 16  # of a decoder; WordPiece adds a space in each
+_MAX_TOKEN_CHARS = 1024
 _BATCH = 1024  # texts tokenised at a time, of so many characters together
 _BATCH_CHARS = 1 << 20
 
@@ -88,7 +95,10 @@ def load_tokenizer(folder: str | None) -> "PreTrainedTokenizerFast":
         raise InputError(f"{settings}: auto_map: the tokenizer comes with its own code, which is never run; use one without auto_map")
     try:
         tokenizer = _transformers().PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        _check_decoding(tokenizer, f"{folder}/tokenizer.json")
         changed = _changed_text(tokenizer, str(Path(folder, "tokenizer.json")))
+    except InputError:
+        raise
     except BaseException as e:  # the many kinds that damaged or missing files raise
         if not isinstance(e, Exception) and not _is_panic(e):
             raise
@@ -103,6 +113,30 @@ def load_tokenizer(folder: str | None) -> "PreTrainedTokenizerFast":
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     return tokenizer
+
+
+def _check_decoding(tokenizer: "PreTrainedTokenizerFast", where: str) -> None:
+    """Raises InputError for tokenizers that may take very long over a response, make a very long text of it, or panic.
+
+    Decoding is what a tokenizer does to responses, which may be adversarial. So no regular expressions, whose time may grow
+    exponentially with the text, only steps that make no text longer, and a bound on the text of a token.
+    """
+    decoder = tokenizer.backend_tokenizer.decoder
+    state: Any = json.loads(decoder.__getstate__()) if decoder is not None else {"type": "Fuse"}
+    steps = state["decoders"] if state["type"] == "Sequence" else [state]
+    for step in steps:
+        kind, pattern = step["type"], step.get("pattern", {}).get("String", "")
+        sound = kind in _DECODERS or (kind == "Strip" and step["stop"] == 0)  # beyond the start of a text it panics
+        if not sound and not (kind == "Replace" and pattern and len(step["content"]) <= len(pattern)):
+            raise InputError(
+                f"{where}: decoder: {kind} is not supported with {json.dumps(step)[:100]}; supported: {', '.join(_DECODERS)}, Strip at the "
+                "start, Replace of a text by one that is no longer"
+            )
+    if len(steps) > _MAX_STEPS:
+        raise InputError(f"{where}: decoder: {len(steps)} steps; use a tokenizer of at most {_MAX_STEPS}")
+    longest = max(tokenizer.get_vocab(), key=len)
+    if len(longest) > _MAX_TOKEN_CHARS:
+        raise InputError(f"{where}: the token {longest[:20]!r}... has {len(longest):,} characters; supported: {_MAX_TOKEN_CHARS:,}")
 
 
 def _changed_text(tokenizer: "PreTrainedTokenizerFast", file: str) -> str | None:
@@ -123,6 +157,17 @@ def _changed_text(tokenizer: "PreTrainedTokenizerFast", file: str) -> str | None
 def _is_panic(error: BaseException) -> bool:
     """Whether the tokenizers library, which is Rust, panicked: that is no Exception, and cannot be imported."""
     return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def _no_panic(tokenizer: "PreTrainedTokenizerFast", text: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as e:
+        if not _is_panic(e):
+            raise
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer fails on a {text} ({reason}); use another one") from None
 
 
 def stop_tokens(
@@ -183,7 +228,8 @@ def decode(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[int] | np.ndar
     ids = [int(t) for t in tokens]
     if ids and ids[-1] in stop:
         ids.pop()
-    return typing.cast(str, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    with _no_panic(tokenizer, "response"):
+        return typing.cast(str, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -330,13 +376,23 @@ def _conversation(problem: Problem, template: str) -> list[dict[str, str]]:
 def _tokenise(tokenizer: "PreTrainedTokenizerFast", texts: list[str], *, add_special_tokens: bool) -> Iterator[list[int]]:
     if not texts:
         return
-    try:
-        encoded = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
-    except BaseException as e:
-        if not _is_panic(e):
-            raise
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{tokenizer.name_or_path}: the tokenizer fails on a prompt ({reason}); use another one") from None
+    answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def encode() -> None:
+        try:
+            answer.put((tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"], None))
+        except BaseException as e:  # raised below
+            answer.put((None, e))
+
+    with _no_panic(tokenizer, "prompt"):
+        # The regular expressions of a tokenizer may take for ever, in native code that nothing can interrupt but the end of the process.
+        threading.Thread(target=encode, daemon=True).start()
+        try:
+            encoded, error = answer.get(timeout=DEADLINE_S)
+        except queue.Empty:
+            raise InputError(f"{tokenizer.name_or_path}: the tokenizer takes over {DEADLINE_S:g} s for a prompt; use another one") from None
+        if error is not None:
+            raise error
     for tokens in encoded:
         ends = add_special_tokens and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id
         yield tokens[:-1] if ends else tokens  # an end token would ask for a new text, not for an answer
