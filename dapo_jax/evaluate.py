@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from dapo_jax.config import Config, load_config
-from dapo_jax.data.problems import load_problems
+from dapo_jax.data.problems import load_problems, problems_digest
 from dapo_jax.data.prompts import decode, make_prompts, without
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.policy import (
@@ -102,7 +102,7 @@ def evaluate_set(
     pool: RewardPool,
     guard: Guard,
     on_done: Callable[[int], None] = lambda count: None,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Samples every problem k times and judges the responses.
 
     Votes, cons@k, are of the strict verifier only, whose answers are texts: others judge responses and do not say which ones agree.
@@ -134,6 +134,7 @@ def evaluate_set(
     metrics = estimates(correct, answers if judged_by_them else None) | {
         "response_len_mean": float(np.mean([len(r.tokens) for r in responses])),
         "truncated_fraction": float(np.mean([r.truncated for r in responses])),
+        "digest": problems_digest(sorted((prompt.problem for prompt in prompts), key=lambda problem: problem.id)),
     }
     rows = [
         {
@@ -162,7 +163,7 @@ def evaluate_sets(
     guard: Guard,
     say: Callable[[str], None],
     bars: bool = False,
-) -> dict[str, tuple[dict[str, float], list[dict[str, Any]]]]:
+) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
     """`evaluate_set` on each set, with a line for people. Returns (metrics, rows) by set."""
     k, results = config.eval.samples_per_problem, {}
     for name, prompts in sets.items():

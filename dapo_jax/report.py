@@ -62,7 +62,7 @@ def read_run(run_dir: Folder, name: str, sample_bytes: int) -> dict[str, Any]:
         **{key: counter(records, key) for key in ("step", "updates", "draws")},
         "series": {key: series(key, *found) for key, found in points.items()},
         "split": split(records),
-        "evals": evals(points),
+        "evals": evals(records),
         "samples": samples,
         "sample_note": sample_note,
     }
@@ -135,16 +135,33 @@ def split(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def evals(points: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[str, Any]]:
-    """First, best and last avg@k of each held-out set as [step, avg, standard error or None], and last - first with its own."""
+def evals(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """First, best and last avg@k of each held-out set as [step, avg, standard error or None], and last - first with its own.
+
+    A set that came to hold other problems counts from then on. `digest` is of its problems, None where an earlier version wrote none.
+    """
     found = {}
-    for key, (steps, values) in points.items():
-        if key.startswith("eval/") and key.endswith("/avg"):
-            errors = dict(zip(*(a.tolist() for a in points.get(f"{key}_se", (np.array([]), np.array([])))), strict=True))
-            rows = [[step, value, errors.get(step)] for step, value in zip(steps.tolist(), values.tolist(), strict=True)]
-            best = rows[int(values.argmax())]
-            found[key.split("/")[1]] = {"first": rows[0], "best": best, "last": rows[-1], "gain": difference(rows[-1], rows[0])}
+    for key in sorted({key for record in records for key in record if re.fullmatch(r"eval/[^/]+/avg", key)}):
+        name = key.split("/")[1]
+        measured = [record for record in records if is_number(record.get(key))]
+        digests = [record.get(f"eval/{name}/digest") for record in measured]
+        digest = digests[-1] if digests and isinstance(digests[-1], str) else None
+        steps, values = points_of([r for r, d in zip(measured, digests, strict=True) if digest is None or d in (digest, None)], key)
+        if not steps.size:
+            continue
+        errors = dict(zip(*(a.tolist() for a in points_of(records, f"{key}_se")), strict=True))
+        rows = [[step, value, errors.get(step)] for step, value in zip(steps.tolist(), values.tolist(), strict=True)]
+        best = rows[int(values.argmax())]
+        found[name] = {"first": rows[0], "best": best, "last": rows[-1], "gain": difference(rows[-1], rows[0]), "digest": digest}
     return found
+
+
+def mark_comparable(runs: Sequence[Mapping[str, Any]]) -> None:
+    """Sets `comparable` of each held-out set of each run: whether its problems are those of the first run that has a set of that name."""
+    for name in {name for run in runs for name in run["evals"]}:
+        having = [run["evals"][name] for run in runs if name in run["evals"]]
+        for found in having:
+            found["comparable"] = None in (found["digest"], having[0]["digest"]) or found["digest"] == having[0]["digest"]
 
 
 def difference(a: Sequence[Any], b: Sequence[Any]) -> list[float | None]:
@@ -252,6 +269,7 @@ def render(runs: Sequence[Mapping[str, Any]]) -> bytes:
     for tag in ("style", "script"):
         (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         page = page.replace(f"@{tag}@", base64.b64encode(hashlib.sha256(content.encode()).digest()).decode(), 1)
+    mark_comparable(runs)
     told = [{key: value for key, value in run.items() if key != "options"} for run in runs]
     data = {"version": __version__, "metrics": dict(METRICS), "runs": told, "differing": differing(runs), "parts": _SPLIT}
     return page.replace("@data@", json_in_html(data), 1).encode("utf-8", errors="backslashreplace")  # a lone surrogate: its JSON escape

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dapo_jax.config import config_from_dict
+from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import byte_tokenizer
 from dapo_jax.evaluate import consensus, estimates, evaluate_sets, pass_at_k
 from dapo_jax.policy import Policy
@@ -96,7 +97,7 @@ def test_votes_are_counted_only_where_the_verifier_reads_the_answers_that_vote(v
         return SimpleNamespace(wait=lambda seconds: True, result=lambda: verdicts)
 
     found = evaluate_sets(
-        {"a": [Prompt(Problem(name, "6*7", "42"), np.array([5], np.int32)) for name in "xy"]},
+        {"a": [Prompt(Problem(name, "6*7", "42"), np.array([5], np.int32)) for name in "yx"]},
         config,
         engine=SimpleNamespace(generate=generate),
         params={},
@@ -107,6 +108,7 @@ def test_votes_are_counted_only_where_the_verifier_reads_the_answers_that_vote(v
     )
     metrics, rows = found["a"]
     assert all(row["correct"] for row in rows) and metrics["avg"] == metrics["pass"] == metrics["pass_at_4"] == 1.0
+    assert metrics["digest"] == problems_digest(Problem(name, "6*7", "42") for name in "xy")  # in the order of ids, whatever the file's
     votes = {key: number for key, number in metrics.items() if key.startswith("cons")}
     assert votes == ({"cons": 1.0, "cons_se": 0.0} if verifier == "strict" else {})
     assert ("cons@4 1.000" in said[0]) == ("cons" in said[0]) == (verifier == "strict")

@@ -89,6 +89,18 @@ def test_a_copy_gets_what_the_line_gets(tmp_path):
     assert copies == read_metrics(tmp_path) and len(copies) == 2
 
 
+def test_a_text_is_in_the_line_alone(tmp_path):
+    copies = []
+    with MetricsLog(tmp_path, copy=lambda step, numbers: copies.append(numbers)) as log:
+        log.write(1, 0, 0, {"eval/a/avg": 0.5, "eval/a/digest": "ab"})
+    assert read_metrics(tmp_path) == [{"step": 1, **copies[0], "eval/a/digest": "ab"}] and copies[0].keys() == {
+        "updates",
+        "draws",
+        "eval/a/avg",
+    }
+    assert b"digest" not in b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+
+
 def test_other_processes_write_nothing_but_check_their_keys(tmp_path):
     write_steps(tmp_path / "run", [1, 2], enabled=False)
     assert not (tmp_path / "run").exists()

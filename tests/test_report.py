@@ -139,6 +139,20 @@ def test_held_out_accuracy_first_best_last_and_gain(tmp_path, capsys):
     assert found["gain"] == pytest.approx([0.25, 0.05])  # 0.05² = 0.03² + 0.04²
 
 
+def test_accuracies_of_other_problems_are_not_compared(tmp_path, capsys):
+    """Not between runs whose sets share a name alone, nor within a run whose set was changed. Without a digest, nobody knows."""
+    digests = {"a": "xxxxx", "b": "xxyyy", "c": "     ", "d": "yyyyy"}
+    for name, digest in digests.items():
+        lines = make_run(tmp_path / name)
+        for line, mark in zip([line for line in lines if "eval/heldout/avg" in line], digest, strict=False):
+            line |= {"eval/heldout/digest": mark * 64} if mark != " " else {}
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(capsys, tmp_path, *(tmp_path / name for name in digests))
+    found = [run["evals"]["heldout"] for run in page.data["runs"]]
+    assert [f["comparable"] for f in found] == [True, False, True, False]
+    assert [f["first"][0] for f in found] == [0, 5, 0, 0] and "eval/heldout/digest" not in page.data["runs"][0]["series"]
+
+
 def test_several_runs_have_names_that_tell_them_apart_and_options_that_differ(tmp_path, capsys):
     make_run(tmp_path / "a" / "run")
     make_run(tmp_path / "b" / "run", **{"optim.learning_rate": "1e-5", "dapo.overlong_filtering": "true"})

@@ -94,6 +94,7 @@ METRICS: Mapping[str, str] = {
     "eval/<set>/pass_at_<k>_se": "standard error of pass_at_<k> over problems",
     "eval/<set>/response_len_mean": "mean response length, tokens",
     "eval/<set>/truncated_fraction": "share of responses that hit the length limit",
+    "eval/<set>/digest": "SHA-256 of the problems, text: accuracies of runs are compared where it is the same",
 }
 
 
@@ -147,7 +148,8 @@ class MetricsLog:
             self._events.close()
 
     def write(self, step: int, updates: int, draws: int, metrics: Mapping[str, Any]) -> None:
-        """Appends a line. Values are numbers or scalar arrays; those that are not finite are left out, with a message.
+        """Appends a line. Values are numbers, scalar arrays, or texts, which are in the line alone; those that are not finite are left out,
+        with a message.
 
         Raises ValueError for a key that METRICS does not define.
         """
@@ -156,12 +158,13 @@ class MetricsLog:
             raise ValueError(f"metric {unknown[0]!r} is not in dapo_jax.runtime.metrics.METRICS; define it there")
         if self._lines is None:
             return
-        numbers = {key: _number(value) for key, value in metrics.items()}
+        texts = {key: value for key, value in metrics.items() if isinstance(value, str)}
+        numbers = {key: _number(value) for key, value in metrics.items() if key not in texts}
         finite = {key: number for key, number in numbers.items() if math.isfinite(number)}
         if lost := sorted(numbers.keys() - finite.keys()):
             print(f"step {step}: not finite, left out of metrics.jsonl: {', '.join(lost)}")
         counters = {"updates": int(updates), "draws": int(draws)}
-        line = json.dumps({"step": int(step), **counters, **finite}) + "\n"
+        line = json.dumps({"step": int(step), **counters, **finite, **texts}) + "\n"
         with writing(self._path):
             self._lines.add(line.encode())
             for key, number in finite.items():
