@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import signal
 import traceback
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dapo_jax.config import Config, ConfigError, OptimSection, dump_yaml, flatten, load_config, to_dict
+from dapo_jax.config import Config, ConfigError, DapoSection, OptimSection, dump_yaml, flatten, load_config, to_dict
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer, StepCounts
 from dapo_jax.dapo.groups import group_advantages, informative_groups
 from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targets, normalizer_weights
@@ -249,6 +250,8 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                         run.under_way = UnderWay(draw_metrics(drawn, config), [], rows)
                     drawn_metrics, done, shown = run.under_way
                     kept, counts = run.buffer.ready()
+                    if counts.kept < algo.prompts_per_step:
+                        say(f"step {step}: {underfilled(counts.kept, algo)}")
                     first_draw = run.at.draws - int(drawn_metrics["rollout/prompts"])  # of this step
 
                     # One pass over what was kept, in mini-batches of whole groups. The weights of rollouts make room.
@@ -417,16 +420,35 @@ def ratios_of(
     return {g.draw: np.exp(np.minimum(logprobs - g.old_logprobs[0], 80)) for g, logprobs in zip(trained, scored, strict=True)}
 
 
+def groups_of_updates(count: int, algo: DapoSection) -> list[slice]:
+    """Which of a step's groups each update trains on: in draw order, and as few updates as hold them all.
+
+    Those of an underfilled step (`on_cap: train`) are spread evenly, 33 that go 32 into an update as 17 and 16: every update takes a
+    whole optimizer step, which a remainder of one group, with all its noise, should not.
+    """
+    updates = math.ceil(count * algo.responses_per_prompt / algo.responses_per_update)
+    ends = [math.ceil(n * count / updates) for n in range(updates + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def underfilled(kept: int, algo: DapoSection) -> str:
+    """What an underfilled step trains on, in words."""
+    sizes, full = [part.stop - part.start for part in groups_of_updates(kept, algo)], algo.responses_per_update // algo.responses_per_prompt
+    return (
+        f"dapo.on_cap: trains on {kept} of {algo.prompts_per_step} groups, in {len(sizes)} updates of {min(sizes)} to {max(sizes)} groups "
+        f"({full} fill one); each is a whole optimizer step"
+    )
+
+
 def minibatches(groups: Sequence[Group], config: Config, shards: int, first_draw: int = 0) -> Iterator[tuple[TrainBatch, PackStats]]:
-    """Yields the packed batch of each update: whole groups in draw order, advantages and normaliser written in.
+    """Yields the packed batch of each update: whole groups in draw order (`groups_of_updates`), advantages and normaliser written in.
 
     first_draw: of the step. Of the groups before it the sampler's log-probs, if they are in the ratio, are left out of the metrics.
     """
     algo = config.dapo
     advantages = group_advantages(np.stack([g.reward for g in groups]), ddof=algo.advantage_ddof, eps=algo.advantage_eps)
-    per_update = algo.responses_per_update // algo.responses_per_prompt
-    for at in range(0, len(groups), per_update):
-        mine = groups[at : at + per_update]
+    for part in groups_of_updates(len(groups), algo):
+        mine = groups[part]
         responses = [r for group in mine for r in group.responses]
         weights = normalizer_weights(
             np.repeat(np.arange(len(mine)), algo.responses_per_prompt),
@@ -434,7 +456,7 @@ def minibatches(groups: Sequence[Group], config: Config, shards: int, first_draw
             np.array([not (r.truncated and algo.overlong_filtering) for r in responses]),
             normalizer=algo.loss_normalizer,
         )
-        flat_advantages = advantages[at : at + per_update].reshape(-1)
+        flat_advantages = advantages[part].reshape(-1)
         old = [logprobs for group in mine for logprobs in group.old_logprobs]
         owners = [group.prompt.tokens for group in mine for _ in group.responses]
         old_only = [algo.old_logprobs == "sampler" and group.draw < first_draw for group in mine for _ in group.responses]
@@ -531,7 +553,7 @@ def update_metrics(
 
     `policy/` metrics and the gradient norm are of the updates that were applied: the sums of a skipped one may be non-finite.
     """
-    applied = [s for s in sums if not s["skipped"]]
+    applied, algo = [s for s in sums if not s["skipped"]], config.dapo
     metrics = {
         "reward/accuracy_kept": counts.accuracy_kept,
         "filter/carried_groups": min(counts.carried_in, counts.kept),
@@ -540,6 +562,9 @@ def update_metrics(
         "filter/trained_informative": float(informative_groups(np.stack([g.correct for g in kept])).mean()),
         "policy/long_share": float(np.mean([p.long_share for p in packed])),
         "optim/skipped_updates": len(sums) - len(applied),
+        "optim/underfilled_updates": sum(
+            (part.stop - part.start) * algo.responses_per_prompt < algo.responses_per_update for part in groups_of_updates(len(kept), algo)
+        ),
         "pack/efficiency": float(np.mean([p.efficiency for p in packed])),
     }
     if applied:
@@ -547,7 +572,7 @@ def update_metrics(
         metrics["policy/loss"] = float(np.mean([s["loss"] for s in applied]))
         metrics["optim/grad_norm"] = float(np.mean([s["grad_norm"] for s in applied]))
     # Sampler and trainer are compared on tokens that this step's policy sampled, before an update has changed it.
-    if config.dapo.old_logprobs == "recompute":
+    if algo.old_logprobs == "recompute":
         new = [(o, r) for g in kept if g.draw >= first_draw for o, r in zip(g.old_logprobs, g.responses, strict=True)]
         if new:
             metrics["policy/sampler_gap_mean"] = float(np.concatenate([np.abs(o - r.behavior_logprobs) for o, r in new]).mean())

@@ -98,6 +98,7 @@ def test_every_metric_of_a_step():
         "policy/long_share": 0.4,
         "optim/grad_norm": 2.0,
         "optim/skipped_updates": 1,
+        "optim/underfilled_updates": 1,  # 2 groups of 16, where 32 fill one
         "pack/efficiency": 0.5,
     }
     assert metrics() == pytest.approx(expected, rel=1e-6)
@@ -132,6 +133,7 @@ def test_a_step_whose_updates_were_all_skipped_says_so_and_nothing_of_the_policy
         "policy/long_share",
         "policy/sampler_gap_mean",
         "optim/skipped_updates",
+        "optim/underfilled_updates",
     }
     assert all(np.isfinite(value) for value in found.values())
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import tiny
 from test_tracker import install
 
 from dapo_jax import cli, evaluate, export, supervised, train
-from dapo_jax.config import load_config
+from dapo_jax.config import Config, load_config
 from dapo_jax.model.decoder import apply
 from dapo_jax.model.weights import load_pretrained
 from dapo_jax.runtime.metrics import METRICS, read_metrics
@@ -331,13 +332,24 @@ def test_no_checkpoint_is_status_3(config, tmp_path):
     assert verb(evaluate, "--config", config, "--run-dir", tmp_path) == 3
 
 
-def test_on_cap_train_uses_what_there_is(config, tmp_path):
+@pytest.mark.parametrize("count, sizes", [(1, [1]), (32, [32]), (33, [17, 16]), (65, [22, 22, 21]), (512, [32] * 16)])
+def test_the_groups_of_an_underfilled_step_are_spread_evenly_over_its_updates(count, sizes):
+    parts = train.groups_of_updates(count, Config().dapo)
+    groups = list(range(count))
+    assert [len(groups[part]) for part in parts] == sizes and [g for part in parts for g in groups[part]] == groups
+
+
+def test_on_cap_train_uses_what_there_is(config, tmp_path, capfd):
     """One generation batch of 2 prompts cannot fill 6 groups; the step trains on the few there are."""
     few = ("dapo.prompts_per_draw=2", "dapo.max_generation_batches=1", "dapo.on_cap=train")
     assert run_train(config, tmp_path / "run", *few, "train.steps=2", "eval.every=0", "supervised.updates=0") == 0
     lines = read_metrics(tmp_path / "run")
     assert all(line["rollout/prompts"] == 2 for line in lines)
     assert np.diff([line["updates"] for line in lines]) <= 1
+    assert [line["optim/underfilled_updates"] for line in lines] == [1, 1]
+    assert re.search(
+        r"step 1: dapo.on_cap: trains on [12] of 6 groups, in 1 updates of ([12]) to \1 groups \(3 fill one\)", capfd.readouterr().out
+    )
 
 
 def test_a_starved_step_is_drawn_anew_and_a_raised_cap_goes_on_bit_for_bit(config, tmp_path, capfd):

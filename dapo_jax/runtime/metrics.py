@@ -69,6 +69,7 @@ METRICS: Mapping[str, str] = {
     "optim/grad_norm": "global gradient norm before clipping, mean of the step's updates",
     "optim/lr": "learning rate of the step's updates",
     "optim/skipped_updates": "updates skipped because loss or gradient was not finite",
+    "optim/underfilled_updates": "updates on fewer groups than fill one, of a step that dapo.on_cap: train lets train on too few",
     "optim/rollbacks": "times that optim.rollback_steps has taken the run back so far",
     "pack/efficiency": "share of the positions of the training rows that hold a token",
     # Cost
