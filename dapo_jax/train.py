@@ -75,6 +75,7 @@ MAY_CHANGE = (
     "optim.max_nonfinite_updates",
     "optim.rollback_steps",
     "reward.allow_change",
+    "reward.environment",
     "reward.max_error_fraction",
     "reward.memory_mb",
     "reward.timeout_s",

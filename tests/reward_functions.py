@@ -15,6 +15,10 @@ def judge(problem, text, response_len):
     command, _, rest = text.partition(" ")
     if command == "!problem":
         return json.dumps(dataclasses.asdict(problem)) == rest, 0.0
+    if command == "!key":
+        return os.environ["JUDGE_KEY"] == rest, 0.0
+    if command == "!quote":
+        raise ValueError(" " * len(rest) + "x" * 172 * bool(rest) + "bad key " + os.environ["JUDGE_KEY"] + ".")
     if text in _NASTY:
         return _NASTY[text]()
     return text == problem.answer, response_len / 10

@@ -553,7 +553,7 @@ def test_a_reward_function_that_gives_no_verdicts(config, sound_model, tmp_path_
     settings = ("reward.verifier=custom", f"reward.function=nasty_{how}:f", f"reward.allowed_modules=[nasty_{how}]", "reward.timeout_s=0.3")
     overrides = (x for s in (*settings, "eval.max_problems=3", "reward.memory_mb=512") for x in ("--set", s))
     said, _ = refused(evaluate, "--config", config, "--model", sound_model, *overrides)
-    assert "reward: 3 of 3 answers got no verdict (" in said and "; fix reward.function or raise" in said
+    assert "reward: 3 of 3 answers got no verdict (" in said and "; fix reward.function, or raise" in said
     assert ("3 time-outs" if how in ("sleep", "print") else "3 errors") in said
 
 
@@ -768,6 +768,11 @@ def test_credentials_of_a_url_are_refused_and_not_repeated(config, tmp_path, ref
         args = train_args(tmp_path / "secret.yaml", tmp_path / "run")
     said, out = refused(train, *args)
     assert f": {key}: " in said and CANARY not in said + out
+
+
+def test_a_secret_among_the_names_of_variables_is_refused_and_not_repeated(config, tmp_path, refused):
+    said, out = refused(train, *train_args(config, tmp_path / "run", f"reward.environment=[MY_PASSWORD={CANARY}]"))
+    assert ": reward.environment: holds what is no variable's name" in said and CANARY not in said + out
 
 
 def test_credentials_in_keys_and_paths_are_not_repeated(config, tmp_path, refused):

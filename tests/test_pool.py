@@ -77,6 +77,21 @@ def test_custom_function_gets_the_item_whole(pool):
     assert pool.judge([RewardItem(filled, "!problem " + json.dumps(dataclasses.asdict(filled)), 0)]) == [Verdict(True, 0.0)]
 
 
+def test_variables_that_the_config_names_reach_workers_and_no_message(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sk-0123456789")
+    with RewardPool(custom_section(environment=("JUDGE_KEY",))) as pool:
+        assert pool.judge([item("!key sk-0123456789"), item("!key other"), item("!environment")]) == [
+            Verdict(True, 0.0),
+            Verdict(False, 0.0),
+            Verdict(True, 0.0),  # and no others
+        ]
+        quoted = [verdict.error for verdict in pool.judge([item("!quote"), item("!quote far")])]
+    assert quoted[0] == "ValueError: bad key $JUDGE_KEY." and quoted[1].endswith("bad key $JUDGE_KEY")
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(InputError, match="^reward.environment: JUDGE_KEY is not set; set it before the start, or leave it out$"):
+        RewardPool(custom_section(environment=("JUDGE_KEY",)))
+
+
 def test_submissions_run_while_the_caller_goes_on(pool):
     pending = [pool.submit([item(str(n), answer="42", response_len=n) for n in range(size)]) for size in (300, 0, 1, 50)]
     for batch, size in zip(pending, (300, 0, 1, 50), strict=True):
@@ -273,9 +288,13 @@ def test_too_many_errors_stop_the_run():
     assert error_counts([fine, late, bad, bad, fine]) == (1, 2)
     check_errors([], section)
     check_errors([fine] * 8 + [late, bad], section)
-    with pytest.raises(InputError) as info:
-        check_errors([fine] * 7 + [bad, late, late], section)
-    assert str(info.value) == (
-        "reward: 3 of 10 answers got no verdict (2 time-outs, 1 errors; first: ValueError: bad thing); "
-        "fix reward.function or raise reward.max_error_fraction 0.2"
-    )
+    memory, thread = (Verdict(False, -1.0, e) for e in ("MemoryError: needs more than reward.memory_mb 512", "can't start new thread"))
+    for found, says in (
+        ([late, bad, bad], "(1 time-outs, 2 errors; most often: ValueError: bad thing); fix reward.function,"),
+        ([bad, late, late], "(2 time-outs, 1 errors; most often: timed out after 10 s); raise reward.timeout_s 1,"),
+        ([bad, memory, thread], "most often: MemoryError: needs more than reward.memory_mb 512); raise reward.memory_mb 512,"),
+    ):
+        with pytest.raises(InputError) as info:
+            check_errors([fine] * 7 + found, section)
+        assert str(info.value).startswith("reward: 3 of 10 answers got no verdict (")
+        assert str(info.value).endswith(f"{says} or raise reward.max_error_fraction 0.2")

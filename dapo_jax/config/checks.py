@@ -198,6 +198,11 @@ def _check_reward(c: Config, fail: Fail) -> None:
     if r.overlong_buffer_len > c.rollout.max_response_len:
         longest = c.rollout.max_response_len
         fail("reward.overlong_buffer_len", f"exceeds rollout.max_response_len {longest}")
+    if not all(name.isidentifier() for name in r.environment):
+        fail(
+            "reward.environment",
+            "holds what is no variable's name; list names, values stay outside",
+        )
     if (r.verifier == "custom") != (r.function is not None):
         fail("reward.function", "goes with `verifier: custom`, and only with it")
     if r.function is not None:

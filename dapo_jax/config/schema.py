@@ -208,6 +208,9 @@ class RewardSection:
     function: str | None = field(None, "custom verifier: package.module:name or path/file.py:name")
     allowed_modules: tuple[str, ...] = field((), "modules and files that `function` may be in")
     allow_change: bool = field(False, "resume although the file of `function` has changed")
+    environment: tuple[str, ...] = field(
+        (), "names of variables that workers get, such as API keys"
+    )
     workers: int = field(4, "processes that judge answers (lenient and custom)", ge=1)
     timeout_s: float = field(10.0, "seconds for one answer; then the worker is replaced", gt=0)
     memory_mb: int = field(2048, "address space a worker may add to what it starts with, MB", ge=1)

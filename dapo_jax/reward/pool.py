@@ -41,6 +41,7 @@ _READY = b"ready"
 _MARK = "DAPO_JAX_REWARD_WORKER"  # environment variable: which worker a process comes from
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _TIMED_OUT = "timed out"
+_OUT_OF_MEMORY = ("MemoryError", "Cannot allocate memory", "can't start new thread")  # each is reward.memory_mb's doing
 
 # What a worker's environment keeps of the caller's. The rest may hold secrets.
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV")
@@ -152,12 +153,23 @@ def check_errors(verdicts: Sequence[Verdict], section: RewardSection) -> None:
     timeouts, others = error_counts(verdicts)
     if timeouts + others <= section.max_error_fraction * len(verdicts):
         return
-    first = next(verdict.error for verdict in verdicts if verdict.error is not None)
-    remedy = "fix reward.function" if section.verifier == "custom" else "raise reward.timeout_s"
+    by_remedy: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.error is not None:
+            by_remedy.setdefault(_remedy(verdict.error, section), []).append(verdict.error)
+    remedy, errors = max(by_remedy.items(), key=lambda one: len(one[1]))
     raise SharedError(
-        f"reward: {timeouts + others} of {len(verdicts)} answers got no verdict ({timeouts} time-outs, {others} errors; first: "
-        f"{one_line(first)}); {remedy} or raise reward.max_error_fraction {section.max_error_fraction:g}"
+        f"reward: {timeouts + others} of {len(verdicts)} answers got no verdict ({timeouts} time-outs, {others} errors; most often: "
+        f"{one_line(errors[0])}); {remedy}, or raise reward.max_error_fraction {section.max_error_fraction:g}"
     )
+
+
+def _remedy(error: str, section: RewardSection) -> str:
+    if error.startswith(_TIMED_OUT):
+        return f"raise reward.timeout_s {section.timeout_s:g}"
+    if any(words in error for words in _OUT_OF_MEMORY):
+        return f"raise reward.memory_mb {section.memory_mb}"
+    return "fix reward.function" if section.verifier == "custom" else "look at the responses"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -198,6 +210,9 @@ class _Manager:
         limits = {"timeout_s": s.timeout_s, "memory_mb": s.memory_mb}
         settings = {"source": source, "verifier": s.verifier, "function": s.function, "allowed_modules": s.allowed_modules} | limits
         self._first_line = json.dumps(settings).encode() + b"\n"
+        if missing := [name for name in s.environment if name not in os.environ]:
+            raise InputError(f"reward.environment: {missing[0]} is not set; set it before the start, or leave it out")
+        self._environment = {name: os.environ[name] for name in (*_ENVIRONMENT, *s.environment) if name in os.environ} | _SETTINGS
         self._blamed_key = "function" if section.verifier == "custom" else "verifier"
         self._path = [os.path.abspath(entry) for entry in [*sys.path, os.getcwd()]]
         self._lock = threading.Lock()  # of _queue's tail and _stopping
@@ -300,7 +315,7 @@ class _Manager:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | _SETTINGS | {_MARK: mark},
+                    env=self._environment | {_MARK: mark},
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # no Ctrl-C; and a group of its own, killed with all that it starts
                 )
@@ -373,6 +388,8 @@ class _Manager:
             self._discard(worker)
             self._blame(worker, "worker sent no verdict")
             return False
+        if verdict.error is not None:
+            verdict = verdict._replace(error=self._without_secrets(verdict.error))
         worker.tasks.popleft().settle(verdict)
         worker.deadline = time.monotonic() + self._section.timeout_s if worker.tasks else math.inf
         if verdict.error is not None and verdict.error.startswith("MemoryError"):  # it may keep what filled its memory
@@ -384,12 +401,21 @@ class _Manager:
     def _hear_start(self, worker: _Worker, line: bytearray) -> bool:
         if line != _READY:
             self._discard(worker)
-            self._start_failed(line.decode(errors="replace"))
+            self._start_failed(self._without_secrets(line.decode(errors="replace")))
             return False
         worker.ready, worker.deadline = True, math.inf
         self._failed_starts = 0
         self._started.set()
         return True
+
+    def _without_secrets(self, error: str) -> str:
+        """An error, perhaps cut off, without the values of `reward.environment`, which a function may quote."""
+        for name in self._section.environment:
+            value = self._environment[name]
+            for length in range(len(value), 3, -1):
+                if length == len(value) or error.endswith(value[:length]):
+                    error = error.replace(value[:length], f"${name}")
+        return error
 
     def _enforce_deadlines(self) -> None:
         for worker in list(self._workers):
