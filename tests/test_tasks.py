@@ -136,19 +136,20 @@ def test_a_resolved_config_needs_the_file_no_more(here):
     assert load_config("resolved.yaml") == config
 
 
+NEEDS = 'needs TEMPLATE = "... {prompt} ...": one text in quotes with {prompt} exactly once'
 BAD_FILES = {
     "missing": (None, "c.yaml: task: my.py: cannot read task (No such file or directory); give the path of a Python file"),
     "syntax error": ("x = 1\ndef reward(:\n", "c.yaml: task: my.py:2: not valid Python (invalid syntax); correct the file"),
     "NUL": ("TEMPLATE = '\0'", "(source code string cannot contain null bytes); correct the file"),
     "nested": ("TEMPLATE = " + "(" * 5000 + ")" * 5000, "c.yaml: task: my.py"),
     "not UTF-8": (b"\xff\xfe", "c.yaml: task: my.py: not UTF-8 text"),
-    "no template": ("def reward(p, t, n): ...", 'c.yaml: task: my.py: has no TEMPLATE; add TEMPLATE = "{prompt}"'),
-    "inside a function": ("def f():\n    TEMPLATE = '{prompt}'", "has no TEMPLATE"),
-    "computed": ("TEMPLATE = 'a' + '{prompt}'", "TEMPLATE must be one text in quotes"),
-    "an f-string": ("TEMPLATE = f'{prompt}'", "TEMPLATE must be one text in quotes"),
-    "bytes": ("TEMPLATE = b'{prompt}'", "TEMPLATE must be one text in quotes"),
-    "no place": ("TEMPLATE = 'hello'", "c.yaml: task: my.py: TEMPLATE must contain {prompt} exactly once"),
-    "two places": ("TEMPLATE = '{prompt} {prompt}'", "TEMPLATE must contain {prompt} exactly once"),
+    "no template": ("def reward(p, t, n): ...", f"c.yaml: task: my.py: {NEEDS}"),
+    "inside a function": ("def f():\n    TEMPLATE = '{prompt}'", NEEDS),
+    "computed": ("TEMPLATE = 'a' + '{prompt}'", NEEDS),
+    "an f-string": ("TEMPLATE = f'{prompt}'", NEEDS),
+    "bytes": ("TEMPLATE = b'{prompt}'", NEEDS),
+    "no place": ("TEMPLATE = 'hello'", NEEDS),
+    "two places": ("TEMPLATE = '{prompt} {prompt}'", NEEDS),
 }
 
 

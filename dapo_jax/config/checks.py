@@ -9,20 +9,23 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dapo_jax.config.schema import Architecture, Config, ModelSection, flatten, to_dict
+from dapo_jax.config.schema import (
+    Architecture,
+    Config,
+    DapoSection,
+    DataSection,
+    EvalSection,
+    ModelSection,
+    RewardSection,
+    flatten,
+    to_dict,
+)
 from dapo_jax.types import InputError
 
 Fail = Callable[[str, str], Any]  # raises an error about a key
 _CREDENTIALS = re.compile(r"(?<=\w\w):/{1,2}[^/?#\s]*@")  # https://user:password@host; or one slash
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "dataclass_type": "a mapping",
-}
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+_TYPES |= {"tuple": "a list", "dict": "a mapping", "dataclass": "a mapping"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -32,9 +35,8 @@ class ConfigError(InputError):
 
 def printable(text: str) -> str:
     """The text as messages show it: one line, no terminal controls, no credentials of URLs."""
-    return "".join(
-        c if c.isprintable() else repr(c)[1:-1] for c in _CREDENTIALS.sub("://...@", text)
-    )
+    text = _CREDENTIALS.sub("://...@", text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def shown(key: object) -> str:
@@ -81,9 +83,8 @@ def build(cls: type, tree: Mapping[str, Any], fail: Fail) -> Any:
 
 def limits(field: dataclasses.Field) -> str:
     """The range of a number, in words; empty where it has none."""
-    return " and ".join(
-        f"{_BOUNDS[key]} {n}" for key, n in field.metadata.items() if key in _BOUNDS
-    )
+    given = ((word, field.metadata.get(key)) for key, word in _BOUNDS.items())
+    return " and ".join(f"{word} {n}" for word, n in given if n is not None)
 
 
 def _in_words(cls: type, error: Mapping[str, Any]) -> str:
@@ -111,7 +112,8 @@ def _in_words(cls: type, error: Mapping[str, Any]) -> str:
         return f"must be finite, got {got[:20]}; give a number"
     if kind.startswith(("greater_than", "less_than")):
         return f"must be {limits(fields[name])}, got {got}"
-    expected = f"one of {error['ctx']['expected']}" if kind == "literal_error" else _EXPECTED[kind]
+    one_of = f"one of {error['ctx']['expected']}" if kind == "literal_error" else ""
+    expected = one_of or _TYPES[kind.removesuffix("_type")]
     return f"expected {expected}, got {got}; correct the value"
 
 
@@ -161,48 +163,48 @@ def check(c: Config, where: str) -> None:
         check_context(c, model, where)
     if (lora := c.model.lora) and len({*lora.targets}) < len(lora.targets):
         fail("model.lora.targets", "names one twice; name each once")
-    _check_data(c, fail)
-    _check_reward(c, fail)
-    _check_dapo(c, fail)
+    _check_data(c.data, fail)
+    _check_eval(c.eval, fail)
+    _check_reward(c.reward, c.rollout.max_response_len, fail)
+    _check_dapo(c.dapo, fail)
     longest = c.data.max_prompt_len + c.rollout.max_response_len
     if c.train.row_len is not None and c.train.row_len < longest:
-        short = f"{c.train.row_len} cannot hold a prompt and a response of {longest} tokens"
-        fail("train.row_len", short)
+        row = f"{c.train.row_len} cannot hold a prompt and a response"
+        fail("train.row_len", f"{row} of {longest} tokens")
     axes = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     if axes.count(-1) > 1 or 0 in axes:
         fail("mesh", f"axes are at least 1, and one of them may be -1; got {axes}")
 
 
-def _check_data(c: Config, fail: Fail) -> None:
+def _check_data(d: DataSection, fail: Fail) -> None:
     try:
-        datetime.date.fromisoformat(c.data.chat_date)
+        datetime.date.fromisoformat(d.chat_date)
     except ValueError:
-        fail("data.chat_date", f"expected a day as 2024-07-26, got {shown(c.data.chat_date)}")
-    if c.data.template.count("{prompt}") != 1:
+        fail("data.chat_date", f"expected a day as 2024-07-26, got {shown(d.chat_date)}")
+    if d.template.count("{prompt}") != 1:
         fail("data.template", "must contain {prompt} exactly once")
-    if c.data.arithmetic.max_steps < c.data.arithmetic.min_steps:
-        fail("data.arithmetic.max_steps", f"is below min_steps {c.data.arithmetic.min_steps}")
-    paths = [one.path for one in c.data.train]
-    for number, path in enumerate(paths):
-        if path in paths[:number]:
-            fail(f"data.train.{number}.path", f"{shown(path)} is in the list already; remove one")
-    if c.eval.every and not c.eval.sets:
+    if d.arithmetic.max_steps < d.arithmetic.min_steps:
+        fail("data.arithmetic.max_steps", f"is below min_steps {d.arithmetic.min_steps}")
+    paths = [one.path for one in d.train]
+    for n, path in enumerate(paths):
+        if path in paths[:n]:
+            fail(f"data.train.{n}.path", f"{shown(path)} is in the list already; remove one")
+
+
+def _check_eval(e: EvalSection, fail: Fail) -> None:
+    if e.every and not e.sets:
         fail("eval.sets", "is empty; name a data set, or set eval.every to 0")
-    for name in c.eval.sets:
+    for name in e.sets:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             fail("eval.sets", f"name {shown(name)} may hold letters, digits, '_', '.' and '-' only")
 
 
-def _check_reward(c: Config, fail: Fail) -> None:
-    r = c.reward
-    if r.overlong_buffer_len > c.rollout.max_response_len:
-        longest = c.rollout.max_response_len
-        fail("reward.overlong_buffer_len", f"exceeds rollout.max_response_len {longest}")
+def _check_reward(r: RewardSection, max_response_len: int, fail: Fail) -> None:
+    if r.overlong_buffer_len > max_response_len:
+        fail("reward.overlong_buffer_len", f"exceeds rollout.max_response_len {max_response_len}")
     if not all(name.isidentifier() for name in r.environment):
-        fail(
-            "reward.environment",
-            "holds what is no variable's name; list names, values stay outside",
-        )
+        no_name = "holds what is no variable's name; list names, values stay outside"
+        fail("reward.environment", no_name)
     if (r.verifier == "custom") != (r.function is not None):
         fail("reward.function", "goes with `verifier: custom`, and only with it")
     if r.function is not None:
@@ -211,38 +213,33 @@ def _check_reward(c: Config, fail: Fail) -> None:
             forms = "package.module:function or file.py:function"
             fail("reward.function", f"expected {forms}, got {shown(r.function)}")
         if module not in r.allowed_modules:
-            kind = "file" if module.endswith(".py") else "module"
-            not_in = "is not in reward.allowed_modules; add it if you trust it"
-            fail("reward.function", f"{kind} {printable(repr(module))[:100]} {not_in}")
+            what = "file" if module.endswith(".py") else "module"
+            what = f"{what} {printable(repr(module))[:100]} is not in reward.allowed_modules"
+            fail("reward.function", f"{what}; add it if you trust it")
 
 
-def _check_dapo(c: Config, fail: Fail) -> None:
-    d = c.dapo
-    if d.responses_per_update % d.responses_per_prompt:
+def _check_dapo(d: DapoSection, fail: Fail) -> None:
+    group, update = d.responses_per_prompt, d.responses_per_update
+    drawn, wanted = d.prompts_per_draw * d.max_generation_batches, d.prompts_per_step
+    if update % group:
         fail(
             "dapo.responses_per_update",
-            f"{d.responses_per_update} is no multiple of responses_per_prompt "
-            f"{d.responses_per_prompt}; updates hold whole groups",
+            f"{update} is no multiple of responses_per_prompt {group}; updates hold whole groups",
         )
-    if (d.prompts_per_step * d.responses_per_prompt) % d.responses_per_update:
-        fail(
-            "dapo.responses_per_update",
-            f"{d.responses_per_update} does not divide prompts_per_step x responses_per_prompt = "
-            f"{d.prompts_per_step * d.responses_per_prompt}",
-        )
+    if (wanted * group) % update:
+        step = f"prompts_per_step x responses_per_prompt = {wanted * group}"
+        fail("dapo.responses_per_update", f"{update} does not divide {step}")
     if d.importance_cap is not None and d.importance_cap < (least := 1 + d.clip_eps_high):
-        message = f"must be at least 1 + clip_eps_high = {least:g}, got {d.importance_cap:g}"
-        fail("dapo.importance_cap", message)
-    most = d.prompts_per_draw * d.max_generation_batches
-    if d.dynamic_sampling and d.on_cap == "error" and most < d.prompts_per_step:
+        bound = f"must be at least 1 + clip_eps_high = {least:g}"
+        fail("dapo.importance_cap", f"{bound}, got {d.importance_cap:g}")
+    if d.dynamic_sampling and d.on_cap == "error" and drawn < wanted:
         fail(
             "dapo.max_generation_batches",
-            f"{d.max_generation_batches} x prompts_per_draw {d.prompts_per_draw} = {most} prompts, "
-            f"of which no step can have prompts_per_step {d.prompts_per_step} groups; "
+            f"{d.max_generation_batches} x prompts_per_draw {d.prompts_per_draw} = {drawn} "
+            f"prompts, of which no step can have prompts_per_step {wanted} groups; "
             "raise one of the two, or set dapo.on_cap to train",
         )
     if d.partial_rollouts and not d.dynamic_sampling:
         fail("dapo.partial_rollouts", "needs dapo.dynamic_sampling")
-    if d.advantage_ddof >= d.responses_per_prompt:
-        most = d.responses_per_prompt
-        fail("dapo.advantage_ddof", f"must be below responses_per_prompt {most}")
+    if d.advantage_ddof >= group:
+        fail("dapo.advantage_ddof", f"must be below responses_per_prompt {group}")

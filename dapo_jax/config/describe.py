@@ -14,13 +14,17 @@ def describe(cls: type = Config, indent: str = "") -> list[str]:
     """Every field with its default, meaning and bounds, as commented YAML lines."""
     lines, hints = [], typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        meaning = "; ".join(filter(None, (field.metadata["description"], limits(field))))
+        alternatives = typing.get_args(hints[field.name])
+        words = [one for one in alternatives if isinstance(one, str)]  # of a Literal
+        words += [w for one in alternatives for w in typing.get_args(one) if isinstance(w, str)]
+        notes = (" | ".join(words), field.metadata["description"], limits(field))
+        meaning = "; ".join(filter(None, notes))
         name, default = f"{indent}{field.name}:", field.default
         if dataclasses.is_dataclass(default):
             lines += [f"{name}  # {meaning}", *describe(type(default), indent + "  ")]
             continue
         lines.append(f"{name + ' ' + _shown(field):<50}  # {meaning}")
-        for kind in typing.get_args(hints[field.name]):  # what else it may hold, as comments
+        for kind in alternatives:  # what else it may hold, as comments
             if dataclasses.is_dataclass(kind):
                 inner = describe(typing.cast(type, kind))
                 lines += [f"{indent}  # {line}" for line in inner]

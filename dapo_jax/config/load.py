@@ -91,9 +91,6 @@ def _tree(event: yaml.Event, events: Iterator[yaml.Event]) -> Any:
 class _Dumper(yaml.SafeDumper):
     """Quotes what `_tree` would read as a number."""
 
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
 
 _Dumper.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789")
@@ -210,24 +207,17 @@ def _task_template(path: str, where: str) -> str:
         body = ast.parse(read_text(path, where, "task", "Python")).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         line = f":{e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
-        reason = e.msg if isinstance(e, SyntaxError) else str(e) or "nested too deeply"
-        say = f"not valid Python ({printable(reason)[:200]}); correct the file"
-        raise ConfigError(f"{where}{line}: {say}") from None
-    assigned: ast.expr | None = None
+        reason = printable(getattr(e, "msg", "") or str(e) or "nested too deeply")[:200]
+        raise ConfigError(f"{where}{line}: not valid Python ({reason}); correct the file") from None
+    template = None
     for node in body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if "TEMPLATE" in map(ast.unparse, targets):
-                assigned = node.value
-    if assigned is None:
-        add = 'add TEMPLATE = "{prompt}", with your words around it, or set data.template'
-        raise ConfigError(f"{where}: has no TEMPLATE; {add}")
-    template = assigned.value if isinstance(assigned, ast.Constant) else None
-    if not isinstance(template, str):
-        say = "TEMPLATE must be one text in quotes: it is read without running the file"
-        raise ConfigError(f"{where}: {say}")
-    if template.count("{prompt}") != 1:
-        raise ConfigError(f"{where}: TEMPLATE must contain {{prompt}} exactly once")
+                template = getattr(node.value, "value", None)
+    if not isinstance(template, str) or template.count("{prompt}") != 1:
+        needs = 'needs TEMPLATE = "... {prompt} ...": one text in quotes with {prompt} exactly once'
+        raise ConfigError(f"{where}: {needs}, as the file is not run; or set data.template")
     return template
 
 
