@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from dapo_jax import rollout
 from dapo_jax.config import MeshSection
 from dapo_jax.model.decoder import abstract_params
 from dapo_jax.rollout.engine import Engine
@@ -176,6 +177,19 @@ def test_as_many_prompts_are_read_at_a_time_as_it_is_told(responses):
     assert set(read) == {(prompts, PROMPT)}
     heads = {request.prompt[:-1].tobytes() for request in REQUESTS}  # requests with the same share a row of the cache
     assert len(heads) <= len(read) * prompts <= len(REQUESTS) + prompts - 1
+
+
+def test_of_a_response_the_blocks_that_hold_tokens_are_fetched_and_many_at_a_time(responses, monkeypatch):
+    """Blocks of 16 tokens, 2 or 7 in a fetch: a response of 70 tokens has five, the last of which is not full."""
+    monkeypatch.setattr(rollout.engine, "_BLOCK", 16)
+    monkeypatch.setattr(rollout.engine, "_FETCHES", (2, 7))
+    engine, params = make_engine(4, (1, 1, 1))
+    taken, take = [], engine.programs.take
+    engine.programs = engine.programs._replace(take=lambda slots, blocks: taken.append(blocks.tolist()) or take(slots, blocks))
+    assert_same(engine.generate(params, REQUESTS, SEED), responses)
+    wanted = sum(-(-len(r.tokens) // 16) for r in responses)
+    assert {len(blocks) for blocks in taken} == {2, 7} and wanted <= sum(map(len, taken)) < 2 * wanted
+    assert engine.programs.start().slots.tokens.shape == (1, 4, 80)
 
 
 def test_ragged_prompts_and_responses_compile_few_programs_and_a_second_time_none(caplog):

@@ -13,7 +13,7 @@ from dapo_jax.config import MeshSection
 from dapo_jax.model.decoder import Cache, abstract_params, apply
 from dapo_jax.rollout import sampler
 from dapo_jax.rollout.draw import Sampling
-from dapo_jax.rollout.sampler import Arrivals, response_keys
+from dapo_jax.rollout.sampler import Arrivals, Slots, response_keys
 from dapo_jax.runtime.mesh import make_mesh, rollout_sharding
 
 MODEL = tiny.model(vocab_size=130)
@@ -201,11 +201,18 @@ def test_sequences_move_to_the_first_slots_and_go_on_there_alone(sampled):
         assert sampled.length[b] > 2
 
 
-def test_take_counts_slots_through_all_shards(sampled):
-    shaped = sampled._replace(**{k: getattr(sampled, k).reshape(N, SLOTS, R) for k in ("tokens", "logprobs")})
-    tokens, logprobs = jax.jit(sampler.take)(shaped._replace(keys=None), np.array([7, 2, 7]))
-    np.testing.assert_array_equal(tokens, sampled.tokens[[7, 2, 7]])
-    np.testing.assert_array_equal(logprobs, sampled.logprobs[[7, 2, 7]])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 1)], ids=str)
+def test_take_counts_blocks_through_all_shards_and_keeps_every_bit(layout):
+    """Three slots of two blocks of four tokens on each of four shards; the log-probs hold NaN, -0 and infinity."""
+    rng = np.random.default_rng(0)
+    tokens, logprobs = rng.integers(0, 99, (4, 3, 8), np.int32), rng.normal(size=(4, 3, 8)).astype(np.float32)
+    logprobs[2, 1, :3] = np.nan, -0.0, -np.inf
+    mesh = make_mesh(MeshSection(*layout), jax.devices()[: np.prod(layout)])
+    slots = Slots(**dict.fromkeys(Slots._fields) | {"tokens": tokens, "logprobs": logprobs})
+    blocks = np.array([0, 14, 23, 15, 14], np.int32)
+    found = np.asarray(jax.jit(functools.partial(sampler.take, size=4, mesh=mesh))(slots, blocks))
+    np.testing.assert_array_equal(found[0], tokens.reshape(-1, 4)[blocks])
+    np.testing.assert_array_equal(found[1], logprobs.reshape(-1, 4)[blocks].view(np.int32))
 
 
 @pytest.mark.parametrize("layout, kv_heads, int8", [((2, 2, 2), 2, False), ((1, 4, 2), 1, True)], ids=str)

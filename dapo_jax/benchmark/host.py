@@ -42,7 +42,7 @@ class _Imposed:
     def __init__(self, sizes: Sizes, engine: Engine, ids: np.ndarray):
         drawn = np.random.default_rng(0).lognormal(math.log(sizes.median), sizes.sigma, sizes.responses)
         self.lengths = np.clip(drawn.round(), 1, sizes.max_response_len).astype(int)
-        shape = (1, sizes.slots, sizes.max_response_len)
+        shape = (1, sizes.slots, engine.blocks * engine.block)
         tokens = jnp.asarray(np.random.default_rng(1).choice(ids, shape).astype(np.int32))
         unused = dict.fromkeys(Slots._fields)
         self._state = SamplerState(None, Slots(**unused | {"tokens": tokens, "logprobs": -jnp.ones(shape)}))  # type: ignore[arg-type]

@@ -24,6 +24,8 @@ from dapo_jax.types import Array, NonFiniteError, Params, Request, Response
 
 _SEGMENT = 64  # decode steps at most between looks at which sequences are still live
 _REFILL = 16  # slots are refilled when one in so many is free
+_BLOCK = 256  # tokens of a response that are fetched as one
+_FETCHES = (16, 128, 1024)  # blocks fetched at a time: 2 MB at most
 _HALVINGS = 3  # of the slots that are decoded, while the last sequences end
 
 
@@ -86,6 +88,9 @@ class Engine:
         self.reads = sorted({*_lengths(64, self.cache_len), *_lengths(192, self.cache_len)})
         self.prompt_lens = _lengths(16, max_prompt_len, self.cache_len)
         self.widths = sorted({self.slots >> i for i in range(_HALVINGS + 1)} - {0} if compact else {self.slots})
+        self.block = min(_BLOCK, max_response_len)
+        self.blocks = -(-max_response_len // self.block)  # of a slot
+        self.fetches = sorted({min(n, slots * self.blocks) for n in _FETCHES})
         self.prefill_tokens, self.fetch, self.dtype = prefill_tokens, fetch, model.compute_dtype
         whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(ROW_AXES))
         heads = sampler.kv_axis(model.kv_heads, mesh)
@@ -95,7 +100,8 @@ class Engine:
             return Cache(kv, kv, kv, kv) if int8 else Cache(kv, kv)
 
         state = SamplerState(layout(ROW_AXES, None, None), Slots(*(rows,) * len(Slots._fields)))
-        sizes = {"shards": self.shards, "slots": self.slots, "cache_len": self.cache_len, "max_response_len": max_response_len}
+        sizes = {"shards": self.shards, "slots": self.slots, "cache_len": self.cache_len}
+        sizes["max_response_len"] = self.blocks * self.block
         decode = functools.partial(sampler.decode, model=model, sampling=sampling, stop=stop, mesh=mesh)
         self.programs = Programs(
             start=jax.jit(functools.partial(sampler.empty_state, model, **sizes, int8=int8), out_shardings=state),
@@ -103,7 +109,7 @@ class Engine:
             insert=jax.jit(functools.partial(sampler.insert, mesh=mesh), donate_argnums=0, out_shardings=state),
             move=jax.jit(sampler.move, donate_argnums=0, out_shardings=state),
             decode=jax.jit(decode, static_argnames=("width", "read"), donate_argnums=1, out_shardings=(state, whole, whole)),
-            take=jax.jit(sampler.take, out_shardings=whole),
+            take=jax.jit(functools.partial(sampler.take, size=self.block, mesh=mesh), out_shardings=whole),
         )
 
     def stream(self, params: Params, seed: Array) -> "Stream":
@@ -304,18 +310,22 @@ class Stream:
         return limit - (len(job.sequence) - len(job.request.prompt))
 
     def _responses(self, slots: Sequence[tuple[int, int]], ended: np.ndarray) -> list[tuple[_Job, Response]]:
-        """What is in slots, fetched from the devices a few at a time, and nothing else."""
-        engine, found = self._engine, []
-        size = min(8, engine.shards * engine.slots)
-        for start in range(0, len(slots), size):
-            part = slots[start : start + size]
-            which = np.zeros(size, np.int32)
-            which[: len(part)] = [n * engine.slots + i for n, i in part]
-            tokens, logprobs = engine.fetch(engine.programs.take(self._state.slots, which))
-            for row, at in enumerate(part):
-                job, length = self._running[at], self._length[at]
-                truncated = not ended[at] and int(length) == self._room(job)
-                found.append((job, self._response(job, tokens[row, :length], logprobs[row, :length], truncated)))
+        """What is in slots, and nothing else: of each only the blocks that hold tokens, many of them in one fetch."""
+        engine = self._engine
+        lengths = [int(self._length[at]) for at in slots]
+        counts = [-(-length // engine.block) for length in lengths]
+        begins = [(n * engine.slots + i) * engine.blocks for n, i in slots]
+        blocks = np.concatenate([np.zeros(0, np.int32), *(np.arange(b, b + count) for b, count in zip(begins, counts, strict=True))])
+        parts = [blocks[at : at + engine.fetches[-1]] for at in range(0, len(blocks), engine.fetches[-1])]
+        sizes = [next(size for size in engine.fetches if size >= len(part)) for part in parts]
+        taken = [engine.programs.take(self._state.slots, np.resize(part, n).astype(np.int32)) for part, n in zip(parts, sizes, strict=True)]
+        fetched = [rows[:, : len(part)] for rows, part in zip(engine.fetch(taken), parts, strict=True)]
+        tokens, bits = np.concatenate([np.zeros((2, 0, engine.block), np.int32), *fetched], axis=1).reshape(2, -1)
+        logprobs, found, start = bits.view(np.float32), [], 0
+        for at, length, count in zip(slots, lengths, counts, strict=True):
+            job, own = self._running[at], slice(start, start + length)
+            found.append((job, self._response(job, tokens[own], logprobs[own], not ended[at] and length == self._room(job))))
+            start += count * engine.block
         return found
 
     def _response(self, job: _Job, tokens: np.ndarray, logprobs: np.ndarray, truncated: bool) -> Response:

@@ -162,9 +162,22 @@ def move(state: SamplerState, moves: Array, count: Array) -> SamplerState:
     return SamplerState(jax.lax.fori_loop(0, count, copy, state.cache), slots._replace(live=live))
 
 
-def take(slots: Slots, which: Array) -> tuple[Array, Array]:
-    """Tokens and log-probs [m, R] of slots. which: int32 [m], counted through all shards."""
-    return tuple(x.reshape(-1, x.shape[-1])[which] for x in (slots.tokens, slots.logprobs))
+def take(slots: Slots, blocks: Array, *, size: int, mesh: Mesh) -> Array:
+    """Blocks of `size` successive tokens of responses, and the bits of their log-probs: int32 [2, m, size], in one collective.
+
+    blocks: int32 [m], counted through the slots of all shards; a slot has R / size of them.
+    """
+
+    def own(tokens: Array, logprobs: Array, blocks: Array) -> Array:
+        here = [x.reshape(-1, size) for x in (tokens, jax.lax.bitcast_convert_type(logprobs, jnp.int32))]
+        at = blocks - len(here[0]) * jax.lax.axis_index(ROW_AXES)
+        inside = (at >= 0) & (at < len(here[0]))
+        found = jnp.stack([jnp.where(inside[:, None], jnp.take(x, at, axis=0, mode="clip"), 0) for x in here])
+        return jax.lax.psum(found, ROW_AXES)
+
+    rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
+    over_mesh = jax.shard_map(own, mesh=mesh, in_specs=(rows, rows, whole), out_specs=whole, check_vma=False)
+    return over_mesh(slots.tokens, slots.logprobs, blocks)
 
 
 def _append(slots: Slots, tokens: Array, logprobs: Array, stop: tuple[int, ...]) -> Slots:

@@ -139,9 +139,12 @@ def sync(name: str) -> None:
 
 def fetch(tree: Any) -> Any:
     """Device arrays as numpy, whole, on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(lambda a: np.asarray(multihost_utils.process_allgather(a, tiled=True)), tree)
+
+    def here(a: Any) -> Any:
+        whole = not isinstance(a, jax.Array) or a.is_fully_addressable
+        return a if whole else a.addressable_data(0) if a.is_fully_replicated else multihost_utils.process_allgather(a, tiled=True)
+
+    return jax.device_get(jax.tree.map(here, tree))
 
 
 def from_main(text: str) -> str:
