@@ -58,15 +58,13 @@ class OpenGroup:
         self.draw, self.prompt = draw, prompt
         self.problem, self.epoch = problem, epoch  # which problem of the data set, drawn in which epoch
         self.responses: list[Response | None] = [None] * size
-        self.texts = [""] * size
         self.verdicts: list[Verdict | None] = [None] * size
         self.begun: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # tokens and log-probs of responses that an earlier step began
 
     def copy(self) -> "OpenGroup":
         """Another of the same standing."""
         other = OpenGroup(self.draw, self.prompt, len(self.responses), self.problem, self.epoch)
-        other.responses, other.texts = list(self.responses), list(self.texts)
-        other.verdicts, other.begun = list(self.verdicts), dict(self.begun)
+        other.responses, other.verdicts, other.begun = list(self.responses), list(self.verdicts), dict(self.begun)
         return other
 
     def requests(self) -> list[Request]:
@@ -160,6 +158,7 @@ def draw_groups(
     by_draw = {group.draw: group for group in groups}
     judging: collections.deque[tuple[int, list[tuple[Request, Response]], PendingVerdicts]] = collections.deque()
     judged: list[Verdict] = []
+    ended = 0
     stream.submit([request for group in groups for request in group.requests()])
     while True:
         if algo.dynamic_sampling:
@@ -180,12 +179,14 @@ def draw_groups(
             guard.reach("rollout")
             on_done(len(finished), len(groups) * size)
             with timed(times, "time/reward_s"):
-                items = []
                 for request, response in finished:
-                    group, text = by_draw[request.draw], decode(policy.tokenizer, response.tokens, policy.stop)
-                    group.responses[request.sample], group.texts[request.sample] = response, text
-                    items.append(RewardItem(group.prompt.problem, text, len(response.tokens)))
-                judging.append((stream.segment + VERDICT_DELAY, finished, pool.submit(multihost.share(items))))
+                    by_draw[request.draw].responses[request.sample] = response
+                items = [
+                    RewardItem(by_draw[q.draw].prompt.problem, decode(policy.tokenizer, r.tokens, policy.stop), len(r.tokens))
+                    for q, r in multihost.share(finished, ended)
+                ]
+                ended += len(finished)
+                judging.append((stream.segment + VERDICT_DELAY, finished, pool.submit(items)))
         elif not judging:
             break
         idle = not (stream.live or stream.pending)
@@ -193,7 +194,7 @@ def draw_groups(
             _, finished, pending = judging.popleft()
             with timed(times, "time/reward_s"):
                 guard.wait(pending.wait, "reward")
-                verdicts = multihost.gather_verdicts(pending.result(), len(finished))
+                verdicts = multihost.gather_verdicts(pending.result(), len(finished), before=len(judged))
             for (request, _), verdict in zip(finished, verdicts, strict=True):
                 by_draw[request.draw].verdicts[request.sample] = verdict
             judged += verdicts
@@ -235,7 +236,7 @@ def open_state(groups: Sequence[OpenGroup]) -> dict[str, np.ndarray]:
     return {name: array for name, array in arrays.items() if array.size}
 
 
-def restore_open(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt], policy: Policy) -> list[OpenGroup]:
+def restore_open(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[OpenGroup]:
     """What `open_state` gave. prompts: of the whole data set. (Why an answer got no verdict is forgotten, and that it got none.)"""
     if "open_groups" not in arrays:
         return []
@@ -249,7 +250,6 @@ def restore_open(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt], po
             at = number * size + sample
             if arrays["open_ended"][at]:
                 group.responses[sample] = Response(tokens[at], logprobs[at], bool(arrays["open_truncated"][at]))
-                group.texts[sample] = decode(policy.tokenizer, tokens[at], policy.stop)
             elif len(tokens[at]):
                 group.begun[sample] = (tokens[at], logprobs[at])
             if arrays["open_judged"][at]:
@@ -278,7 +278,6 @@ def _reward(group: OpenGroup, config: Config) -> Group:
         draw=group.draw,
         prompt=group.prompt,
         responses=responses,
-        texts=tuple(group.texts),
         correct=np.array([v.correct for v in verdicts]),
         reward=np.array([v.score for v in verdicts], np.float32) + penalty,
         penalty=penalty,

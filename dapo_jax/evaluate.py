@@ -6,11 +6,12 @@ python -m dapo_jax.evaluate --config C --model FOLDER       a model as in `model
 
 import argparse
 import collections
+import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ from dapo_jax.runtime.console import make_console, progress
 from dapo_jax.runtime.folder import run_folder, write_result
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, publisher
-from dapo_jax.types import InputError, Params, Prompt, Request
+from dapo_jax.types import InputError, Params, Prompt, Request, Response, Verdict
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -54,7 +55,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def consensus(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
+def consensus(answers: Sequence[Hashable | None], correct: Sequence[bool]) -> bool:
     """Is the most frequent answer right? Ties go to the answer seen first; responses without an answer do not vote.
 
     >>> consensus(["7", "8", None, "8"], [False, True, False, True])
@@ -67,14 +68,14 @@ def consensus(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
     return bool(correct[list(answers).index(winner)])
 
 
-def estimates(correct: np.ndarray, answers: Sequence[Sequence[str | None]] | None) -> dict[str, float]:
+def estimates(correct: np.ndarray, answers: Sequence[Sequence[Hashable | None]] | None) -> dict[str, float]:
     """avg@n, pass@n, cons@n, and pass@k for k = 1, 2, 4, ... and n, as `pass_at_<k>`; each a mean over problems with its standard error.
 
     The standard error is over problems, std of the problems' values / √Q: samples of one problem are no independent evidence.
 
     Args:
-      correct: bool [Q, n]. answers: Q lists of n extracted answers, None where a response has none; None, and no cons@n, where
-        nobody knows which responses give the same answer.
+      correct: bool [Q, n]. answers: Q lists of n extracted answers, or of what stands for them, None where a response has none; None,
+        and no cons@n, where nobody knows which responses give the same answer.
     """
     n = np.shape(correct)[1]
     right = np.sum(correct, axis=1).tolist()
@@ -92,6 +93,15 @@ def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: float(np.mean(values)), f"{name}_se": float(np.std(values, ddof=1) / math.sqrt(q)) if q > 1 else 0.0}
 
 
+class Answer(NamedTuple):
+    """A judged response."""
+
+    prompt: Prompt
+    sample: int  # which of the responses to the prompt
+    response: Response
+    verdict: Verdict
+
+
 def evaluate_set(
     prompts: Sequence[Prompt],
     config: Config,
@@ -102,7 +112,7 @@ def evaluate_set(
     pool: RewardPool,
     guard: Guard,
     on_done: Callable[[int], None] = lambda count: None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[Answer]]:
     """Samples every problem k times and judges the responses.
 
     Votes, cons@k, are of the strict verifier only, whose answers are texts: others judge responses and do not say which ones agree.
@@ -111,7 +121,7 @@ def evaluate_set(
     `guard` is reached as `eval` after each segment, and before the verdicts are used.
 
     Returns:
-      (metrics without their `eval/<set>/` prefix, one row a response).
+      (metrics without their `eval/<set>/` prefix, the judged responses).
     """
     k = config.eval.samples_per_problem
     seed = jax.random.fold_in(jax.random.key(config.seed), 1)  # apart from training rollouts
@@ -122,34 +132,43 @@ def evaluate_set(
         guard.reach("eval")
 
     responses = engine.generate(params, requests, seed, after_segment)
-    texts = [decode(policy.tokenizer, r.tokens, policy.stop) for r in responses]
-    items = [RewardItem(prompts[q.draw].problem, text, len(r.tokens)) for q, text, r in zip(requests, texts, responses, strict=True)]
-    pending = pool.submit(multihost.share(items))
+    own = multihost.share(list(zip(requests, responses, strict=True)))
+    texts = [decode(policy.tokenizer, r.tokens, policy.stop) for _, r in own]
+    pending = pool.submit([RewardItem(prompts[q.draw].problem, text, len(r.tokens)) for (q, r), text in zip(own, texts, strict=True)])
     guard.wait(pending.wait, "eval")
-    verdicts = multihost.gather_verdicts(pending.result(), len(items))
+    verdicts = multihost.gather_verdicts(pending.result(), len(responses))
     check_errors(verdicts, config.reward)
     correct = np.array([v.correct for v in verdicts]).reshape(-1, k)
-    answers = [[extract_answer(text) for text in texts[i : i + k]] for i in range(0, len(texts), k)]
-    judged_by_them = config.reward.verifier == "strict"  # other verifiers read answers in ways of their own
-    metrics = estimates(correct, answers if judged_by_them else None) | {
+    votes = None
+    if config.reward.verifier == "strict":  # other verifiers read answers in ways of their own
+        gathered = multihost.gather_shares(np.array([_vote(extract_answer(text)) for text in texts], np.int64), len(responses))
+        votes = [[vote or None for vote in of_problem] for of_problem in gathered.reshape(-1, k).tolist()]
+    metrics = estimates(correct, votes) | {
         "response_len_mean": float(np.mean([len(r.tokens) for r in responses])),
         "truncated_fraction": float(np.mean([r.truncated for r in responses])),
         "digest": problems_digest(sorted((prompt.problem for prompt in prompts), key=lambda problem: problem.id)),
     }
-    rows = [
-        {
-            "id": prompts[q.draw].problem.id,
-            "sample": q.sample,
-            "answer": prompts[q.draw].problem.answer,
-            "response": text,
-            "extracted": answers[q.draw][q.sample],
-            "correct": v.correct,
-            "length": len(r.tokens),
-            "truncated": bool(r.truncated),
-        }
-        for q, text, r, v in zip(requests, texts, responses, verdicts, strict=True)
-    ]
-    return metrics, rows
+    return metrics, [Answer(prompts[q.draw], q.sample, r, v) for q, r, v in zip(requests, responses, verdicts, strict=True)]
+
+
+def _vote(answer: str | None) -> int:
+    """A number that stands for an answer, so that processes can tell each other which ones are equal; 0 for none."""
+    return 0 if answer is None else int.from_bytes(hashlib.sha256(answer.encode("utf-8", "surrogatepass")).digest()[:8], signed=True)
+
+
+def answer_row(answer: Answer, policy: Policy) -> dict[str, Any]:
+    """A response and its verdict, for people."""
+    text = decode(policy.tokenizer, answer.response.tokens, policy.stop)
+    return {
+        "id": answer.prompt.problem.id,
+        "sample": answer.sample,
+        "answer": answer.prompt.problem.answer,
+        "response": text,
+        "extracted": extract_answer(text),
+        "correct": answer.verdict.correct,
+        "length": len(answer.response.tokens),
+        "truncated": bool(answer.response.truncated),
+    }
 
 
 def evaluate_sets(
@@ -163,26 +182,28 @@ def evaluate_sets(
     guard: Guard,
     say: Callable[[str], None],
     bars: bool = False,
-) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """`evaluate_set` on each set, with a line for people. Returns (metrics, rows) by set."""
+) -> dict[str, tuple[dict[str, Any], list[Answer]]]:
+    """`evaluate_set` on each set, with a line for people. Returns (metrics, judged responses) by set."""
     k, results = config.eval.samples_per_problem, {}
     for name, prompts in sets.items():
         with progress(len(prompts) * k, f"eval {name}", enabled=bars) as bar:
-            m, rows = evaluate_set(prompts, config, engine=engine, params=params, policy=policy, pool=pool, guard=guard, on_done=bar.update)
+            m, answers = evaluate_set(
+                prompts, config, engine=engine, params=params, policy=policy, pool=pool, guard=guard, on_done=bar.update
+            )
         cons = f"cons@{k} {m['cons']:.3f}, " if "cons" in m else ""
         say(
             f"eval {name}: avg@{k} {m['avg']:.3f} ± {m['avg_se']:.3f}, pass@{k} {m['pass']:.3f}, {cons}"
             f"{m['response_len_mean']:.0f} tokens, {m['truncated_fraction']:.1%} cut"
         )
-        results[name] = m, rows
+        results[name] = m, answers
     return results
 
 
-def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Share of right responses of each problem, from rows of `evaluate_set`: what two evaluations are compared by."""
+def accuracies(answers: Sequence[Answer]) -> dict[str, float]:
+    """Share of right responses of each problem: what two evaluations are compared by."""
     verdicts: dict[str, list[bool]] = {}
-    for row in rows:
-        verdicts.setdefault(row["id"], []).append(row["correct"])
+    for answer in answers:
+        verdicts.setdefault(answer.prompt.problem.id, []).append(answer.verdict.correct)
     return {problem: float(np.mean(correct)) for problem, correct in verdicts.items()}
 
 
@@ -256,12 +277,13 @@ def main(argv: list[str] | None = None) -> int:
         "temperature": config.eval.temperature,
         "top_p": config.eval.top_p,
         "verifier": config.reward.verifier,
-        "sets": {name: {"problems": len(sets[name]), **m, "accuracies": accuracies(rows)} for name, (m, rows) in found.items()},
+        "sets": {name: {"problems": len(sets[name]), **m, "accuracies": accuracies(answers)} for name, (m, answers) in found.items()},
     }
     if args.json and multihost.is_main():
         write_result(args.json, json.dumps(results, indent=2) + "\n")
     if args.samples and multihost.is_main():
-        write_result(args.samples, "".join(json.dumps({"set": name} | row) + "\n" for name, (_, rows) in found.items() for row in rows))
+        rows = ({"set": name} | answer_row(answer, policy) for name, (_, answers) in found.items() for answer in answers)
+        write_result(args.samples, "".join(json.dumps(row) + "\n" for row in rows))
     return 0
 
 

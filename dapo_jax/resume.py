@@ -16,7 +16,6 @@ from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor
 from dapo_jax.drawing import Drawn, OpenGroup, keep_rate_after, open_state, restore_open
-from dapo_jax.policy import Policy
 from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.types import Group, InputError, Prompt
 
@@ -112,7 +111,6 @@ def restore(
     abstract_state: Any,
     *,
     prompts: Sequence[Prompt],
-    policy: Policy,
     data: DataDigests,
     allow_change: bool = False,
     at_most: int | None = None,
@@ -146,7 +144,7 @@ def restore(
     if same:
         run.buffer.restore(arrays, {p.problem.id: p.problem for p in prompts})
         run.memory.restore(arrays)
-        run.left_open = restore_open(arrays, prompts, policy)
+        run.left_open = restore_open(arrays, prompts)
         run.under_way = UnderWay(host["drawn"], _sums(host["sums"], arrays), host.get("shown", ())) if "drawn" in host else None
     elif not allow_change:
         raise InputError(

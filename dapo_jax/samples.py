@@ -27,6 +27,7 @@ def sample_rows(groups: Sequence[Group], count: int, algo: DapoSection, policy: 
     rows = []
     for group in groups[:count]:
         problem, right = group.prompt.problem, int(group.correct.sum())
+        text = decode(policy.tokenizer, group.responses[0].tokens, policy.stop)
         advantage = group_advantages(group.reward[None], ddof=algo.advantage_ddof, eps=algo.advantage_eps)[0, 0]
         rows.append(
             {
@@ -34,7 +35,7 @@ def sample_rows(groups: Sequence[Group], count: int, algo: DapoSection, policy: 
                 "id": problem.id,
                 "prompt": problem.prompt if isinstance(problem.prompt, str) else [dataclasses.asdict(m) for m in problem.prompt],
                 "answer": problem.answer,
-                "response": group.texts[0],
+                "response": text,
                 "correct": bool(group.correct[0]),
                 "group": "all_wrong" if right == 0 else "all_correct" if right == len(group.correct) else "kept",
                 "group_correct": right,
@@ -44,7 +45,7 @@ def sample_rows(groups: Sequence[Group], count: int, algo: DapoSection, policy: 
                 "advantage": float(advantage),
                 "length": len(group.responses[0].tokens),
                 "truncated": bool(group.responses[0].truncated),
-                "tokens": scored_texts(policy, group.responses[0], group.texts[0]),
+                "tokens": scored_texts(policy, group.responses[0], text),
             }
         )
     return rows

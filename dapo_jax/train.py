@@ -169,7 +169,6 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
             checkpoints=checkpoints,
             abstract_state=programs.state,
             prompts=prompts,
-            policy=policy,
             data=data_digests,
             allow_change=d.allow_change,
         )

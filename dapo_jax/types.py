@@ -131,7 +131,6 @@ class Group:
     draw: int
     prompt: Prompt
     responses: tuple[Response, ...]
-    texts: tuple[str, ...]  # decoded responses, for verification and for people
     correct: np.ndarray  # bool [G]
     reward: np.ndarray  # float32 [G], score + overlong penalty
     penalty: np.ndarray  # float32 [G], overlong penalty, in [-1, 0]

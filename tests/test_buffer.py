@@ -23,7 +23,6 @@ def make_group(draw, correct, seed=0):
         draw=draw,
         prompt=Prompt(PROBLEMS[f"problem-{draw % 5}-½"], rng.integers(0, 50, rng.integers(1, 8), np.int32)),
         responses=responses,
-        texts=tuple(str(rng.choice(["", "Answer: 4", "naïve ∑", "\ud800 lone"])) for _ in correct),
         correct=np.array(correct, bool),
         reward=np.where(correct, 1, -1).astype(np.float32) + penalty,
         penalty=penalty,
@@ -155,7 +154,7 @@ def test_a_group_to_train_on_needs_a_log_prob_a_token_and_another_does_not():
     with pytest.raises(ValueError, match="draw 1: .* old log-probs"):
         buffer.add([make_group(0, MIXED), dataclasses.replace(make_group(1, MIXED), old_logprobs=())])
     with pytest.raises(ValueError, match="draw 0: 2 responses"):
-        buffer.add([dataclasses.replace(make_group(0, MIXED), texts=("one",))])
+        buffer.add([dataclasses.replace(make_group(0, MIXED), reward=np.ones(1, np.float32))])
     assert buffer.missing() == 4
     buffer.add([make_group(0, MIXED), dataclasses.replace(make_group(1, WRONG), old_logprobs=())])
     assert buffer.missing() == 3

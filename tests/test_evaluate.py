@@ -106,8 +106,8 @@ def test_votes_are_counted_only_where_the_verifier_reads_the_answers_that_vote(v
         guard=SimpleNamespace(reach=lambda place: None, wait=lambda done, place: None),
         say=said.append,
     )
-    metrics, rows = found["a"]
-    assert all(row["correct"] for row in rows) and metrics["avg"] == metrics["pass"] == metrics["pass_at_4"] == 1.0
+    metrics, answers = found["a"]
+    assert all(answer.verdict.correct for answer in answers) and metrics["avg"] == metrics["pass"] == metrics["pass_at_4"] == 1.0
     assert metrics["digest"] == problems_digest(Problem(name, "6*7", "42") for name in "xy")  # in the order of ids, whatever the file's
     votes = {key: number for key, number in metrics.items() if key.startswith("cons")}
     assert votes == ({"cons": 1.0, "cons_se": 0.0} if verifier == "strict" else {})

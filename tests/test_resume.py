@@ -1,7 +1,5 @@
 """What a checkpoint is written for, and what is taken up from one, without disks or devices."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from test_buffer import MIXED, PROBLEMS, make_group
@@ -50,8 +48,7 @@ def make_run(at=None):
 
 
 def taken_up(folder, run, data=DATA, **options):
-    policy = SimpleNamespace(tokenizer=None, stop=())
-    assert restore(run, folder, None, prompts=PROMPTS, policy=policy, data=data, **options)
+    assert restore(run, folder, None, prompts=PROMPTS, data=data, **options)
     return run
 
 

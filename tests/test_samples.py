@@ -88,7 +88,6 @@ def group(draw, correct, prompt="1+1="):
         draw=draw,
         prompt=Prompt(Problem(f"p{draw}", prompt, "2"), np.zeros(3, np.int32)),
         responses=(response,) * len(correct),
-        texts=("2",) * len(correct),
         correct=np.array(correct, bool),
         reward=reward - np.float32(0.5),
         penalty=np.full(len(correct), -0.5, np.float32),

@@ -21,7 +21,6 @@ def group(draw, correct, lengths, truncated, penalty, gap):
         draw=draw,
         prompt=Prompt(Problem(f"p{draw}", "1+1=", "2"), np.zeros(3, np.int32)),
         responses=responses,
-        texts=("",) * len(lengths),
         correct=np.array(correct, bool),
         reward=np.where(correct, 1, -1).astype(np.float32) + np.float32(penalty),
         penalty=np.array(penalty, np.float32),

@@ -147,7 +147,6 @@ class DynamicSamplingBuffer:
             **_ragged("correct", [group.correct for group in groups], np.bool_),
             "reward": _flat([group.reward for group in groups], np.float32),
             "penalty": _flat([group.penalty for group in groups], np.float32),
-            **_ragged("text", [_utf8(text) for group in groups for text in group.texts], np.uint8),
             **_ragged("response", [response.tokens for response in responses], np.int32),
             "behavior_logprobs": _flat([response.behavior_logprobs for response in responses], np.float32),
             "old_logprobs": _flat([logprobs for group in groups for logprobs in group.old_logprobs], np.float32),
@@ -173,7 +172,6 @@ class DynamicSamplingBuffer:
             )
         ]
         old_logprobs = _split(_array(arrays, "old_logprobs", np.float32), token_counts)
-        texts = [_text(part) for part in _parts(arrays, "text", np.uint8)]
         groups = []
         for draw, problem_id, prompt, correct, reward, penalty, size, end in zip(
             _array(arrays, "draw", np.int64),
@@ -196,7 +194,6 @@ class DynamicSamplingBuffer:
                     draw=int(draw),
                     prompt=Prompt(problems[problem_id], prompt),
                     responses=tuple(responses[end - size : end]),
-                    texts=tuple(texts[end - size : end]),
                     correct=correct,
                     reward=reward,
                     penalty=penalty,
@@ -223,8 +220,8 @@ def _check_lengths(group: Group) -> None:
     behavior, old = [len(r.behavior_logprobs) for r in group.responses], [len(logprobs) for logprobs in group.old_logprobs]
     if not lengths == behavior == old:
         raise ValueError(f"draw {group.draw}: responses of {lengths} tokens have {behavior} behavior and {old} old log-probs")
-    if not len(lengths) == len(group.texts) == len(group.correct) == len(group.reward) == len(group.penalty):
-        raise ValueError(f"draw {group.draw}: {len(lengths)} responses, but not as many texts, verdicts, rewards and penalties")
+    if not len(lengths) == len(group.correct) == len(group.reward) == len(group.penalty):
+        raise ValueError(f"draw {group.draw}: {len(lengths)} responses, but not as many verdicts, rewards and penalties")
 
 
 def _response_tokens(group: Group) -> int:

@@ -225,7 +225,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 def decode(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[int] | np.ndarray, stop: tuple[int, ...]) -> str:
     """The text of a response: without a final stop token and without special tokens, spaces as they were sampled."""
-    ids = [int(t) for t in tokens]
+    ids = np.asarray(tokens, np.int64).tolist()
     if ids and ids[-1] in stop:
         ids.pop()
     with _no_panic(tokenizer, "response"):

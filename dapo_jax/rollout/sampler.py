@@ -169,11 +169,11 @@ def take(slots: Slots, blocks: Array, *, size: int, mesh: Mesh) -> Array:
     """
 
     def own(tokens: Array, logprobs: Array, blocks: Array) -> Array:
-        here = [x.reshape(-1, size) for x in (tokens, jax.lax.bitcast_convert_type(logprobs, jnp.int32))]
-        at = blocks - len(here[0]) * jax.lax.axis_index(ROW_AXES)
-        inside = (at >= 0) & (at < len(here[0]))
-        found = jnp.stack([jnp.where(inside[:, None], jnp.take(x, at, axis=0, mode="clip"), 0) for x in here])
-        return jax.lax.psum(found, ROW_AXES)
+        count = tokens.size // size
+        at = blocks - count * jax.lax.axis_index(ROW_AXES)
+        found = [jnp.take(x.reshape(-1, size), at, axis=0, mode="clip") for x in (tokens, logprobs)]
+        bits = jnp.stack([found[0], jax.lax.bitcast_convert_type(found[1], jnp.int32)])
+        return jax.lax.psum(jnp.where(((at >= 0) & (at < count))[:, None], bits, 0), ROW_AXES)
 
     rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
     over_mesh = jax.shard_map(own, mesh=mesh, in_specs=(rows, rows, whole), out_specs=whole, check_vma=False)

@@ -44,7 +44,7 @@ _WAIT_S = 20.0  # before a process that waits for the others says so
 _ALL_HOSTS = "the same command has to run on every host at a time (tpu_scripts/run starts it on all)"
 _FREE_IT = "end it (tpu_scripts/stop does, on every host), then start again"
 _LAST_WORDS_S = 2.0
-_ERROR_BYTES = 160  # of an error's text that travels
+_VERDICT = np.dtype([("correct", np.bool_), ("score", np.float32), ("error", "S160")])  # as it travels, an error's text cut
 
 
 def initialize() -> None:
@@ -202,27 +202,27 @@ def gather_texts(text: str) -> list[str]:
     return [row[:n].tobytes().decode() for row, n in zip(multihost_utils.process_allgather(padded), lengths, strict=True)]
 
 
-def share(items: Sequence[_T]) -> Sequence[_T]:
-    """This process's part of the work: every process_count-th item."""
-    return items[jax.process_index() :: jax.process_count()]
+def share(items: Sequence[_T], before: int = 0) -> Sequence[_T]:
+    """This process's part of the work: every process_count-th item, of which there were so many before these."""
+    return items[(jax.process_index() - before) % jax.process_count() :: jax.process_count()]
 
 
-def gather_verdicts(own: Sequence[Verdict], total: int) -> list[Verdict]:
-    """The verdicts of all processes on `total` items, in the items' order, from each process's verdicts on its `share`."""
+def gather_shares(own: np.ndarray, total: int, before: int = 0) -> np.ndarray:
+    """Rows on `total` items from all processes, in the items' order, from each process's rows on its `share`."""
     count = jax.process_count()
     if count == 1:
+        return own
+    padded = np.zeros((-(-total // count), *own.shape[1:]), own.dtype)  # arrays of one shape on every process
+    padded[: len(own)] = own
+    by_process = np.roll(multihost_utils.process_allgather(padded), -before, axis=0)  # that of the first item first
+    return by_process.swapaxes(0, 1).reshape(-1, *own.shape[1:])[:total]
+
+
+def gather_verdicts(own: Sequence[Verdict], total: int, before: int = 0) -> list[Verdict]:
+    """The verdicts of all processes on `total` items, in the items' order, from each process's verdicts on its `share`."""
+    if jax.process_count() == 1:
         return list(own)
-    size = -(-total // count)  # arrays of one shape on every process
-    correct, score, error = np.zeros(size, np.bool_), np.zeros(size, np.float32), np.zeros((size, _ERROR_BYTES), np.uint8)
-    for i, verdict in enumerate(own):
-        correct[i], score[i] = verdict.correct, verdict.score
-        if verdict.error is not None:
-            text = (verdict.error or " ").encode(errors="replace")[:_ERROR_BYTES]
-            error[i, : len(text)] = np.frombuffer(text, np.uint8)
-    gathered = multihost_utils.process_allgather((correct, score, error))
-    verdicts = []
-    for i in range(total):
-        one_correct, one_score, text = (a[i % count, i // count] for a in gathered)
-        said = np.asarray(text).tobytes().rstrip(b"\0").decode(errors="replace")
-        verdicts.append(Verdict(bool(one_correct), float(one_score), said or None))
-    return verdicts
+    rows = [(v.correct, v.score, b"" if v.error is None else (v.error or " ").encode(errors="replace")) for v in own]
+    packed = np.array(rows, _VERDICT).view(np.uint8).reshape(len(rows), _VERDICT.itemsize)
+    gathered: list[Any] = gather_shares(packed, total, before).reshape(-1).view(_VERDICT).tolist()
+    return [Verdict(correct, score, error.decode(errors="replace") or None) for correct, score, error in gathered]
