@@ -122,12 +122,13 @@ def test_draw():
 
 
 def test_host():
-    """Every response is fetched, a quarter of them (rounded up in each segment) are decoded and judged; half of the groups are packed."""
+    """Every response is fetched, in one or two transfers a segment; a quarter of them are decoded; half of the groups are packed."""
     sizes = "--processes 4 --responses 64 --group 4 --slots 16 --prompt-len 4 --max-response-len 200 --median 30"
     lines, result = run(f"host {sizes}")
     parts, segments = result["parts"], result["segments"]
     assert list(parts) == ["fetch", "decode", "judge", "group", "pack"] and len(lines) == 7
     assert 64 < result["tokens"] <= 64 * 200 and parts["judge"]["calls"] == segments and parts["pack"]["calls"] == 2
+    assert parts["decode"]["calls"] == 64 / 4 and segments < parts["fetch"]["calls"] <= 2 * segments
     assert all(positive(part["seconds"]) for part in parts.values()) and positive(result["peak_bytes"])
 
 

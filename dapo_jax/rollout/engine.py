@@ -311,11 +311,13 @@ class Stream:
 
     def _responses(self, slots: Sequence[tuple[int, int]], ended: np.ndarray) -> list[tuple[_Job, Response]]:
         """What is in slots, and nothing else: of each only the blocks that hold tokens, many of them in one fetch."""
+        if not slots:
+            return []
         engine = self._engine
         lengths = [int(self._length[at]) for at in slots]
         counts = [-(-length // engine.block) for length in lengths]
         begins = [(n * engine.slots + i) * engine.blocks for n, i in slots]
-        blocks = np.concatenate([np.zeros(0, np.int32), *(np.arange(b, b + count) for b, count in zip(begins, counts, strict=True))])
+        blocks = np.concatenate([np.arange(b, b + count) for b, count in zip(begins, counts, strict=True)])
         parts = [blocks[at : at + engine.fetches[-1]] for at in range(0, len(blocks), engine.fetches[-1])]
         sizes = [next(size for size in engine.fetches if size >= len(part)) for part in parts]
         taken = [engine.programs.take(self._state.slots, np.resize(part, n).astype(np.int32)) for part, n in zip(parts, sizes, strict=True)]
