@@ -122,6 +122,16 @@ def test_a_folder_that_is_there_is_taken_as_it_is(tmp_path, monkeypatch, folder)
         assert local_model(name, FILES) == (name, name)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_a_model_of_one_s_own_has_its_own_tokenizer(tmp_path, family):
+    """What `supervised` writes after a random start. The classes of transformers would add tokens."""
+    model = tiny.model(family, vocab_size=258)
+    save_pretrained(tmp_path / "m", model, tiny.params(model), tokenizer=byte_tokenizer())
+    policy = load_policy(settings(str(tmp_path / "m")))
+    assert policy.tokenizer.get_vocab() == byte_tokenizer().get_vocab() and policy.stop == (1,)
+    assert "; responses end with <|end|>; " in describe(policy, make_mesh(MeshSection()))
+
+
 def test_a_model_in_the_cache_needs_no_network(offline, folder):
     where = snapshot(offline, folder, "c" * 40)
     assert (
