@@ -160,6 +160,7 @@ BAD = {
     "dual clip": ("dapo: {dual_clip: 1}\n", "dapo.dual_clip: must be above 1"),
     "ddof": ("dapo: {advantage_ddof: 16}\n", "dapo.advantage_ddof: must be below responses_per_prompt 16"),
     "top_p": ("rollout: {top_p: 0}\n", "rollout.top_p: must be above 0 and at most 1"),
+    "chat_date": ("data: {chat_date: 2026-13-01}\n", "data.chat_date: expected a day as 2024-07-26, got 2026-13-01"),
     "temperature": ("rollout: {temperature: 0}\n", "rollout.temperature: must be above 0"),
     "buffer": ("reward: {overlong_buffer_len: 30000}\n", "reward.overlong_buffer_len: exceeds rollout.max_response_len 20480"),
     "context": ("rollout: {max_response_len: 40000}\n", "exceed the model's context of 40960 tokens"),
