@@ -27,10 +27,9 @@ _POINTS = 1000  # of a curve
 _STRETCHES = 200  # of the stacked seconds, which are means over so many stretches of steps
 _SAMPLE_STEPS = 100  # of a run, and fewer where they do not fit
 _SAMPLE_BYTES = 14_000_000  # of all runs together
-_SPLIT = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s", "time/samples_s", "time/eval_s", "time/save_s")
+_SPLIT = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s", "time/eval_s", "time/save_s")
 _NUMBERS = ("draw", "group_correct", "group_size", "reward", "penalty", "advantage", "length")
 _GROUPS = ("kept", "all_correct", "all_wrong")
-_STATES = ("", "low", "high", "dual")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -58,7 +57,6 @@ def read_run(run_dir: Folder, name: str, sample_bytes: int) -> dict[str, Any]:
         "options": options,
         "planned": options and options["train.steps"],
         "dynamic_sampling": options and options["dapo.dynamic_sampling"],
-        "clip": options and [options["dapo.clip_eps_low"], options["dapo.clip_eps_high"], options["dapo.dual_clip"]],
         **{key: counter(records, key) for key in ("step", "updates", "draws")},
         "series": {key: series(key, *found) for key, found in points.items()},
         "split": split(records),
@@ -232,7 +230,7 @@ def sample(line: bytes) -> dict[str, Any] | None:
         return None
     found = {key: row[key] for key in _NUMBERS if is_number(row.get(key))}
     found |= {key: row[key] for key in ("id", "answer") if isinstance(row.get(key), str)}
-    found |= {key: row[key] for key in ("correct", "truncated", "trained") if isinstance(row.get(key), bool)}
+    found |= {key: row[key] for key in ("correct", "truncated") if isinstance(row.get(key), bool)}
     found |= {"group": row["group"]} if row.get("group") in _GROUPS else {}
     found["turns"] = turns(row.get("prompt"))
     tokens = row.get("tokens")
@@ -242,12 +240,9 @@ def sample(line: bytes) -> dict[str, Any] | None:
 
 
 def is_scored_text(entry: Any) -> bool:
-    """[text, log-prob], or [text, None], or [text, log-prob, ratio, clip state] of a response that was trained on."""
-    if not isinstance(entry, list) or len(entry) not in (2, 4) or not isinstance(entry[0], str):
-        return False
-    if len(entry) == 4:
-        return is_number(entry[1]) and is_number(entry[2]) and entry[3] in _STATES
-    return entry[1] is None or is_number(entry[1])
+    """[text, log-prob], or [text, None] for the middle of a long response."""
+    text_first = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+    return text_first and (entry[1] is None or is_number(entry[1]))
 
 
 def turns(prompt: Any) -> list[list[str]]:
@@ -296,7 +291,7 @@ def run_names(run_dirs: Sequence[Folder]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes one HTML page about one run or several: curves, samples with log-prob and clip state of each token, comparison."""
+    """Writes one HTML page about one run or several: curves, samples with the probability of each token, comparison."""
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.report", description=main.__doc__)
     parser.add_argument("--run-dir", required=True, nargs="+", help="run folders of dapo_jax.train; may still be at work")
     parser.add_argument("--out", help="file to write; report.html in the first run folder if not given")

@@ -39,7 +39,6 @@ class UnderWay(NamedTuple):
 
     drawn: dict[str, float]  # metrics of what it drew
     sums: list[dict[str, Any]]  # metric sums of its updates so far, on devices or host
-    shown: Sequence[Mapping[str, Any]]  # rows of `samples.sample_rows`
 
 
 class DataDigests(NamedTuple):
@@ -98,7 +97,7 @@ def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data:
         return
     if run.under_way is not None:
         sums = fetched(run.under_way.sums)
-        host |= {"drawn": run.under_way.drawn, "sums": sorted(sums[0]) if sums else [], "shown": list(run.under_way.shown)}
+        host |= {"drawn": run.under_way.drawn, "sums": sorted(sums[0]) if sums else []}
         if sums:  # arrays, for what a skipped update summed up may be no number that JSON knows
             arrays["under_way_sums"] = np.array([[s[name] for name in sorted(s)] for s in sums], np.float64)
     checkpoints.save_interrupted(run.at.step, run.state, host, arrays)
@@ -145,7 +144,7 @@ def restore(
         run.buffer.restore(arrays, {p.problem.id: p.problem for p in prompts})
         run.memory.restore(arrays)
         run.left_open = restore_open(arrays, prompts)
-        run.under_way = UnderWay(host["drawn"], _sums(host["sums"], arrays), host.get("shown", ())) if "drawn" in host else None
+        run.under_way = UnderWay(host["drawn"], _sums(host["sums"], arrays)) if "drawn" in host else None
     elif not allow_change:
         raise InputError(
             f"{changed}; use {before}, or set data.allow_change to go on from the start of what there is now, or give another --run-dir"

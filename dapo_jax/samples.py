@@ -1,10 +1,7 @@
-"""Responses for people to read: one each of the first groups of a step, with the log-prob of its tokens and whether they are clipped.
-
-Rows are made when a step has drawn; when its updates are done, `with_ratios` adds what only then is known.
-"""
+"""Responses for people to read: one each of the first groups of a step, with the log-prob of each token."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,38 +46,6 @@ def sample_rows(groups: Sequence[Group], count: int, algo: DapoSection, policy: 
             }
         )
     return rows
-
-
-def with_ratios(rows: Sequence[Mapping[str, Any]], ratios: Mapping[int, np.ndarray], algo: DapoSection) -> list[dict[str, Any]]:
-    """The rows after the updates of their step. ratios: r_t = π_θ / π_old of each token by draw, of those that were trained on.
-
-    `trained` says whether a response was. Of one that was, each pair in `tokens` becomes (text, log-prob, r_t, state of `clip_states`).
-    """
-    finished = []
-    for row in rows:
-        if (r := ratios.get(row["draw"])) is None:
-            finished.append({**row, "trained": False})
-            continue
-        of_tokens = [(round(float(ratio), 4), state) for ratio, state in zip(r, clip_states(r, row["advantage"], algo), strict=True)]
-        pairs = row["tokens"]
-        head = next((i for i, (_, logprob) in enumerate(pairs) if logprob is None), len(pairs))
-        tail = len(pairs) - head - 1  # behind the text that stands for many tokens
-        of_pairs = [*of_tokens[:head], *([()] if tail >= 0 else []), *(of_tokens[-tail:] if tail > 0 else [])]
-        finished.append({**row, "trained": True, "tokens": [(*pair, *more) for pair, more in zip(pairs, of_pairs, strict=True)]})
-    return finished
-
-
-def clip_states(ratios: np.ndarray, advantage: float, algo: DapoSection) -> list[str]:
-    """What keeps each token from being pushed further, as `policy/clip_fraction_*` counts it; [R] -> R states.
-
-    "high" where A > 0 and r > 1 + ε_high, "low" where A < 0 and r < 1 - ε_low, "dual" where A < 0 and r > c, else "".
-    """
-    if advantage > 0:
-        return ["high" if r > 1 + algo.clip_eps_high else "" for r in ratios]
-    if advantage == 0:
-        return [""] * len(ratios)
-    above = np.inf if algo.dual_clip is None else algo.dual_clip
-    return ["low" if r < 1 - algo.clip_eps_low else "dual" if r > above else "" for r in ratios]
 
 
 def scored_texts(policy: Policy, response: Response, text: str, ends: int = _TOKENS) -> list[tuple[str, float | None]]:

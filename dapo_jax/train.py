@@ -59,7 +59,7 @@ from dapo_jax.runtime.mesh import make_mesh, published_as_it_is, put_rows, row_s
 from dapo_jax.runtime.metrics import VOLATILE, MetricsLog, peak_memory, read_metrics, timed, write_samples
 from dapo_jax.runtime.profile import Profiler
 from dapo_jax.runtime.tracker import Tracker, check_tracker
-from dapo_jax.samples import sample_rows, with_ratios
+from dapo_jax.samples import sample_rows
 from dapo_jax.supervised import solution_items, warm_up
 from dapo_jax.types import Group, InputError, NonFiniteError, Prompt, Response, RunError, SharedError, Stopped, TrainBatch
 
@@ -96,7 +96,7 @@ _FUNCTION = "reward_function.py"  # in the run folder: a copy of the file that r
 
 _MAX_ROLLBACKS = 5  # of a run, before it gives up
 
-_PHASES = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s", "time/samples_s")
+_PHASES = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s")
 
 
 def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
@@ -243,12 +243,11 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                             score_rows = functools.partial(programs.old_logprobs, run.state.params)
                             with timed(times, "time/old_logprobs_s"):
                                 groups = score(groups, run.at.draws, score_rows, config, mesh, guard)
-                        rows = sample_rows(drawn.groups, config.train.samples_per_step, algo, policy)
-                        if multihost.is_main():  # now, for a step that fails; and again, when it is done
-                            write_samples(run_dir, step, rows)
+                        if multihost.is_main():
+                            write_samples(run_dir, step, sample_rows(drawn.groups, config.train.samples_per_step, algo, policy))
                         run.stand_after(drawn, groups, at_least=algo.prompts_per_step if algo.on_cap == "error" else 1)
-                        run.under_way = UnderWay(draw_metrics(drawn, config), [], rows)
-                    drawn_metrics, done, shown = run.under_way
+                        run.under_way = UnderWay(draw_metrics(drawn, config), [])
+                    drawn_metrics, done = run.under_way
                     kept, counts = run.buffer.ready()
                     if counts.kept < algo.prompts_per_step:
                         say(f"step {step}: {underfilled(counts.kept, algo)}")
@@ -277,10 +276,6 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                     longest, nonfinite = skipped_in_a_row(run.at.nonfinite, done)
                     if longest >= config.optim.max_nonfinite_updates:
                         raise NonFiniteError(f"{longest} updates in a row had a loss or gradient that is not finite and were skipped")
-                    with timed(times, "time/samples_s"):
-                        ratios = ratios_of(shown, kept, functools.partial(programs.old_logprobs, run.state.params), config, mesh, guard)
-                        if shown and multihost.is_main():
-                            write_samples(run_dir, step, with_ratios(shown, ratios, algo))
                     weights = publish(run.state.params)
                 if rolled_back:
                     weights = None
@@ -400,24 +395,6 @@ def score_responses(
         batch, stats = pack(items, config, row_shards(mesh))
         scored += gather_targets(multihost.fetch(score_rows(put_rows(batch, mesh, axis=1))), stats.placement)
     return scored
-
-
-def ratios_of(
-    shown: Sequence[Mapping[str, Any]],
-    kept: Sequence[Group],
-    score_rows: Callable[[TrainBatch], Any],
-    config: Config,
-    mesh: Mesh,
-    guard: Guard,
-) -> dict[int, np.ndarray]:
-    """r_t = π_θ / π_old of the shown responses that a step has trained on, by draw; θ after its last update. float32 [R] each.
-
-    shown: rows of `sample_rows`, the first response of a group each. kept: the step's groups; π_old is the one of its loss.
-    """
-    draws = {row["draw"] for row in shown}
-    trained = [g for g in kept if g.draw in draws and not (g.responses[0].truncated and config.dapo.overlong_filtering)]
-    scored = score_responses([(g.prompt, g.responses[0]) for g in trained], score_rows, config, mesh, guard)
-    return {g.draw: np.exp(np.minimum(logprobs - g.old_logprobs[0], 80)) for g, logprobs in zip(trained, scored, strict=True)}
 
 
 def groups_of_updates(count: int, algo: DapoSection) -> list[slice]:

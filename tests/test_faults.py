@@ -72,7 +72,6 @@ def test_signals_in_every_phase_lose_nothing(config, whole, tmp_path, monkeypatc
     assert steady(run) == steady(whole)
     for step in (1, 2):
         assert (run / f"samples/step_00000{step}.jsonl").read_bytes() == (whole / f"samples/step_00000{step}.jsonl").read_bytes()
-    assert b'"trained": true' in (run / "samples/step_000002.jsonl").read_bytes()
     assert {key: record(run, 2)[key] for key in ("leaves", "groups")} == {key: record(whole, 2)[key] for key in ("leaves", "groups")}
     assert not (run / "checkpoints" / "interrupted").exists()
 

@@ -63,7 +63,6 @@ def make_run(folder, steps: int = 5, text: str = HOSTILE, **overrides):
     for step in (steps - 1, steps):
         groups = ("kept", "kept", "all_wrong", "all_correct")
         rows = [row(i, group, text) for i, group in enumerate(groups)]
-        rows[1] |= {"trained": True, "tokens": [[text[:3], -0.01, 1.5, "high"], [text[3:], -2.5, 1.0, ""]]}
         write_samples(folder, step, rows)
     return lines
 
@@ -128,7 +127,7 @@ def test_the_page_holds_the_numbers_of_the_run(tmp_path, capsys):
     assert run["split"]["steps"] == [1, 2, 3, 4, 5] and seconds["time/save_s"] == run["series"]["time/save_s"]["values"]
     assert list(seconds) == data["parts"] and {"time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s"} < set(seconds)
     assert "vocab_size: 258" in run["config"] and run["config_note"] == ""
-    assert run["clip"] == [0.2, 0.28, None] and run["dynamic_sampling"] is True
+    assert run["dynamic_sampling"] is True
 
 
 def test_held_out_accuracy_first_best_last_and_gain(tmp_path, capsys):
@@ -246,7 +245,6 @@ def test_what_a_model_wrote_stays_text(tmp_path, capsys):
     (run,) = page.data["runs"]
     ((_, before), (_, rows)) = run["samples"]
     assert len(before) == len(rows) == 4
-    assert [entry[2:] for entry in rows[1]["tokens"]] == [[1.5, "high"], [1, ""]] and rows[1]["trained"] is True
     assert "".join(text for text, *_ in rows[0]["tokens"]) == HOSTILE == rows[0]["answer"] and rows[0]["turns"][0][1].endswith(HOSTILE)
     assert run["config"].startswith("# </script>") and "not read" in run["config_note"]
 
@@ -300,7 +298,7 @@ def test_a_sample_of_an_older_run_lacks_what_it_lacks():
 )
 def test_tokens_that_do_not_make_up_the_response_are_not_shown(tokens):
     assert report.sample(json.dumps(row(0, "kept", "four", tokens=tokens)).encode()).keys() >= {"response"}
-    for good in ([["four", None]], [["fo", None], ["ur", -1.0, 0.5, "low"]]):
+    for good in ([["four", None]], [["fo", None], ["ur", -1.0]]):
         assert "response" not in report.sample(json.dumps(row(0, "kept", "four", tokens=good)).encode())
 
 
@@ -394,32 +392,24 @@ def test_in_a_browser(tmp_path, capsys, width):
         for group in ("all", "kept", "all_correct", "all_wrong"):
             browser.run(f"document.querySelector('[data-group={group}]').click()")
             pressed[browser.run(f"document.querySelector('[data-group={group}]').textContent")] = browser.run(count)
-        assert pressed == {"all (4)": 4, "kept (2)": 2, "all right (1)": 1, "all wrong (1)": 1}
+        assert pressed == {"all (4)": 4, "informative (kept) (2)": 2, "all-correct (1)": 1, "all-incorrect (1)": 1}
         browser.run("document.querySelector('[data-group=all]').click()")
         units = browser.run("[...document.querySelector('.response').textContent.split('')].map((c) => c.charCodeAt(0))")
         assert units == [ord(char) for char in HOSTILE]
         kinds = "[...document.querySelectorAll('.response i')].slice(0, 4).map((i) => i.className)"
-        assert browser.run(kinds) == ["p0 unknown", "p3 unknown", "p0 high", "p3 free"]
+        shown = browser.run(kinds)
+        assert all(re.fullmatch("p[0-5]( silent)?", kind) for kind in shown)
 
-        # Tokens are coloured by probability or by clip state, with a legend, and a token tells both.
+        # Tokens are coloured by probability, with a legend, and a token says it.
         back = "[...document.querySelectorAll('.response i')].slice(0, 4).map((i) => getComputedStyle(i).backgroundColor)"
         none = "rgba(0, 0, 0, 0)"
-        by_probability, scales = browser.run(back), browser.run("document.querySelectorAll('#scale i').length")
-        browser.run("document.querySelector('[data-colour=clip]').click()")
-        by_clip = browser.run(back)
-        assert [color == none for color in by_probability] == [True, False, True, False] and scales == 6
-        assert [color == none for color in by_clip] == [True, True, False, True]
-        assert by_clip[2] == browser.run("getComputedStyle(document.querySelector('#scale .high')).backgroundColor")
-        assert (
-            browser.run(
-                "(() => { document.querySelectorAll('.response i')[2].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}));"
-                "return document.getElementById('tip').textContent; })()"
-            )
-            == "log-prob −0.01, probability 0.99ratio 1.5 after the step's updates: clipped from above"
+        colors, scales = browser.run(back), browser.run("document.querySelectorAll('#scale i').length")
+        assert [color == none for color in colors] == [kind.startswith("p0") for kind in shown] and scales == 6
+        told = browser.run(
+            "(() => { document.querySelectorAll('.response i')[0].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}));"
+            "return document.getElementById('tip').textContent; })()"
         )
-        assert browser.run("document.querySelectorAll('.sample')[1].innerText").count("clipped tokens 1") == 1
-        browser.run("document.querySelector('[data-colour=none]').click()")
-        assert set(browser.run(back)) == {none}
+        assert re.fullmatch(r"log-prob −[0-9.]+, probability [0-9.]+", told)
         browser.run("document.querySelector('[aria-label=\"Step before\"]').click()")
         assert browser.run(count) == 1 and browser.run("document.querySelector('#step').value") == "0"
         assert browser.run("document.querySelector('.response').textContent") == "four"  # of an older version: without tokens

@@ -1,17 +1,14 @@
 """What people read of a step: the right fields, and tokens whose texts make up the response."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dapo_jax.config import DapoSection
-from dapo_jax.dapo.loss import dapo_token_loss
 from dapo_jax.data.prompts import byte_tokenizer, decode
 from dapo_jax.policy import Policy
-from dapo_jax.samples import clip_states, sample_rows, scored_texts, with_ratios
+from dapo_jax.samples import sample_rows, scored_texts
 from dapo_jax.types import Group, Message, Problem, Prompt, Response
 
 BYTES = Policy(None, byte_tokenizer(), (1,))  # byte b is token b + 2, the end is token 1
@@ -119,41 +116,15 @@ def test_a_row_says_what_became_of_the_group():
     assert (right["group"], right["group_correct"]) == ("all_correct", 4)
 
 
-@pytest.mark.parametrize(
-    "advantage, dual_clip, states",
-    [
-        (0.5, None, ["", "", "", "high", "high"]),
-        (-0.5, None, ["low", "", "", "", ""]),
-        (-0.5, 3.0, ["low", "", "", "", "dual"]),
-        (0.0, 3.0, ["", "", "", "", ""]),
-    ],
-)
-def test_clip_states_are_where_the_loss_has_no_slope(advantage, dual_clip, states):
-    """By hand at ε 0.2 and 0.28; and the gradient of the loss vanishes there and nowhere else."""
-    ratios = np.array([0.79, 0.81, 1.27, 1.29, 3.01], np.float32)
-    algo = DapoSection(dual_clip=dual_clip)
-    assert clip_states(ratios, advantage, algo) == states
-    clip = {"clip_eps_low": algo.clip_eps_low, "clip_eps_high": algo.clip_eps_high, "dual_clip": dual_clip}
-    slope = jax.grad(lambda logprobs: dapo_token_loss(logprobs, jnp.zeros(5), jnp.full(5, advantage), **clip).sum())(jnp.log(ratios))
-    assert [bool(state) for state in states] == [advantage != 0 and g == 0 for g in slope]
-
-
-def test_ratios_and_states_join_the_tokens_of_what_was_trained_on():
-    rows = sample_rows([group(4, [1, 0, 0, 0]), group(5, [0, 0, 0, 0]), group(7, [1, 0, 0, 0])], 3, DapoSection(), BYTES)
-    kept, wrong, surplus = with_ratios(rows, {4: np.array([1.5, 0.123456], np.float32)}, DapoSection())
-    assert kept == rows[0] | {"trained": True, "tokens": [("2", -0.25, 1.5, "high"), ("", -0.125, 0.1235, "")]}
-    assert wrong == rows[1] | {"trained": False} and surplus == rows[2] | {"trained": False}
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("policy", [BYTES, metaspace_policy()], ids=["bytes", "metaspace"])
-def test_every_ratio_stands_by_its_own_token(policy, seed):
-    """Also where only the ends of a response come token by token, and texts do not: token i has log-prob -i / 2 and ratio i."""
+def test_every_log_prob_stands_by_its_own_token(policy, seed):
+    """Also where only the ends of a response come token by token, and texts do not: token i has log-prob -i / 2."""
     tokens = np.random.default_rng(seed).integers(0, 258, 40).tolist()
     for ends in (1024, 20, 7, 1):
         pairs, _ = scored(policy, tokens, ends=ends)
-        (row,) = with_ratios([{"draw": 1, "advantage": 0.0, "tokens": pairs}], {1: np.arange(1, 41, dtype=np.float32)}, DapoSection())
-        assert [entry[:2] for entry in row["tokens"]] == pairs
-        of_tokens = [entry for entry in row["tokens"] if entry[1] is not None]
-        assert all(logprob == -0.5 * ratio for _, logprob, ratio, _ in of_tokens)
-        assert len(of_tokens) == 40 or len(row["tokens"]) == len(of_tokens) + 1
+        of_tokens = [logprob for _, logprob in pairs if logprob is not None]
+        assert len(of_tokens) == 40 or len(pairs) == len(of_tokens) + 1
+        head = next((i for i, (_, logprob) in enumerate(pairs) if logprob is None), 40)
+        assert of_tokens[:head] == [-0.5 * i for i in range(1, head + 1)]
+        assert of_tokens[head:] == [-0.5 * i for i in range(41 - len(of_tokens[head:]), 41)]

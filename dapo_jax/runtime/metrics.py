@@ -77,7 +77,6 @@ METRICS: Mapping[str, str] = {
     "time/reward_s": "seconds in which verification held decoding up",
     "time/old_logprobs_s": "seconds of recomputing the log-probs of pi_old",
     "time/update_s": "seconds of updates",
-    "time/samples_s": "seconds of finding which tokens of the samples are clipped, after the last update",
     "time/eval_s": "seconds of evaluation",
     "time/save_s": "seconds that saving the last checkpoint held the run up",
     "time/step_s": "seconds of the whole step",
