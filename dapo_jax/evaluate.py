@@ -6,11 +6,12 @@ python -m dapo_jax.evaluate --config C --model FOLDER       a model as in `model
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,13 +32,14 @@ from dapo_jax.policy import (
     restore_params,
     with_commit,
 )
+from dapo_jax.reward.golds import check_data
 from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors
 from dapo_jax.reward.verify import extract_answer, function_source
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import records_digest
-from dapo_jax.runtime.console import make_console, progress
+from dapo_jax.runtime.console import Console, make_console, progress
 from dapo_jax.runtime.folder import run_folder, write_result
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, publisher
@@ -228,6 +230,20 @@ def not_held_out(prompts: Sequence[Prompt], eval_sets: Mapping[str, Sequence[Pro
     return kept
 
 
+@contextlib.contextmanager
+def checked_pool(config: Config, source: str | None, sets: Mapping[str, Sequence[Prompt]], console: Console) -> Iterator[RewardPool]:
+    """A reward pool that suits the data: what it finds of the sets' ground truths is said, or raised, before it is used."""
+
+    def judge(items: Sequence[RewardItem]) -> list[Verdict]:
+        return multihost.gather_verdicts(pool.judge(multihost.share(items)), len(items))
+
+    with RewardPool(config.reward, source) as pool:
+        for name, prompts in sets.items():
+            for line in check_data(name, [p.problem for p in prompts], config.data.template, config.reward, judge):
+                (console.tell if line.startswith("warning") else console.say)(line)
+        yield pool
+
+
 def eval_sampling(config: Config) -> Sampling:
     return Sampling(config.eval.temperature, config.eval.top_p)
 
@@ -256,21 +272,23 @@ def main(argv: list[str] | None = None) -> int:
     source = function_source(config.reward.function)
     checkpoints = records_digest(run_dir / "checkpoints") if run_dir else None
     facts = {"the reward function": source, "the digest of the checkpoints in --run-dir": checkpoints}
-    check_started_alike(config, policy, {f"eval.sets.{name}": prompts for name, prompts in sets.items()}, facts)
+    named = {f"eval.sets.{name}": prompts for name, prompts in sets.items()}
+    check_started_alike(config, policy, named, facts)
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh, slots=True)
     say(describe(policy, mesh))
-    if run_dir:
-        step, params = restore_params(run_dir, policy, mesh)
-        say(f"checkpoint of step {step}")
-    else:
-        step, params = None, load_params(config, policy, mesh)
-    weights = publisher(params, mesh, policy.model.compute_dtype)(params)
-    engine = make_engine(config, policy, mesh, eval_sampling(config))
-    with Guard(config.train.stall_timeout_s) as guard, RewardPool(config.reward, source) as pool:
-        found = evaluate_sets(
-            sets, config, engine=engine, params=weights, policy=policy, pool=pool, guard=guard, say=console.tell, bars=console.bars
-        )
+    with checked_pool(config, source, named, console) as pool:
+        if run_dir:
+            step, params = restore_params(run_dir, policy, mesh)
+            say(f"checkpoint of step {step}")
+        else:
+            step, params = None, load_params(config, policy, mesh)
+        weights = publisher(params, mesh, policy.model.compute_dtype)(params)
+        engine = make_engine(config, policy, mesh, eval_sampling(config))
+        with Guard(config.train.stall_timeout_s) as guard:
+            found = evaluate_sets(
+                sets, config, engine=engine, params=weights, policy=policy, pool=pool, guard=guard, say=console.tell, bars=console.bars
+            )
     results = {
         "step": step,
         "samples_per_problem": config.eval.samples_per_problem,

@@ -30,7 +30,7 @@ from dapo_jax.data.mixture import load_training, mix, mixture_digest
 from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import make_prompts, tokens_digest
 from dapo_jax.drawing import Drawn, draw_groups
-from dapo_jax.evaluate import eval_sampling, evaluate_sets, load_sets, not_held_out
+from dapo_jax.evaluate import checked_pool, eval_sampling, evaluate_sets, load_sets, not_held_out
 from dapo_jax.policy import (
     check_adapters,
     check_divides,
@@ -46,7 +46,7 @@ from dapo_jax.policy import (
 )
 from dapo_jax.programs import microbatches, train_programs, train_sampling
 from dapo_jax.resume import DataDigests, Progress, Run, UnderWay, fetched, restore, save
-from dapo_jax.reward.pool import RewardPool, error_counts
+from dapo_jax.reward.pool import error_counts
 from dapo_jax.reward.verify import function_source
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import Checkpoints
@@ -154,7 +154,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         Progress(keep_rate=min(1.0, algo.prompts_per_step / algo.prompts_per_draw)),
     )
     with (
-        RewardPool(config.reward, source) as pool,  # first: a function that cannot be loaded leaves no folder behind
+        checked_pool(config, source, sets, console) as pool,  # first: what it refuses leaves no folder behind
         locked(run_dir),
         Guard(config.train.stall_timeout_s) as guard,
         Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,

@@ -552,9 +552,11 @@ def test_a_reward_function_that_gives_no_verdicts(config, sound_model, tmp_path_
     monkeypatch.syspath_prepend(str(folder))
     settings = ("reward.verifier=custom", f"reward.function=nasty_{how}:f", f"reward.allowed_modules=[nasty_{how}]", "reward.timeout_s=0.3")
     overrides = (x for s in (*settings, "eval.max_problems=3", "reward.memory_mb=512") for x in ("--set", s))
+    monkeypatch.setattr(evaluate, "load_params", lambda *_: pytest.fail("a model is loaded before the function is tried"))
     said, _ = refused(evaluate, "--config", config, "--model", sound_model, *overrides)
-    assert "reward: 3 of 3 answers got no verdict (" in said and "; fix reward.function, or raise" in said
-    assert ("3 time-outs" if how in ("sleep", "print") else "3 errors") in said
+    assert f"reward.function: nasty_{how}:f gives no verdict on a first answer, 'Answer: " in said
+    limit = {"sleep": "raise reward.timeout_s 0.3", "print": "raise reward.timeout_s 0.3", "allocate": "raise reward.memory_mb 512"}
+    assert said.endswith(limit.get(how, "fix reward.function: (problem, text, length) -> (correct, score)"))
 
 
 def test_a_reward_function_that_cannot_be_loaded_leaves_no_folder(config, tmp_path, refused):

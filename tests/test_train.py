@@ -275,8 +275,8 @@ BAD = {
     "every prompt too long": (("data.max_prompt_len=1",), "longer than 1 tokens"),
     "tokenizer beyond the embedding": (("model.architecture.vocab_size=50",), "is beyond the model's embedding of 50 tokens"),
     "reward module missing": (("reward.function=gone:f", "reward.allowed_modules=[gone]"), "gone"),
-    "reward raises": (("reward.function=reward_functions:raises",), "answers got no verdict"),
-    "reward is nonsense": (("reward.function=reward_functions:nonsense",), "answers got no verdict"),
+    "reward raises": (("reward.function=reward_functions:raises",), "reward_functions:raises gives no verdict on a first answer"),
+    "reward of another signature": (("reward.function=reward_functions:_raise",), "_raise() takes 0 positional arguments but 3 were given"),
     "tracker missing": (("train.tracker=mlflow",), "train.tracker: mlflow is not installed; pip install 'dapo_jax[mlflow]'"),
     "no group is ever mixed": (("reward.verifier=strict", "reward.function=null"), "0 of 6 groups to train on"),
 }

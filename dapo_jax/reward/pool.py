@@ -156,20 +156,23 @@ def check_errors(verdicts: Sequence[Verdict], section: RewardSection) -> None:
     by_remedy: dict[str, list[str]] = {}
     for verdict in verdicts:
         if verdict.error is not None:
-            by_remedy.setdefault(_remedy(verdict.error, section), []).append(verdict.error)
-    remedy, errors = max(by_remedy.items(), key=lambda one: len(one[1]))
+            by_remedy.setdefault(remedy(verdict.error, section), []).append(verdict.error)
+    what_to_do, errors = max(by_remedy.items(), key=lambda one: len(one[1]))
     raise SharedError(
         f"reward: {timeouts + others} of {len(verdicts)} answers got no verdict ({timeouts} time-outs, {others} errors; most often: "
-        f"{one_line(errors[0])}); {remedy}, or raise reward.max_error_fraction {section.max_error_fraction:g}"
+        f"{one_line(errors[0])}); {what_to_do}, or raise reward.max_error_fraction {section.max_error_fraction:g}"
     )
 
 
-def _remedy(error: str, section: RewardSection) -> str:
+def remedy(error: str, section: RewardSection) -> str:
+    """What to do about an answer without a verdict."""
     if error.startswith(_TIMED_OUT):
         return f"raise reward.timeout_s {section.timeout_s:g}"
     if any(words in error for words in _OUT_OF_MEMORY):
         return f"raise reward.memory_mb {section.memory_mb}"
-    return "fix reward.function" if section.verifier == "custom" else "look at the responses"
+    if section.verifier == "custom":
+        return "fix reward.function: (problem, text, length) -> (correct, score)"
+    return "look at the responses"
 
 
 # --------------------------------------------------------------------------------------------------------------------

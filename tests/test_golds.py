@@ -1,0 +1,83 @@
+"""What is seen of data that the verifier cannot be right about, before a device works."""
+
+import pytest
+
+from dapo_jax.config import DAPO_TEMPLATE, RewardSection
+from dapo_jax.reward.golds import check_data, judge_golds
+from dapo_jax.reward.pool import RewardPool
+from dapo_jax.types import InputError, Message, Problem, Verdict
+
+STRICT = RewardSection()
+MATH = "We have\n\\[x^2 = 16,\\]so $x = \\boxed{4}$."
+
+
+def problems(*golds, **fields):
+    return [Problem(f"p{n}", "What?", gold, **fields) for n, gold in enumerate(golds)]
+
+
+def check(some, section=STRICT, template="{prompt}"):
+    with RewardPool(section) as pool:
+        return check_data("data.train", some, template, section, pool.judge)
+
+
+@pytest.mark.parametrize("verifier", ["strict", "lenient"])
+def test_ground_truths_that_can_be_reached(verifier):
+    golds = ("42", "$42$", "025", '["34"]', "1,024", "-7", "(1,2)", r"\frac12", "x = 5", "A", "U.S.", "12:00", "Tuesday, May 4", "4.5e33")
+    found = check(problems(*golds), RewardSection(verifier=verifier, workers=1))
+    assert found == [f"data.train: 14 of 14 (100.0%) ground truths are correct by the {verifier} verifier"]
+
+
+def test_ground_truths_that_cannot():
+    [line] = check(problems("42", "{4}$.", "5.", MATH, "x" * 400))
+    whole = f"Answer: {MATH}"
+    assert line == (
+        "warning: data.train: 1 of 5 (20.0%) ground truths are correct by the strict verifier; not, for example, "
+        "p1 with the answer '{4}$.': 'Answer: {4}' is not correct; p2 with the answer '5.': 'Answer: 5' is not correct; "
+        f"p3 with the answer {MATH!r}: {whole!r} is not correct"
+    )
+    with pytest.raises(InputError, match=r"0 of 2 \(0.0%\) ground truths .*; name the column of the bare answer, or another verifier$"):
+        check(problems("{4}$.", MATH))
+
+
+def test_solutions_are_judged_too():
+    right, wrong = Problem("a", "?", "4", "2+2=4\nAnswer: 4"), Problem("b", "?", "4", MATH)
+    lines = check([right, wrong, Problem("c", "?", "5")])
+    assert lines[0] == "data.train: 3 of 3 (100.0%) ground truths are correct by the strict verifier"
+    assert lines[1].startswith("warning: data.train: 1 of 2 (50.0%) solutions are correct by the strict verifier; not, for example, b with")
+    made = Problem("d", "?", "4", "2+2=5\nAnswer: 5", source="arithmetic")  # wrong on purpose
+    assert len(check([made])) == 1
+
+
+def test_math_verify_judges_a_few_of_many():
+    some = problems(*map(str, range(1000)))
+    judged = []
+
+    def judge(items):
+        judged.extend(item.problem.id for item in items)
+        return [Verdict(True, 1.0)] * len(items)
+
+    assert judge_golds(some, "lenient", judge)["ground truths"].judged == 250
+    assert judged == [f"p{n}" for n in range(0, 1000, 4)]
+    assert judge_golds(some, "strict", judge)["ground truths"].judged == 1000
+
+
+@pytest.mark.parametrize(
+    ("prompt", "form"),
+    [
+        (r"What is 1+1? Put the answer within \boxed{}.", r"\boxed"),
+        ((Message("system", "Be brief."), Message("user", 'What is 1+1? Output the answer after "####".')), "####"),
+    ],
+)
+def test_prompts_that_ask_for_another_form(prompt, form):
+    asks, plain = Problem("a", prompt, "2"), Problem("b", "What is 1+1?", "2")
+    [_, line] = check([asks, plain], template=DAPO_TEMPLATE)
+    assert line == (
+        f"warning: data.train: 1 of 2 prompts hold {form}, but the strict verifier reads an `Answer:` line only; "
+        "set reward.verifier: lenient, or let the prompts ask for `Answer:` alone"
+    )
+    assert len(check([asks] + [plain] * 9, template=DAPO_TEMPLATE)) == 1
+    assert len(check([asks], RewardSection(verifier="lenient", workers=1))) == 1
+
+
+def test_a_template_that_asks_for_another_form():
+    assert r"2 of 2 prompts hold \boxed" in check(problems("1", "2"), template=r"{prompt} End with \boxed{}.")[1]
