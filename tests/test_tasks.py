@@ -1,6 +1,5 @@
 """Tasks of one's own in one Python file: what is read of it, who runs it, and what is said of a bad one."""
 
-import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -285,18 +284,16 @@ def test_a_run_goes_on_with_the_task_it_was_started_with(config, here, capfd):
     assert "data.template: is 'Find {prompt}. ', but" in capfd.readouterr().err
 
 
-def test_processes_must_have_the_same_file(config, here, monkeypatch, capfd):
-    facts = []
+def test_processes_must_have_the_same_file(config, here, monkeypatch):
+    found = []
 
-    def differ(mine):
-        facts.append(mine)
-        return "something differs"
+    def differ(facts):
+        found.append(facts())
+        raise InputError("something differs")
 
-    monkeypatch.setattr(multihost, "disagreement", differ)
+    monkeypatch.setattr(multihost, "check_alike", differ)
     for ending in ("", "# another\n"):
         (here / "my.py").write_text(TASK + ending)
         assert run_train(config, here / "run") == 2
-    one, other = facts
-    assert {key for key in one if one[key] != other[key]} == {"the digest of reward.function"}
-    assert one["the digest of reward.function"] == hashlib.sha256(TASK.encode()).hexdigest()
-    assert "start every process with the same command, code, packages and data" in capfd.readouterr().err
+    one, other = found
+    assert {key for key in one if one[key] != other[key]} == {"the reward function"} and one["the reward function"] == TASK
