@@ -30,7 +30,7 @@ from dapo_jax.data.problems import load_problems
 from dapo_jax.data.prompts import byte_tokenizer, decode, load_tokenizer, make_prompts, stop_tokens
 from dapo_jax.model.weights import load_pretrained
 from dapo_jax.reward import pool
-from dapo_jax.reward.verify import LENIENT_TAIL, _lenient_candidates, check_verdict, extract_answer, normalize_answer, strict_verify
+from dapo_jax.reward.verify import LENIENT_TAIL, _marked_answer, _readings, check_verdict, extract_answer, normalize_answer, strict_verify
 from dapo_jax.runtime import checkpoint
 from dapo_jax.runtime.checkpoint import Checkpoints, restore_params
 from dapo_jax.types import InputError, NoCheckpointError, Problem, TrainState, Verdict
@@ -303,9 +303,9 @@ def test_strict_verifier(response, truth):
 @given(ANSWERS)
 def test_what_the_lenient_verifier_hands_to_the_parser(response):
     tail = response[-LENIENT_TAIL:]
-    candidates = within(0.5, _lenient_candidates, tail)
-    assert candidates and candidates[-1] == tail or "boxed" not in tail
-    assert all(len(c) <= LENIENT_TAIL + 20 for c in candidates)
+    marked = within(0.5, _marked_answer, tail)
+    readings = [tail] if marked is None else within(0.5, _readings, marked, tail)
+    assert readings and all(len(reading) <= LENIENT_TAIL + 20 for reading in readings)
 
 
 @examples(100)
