@@ -112,7 +112,7 @@ def benchmark_host(sizes: Sizes) -> dict[str, Any]:
     stop = (tokenizer.eos_token_id,)
     ids = np.setdiff1d(sorted(tokenizer.get_vocab().values()), [*tokenizer.all_special_ids, *stop])
     model = ModelConfig("llama", int(ids.max()) + 1, 2, 1, 1, 1, 2, 2)
-    groups, clock = sizes.responses // sizes.group, _Clock()
+    groups, clock, fetched = sizes.responses // sizes.group, _Clock(), [0]
     config = dataclasses.replace(
         Config(),
         dapo=DapoSection(groups, sizes.group, min(_UPDATE, sizes.responses), dynamic_sampling=False),
@@ -121,9 +121,15 @@ def benchmark_host(sizes: Sizes) -> dict[str, Any]:
         reward=RewardSection(overlong_buffer_len=sizes.max_response_len // 5),
         train=TrainSection(rows_per_microbatch=_ROWS),
     )
+
+    def fetch(tree: Any) -> Any:
+        found = jax.device_get(tree)
+        fetched[0] += sum(leaf.nbytes for leaf in jax.tree.leaves(found))
+        return found
+
     mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
     limits = {"slots": sizes.slots, "max_prompt_len": sizes.prompt_len, "max_response_len": sizes.max_response_len}
-    engine = Engine(model, Sampling(), stop, **limits, mesh=mesh, fetch=clock("fetch", jax.device_get))
+    engine = Engine(model, Sampling(), stop, **limits, mesh=mesh, fetch=clock("fetch", fetch))
     imposed = _Imposed(sizes, engine, ids)
     stream = engine.stream({}, jax.random.key(0))
     submit = stream.submit
@@ -158,5 +164,5 @@ def benchmark_host(sizes: Sizes) -> dict[str, Any]:
         pass
     total = {key: sum(part[key] for part in clock.parts.values()) for key in ("seconds", "cpu_seconds")}
     table = [{"part": name, **part} for name, part in clock.parts.items()]
-    counts = {"tokens": drawn.tokens, "segments": stream.segment, "peak_bytes": process_memory("VmHWM")}
+    counts = {"tokens": drawn.tokens, "segments": stream.segment, "fetched_bytes": fetched[0], "peak_bytes": process_memory("VmHWM")}
     return report(sizes, table, {"parts": clock.parts, **total, **counts}, device())

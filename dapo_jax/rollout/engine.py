@@ -25,7 +25,8 @@ from dapo_jax.types import Array, NonFiniteError, Params, Request, Response
 _SEGMENT = 64  # decode steps at most between looks at which sequences are still live
 _REFILL = 16  # slots are refilled when one in so many is free
 _BLOCK = 256  # tokens of a response that are fetched as one
-_FETCHES = (16, 128, 1024)  # blocks fetched at a time: 2 MB at most
+_FETCHES = (16, 128, 512, 2048)  # blocks fetched at a time: 4 MB at most
+_FREE = -(2**30)  # in place of a slot's first position
 _HALVINGS = 3  # of the slots that are decoded, while the last sequences end
 
 
@@ -156,6 +157,7 @@ class Stream:
         self._queue: collections.deque[_Job] = collections.deque()
         self._running: dict[tuple[int, int], _Job] = {}  # by (shard, slot)
         self._length = np.zeros((engine.shards, engine.slots), np.int32)  # tokens drawn in each slot
+        self._begin = np.full_like(self._length, _FREE)  # and in its cache before them
         self._prefilled: tuple[Cache | None, dict[bytes, int]] = None, {}  # and which head is in which row
         self._submitted = self.segment = self.steps = 0
 
@@ -217,7 +219,7 @@ class Stream:
         if not self._running:
             return []
         width = self._compact()
-        used = max(len(job.sequence) - 1 + int(self._length[at]) for at, job in self._running.items())
+        used = int((self._begin + self._length).max())
         read = next(n for n in engine.reads if n >= used)
         if self._queue:  # all slots are taken: until a refill is worth its while
             few, half = engine.shards * engine.slots - max(1, engine.shards * engine.slots // _REFILL), 0
@@ -228,10 +230,12 @@ class Stream:
         seen, steps = engine.fetch((seen, steps))
         live, self._length, ended = np.array(seen)
         self.segment, self.steps = self.segment + 1, self.steps + int(steps)
-        done = [at for at in sorted(self._running) if not live[at]]
+        done: list[tuple[int, int]] = [(n, i) for n, i in np.argwhere((self._begin != _FREE) & (live == 0)).tolist()]
         self._check_finite(done, ended)
         finished = self._responses(done, ended)
-        self._running = {at: job for at, job in self._running.items() if live[at]}
+        for at in done:
+            del self._running[at]
+            self._begin[at] = _FREE
         return finished
 
     def _check_finite(self, done: Sequence[tuple[int, int]], ended: np.ndarray) -> None:
@@ -251,7 +255,7 @@ class Stream:
     def _refill(self) -> None:
         """Starts requests from the front of the queue in the free slots, lowest slots first."""
         engine = self._engine
-        free = [(n, i) for i in range(engine.slots) for n in range(engine.shards) if (n, i) not in self._running]
+        free = collections.deque((n, i) for i, n in np.argwhere(self._begin.T == _FREE).tolist())
         while self._queue and free:
             if self._queue[0].head not in self._prefilled[1]:
                 self._prefilled = self._prefill()
@@ -259,12 +263,12 @@ class Stream:
             arrivals = np.full((len(Arrivals._fields), engine.shards, engine.slots), engine.slots, np.int32)
             counts = np.zeros(engine.shards, np.int32)
             while self._queue and free and self._queue[0].head in rows:
-                job, (n, i) = self._queue.popleft(), free.pop(0)
+                job, (n, i) = self._queue.popleft(), free.popleft()
                 request, sequence = job.request, job.sequence
                 entry = Arrivals(i, rows[job.head], sequence[-1], len(sequence) - 1, request.draw, request.sample, self._room(job))
                 arrivals[:, n, counts[n]] = entry
                 counts[n] += 1
-                self._running[n, i], self._length[n, i] = job, 0
+                self._running[n, i], self._begin[n, i], self._length[n, i] = job, len(sequence) - 1, 0
             self._state = engine.programs.insert(self._state, cache, self._seed, arrivals, counts.max())
 
     def _prefill(self) -> tuple[Cache, dict[bytes, int]]:
@@ -287,16 +291,18 @@ class Stream:
     def _compact(self) -> int:
         """How many slots of each shard to decode. Sequences beyond them move to free slots among them."""
         engine = self._engine
-        taken = [sorted(i for m, i in self._running if m == n) for n in range(engine.shards)]
-        width = next(w for w in engine.widths if w >= max(map(len, taken)))
+        taken = self._begin != _FREE
+        width = next(w for w in engine.widths if w >= taken.sum(axis=1).max())
         moves = np.full((2, engine.shards, engine.slots), engine.slots, np.int32)
         counts = np.zeros(engine.shards, np.int32)
         for n, slots in enumerate(taken):
-            free = (i for i in range(width) if i not in slots)
-            for source, target in zip([i for i in slots if i >= width], free, strict=False):
+            free = np.flatnonzero(~slots[:width]).tolist()
+            for source, target in zip((width + np.flatnonzero(slots[width:])).tolist(), free, strict=False):
                 moves[:, n, counts[n]] = source, target
                 counts[n] += 1
-                self._running[n, target], self._length[n, target] = self._running.pop((n, source)), self._length[n, source]
+                self._running[n, target] = self._running.pop((n, source))
+                self._length[n, target], self._begin[n, target] = self._length[n, source], self._begin[n, source]
+                self._begin[n, source] = _FREE
         if counts.any():
             self._state = engine.programs.move(self._state, moves, counts.max())
         return width
