@@ -1,10 +1,13 @@
 """Exit statuses of every verb, and the `dapo-jax VERB ...` console script."""
 
+import errno
 import importlib
 import itertools
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 import typing
 from collections.abc import Callable
@@ -31,6 +34,9 @@ VERBS = {
     "config": "every config field with its default and meaning",
 }
 
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # by a disk
+_LEAVE_S = 20.0  # that threads may take to end once the process has failed
+
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:
     """Runs a verb and exits: 0 done, 1 the run cannot go on, 2 bad input in one line, 3 no usable checkpoint, 128 + n on signal n."""
@@ -42,6 +48,7 @@ def _run(main: Callable[[list[str] | None], int], argv: list[str] | None) -> typ
     try:
         _check_arguments(sys.argv[1:] if argv is None else argv)
         status = main(argv)
+        sys.stdout.flush()
     except InputError as e:
         status = _say(e, 2)
     except NoCheckpointError as e:
@@ -62,6 +69,11 @@ def _run(main: Callable[[list[str] | None], int], argv: list[str] | None) -> typ
             status = _say(f"{what}, set model.remat: full, or use more devices; `python -m dapo_jax.plan` says what fits a TPU", 2)
         elif why := no_device(e):
             status = _say(why, 2)
+        elif isinstance(e, OSError) and e.errno in _REFUSED:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what it refused may be the output, and is written again at the end
+            status = _say(
+                f"{e.filename or 'output'}: cannot be written ({e.strerror}); free the disk, then start the same command again", 2
+            )
         elif multihost.is_distributed():
             traceback.print_exc()
             status = _say("ended by the error above", 1)
@@ -69,7 +81,16 @@ def _run(main: Callable[[list[str] | None], int], argv: list[str] | None) -> typ
             raise
     if status and multihost.is_distributed():
         multihost.leave(status)
+    if status and any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        threading.Thread(target=_leave_late_threads, args=(status,), daemon=True).start()
     sys.exit(status)
+
+
+def _leave_late_threads(status: int) -> None:
+    """Ends the process although threads that some library has left would hold the interpreter."""
+    threading.main_thread().join()
+    time.sleep(_LEAVE_S)
+    os._exit(status)
 
 
 def _check_arguments(argv: list[str]) -> None:

@@ -44,6 +44,6 @@ def reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "not found"
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    if said := re.search(r"([^:\[]+) \[os_error_code=", line):  # as tensorstore words it
-        return said[1].strip()
+    if number := re.search(r"\[os_error_code='(\d+)'\]", line):  # of tensorstore
+        return os.strerror(int(number[1]))
     return line.split(" [")[0][:200] or type(error).__name__

@@ -16,8 +16,10 @@ from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor
 from dapo_jax.drawing import Drawn, OpenGroup, keep_rate_after, open_state, restore_open
-from dapo_jax.runtime.checkpoint import Checkpoints
-from dapo_jax.types import Group, InputError, Prompt
+from dapo_jax.runtime.checkpoint import Checkpoints, Restored
+from dapo_jax.runtime.folder import reason
+from dapo_jax.runtime.metrics import definition
+from dapo_jax.types import Group, InputError, NoCheckpointError, Prompt
 
 
 class Progress(NamedTuple):
@@ -80,8 +82,10 @@ class Run:
         self.at = at._replace(draws=at.draws + drawn.draws, cursor=drawn.cursor, keep_rate=keep_rate_after(at.keep_rate, groups))
 
 
-def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data: DataDigests) -> None:
+def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data: DataDigests, function: str | None) -> None:
     """Writes a checkpoint, of a whole step or of one under way. Nothing to do where there is one of just this progress.
+
+    function: digest of the file of reward.function, where there is one.
 
     After a rollback a whole step is there already, with less draws and rollbacks: it is then written as one under way is.
     """
@@ -90,6 +94,7 @@ def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data:
         return
     host: dict[str, Any] = {"progress": run.at, "config": config, "data_digest": data.trained_on, "loaded_digest": data.loaded}
     host["tokens_digest"] = data.tokens
+    host["function_digest"] = function
     arrays = run.buffer.state() | run.memory.state() | open_state(run.left_open)
     if whole and checkpoints.latest_step() != run.at.step:
         checkpoints.save(run.at.step, run.state, host, arrays)
@@ -118,7 +123,8 @@ def restore(
 
     prompts: of the whole data set. allow_change: goes on although the data set is another one: at its start, and without the groups
     that were drawn from the old one. Raises InputError if the data set is another one otherwise; it is also where evaluation sets have
-    come to hold other problems of it, and where its prompts have become other tokens.
+    come to hold other problems of it, and where its prompts have become other tokens. Raises NoCheckpointError if
+    the digests of the checkpoint hold, but not what it says of the run.
     """
     if at_most is not None and min(checkpoints.steps(), default=at_most + 1) > at_most:
         return False
@@ -126,9 +132,19 @@ def restore(
     restored = checkpoints.restore(abstract_state, at_most=at_most)
     if restored is None:
         return False
+    try:
+        _take_up(run, restored, prompts, data, allow_change)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
+        raise NoCheckpointError(
+            f"{restored.path}: its digests hold, but what it says of the run cannot be ({reason(e)}); put back a copy, or move it out of "
+            "the folder: the run then goes on from the checkpoint before"
+        ) from None
+    return True
+
+
+def _take_up(run: Run, restored: Restored, prompts: Sequence[Prompt], data: DataDigests, allow_change: bool) -> None:
     host, arrays = restored.host, restored.groups
-    at = Progress(*host["progress"])
-    at = at._replace(cursor=Cursor(*at.cursor))
+    at = _progress(host["progress"], restored.step)
     changed, before = "data.train: is not the data set that the run was started with", "that one"
     same = host["data_digest"] == data.trained_on
     if same:
@@ -144,7 +160,7 @@ def restore(
         run.buffer.restore(arrays, {p.problem.id: p.problem for p in prompts})
         run.memory.restore(arrays)
         run.left_open = restore_open(arrays, prompts)
-        run.under_way = UnderWay(host["drawn"], _sums(host["sums"], arrays)) if "drawn" in host else None
+        run.under_way = _under_way(host, arrays) if "drawn" in host else None
     elif not allow_change:
         raise InputError(
             f"{changed}; use {before}, or set data.allow_change to go on from the start of what there is now, or give another --run-dir"
@@ -157,7 +173,25 @@ def restore(
         run.memory.clear()
         run.left_open, run.under_way = (), None
     run.at, run.state, run.saved = at, restored.state, at if run.under_way is None else None
-    return True
+
+
+def _progress(found: Sequence[Any], step: int) -> Progress:
+    """Raises TypeError or ValueError unless a record holds what `save` writes."""
+    at = Progress(*found)
+    at = at._replace(cursor=Cursor(*at.cursor))
+    if [type(value) for value in (*at, *at.cursor)] != [type(value) for value in (*Progress(), *Cursor())]:
+        raise TypeError("progress of other types")
+    if at.step != step or min(at[:3] + at.cursor) < 0 or not 0 <= at.keep_rate <= 1:
+        raise ValueError("progress that cannot be")
+    return at
+
+
+def _under_way(host: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> UnderWay:
+    """Raises as `_progress`."""
+    drawn = host["drawn"]
+    if not all(definition(key) and isinstance(value, int | float) for key, value in drawn.items()):
+        raise TypeError("metrics of other names or types")
+    return UnderWay(drawn, _sums(host["sums"], arrays))
 
 
 def fetched(sums: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

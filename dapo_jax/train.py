@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import signal
@@ -20,7 +21,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dapo_jax.config import Config, ConfigError, DapoSection, OptimSection, dump_yaml, flatten, load_config, to_dict
+from dapo_jax.config import (
+    Config,
+    ConfigError,
+    DapoSection,
+    OptimSection,
+    config_from_dict,
+    dump_yaml,
+    flatten,
+    load_config,
+    to_dict,
+)
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer, StepCounts
 from dapo_jax.dapo.groups import group_advantages, informative_groups
 from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targets, normalizer_weights
@@ -49,7 +60,7 @@ from dapo_jax.resume import DataDigests, Progress, Run, UnderWay, fetched, resto
 from dapo_jax.reward.pool import error_counts
 from dapo_jax.reward.verify import function_source
 from dapo_jax.runtime import multihost
-from dapo_jax.runtime.checkpoint import Checkpoints
+from dapo_jax.runtime.checkpoint import Checkpoints, newest_host
 from dapo_jax.runtime.console import StepTable, make_console, progress
 from dapo_jax.runtime.curves import plot_curves
 from dapo_jax.runtime.folder import Folder, local_file, read, run_folder, write_whole, writing
@@ -155,15 +166,16 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     )
     with (
         checked_pool(config, source, sets, console) as pool,  # first: what it refuses leaves no folder behind
+        Guard(config.train.stall_timeout_s) as guard,  # and so does a fault setting that cannot be read
         locked(run_dir),
-        Guard(config.train.stall_timeout_s) as guard,
         Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
         Profiler(run_dir / "profile", config.train.profile_start, config.train.profile_steps) as profiler,
     ):
         refuse_other_run(config, run_dir, source)  # a job that has ended since may have begun it
         check_steps(config.train.steps, max(checkpoints.steps(), default=0), run_dir)
         write_config(config, run_dir, source)
-        save_run = functools.partial(save, checkpoints=checkpoints, config=to_dict(config), data=data_digests)
+        function = digest_of(source)
+        save_run = functools.partial(save, checkpoints=checkpoints, config=to_dict(config), data=data_digests, function=function)
         restore_run = functools.partial(
             restore,
             checkpoints=checkpoints,
@@ -588,10 +600,17 @@ def fit_to_train_on(
     return kept
 
 
+def digest_of(source: str | None) -> str | None:
+    """Of the file of reward.function, as checkpoints hold it."""
+    return None if source is None else hashlib.sha256(source.encode()).hexdigest()
+
+
 def function_changed(source: str | None, run_dir: Folder) -> bool:
     """Whether the file of reward.function, now `source`, is another than the run was started with."""
-    before = read(run_dir / _FUNCTION)
-    return source is not None and before is not None and before != source.encode()
+    copy = read(run_dir / _FUNCTION)
+    host = newest_host(run_dir / "checkpoints") or {}
+    before = host.get("function_digest") if copy is None else hashlib.sha256(copy).hexdigest()
+    return None not in (before, source) and before != digest_of(source)
 
 
 def difference(before: Config, now: Config, may_change: tuple[str, ...]) -> tuple[str, Any, Any] | None:
@@ -601,21 +620,29 @@ def difference(before: Config, now: Config, may_change: tuple[str, ...]) -> tupl
     return next(((key, a.get(key), b.get(key)) for key in differing), None)
 
 
+def stored_configs(run_dir: Folder) -> list[Config]:
+    """What the run folder was started with, by its config.yaml and by its newest checkpoint: either may be missing."""
+    found, file = [], run_dir / "config.yaml"
+    if read(file) is not None:
+        with local_file(file) as stored:
+            found.append(load_config(stored))
+    host = newest_host(run_dir / "checkpoints") or {}
+    if isinstance(host.get("config"), dict):
+        found.append(config_from_dict(host["config"], f"the newest checkpoint of {run_dir}"))
+    return found
+
+
 def refuse_other_run(config: Config, run_dir: Folder, source: str | None) -> None:
     """Raises ConfigError for a folder whose run was another one, with another config or another `source` of its reward function."""
-    file = run_dir / "config.yaml"
-    if read(file) is None:
-        return
-    with local_file(file) as stored:
-        before = load_config(stored)
-    # files may move: digests tell what they hold
-    data = ("data.train",) if config.data.allow_change else tuple(f"data.train.{n}.path" for n in range(len(config.data.train)))
-    if changed := difference(before, config, MAY_CHANGE + data):
-        key, was, now = changed
-        raise ConfigError(f"{key}: is {now!r}, but {run_dir} was started with {was!r}; use another --run-dir, or set it back")
+    for before in stored_configs(run_dir):
+        # files may move: digests tell what they hold
+        data = ("data.train",) if config.data.allow_change else tuple(f"data.train.{n}.path" for n in range(len(config.data.train)))
+        if changed := difference(before, config, MAY_CHANGE + data):
+            key, was, now = changed
+            raise ConfigError(f"{key}: is {now!r}, but {run_dir} was started with {was!r}; use another --run-dir, or set it back")
     if function_changed(source, run_dir) and not config.reward.allow_change:
         raise ConfigError(
-            f"reward.function: {config.reward.function} is not what {run_dir} was started with, which is in its {_FUNCTION}; "
+            f"reward.function: {config.reward.function} is not what {run_dir} was started with, of which it has a copy or a digest; "
             "restore the file, or set reward.allow_change, or use another --run-dir"
         )
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dapo_jax.runtime import checkpoint
-from dapo_jax.runtime.checkpoint import Checkpoints, restore_params
+from dapo_jax.runtime.checkpoint import Checkpoints, newest_host, restore_params
 from dapo_jax.types import InputError, NoCheckpointError, TrainState
 
 HOST = {"seed": 7, "cursor": {"draw": 12345678901234, "epoch": 0}, "text": "é\ud800", "floats": [0.1, 1e-300, -2.5e17, 1 / 3]}
@@ -377,15 +378,15 @@ FULL_DISK = """
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    state = TrainState({"w": jnp.asarray(np.random.default_rng(0).normal(size=100_000))}, (), jnp.int32(0))
+    state = TrainState({name: jnp.asarray(np.random.default_rng(0).normal(size=20_000)) for name in "abcde"}, (), jnp.int32(0))
 
-    for how in ("leave", "save", "raise"):
+    for how, limit in (("leave", 50_000), ("save", 50_000), ("raise", 50_000), ("at once", 100)):
         folder = sys.argv[1] + "/" + how
         try:
             with Checkpoints(folder, keep=1) as checkpoints:
                 checkpoints.save(1, state, {}, {})
                 checkpoints.wait()
-                resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, unlimited[1]))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
                 checkpoints.save(2, state, {}, {})
                 if how == "save":
                     checkpoints.save(3, state, {}, {})
@@ -404,10 +405,76 @@ def test_a_full_disk_is_one_line_and_the_older_step_stays(tmp_path):
     code = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path)]
     done = subprocess.run(code, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr
-    leave, _, save, _, first, _ = lines = done.stdout.splitlines()
-    assert lines[1::2] == ["goes on from 1"] * 3
+    leave, _, save, _, first, _, at_once, _ = lines = done.stdout.splitlines()
+    assert lines[1::2] == ["goes on from 1"] * 4
     (late,) = done.stderr.splitlines()  # the failed save under an error that came first
-    for how, line in (("leave", leave), ("save", save), ("raise", late)):
+    for how, line in (("leave", leave), ("save", save), ("raise", late), ("at once", at_once)):
         assert f"{tmp_path / how}: a checkpoint could not be written (File too large)" in line
-    assert leave.startswith("leave InputError") and save.startswith("save InputError")
+    assert all(line.startswith(f"{how} InputError") for how, line in (("leave", leave), ("save", save), ("at once", at_once)))
     assert first == "raise KeyError 'the first error'"
+
+
+def test_a_folder_that_refuses_a_step_leaves_no_thread_waiting(folder, monkeypatch):
+    """Where a background thread made the folders, others would wait for it for five minutes."""
+
+    def mkdir(path, *args, **kwargs):
+        if "orbax-checkpoint-tmp" in os.fspath(path):
+            raise PermissionError(1, "Operation not permitted", os.fspath(path))
+        return plain(path, *args, **kwargs)
+
+    plain, before = os.mkdir, set(threading.enumerate())
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(InputError, match="a checkpoint could not be written .Operation not permitted."):
+        with Checkpoints(folder, keep=9) as checkpoints:
+            checkpoints.save(6, make_state(6), {}, {})
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+        assert thread.daemon or not thread.is_alive(), thread.name
+    monkeypatch.undo()
+    assert restored(folder).step == 5
+
+
+# -------------------------------------------------------------------------------------------------------------- forged
+
+
+def forge(step: Path, change) -> None:
+    """Changes what a record says, and signs it."""
+    path = step / "host" / "metadata"
+    record = json.loads(path.read_text())
+    del record["digest"]
+    change(record)
+    path.write_text(json.dumps({**record, "digest": checkpoint._sha256(checkpoint._canonical(record))}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.pop("leaves"),
+        lambda r: r.update(leaves=[]),
+        lambda r: r.update(leaves={"params": r["leaves"]["params"]}),
+        lambda r: r["leaves"].update(params=7),
+        lambda r: r["leaves"]["params"].update(embed=None),
+        lambda r: r["leaves"]["params"]["embed"].pop("digest"),
+        lambda r: r["leaves"]["params"]["embed"].update(shape="wide"),
+        lambda r: r.pop("groups"),
+        lambda r: r.update(groups={}),
+        lambda r: r.pop("host"),
+        lambda r: r.update(host=[1]),
+        lambda r: r.pop("step"),
+        lambda r: r.update(step=4),
+        lambda r: r.update(step="5"),
+    ],
+)
+def test_a_forged_record_is_one_line(folder, capsys, change):
+    """Its digest holds, and still it is not used but named, and the step before is taken."""
+    forge(folder / "5", change)
+    assert restored(folder).step == 3
+    used, moved = capsys.readouterr().err.splitlines()
+    assert f"{folder / '5'}: checkpoint not used: " in used and "moved to bad-5" in moved
+
+
+def test_the_newest_record_that_can_be_read(folder, tmp_path):
+    assert newest_host(folder)["step"] == 5
+    forge(folder / "5", lambda r: r.pop("host"))
+    assert newest_host(folder)["step"] == 3
+    assert newest_host(tmp_path / "missing") is None

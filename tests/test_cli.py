@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -14,6 +15,8 @@ import pytest
 import dapo_jax
 from dapo_jax import cli
 from dapo_jax.types import InputError, NoCheckpointError
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def status_of(main) -> int:
@@ -107,6 +110,35 @@ def test_empty_values_of_other_kinds_are_left_to_the_verb(capsys):
 def test_a_bug_is_not_hidden(error):
     with pytest.raises(type(error)):
         cli.run(raising(error), [])
+
+
+def test_output_that_a_full_disk_refuses_is_one_line():
+    """Written when a verb prints, or only when it ends."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("the system has no full device")
+    for printed in ("print('x', flush=True)", "print('x')"):
+        code = f"from dapo_jax import cli\ndef main(argv):\n    {printed}\n    return 0\ncli.run(main, [])"
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        assert done.returncode == 2
+        assert done.stderr == (
+            "dapo_jax: output: cannot be written (No space left on device); free the disk, then start the same command again\n"
+        )
+
+
+def test_a_thread_that_a_library_has_left_does_not_hold_a_failed_process():
+    code = """
+import threading, time
+from dapo_jax import cli
+from dapo_jax.types import InputError
+cli._LEAVE_S = 0.2
+def main(argv):
+    threading.Thread(target=time.sleep, args=(100,)).start()
+    raise InputError("x.yaml: a: wrong")
+cli.run(main, [])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (2, "dapo_jax: x.yaml: a: wrong\n")
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

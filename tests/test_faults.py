@@ -5,10 +5,12 @@ The reference is a run that nothing happened to: metrics are compared line by li
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from dapo_jax.rollout.engine import Engine
 from dapo_jax.runtime import faults, lock
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.metrics import read_metrics
-from dapo_jax.types import Stopped
+from dapo_jax.types import InputError, Stopped
 
 STEPS = "train.steps=2"
 
@@ -120,8 +122,42 @@ def test_a_guard_leaves_signals_as_they_were():
 
 @pytest.mark.parametrize("plan", ["update=kill", "update:1=explode", "update:x=kill", "update:1=kill@two"])
 def test_a_fault_plan_that_cannot_be_read_is_named(plan):
-    with pytest.raises(ValueError, match="DAPO_JAX_FAULTS"):
+    with pytest.raises(InputError, match="DAPO_JAX_FAULTS: .* correct it, or unset the variable"):
         faults.Faults(plan, 0)
+
+
+def test_a_fault_plan_that_cannot_be_read_leaves_no_folder(config, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv(faults.VARIABLE, "update:1=explode")
+    assert run_train(config, tmp_path / "run", STEPS) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("dapo_jax: DAPO_JAX_FAULTS: 'update:1=explode'") and not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_without_its_config_is_compared_with_its_checkpoint(whole, config, tmp_path, capfd, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "config.yaml").unlink()
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert run_train(config, run, STEPS, "optim.learning_rate=5e-4") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"dapo_jax: optim.learning_rate: is 0.0005, but {run} was started with 0.001")
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    assert run_train(config, run, STEPS) == 0
+    monkeypatch.setattr(train, "newest_host", lambda folder: {"function_digest": train.digest_of("before")})
+    assert [train.function_changed(source, tmp_path) for source in ("before", "now", None)] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "make", [Path.symlink_to, Path.hardlink_to, lambda lock, target: os.mkfifo(lock)], ids=["link", "hard link", "pipe"]
+)
+def test_a_link_for_a_lock_is_not_followed(tmp_path, make):
+    target, path = tmp_path / "mine", tmp_path / "run" / "lock"
+    target.write_text("mine")
+    path.parent.mkdir()
+    make(path, target)
+    with pytest.raises(InputError, match=f"{path}: is a link, or no file; remove it"), lock.locked(tmp_path / "run"):
+        pass
+    assert target.read_text() == "mine"
 
 
 def test_two_jobs_on_one_run_folder(whole, config, capfd):

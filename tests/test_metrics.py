@@ -2,12 +2,16 @@
 
 import json
 import re
+import resource
+import struct
 import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from dapo_jax.runtime.metrics import METRICS, MetricsLog, definition, peak_memory, read_metrics, timed, write_samples
 from dapo_jax.types import InputError
@@ -124,10 +128,26 @@ def test_a_run_that_starts_afresh_cuts_what_an_earlier_attempt_left(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1]
 
 
+def tensorboard_events(run_dir):
+    """What TensorBoard reads: the events of every file, by name."""
+    for path in sorted((run_dir / "tensorboard").iterdir()):
+        content = path.read_bytes()
+        while content:
+            (size,) = struct.unpack("<Q", content[:8])
+            length, crc, data, end = np.split(np.frombuffer(content[: size + 16], np.uint8), [8, 12, 12 + size])
+            assert [masked_crc32c(part.tobytes()) for part in (length, data)] == [int(part.view("<u4")[0]) for part in (crc, end)]
+            yield Event.FromString(data.tobytes())
+            content = content[size + 16 :]
+
+
 def test_tensorboard_gets_the_same_scalars(tmp_path):
     write_steps(tmp_path, [1, 2])
-    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
-    assert events.count(b"reward/mean") == 2
+    write_steps(tmp_path, [2, 3], resume_step=1)
+    events = list(tensorboard_events(tmp_path))
+    assert [event.file_version for event in events].count("brain.Event:2") == 2 and events[0].file_version
+    assert [event.step for event in events if event.session_log.status == SessionLog.START] == [0, 2]
+    scalars = [(event.step, {value.tag: value.simple_value for value in event.summary.value}) for event in events if event.summary.value]
+    assert scalars == [(step, {"reward/mean": np.float32(step / 7)}) for step in (1, 2, 2, 3)]
 
 
 def test_a_half_last_line_is_left_out_and_damage_elsewhere_is_named(tmp_path):
@@ -148,6 +168,63 @@ def test_folders_that_cannot_be(tmp_path):
         with pytest.raises(InputError, match="cannot be written") as e:
             call()
         assert "\n" not in str(e.value)
+
+
+def test_a_file_in_place_of_the_tensorboard_folder_is_named(tmp_path):
+    (tmp_path / "tensorboard").write_text("mine")
+    with pytest.raises(InputError, match=f"{tmp_path}/tensorboard/events.* cannot be written"):
+        MetricsLog(tmp_path)
+    assert (tmp_path / "tensorboard").read_text() == "mine"
+
+
+def test_resume_says_what_damage_and_loss_it_finds(tmp_path, capsys):
+    """Nothing of the file is lost: with damaged lines it is kept as it was, and a second one does not take its place."""
+    write_steps(tmp_path, [0, 1, 2, 3, 4, 5, 6])
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[3], lines[5] = b"nonsense\n", b""
+    path.write_bytes(before := b"".join(lines))
+    write_steps(tmp_path, [], resume_step=6)
+    damaged, missing = capsys.readouterr().err.splitlines()
+    assert damaged.startswith(f"dapo_jax: {path}: 1 damaged lines are left out, the first is line 4") and damaged.endswith(
+        "is bad-metrics.jsonl"
+    )
+    assert missing.endswith("has no line of step 3 and 1 more of the 6 steps that are done")
+    assert (tmp_path / "bad-metrics.jsonl").read_bytes() == before
+    assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 4, 6]
+    path.write_bytes(b"again\n" + path.read_bytes())
+    write_steps(tmp_path, [], resume_step=1)
+    assert "bad-metrics.jsonl-1" in capsys.readouterr().err and (tmp_path / "bad-metrics.jsonl").read_bytes() == before
+    assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.tmp", "samples/step_000001.jsonl", "samples/step_000001.jsonl.tmp"])
+def test_a_link_in_a_run_folder_is_replaced_not_followed(tmp_path, name):
+    target, link = tmp_path / "mine", tmp_path / "run" / name
+    target.write_text("mine")
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    write_steps(tmp_path / "run", [1])
+    write_samples(tmp_path / "run", 1, [{"id": "a"}])
+    assert target.read_text() == "mine" and not link.is_symlink()
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1]
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("room", [100, 400, 1100])
+def test_a_full_disk_is_said_once_and_the_next_run_goes_on(tmp_path, room):
+    """Whichever file it refuses, and although closing them would write again."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # as a full disk, in the writes of this process
+    try:
+        with pytest.raises(InputError, match="cannot be written .File too large.; free the disk"):
+            write_steps(tmp_path, range(1, 60))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    done = len(read_metrics(tmp_path))
+    write_steps(tmp_path, range(done + 1, 8), resume_step=done)
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, max(8, done + 1)))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_samples(tmp_path):

@@ -10,7 +10,7 @@ from dapo_jax.data.problems import Cursor
 from dapo_jax.drawing import OpenGroup
 from dapo_jax.resume import DataDigests, Progress, Run, UnderWay, restore, save
 from dapo_jax.runtime.checkpoint import Restored
-from dapo_jax.types import InputError, Prompt
+from dapo_jax.types import InputError, NoCheckpointError, Prompt
 
 DATA = DataDigests("loaded", "trained on", "tokens")
 PROMPTS = [Prompt(problem, np.array([1], np.int32)) for problem in PROBLEMS.values()]
@@ -29,10 +29,10 @@ class Folder:
         return list(self.whole)
 
     def save(self, step, state, host, groups):
-        self.whole[step] = Restored(step, state, self._host(host), groups)
+        self.whole[step] = Restored(f"checkpoints/{step}", step, state, self._host(host), groups)
 
     def save_interrupted(self, step, state, host, groups):
-        self.interrupted.append(Restored(step, state, self._host(host), groups))
+        self.interrupted.append(Restored(f"checkpoints/{step}", step, state, self._host(host), groups))
 
     def restore(self, abstract_state, *, at_most=None):
         if at_most is None and self.interrupted:
@@ -53,7 +53,7 @@ def taken_up(folder, run, data=DATA, **options):
 
 
 def write(run, folder):
-    save(run, folder, config={}, data=DATA)
+    save(run, folder, config={}, data=DATA, function=None)
 
 
 def test_a_rollback_is_written_once_and_taken_up():
@@ -83,7 +83,7 @@ def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
     run.buffer.add([make_group(draw, MIXED) for draw in (3, 4)])
     run.memory.record(2, True, 0)
     run.left_open = [OpenGroup(5, PROMPTS[0], 2)]
-    run.under_way = UnderWay({}, [{"loss": np.nan}], [])
+    run.under_way = UnderWay({}, [{"loss": np.nan}])
     run.at = run.at._replace(step=2, draws=6)
     taken_up(folder, run, DataDigests("other", "other", "other") if changed else DATA, allow_change=changed, at_most=1)
     assert (run.at.step, run.buffer.missing(), run.memory.resting(0)) == (1, 2 if changed else 1, 0)
@@ -107,3 +107,45 @@ def test_prompts_of_other_tokens_are_other_data():
     assert (again.at.cursor, again.buffer.missing()) == (Cursor(), 2)
     folder.whole[1].host.pop("tokens_digest")  # as an earlier version wrote it
     assert taken_up(folder, make_run(), others).buffer.missing() == 1
+
+
+UNDER_WAY = UnderWay({"rollout/tokens": 7.0}, [{"loss": 0.5, "skipped": 0.0}])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda host, arrays: host.pop("progress"),
+        lambda host, arrays: host.update(progress=None),
+        lambda host, arrays: host["progress"].append(1),
+        lambda host, arrays: host["progress"].__setitem__(0, "1"),
+        lambda host, arrays: host["progress"].__setitem__(0, 7),
+        lambda host, arrays: host["progress"].__setitem__(2, -1),
+        lambda host, arrays: host["progress"].__setitem__(3, 0),
+        lambda host, arrays: host["progress"].__setitem__(3, [0, "first"]),
+        lambda host, arrays: host["progress"].__setitem__(4, float("nan")),
+        lambda host, arrays: host["progress"].__setitem__(4, None),
+        lambda host, arrays: host.pop("data_digest"),
+        lambda host, arrays: host.update(drawn=[1]),
+        lambda host, arrays: host.update(drawn={"no/metric": 1.0}),
+        lambda host, arrays: host.update(drawn={"rollout/tokens": "many"}),
+        lambda host, arrays: host.update(sums=["loss"]),
+        lambda host, arrays: arrays.pop("counters"),
+        lambda host, arrays: arrays.update(counters=np.zeros(99)),
+        lambda host, arrays: arrays.update(correct_len=np.array([9])),
+        lambda host, arrays: arrays.update(memory_streak=np.zeros(1, np.int32)),
+        lambda host, arrays: arrays.update(open_groups=np.array([[0, 99, 0]]), open_lengths=np.array([1])),
+    ],
+)
+def test_what_a_forged_checkpoint_says_is_one_line(change):
+    """Its digests hold, so that it is this module that sees what cannot be."""
+    folder, run = Folder(), make_run(Progress(step=1, draws=1, begun=True))
+    run.buffer.add([make_group(0, MIXED)])
+    run.under_way = UNDER_WAY
+    write(run, folder)
+    (forged,) = folder.interrupted
+    assert taken_up(folder, make_run()).under_way == UNDER_WAY
+    change(forged.host, forged.groups)
+    with pytest.raises(NoCheckpointError, match="^checkpoints/1: its digests hold, but what it says of the run cannot be ") as e:
+        taken_up(folder, make_run())
+    assert "\n" not in str(e.value)

@@ -157,7 +157,8 @@ class DynamicSamplingBuffer:
     def restore(self, arrays: Mapping[str, np.ndarray], problems: Mapping[str, Problem]) -> None:
         """Puts back what `state` gave. `problems` finds a problem by its id.
 
-        Raises InputError, and changes nothing, if a buffered group belongs to a problem that is not there.
+        Raises InputError, and changes nothing, if a buffered group belongs to a problem that is not there; ValueError or KeyError if the
+        arrays do not fit each other.
         """
         last_draw, *tally = (int(count) for count in arrays["counters"])
         sizes = _array(arrays, "correct_len", np.int64)
@@ -200,6 +201,7 @@ class DynamicSamplingBuffer:
                     old_logprobs=tuple(old_logprobs[end - size : end]),
                 )
             )
+            _check_lengths(groups[-1])
         self._last_draw, self._tally, self._accepted = last_draw, _Tally(*tally), groups
 
 
@@ -249,6 +251,8 @@ def _array(arrays: Mapping[str, np.ndarray], name: str, dtype: type[np.generic])
 
 
 def _split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    if lengths.sum() != len(flat) or (lengths < 0).any():
+        raise ValueError("lengths of parts do not add up")
     return np.split(flat, np.cumsum(lengths))[:-1]
 
 

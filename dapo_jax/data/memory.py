@@ -69,4 +69,6 @@ class PassMemory:
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes up a `state` of as many problems; leaves a new memory as it is where the arrays hold none."""
         if "memory_streak" in arrays:
+            if arrays["memory_streak"].shape != self._streak.shape or arrays["memory_rests_until"].shape != self._streak.shape:
+                raise ValueError("a memory of other problems")
             self._streak, self._rests_until = arrays["memory_streak"].copy(), arrays["memory_rests_until"].copy()

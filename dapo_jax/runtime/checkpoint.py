@@ -13,6 +13,7 @@ another dtype casts in silence.
 A local step gets its name when it is whole. In a bucket it has its name from the start, and an object more when it is whole.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -22,7 +23,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePath
@@ -38,6 +40,7 @@ from jax.experimental import multihost_utils
 from dapo_jax.config import printable
 from dapo_jax.runtime import folder as folders
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.console import warn
 from dapo_jax.runtime.folder import Folder, as_path, is_bucket, reason
 from dapo_jax.types import Array, InputError, NoCheckpointError, Params, RunError, TrainState
 
@@ -52,6 +55,7 @@ _T = TypeVar("_T")
 class Restored(NamedTuple):
     """A checkpoint, verified."""
 
+    path: Folder
     step: int  # rollout step after which it was saved
     state: TrainState  # sharded as asked for
     host: dict[str, Any]
@@ -106,13 +110,14 @@ class Checkpoints:
             writing.join(_LEAVE_S)
             return
         try:
-            self.wait()
-        except InputError as e:
+            with self._writing():
+                self.wait()
+                self._manager.close()
+        except (InputError, RunError) as e:
             if error is None:
                 raise
-            _warn(str(e))  # the error that ends the run goes first
-        finally:
-            self._manager.close()
+            if type(error) is not type(e):  # else the same is said already
+                warn(str(e))
 
     def steps(self) -> list[int]:
         """Whole steps in the folder; not verified."""
@@ -140,17 +145,12 @@ class Checkpoints:
         """Writes where a run stands in the midst of the step after `step`, in the place of what was written so before; waits for it."""
         self.wait()
         folder = self._folder / _INTERRUPTED
-        try:
+        with self._writing():
             folder.mkdir(exist_ok=True)
             manager = _manager(folder, keep=1)
-        except folders.errors(folder) as e:
-            raise self._unwritten(e) from None
-        self._write(manager, (manager.latest_step() or 0) + 1, step, state, host, groups)
-        try:
+            self._write(manager, (manager.latest_step() or 0) + 1, step, state, host, groups)
             manager.wait_until_finished()
             manager.close()
-        except folders.errors(folder) as e:
-            raise self._unwritten(e) from None
 
     def _write(
         self,
@@ -173,17 +173,13 @@ class Checkpoints:
         record = json.loads(json.dumps(record, allow_nan=False))  # as it will be read: text keys, lists
         record["digest"] = _sha256(_canonical(record))
         saves = {item: ocp.args.StandardSave(arrays) for item, arrays in (*items.items(), ("groups", {"npz": blob}))}
-        try:
+        with self._writing():
             manager.save(name, args=ocp.args.Composite(host=ocp.args.JsonSave(record), **saves), force=True)
-        except folders.errors(self._folder) as e:
-            raise self._unwritten(e) from None
 
     def wait(self) -> None:
         """Waits for the save under way. Raises InputError if it failed: only here does that show."""
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
-        except Exception as e:  # of the file system, in whatever type the writer's threads put it
-            raise self._unwritten(e) from None
         if self._superseded and jax.process_index() == 0:
             folders.remove(self._folder / _INTERRUPTED)
         self._superseded = False
@@ -207,7 +203,7 @@ class Checkpoints:
         self._move_aside(stored[: stored.index(path)], record["step"])
         params = jax.tree.unflatten(jax.tree.structure(abstract_state.params), items["params"].values())
         rest = jax.tree.unflatten(jax.tree.structure(_rest(abstract_state)), items["optimizer"].values())
-        return Restored(record["step"], TrainState(params, rest["opt_state"], rest["updates"]), record["host"], groups)
+        return Restored(path, record["step"], TrainState(params, rest["opt_state"], rest["updates"]), record["host"], groups)
 
     def _move_aside(self, newer: Sequence[Folder], step: int) -> None:
         if not newer:
@@ -216,19 +212,26 @@ class Checkpoints:
         if jax.process_index() == 0:
             for path in newer:
                 name = path.name if path.parent == self._folder else f"{_INTERRUPTED}-{path.name}"
-                target = _free_name(self._folder / f"bad-{name}")
+                target = folders.free_name(self._folder / f"bad-{name}")
                 with folders.writing(target):
                     path.rename(target)
-                _warn(f"{path}: moved to {target.name}; the run goes on from step {step}")
+                warn(f"{path}: moved to {target.name}; the run goes on from step {step}")
         multihost.sync("checkpoints moved aside")
         self._manager.reload()
 
-    def _unwritten(self, error: Exception) -> Exception:
-        kind = RunError if is_bucket(self._folder) else InputError
-        return kind(
-            f"{self._folder}: a checkpoint could not be written ({reason(error)}); make room or give write access, then start "
-            "the same command again: it goes on from the last whole checkpoint"
-        )
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """InputError, or RunError in a bucket, for what the file system says inside, in whatever type orbax and its threads put it."""
+        try:
+            yield
+        except (InputError, RunError, FloatingPointError, jax.errors.JaxRuntimeError, MemoryError):
+            raise
+        except Exception as e:
+            kind = RunError if is_bucket(self._folder) else InputError
+            raise kind(
+                f"{self._folder}: a checkpoint could not be written ({reason(e)}); make room or give write access, then start "
+                "the same command again: it goes on from the last whole checkpoint"
+            ) from None
 
 
 def records_digest(folder: str | Folder) -> str:
@@ -272,7 +275,10 @@ def _manager(folder: Folder, keep: int) -> ocp.CheckpointManager:
                 if not _is_whole(path):
                     folders.remove(path)
         multihost.sync("half-written checkpoints removed")
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=not bucket))
+    # Where a background thread makes the folders and fails, others wait for it for five minutes and keep the interpreter alive.
+    threads = ocp.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=not bucket, async_options=threads)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def _stored(folder: Folder, *, interrupted: bool = False) -> list[Folder]:
@@ -305,8 +311,8 @@ def _check_whole(path: Folder) -> None:
 def _step_of(path: Folder) -> float:
     """The step that an interrupted checkpoint follows; infinity, to be looked at first, if its record cannot be read."""
     try:
-        return int(_read_record(path / _RECORD)["step"])
-    except (_Unusable, InputError, ValueError, TypeError, KeyError):
+        return _read_record(path)["step"]
+    except (_Unusable, InputError, ValueError, RecursionError):
         return float("inf")
 
 
@@ -319,7 +325,7 @@ def _newest(folder: Folder, stored: Sequence[Folder], load: Callable[[Folder], _
         except _Unusable as e:
             reasons.append(str(e))
             if jax.process_index() == 0:
-                _warn(f"{path}: checkpoint not used: {e}")
+                warn(f"{path}: checkpoint not used: {e}")
     if not stored:
         return None
     raise NoCheckpointError(
@@ -331,14 +337,14 @@ def _newest(folder: Folder, stored: Sequence[Folder], load: Callable[[Folder], _
 def _load(path: Folder, targets: Mapping[str, dict[str, Any]], *, groups: bool) -> _Loaded:
     """A step, verified. Raises _Unusable, on all processes or on none."""
     _agreed(lambda: _check_whole(path))
-    record = _agreed(lambda: _read_record(path / _RECORD))
+    record = _agreed(lambda: _read_record(path))
     _agreed(lambda: _check_expected(record["leaves"], targets))
     host_arrays = _agreed(lambda: _read_groups(path / "groups", record["groups"])) if groups else {}
     items = {}
     for item, target in targets.items():
         items[item] = _agreed(partial(_read_arrays, path / item, target))
         content = _describe(items[item])  # on every process, before any of them may refuse
-        _agreed(partial(_check_content, record["leaves"][item], content))
+        _agreed(partial(_check_content, record["leaves"], item, content))
     return _Loaded(record, items, host_arrays)
 
 
@@ -360,8 +366,16 @@ def _agreed(read: Callable[[], _T]) -> _T:
     return value
 
 
+def newest_host(folder: str | Folder) -> dict[str, Any] | None:
+    """The caller's dict in the newest checkpoint whose record can be read; its arrays are not looked at."""
+    for path in _stored(_absolute(folder), interrupted=True):
+        with contextlib.suppress(_Unusable, InputError, ValueError, RecursionError):
+            return _read_record(path)["host"]
+    return None
+
+
 def _read_record(path: Folder) -> dict[str, Any]:
-    content = folders.read(path)
+    content = folders.read(path / _RECORD)
     if content is None:
         raise _Unusable("incomplete")
     record = json.loads(content)
@@ -371,6 +385,11 @@ def _read_record(path: Folder) -> dict[str, Any]:
         raise _Unusable(f"written in format {record.get('format')!r}, not {_FORMAT}; use the dapo_jax that wrote it")
     if record.pop("digest") != _sha256(_canonical(record)):
         raise _Unusable("its JSON record is damaged")
+    step, host = record.get("step"), record.get("host")
+    if type(step) is not int or step < 0 or not isinstance(host, dict):
+        raise _Unusable("its JSON record has no step or host")
+    if path.parent.name != _INTERRUPTED and path.name != str(step):
+        raise _Unusable(f"is of step {step}; give its folder that name")
     return record
 
 
@@ -432,9 +451,9 @@ def _shown(dtype: str, *shape: int) -> str:
     return f"{dtype}[{', '.join(map(str, shape))}]"
 
 
-def _check_content(stored: Mapping[str, Mapping[str, Any]], read: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_content(leaves: Mapping[str, Mapping[str, Any]], item: str, read: Mapping[str, Mapping[str, Any]]) -> None:
     for name, leaf in read.items():
-        if leaf["digest"] != stored[name]["digest"]:
+        if leaf["digest"] != leaves[item][name]["digest"]:
             raise _Unusable(f"{name} does not match its digest")
     if lost := _first_non_finite(read):
         raise _Unusable(f"{lost} is not finite")
@@ -556,20 +575,18 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _free_name(path: Folder) -> Folder:
-    name, n = path, 1
-    while name.exists():
-        name, n = path.with_name(f"{path.name}-{n}"), n + 1
-    return name
-
-
-def _warn(message: str) -> None:
-    print(f"dapo_jax: {message}", file=sys.stderr)
-
-
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-# orbax logs the traceback of a failed write from each of its threads; `wait` reports it in one line.
+def _show_unless_late(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _show_unraisable(unraisable)
+
+
+# Of a failed write orbax logs the traceback from each of its threads, asyncio and Python what orbax has not awaited, and tensorstore
+# that nobody awaits the other writes any more. `wait` reports it in one line.
 logging.getLogger("absl").addFilter(_not_from_orbax)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", message="coroutine '.*' was never awaited")
+_show_unraisable, sys.unraisablehook = sys.unraisablehook, _show_unless_late

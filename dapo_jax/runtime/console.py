@@ -60,6 +60,11 @@ def escaped_output() -> Iterator[None]:
         yield
 
 
+def warn(message: str) -> None:
+    """A line on standard error."""
+    print(f"dapo_jax: {message}", file=sys.stderr, flush=True)
+
+
 class Console(NamedTuple):
     """How one process speaks; only the first of a job does."""
 

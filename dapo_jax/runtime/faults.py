@@ -12,6 +12,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+from dapo_jax.types import InputError
+
 VARIABLE = "DAPO_JAX_FAULTS"
 
 
@@ -28,7 +30,8 @@ class Faults:
         for entry in filter(None, re.split(r"\s*,\s*", plan.strip())):
             found = re.fullmatch(r"([a-z-]+):(\d+)=([a-z]+)(?:@(\d+))?", entry)
             if not found or found[3] not in _ACTIONS:
-                raise ValueError(f"{VARIABLE}: {entry!r} is not PLACE:COUNT=ACTION[@PROCESS] with ACTION of {', '.join(_ACTIONS)}")
+                form = f"PLACE:COUNT=ACTION[@PROCESS] with ACTION of {', '.join(_ACTIONS)}"
+                raise InputError(f"{VARIABLE}: {entry!r} is not {form}; correct it, or unset the variable")
             if found[4] is None or int(found[4]) == process:
                 self._actions[found[1], int(found[2])] = found[3]
 

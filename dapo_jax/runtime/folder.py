@@ -6,6 +6,7 @@ and cannot be appended to; a folder is there as soon as something is in it. So a
 """
 
 import contextlib
+import io
 import os
 import shutil
 import tempfile
@@ -91,8 +92,34 @@ def write_whole(path: Folder, content: bytes) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)  # of a process that was killed, or a link to somewhere else
+    try:
+        with _open(temporary, os.O_CREAT | os.O_EXCL) as file:
+            _write(file, content)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _open(path: Folder, flags: int) -> io.FileIO:
+    """Opens a file for writing, and no link; unbuffered, so that what a full disk refuses is not tried again later."""
+    return io.FileIO(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666), "wb")
+
+
+def _write(file: io.FileIO, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def free_name(path: Folder) -> Folder:
+    """The path, or with a number behind it where there is something already."""
+    name, n = path, 1
+    while name.exists():
+        name, n = path.with_name(f"{path.name}-{n}"), n + 1
+    return name
 
 
 def remove(folder: Folder) -> None:
@@ -125,15 +152,14 @@ class Growing:
     def __init__(self, path: Folder, content: bytes):
         write_whole(path, content)
         self._path, self._content = path, content
-        self._file = None if is_bucket(path) else path.open("ab")
+        self._file = None if is_bucket(path) else _open(path, os.O_APPEND)
 
     def add(self, line: bytes) -> None:
         if self._file is None:
             self._content += line
             self._path.write_bytes(self._content)
         else:
-            self._file.write(line)
-            self._file.flush()
+            _write(self._file, line)
 
     def close(self) -> None:
         if self._file is not None:

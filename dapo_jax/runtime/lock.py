@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.folder import Folder, is_bucket, read, reason, write_whole, writing
@@ -89,15 +88,17 @@ def _lock(path: Folder, stack: contextlib.ExitStack) -> str:
     """Locks, and returns nothing; or why it cannot."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context(Path(path).open("a+"))
+        if path.is_symlink() or path.exists() and not (path.is_file() and path.stat().st_nlink == 1):
+            return f"{path}: is a link, or no file; remove it"
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        stack.callback(os.close, file)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
+        os.write(file, f"{_me()}\n".encode())
     except BlockingIOError:
         return _in_use(path, path.read_bytes())
     except OSError as e:
-        return f"{path.parent}: cannot be used as a run folder ({e.strerror}); give a writable folder"
-    file.truncate(0)
-    file.write(f"{_me()}\n")
-    file.flush()
+        return f"{path.parent}: cannot be used as a run folder ({e.strerror}); give a writable folder with room"
     return ""
 
 

@@ -13,6 +13,8 @@ import json
 import math
 import re
 import resource
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +22,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from dapo_jax.runtime import folder
-from dapo_jax.runtime.folder import Folder, Growing, Staged, as_path, writing
+from dapo_jax.runtime.console import warn
+from dapo_jax.runtime.folder import Folder, Growing, as_path, writing
 from dapo_jax.types import InputError
 
 VOLATILE = ("time/", "throughput/", "memory/")  # areas of metrics that depend on the clock and the machine; no other does
@@ -129,8 +134,10 @@ class MetricsLog:
     def _open(self, last: int) -> None:
         with writing(self._path):
             self._lines = Growing(self._path, _until(self._path, last))
-            self._events = Staged(self._path.parent / "tensorboard")
-            self._board = SummaryWriter(str(self._events.local), purge_step=last + 1)
+        self._board = self._path.parent / "tensorboard" / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        restart = SessionLog(status=SessionLog.START)  # hides the steps from here on of the files before
+        with writing(self._board):
+            self._events = Growing(self._board, _event(file_version="brain.Event:2") + _event(step=last + 1, session_log=restart))
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -144,7 +151,6 @@ class MetricsLog:
     def __exit__(self, *error: object) -> None:
         if self._lines is not None:
             self._lines.close()
-            self._board.close()
             self._events.close()
 
     def write(self, step: int, updates: int, draws: int, metrics: Mapping[str, Any]) -> None:
@@ -167,10 +173,9 @@ class MetricsLog:
         line = json.dumps({"step": int(step), **counters, **finite, **texts}) + "\n"
         with writing(self._path):
             self._lines.add(line.encode())
-            for key, number in finite.items():
-                self._board.add_scalar(key, number, step)
-            self._board.flush()
-            self._events.send()
+        values = [Summary.Value(tag=key, simple_value=number) for key, number in finite.items()]
+        with writing(self._board):
+            self._events.add(_event(step=step, summary=Summary(value=values)))
         self._copy(int(step), counters | finite)
 
 
@@ -211,6 +216,13 @@ def definition(key: str) -> str | None:
     return METRICS.get(key)
 
 
+def _event(**fields: Any) -> bytes:
+    """An event of now, as a file of TensorBoard's holds it: length, its CRC, content, its CRC."""
+    content = Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(content))
+    return b"".join((length, struct.pack("<I", masked_crc32c(length)), content, struct.pack("<I", masked_crc32c(content))))
+
+
 def _number(value: Any) -> int | float:
     """A Python number: JSON writes no other."""
     array = np.asarray(value)
@@ -227,10 +239,17 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _until(path: Folder, last: int) -> bytes:
-    """The whole lines of steps up to `last`."""
-    lines = (folder.read(path) or b"").split(b"\n")[:-1]  # behind the last line end there is nothing, or half a line
-    kept = [line for line in lines if (record := _record(line)) is not None and record["step"] <= last]
-    return b"".join(line + b"\n" for line in kept)
+    """The whole lines of steps up to `last`. Says which are missing; with damaged lines the file as it was is kept beside it."""
+    content = folder.read(path) or b""
+    lines = content.split(b"\n")[:-1]  # behind the last line end there is nothing, or half a line
+    steps = [record["step"] if (record := _record(line)) else None for line in lines]
+    if damaged := [n for n, step in enumerate(steps, start=1) if step is None]:
+        folder.write_whole(copy := folder.free_name(path.with_name(f"bad-{path.name}")), content)
+        warn(f"{path}: {len(damaged)} damaged lines are left out, the first is line {damaged[0]}; the file as it was is {copy.name}")
+    if missing := sorted({*range(1, last + 1)} - {*steps}):
+        shown = f"step {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        warn(f"{path}: has no line of {shown} of the {last} steps that are done")
+    return b"".join(line + b"\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= last)
 
 
 # --------------------------------------------------------------------------------------------------------------------

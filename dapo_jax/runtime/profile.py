@@ -1,9 +1,8 @@
 """A trace of some steps, for TensorBoard's profile plugin, XProf or Perfetto."""
 
-import sys
-
 import jax
 
+from dapo_jax.runtime.console import warn
 from dapo_jax.runtime.folder import Folder, Staged, errors, reason
 
 
@@ -38,6 +37,6 @@ class Profiler:
         try:
             self._trace.send()
         except errors(self._folder) as e:
-            print(f"dapo_jax: {self._folder}: the trace could not be sent ({reason(e)})", file=sys.stderr)
+            warn(f"{self._folder}: the trace could not be sent ({reason(e)})")
         self._trace.close()
         self._trace = None
