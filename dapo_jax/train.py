@@ -642,7 +642,7 @@ def refuse_other_run(config: Config, run_dir: Folder, source: str | None) -> Non
             raise ConfigError(f"{key}: is {now!r}, but {run_dir} was started with {was!r}; use another --run-dir, or set it back")
     if function_changed(source, run_dir) and not config.reward.allow_change:
         raise ConfigError(
-            f"reward.function: {config.reward.function} is not what {run_dir} was started with, of which it has a copy or a digest; "
+            f"reward.function: {config.reward.function} is not what {run_dir} was started with, which is in its {_FUNCTION} or checkpoint; "
             "restore the file, or set reward.allow_change, or use another --run-dir"
         )
 
