@@ -1,9 +1,14 @@
 """Eight virtual CPU devices for every test, set before jax looks for devices."""
 
+import importlib
+import json
 import os
 
 import hypothesis
 import jax
+import pytest
+
+from dapo_jax.data import files
 
 # Most of the suite's time is compiling, and LLVM's costly passes gain such small programs nothing: four tenths less without them. What XLA
 # itself does to a program, which some tests look at, stays.
@@ -16,6 +21,26 @@ hypothesis.settings.register_profile("repeatable", derandomize=True)  # `--hypot
 hypothesis.settings.load_profile("repeatable")
 
 _LONG = ("process_faults", "processes", "train", "faults", "lora", "buckets", "benchmark")
+
+
+def _results(work, orders, **limits):
+    """`confined.results` without its process."""
+    module, _, name = work.partition(":")
+    worked = getattr(importlib.import_module(module), name)(map(json.loads, map(json.dumps, orders)))
+    next(worked)
+    return (json.loads(json.dumps(result, default=lambda value: {})) for result in worked)
+
+
+@pytest.fixture
+def table_process():
+    """For tests of the process that reads tables."""
+
+
+@pytest.fixture(autouse=True)
+def tables_are_read_here(monkeypatch, request):
+    """The process that reads a table takes seconds to start."""
+    if "table_process" not in request.fixturenames:
+        monkeypatch.setattr(files, "results", _results)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,9 @@
 """Files of every kind hold the same rows; folders and patterns are read shard by shard."""
 
+import gzip
 import json
 import os
+import resource
 from pathlib import Path
 
 import pyarrow as pa
@@ -140,7 +142,7 @@ def test_csv_rows_that_are_no_rows(tmp_path, monkeypatch):
     loaded, report = load(path)
     assert [(p.prompt, p.answer) for p in loaded] == [("1+1?", "2"), ("long", "3")]
     assert report.skipped == {"no answer": Skip(1, 2), "prompt is not valid Unicode": Skip(1, 4), "no prompt": Skip(1, 5)}
-    monkeypatch.setattr(files, "_MAX_ROW_BYTES", 200)
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 200)
     path.write_text("question,answer\n1+1?,2\n" + '"' + "x\n" * 200)
     assert "not CSV after row 1 (field larger than field limit (200)); correct the quotes there" in error_of(path)
 
@@ -151,3 +153,50 @@ def test_damaged_arrow(tmp_path):
     for damaged in (b"", b"ARROW1\0\0" * 9, content[: len(content) // 2]):
         path.write_bytes(damaged)
         assert "corrupt Arrow after row" in error_of(path, **COLUMNS)
+
+
+# Hostile sizes
+
+
+def test_a_table_is_read_in_a_process_with_a_memory_limit(tmp_path, monkeypatch, table_process):
+    """A sound one, and one whose few kB hold a prompt of 100 MB."""
+    monkeypatch.setattr(files, "_MEMORY_BYTES", 200 << 20)
+    sound = write(tmp_path / "a.parquet")
+    assert answers(sound) == [str(n + 1) for n in range(20)]
+    pq.write_table(pa.table({"prompt": ["y" * 100_000_000], "answer": ["1"]}), tmp_path / "c.parquet", compression="zstd")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    said = error_of(tmp_path / "c.parquet")
+    assert "cannot be read after row 0 (its process wanted too much memory); write its rows as .jsonl" in said
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+@pytest.mark.parametrize("kind", ["a.parquet", "a.arrow"])
+def test_a_row_of_a_table_may_be_as_long_as_a_line_of_json(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 1000)
+    rows = [{"question": "a" * n, "key": "1"} for n in (900, 1100, 899)]
+    loaded, report = load(write(tmp_path / kind, rows), **COLUMNS)
+    assert [len(p.prompt) for p in loaded] == [900, 899] and report.skipped == {"longer than 0 MB": Skip(1, 2)}
+
+
+def test_a_table_that_repeats_a_long_row_is_refused_before_its_rows_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_LEAST_BYTES", 1 << 20)
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 4096, pa.int32()), pa.array(["x" * 10**5]))
+    table = pa.table({"question": texts, "key": ["1"] * 4096})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30)
+    assert ": the rows so far are over 1000 times the file's " in error_of(tmp_path / "a.parquet", **COLUMNS)
+
+
+def test_text_without_rows_is_not_read_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_MAX_BLANK", 10)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a", "answer": 1}\n' + b"\n" * 50))
+    assert error_of(tmp_path / "a.jsonl.gz").endswith(": 10 blank lines up to line 12; remove them")
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(files, "_LEAST_BYTES", 1000)
+    (tmp_path / "b.jsonl").write_bytes(b"x" * 3000)
+    assert ": row 1 has over 0 GB; give a file of JSON lines" in error_of(tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize("ending", files.ENDINGS)
+def test_only_regular_files_are_read(tmp_path, ending):
+    os.mkfifo(path := tmp_path / f"d{ending}")
+    assert error_of(path).endswith(": cannot be read (not a regular file); check the file and its permissions")

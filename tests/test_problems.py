@@ -216,7 +216,7 @@ def test_the_longest_answer_that_is_allowed(tmp_path):
 
 
 def test_overlong_rows_are_counted_and_do_not_swallow_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
     size = len(json.dumps({"prompt": "", "answer": "1"}))
     texts = ["x" * 1000, "y" * (99 - size), "z" * (100 - size)]  # a line end counts too
     loaded, report = load(write_jsonl(tmp_path / "a.jsonl", [GOOD, *({"prompt": t, "answer": "1"} for t in texts), GOOD]))

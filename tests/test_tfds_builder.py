@@ -15,7 +15,7 @@ import dapo_jax
 from dapo_jax.config import ArithmeticConfig
 from dapo_jax.data import tfds_builder
 from dapo_jax.data.problems import Skip, load_problems, problems_digest
-from dapo_jax.data.tfds_builder import prepare, read_problems
+from dapo_jax.data.tfds_builder import prepare
 from dapo_jax.types import InputError, Message
 
 ROWS = [
@@ -26,6 +26,10 @@ ROWS = [
     {"prompt": "conflict", "answer": 1},
     {"prompt": "conflict", "answer": 2},
 ]
+
+
+def read_problems(folder):
+    return load_problems(folder, ArithmeticConfig())
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +90,21 @@ def test_neither_tensorflow_nor_jax_is_needed(source, prepared, tmp_path):
         "from importlib.machinery import PathFinder\n"
         "find, absent = PathFinder.find_spec, ('tensorflow', 'jax', 'torch', 'importlib_resources')\n"
         "PathFinder.find_spec = lambda name, *rest: None if name in absent else find(name, *rest)\n"
-        "from dapo_jax.data.tfds_builder import prepare, read_problems\n"
-        f"assert len(read_problems({str(prepared)!r})[0]) == 3\n"
-        f"assert len(read_problems(str(prepare({source!r}, {str(tmp_path)!r})))[0]) == 3\n"
+        "from dapo_jax.config import ArithmeticConfig\n"
+        "from dapo_jax.data.problems import load_problems\n"
+        "from dapo_jax.data.tfds_builder import prepare, records\n"
+        f"worked = records(iter([['d', {str(prepared)!r}, False]]))\n"
+        "assert next(worked) is None and len(list(worked)) == 3\n"
+        f"assert len(load_problems(str(prepare({source!r}, {str(tmp_path)!r})), ArithmeticConfig())[0]) == 3\n"
     )
     run_python(code)
 
 
-def test_files_are_loaded_without_importing_tensorflow_datasets(source):
+def test_data_is_loaded_without_importing_its_readers(source, prepared):
     code = (
         "import sys; from dapo_jax.data.problems import load_problems; from dapo_jax.config import ArithmeticConfig;"
-        f"load_problems({source!r}, ArithmeticConfig()); sys.exit('tensorflow_datasets' in sys.modules)"
+        f"assert len([load_problems(s, ArithmeticConfig()) for s in ({source!r}, {str(prepared)!r})]) == 2;"
+        "sys.exit('tensorflow_datasets' in sys.modules or 'pyarrow' in sys.modules)"
     )
     run_python(code)
 
@@ -260,6 +268,5 @@ def test_records_that_read_as_empty_are_not_taken_for_rows_without_a_prompt(tmp_
     assert "empty record 1" in error_of(read_problems, folder)
 
 
-def test_missing_folder_and_folder_without_a_data_set(tmp_path):
-    for folder in (tmp_path, tmp_path / "missing"):
-        assert "dataset_info.json" in error_of(read_problems, str(folder))
+def test_folder_without_a_data_set(tmp_path):
+    assert "dataset_info.json" in error_of(read_problems, str(tmp_path))

@@ -10,6 +10,7 @@ from dapo_jax.config.load import (
     dump_yaml,
     load_config,
     merge,
+    open_regular,
     read_mapping,
     read_text,
 )

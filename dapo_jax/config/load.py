@@ -1,11 +1,14 @@
 """Configs from small YAML files, with dotted overrides, presets and task files; and back."""
 
 import ast
+import errno
 import itertools
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import yaml
 
@@ -172,11 +175,21 @@ def _data_sets(tree: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 # ----------------------------------------------------------------------------------------- tasks
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a regular file to read its bytes. Raises OSError; for a FIFO, a device or a socket too,
+    which may block or have no end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
 def read_text(path: str | Path, where: str, what: str, kind: str) -> str:
     """The text of a UTF-8 file of at most 1 MB. Raises ConfigError, in the words `where`, `what`
     and `kind`, if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             raw = file.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or str(e)

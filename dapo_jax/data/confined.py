@@ -19,11 +19,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dapo_jax.types import InputError
+
 START_S = 120.0  # for the process to import what it needs
+_NO_MEMORY = 3  # exit status
 _ALARM_S = 2.0  # beyond the deadline, when a process whose caller is gone ends itself
 
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHOME", "TZ")  # the rest may hold secrets
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from dapo_jax.data.confined import serve; serve(*json.loads(sys.argv[2]))"
+
+
+_END = object()
 
 
 class ConfinedError(Exception):
@@ -35,10 +41,10 @@ def results(work: str, orders: Iterable[Any], *, deadline_s: float, memory_bytes
 
     Args:
       work: "module:function" of a generator function. It is given an iterator of the orders. The first thing that it yields says that
-        it has imported what it needs, and is dropped. Orders and results are JSON-able.
+        it has imported what it needs, and is dropped. Orders and results are JSON-able; what in a result is not becomes {}.
       deadline_s: for one result. memory_bytes: of address space, beyond what the process has by then.
 
-    Raises ConfinedError if the process takes longer, or ends before `work` does.
+    Raises InputError if `work` does, and ConfinedError if the process takes longer, or ends before `work` does.
     """
     with tempfile.TemporaryFile() as file:
         for order in orders:
@@ -56,7 +62,10 @@ def results(work: str, orders: Iterable[Any], *, deadline_s: float, memory_bytes
             try:
                 lines = _lines(process, deadline_s)
                 next(lines)  # it has started
-                yield from map(json.loads, lines)
+                for result, refusal in map(json.loads, lines):
+                    if refusal is not None:
+                        raise InputError(refusal)
+                    yield result
             finally:
                 process.kill()
 
@@ -75,7 +84,8 @@ def _lines(process: subprocess.Popen, deadline_s: float) -> Iterator[bytes]:
             parts.append(os.read(process.stdout.fileno(), 1 << 16))
             if not parts[-1]:
                 if status := process.wait():
-                    raise ConfinedError(f"its process ended with status {status}")
+                    ended = "wanted too much memory" if status == _NO_MEMORY else f"ended with status {status}"
+                    raise ConfinedError(f"its process {ended}")
                 return
         *lines, begun = b"".join(parts).split(b"\n")
         limit = deadline_s
@@ -94,12 +104,15 @@ def serve(work: str, deadline_s: float, memory_bytes: int) -> None:
         with contextlib.suppress(ValueError, OSError):  # where there is no /proc, or a lower limit already
             limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + memory_bytes
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-        while True:
-            out.write(json.dumps(result).encode() + b"\n")
-            out.flush()
-            signal.setitimer(signal.ITIMER_REAL, deadline_s + _ALARM_S)  # the caller decides; this is for one that is gone
-            try:
-                result = next(worked)
-            except StopIteration:
-                return
-            signal.setitimer(signal.ITIMER_REAL, 0)  # the caller may take its time
+        try:
+            while True:
+                out.write(json.dumps([result, None], default=lambda value: {}).encode() + b"\n")
+                out.flush()
+                signal.setitimer(signal.ITIMER_REAL, deadline_s + _ALARM_S)  # the caller decides; this is for one that is gone
+                if (result := next(worked, _END)) is _END:
+                    return
+                signal.setitimer(signal.ITIMER_REAL, 0)  # the caller may take its time
+        except InputError as e:
+            out.write(json.dumps([None, str(e)]).encode() + b"\n")
+        except MemoryError:
+            os._exit(_NO_MEMORY)

@@ -1,4 +1,8 @@
-"""Rows of files: JSON lines, a JSON array, CSV, Parquet and Arrow; one file, or the shards of a folder or pattern."""
+"""Rows of files: JSON lines, a JSON array, CSV, Parquet and Arrow; one file, or the shards of a folder or pattern.
+
+Tables and prepared folders are read in a process of their own (`confined.py`): their readers are native code, which believes what a
+file says of its sizes. A row of more than 16 MB is a bad row, and a file that grows to a thousand times its size is refused.
+"""
 
 import csv
 import functools
@@ -9,17 +13,25 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dapo_jax.config import open_regular
+from dapo_jax.data.confined import ConfinedError, results
 from dapo_jax.data.rows import MAX_ANSWER_CHARS, BadRow
 from dapo_jax.types import InputError
 
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv", ".arrow")
-_MAX_ROW_BYTES = 16 << 20  # a line of JSON; bounds memory on a file without line ends
+MAX_ROW_BYTES = 16 << 20  # a line of JSON; bounds memory on a file without line ends
 _MAX_ARRAY_BYTES = 256 << 20  # of JSON, which is decoded whole
 _BATCH = 4096  # rows of a table
+_PIECE_BYTES = 1 << 20  # of its rows that become Python objects together
+_DEADLINE_S = 120.0  # for the next piece
+_MEMORY_BYTES = 2 << 30  # of the process that reads a table, and four times its size
+_MAX_BLANK = 1_000_000  # lines together
+# What a file may grow to when it is read: so many times its size, or the least. A row counts as a kilobyte more than its text.
+_MAX_RATIO, _LEAST_BYTES, _ROW_BYTES = 1000, 1 << 30, 1000
 
 Rows = Iterator[tuple[int, Any]]  # numbered from 1; a row that cannot be read is a BadRow
 
@@ -73,6 +85,7 @@ def _listed(source: str, folder: str, name: str, key: str) -> list[Any]:
 
 
 def _shards(source: str, names: list[str], heldout: bool) -> list[str]:
+    names = [name for name in names if name != "features.json"]  # of a prepared folder
     kind = next((ending for ending in ENDINGS for name in names if name.endswith(ending)), None)
     if kind is None:
         raise InputError(f"{source}: holds no dataset_info.json, and no {', '.join(ENDINGS)}; give a data set's file or folder")
@@ -98,11 +111,46 @@ def rows_of(source: str, files: list[str], columns: list[str]) -> Rows:
         number = 0
 
 
+def prepared_rows(source: str, folder: str, heldout: bool) -> Rows:
+    """The records of a folder that tensorflow-datasets prepared: of its only split, or as `choose_split` says."""
+    return _table(
+        "dapo_jax.data.tfds_builder:records",
+        source,
+        [source, folder, heldout],
+        [entry.path for entry in os.scandir(folder) if not entry.is_dir()],
+    )
+
+
+def _table(work: str, where: str, order: list[Any], files: list[str]) -> Rows:
+    """The rows that `work`, in a process of its own, makes of an order. It yields [bytes, rows], a row that cannot be read as its reason.
+
+    files: that it will open.
+    """
+    for file in files:
+        open_regular(file).close()
+    size = sum(map(os.path.getsize, files))
+    number = read = 0
+    try:
+        for more, rows in results(work, [order], deadline_s=_DEADLINE_S, memory_bytes=_MEMORY_BYTES + 4 * size):
+            for row in rows:
+                number += 1
+                yield number, BadRow(row) if isinstance(row, str) else row
+            read += more + _ROW_BYTES * len(rows)
+            _check_growth(where, number, read, size)
+    except ConfinedError as e:
+        raise InputError(f"{where}: cannot be read after row {number} ({e}); write its rows as .jsonl, or in smaller files") from None
+
+
+def _check_growth(where: str, number: int, read: int, size: int) -> None:
+    if read > max(_LEAST_BYTES, _MAX_RATIO * size):
+        raise InputError(
+            f"{where}: row {number}: the rows so far are over {_MAX_RATIO} times the file's {size:,} bytes; leave out repeated ones"
+        )
+
+
 def _reader(file: str) -> Callable[[str, str, list[str]], Rows]:
-    if file.endswith(".parquet"):
-        return _parquet
-    if file.endswith(".arrow"):
-        return _arrow
+    if file.endswith((".parquet", ".arrow")):
+        return lambda where, path, columns: _table(f"{__name__}:table_rows", where, [where, path, columns], [path])
     if file.endswith(".csv"):
         return _csv
     return _json if file.endswith(".json") else _json_lines
@@ -115,30 +163,37 @@ def _reader(file: str) -> Callable[[str, str, list[str]], Rows]:
 
 def _json_lines(where: str, path: str, columns: list[str]) -> Rows:
     """Lines that are not blank, without byte-order mark. Of an overlong line only the start is kept."""
-    number = 0
+    number = blank = read = 0
     try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as stream:
-            while line := _line(stream):
+        with open_regular(path) as file, gzip.open(file) if path.endswith(".gz") else file as stream:
+            size = os.fstat(file.fileno()).st_size
+            while line := _line(stream, where, number):
                 number += 1
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
                     yield number, _row_of_line(line)
+                    blank, read = 0, read + len(line) + _ROW_BYTES
+                    _check_growth(where, number, read, size)
+                elif (blank := blank + 1) > _MAX_BLANK:
+                    raise InputError(f"{where}: {_MAX_BLANK:,} blank lines up to line {number:,}; remove them")
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise InputError(f"{where}: corrupt gzip after row {number} ({e}); fetch the file again") from None
 
 
-def _line(stream: io.BufferedIOBase) -> bytes:
-    line = stream.readline(_MAX_ROW_BYTES + 1)
-    rest = line
-    while len(rest) > _MAX_ROW_BYTES and not rest.endswith(b"\n"):
-        rest = stream.readline(_MAX_ROW_BYTES + 1)
+def _line(stream: Any, where: str, number: int) -> bytes:
+    line = rest = stream.readline(MAX_ROW_BYTES + 1)
+    length = 0
+    while len(rest) > MAX_ROW_BYTES and not rest.endswith(b"\n"):
+        rest = stream.readline(MAX_ROW_BYTES + 1)
+        if (length := length + len(rest)) > _LEAST_BYTES:
+            raise InputError(f"{where}: row {number + 1} has over {_LEAST_BYTES >> 30} GB; give a file of JSON lines, a row a line")
     return line
 
 
 def _row_of_line(line: bytes) -> Any:
-    if len(line) > _MAX_ROW_BYTES:
-        return BadRow(f"longer than {_MAX_ROW_BYTES >> 20} MB")
+    if len(line) > MAX_ROW_BYTES:
+        return BadRow(f"longer than {MAX_ROW_BYTES >> 20} MB")
     try:
         return _JSON.decode(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -156,7 +211,7 @@ _JSON = json.JSONDecoder(parse_int=_whole_number)
 
 def _json(where: str, path: str, columns: list[str]) -> Rows:
     """An array of rows, or lines as in .jsonl."""
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         if not stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             yield from _json_lines(where, path, columns)
             return
@@ -172,10 +227,10 @@ def _json(where: str, path: str, columns: list[str]) -> Rows:
 
 def _csv(where: str, path: str, columns: list[str]) -> Rows:
     """Rows under the names of the first one; empty cells are None. Lone surrogates stand for bytes that are not UTF-8."""
-    csv.field_size_limit(_MAX_ROW_BYTES)
+    csv.field_size_limit(MAX_ROW_BYTES)
     number = 0
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-        reader = csv.DictReader(iter(functools.partial(stream.readline, _MAX_ROW_BYTES), ""), restkey="")
+    with io.TextIOWrapper(open_regular(path), newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+        reader = csv.DictReader(iter(functools.partial(stream.readline, MAX_ROW_BYTES), ""), restkey="")
         try:
             for number, row in enumerate(reader, 1):
                 yield number, {name: value or None for name, value in row.items()}
@@ -188,63 +243,62 @@ def _csv(where: str, path: str, columns: list[str]) -> Rows:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _parquet(where: str, path: str, columns: list[str]) -> Rows:
-    import pyarrow.parquet as pq  # not at the top, as in `_arrow`: few files need it
-
-    def batches() -> Iterator[Any]:
-        with pq.ParquetFile(path) as file:
-            yield file.schema_arrow.names
-            yield from file.iter_batches(_BATCH, columns=columns)
-
-    return _table_rows(where, "Parquet", batches())
-
-
-def _arrow(where: str, path: str, columns: list[str]) -> Rows:
+def table_rows(orders: Iterator[Any]) -> Iterator[Any]:
+    """The rows of a Parquet or Arrow file, in the process of `_table`: [where, path, columns] → [bytes, rows]."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def batches() -> Iterator[Any]:
-        with pa.OSFile(path) as file, pa.ipc.open_stream(file) as reader:
-            yield (names := reader.schema.names)
-            needed = {column.partition(".")[0] for column in columns} | {*columns}
-            for batch in reader:
-                batch = batch.select([i for i, name in enumerate(names) if name in needed])
-                yield from (batch.slice(start, _BATCH) for start in range(0, len(batch), _BATCH))
-
-    return _table_rows(where, "Arrow", batches())
-
-
-def _table_rows(where: str, kind: str, batches: Iterator[Any]) -> Rows:
-    """Rows as plain Python objects, a record batch in memory at a time. batches: the names of all columns, then those read of the rows.
-
-    Columns that were not read are None, so that a row says what it has.
-    """
-    import pyarrow as pa
-
+    pa.set_cpu_count(1)  # stacks and heaps of threads are address space
+    yield
+    where, path, columns = next(orders)
     number = 0
     try:
-        names = next(batches)
-        for batch in batches:
-            unread = dict.fromkeys(names) | dict.fromkeys(batch.schema.names)
-            for row in _plain_rows(batch):
-                number += 1
-                yield number, row if isinstance(row, BadRow) else unread | row
-    except (FileNotFoundError, PermissionError):
+        for names, batch in _parquet(pq, path, columns) if path.endswith(".parquet") else _arrow(pa, path, columns):
+            unread = dict.fromkeys(names) | dict.fromkeys(batch.schema.names)  # so that a row says what it has
+            for size, rows in _pieces(batch):
+                number += len(rows)
+                yield [size, [row if isinstance(row, str) else unread | row for row in rows]]
+    except MemoryError:  # an ArrowException too
         raise
     except (pa.ArrowException, OSError, ValueError) as e:  # ValueError: names of columns that are not UTF-8
+        kind = "Parquet" if path.endswith(".parquet") else "Arrow"
         raise InputError(f"{where}: corrupt {kind} after row {number} ({_first_line(e)}); fetch the file again") from None
 
 
-def _plain_rows(batch: Any) -> Iterable[Any]:
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:  # writers may store any bytes as text; find the rows that hold them
-        bad = "prompt is not valid Unicode"
-    except (ArithmeticError, LookupError, ValueError):  # a date beyond the year 9999, a time zone that nobody knows
-        bad = "answer is neither text nor a finite number"
-    if len(batch) == 1:
-        return [BadRow(bad)]
+def _parquet(pq: Any, path: str, columns: list[str]) -> Iterator[tuple[list[str], Any]]:
+    """The names of all columns, and record batches of those that are needed."""
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
+            yield file.schema_arrow.names, batch
+
+
+def _arrow(pa: Any, path: str, columns: list[str]) -> Iterator[tuple[list[str], Any]]:
+    with pa.OSFile(path) as file, pa.ipc.open_stream(file) as reader:
+        names = reader.schema.names
+        needed = {column.partition(".")[0] for column in columns} | {*columns}
+        for batch in reader:
+            yield names, batch.select([i for i, name in enumerate(names) if name in needed])
+
+
+def _pieces(batch: Any) -> Iterator[tuple[int, list[Any]]]:
+    """Rows of a record batch as plain Python objects, few at a time, and their bytes. A row that cannot be one is the reason."""
+    bad = None
+    if batch.nbytes <= _PIECE_BYTES or len(batch) == 1:
+        try:
+            bad = f"longer than {MAX_ROW_BYTES >> 20} MB"
+            if batch.nbytes <= MAX_ROW_BYTES:
+                yield batch.nbytes, batch.to_pylist()
+                return
+        except UnicodeDecodeError:  # writers may store any bytes as text; find the rows that hold them
+            bad = "prompt is not valid Unicode"
+        except (ArithmeticError, LookupError, ValueError):  # a date beyond the year 9999, a time zone that nobody knows
+            bad = "answer is neither text nor a finite number"
+        if len(batch) == 1:
+            yield batch.nbytes, [bad]
+            return
     half = len(batch) // 2
-    return [*_plain_rows(batch.slice(0, half)), *_plain_rows(batch.slice(half))]
+    yield from _pieces(batch.slice(0, half))
+    yield from _pieces(batch.slice(half))
 
 
 def _first_line(error: BaseException) -> str:

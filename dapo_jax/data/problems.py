@@ -18,7 +18,7 @@ import numpy as np
 from dapo_jax.config import ArithmeticConfig, ColumnsConfig, printable
 from dapo_jax.data.arithmetic import arithmetic_problems
 from dapo_jax.data.bucket import local_copy
-from dapo_jax.data.files import files_of, is_prepared, rows_of
+from dapo_jax.data.files import files_of, is_prepared, prepared_rows, rows_of
 from dapo_jax.data.rows import AS_USUAL, BadRow, column_names, problem_from_row
 from dapo_jax.types import InputError, Message, Problem
 
@@ -96,14 +96,12 @@ def load_problems(
 
 def _load(source: str, path: str, columns: ColumnsConfig, heldout: bool, watch: Watch | None) -> tuple[list[Problem], LoadReport]:
     """The problems of `path`, a file or folder of this machine, which messages call `source`."""
-    if is_prepared(path):
-        from dapo_jax.data import tfds_builder  # not at the top: tensorflow-datasets is slow to import, and few runs need it
-
-        return tfds_builder.read_problems(path, columns=columns, heldout=heldout, watch=watch, source=source)
     try:
-        files = files_of(source, path, heldout)
+        prepared = is_prepared(path)
+        files = [] if prepared else files_of(source, path, heldout)
         before = _versions(files)
-        loaded = collect_problems(source, rows_of(source, files, column_names(columns)), columns, watch)
+        rows = prepared_rows(source, path, heldout) if prepared else rows_of(source, files, column_names(columns))
+        loaded = collect_problems(source, rows, columns, watch)
         after = _versions(files)
     except FileNotFoundError:
         raise InputError(f"{source}: no such file; correct the path") from None

@@ -13,13 +13,13 @@ import tensorflow_datasets as tfds
 
 from dapo_jax.config import ArithmeticConfig, ColumnsConfig
 from dapo_jax.data import bucket
-from dapo_jax.data.files import choose_split
-from dapo_jax.data.problems import LoadReport, Watch, collect_problems, load_problems
+from dapo_jax.data.files import MAX_ROW_BYTES, choose_split
+from dapo_jax.data.problems import Watch, load_problems
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.paths import Folder, as_path, is_bucket
 from dapo_jax.types import InputError, Problem
 
-_BATCH = 1024  # records
+_BATCH = 64  # records
 
 
 def _registered_feature(cls: Any, name: str) -> Any:
@@ -114,45 +114,27 @@ def _write(name: str, splits: Mapping[str, list[Problem]], description: str, fol
     return Path(builder.data_dir)
 
 
-def read_problems(
-    folder: str,
-    *,
-    columns: ColumnsConfig = AS_USUAL,
-    heldout: bool = False,
-    watch: Watch | None = None,
-    source: str | None = None,
-) -> tuple[list[Problem], LoadReport]:
-    """Distinct problems of a folder prepared by tensorflow-datasets, and what became of its records.
+def records(orders: Iterator[Any]) -> Iterator[Any]:
+    """The records of a prepared folder, in the process of `files.prepared_rows`: [source, folder, heldout] → [bytes, rows].
 
-    Reads the only split, or where there are several `train`, and for `heldout` problems `test` or `validation`. Messages call the folder
-    `source`. Raises InputError if the folder is not a prepared data set, is corrupt, or holds no usable problem.
+    Raises InputError if the folder is damaged, or has no such split.
     """
-    source = source or folder
-    if not Path(folder, "dataset_info.json").is_file():
-        raise InputError(f"{source}: holds no dataset_info.json; give a folder prepared by tensorflow-datasets")
+    yield
+    source, folder, heldout = next(orders)
     try:
         builder = tfds.builder_from_directory(folder)
         split = choose_split(source, list(builder.info.splits), heldout)
         raw = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    except InputError:
+        for start in range(0, len(raw), _BATCH):
+            batch = raw.__getitems__(list(range(start, min(start + _BATCH, len(raw)))))
+            if not all(batch):  # a file that was cut short may read as empty records, without an error
+                raise ValueError(f"empty record {start + batch.index(b'') + 1}")
+            for record in batch:
+                yield [len(record), [_row(builder.info.features, record)]]
+    except (InputError, MemoryError):
         raise
     except Exception as e:  # the many kinds that tensorflow-datasets, protobuf and array_record raise on damaged files
         raise _corrupt(source, e) from None
-    rows = _rows(source, builder.info.features, raw)
-    return collect_problems(source, rows, columns, watch)
-
-
-def _rows(source: str, features: Any, raw: Any) -> Iterator[tuple[int, Any]]:
-    """Numbered records as rows of plain Python objects, a batch in memory at a time."""
-    for start in range(0, len(raw), _BATCH):
-        try:
-            records = raw.__getitems__(list(range(start, min(start + _BATCH, len(raw)))))
-            if not all(records):  # a file that was cut short may read as empty records, without an error
-                raise ValueError(f"empty record {start + records.index(b'') + 1}")
-            rows = [_row(features.deserialize_example_np(record)) for record in records]
-        except Exception as e:
-            raise _corrupt(source, e) from None
-        yield from enumerate(rows, start + 1)
 
 
 def _corrupt(source: str, error: Exception) -> InputError:
@@ -160,8 +142,10 @@ def _corrupt(source: str, error: Exception) -> InputError:
     return InputError(f"{source}: not a readable data set ({reason}); prepare it again as array_record")
 
 
-def _row(example: dict[str, Any]) -> dict[str, Any]:
-    row = {name: _plain(value) for name, value in example.items()}
+def _row(features: Any, record: bytes) -> dict[str, Any] | str:
+    if len(record) > MAX_ROW_BYTES:
+        return f"longer than {MAX_ROW_BYTES >> 20} MB"
+    row = {name: _plain(value) for name, value in features.deserialize_example_np(record).items()}
     return row | {"prompt": row["turns"]} if row.get("turns") else row
 
 
