@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -273,6 +274,15 @@ def test_a_tokenizer_that_takes_for_ever_over_a_prompt_is_one_line(monkeypatch):
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a|aa)+[bc]"), "isolated")
     with pytest.raises(InputError, match="the tokenizer takes over 0.3 s for a prompt; use another one$"):
         make_prompts([problem(("a" * 28 + " ") * 10)], tokenizer, BARE)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_folder_holds_regular_files(tmp_path, name):
+    folder = tokenizer_folder(tmp_path / "m", byte_level_bpe())
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"^{folder / name}: not a regular file; give a folder of files$"):
+        load_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize("other", ["tokenizer.model", "vocab.json"])

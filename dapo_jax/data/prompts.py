@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dapo_jax.config import DataSection, printable
+from dapo_jax.config import DataSection, open_regular, printable
 from dapo_jax.data import chat
 from dapo_jax.data.confined import ConfinedError
 from dapo_jax.types import InputError, Problem, Prompt
@@ -90,6 +90,8 @@ def load_tokenizer(folder: str | None) -> "PreTrainedTokenizerFast":
             f"{folder}: no tokenizer.json, only {other}; make one, where transformers, sentencepiece and tiktoken are installed: "
             f"python -c '{code}'"
         )
+    if special := next((path for path in sorted(Path(folder).iterdir()) if not path.is_file() and not path.is_dir()), None):
+        raise InputError(f"{special}: not a regular file; give a folder of files")  # a FIFO would block transformers
     settings = Path(folder, "tokenizer_config.json")
     if settings.exists() and _json_object(settings).get("auto_map"):
         raise InputError(f"{settings}: auto_map: the tokenizer comes with its own code, which is never run; use one without auto_map")
@@ -215,7 +217,8 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerFast", date: str) -> int | None:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        with open_regular(path) as file:
+            content = json.loads(file.read())
     except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):

@@ -18,7 +18,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy, and so safetensors, the name bfl
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dapo_jax.config import ModelConfig, flatten
+from dapo_jax.config import ModelConfig, flatten, open_regular
 from dapo_jax.model.families import Tensor, in_file_layout, model_config_from_hf, model_config_to_hf, same_architecture, tensors
 from dapo_jax.types import InputError, Params
 
@@ -126,7 +126,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return found
 
     try:
-        tree = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        with open_regular(path) as file:
+            tree = json.loads(file.read(), object_pairs_hook=unique)
     except OSError as e:
         raise InputError(f"{path}: cannot read ({e.strerror}); give a complete Hugging Face model folder") from None
     except (ValueError, RecursionError) as e:
