@@ -188,7 +188,7 @@ def _marked_answer(tail: str) -> str | None:
 
 
 def _list(text: str) -> str:
-    return _CONJUNCTION.sub(", ", text).rstrip(" .")
+    return _CONJUNCTION.sub(", ", " ".join(text.split())).rstrip(" .")  # one space each: the pattern is cubic in a run of them
 
 
 def _plain_numbers(text: str) -> str:
