@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dapo_jax.config import Config
-from dapo_jax.dapo.groups import informative_groups
+from dapo_jax.dapo.groups import is_informative
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor
 from dapo_jax.data.prompts import decode
@@ -85,14 +85,18 @@ class OpenGroup:
 
     def is_informative(self) -> bool:
         """Holds a right and a wrong response already, whatever the rest will be."""
-        return {v.correct for v in self.verdicts if v is not None} == {True, False}
+        return self.outcomes() == {True, False}
+
+    def outcomes(self) -> set[bool]:
+        """What verdicts say so far. An answer without one says nothing, for whether it is in time depends on the clock."""
+        return {v.correct for v in self.verdicts if v is not None and v.error is None}
 
 
 def keep_rate_after(rate: float, groups: Sequence[Group]) -> float:
     """Expected share of informative groups, half from this step and half from those before."""
     if not groups:
         return rate
-    return 0.5 * rate + 0.5 * float(informative_groups(np.stack([g.correct for g in groups])).mean())
+    return 0.5 * rate + 0.5 * float(np.mean([is_informative(g.correct) for g in groups]))
 
 
 def prompts_wanted(missing: int, groups: Sequence[OpenGroup], rate: float) -> int:
@@ -138,7 +142,7 @@ def draw_groups(
     times: dict[str, float],
     on_done: Callable[[int, int], None],
 ) -> Drawn:
-    """Draws until `missing` groups are informative, or the cap on draws is reached; just `missing` without dynamic sampling.
+    """Draws until `missing` groups are informative, or the cap on draws is reached; without dynamic sampling until so many have a verdict.
 
     Prompts are drawn when the engine runs short of requests, and only as many as the keep rate calls for.
 
@@ -152,7 +156,8 @@ def draw_groups(
     """
     algo = config.dapo
     size = algo.responses_per_prompt
-    cap = algo.max_generation_batches * algo.prompts_per_draw if algo.dynamic_sampling else missing
+    cap = algo.max_generation_batches * algo.prompts_per_draw
+    cap = cap if algo.dynamic_sampling else max(cap, missing)
     keep_rate = max(keep_rate, missing / cap)
     groups, draws = [group.copy() for group in left_open], 0  # in draw order
     by_draw = {group.draw: group for group in groups}
@@ -165,7 +170,7 @@ def draw_groups(
             room = -(-(2 * config.rollout.decode_slots - stream.live - stream.pending) // size)  # enough to fill all slots once more
             wanted = min(prompts_wanted(missing, groups, keep_rate), room, cap - draws)
         else:
-            wanted = missing - len(groups)
+            wanted = min(missing - sum(bool(g.outcomes()) or not g.is_judged() for g in groups), cap - draws)
         if wanted > 0:
             indices, epochs, cursor = memory.take(cursor, wanted, seed=config.seed)
             taken = enumerate(zip(indices.tolist(), epochs.tolist(), strict=True), first_draw + draws)
@@ -210,7 +215,7 @@ def draw_groups(
     stream.close()
     check_errors(judged, config.reward)
     done = settled(groups)
-    outcomes = [(group.problem, all(v.correct for v in group.verdicts if v is not None), group.epoch) for group in done]
+    outcomes = [(group.problem, group.outcomes() == {True}, group.epoch) for group in done]
     tokens = sum(map(OpenGroup.tokens, groups)) - sum(map(OpenGroup.tokens, left_open))
     return Drawn([_reward(group, config) for group in done], judged, cursor, draws, tokens, groups[len(done) :], outcomes)
 
@@ -230,6 +235,7 @@ def open_state(groups: Sequence[OpenGroup]) -> dict[str, np.ndarray]:
         "open_tokens": np.concatenate([response.tokens for response in begun]),
         "open_logprobs": np.concatenate([response.behavior_logprobs for response in begun]),
         "open_judged": np.array([verdict is not None for verdict in verdicts]),
+        "open_errors": np.array([verdict is not None and verdict.error is not None for verdict in verdicts]),
         "open_correct": np.array([verdict is not None and verdict.correct for verdict in verdicts]),
         "open_scores": np.array([0.0 if verdict is None else verdict.score for verdict in verdicts], np.float64),
     }
@@ -237,12 +243,13 @@ def open_state(groups: Sequence[OpenGroup]) -> dict[str, np.ndarray]:
 
 
 def restore_open(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[OpenGroup]:
-    """What `open_state` gave. prompts: of the whole data set. (Why an answer got no verdict is forgotten, and that it got none.)"""
+    """What `open_state` gave. prompts: of the whole data set. (Why an answer got no verdict is forgotten.)"""
     if "open_groups" not in arrays:
         return []
     ends = np.cumsum(arrays["open_lengths"])
     tokens, logprobs = (np.split(arrays.get(name, np.zeros(0, kind)), ends)[:-1] for name, kind in _FLAT)
     size = len(ends) // len(arrays["open_groups"])
+    errors = arrays.get("open_errors", np.zeros(len(ends), bool))
     groups = []
     for number, (draw, problem, epoch) in enumerate(arrays["open_groups"].tolist()):
         group = OpenGroup(draw, prompts[problem], size, problem, epoch)
@@ -253,7 +260,8 @@ def restore_open(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) ->
             elif len(tokens[at]):
                 group.begun[sample] = (tokens[at], logprobs[at])
             if arrays["open_judged"][at]:
-                group.verdicts[sample] = Verdict(bool(arrays["open_correct"][at]), float(arrays["open_scores"][at]))
+                error = "no verdict" if errors[at] else None
+                group.verdicts[sample] = Verdict(bool(arrays["open_correct"][at]), float(arrays["open_scores"][at]), error)
         groups.append(group)
     return groups
 
@@ -263,14 +271,14 @@ _FLAT = (("open_tokens", np.int32), ("open_logprobs", np.float32))
 
 
 def _reward(group: OpenGroup, config: Config) -> Group:
-    """The group with its rewards: score + overlong penalty."""
-    responses = tuple(r for r in group.responses if r is not None)
-    verdicts = [v for v in group.verdicts if v is not None]
-    assert len(responses) == len(verdicts) == config.dapo.responses_per_prompt
+    """The group with its rewards: score + overlong penalty. An answer without a verdict is left out, as if it had not been sampled."""
+    sampled = zip(group.responses, group.verdicts, strict=True)
+    judged = [(r, v) for r, v in sampled if r is not None and v is not None and v.error is None]
+    responses, verdicts = tuple(r for r, _ in judged), [v for _, v in judged]
     penalty = np.zeros(len(responses), np.float32)
     if config.reward.overlong_penalty:
         penalty = overlong_penalty(
-            np.array([len(r.tokens) for r in responses]),
+            np.array([len(r.tokens) for r in responses], np.int64),
             max_response_len=config.rollout.max_response_len,
             overlong_buffer_len=config.reward.overlong_buffer_len,
         )
@@ -278,7 +286,7 @@ def _reward(group: OpenGroup, config: Config) -> Group:
         draw=group.draw,
         prompt=group.prompt,
         responses=responses,
-        correct=np.array([v.correct for v in verdicts]),
+        correct=np.array([v.correct for v in verdicts], bool),
         reward=np.array([v.score for v in verdicts], np.float32) + penalty,
         penalty=penalty,
         old_logprobs=tuple(r.behavior_logprobs for r in responses),

@@ -33,7 +33,7 @@ from dapo_jax.policy import (
     with_commit,
 )
 from dapo_jax.reward.golds import check_data
-from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors
+from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors, error_counts
 from dapo_jax.reward.verify import extract_answer, function_source
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
@@ -148,6 +148,7 @@ def evaluate_set(
     metrics = estimates(correct, votes) | {
         "response_len_mean": float(np.mean([len(r.tokens) for r in responses])),
         "truncated_fraction": float(np.mean([r.truncated for r in responses])),
+        "no_verdict": sum(error_counts(verdicts)),
         "digest": problems_digest(sorted((prompt.problem for prompt in prompts), key=lambda problem: problem.id)),
     }
     return metrics, [Answer(prompts[q.draw], q.sample, r, v) for q, r, v in zip(requests, responses, verdicts, strict=True)]
@@ -168,6 +169,7 @@ def answer_row(answer: Answer, policy: Policy) -> dict[str, Any]:
         "response": text,
         "extracted": extract_answer(text),
         "correct": answer.verdict.correct,
+        "error": answer.verdict.error,  # why there is no verdict
         "length": len(answer.response.tokens),
         "truncated": bool(answer.response.truncated),
     }
@@ -196,6 +198,7 @@ def evaluate_sets(
         say(
             f"eval {name}: avg@{k} {m['avg']:.3f} ± {m['avg_se']:.3f}, pass@{k} {m['pass']:.3f}, {cons}"
             f"{m['response_len_mean']:.0f} tokens, {m['truncated_fraction']:.1%} cut"
+            + (f"; {m['no_verdict']} of {len(answers)} answers got no verdict and count as incorrect" if m["no_verdict"] else "")
         )
         results[name] = m, answers
     return results

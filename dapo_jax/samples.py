@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dapo_jax.config import DapoSection
-from dapo_jax.dapo.groups import group_advantages
+from dapo_jax.dapo.groups import advantages_of
 from dapo_jax.data.prompts import decode
 from dapo_jax.policy import Policy
 from dapo_jax.types import Group, Response
@@ -16,16 +16,16 @@ _TOKENS = 1024  # with log-probs, at each end of a response: a row of a long res
 
 
 def sample_rows(groups: Sequence[Group], count: int, algo: DapoSection, policy: Policy) -> list[dict[str, Any]]:
-    """The first response of each of the first `count` groups, as JSON objects.
+    """The first response with a verdict of each of the first `count` groups that have one, as JSON objects.
 
     `group` says what became of the response's group: all_correct, all_wrong, or kept. `tokens` are pairs of a text and
     the sampler's log-prob; the texts make up `response`, and a pair with None stands for many tokens (`scored_texts`).
     """
     rows = []
-    for group in groups[:count]:
+    for group in [g for g in groups if g.responses][:count]:
         problem, right = group.prompt.problem, int(group.correct.sum())
         text = decode(policy.tokenizer, group.responses[0].tokens, policy.stop)
-        advantage = group_advantages(group.reward[None], ddof=algo.advantage_ddof, eps=algo.advantage_eps)[0, 0]
+        advantage = advantages_of(group.reward, algo)[0]
         rows.append(
             {
                 "draw": group.draw,

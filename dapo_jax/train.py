@@ -33,7 +33,7 @@ from dapo_jax.config import (
     to_dict,
 )
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer, StepCounts
-from dapo_jax.dapo.groups import group_advantages, informative_groups
+from dapo_jax.dapo.groups import advantages_of, is_informative
 from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targets, normalizer_weights
 from dapo_jax.dapo.update import learning_rate, summarize
 from dapo_jax.data.memory import PassMemory
@@ -380,8 +380,7 @@ def score(
 
     Raises NonFiniteError if a log-prob is non-finite: before a group is taken into the buffer.
     """
-    wanted = informative_groups(np.stack([g.correct for g in groups])) | (not config.dapo.dynamic_sampling)
-    wanted &= np.array([g.draw >= first_draw for g in groups])
+    wanted = [(is_informative(g.correct) or not config.dapo.dynamic_sampling) and g.draw >= first_draw for g in groups]
     flat = [(group.prompt, r) for i, group in enumerate(groups) if wanted[i] for r in group.responses]
     scored = score_responses(flat, score_rows, config, mesh, guard)
     if bad := sum(not np.isfinite(logprobs).all() for logprobs in scored):
@@ -435,23 +434,22 @@ def minibatches(groups: Sequence[Group], config: Config, shards: int, first_draw
     first_draw: of the step. Of the groups before it the sampler's log-probs, if they are in the ratio, are left out of the metrics.
     """
     algo = config.dapo
-    advantages = group_advantages(np.stack([g.reward for g in groups]), ddof=algo.advantage_ddof, eps=algo.advantage_eps)
     for part in groups_of_updates(len(groups), algo):
         mine = groups[part]
         responses = [r for group in mine for r in group.responses]
         weights = normalizer_weights(
-            np.repeat(np.arange(len(mine)), algo.responses_per_prompt),
+            np.repeat(np.arange(len(mine)), [len(group.responses) for group in mine]),
             np.array([len(r.tokens) for r in responses]),
             np.array([not (r.truncated and algo.overlong_filtering) for r in responses]),
             normalizer=algo.loss_normalizer,
         )
-        flat_advantages = advantages[part].reshape(-1)
+        advantages = np.concatenate([advantages_of(group.reward, algo) for group in mine])
         old = [logprobs for group in mine for logprobs in group.old_logprobs]
         owners = [group.prompt.tokens for group in mine for _ in group.responses]
         old_only = [algo.old_logprobs == "sampler" and group.draw < first_draw for group in mine for _ in group.responses]
         items = [
             TrainItem(prompt, r.tokens, o, o + np.nan if hidden else r.behavior_logprobs, float(a), float(w))
-            for prompt, r, o, hidden, a, w in zip(owners, responses, old, old_only, flat_advantages, weights, strict=True)
+            for prompt, r, o, hidden, a, w in zip(owners, responses, old, old_only, advantages, weights, strict=True)
         ]
         yield pack(items, config, shards)
 
@@ -513,17 +511,16 @@ def draw_metrics(step: Drawn, config: Config) -> dict[str, float]:
         "rollout/prompts": step.draws,
         "rollout/tokens": step.tokens,
     }
-    if not drawn:  # a step that lives on carried groups alone draws nothing, and the others say nothing
+    if not any(g.responses for g in drawn):  # a step that lives on carried groups alone draws nothing, and the others say nothing
         return metrics
-    correct = np.stack([g.correct for g in drawn])
     lengths = np.array([len(r.tokens) for g in drawn for r in g.responses])
     return metrics | {
-        "reward/mean": float(np.mean([g.reward for g in drawn])),
-        "reward/overlong_penalty_mean": float(np.mean([g.penalty for g in drawn])),
-        "reward/accuracy": float(correct.mean()),
-        "filter/kept_fraction": float(informative_groups(correct).mean()),
-        "filter/all_correct": float(correct.all(axis=1).mean()),
-        "filter/all_wrong": float((~correct.any(axis=1)).mean()),
+        "reward/mean": float(np.concatenate([g.reward for g in drawn]).mean()),
+        "reward/overlong_penalty_mean": float(np.concatenate([g.penalty for g in drawn]).mean()),
+        "reward/accuracy": float(np.concatenate([g.correct for g in drawn]).mean()),
+        "filter/kept_fraction": float(np.mean([is_informative(g.correct) for g in drawn])),
+        "filter/all_correct": float(np.mean([g.correct.size > 0 and g.correct.all() for g in drawn])),
+        "filter/all_wrong": float(np.mean([not g.correct.any() for g in drawn])),
         "rollout/response_len_mean": float(lengths.mean()),
         "rollout/response_len_max": int(lengths.max()),
         "rollout/truncated_fraction": float(np.mean([r.truncated for g in drawn for r in g.responses])),
@@ -548,7 +545,7 @@ def update_metrics(
         "filter/carried_groups": min(counts.carried_in, counts.kept),
         "filter/surplus_groups": counts.surplus,
         "filter/wasted_tokens": counts.wasted_tokens,
-        "filter/trained_informative": float(informative_groups(np.stack([g.correct for g in kept])).mean()),
+        "filter/trained_informative": float(np.mean([is_informative(g.correct) for g in kept])),
         "policy/long_share": float(np.mean([p.long_share for p in packed])),
         "optim/skipped_updates": len(sums) - len(applied),
         "optim/underfilled_updates": sum(

@@ -126,7 +126,7 @@ class Verdict(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The G responses to one draw of a prompt, judged. Filtered on `correct`, shaped by `reward`."""
+    """The responses to one draw of a prompt that got a verdict, G if all did. Filtered on `correct`, shaped by `reward`."""
 
     draw: int
     prompt: Prompt

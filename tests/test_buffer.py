@@ -90,6 +90,17 @@ def test_without_dynamic_sampling_every_group_is_trained_on():
     assert (counts.all_correct, counts.all_wrong, counts.surplus, counts.wasted_tokens) == (1, 1, 0, 0)
 
 
+def test_groups_of_the_answers_that_got_a_verdict_are_of_any_size_and_an_empty_one_is_left_out():
+    for dynamic, kept in ((True, [1, 4]), (False, [1, 2, 4])):
+        buffer = DynamicSamplingBuffer(len(kept), dynamic, True)
+        buffer.add([make_group(0, []), make_group(1, [1, 0, 1]), make_group(2, [1]), make_group(3, []), make_group(4, [0, 1])])
+        restored = DynamicSamplingBuffer(len(kept), dynamic, True)
+        restored.restore(through_a_file(buffer.state()), PROBLEMS)
+        taken, counts = restored.take()
+        assert draws(taken) == kept and counts.accuracy_kept == pytest.approx((2 / 3 * 3 + 1 + (not dynamic)) / (5 + (not dynamic)))
+        assert (counts.drawn, counts.all_correct, counts.all_wrong, counts.accuracy) == (5, 1, 2, pytest.approx(4 / 6))
+
+
 @settings(deadline=None)
 @given(
     st.integers(1, 4),

@@ -26,7 +26,7 @@ G = 4
 def config(**algo) -> Config:
     sizes = {"prompts_per_step": 8, "responses_per_prompt": G, "responses_per_update": G, "prompts_per_draw": 16}
     rollout = RolloutSection(decode_slots=32, max_response_len=200)
-    reward = RewardSection(overlong_buffer_len=100)
+    reward = RewardSection(overlong_buffer_len=100, max_error_fraction=0.9)
     return dataclasses.replace(Config(), dapo=DapoSection(**(sizes | algo)), rollout=rollout, reward=reward)
 
 
@@ -79,12 +79,15 @@ class FakeStream:
 class FakePool:
     """Judges by the first character; a verdict is there when it likes."""
 
-    def __init__(self, delays=None, error=None):
-        self._delays, self._error, self.judged = delays, error, 0
+    def __init__(self, delays=None, error=None, late=None):
+        """late: the verdict on answers of 3 tokens."""
+        self._delays, self._error, self._late, self.judged = delays, error, late, 0
 
     def submit(self, items):
         self.judged += len(items)
         verdicts = [Verdict(item.text[0] == "1", 1.0 if item.text[0] == "1" else -1.0, self._error) for item in items]
+        if self._late:
+            verdicts = [self._late if item.response_len == 3 else v for item, v in zip(items, verdicts, strict=True)]
 
         class Pending:
             def wait(pending, seconds):
@@ -98,8 +101,8 @@ class FakePool:
         return Pending()
 
 
-def drawn(outcome, missing=8, keep_rate=0.5, pool=None, first_draw=0, memory=None, left_open=(), slots=32, **algo):
-    stream, settings = FakeStream(outcome, slots), config(**algo)
+def drawn(outcome, missing=8, keep_rate=0.5, pool=None, first_draw=0, memory=None, left_open=(), slots=32, settings=None, **algo):
+    stream, settings = FakeStream(outcome, slots), settings or config(**algo)
     found = draw_groups(
         stream,
         PROMPTS,
@@ -235,6 +238,44 @@ def test_answers_without_a_verdict_stop_the_run_before_the_cap():
     assert pool.judged < 10 * 16 * G
 
 
+def sometimes_late(draw, sample):
+    """Some answers have no verdict, and all answers of draw 5; groups are mixed, all right or all wrong."""
+    rng = random.Random(f"{draw} {sample}")
+    late = rng.random() < 0.15 or draw == 5
+    return 3 if late else 10 + sample, (rng.random() < 0.5, True, False)[draw % 3]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_an_answer_without_a_verdict_is_as_if_it_had_not_been_sampled(dynamic):
+    """Whatever it is said to score: its group is trained on without it, counts without it as mixed, all right or all wrong, and a
+    group without any verdict is replaced."""
+    steps = []
+    for late in (Verdict(False, -1.0, "timed out after 1 s"), Verdict(True, 9.0, "timed out after 1 s")):
+        step, stream = drawn(sometimes_late, pool=FakePool(late=late), dynamic_sampling=dynamic)
+        steps.append((step, stream.submitted))
+    (found, submitted), (other, as_submitted) = steps
+    assert submitted == as_submitted and found.outcomes == other.outcomes and found.cursor == other.cursor
+    for a, b in zip(found.groups, other.groups, strict=True):
+        assert a.draw == b.draw and a.correct.tolist() == b.correct.tolist() and a.reward.tolist() == b.reward.tolist()
+        in_time = [sometimes_late(a.draw, n) for n in range(G) if sometimes_late(a.draw, n)[0] != 3]
+        assert [(len(r.tokens), bool(c)) for r, c in zip(a.responses, a.correct, strict=True)] == in_time
+        assert len(a.penalty) == len(a.old_logprobs) == len(in_time)
+    sizes = {g.draw: len(g.correct) for g in found.groups}
+    assert sizes[5] == 0 and {3, 4} <= set(sizes.values())
+    assert sum(v.error is not None for v in found.verdicts) == sum(G - n for n in sizes.values())
+    assert [right for _, right, _ in found.outcomes] == [set(g.correct.tolist()) == {True} for g in found.groups]
+    assert keep_rate_after(0.5, found.groups) == keep_rate_after(0.5, other.groups)
+    if not dynamic:
+        assert len(found.groups) == 8 + 1  # of which 8 are trained on
+
+
+def test_draws_are_bounded_also_where_no_answer_gets_a_verdict():
+    settings = config(dynamic_sampling=False, max_generation_batches=3)
+    settings = dataclasses.replace(settings, reward=RewardSection(overlong_buffer_len=100, max_error_fraction=1.0))
+    found, _ = drawn(lambda draw, sample: (3, True), pool=FakePool(late=Verdict(False, 0.0, "x")), settings=settings)
+    assert len(found.groups) == 3 * 16 and not any(g.responses for g in found.groups)
+
+
 def test_the_memory_is_told_what_became_of_each_problem():
     memory = PassMemory(len(PROMPTS), 1, 1)
     found, _ = drawn(lambda draw, sample: (5, draw % 2 == 0 or sample == 0), missing=6, keep_rate=0.5, memory=memory)
@@ -249,11 +290,11 @@ def long_tailed(draw, sample):
     return 1 + int(rng.expovariate(1 / 40)), rng.random() < 0.3
 
 
-def steps(count, save=lambda groups: groups, **algo):
+def steps(count, save=lambda groups: groups, outcome=long_tailed, **options):
     """So many steps of 8 groups, each going on with what the one before left."""
     found, left_open, draws = [], [], 0
     for _ in range(count):
-        step, _ = drawn(long_tailed, first_draw=draws, left_open=save(left_open), **algo)
+        step, _ = drawn(outcome, first_draw=draws, left_open=save(left_open), **options)
         left_open, draws = step.open, draws + step.draws
         found.append(step)
     return found
@@ -295,11 +336,17 @@ def test_open_groups_survive_a_checkpoint():
         assert all(array.size and array.dtype != object for array in arrays.values())
         return restore_open(arrays, PROMPTS)
 
-    plain, restored = (steps(6, save, partial_rollouts=True) for save in (lambda groups: groups, through_a_file))
+    def some_late(draw, sample):
+        length, correct = long_tailed(draw, sample)
+        return 3 if length % 5 == 0 else length, correct
+
+    options = {"outcome": some_late, "pool": FakePool(late=Verdict(True, 9.0, "timed out after 1 s")), "partial_rollouts": True}
+    plain, restored = (steps(6, save, **options) for save in (lambda groups: groups, through_a_file))
     for a, b in zip(plain, restored, strict=True):
         assert [g.draw for g in a.groups] == [g.draw for g in b.groups] and a.verdicts == b.verdicts and a.cursor == b.cursor
         assert list(map(said, a.groups)) == list(map(said, b.groups))
     assert any(step.open for step in plain)
+    assert any(v and v.error for step in plain for g in step.open for v in g.verdicts)
 
 
 def opened(*outcomes):

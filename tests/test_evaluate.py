@@ -10,7 +10,7 @@ import pytest
 from dapo_jax.config import config_from_dict
 from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import byte_tokenizer
-from dapo_jax.evaluate import consensus, estimates, evaluate_sets, pass_at_k
+from dapo_jax.evaluate import answer_row, consensus, estimates, evaluate_sets, pass_at_k
 from dapo_jax.policy import Policy
 from dapo_jax.reward.verify import lenient_verify, strict_verify
 from dapo_jax.types import Problem, Prompt, Response, Verdict
@@ -84,8 +84,30 @@ JUDGES = {
 def test_votes_are_counted_only_where_the_verifier_reads_the_answers_that_vote(verifier):
     """Four right responses to each of two problems, in the form that each verifier reads."""
     text, rule, more = JUDGES[verifier]
-    section = {"verifier": verifier, **more}
-    config = config_from_dict({"model": {"architecture": {}}, "eval": {"every": 0, "samples_per_problem": 4}, "reward": section})
+    metrics, answers, line = evaluated(
+        text, lambda item: Verdict(rule(item.text, item.problem.answer), 1.0), {"verifier": verifier, **more}
+    )
+    assert all(answer.verdict.correct for answer in answers) and metrics["avg"] == metrics["pass"] == metrics["pass_at_4"] == 1.0
+    assert metrics["digest"] == problems_digest(Problem(name, "6*7", "42") for name in "xy")  # in the order of ids, whatever the file's
+    votes = {key: number for key, number in metrics.items() if key.startswith("cons")}
+    assert votes == ({"cons": 1.0, "cons_se": 0.0} if verifier == "strict" else {})
+    assert ("cons@4 1.000" in line) == ("cons" in line) == (verifier == "strict")
+    assert metrics["no_verdict"] == 0 and "verdict" not in line
+
+
+def test_answers_without_a_verdict_are_counted():
+    """Three of eight, of one problem."""
+    verdicts = iter([Verdict(True, 1.0)] * 5 + [Verdict(False, -1.0, "timed out after 1 s")] * 3)
+    metrics, answers, line = evaluated("Answer: 42", lambda item: next(verdicts), {"max_error_fraction": 0.5})
+    rows = [answer_row(answer, Policy(None, byte_tokenizer(), (1,))) for answer in answers]
+    assert (metrics["no_verdict"], metrics["avg"]) == (3, 5 / 8)
+    assert [row["error"] for row in rows] == [None] * 5 + ["timed out after 1 s"] * 3
+    assert line.endswith("; 3 of 8 answers got no verdict and count as incorrect")
+
+
+def evaluated(text, judge, reward):
+    """Metrics, answers and line of an evaluation of four responses `text` to each of two problems."""
+    config = config_from_dict({"model": {"architecture": {}}, "eval": {"every": 0, "samples_per_problem": 4}, "reward": reward})
     tokens = np.array(byte_tokenizer()(text)["input_ids"], np.int32)
     said = []
 
@@ -93,7 +115,7 @@ def test_votes_are_counted_only_where_the_verifier_reads_the_answers_that_vote(v
         return [Response(tokens, np.zeros(len(tokens), np.float32), False) for _ in requests]
 
     def submit(items):
-        verdicts = [Verdict(rule(item.text, item.problem.answer), 1.0) for item in items]
+        verdicts = [judge(item) for item in items]
         return SimpleNamespace(wait=lambda seconds: True, result=lambda: verdicts)
 
     found = evaluate_sets(
@@ -106,9 +128,4 @@ def test_votes_are_counted_only_where_the_verifier_reads_the_answers_that_vote(v
         guard=SimpleNamespace(reach=lambda place: None, wait=lambda done, place: None),
         say=said.append,
     )
-    metrics, answers = found["a"]
-    assert all(answer.verdict.correct for answer in answers) and metrics["avg"] == metrics["pass"] == metrics["pass_at_4"] == 1.0
-    assert metrics["digest"] == problems_digest(Problem(name, "6*7", "42") for name in "xy")  # in the order of ids, whatever the file's
-    votes = {key: number for key, number in metrics.items() if key.startswith("cons")}
-    assert votes == ({"cons": 1.0, "cons_se": 0.0} if verifier == "strict" else {})
-    assert ("cons@4 1.000" in said[0]) == ("cons" in said[0]) == (verifier == "strict")
+    return *found["a"], said[0]

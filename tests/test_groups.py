@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapo_jax.dapo.groups import group_advantages, informative_groups
+from dapo_jax.config import DapoSection
+from dapo_jax.dapo.groups import advantages_of, group_advantages, informative_groups, is_informative
 
 
 def test_a_group_is_informative_when_it_holds_right_and_wrong():
@@ -73,3 +74,14 @@ def test_shapes_and_ddof_are_checked():
     for ddof in (-1, 4, 5):
         with pytest.raises(ValueError, match="ddof"):
             group_advantages(np.zeros((2, 4)), ddof=ddof)
+
+
+def test_a_group_of_the_answers_that_got_a_verdict_is_one_of_their_number():
+    """PAPER's numbers for four rewards hold for the four that are left of five; one alone has nothing to be compared with."""
+    algo = DapoSection()
+    np.testing.assert_allclose(
+        advantages_of(np.array([1, -1, -1, -1], np.float32), algo), [1.4999985, *[-0.4999995] * 3], rtol=0, atol=1e-6
+    )
+    assert advantages_of(np.array([1.0]), algo).tolist() == [0.0]
+    np.testing.assert_allclose(advantages_of(np.array([1.0, -1.0]), DapoSection(advantage_ddof=2)), [0.5**0.5, -(0.5**0.5)], atol=1e-6)
+    assert [is_informative(np.array(c, bool)) for c in ([1, 0], [1], [0, 0], [])] == [True, False, False, False]

@@ -103,6 +103,22 @@ def test_every_metric_of_a_step():
     assert metrics() == pytest.approx(expected, rel=1e-6)
 
 
+def test_groups_without_a_verdict_on_some_or_all_answers():
+    """Metrics are over the answers that have one, a group without any is all wrong; with none at all only counts are left."""
+    empty = group(10, [], [], [], [], gap=0)
+    config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2))
+    found = draw_metrics(Drawn([*DRAWN, group(9, [1], [4], [False], [0], gap=0), empty], VERDICTS, Cursor(), 5, 55, [], []), config)
+    assert found["reward/accuracy"] == 4 / 7 and found["reward/mean"] == pytest.approx((1 - 1.5 + 1 + 1 - 1.5 - 1.25 + 1) / 7)
+    assert (found["filter/kept_fraction"], found["filter/all_correct"], found["filter/all_wrong"]) == (1 / 5, 2 / 5, 2 / 5)
+    assert set(draw_metrics(Drawn([empty], VERDICTS, Cursor(), 1, 9, [], []), config)) == {
+        "reward/timeouts",
+        "reward/errors",
+        "rollout/generation_batches",
+        "rollout/prompts",
+        "rollout/tokens",
+    }
+
+
 def test_what_a_step_draws_and_samples_counts_in_it_wherever_its_groups_are_completed():
     """Two prompts more than the groups completed, left open after 15 tokens."""
     config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2))
@@ -135,6 +151,17 @@ def test_a_step_whose_updates_were_all_skipped_says_so_and_nothing_of_the_policy
         "optim/underfilled_updates",
     }
     assert all(np.isfinite(value) for value in found.values())
+
+
+def test_a_mini_batch_holds_the_answers_that_got_a_verdict():
+    """Two of one group and one of another, alone there: its tokens count in the mean, and its advantage is 0."""
+    config = dataclasses.replace(Config(), dapo=DapoSection(responses_per_prompt=2, responses_per_update=4))
+    batch, _ = next(minibatches([CARRIED, group(6, [1], [4], [False], [0], gap=0)], config, 1))
+    assert batch.weight[batch.target_mask].tolist() == [np.float32(1 / 8)] * 8
+    assert (
+        sorted(batch.advantages[batch.target_mask].round(4).tolist())
+        == [np.float32(-0.7071).round(4)] * 2 + [0] * 4 + [np.float32(0.7071).round(4)] * 2
+    )
 
 
 def test_mini_batches_hide_the_samplers_log_probs_of_groups_of_earlier_steps():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dapo_jax.dapo.groups import informative_groups
+from dapo_jax.dapo.groups import is_informative
 from dapo_jax.types import Group, InputError, Problem, Prompt, Response, SharedError
 
 
@@ -24,7 +24,7 @@ class StepCounts:
     """What one rollout step drew and what became of it.
 
     With dynamic sampling: drawn + carried_in == kept + all_correct + all_wrong + surplus;
-    without it, all-right and all-wrong groups are trained on too: drawn + carried_in == kept + surplus.
+    without it, all-right and all-wrong groups are trained on too: drawn + carried_in == kept + surplus, but for groups without a verdict.
     """
 
     drawn: int  # groups drawn in this step, or completed in it where partial rollouts left them open
@@ -83,7 +83,7 @@ class DynamicSamplingBuffer:
         for before, after in itertools.pairwise(draws):
             if after <= before:
                 raise ValueError(f"groups must arrive in draw order, got draw {after} after draw {before}")
-        usable = [not self._dynamic_sampling or bool(informative_groups(group.correct[None])[0]) for group in groups]
+        usable = [is_informative(group.correct) if self._dynamic_sampling else bool(group.correct.size) for group in groups]
         for group, use in zip(groups, usable, strict=True):
             if use:
                 _check_lengths(group)
@@ -93,7 +93,7 @@ class DynamicSamplingBuffer:
             t = _Tally(
                 carried_in=t.carried_in,
                 drawn=t.drawn + 1,
-                all_correct=t.all_correct + (right == size),
+                all_correct=t.all_correct + (right == size > 0),
                 all_wrong=t.all_wrong + (right == 0),
                 responses=t.responses + size,
                 right=t.right + right,

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from dapo_jax.config import DapoSection
+
 
 def informative_groups(correct: np.ndarray) -> np.ndarray:
     """Which groups hold right and wrong responses: 0 < #correct < G (arXiv 2503.14476, Eq. 8). bool [Q, G] -> bool [Q].
@@ -15,6 +17,11 @@ def informative_groups(correct: np.ndarray) -> np.ndarray:
     if correct.ndim != 2:
         raise ValueError(f"correct must be [Q, G], got shape {correct.shape}")
     return np.logical_and(correct.any(axis=1), ~correct.all(axis=1))
+
+
+def is_informative(correct: np.ndarray) -> bool:
+    """`informative_groups` of one group, bool [G]; groups may differ in G where answers got no verdict."""
+    return bool(informative_groups(np.asarray(correct)[None])[0])
 
 
 def group_advantages(reward: np.ndarray, *, ddof: int = 1, eps: float = 1e-6) -> np.ndarray:
@@ -39,3 +46,8 @@ def group_advantages(reward: np.ndarray, *, ddof: int = 1, eps: float = 1e-6) ->
     scale = reward.std(axis=1, ddof=ddof, keepdims=True) + eps
     centred = reward - reward.mean(axis=1, keepdims=True)
     return np.where(constant, 0.0, centred / np.where(constant, 1.0, scale)).astype(np.float32)
+
+
+def advantages_of(reward: np.ndarray, algo: DapoSection) -> np.ndarray:
+    """`group_advantages` of one group, float32 [G]. Where fewer answers got a verdict than ddof needs, ddof is as large as it can be."""
+    return group_advantages(reward[None], ddof=min(algo.advantage_ddof, len(reward) - 1), eps=algo.advantage_eps)[0]

@@ -34,13 +34,14 @@ from dapo_jax.types import InputError
 VOLATILE = ("time/", "throughput/", "memory/")  # areas of metrics that depend on the clock and the machine; no other does
 
 METRICS: Mapping[str, str] = {
-    # Judged responses. A group is completed in the step that draws it, or, with dapo.partial_rollouts, perhaps in a later one
+    # Judged responses; those without a verdict are in no metric but the counts of them.
+    # A group is completed in the step that draws it, or, with dapo.partial_rollouts, perhaps in a later one
     "reward/mean": "mean of score + overlong penalty over the responses of the groups completed in this step",
     "reward/accuracy": "share of correct responses among those of all groups completed in this step, before filtering",
     "reward/accuracy_kept": "share of correct responses among those trained on, after filtering",
     "reward/overlong_penalty_mean": "mean overlong penalty over the responses of the groups completed in this step, in [-1, 0]",
-    "reward/errors": "responses without a verdict because the reward failed, time-outs not among them",
-    "reward/timeouts": "responses without a verdict because the reward took too long",
+    "reward/errors": "responses left out of their group, without a verdict, because the reward failed; time-outs not among them",
+    "reward/timeouts": "responses left out of their group, without a verdict, because the reward took too long",
     # Dynamic sampling
     "filter/kept_fraction": "share of the groups completed in this step that are neither all correct nor all wrong",
     "filter/all_correct": "share of the groups completed in this step without a wrong response",
@@ -97,6 +98,7 @@ METRICS: Mapping[str, str] = {
     "eval/<set>/cons_se": "standard error of cons@k over problems",
     "eval/<set>/pass_at_<k>": "pass@k by the unbiased estimator 1 - C(n - c, k) / C(n, k) from c right ones of n, mean over problems",
     "eval/<set>/pass_at_<k>_se": "standard error of pass_at_<k> over problems",
+    "eval/<set>/no_verdict": "responses without a verdict; they count as incorrect",
     "eval/<set>/response_len_mean": "mean response length, tokens",
     "eval/<set>/truncated_fraction": "share of responses that hit the length limit",
     "eval/<set>/digest": "SHA-256 of the problems, text: accuracies of runs are compared where it is the same",
