@@ -33,7 +33,7 @@ from dapo_jax.policy import (
     with_commit,
 )
 from dapo_jax.reward.golds import check_data
-from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors, error_counts
+from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors, error_counts, no_answer_fraction
 from dapo_jax.reward.verify import extract_answer, function_source
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
@@ -149,6 +149,7 @@ def evaluate_set(
         "response_len_mean": float(np.mean([len(r.tokens) for r in responses])),
         "truncated_fraction": float(np.mean([r.truncated for r in responses])),
         "no_verdict": sum(error_counts(verdicts)),
+        "no_answer_fraction": no_answer_fraction(verdicts),
         "digest": problems_digest(sorted((prompt.problem for prompt in prompts), key=lambda problem: problem.id)),
     }
     return metrics, [Answer(prompts[q.draw], q.sample, r, v) for q, r, v in zip(requests, responses, verdicts, strict=True)]
@@ -195,9 +196,10 @@ def evaluate_sets(
                 prompts, config, engine=engine, params=params, policy=policy, pool=pool, guard=guard, on_done=bar.update
             )
         cons = f"cons@{k} {m['cons']:.3f}, " if "cons" in m else ""
+        unread = f", {m['no_answer_fraction']:.0%} without an answer" if m["no_answer_fraction"] > 0.1 else ""
         say(
             f"eval {name}: avg@{k} {m['avg']:.3f} ± {m['avg_se']:.3f}, pass@{k} {m['pass']:.3f}, {cons}"
-            f"{m['response_len_mean']:.0f} tokens, {m['truncated_fraction']:.1%} cut"
+            f"{m['response_len_mean']:.0f} tokens, {m['truncated_fraction']:.1%} cut{unread}"
             + (f"; {m['no_verdict']} of {len(answers)} answers got no verdict and count as incorrect" if m["no_verdict"] else "")
         )
         results[name] = m, answers

@@ -57,7 +57,7 @@ from dapo_jax.policy import (
 )
 from dapo_jax.programs import microbatches, train_programs, train_sampling
 from dapo_jax.resume import DataDigests, Progress, Run, UnderWay, fetched, restore, save
-from dapo_jax.reward.pool import error_counts
+from dapo_jax.reward.pool import error_counts, no_answer_fraction
 from dapo_jax.reward.verify import function_source
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import Checkpoints, newest_host
@@ -303,6 +303,9 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 metrics |= times | throughput(drawn_metrics, packed[already:], times)
                 last = step == config.train.steps
                 say(table.line(step, metrics))
+                if (unread := metrics.get("reward/no_answer_fraction", 0.0)) > 0.5:
+                    verifier = config.reward.verifier
+                    say(f"step {step}: {unread:.0%} of the responses hold no answer that the {verifier} verifier reads; see samples/")
                 if eval_sets and config.eval.every and (step % config.eval.every == 0 or last):
                     with rolling_back() as rolled_back, timed(times, "time/eval_s"):
                         metrics |= evaluate(weights)
@@ -507,6 +510,7 @@ def draw_metrics(step: Drawn, config: Config) -> dict[str, float]:
     metrics: dict[str, float] = {
         "reward/timeouts": timeouts,
         "reward/errors": errors,
+        "reward/no_answer_fraction": no_answer_fraction(step.verdicts),
         "rollout/generation_batches": math.ceil(step.draws / config.dapo.prompts_per_draw),
         "rollout/prompts": step.draws,
         "rollout/tokens": step.tokens,

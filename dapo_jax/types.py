@@ -122,6 +122,7 @@ class Verdict(NamedTuple):
     correct: bool
     score: float
     error: str | None = None  # why there is no verdict (time-out, exception); counted apart from wrong answers
+    answered: bool = True  # whether the verifier found an answer in the response at all
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,20 @@ def test_the_counts_of_a_file(capsys):
         "  conflicts                 1  prompts with different answers, left out",
         "  skipped                   1  no answer (first in row 6: columns question)",
         "  with a solution           1  25.0% of the problems",
+        "source: 4 of 4 (100.0%) ground truths are correct by the strict verifier",
+        "source: 1 of 1 (100.0%) solutions are correct by the strict verifier",
     ]
+
+
+def test_ground_truths_that_no_response_can_reach(capsys):
+    """What is left of a solution behind `\\boxed`: said of a file, refused where a config names the verifier."""
+    Path("math.jsonl").write_text('{"prompt": "x?", "answer": "{4}$."}\n{"prompt": "y?", "answer": "{5}$."}\n')
+    assert verb("stats", "--source", "math.jsonl") == 0
+    line = "0 of 2 (0.0%) ground truths are correct by the strict verifier; not, for example, "
+    assert f"warning: source: {line}" in capsys.readouterr().out
+    assert verb("stats", "--config", "c.yaml", "--set", "data.train=math.jsonl") == 2
+    said = capsys.readouterr()
+    assert "  problems                  2\n" in said.out and f"dapo_jax: data.train: {line}" in said.err
 
 
 def test_the_sets_of_a_config_with_the_lengths_of_their_prompts(capsys):

@@ -15,7 +15,7 @@ import pytest
 import torture_rewards
 
 from dapo_jax.config import RewardSection
-from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool, check_errors, error_counts
+from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool, check_errors, error_counts, no_answer_fraction
 from dapo_jax.types import InputError, Message, Problem, Verdict
 
 HERE = Path(__file__).parent
@@ -51,7 +51,7 @@ def test_strict_needs_no_worker():
     with RewardPool(RewardSection(verifier="strict")) as pool:
         assert set(threading.enumerate()) <= before  # those of other tests may end meanwhile
         verdicts = pool.judge([item("Answer: 42"), item("Answer: 43"), item(r"\boxed{42}")])
-    assert verdicts == [Verdict(True, 1.0), Verdict(False, -1.0), Verdict(False, -1.0)]
+    assert verdicts == [Verdict(True, 1.0), Verdict(False, -1.0), Verdict(False, -1.0, answered=False)]
 
 
 def test_lenient_judges_in_order_and_survives_bombs():
@@ -63,7 +63,17 @@ def test_lenient_judges_in_order_and_survives_bombs():
         verdicts = pool.judge(items)
         assert time.monotonic() - began < 4 * LIMIT_S
     assert verdicts.pop(7) == Verdict(False, -1.0, "timed out after 1 s")
-    assert verdicts == [Verdict(correct, 1.0 if correct else -1.0) for _, correct in answers]
+    assert verdicts == [Verdict(correct, 1.0 if correct else -1.0) for _, correct in answers]  # `x = 5` is an answer too
+
+
+def test_the_share_of_responses_without_an_answer():
+    found = []
+    for verifier in ("strict", "lenient"):
+        with RewardPool(RewardSection(verifier=verifier, workers=1)) as pool:
+            verdicts = pool.judge([item("Answer: 42"), item("Answer: 43"), item(r"\boxed{42}"), item("I do not know")])
+        found.append((no_answer_fraction(verdicts), no_answer_fraction([*verdicts, Verdict(False, -1.0, "timed out")])))
+    assert found == [(0.5, 0.5), (0.25, 0.25)]
+    assert no_answer_fraction([]) == 0.0
 
 
 def test_custom_function_gets_the_item_whole(pool):
@@ -241,7 +251,7 @@ def run_script(folder, *arguments):
 def test_a_script_without_a_main_guard_runs_once(tmp_path):
     done = run_script(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == ["script runs", "Verdict(correct=True, score=1.0, error=None)"]
+    assert done.stdout.splitlines() == ["script runs", "Verdict(correct=True, score=1.0, error=None, answered=True)"]
 
 
 def test_a_worker_soon_follows_a_killed_caller(tmp_path):

@@ -10,12 +10,14 @@ import dataclasses
 import json
 from typing import Any
 
-from dapo_jax.config import ArithmeticConfig, ColumnsConfig, Config, DataSection, load_config, printable
+from dapo_jax.config import ArithmeticConfig, ColumnsConfig, Config, DataSection, RewardSection, load_config, printable
 from dapo_jax.data.mixture import load_training, mix
 from dapo_jax.data.problems import Watch, load_problems
 from dapo_jax.data.prompts import load_tokenizer, prompt_lengths
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.data.stats import length_stats, set_stats, table
+from dapo_jax.reward.golds import check_data
+from dapo_jax.reward.pool import RewardPool
 from dapo_jax.runtime.console import progress
 from dapo_jax.runtime.folder import write_result
 from dapo_jax.types import InputError, Problem
@@ -85,6 +87,16 @@ def stats(args: argparse.Namespace) -> None:
         print("\n".join(printable(line) for line in table(name, one)))
     if args.json:
         write_result(args.json, json.dumps({name: one for name, (one, _) in found.items()}, indent=2) + "\n")
+    reward = config.reward if config else RewardSection()
+    with RewardPool(reward) as pool:
+        for name, (_, problems) in found.items():
+            try:
+                lines = check_data(name, problems, section.template, reward, pool.judge)
+            except InputError as e:
+                if config:
+                    raise
+                lines = [f"warning: {e}"]  # of a source alone, nothing says which verifier is meant
+            print("".join(f"{printable(line)}\n" for line in lines), end="")
 
 
 def _of_config(config: Config, watch: Watch) -> Found:

@@ -81,6 +81,8 @@ def check_data(name: str, problems: Sequence[Problem], template: str, section: R
     Raises InputError if a custom function fails on a first answer, or if not one ground truth can
     be reached.
     """
+    if not problems:
+        return []
     if section.verifier == "custom":
         _call_once(problems[0], section, judge)
         return []

@@ -28,7 +28,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dapo_jax.config import RewardSection
-from dapo_jax.reward.verify import check_verdict, function_source, lenient_verify, load_function, one_line, strict_verify
+from dapo_jax.reward.verify import (
+    check_verdict,
+    extract_answer,
+    function_source,
+    lenient_judgement,
+    lenient_verify,
+    load_function,
+    one_line,
+    strict_verify,
+)
 from dapo_jax.types import InputError, Message, Problem, SharedError, Verdict
 
 _START_S = 120.0  # for a worker to import what it needs
@@ -122,7 +131,8 @@ class RewardPool:
             return pending
         for place, item in enumerate(items):
             correct = strict_verify(item.text, item.problem.answer)
-            pending._settle(place, Verdict(correct, 1.0 if correct else -1.0))
+            answered = correct or extract_answer(item.text) is not None
+            pending._settle(place, Verdict(correct, 1.0 if correct else -1.0, None, answered))
         return pending
 
     def judge(self, items: Sequence[RewardItem]) -> list[Verdict]:
@@ -139,6 +149,12 @@ class RewardPool:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def no_answer_fraction(verdicts: Sequence[Verdict]) -> float:
+    """The share of the verdicts, errors left out, whose verifier found no answer in the response."""
+    judged = [verdict.answered for verdict in verdicts if verdict.error is None]
+    return 1 - sum(judged) / len(judged) if judged else 0.0
 
 
 def error_counts(verdicts: Sequence[Verdict]) -> tuple[int, int]:
@@ -552,8 +568,8 @@ def _load_judge(settings: dict) -> Callable[[Problem, str, int], object]:
 
 
 def _judge_lenient(problem: Problem, text: str, response_len: int) -> Verdict:
-    correct = lenient_verify(text, problem.answer)
-    return Verdict(correct, 1.0 if correct else -1.0)
+    correct, answered = lenient_judgement(text, problem.answer)
+    return Verdict(correct, 1.0 if correct else -1.0, None, answered)
 
 
 def _limit_memory(extra_mb: int) -> None:

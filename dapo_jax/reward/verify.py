@@ -140,6 +140,11 @@ def lenient_verify(response: str, ground_truth: str) -> bool:
     Time and memory are unbounded for an adversarial answer (`9^{9^{9^9}}`): call it where it can be killed, as RewardPool does. Raises
     ImportError without math-verify, MemoryError if an answer needs more than there is.
     """
+    return lenient_judgement(response, ground_truth)[0]
+
+
+def lenient_judgement(response: str, ground_truth: str) -> tuple[bool, bool]:
+    """`lenient_verify`, and whether there is an answer at all: one that is marked, or that math-verify finds."""
     from math_verify import parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
@@ -147,20 +152,22 @@ def lenient_verify(response: str, ground_truth: str) -> bool:
     tail = _plain_numbers(response[-LENIENT_TAIL:])
     marked = _marked_answer(tail)
     if marked is not None and _undelimited(marked) == _undelimited(gold_text) != "":
-        return True
+        return True, True
+    answered = bool(marked)
     try:
         gold = parse(f"\\boxed{{{gold_text}}}", parsing_timeout=None, raise_on_error=True)
         for reading in [tail] if marked is None else _readings(marked, tail):
             answer = parse(reading, parsing_timeout=None, raise_on_error=True)
+            answered |= bool(answer)
             if _same_value(gold, answer):
-                return True
+                return True, True
             if any(not isinstance(value, str) for value in answer):
-                return False  # the first reading that has a value counts
+                break  # the first reading that has a value counts
     except MemoryError:
         raise
     except Exception:  # no value to compare: not correct
-        return False
-    return False
+        pass
+    return False, answered
 
 
 def _readings(marked: str, tail: str) -> list[str]:
@@ -311,15 +318,15 @@ def check_verdict(value: object) -> Verdict:
     """What a custom verifier returned, as a Verdict. Raises ValueError that says what is wrong with it.
 
     >>> check_verdict((True, 1))
-    Verdict(correct=True, score=1.0, error=None)
+    Verdict(correct=True, score=1.0, error=None, answered=True)
     >>> check_verdict((1, 1.0))
     Traceback (most recent call last):
     ValueError: correct must be True or False, not int
     """
-    if not isinstance(value, tuple) or len(value) != (3 if isinstance(value, Verdict) else 2):
+    if not isinstance(value, tuple) or len(value) != (len(Verdict._fields) if isinstance(value, Verdict) else 2):
         length = f" of {len(value)}" if isinstance(value, tuple) else ""
         raise ValueError(f"the reward function must return (correct, score), not {type(value).__name__}{length}")
-    correct, score, error = value if isinstance(value, Verdict) else (*value, None)
+    correct, score, error, answered = value if isinstance(value, Verdict) else (*value, None, True)
     if not isinstance(correct, bool | np.bool_):
         raise ValueError(f"correct must be True or False, not {type(correct).__name__}")
     if isinstance(score, bool) or not isinstance(score, Real):
@@ -332,4 +339,4 @@ def check_verdict(value: object) -> Verdict:
         number = math.inf
     if not abs(number) <= _FLOAT32_MAX:
         raise ValueError(f"score must be finite in float32, got {number}")
-    return Verdict(bool(correct), number, None if error is None else one_line(error))
+    return Verdict(bool(correct), number, None if error is None else one_line(error), bool(answered))

@@ -41,6 +41,7 @@ METRICS: Mapping[str, str] = {
     "reward/accuracy_kept": "share of correct responses among those trained on, after filtering",
     "reward/overlong_penalty_mean": "mean overlong penalty over the responses of the groups completed in this step, in [-1, 0]",
     "reward/errors": "responses left out of their group, without a verdict, because the reward failed; time-outs not among them",
+    "reward/no_answer_fraction": "share of the responses judged in this step in which the verifier found no answer, if it can tell",
     "reward/timeouts": "responses left out of their group, without a verdict, because the reward took too long",
     # Dynamic sampling
     "filter/kept_fraction": "share of the groups completed in this step that are neither all correct nor all wrong",
@@ -101,6 +102,7 @@ METRICS: Mapping[str, str] = {
     "eval/<set>/no_verdict": "responses without a verdict; they count as incorrect",
     "eval/<set>/response_len_mean": "mean response length, tokens",
     "eval/<set>/truncated_fraction": "share of responses that hit the length limit",
+    "eval/<set>/no_answer_fraction": "share of responses in which the verifier found no answer",
     "eval/<set>/digest": "SHA-256 of the problems, text: accuracies of runs are compared where it is the same",
 }
 

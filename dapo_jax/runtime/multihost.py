@@ -44,7 +44,8 @@ _WAIT_S = 20.0  # before a process that waits for the others says so
 _ALL_HOSTS = "the same command has to run on every host at a time (tpu_scripts/run starts it on all)"
 _FREE_IT = "end it (tpu_scripts/stop does, on every host), then start again"
 _LAST_WORDS_S = 2.0
-_VERDICT = np.dtype([("correct", np.bool_), ("score", np.float32), ("error", "S160")])  # as it travels, an error's text cut
+# A verdict as it travels, an error's text cut.
+_VERDICT = np.dtype([("correct", np.bool_), ("score", np.float32), ("error", "S160"), ("answered", np.bool_)])
 
 
 def initialize() -> None:
@@ -222,7 +223,7 @@ def gather_verdicts(own: Sequence[Verdict], total: int, before: int = 0) -> list
     """The verdicts of all processes on `total` items, in the items' order, from each process's verdicts on its `share`."""
     if jax.process_count() == 1:
         return list(own)
-    rows = [(v.correct, v.score, b"" if v.error is None else (v.error or " ").encode(errors="replace")) for v in own]
+    rows = [(v.correct, v.score, b"" if v.error is None else (v.error or " ").encode(errors="replace"), v.answered) for v in own]
     packed = np.array(rows, _VERDICT).view(np.uint8).reshape(len(rows), _VERDICT.itemsize)
     gathered: list[Any] = gather_shares(packed, total, before).reshape(-1).view(_VERDICT).tolist()
-    return [Verdict(correct, score, error.decode(errors="replace") or None) for correct, score, error in gathered]
+    return [Verdict(correct, score, error.decode(errors="replace") or None, answered) for correct, score, error, answered in gathered]
