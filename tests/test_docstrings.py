@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = {  # module: functions with examples; a function that loses its own is noticed
-    "config": {"load_config"},
+    "config.load": {"load_config"},
     "dapo.groups": {"group_advantages", "informative_groups"},
     "dapo.loss": {"dapo_token_loss"},
     "dapo.packing": {"normalizer_weights"},
@@ -17,6 +17,7 @@ EXAMPLES = {  # module: functions with examples; a function that loses its own i
     "model.logprobs": {"linear_logprobs"},
     "reward.overlong": {"overlong_penalty"},
     "reward.verify": {"check_verdict", "normalize_answer", "strict_verify"},
+    "types": {"canonical_answer"},
 }
 
 

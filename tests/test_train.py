@@ -95,7 +95,8 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [line["updates"] for line in lines] == [0, 2, 4, 6, 8]  # 6 x 4 responses a step, 12 an update
     assert all(b["draws"] >= a["draws"] for a, b in zip(lines, lines[1:], strict=False))
     assert lines[-1]["draws"] == sum(line["rollout/prompts"] for line in lines[1:])
-    assert all(isinstance(v, int | float) and math.isfinite(v) for line in lines for v in line.values())
+    values = [(k, v) for line in lines for k, v in line.items()]
+    assert all(len(v) == 64 if k == "eval/heldout/digest" else isinstance(v, int | float) and math.isfinite(v) for k, v in values)
     keys = [k.replace("<set>", "heldout") for k in METRICS if "<set>" in k and "cons" not in k]  # a custom verifier has no votes
     assert {k for line in lines for k in line if k.startswith("eval/")} == {k.replace("<k>", n) for k in keys for n in "12"}
     assert [("eval/heldout/avg" in line) for line in lines] == [True, False, True, False, True]
