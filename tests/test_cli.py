@@ -162,3 +162,36 @@ def test_usage(monkeypatch, capsys, argv, status):
         assert said.out == f"dapo_jax {dapo_jax.__version__}\n"
     else:
         assert all(f"  {verb} " in (said.err if status else said.out) for verb in cli.VERBS)
+
+
+def test_signals_of_a_verb_that_has_ended_end_nothing_else():
+    """A process that goes on after two verbs: one was signalled while it started, one where its guard heeds signals."""
+    script = """
+import os, signal, time
+from dapo_jax import cli
+from dapo_jax.runtime import guard
+guard._UNWIND_S = 0.5
+
+def starting(argv):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    finally:
+        time.sleep(0.2)
+
+def running(argv):
+    with guard.Guard(None) as g:
+        g.reach("a")
+        os.kill(os.getpid(), signal.SIGTERM)
+        g.reach("b")
+
+for verb in (starting, running):
+    try:
+        cli.run(verb, [])
+    except SystemExit as e:
+        print(e.code, flush=True)
+time.sleep(1)
+print("alive", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, ["143", "143", "alive"]), done.stderr

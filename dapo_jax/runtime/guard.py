@@ -63,10 +63,10 @@ def signals_end() -> Iterator[None]:
     def watch() -> None:
         with contextlib.suppress(OSError):  # closed: the verb has ended
             while number := awake.recv(1):
-                if signal.getsignal(number[0]) is interrupt:
-                    time.sleep(_UNWIND_S)
+                if signal.getsignal(number[0]) is interrupt and not ended.wait(_UNWIND_S):
                     os._exit(128 + number[0])
 
+    ended = threading.Event()
     awake, wake = socket.socketpair()
     wake.setblocking(False)
     with awake, wake:
@@ -76,6 +76,7 @@ def signals_end() -> Iterator[None]:
         try:
             yield
         finally:
+            ended.set()
             signal.set_wakeup_fd(descriptor)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -107,6 +108,8 @@ class Guard:
     def __exit__(self, *error: object) -> None:
         self._done.set()
         faulthandler.cancel_dump_traceback_later()
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -114,6 +117,7 @@ class Guard:
         """The run has come to a place where it may be left. Raises Stopped, on every process, if any has been asked to stop."""
         if self._moved is None and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
+            self._wakeup = signal.set_wakeup_fd(-1)  # the thread of `signals_end` is not to see what this one handles
         self._moved = time.monotonic()
         if self._timeout is not None:
             faulthandler.dump_traceback_later(self._timeout + _GRACE_S, exit=True, file=_STDERR)
