@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 # Those that decide what a run samples, judges or computes, also where they come with another package or are optional.
 DECIDING_PACKAGES = (
     *("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "ml_dtypes", "numpy", "scipy"),
-    *("transformers", "tokenizers", "sentencepiece", "safetensors", "regex", "jinja2", "PyYAML"),
+    *("transformers", "tokenizers", "sentencepiece", "safetensors", "regex", "jinja2", "PyYAML", "pydantic"),
     *("math-verify", "latex2sympy2_extended", "antlr4-python3-runtime", "sympy", "mpmath"),
     *("pyarrow", "tensorflow-datasets", "array_record"),
 )
