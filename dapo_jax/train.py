@@ -43,6 +43,7 @@ from dapo_jax.data.prompts import make_prompts, tokens_digest
 from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import checked_pool, eval_sampling, evaluate_sets, load_sets, not_held_out
 from dapo_jax.policy import (
+    Policy,
     check_adapters,
     check_divides,
     check_started_alike,
@@ -141,8 +142,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     refuse_other_run(config, run_dir, source)
     if function_changed(source, run_dir):
         say("reward.function: its file has changed since the run was started, which reward.allow_change allows")
-    if read(run_dir / "config.yaml") is None and (folder := weights_folder(policy)):  # a run that goes on has weights of its own
-        check_weights(folder)
+    check_first_weights(policy, run_dir)
     say(f"policy: {describe(policy, mesh, config.model.lora)}")
     say(
         f"step: {algo.prompts_per_step} prompts x {algo.responses_per_prompt} responses, "
@@ -646,6 +646,17 @@ def refuse_other_run(config: Config, run_dir: Folder, source: str | None) -> Non
             f"reward.function: {config.reward.function} is not what {run_dir} was started with, which is in its {_FUNCTION} or checkpoint; "
             "restore the file, or set reward.allow_change, or use another --run-dir"
         )
+
+
+def check_first_weights(policy: Policy, run_dir: Folder) -> None:
+    """`check_weights` of those that a new run starts from; one that is resumed has its own.
+
+    Process 0 says which it is: in a folder that the processes do not share they may find different things, and what follows is a
+    collective. That they do not share it is found after this (`lock.check_shared`).
+    """
+    resumed = multihost.from_main("" if read(run_dir / "config.yaml") is None else "resumed")
+    if not resumed and (folder := weights_folder(policy)):
+        check_weights(folder)
 
 
 def check_steps(steps: int, done: int, run_dir: Folder) -> None:

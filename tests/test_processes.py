@@ -19,7 +19,7 @@ import tiny
 from test_train import CONFIG, VOLATILE
 
 import dapo_jax
-from dapo_jax import cli, policy
+from dapo_jax import cli, policy, train
 from dapo_jax.config import config_from_dict
 from dapo_jax.data.prompts import load_tokenizer
 from dapo_jax.model import weights
@@ -296,6 +296,22 @@ def compared(monkeypatch):
     found = []
     monkeypatch.setattr(multihost, "check_alike", lambda facts: found.append(dict(facts())))
     return found
+
+
+@pytest.mark.parametrize("first_has_a_run, compares", [(True, False), (False, True)])
+def test_process_0_says_whether_first_weights_are_compared(first_has_a_run, compares, compared, tmp_path, monkeypatch):
+    """Comparing is a collective: in a --run-dir of each host's own disk, where one holds an older run, some would skip it and all hang."""
+    model, folder, run_dir = tiny.model(family="llama", vocab_size=258), str(tmp_path / "model"), tmp_path / "run"
+    save_pretrained(folder, model, tiny.params(model), tokenizer=load_tokenizer(None))
+    of_process_0 = "resumed" if first_has_a_run else ""
+    monkeypatch.setattr(multihost, "from_main", lambda text: of_process_0)
+    run_dir.mkdir()
+    for mine in (False, True):
+        if mine:
+            (run_dir / "config.yaml").write_text("")
+        train.check_first_weights(policy.Policy(model, None, (), folder, folder), run_dir)
+        assert bool(compared) == compares
+        compared.clear()
 
 
 def test_model_files_prompts_and_packages_are_compared(compared, tmp_path, monkeypatch):
