@@ -161,7 +161,10 @@ def test_a_port_that_is_in_use_is_named(monkeypatch):
         script = "from dapo_jax import cli; from dapo_jax.runtime import multihost; cli.run(lambda argv: multihost.initialize())"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert f"dapo_jax: JAX_COORDINATOR_ADDRESS: process 0 cannot listen on the port of {address}; give a free one\n" in done.stderr
+    assert (
+        f"dapo_jax: JAX_COORDINATOR_ADDRESS: process 0 cannot listen on the port of {address} (Address already in use); give a free one\n"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 

@@ -64,9 +64,6 @@ def initialize() -> None:
         _join()
         found = jax.devices()[0].platform
     except RuntimeError as e:
-        if "Failed to start RPC server" in str(e):
-            address = os.environ["JAX_COORDINATOR_ADDRESS"]
-            raise InputError(f"JAX_COORDINATOR_ADDRESS: process 0 cannot listen on the port of {address}; give a free one") from None
         if "already in use" not in str(e) and "libtpu_lockfile" not in str(e):
             raise
         raise RunError(f"the TPU is in use by another process of this host ({reason(e)}); {_FREE_IT}") from None
@@ -85,6 +82,12 @@ def _join() -> None:
         count, index = (_environment_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         if not index < count:
             raise InputError(f"JAX_PROCESS_ID: is {index} of JAX_NUM_PROCESSES {count}; it counts from 0")
+        if index == 0:
+            try:  # on a port that is in use jax may crash in its C++
+                socket.create_server(("", int(port[1] or port[2]))).close()
+            except OSError as e:
+                message = f"process 0 cannot listen on the port of {address} ({os.strerror(e.errno or 0)}); give a free one"
+                raise InputError(f"JAX_COORDINATOR_ADDRESS: {message}") from None
         jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=_HEARTBEAT_S)
     elif on_tpu_vm():
         jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_S)
