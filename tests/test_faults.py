@@ -160,6 +160,21 @@ def test_a_link_for_a_lock_is_not_followed(tmp_path, make):
     assert target.read_text() == "mine"
 
 
+def test_a_shared_folder_that_a_client_has_looked_for_too_early_is_found(tmp_path, monkeypatch):
+    """An NFS client that has not found a folder says so again, for up to a minute, until the one above is opened (simulated)."""
+    shown, open_ = set(), os.open
+
+    def opened(path, *args, **more):
+        shown.add(Path(path))
+        return open_(path, *args, **more)
+
+    monkeypatch.setattr(lock.os, "open", opened)
+    monkeypatch.setattr(lock, "read", lambda path: b"" if {*path.parents} <= shown else None)
+    monkeypatch.setattr(lock, "_SHOWN_S", 0.1)
+    (tmp_path / "run").mkdir()
+    assert lock._appears(tmp_path / "run" / "nonce-1")
+
+
 def test_two_jobs_on_one_run_folder(whole, config, capfd):
     before = {file: file.read_bytes() for file in whole.rglob("*.json*")}
     with lock.locked(whole):

@@ -76,12 +76,23 @@ def _appears(file: Folder) -> bool:
     """Whether the file is there, or soon: a network file system may show it late."""
     until = time.monotonic() + _SHOWN_S
     while True:
+        _revalidate(file)
         with contextlib.suppress(InputError, RunError):  # no access: it is not shown
             if read(file) is not None:
                 return True
         if time.monotonic() > until:
             return False
         time.sleep(_SHOWN_S / 50)
+
+
+def _revalidate(file: Folder) -> None:
+    """Opens the folders above the file: an NFS client may hold it for up to a minute that one it has looked for before is missing
+    (acdirmax, lookupcache of nfs(5)), but asks the server when the folder above is opened."""
+    if is_bucket(file):
+        return
+    for folder in reversed(file.parents):
+        with contextlib.suppress(OSError):
+            os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
 
 
 def _lock(path: Folder, stack: contextlib.ExitStack) -> str:
