@@ -8,7 +8,7 @@ import hypothesis
 import jax
 import pytest
 
-from dapo_jax.data import files
+from dapo_jax.data import confined, files
 
 # Most of the suite's time is compiling, and LLVM's costly passes gain such small programs nothing: four tenths less without them. What XLA
 # itself does to a program, which some tests look at, stays.
@@ -28,7 +28,7 @@ def _results(work, orders, **limits):
     module, _, name = work.partition(":")
     worked = getattr(importlib.import_module(module), name)(map(json.loads, map(json.dumps, orders)))
     next(worked)
-    return (json.loads(json.dumps(result, default=lambda value: {})) for result in worked)
+    return (json.loads(json.dumps(result, default=confined._plain)) for result in worked)
 
 
 @pytest.fixture

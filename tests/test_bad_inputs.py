@@ -555,7 +555,7 @@ def test_a_reward_function_that_gives_no_verdicts(config, sound_model, tmp_path_
     monkeypatch.setattr(evaluate, "load_params", lambda *_: pytest.fail("a model is loaded before the function is tried"))
     said, _ = refused(evaluate, "--config", config, "--model", sound_model, *overrides)
     assert f"reward.function: nasty_{how}:f gives no verdict on a first answer, 'Answer: " in said
-    limit = {"sleep": "raise reward.timeout_s 0.3", "print": "raise reward.timeout_s 0.3", "allocate": "raise reward.memory_mb 512"}
+    limit = {"sleep": "raise reward.timeout_s (0.3)", "print": "raise reward.timeout_s (0.3)", "allocate": "raise reward.memory_mb (512)"}
     assert said.endswith(limit.get(how, "fix reward.function: (problem, text, length) -> (correct, score)"))
 
 

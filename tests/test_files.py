@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import resource
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -127,6 +128,8 @@ def test_json_that_is_no_array_is_read_by_lines(tmp_path, monkeypatch):
     lines = tmp_path / "a.json"
     lines.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert answers(lines) == [row["key"] for row in ROWS]
+    lines.write_text(json.dumps({"data": ROWS}, indent=2))
+    assert "a JSON object over several lines; give an array of rows" in error_of(lines)
     for text in ('[{"question": "q", "key": "1"}', "[" * 100_000):
         lines.write_text(text)
         assert "not a JSON array" in error_of(lines)
@@ -138,13 +141,28 @@ def test_json_that_is_no_array_is_read_by_lines(tmp_path, monkeypatch):
 
 def test_csv_rows_that_are_no_rows(tmp_path, monkeypatch):
     path = tmp_path / "a.csv"
-    path.write_bytes(b"question,answer\n1+1?,2\nshort\nlong,3,4,5\n\xff,6\n\n,7\n")
+    path.write_bytes(b"question,answer\n1+1?,2\nshort\nlong,3,,\n\xff,6\n\n,7\n1,000+1?,1001\n")
     loaded, report = load(path)
     assert [(p.prompt, p.answer) for p in loaded] == [("1+1?", "2"), ("long", "3")]
-    assert report.skipped == {"no answer": Skip(1, 2), "prompt is not valid Unicode": Skip(1, 4), "no prompt": Skip(1, 5)}
+    assert report.skipped == {
+        "no answer": Skip(1, 2),
+        "prompt is not valid Unicode": Skip(1, 4),
+        "no prompt": Skip(1, 5),
+        "more cells than columns": Skip(1, 6),
+    }
+    for quotes in ('"1+2?,3\n1+3?,4\n', '"1"+2?,3\n'):  # which would hide the rows behind them, or stand in a cell
+        path.write_text("question,answer\n1+1?,2\n" + quotes)
+        assert "not CSV after row 1 (" in error_of(path)
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 200)
     path.write_text("question,answer\n1+1?,2\n" + '"' + "x\n" * 200)
     assert "not CSV after row 1 (field larger than field limit (200)); correct the quotes there" in error_of(path)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_decimals_are_numbers(tmp_path, ending):
+    rows = [{"question": f"q{n}", "answer": Decimal(text)} for n, text in enumerate(("1.50", "2.00", "-100.00", "0.00"))]
+    loaded, _ = load(write(tmp_path / f"a.{ending}", rows))
+    assert [p.answer for p in loaded] == ["1.5", "2", "-100", "0"]
 
 
 def test_damaged_arrow(tmp_path):

@@ -39,6 +39,24 @@ def test_ground_truths_that_cannot():
         check(problems("{4}$.", MATH))
 
 
+@pytest.mark.parametrize("verifier", ["strict", "lenient"])
+def test_ground_truths_with_a_label_of_their_own(verifier):
+    [line] = check(problems("42", "Answer: 5"), RewardSection(verifier=verifier, workers=1))
+    assert line.startswith(
+        f"warning: data.train: 1 of 2 (50.0%) ground truths are correct by the {verifier} verifier; not, for example, p1"
+    )
+
+
+@pytest.mark.parametrize("verifier", ["strict", "lenient"])
+def test_ground_truths_that_are_sentences(verifier):
+    ways = "Adding both cases gives five. Therefore the number of ways is 12"
+    lines = check(problems("42", r"\text{the second of May}", ways), RewardSection(verifier=verifier, workers=1))
+    assert lines[1:] == [
+        f"warning: data.train: 1 of 3 ground truths have 8 words or more, for example {ways[:60]!r} of p2; "
+        "an answer must repeat them, so give the bare answers"
+    ]
+
+
 def test_solutions_are_judged_too():
     right, wrong = Problem("a", "?", "4", "2+2=4\nAnswer: 4"), Problem("b", "?", "4", MATH)
     lines = check([right, wrong, Problem("c", "?", "5")])

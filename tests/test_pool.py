@@ -304,8 +304,8 @@ def test_too_many_errors_stop_the_run():
             [late, bad, bad],
             "(1 time-outs, 2 errors; most often: ValueError: bad thing); fix reward.function: (problem, text, length) -> (correct, score),",
         ),
-        ([bad, late, late], "(2 time-outs, 1 errors; most often: timed out after 10 s); raise reward.timeout_s 1,"),
-        ([bad, memory, thread], "most often: MemoryError: needs more than reward.memory_mb 512); raise reward.memory_mb 512,"),
+        ([bad, late, late], "(2 time-outs, 1 errors; most often: timed out after 10 s); raise reward.timeout_s (1),"),
+        ([bad, memory, thread], "most often: MemoryError: needs more than reward.memory_mb 512); raise reward.memory_mb (512),"),
     ):
         with pytest.raises(InputError) as info:
             check_errors([fine] * 7 + found, section)

@@ -248,6 +248,13 @@ def test_what_was_normalized_is_counted(tmp_path):
     assert "1 skipped: solution is not text (row 8), 4 integer answers without their leading zeros, " in report.summary()
 
 
+def test_a_list_that_python_printed_is_a_list(tmp_path):
+    golds = ["['5']", r"['\\frac12']", "['1', '2']", "['1' '2']", "['x", "[f'(0), f'(1)]"]
+    loaded, report = load(write(tmp_path / "a.jsonl", [{"problem": f"p{n}", "answer": gold} for n, gold in enumerate(golds)]))
+    assert [p.answer for p in loaded] == ["5", r"\frac12", "['x", "[f'(0), f'(1)]"]
+    assert report.skipped == {"several answers": Skip(2, 3)} and report.normalized == {"answers that were a list of one": 2}
+
+
 @pytest.mark.parametrize(
     "columns",
     [{"answer": "solution"}, {"answer": "solution", "answer_after": r"\boxed"}, {"answer": "solution", "answer_after": r"\boxed{"}],

@@ -214,6 +214,8 @@ def test_lenient_refuses(response, truth):
         ("We add.\n**Final Answer:**\n\n$$\\boxed{72}$$", "72"),
         ("We add.\n**Answer:**\n72", "72"),
         ("**Answer**: 72", "72"),
+        ("Answer: `72`", "72"),
+        ("**Answer: `72`**", "72"),
         ("__Answer:__ 72", "72"),
         ("Answer: 41\nAnswer:", "41"),
         ("Answer: Monday.", "Monday"),

@@ -5,6 +5,7 @@ with an environment of a few harmless variables. Both ways go lines of JSON. It 
 """
 
 import contextlib
+import decimal
 import importlib
 import json
 import os
@@ -41,7 +42,7 @@ def results(work: str, orders: Iterable[Any], *, deadline_s: float, memory_bytes
 
     Args:
       work: "module:function" of a generator function. It is given an iterator of the orders. The first thing that it yields says that
-        it has imported what it needs, and is dropped. Orders and results are JSON-able; what in a result is not becomes {}.
+        it has imported what it needs, and is dropped. Orders and results are JSON-able; what in a result is not becomes {}, a decimal text.
       deadline_s: for one result. memory_bytes: of address space, beyond what the process has by then.
 
     Raises InputError if `work` does, and ConfinedError if the process takes longer, or ends before `work` does.
@@ -92,6 +93,14 @@ def _lines(process: subprocess.Popen, deadline_s: float) -> Iterator[bytes]:
         yield from lines
 
 
+def _plain(value: Any) -> Any:
+    """A decimal as text, without zeros at its end; {} for what else JSON does not have."""
+    if not isinstance(value, decimal.Decimal) or not value.is_finite() or not -100 < int(value.as_tuple().exponent) < 100:
+        return {}
+    text = f"{value:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def serve(work: str, deadline_s: float, memory_bytes: int) -> None:
     """The life of the process."""
     with open(os.dup(1), "wb") as out, open(os.devnull) as nothing:
@@ -106,7 +115,7 @@ def serve(work: str, deadline_s: float, memory_bytes: int) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
         try:
             while True:
-                out.write(json.dumps([result, None], default=lambda value: {}).encode() + b"\n")
+                out.write(json.dumps([result, None], default=_plain).encode() + b"\n")
                 out.flush()
                 signal.setitimer(signal.ITIMER_REAL, deadline_s + _ALARM_S)  # the caller decides; this is for one that is gone
                 if (result := next(worked, _END)) is _END:

@@ -212,7 +212,10 @@ _JSON = json.JSONDecoder(parse_int=_whole_number)
 def _json(where: str, path: str, columns: list[str]) -> Rows:
     """An array of rows, or lines as in .jsonl."""
     with open_regular(path) as stream:
-        if not stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        start = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if start.partition(b"\n")[0].rstrip() == b"{":
+            raise InputError(f"{where}: a JSON object over several lines; give an array of rows, or .jsonl with a row a line")
+        if not start.startswith(b"["):
             yield from _json_lines(where, path, columns)
             return
         if os.fstat(stream.fileno()).st_size > _MAX_ARRAY_BYTES:
@@ -230,10 +233,11 @@ def _csv(where: str, path: str, columns: list[str]) -> Rows:
     csv.field_size_limit(MAX_ROW_BYTES)
     number = 0
     with io.TextIOWrapper(open_regular(path), newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-        reader = csv.DictReader(iter(functools.partial(stream.readline, MAX_ROW_BYTES), ""), restkey="")
+        reader = csv.DictReader(iter(functools.partial(stream.readline, MAX_ROW_BYTES), ""), strict=True)
         try:
             for number, row in enumerate(reader, 1):
-                yield number, {name: value or None for name, value in row.items()}
+                more: Any = row.pop(None, ())  # cells beyond those of the first row, such as the 001 of an unquoted 1,001
+                yield number, BadRow("more cells than columns") if any(more) else {name: value or None for name, value in row.items()}
         except csv.Error as e:
             raise InputError(f"{where}: not CSV after row {number} ({e}); correct the quotes there") from None
 

@@ -37,6 +37,8 @@ _BOXED = "\\boxed"  # holds the answer
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # of GSM8K: <<900+5=905>>
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _FIELD = re.compile(r"\{([^{}]+)\}")
+_QUOTED = r"'((?:[^'\\]|\\\\)*)'"
+_PRINTED_LIST = re.compile(rf"\[{_QUOTED}(?:,?\s+{_QUOTED})*\]")  # of texts, as Python and NumPy print it
 _TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]""")
 _LABEL = re.compile(r"\(?[A-Za-z1-9]\s?[).:]")
 
@@ -189,11 +191,13 @@ def _options(value: Any, answer: Any) -> str | None:
 
 
 def _only(answer: Any, notes: list[str]) -> Any:
-    """The answer of a list of one, which may be JSON text."""
+    """The answer of a list of one, which may be JSON text, or `['34']` as tables of text hold it."""
     if isinstance(answer, str) and answer.lstrip()[:1] == "[" and '"' in answer:
         with contextlib.suppress(ValueError, RecursionError):
             listed = json.loads(answer)
             answer = listed if isinstance(listed, list) and all(isinstance(one, str) for one in listed) else answer
+    elif isinstance(answer, str) and _PRINTED_LIST.fullmatch(answer.strip()):
+        answer = [one.replace("\\\\", "\\") for one in re.findall(_QUOTED, answer)]
     if not isinstance(answer, list):
         return answer
     if len(answer) != 1:

@@ -18,6 +18,9 @@ Judge = Callable[[Sequence[RewardItem]], Sequence[Verdict]]
 _JUDGED = 256  # problems at most, spread evenly, where math-verify judges
 _EXAMPLES = 3
 _MANY = 0.1  # share of the prompts from which on they are said to ask for another form
+_LONG = 8  # words from which on a ground truth is said to be a sentence
+_LABEL = re.compile(r"(?i)answer\s*:\s*")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _BOXED = re.compile(r"(?s).*\\boxed\{(.*)\}")
 
 
@@ -62,9 +65,10 @@ def judge_golds(problems: Sequence[Problem], verifier: str, judge: Judge) -> dic
 
 
 def _as_written(gold: str) -> str:
-    r"""The answer that a model would write for `\boxed{4}$.`, `$4$.` or a whole solution: 4."""
+    r"""The answer that a model would write for `\boxed{4}$.`, `$4$.`, `Answer: 4` or a whole solution: 4."""
     boxed = _BOXED.match(gold) if gold.count(r"\boxed") == 1 else None
     text = (boxed[1] if boxed else gold).strip()
+    text = _LABEL.split(text)[-1] or text
     bare = text.rstrip(" $.").lstrip(" $")
     return bare if bare and (bare[-1] in "0123456789})]" or "." not in bare) else text
 
@@ -96,6 +100,7 @@ def check_data(name: str, problems: Sequence[Problem], template: str, section: R
         if what == "ground truths" and not share.correct:
             raise InputError(f"{line}; name the column of the bare answer, or another verifier")
         lines.append(f"warning: {line}")
+    lines += _sentences(name, problems)
     if section.verifier == "strict":
         lines += _other_forms(name, problems, template)
     return lines
@@ -109,6 +114,17 @@ def _call_once(problem: Problem, section: RewardSection, judge: Judge) -> None:
             f"reward.function: {section.function} gives no verdict on a first answer, {text[:60]!r} "
             f"to problem {problem.id} ({verdict.error}); {remedy(verdict.error, section)}"
         )
+
+
+def _sentences(name: str, problems: Sequence[Problem]) -> list[str]:
+    """A warning of ground truths that are sentences: neither verifier looks for an answer in them."""
+    long = [p for p in problems if len(_WORD.findall(p.answer)) >= _LONG]
+    if not long:
+        return []
+    return [
+        f"warning: {name}: {len(long):,} of {len(problems):,} ground truths have {_LONG} words or more, for example "
+        f"{long[0].answer[:60]!r} of {long[0].id}; an answer must repeat them, so give the bare answers"
+    ]
 
 
 def _other_forms(name: str, problems: Sequence[Problem], template: str) -> list[str]:

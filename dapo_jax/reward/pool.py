@@ -183,9 +183,9 @@ def check_errors(verdicts: Sequence[Verdict], section: RewardSection) -> None:
 def remedy(error: str, section: RewardSection) -> str:
     """What to do about an answer without a verdict."""
     if error.startswith(_TIMED_OUT):
-        return f"raise reward.timeout_s {section.timeout_s:g}"
+        return f"raise reward.timeout_s ({section.timeout_s:g})"
     if any(words in error for words in _OUT_OF_MEMORY):
-        return f"raise reward.memory_mb {section.memory_mb}"
+        return f"raise reward.memory_mb ({section.memory_mb})"
     if section.verifier == "custom":
         return "fix reward.function: (problem, text, length) -> (correct, score)"
     return "look at the responses"

@@ -117,7 +117,7 @@ def strict_verify(response: str, ground_truth: str) -> bool:
 
 # Where a response marks its answer, and how it may write lists and numbers.
 _TAGGED = re.compile(r"(?is)<answer>(.*?)(?:</answer>|\Z)")
-_LABEL = re.compile(r"(?i)answer[*_]*\s*:[*_\s]*")  # markdown around it or not
+_LABEL = re.compile(r"(?i)answer[*_]*\s*:[*_`\s]*")  # markdown around it or not
 _DISPLAY = re.compile(r"(?s)(?:\\\[.*?\\\]|\$\$.*?\$\$)[^\n]*")
 _DELIMITER = re.compile(r"\$|\\[()\[\]]")
 _MARKUP = re.compile(r"[\\^_]")
@@ -188,9 +188,9 @@ def _marked_answer(tail: str) -> str | None:
     for label in reversed(list(_LABEL.finditer(tail))):
         rest = tail[label.end() :]
         display = _DISPLAY.match(rest)
-        if answer := (display[0] if display else rest.partition("\n")[0]).strip(" \t\n*_"):
+        if answer := (display[0] if display else rest.partition("\n")[0]).strip(" \t\n*_`"):
             return _list(answer)
-    alone = tail.strip(" \t\n*_")
+    alone = tail.strip(" \t\n*_`")
     return _list(alone) if tags or not ("\n" in alone or _WORD.search(alone)) else None
 
 
