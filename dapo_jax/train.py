@@ -629,7 +629,11 @@ def stored_configs(run_dir: Folder) -> list[Config]:
             found.append(load_config(stored))
     host = newest_host(run_dir / "checkpoints") or {}
     if isinstance(host.get("config"), dict):
-        found.append(config_from_dict(host["config"], f"the newest checkpoint of {run_dir}"))
+        try:
+            found.append(config_from_dict(host["config"], f"the newest checkpoint of {run_dir}"))
+        except ConfigError:  # of an earlier version, whose keys have changed since: config.yaml can be edited, a checkpoint cannot
+            if not found:
+                raise
     return found
 
 

@@ -147,6 +147,15 @@ def test_a_run_folder_without_its_config_is_compared_with_its_checkpoint(whole, 
     assert [train.function_changed(source, tmp_path) for source in ("before", "now", None)] == [False, True, False]
 
 
+def test_a_run_of_an_earlier_version_is_resumed_once_its_config_is_edited(config, tmp_path, monkeypatch):
+    """Its newest checkpoint holds the old keys too, and nobody can edit that: its digest would not match."""
+    monkeypatch.setattr(train, "newest_host", lambda folder: {"config": {"data": {"train": "arithmetic", "columns": {}}}})
+    with pytest.raises(InputError, match=f"the newest checkpoint of {tmp_path}: data.columns: belongs to a data set"):
+        train.stored_configs(tmp_path)
+    (tmp_path / "config.yaml").write_text(config.read_text())
+    assert [found.train.steps for found in train.stored_configs(tmp_path)] == [4]
+
+
 @pytest.mark.parametrize(
     "make", [Path.symlink_to, Path.hardlink_to, lambda lock, target: os.mkfifo(lock)], ids=["link", "hard link", "pipe"]
 )
