@@ -66,6 +66,14 @@ def test_solutions_are_judged_too():
     assert len(check([made])) == 1
 
 
+def test_solutions_of_evaluation_sets_may_have_another_form():
+    boxed, wrong = Problem("a", "?", "4", MATH), Problem("b", "?", "4", "2+2=5\nAnswer: 5")
+    with RewardPool(STRICT) as pool:
+        assert len(check_data("eval.sets.math500", [boxed], "{prompt}", STRICT, pool.judge)) == 1
+        lines = check_data("eval.sets.math500", [boxed, wrong], "{prompt}", STRICT, pool.judge)
+    assert lines[1].startswith("warning: eval.sets.math500: 0 of 1 (0.0%) solutions are correct")
+
+
 def test_math_verify_judges_a_few_of_many():
     some = problems(*map(str, range(1000)))
     judged = []

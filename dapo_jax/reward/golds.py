@@ -35,11 +35,12 @@ class Share(NamedTuple):
         return f"{self.correct:,} of {self.judged:,} ({self.correct / self.judged:.1%})"
 
 
-def judge_golds(problems: Sequence[Problem], verifier: str, judge: Judge) -> dict[str, Share]:
+def judge_golds(problems: Sequence[Problem], verifier: str, judge: Judge, imitated: bool = True) -> dict[str, Share]:
     """Which ground truths and solutions the verifier, not a custom one, finds correct.
 
     A ground truth is if a response that ends in it is, as it stands and as a model would write it.
-    Solutions of embedded arithmetic are left out: some are wrong on purpose.
+    Solutions of embedded arithmetic are left out: some are wrong on purpose. imitated: solutions may
+    be; where not, as in evaluation sets, those in which the verifier finds no answer are left out.
     """
     if verifier == "lenient":
         problems = problems[:: max(1, -(-len(problems) // _JUDGED))]
@@ -53,12 +54,17 @@ def judge_golds(problems: Sequence[Problem], verifier: str, judge: Judge) -> dic
     shares = {}
     for name, numbered in items.items():
         failures: dict[int, str] = {}
+        unread: set[int] = set()
         if not numbered:
             continue
         for (n, item), verdict in zip(numbered, judge([i for _, i in numbered]), strict=True):
-            if not verdict.correct:
+            if name == "solutions" and not (imitated or verdict.answered):
+                unread.add(n)
+            elif not verdict.correct:
                 failures.setdefault(n, _failure(item, verdict))
-        judged = len({n for n, _ in numbered})
+        judged = len({n for n, _ in numbered} - unread)
+        if not judged:
+            continue
         examples = tuple(failures.values())[:_EXAMPLES]
         shares[name] = Share(judged, judged - len(failures), examples)
     return shares
@@ -91,7 +97,7 @@ def check_data(name: str, problems: Sequence[Problem], template: str, section: R
         _call_once(problems[0], section, judge)
         return []
     lines = []
-    for what, share in judge_golds(problems, section.verifier, judge).items():
+    for what, share in judge_golds(problems, section.verifier, judge, not name.startswith("eval.sets.")).items():
         line = f"{name}: {share} {what} are correct by the {section.verifier} verifier"
         if share.correct == share.judged:
             lines.append(line)
