@@ -177,9 +177,9 @@ def test_a_question_is_not_taken_without_its_passage(tmp_path):
     unknown = [{"options": 5}, {"choices": {"text": ["4", "7"]}}, {"choices": ["4", "7"], "answer": 1}, {"context": {"title": "x"}}]
     loaded, report = load(write(tmp_path / "b.jsonl", [*rows, *({"question": "q", "answer": "B", **more} for more in unknown)]))
     assert report.skipped == {
-        "a question with options of an unknown form; make one column of both": Skip(1, 3),
-        "a question with choices of an unknown form; make one column of both": Skip(2, 4),
-        "a question with context of an unknown form; make one column of both": Skip(1, 6),
+        "question with options of an unknown form; make one column of both": Skip(1, 3),
+        "question with choices of an unknown form; make one column of both": Skip(2, 4),
+        "question with context of an unknown form; make one column of both": Skip(1, 6),
     }
     assert problem_from_row({"prompt": "q", "context": "c", "answer": 1}).prompt == "q"  # a prompt is whole
     loaded, _ = load(write(tmp_path / "a.parquet", rows[:1]), prompt="{passage} {question}")

@@ -157,7 +157,7 @@ def _joined(row: Mapping[str, Any], question: str, answer: Any, called: str, not
             continue
         text = _options(value, answer) if name in ("options", "choices") else _lines(value)
         if text is None:
-            raise BadRow(f"a {called} with {name} of an unknown form; make one column of both")
+            raise BadRow(f"{called} with {name} of an unknown form; make one column of both")
         if text.strip() and text.strip() not in question:
             question = f"{_text(text, name)}\n\n{question}" if name in _BEFORE else f"{question}\n\n{_text(text, name)}"
             notes.append(f"prompts joined from {called} and {name}")
