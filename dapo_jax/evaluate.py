@@ -199,7 +199,7 @@ def evaluate_sets(
         unread = f", {m['no_answer_fraction']:.0%} without an answer" if m["no_answer_fraction"] > 0.1 else ""
         say(
             f"eval {name}: avg@{k} {m['avg']:.3f} ± {m['avg_se']:.3f}, pass@{k} {m['pass']:.3f}, {cons}"
-            f"{m['response_len_mean']:.0f} tokens, {m['truncated_fraction']:.1%} cut{unread}"
+            f"{m['response_len_mean']:.0f} tokens, {m['truncated_fraction']:.1%} truncated{unread}"
             + (f"; {m['no_verdict']} of {len(answers)} answers got no verdict and count as incorrect" if m["no_verdict"] else "")
         )
         results[name] = m, answers

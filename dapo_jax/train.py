@@ -367,7 +367,7 @@ def check_agreement(run: Run, metrics: Mapping[str, float]) -> None:
     steady = {key: value for key, value in metrics.items() if not key.startswith(VOLATILE)}
     if differs := multihost.disagreement(run.at._asdict() | steady):
         raise RunError(
-            f"step {run.at.step}: {differs}: the processes no longer do the same; nothing is saved; "
+            f"step {run.at.step}: {differs}: the processes have diverged; nothing is saved; "
             "look for a faulty host, then start the same command again"
         )
 

@@ -164,7 +164,7 @@ def test_a_link_for_a_lock_is_not_followed(tmp_path, make):
     target.write_text("mine")
     path.parent.mkdir()
     make(path, target)
-    with pytest.raises(InputError, match=f"{path}: is a link, or no file; remove it"), lock.locked(tmp_path / "run"):
+    with pytest.raises(InputError, match=f"{path}: is not a regular file; remove it"), lock.locked(tmp_path / "run"):
         pass
     assert target.read_text() == "mine"
 

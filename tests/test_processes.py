@@ -99,7 +99,7 @@ def test_what_differs_between_processes_is_refused_on_each(runs):
         facts, folder = np.load(runs / f"two{i}.npz")["refusals"].tolist()
         assert facts.startswith("weights is 1 on process 1, 0 on process 0; start every process with the same command")
         assert facts.endswith("packages, model and data")
-        assert folder.startswith(f"{runs / f'two.{i}'}: process 1 of 2 on ") and "does not find what process 0 has written there" in folder
+        assert folder.startswith(f"{runs / f'two.{i}'}: process 1 of 2 on ") and "cannot see the file that process 0 wrote there" in folder
         assert "one --run-dir that all hosts reach" in folder
     assert not list(runs.glob("two.*")) and not list((runs / "two").glob("nonce*"))
     assert np.load(runs / "one0.npz")["refusals"].tolist() == []  # a process alone

@@ -6,7 +6,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dapo_jax.config import ArithmeticConfig, ColumnsConfig, ConfigError, EvalSet, TrainSet, config_from_dict, dump_yaml, load_config
@@ -90,7 +90,7 @@ PUBLISHED = {
     ),
     "asdiv": (
         {"body": "Pia has 3 pens and buys 4.", "question": "How many pens has Pia?", "answer": "7 (pens)"},
-        Problem("", "Pia has 3 pens and buys 4.\n\nHow many pens has Pia?", "7 (pens)"),
+        Problem("", "Pia has 3 pens and buys 4.\n\nHow many pens has Pia?", "7"),
     ),
     "agieval": (
         {"passage": None, "question": "Which is prime?", "options": ["(A)4", "(B)7"], "answer": "B"},
@@ -307,6 +307,7 @@ values = st.recursive(
 paths = st.sampled_from(["a", "b", "a.b", "a.a.b", "{a}{b.a}", "{}", "."])
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
 @given(
     st.dictionaries(st.sampled_from("ab"), values), st.builds(ColumnsConfig, paths, paths, paths, paths, st.none() | st.sampled_from("ab#"))
 )

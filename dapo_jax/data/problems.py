@@ -108,7 +108,7 @@ def _load(source: str, path: str, columns: ColumnsConfig, heldout: bool, watch: 
     except OSError as e:
         raise InputError(f"{source}: cannot be read ({e.strerror or e}); check the file and its permissions") from None
     if before != after:
-        raise InputError(f"{source}: changed while it was read; start again when it is complete")
+        raise InputError(f"{source}: changed while it was read; run again when it is complete")
     return loaded
 
 

@@ -35,6 +35,7 @@ _AFTER = ("options", "choices", "input")
 _GSM8K = "####"  # stands before the answer
 _BOXED = "\\boxed"  # holds the answer
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # of GSM8K: <<900+5=905>>
+_UNIT = re.compile(r"([+-]?[0-9][0-9,]*(?:\.[0-9]+)?) \((?!mod|base)[A-Za-z][A-Za-z ]*\)")  # of ASDiv: 5 (apples)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _QUOTED = r"'((?:[^'\\]|\\\\)*)'"
@@ -269,6 +270,9 @@ def _answer(value: Any, notes: list[str]) -> str:
         raise BadRow("no answer")
     if len(text) > MAX_ANSWER_CHARS:
         raise BadRow(f"answer over {MAX_ANSWER_CHARS} characters")
+    if unit := _UNIT.fullmatch(text):
+        text = unit[1]
+        notes.append("numbers without the unit in brackets behind them")
     if (canonical := canonical_answer(text)) != text:
         notes.append("integer answers without their leading zeros")
     return canonical

@@ -22,7 +22,7 @@ _COLUMNS = (
     ("kept%", "filter/kept_fraction", 5, 100, ".0f", True),
     ("drawn", "rollout/prompts", 5, 1, ".0f", False),
     ("len", "rollout/response_len_mean", 5, 1, ".0f", True),
-    ("cut%", "rollout/truncated_fraction", 5, 100, ".1f", True),
+    ("trunc", "rollout/truncated_fraction", 5, 100, ".1f", True),
     ("entropy", "policy/entropy", 7, 1, ".3f", True),
     ("kl", "policy/approx_kl", 7, 1, ".1e", True),
     ("clip-%", "policy/clip_fraction_low", 6, 100, ".2f", False),

@@ -64,6 +64,7 @@ def signals_end() -> Iterator[None]:
         with contextlib.suppress(OSError):  # closed: the verb has ended
             while number := awake.recv(1):
                 if signal.getsignal(number[0]) is interrupt and not ended.wait(_UNWIND_S):
+                    os.write(2, f"dapo_jax: interrupted by {signal.Signals(number[0]).name}\n".encode())
                     os._exit(128 + number[0])
 
     ended = threading.Event()
@@ -138,7 +139,8 @@ class Guard:
             os.write(2, f"\ndapo_jax: {name} again: leaving at once, without saving\n".encode())
             os._exit(128 + number)
         self.asked = number
-        os.write(2, f"\ndapo_jax: {name}: saving and leaving at the end of this segment or update; once more leaves at once\n".encode())
+        what = "saving a checkpoint after this segment or update, then exiting; signal again to exit immediately"
+        os.write(2, f"\ndapo_jax: {name}: {what}\n".encode())
 
     def _watch(self) -> None:
         assert self._timeout is not None

@@ -62,12 +62,13 @@ def check_shared(run_dir: Folder) -> None:
     file = run_dir / f"nonce-{nonce}"
     lost = next(filter(None, multihost.gather_texts("" if _appears(file) else multihost.who())), None)
     if multihost.is_main():
-        file.unlink()
+        with contextlib.suppress(Exception):  # of a bucket that lets nothing be deleted
+            file.unlink()
         if lost and made and not is_bucket(run_dir):
             run_dir.rmdir()
     if lost:
         raise InputError(
-            f"{run_dir}: {lost} does not find what process 0 has written there; a job of several processes needs one --run-dir that all "
+            f"{run_dir}: {lost} cannot see the file that process 0 wrote there; a job of several processes needs one --run-dir that all "
             "hosts reach: give gs://bucket/folder, or a folder of a network file system"
         )
 
@@ -100,7 +101,7 @@ def _lock(path: Folder, stack: contextlib.ExitStack) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink() or path.exists() and not (path.is_file() and path.stat().st_nlink == 1):
-            return f"{path}: is a link, or no file; remove it"
+            return f"{path}: is not a regular file; remove it"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         stack.callback(os.close, file)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,7 +119,7 @@ def _lease(path: Folder, stack: contextlib.ExitStack) -> str:
     try:
         before, until = read(path), time.monotonic() + _PATIENCE_S
         if before is not None:
-            print(f"{path}: left by {_holder(before)}; waiting {_PATIENCE_S:g} s for a sign of life", file=sys.stderr, flush=True)
+            print(f"{path}: left by {_holder(before)}; waiting {_PATIENCE_S:g} s for its heartbeat", file=sys.stderr, flush=True)
         while before is not None and time.monotonic() < until:
             time.sleep(_BEAT_S / 5)
             now = read(path)
