@@ -99,7 +99,7 @@ with Guard(float(sys.argv[1])) as guard:
 
     signalled, hanging = start(60), start(1)
     signalled.terminate()
-    assert "SIGTERM: saving and leaving" in (signalled.stderr.readline() + signalled.stderr.readline())
+    assert "SIGTERM: saving a checkpoint" in (signalled.stderr.readline() + signalled.stderr.readline())
     assert signalled.poll() is None  # the first signal waits for the next place
     signalled.terminate()
     assert signalled.wait(timeout=10) == 143 and "again: leaving at once" in signalled.stderr.read()
