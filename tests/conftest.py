@@ -12,7 +12,11 @@ from dapo_jax.data import confined, files
 
 # Most of the suite's time is compiling, and LLVM's costly passes gain such small programs nothing: four tenths less without them. What XLA
 # itself does to a program, which some tests look at, stays.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+# XLA's threads: eight devices that wait in collectives can take all of two, for ever.
+os.environ["NPROC"] = "16"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Eight devices share few cores here: programs in flight together can take each other's threads and wait for ever in a collective.
