@@ -15,8 +15,6 @@ from dapo_jax.data import confined, files
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
-# XLA's threads: eight devices that wait in collectives can take all of two, for ever.
-os.environ["NPROC"] = "16"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Eight devices share few cores here: programs in flight together can take each other's threads and wait for ever in a collective.

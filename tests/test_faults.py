@@ -337,7 +337,8 @@ def test_a_run_goes_on_over_other_devices_with_the_rows_and_slots_that_fit_them(
     assert run_train(config, tmp_path / "run", *shards, "model.remat=full", "model.attention_block=16", "train.steps=1") == 0
     assert run_train(config, tmp_path / "run", STEPS) == 0
     for found, expected in zip(steady(tmp_path / "run"), steady(whole), strict=True):
-        assert found.pop("eval/heldout/digest", None) == expected.pop("eval/heldout/digest", None)
+        texts = {key: expected.pop(key) for key in list(expected) if isinstance(expected[key], str)}
+        assert {key: found[key] for key in texts} == texts
         assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
