@@ -332,7 +332,7 @@ class Listening(pool._Manager):
     def hear(self, line):
         pending = pool.PendingVerdicts(1)
         task = pool._Task(pending, 0, pool.RewardItem(Problem("p", "a", "1"), "1", 1))
-        worker = pool._Worker(None, None, deadline=0.0, ready=True, tasks=deque([task]))
+        worker = pool._Worker(None, "", None, deadline=0.0, ready=True, tasks=deque([task]))
         kept = self._hear(worker, bytearray(line))
         if self._queue:  # out of memory: another worker is asked
             self._queue.clear()

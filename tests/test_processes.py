@@ -285,7 +285,8 @@ def names_of(requirements) -> set[str]:
 
 def test_versions_of_all_packages_that_decide_an_outcome_are_compared():
     """All that running needs, and what tokenizer and verifier need, but for packages that only show, store or fetch."""
-    show_store_or_fetch = {"matplotlib", "tensorboardx", "tqdm", "etils", "huggingface-hub", "packaging", "typer"}
+    show_store_or_fetch = {"matplotlib", "tensorboardx", "tqdm", "etils", "huggingface-hub", "packaging", "typer", "typer-slim"}
+    show_store_or_fetch |= {"filelock"}
     needed = names_of((TESTS.parent / "requirements.txt").read_text().splitlines())
     for package in ("transformers", "math-verify", "sympy"):
         needed |= names_of(importlib.metadata.requires(package) or ())

@@ -35,7 +35,8 @@ DRAWN = [
     group(7, [1, 1], [3, 5], [False, False], [0, 0], gap=9),
     group(8, [0, 0], [10, 8], [True, False], [-0.5, -0.25], gap=9),
 ]
-VERDICTS = [Verdict(True, 1.0)] * 3 + [Verdict(False, -1.0, "timed out after 1 s")] * 2 + [Verdict(False, -1.0, "ValueError: x")]
+VERDICTS = [*[Verdict(True, 1.0)] * 2, Verdict(True, 1.0, answered=False)]
+VERDICTS += [Verdict(False, -1.0, "timed out after 1 s")] * 2 + [Verdict(False, -1.0, "ValueError: x")]
 # Three updates; the last was skipped, and its sums are as non-finite as they may be. Over 10 and 8 target tokens, of which 6 and 8 are new.
 SUMS = [
     {"loss": 0.2, "grad_norm": 1.0, "skipped": 0.0, "tokens": 10.0, "entropy": 20.0, "approx_kl": 0.0, "token_prob": 4.0}
@@ -71,6 +72,7 @@ def test_every_metric_of_a_step():
         "reward/overlong_penalty_mean": -1.25 / 6,
         "reward/errors": 1,
         "reward/timeouts": 2,
+        "reward/no_answer_fraction": 1 / 3,  # of those with a verdict
         "filter/kept_fraction": 1 / 3,
         "filter/all_correct": 1 / 3,
         "filter/all_wrong": 1 / 3,
@@ -113,6 +115,7 @@ def test_groups_without_a_verdict_on_some_or_all_answers():
     assert set(draw_metrics(Drawn([empty], VERDICTS, Cursor(), 1, 9, [], []), config)) == {
         "reward/timeouts",
         "reward/errors",
+        "reward/no_answer_fraction",
         "rollout/generation_batches",
         "rollout/prompts",
         "rollout/tokens",
