@@ -39,7 +39,9 @@ _LEAVE_S = 20.0  # that threads may take to end once the process has failed
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:
-    """Runs a verb and exits: 0 done, 1 the run cannot go on, 2 bad input in one line, 3 no usable checkpoint, 128 + n on signal n."""
+    """Runs a verb and exits: 0 done, 1 the run cannot go on, 2 bad input in one line, 3 no usable
+    checkpoint, 128 + n on signal n.
+    """
     with signals_end(), escaped_output():
         _run(main, argv)
 
@@ -66,13 +68,19 @@ def _run(main: Callable[[list[str] | None], int], argv: list[str] | None) -> typ
     except Exception as e:
         if out_of_memory(e):
             what = f"out of memory ({reason(e)}); lower rollout.decode_slots (sampling) or train.rows_per_microbatch (updates)"
-            status = _say(f"{what}, set model.remat: full, or use more devices; `python -m dapo_jax.plan` says what fits a TPU", 2)
+            status = _say(
+                f"{what}, set model.remat: full, or use more devices; `python -m dapo_jax.plan` says what fits a TPU",
+                2,
+            )
         elif why := no_device(e):
             status = _say(why, 2)
         elif isinstance(e, OSError) and e.errno in _REFUSED:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what it refused may be the output, and is written again at the end
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), 1
+            )  # what it refused may be the output, and is written again at the end
             status = _say(
-                f"{e.filename or 'output'}: cannot be written ({e.strerror}); free the disk, then start the same command again", 2
+                f"{e.filename or 'output'}: cannot be written ({e.strerror}); free the disk, then start the same command again",
+                2,
             )
         elif multihost.is_distributed():
             traceback.print_exc()
@@ -81,7 +89,11 @@ def _run(main: Callable[[list[str] | None], int], argv: list[str] | None) -> typ
             raise
     if status and multihost.is_distributed():
         multihost.leave(status)
-    if status and any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+    if status and any(
+        not thread.daemon
+        for thread in threading.enumerate()
+        if thread is not threading.main_thread()
+    ):
         threading.Thread(target=_leave_late_threads, args=(status,), daemon=True).start()
     sys.exit(status)
 
@@ -94,25 +106,38 @@ def _leave_late_threads(status: int) -> None:
 
 
 def _check_arguments(argv: list[str]) -> None:
-    """No argument of any verb may be empty: as a path it would be the current folder, or the same as none."""
+    """No argument of any verb may be empty: as a path it would be the current folder, or the same
+    as none.
+    """
     for before, argument in itertools.pairwise(["the first argument", *argv]):
-        flag, _, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        flag, _, value = (
+            argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        )
         if argument != flag and not value.strip():
             raise InputError(f"{flag}: is empty; give a value, or leave it out")
 
 
 def out_of_memory(e: Exception) -> bool:
     """Whether a device, or the host, had not as much memory as was asked for."""
-    # By name: what runs before a verb does not import jax. A CPU calls it INTERNAL, and the compiler of a TPU says "ran out of memory".
-    from_jax = type(e).__name__ == "JaxRuntimeError" and any(words in str(e) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
+    # By name: what runs before a verb does not import jax. A CPU calls it INTERNAL, and the
+    # compiler of a TPU says "ran out of memory".
+    from_jax = type(e).__name__ == "JaxRuntimeError" and any(
+        words in str(e) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
+    )
     return isinstance(e, MemoryError) or from_jax
 
 
 def no_device(e: Exception) -> str | None:
-    """What to say where jax has no device of the kinds in JAX_PLATFORMS, or does not know them; None for any other error."""
+    """What to say where jax has no device of the kinds in JAX_PLATFORMS, or does not know them;
+    None for any other error.
+    """
     *_, (frame, _) = traceback.walk_tb(e.__traceback__)
-    failed = isinstance(e, AssertionError) and frame.f_globals.get("__name__") == "jax._src.xla_bridge"  # where CUDA is missing
-    if not failed and not (isinstance(e, RuntimeError) and str(e).startswith("Unable to initialize backend")):
+    failed = (
+        isinstance(e, AssertionError) and frame.f_globals.get("__name__") == "jax._src.xla_bridge"
+    )  # where CUDA is missing
+    if not failed and not (
+        isinstance(e, RuntimeError) and str(e).startswith("Unable to initialize backend")
+    ):
         return None
     asked = os.environ.get("JAX_PLATFORMS", "")
     said = f" ({reason(e)})" if str(e) else ""
@@ -134,7 +159,10 @@ def main() -> None:
         sys.exit(0)
     if verb not in VERBS:
         lines = ["usage: dapo-jax VERB ...      (dapo-jax VERB --help says more)", ""]
-        lines += [f"  {name:<11} {what}" for name, what in {**VERBS, "--version": "the version of this package"}.items()]
+        lines += [
+            f"  {name:<11} {what}"
+            for name, what in {**VERBS, "--version": "the version of this package"}.items()
+        ]
         wanted = verb in ("-h", "--help")
         print("\n".join(lines), file=sys.stdout if wanted else sys.stderr)
         sys.exit(0 if wanted else 2)

@@ -2,9 +2,9 @@
 
     python -m dapo_jax.compare A.json B.json          files that `python -m dapo_jax.evaluate --json` wrote
 
-Both evaluations have to be of the same problems; where they were sampled or judged in different ways, that is said. What is compared is
-B - A, problem by problem: easy and hard problems are in both, so their spread does not count as noise, as it would if two standard
-errors were added.
+Both evaluations have to be of the same problems; where they were sampled or judged in different
+ways, that is said. What is compared is B - A, problem by problem: easy and hard problems are in
+both, so their spread does not count as noise, as it would if two standard errors were added.
 """
 
 import argparse
@@ -35,7 +35,8 @@ class Difference(NamedTuple):
 
 
 def paired_difference(first: dict[str, float], second: dict[str, float]) -> Difference:
-    """Mean difference in accuracy of the problems, with its 95% percentile-bootstrap interval; problems are what is drawn anew.
+    """Mean difference in accuracy of the problems, with its 95% percentile-bootstrap interval;
+    problems are what is drawn anew.
 
     Args:
       first, second: accuracy by problem id, of the same problems.
@@ -61,15 +62,24 @@ def paired_difference(first: dict[str, float], second: dict[str, float]) -> Diff
 
 
 def _load(path: str) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """Accuracies by set and problem, and how they came about. InputError if the file is no result of `evaluate`."""
+    """Accuracies by set and problem, and how they came about.
+
+    InputError if the file is no result of `evaluate`.
+    """
     try:
         found = json.loads(Path(path).read_bytes())
-        accuracies = {name: _accuracies(result["accuracies"]) for name, result in found["sets"].items()}
+        accuracies = {
+            name: _accuracies(result["accuracies"]) for name, result in found["sets"].items()
+        }
         return accuracies, {way: found[way] for way in _WAYS if way in found}
     except OSError as e:
-        raise InputError(f"{path}: cannot read ({e.strerror}); give a file that `dapo_jax.evaluate --json` wrote") from None
+        raise InputError(
+            f"{path}: cannot read ({e.strerror}); give a file that `dapo_jax.evaluate --json` wrote"
+        ) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise InputError(f"{path}: holds no evaluation; give a file that `dapo_jax.evaluate --json` wrote") from None
+        raise InputError(
+            f"{path}: holds no evaluation; give a file that `dapo_jax.evaluate --json` wrote"
+        ) from None
 
 
 def _accuracies(found: Any) -> dict[str, float]:
@@ -80,27 +90,41 @@ def _accuracies(found: Any) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compares two evaluations of the same problems: difference in avg@k with a paired bootstrap interval, for each set in both."""
+    """Compares two evaluations of the same problems: difference in avg@k with a paired bootstrap
+    interval, for each set in both.
+    """
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.compare", description=main.__doc__)
-    parser.add_argument("first", metavar="A.json", help="what `python -m dapo_jax.evaluate --json` wrote")
+    parser.add_argument(
+        "first", metavar="A.json", help="what `python -m dapo_jax.evaluate --json` wrote"
+    )
     parser.add_argument("second", metavar="B.json", help="the same for another run, step or model")
     args = parser.parse_args(argv)
     (first, first_ways), (second, second_ways) = _load(args.first), _load(args.second)
     common = [name for name in first if name in second]
     if not common:
-        raise InputError(f"{args.second}: has no set of {args.first} ({', '.join(first)}); evaluate the same eval.sets")
+        raise InputError(
+            f"{args.second}: has no set of {args.first} ({', '.join(first)}); evaluate the same eval.sets"
+        )
     for way in _WAYS:
         if way in first_ways and way in second_ways and first_ways[way] != second_ways[way]:
-            print(printable(f"note: {way} is {first_ways[way]!r} in {args.first}, {second_ways[way]!r} in {args.second}"))
+            print(
+                printable(
+                    f"note: {way} is {first_ways[way]!r} in {args.first}, {second_ways[way]!r} in {args.second}"
+                )
+            )
     for name in common:
         try:
             d = paired_difference(first[name], second[name])
         except ValueError:
-            raise InputError(f"{args.second}: set {name} is of other problems than in {args.first}; evaluate the same eval.sets") from None
+            raise InputError(
+                f"{args.second}: set {name} is of other problems than in {args.first}; evaluate the same eval.sets"
+            ) from None
         verdict = "better" if d.low > 0 else "worse" if d.high < 0 else "no difference shown"
         verdict = "too few problems to tell" if d.problems < _FEWEST else verdict
         a, b = (float(np.mean(list(accuracies[name].values()))) for accuracies in (first, second))
-        print(f"{name}: {a:.3f} → {b:.3f}, {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] (95%, paired over {d.problems} problems): {verdict}")
+        print(
+            f"{name}: {a:.3f} → {b:.3f}, {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] (95%, paired over {d.problems} problems): {verdict}"
+        )
     return 0
 
 

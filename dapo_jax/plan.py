@@ -1,13 +1,16 @@
-"""Know before paying: compiles a config's programs with the real TPU compiler and no TPU. Do they fit, and what can a step cost at best?
+"""Know before paying: compiles a config's programs with the real TPU compiler and no TPU.
+
+Do they fit, and what can a step cost at best?
 
     python -m dapo_jax.plan --config C [--topology v5p:4x4x8] [--json OUT] [--suggest] [--set section.key=value ...]
     python -m dapo_jax.plan --config C --topology "v5p:4x4x8*2" --set mesh.data=2     two slices
     python -m dapo_jax.plan --config C --only update --only "plain update"            what the fused loss saves
 
-Memory and collectives are the compiler's. Times are a roofline, max(FLOPs / peak, HBM bytes / bandwidth, bytes sent in a slice / ICI
-bandwidth, bytes sent between slices / DCN bandwidth), from published peaks (`runtime/chips.py`): a bound that no run beats, not a
-forecast. The compiler proves fit and legality, never speed.
-Needs `pip install libtpu` on an x86-64 Linux machine. Exit status: 0 all fits, 1 not, 2 bad input.
+Memory and collectives are the compiler's. Times are a roofline, max(FLOPs / peak, HBM bytes /
+bandwidth, bytes sent in a slice / ICI bandwidth, bytes sent between slices / DCN bandwidth), from
+published peaks (`runtime/chips.py`): a bound that no run beats, not a forecast. The compiler proves
+fit and legality, never speed. Needs `pip install libtpu` on an x86-64 Linux machine. Exit status: 0
+all fits, 1 not, 2 bad input.
 """
 
 import argparse
@@ -32,14 +35,28 @@ from dapo_jax.evaluate import eval_sampling
 from dapo_jax.model import flops
 from dapo_jax.model.decoder import abstract_params, logits_of
 from dapo_jax.model.weights import load_model_config
-from dapo_jax.policy import Policy, adapted, check_divides, make_engine, row_len, with_computation
-from dapo_jax.programs import TrainPrograms, abstract_batch, microbatches, train_programs, train_sampling, update_program
 from dapo_jax.rollout.sampler import Arrivals
 from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
 from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, compile_program, device_bytes
 from dapo_jax.runtime.folder import write_result
 from dapo_jax.runtime.mesh import make_mesh, rollout_dtype, rollout_sharding, row_shards
 from dapo_jax.runtime.models import local_model
+from dapo_jax.training.programs import (
+    TrainPrograms,
+    abstract_batch,
+    microbatches,
+    train_programs,
+    train_sampling,
+    update_program,
+)
+from dapo_jax.training.setup import (
+    Policy,
+    adapted,
+    check_divides,
+    make_engine,
+    row_len,
+    with_computation,
+)
 from dapo_jax.types import Array, InputError, Params, TrainBatch
 
 _GIB = 2**30
@@ -149,22 +166,34 @@ def load_pod(topology: str) -> Pod:
             "and *N after it for N slices"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("plan compiles with Google's TPU compiler, which is not installed; `pip install libtpu` (or dapo_jax[plan])")
+        raise InputError(
+            "plan compiles with Google's TPU compiler, which is not installed; `pip install libtpu` (or dapo_jax[plan])"
+        )
     name, shape, slices = form[1], form[2], int(form[3] or 1)
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if name == "v4":
-        options["chip_config_name"] = "megacore"  # both cores of a v4 chip as one device, as training sees it
+        options["chip_config_name"] = (
+            "megacore"  # both cores of a v4 chip as one device, as training sees it
+        )
     try:
-        devices: list[Any] = list(topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **options).devices)
+        devices: list[Any] = list(
+            topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{name}:{shape}", **options
+            ).devices
+        )
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as e:
-        raise InputError(f"topology {topology!r}: libtpu knows none ({(str(e).splitlines() or ['no reason'])[0][:200]})") from None
+        raise InputError(
+            f"topology {topology!r}: libtpu knows none ({(str(e).splitlines() or ['no reason'])[0][:200]})"
+        ) from None
     chips = slices * len({tuple(d.coords) for d in devices})
     share, chip = chips / len(devices), CHIPS[name]
     return Pod(topology, devices, chips, Chip(*(value * share for value in chip)))
 
 
 def load_model(config: Config) -> ModelConfig:
-    """The architecture, from model.architecture or the config.json of model.folder: neither weights nor a tokenizer are needed."""
+    """The architecture, from model.architecture or the config.json of model.folder: neither weights
+    nor a tokenizer are needed.
+    """
     folder = config.model.folder and local_model(config.model.folder, ("config.json",)).folder
     model = load_model_config(folder) if folder else config.model.architecture
     assert model is not None  # the config's own check
@@ -177,7 +206,9 @@ def load_model(config: Config) -> ModelConfig:
 
 
 def programs(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths) -> list[Program]:
-    """Every jitted program of a run of a size that matters, in the order of a step; last one that no run has, for comparison."""
+    """Every jitted program of a run of a size that matters, in the order of a step; last one that
+    no run has, for comparison.
+    """
     check_divides(config, mesh, rows=True, slots=True)
     train = train_programs(config, model, mesh)
     training = _training(config, model, mesh, lengths, train)
@@ -185,29 +216,56 @@ def programs(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths) -
     trained = adapted(model, config.model.lora)
     loss = functools.partial(plain_loss, model=trained, algo=config.dapo, mesh=mesh)
     plain = functools.partial(update_program(loss, config, trained, mesh).lower, *update.arguments)  # type: ignore[attr-defined]
-    return [*_rollout(config, model, mesh, lengths, train), *training, update._replace(name=PLAIN, lower=plain, calls=0)]
+    return [
+        *_rollout(config, model, mesh, lengths, train),
+        *training,
+        update._replace(name=PLAIN, lower=plain, calls=0),
+    ]
 
 
-def plain_loss(params: Params, batch: TrainBatch, *, model: ModelConfig, algo: DapoSection, mesh: Mesh) -> tuple[Array, dict[str, Array]]:
-    """`dapo.loss.loss_fn` as it is mostly written: all logits [N * T, V] at a time. What it would cost is worth knowing."""
+def plain_loss(
+    params: Params, batch: TrainBatch, *, model: ModelConfig, algo: DapoSection, mesh: Mesh
+) -> tuple[Array, dict[str, Array]]:
+    """`dapo.loss.loss_fn` as it is mostly written: all logits [N * T, V] at a time.
+
+    What it would cost is worth knowing.
+    """
     flat = TrainBatch(*(a.reshape(-1) for a in batch))
     scores = jax.nn.log_softmax(logits_of(params, batch_hidden(params, batch, model, mesh)))
     logprobs = jnp.take_along_axis(scores, flat.tokens[:, None], axis=-1)[:, 0]
     entropy = -jnp.sum(jnp.exp(scores) * scores, axis=-1)
-    loss, metrics = dapo_terms(jnp.where(flat.target_mask, logprobs, 0.0), jax.lax.stop_gradient(entropy), flat, algo)
-    return jnp.where(flat.target_mask, loss, 0.0).sum(), {k: jnp.where(flat.target_mask, v, 0.0).sum() for k, v in metrics.items()}
+    loss, metrics = dapo_terms(
+        jnp.where(flat.target_mask, logprobs, 0.0), jax.lax.stop_gradient(entropy), flat, algo
+    )
+    return jnp.where(flat.target_mask, loss, 0.0).sum(), {
+        k: jnp.where(flat.target_mask, v, 0.0).sum() for k, v in metrics.items()
+    }
 
 
-def _training(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms) -> list[Program]:
+def _training(
+    config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms
+) -> list[Program]:
     d, tensor = config.dapo, mesh.shape["tensor"]
-    batch, state, trained = abstract_batch(config, mesh), train.state, adapted(model, config.model.lora)
+    batch, state, trained = (
+        abstract_batch(config, mesh),
+        train.state,
+        adapted(model, config.model.lora),
+    )
     responses, segment = d.responses_per_update, lengths.prompt + lengths.response
     rows = max(1.0, responses * segment / row_len(config))
     used = min(microbatches(config), math.ceil(rows / config.train.rows_per_microbatch))
-    computed = used * config.train.rows_per_microbatch * row_len(config)  # positions, padding among them
-    tokens, pairs, targets = responses * segment, responses * flops.visible_pairs(model, segment), responses * lengths.response
+    computed = (
+        used * config.train.rows_per_microbatch * row_len(config)
+    )  # positions, padding among them
+    tokens, pairs, targets = (
+        responses * segment,
+        responses * flops.visible_pairs(model, segment),
+        responses * lengths.response,
+    )
     forward = flops.forward_flops(trained, computed, pairs, targets)
-    backward = flops.backward_flops(trained, computed, pairs, targets) + flops.recomputed_flops(trained, computed, pairs)
+    backward = flops.backward_flops(trained, computed, pairs, targets) + flops.recomputed_flops(
+        trained, computed, pairs
+    )
     read = used * 2 * flops.weights(model) / tensor  # bfloat16 weights, once a pass and micro-batch
     chunks = math.ceil(targets / used / row_shards(mesh) / loss_chunk(mesh))
     moments = device_bytes(state) - device_bytes(state.params)
@@ -230,7 +288,12 @@ def _training(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, 
             functools.partial(train.update.lower, state, batch, rate),  # type: ignore[attr-defined]
             (state, batch, rate),
             0,
-            Work(flops.train_flops(trained, tokens, pairs, targets), forward + backward, tokens, 3 * read + 3 * moments),
+            Work(
+                flops.train_flops(trained, tokens, pairs, targets),
+                forward + backward,
+                tokens,
+                3 * read + 3 * moments,
+            ),
             updates,
             (used, chunks),
             "train.rows_per_microbatch, mesh.tensor, model.remat",
@@ -253,14 +316,25 @@ def _published(model: ModelConfig, mesh: Mesh) -> Any:
     shapes = abstract_params(model)
 
     def published(path: Any, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(rollout_dtype(path, model.compute_dtype)), sharding=sharding)
+        return jax.ShapeDtypeStruct(
+            leaf.shape, jnp.dtype(rollout_dtype(path, model.compute_dtype)), sharding=sharding
+        )
 
     return jax.tree_util.tree_map_with_path(published, shapes, rollout_sharding(shapes, mesh))
 
 
-def _rollout(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms) -> list[Program]:
-    """Reading prompts, putting them into slots, and a decode step, at the longest prompts and the fullest cache."""
-    d, tensor, shards, slots = config.dapo, mesh.shape["tensor"], row_shards(mesh), config.rollout.decode_slots
+def _rollout(
+    config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms
+) -> list[Program]:
+    """Reading prompts, putting them into slots, and a decode step, at the longest prompts and the
+    fullest cache.
+    """
+    d, tensor, shards, slots = (
+        config.dapo,
+        mesh.shape["tensor"],
+        row_shards(mesh),
+        config.rollout.decode_slots,
+    )
     weights, resident = _published(model, mesh), device_bytes(train.state)
     responses = d.prompts_per_step / lengths.kept * d.responses_per_prompt
     int8 = config.rollout.kv_cache == "int8"
@@ -274,22 +348,45 @@ def _rollout(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, t
         for most in (config.data.max_prompt_len, engine.cache_len)
     )
     prefilled = jax.eval_shape(engine.programs.prefill, weights, prompts)
-    seed, arrivals = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((len(Arrivals._fields), shards, engine.slots), jnp.int32)
-    layers, settings = 2 * flops.layer_weights(model) / tensor, "rollout.decode_slots, rollout.kv_cache, mesh.tensor"
+    seed, arrivals = (
+        jax.eval_shape(jax.random.key, 0),
+        jax.ShapeDtypeStruct((len(Arrivals._fields), shards, engine.slots), jnp.int32),
+    )
+    layers, settings = (
+        2 * flops.layer_weights(model) / tensor,
+        "rollout.decode_slots, rollout.kv_cache, mesh.tensor",
+    )
 
     def prefill(name: str, tokens: jax.ShapeDtypeStruct, calls: float) -> Program:
         (rows, width), mean = tokens.shape, lengths.prompt
         useful = flops.forward_flops(model, rows * mean, rows * flops.visible_pairs(model, mean), 0)
-        computed = flops.forward_flops(model, rows * width, rows * flops.visible_pairs(model, width), 0)
+        computed = flops.forward_flops(
+            model, rows * width, rows * flops.visible_pairs(model, width), 0
+        )
         lower = functools.partial(engine.programs.prefill.lower, weights, tokens)  # type: ignore[attr-defined]
         work = Work(useful, computed, rows * mean, layers)
-        return Program(name, lower, (weights, tokens), resident + device_bytes(state), work, calls, settings=settings)
+        return Program(
+            name,
+            lower,
+            (weights, tokens),
+            resident + device_bytes(state),
+            work,
+            calls,
+            settings=settings,
+        )
 
     found = [
         prefill("prefill", prompts, responses / d.responses_per_prompt / shards),
         Program(
             "insert",
-            functools.partial(engine.programs.insert.lower, state, prefilled, seed, arrivals, number),  # type: ignore[attr-defined]
+            functools.partial(
+                engine.programs.insert.lower,  # type: ignore[attr-defined]
+                state,
+                prefilled,
+                seed,
+                arrivals,
+                number,
+            ),
             (state, prefilled, seed, arrivals, number),
             resident + device_bytes(weights),
             Work(0, 0, 0, 0),
@@ -303,15 +400,39 @@ def _rollout(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, t
     mean = lengths.prompt + lengths.response / 2  # tokens in the cache of a sequence under way
     step = flops.forward_flops(model, slots, slots * flops.visible_keys(model, mean), slots)
     read = layers + 2 * flops.head_weights(model) / tensor + slots / shards * mean * cached
-    evaluated = [("eval decode step", make_engine(config, Policy(model, None, (0,)), mesh, eval_sampling(config)), 0.0)]
+    evaluated = [
+        (
+            "eval decode step",
+            make_engine(config, Policy(model, None, (0,)), mesh, eval_sampling(config)),
+            0.0,
+        )
+    ]
     steps = max(responses * lengths.response / slots, config.rollout.max_response_len)
-    for name, sampler, calls in [("decode step", engine, steps), *(evaluated if config.eval.every else [])]:
+    for name, sampler, calls in [
+        ("decode step", engine, steps),
+        *(evaluated if config.eval.every else []),
+    ]:
         # The program decodes a segment of steps; its loop is counted as one of them.
-        lower = functools.partial(sampler.programs.decode.lower, width=engine.slots, read=engine.cache_len)  # type: ignore[attr-defined]
+        lower = functools.partial(
+            sampler.programs.decode.lower,  # type: ignore[attr-defined]
+            width=engine.slots,
+            read=engine.cache_len,
+        )
         arguments = (weights, state, number, number, number)
         held = resident + device_bytes(prefilled)
         work = Work(step, step, slots, read)
-        found.append(Program(name, functools.partial(lower, *arguments), arguments, held, work, calls, (1,), settings))
+        found.append(
+            Program(
+                name,
+                functools.partial(lower, *arguments),
+                arguments,
+                held,
+                work,
+                calls,
+                (1,),
+                settings,
+            )
+        )
     return found
 
 
@@ -328,14 +449,18 @@ def compile_all(
     say: Callable[[str], None] = print,
     known: Mapping[Any, Compiled] | None = None,
 ) -> list[Result]:
-    """Compiles the programs of a config (those named, or all), one after the other, but for those that are known by their keys."""
+    """Compiles the programs of a config (those named, or all), one after the other, but for those
+    that are known by their keys.
+    """
     mesh = make_mesh(config.mesh, pod.devices)
     results = []
     for program in programs(config, load_model(config), mesh, lengths):
         if program.name in only or (not only and program.name != PLAIN):
             if (compiled := (known or {}).get(program.key)) is None:
                 say(f"compiling {program.name} ...")
-                compiled = compile_program(program.lower(), device_bytes(program.arguments), program.trips)
+                compiled = compile_program(
+                    program.lower(), device_bytes(program.arguments), program.trips
+                )
             results.append(Result(program, compiled, pod))
     return results
 
@@ -346,7 +471,12 @@ def table(results: Sequence[Result]) -> str:
     head = ["program", *memory, "TFLOP", "sent GB", "best s", "limit", "x step"]
     lines = [head]
     for r in results:
-        sizes = (r.compiled.argument_bytes, r.compiled.temp_bytes, r.program.resident_bytes, r.peak_bytes)
+        sizes = (
+            r.compiled.argument_bytes,
+            r.compiled.temp_bytes,
+            r.program.resident_bytes,
+            r.peak_bytes,
+        )
         times = r.times
         lines.append(
             [
@@ -363,7 +493,10 @@ def table(results: Sequence[Result]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
     )
 
@@ -379,7 +512,9 @@ def estimate(results: Sequence[Result], config: Config, lengths: Lengths) -> dic
     return {
         "rollout_s": rollout,
         "training_s": training,
-        "rollout_tokens_per_s_per_chip": trained / lengths.kept / rollout / pod.chips if rollout else 0.0,
+        "rollout_tokens_per_s_per_chip": trained / lengths.kept / rollout / pod.chips
+        if rollout
+        else 0.0,
         "train_tokens_per_s_per_chip": trained / training / pod.chips if training else 0.0,
         "hours": hours,
         "chip_hours": hours * pod.chips,
@@ -398,7 +533,9 @@ def complaints(results: Sequence[Result]) -> list[str]:
                 "what lies there meanwhile": r.program.resident_bytes,
             }
             worst = max(what, key=lambda key: what[key])
-            largest = f"; largest buffers: {'; '.join(r.compiled.largest)}" if r.compiled.largest else ""
+            largest = (
+                f"; largest buffers: {'; '.join(r.compiled.largest)}" if r.compiled.largest else ""
+            )
             lines.append(
                 f"{r.program.name} does not fit by {over:.1f} GiB a device: {worst} take {what[worst] / _GIB:.1f} GiB{largest}; "
                 f"change {r.program.settings}"
@@ -440,22 +577,36 @@ def to_json(results: Sequence[Result], estimates: Mapping[str, float]) -> dict[s
     }
 
 
-def largest_that_fits(unit: int, start: int, most: int, peaks: Callable[[int], Sequence[float]], room: float) -> int:
-    """About the largest multiple of `unit` up to `most` with all peaks(n) ≤ room, 0 if none is found. At most 5 calls, `start` the first.
+def largest_that_fits(
+    unit: int, start: int, most: int, peaks: Callable[[int], Sequence[float]], room: float
+) -> int:
+    """About the largest multiple of `unit` up to `most` with all peaks(n) ≤ room, 0 if none is
+    found. At most 5 calls, `start` the first.
 
-    peaks: bytes of each program at n, which grow about evenly: its line through the two largest n that fit tells the next n, and when to
-    stop. What the compiler says of a program that it refuses is less exact, and only used where the lines lead there.
+    peaks: bytes of each program at n, which grow about evenly: its line through the two largest n
+    that fit tells the next n, and when to stop. What the compiler says of a program that it refuses
+    is less exact, and only used where the lines lead there.
     """
     known, most = {start: peaks(start)}, most // unit * unit
     while len(known) < 5:
-        fit, over = (sorted(n for n in known if (max(known[n]) <= room) == fits) for fits in (True, False))
+        fit, over = (
+            sorted(n for n in known if (max(known[n]) <= room) == fits) for fits in (True, False)
+        )
         low, high = fit[-1] if fit else 0, over[0] if over else most + unit
         pairs = ([(fit[-2], low)] if len(fit) > 1 else []) + ([(low, high)] if fit and over else [])
-        lines = [[(y, z - x) for x, y, z in zip(known[a], known[low], known[b], strict=True) if z > x] for a, b in pairs]
-        guesses = [low + min((room - y) / rise * (b - a) for y, rise in line) for line, (a, b) in zip(lines, pairs, strict=True) if line]
+        lines = [
+            [(y, z - x) for x, y, z in zip(known[a], known[low], known[b], strict=True) if z > x]
+            for a, b in pairs
+        ]
+        guesses = [
+            low + min((room - y) / rise * (b - a) for y, rise in line)
+            for line, (a, b) in zip(lines, pairs, strict=True)
+            if line
+        ]
         if high - low <= unit or (guesses and guesses[0] < low + unit):
             break
-        # With one n: as if all of it were in proportion, which is too little where it fits. On level ground: further away.
+        # With one n: as if all of it were in proportion, which is too little where it fits. On
+        # level ground: further away.
         alone = 2 * low if len(fit) > 1 else (low or high) * room / max(known[low or high])
         guess = next((g for g in guesses if g < high or not over), alone)
         n = min(max(int(guess) // unit * unit, low + unit), (high - 1) // unit * unit)
@@ -463,25 +614,46 @@ def largest_that_fits(unit: int, start: int, most: int, peaks: Callable[[int], S
     return max((n for n in known if max(known[n]) <= room), default=0)
 
 
-def suggest(config: Config, pod: Pod, lengths: Lengths, results: Sequence[Result], say: Callable[[str], None]) -> list[str]:
-    """Decode slots and rows of a micro-batch, the largest that fit in 90% of HBM. results: of the config as it is."""
+def suggest(
+    config: Config,
+    pod: Pod,
+    lengths: Lengths,
+    results: Sequence[Result],
+    say: Callable[[str], None],
+) -> list[str]:
+    """Decode slots and rows of a micro-batch, the largest that fit in 90% of HBM. results: of the
+    config as it is.
+    """
     shards, lines, d = row_shards(make_mesh(config.mesh, pod.devices)), [], config.dapo
     searches = (
-        ("decode_slots", "rollout", ("prefill", "prefill of prefixes", "decode step"), d.prompts_per_draw * d.responses_per_prompt),
+        (
+            "decode_slots",
+            "rollout",
+            ("prefill", "prefill of prefixes", "decode step"),
+            d.prompts_per_draw * d.responses_per_prompt,
+        ),
         ("rows_per_microbatch", "train", ("old log-probs", "update"), d.responses_per_update),
     )
     known = {r.program.key: r.compiled for r in results}
     for key, section, names, most in searches:
 
         def peaks(n: int, key=key, section=section, names=names) -> list[int]:
-            changed = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: n})})
-            found = compile_all(changed, pod, lengths, names, lambda line: say(f"{key} {n}: {line}"), known)
+            changed = dataclasses.replace(
+                config, **{section: dataclasses.replace(getattr(config, section), **{key: n})}
+            )
+            found = compile_all(
+                changed, pod, lengths, names, lambda line: say(f"{key} {n}: {line}"), known
+            )
             known.update({r.program.key: r.compiled for r in found})
             return [r.peak_bytes for r in found]
 
         now = getattr(getattr(config, section), key)
         best = largest_that_fits(shards, now, max(now, most), peaks, _COMFORT * pod.chip.hbm_bytes)
-        lines.append(f"{section}.{key}: {now}; at most {best} fit in {_COMFORT:.0%} of HBM" if best else f"{section}.{key}: none fits")
+        lines.append(
+            f"{section}.{key}: {now}; at most {best} fit in {_COMFORT:.0%} of HBM"
+            if best
+            else f"{section}.{key}: none fits"
+        )
     return lines
 
 
@@ -491,48 +663,91 @@ def suggest(config: Config, pod: Pod, lengths: Lengths, results: Sequence[Result
 
 
 def _at_host() -> None:
-    """libtpu compiles here for chips elsewhere: no metadata server, no lock on a TPU, and arrays of this process on the CPU."""
+    """libtpu compiles here for chips elsewhere: no metadata server, no lock on a TPU, and arrays of
+    this process on the CPU.
+    """
     quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
-    here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    here = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
     os.environ.update({**here, **quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
     jax.config.update("jax_platforms", "cpu")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compiles every program of a config for a TPU pod, with no TPU: memory, collectives, and a bound on time and cost."""
+    """Compiles every program of a config for a TPU pod, with no TPU: memory, collectives, and a
+    bound on time and cost.
+    """
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.plan", description=main.__doc__)
-    parser.add_argument("--config", required=True, help="YAML config; neither its weights, its tokenizer nor its data are read")
-    parser.add_argument("--topology", help="chips, as v5p:4x4x8 (default: mesh.topology of the config)")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="YAML config; neither its weights, its tokenizer nor its data are read",
+    )
+    parser.add_argument(
+        "--topology", help="chips, as v5p:4x4x8 (default: mesh.topology of the config)"
+    )
     parser.add_argument("--json", metavar="OUT", help="also write the results to this file")
     parser.add_argument(
-        "--suggest", action="store_true", help="search decode slots and micro-batch rows for the largest that fit in 90%% of HBM"
+        "--suggest",
+        action="store_true",
+        help="search decode slots and micro-batch rows for the largest that fit in 90%% of HBM",
     )
-    parser.add_argument("--response-len", type=float, help="mean response, tokens (default: a quarter of rollout.max_response_len)")
-    parser.add_argument("--prompt-len", type=float, help="mean prompt, tokens (default: an eighth of data.max_prompt_len)")
-    parser.add_argument("--kept-fraction", type=float, default=0.5, help="share of drawn groups that are informative (default 0.5)")
+    parser.add_argument(
+        "--response-len",
+        type=float,
+        help="mean response, tokens (default: a quarter of rollout.max_response_len)",
+    )
+    parser.add_argument(
+        "--prompt-len",
+        type=float,
+        help="mean prompt, tokens (default: an eighth of data.max_prompt_len)",
+    )
+    parser.add_argument(
+        "--kept-fraction",
+        type=float,
+        default=0.5,
+        help="share of drawn groups that are informative (default 0.5)",
+    )
     only = f"only this program; may be repeated. Not among all: `{PLAIN}`, with whole logits"
     parser.add_argument("--only", action="append", default=[], metavar="PROGRAM", help=only)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.rows_per_microbatch=64")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override, e.g. train.rows_per_microbatch=64",
+    )
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     topology = args.topology or config.mesh.topology
     if topology is None:
-        raise ConfigError(f"{args.config}: mesh.topology: says no chips to plan for; set it, or give --topology, e.g. v5p:4x4x8")
+        raise ConfigError(
+            f"{args.config}: mesh.topology: says no chips to plan for; set it, or give --topology, e.g. v5p:4x4x8"
+        )
     if not 0 < args.kept_fraction <= 1:
         raise InputError("--kept-fraction: must be above 0 and at most 1")
     lengths = Lengths(
-        args.prompt_len or config.data.max_prompt_len / 8, args.response_len or config.rollout.max_response_len / 4, args.kept_fraction
+        args.prompt_len or config.data.max_prompt_len / 8,
+        args.response_len or config.rollout.max_response_len / 4,
+        args.kept_fraction,
     )
     _at_host()
     pod = load_pod(topology)
-    print(f"{args.config}: {pod.topology}, {pod.chips} chips, {pod.chip.hbm_bytes / 1e9:.0f} GB HBM a device")
+    print(
+        f"{args.config}: {pod.topology}, {pod.chips} chips, {pod.chip.hbm_bytes / 1e9:.0f} GB HBM a device"
+    )
     results = compile_all(config, pod, lengths, args.only)
     if not results:
         raise InputError(f"--only: no program is called {' or '.join(args.only)}")
     print(table(results))
     estimates = estimate(results, config, lengths)
     for r in results:
-        sent = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sorted(r.compiled.collectives.items()))
+        sent = ", ".join(
+            f"{kind} {size / 1e9:.2f} GB" for kind, size in sorted(r.compiled.collectives.items())
+        )
         print(f"{r.program.name} sends a call and device: {sent or 'nothing'}")
     if not args.only:  # else there is no whole step
         print(

@@ -187,7 +187,10 @@ def check_same_study(study: Study, out: Path) -> None:
     ]
     known = [(file, config, _RUN_MAY_CHANGE) for file, config in files]
     if study.warm_up is not None:
-        known += [(out / "warm" / f"{seed}.yaml", _warm_up_config(study, seed), _WARM_UP_MAY_CHANGE) for seed in study.seeds]
+        known += [
+            (out / "warm" / f"{seed}.yaml", _warm_up_config(study, seed), _WARM_UP_MAY_CHANGE)
+            for seed in study.seeds
+        ]
     for file, config, may_change in known:
         if file.is_file() and (changed := difference(load_config(file), config, may_change)):
             key, was, now = changed

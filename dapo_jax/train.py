@@ -34,15 +34,44 @@ from dapo_jax.config import (
 )
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer, StepCounts
 from dapo_jax.dapo.groups import advantages_of, is_informative
-from dapo_jax.dapo.packing import PackStats, TrainItem, build_batch, gather_targets, normalizer_weights
+from dapo_jax.dapo.packing import (
+    PackStats,
+    TrainItem,
+    build_batch,
+    gather_targets,
+    normalizer_weights,
+)
 from dapo_jax.dapo.update import learning_rate, summarize
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.mixture import load_training, mix, mixture_digest
 from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import make_prompts, tokens_digest
-from dapo_jax.drawing import Drawn, draw_groups
 from dapo_jax.evaluate import checked_pool, eval_sampling, evaluate_sets, load_sets, not_held_out
-from dapo_jax.policy import (
+from dapo_jax.reward.pool import error_counts, no_answer_fraction
+from dapo_jax.reward.verify import function_source
+from dapo_jax.runtime import multihost
+from dapo_jax.runtime.checkpoint import Checkpoints, newest_host
+from dapo_jax.runtime.console import StepTable, make_console, progress
+from dapo_jax.runtime.curves import plot_curves
+from dapo_jax.runtime.folder import Folder, local_file, read, run_folder, write_whole, writing
+from dapo_jax.runtime.guard import Guard
+from dapo_jax.runtime.lock import locked
+from dapo_jax.runtime.mesh import make_mesh, published_as_it_is, put_rows, row_shards
+from dapo_jax.runtime.metrics import (
+    VOLATILE,
+    MetricsLog,
+    peak_memory,
+    read_metrics,
+    timed,
+    write_samples,
+)
+from dapo_jax.runtime.profile import Profiler
+from dapo_jax.runtime.tracker import Tracker, check_tracker
+from dapo_jax.supervised import solution_items, warm_up
+from dapo_jax.training.dynamic_sampling import Drawn, draw_groups
+from dapo_jax.training.programs import microbatches, train_programs, train_sampling
+from dapo_jax.training.samples import sample_rows
+from dapo_jax.training.setup import (
     Policy,
     check_adapters,
     check_divides,
@@ -56,26 +85,21 @@ from dapo_jax.policy import (
     weights_folder,
     with_commit,
 )
-from dapo_jax.programs import microbatches, train_programs, train_sampling
-from dapo_jax.resume import DataDigests, Progress, Run, UnderWay, fetched, restore, save
-from dapo_jax.reward.pool import error_counts, no_answer_fraction
-from dapo_jax.reward.verify import function_source
-from dapo_jax.runtime import multihost
-from dapo_jax.runtime.checkpoint import Checkpoints, newest_host
-from dapo_jax.runtime.console import StepTable, make_console, progress
-from dapo_jax.runtime.curves import plot_curves
-from dapo_jax.runtime.folder import Folder, local_file, read, run_folder, write_whole, writing
-from dapo_jax.runtime.guard import Guard
-from dapo_jax.runtime.lock import locked
-from dapo_jax.runtime.mesh import make_mesh, published_as_it_is, put_rows, row_shards
-from dapo_jax.runtime.metrics import VOLATILE, MetricsLog, peak_memory, read_metrics, timed, write_samples
-from dapo_jax.runtime.profile import Profiler
-from dapo_jax.runtime.tracker import Tracker, check_tracker
-from dapo_jax.samples import sample_rows
-from dapo_jax.supervised import solution_items, warm_up
-from dapo_jax.types import Group, InputError, NonFiniteError, Prompt, Response, RunError, SharedError, Stopped, TrainBatch
+from dapo_jax.training.state import DataDigests, Progress, Run, UnderWay, fetched, restore, save
+from dapo_jax.types import (
+    Group,
+    InputError,
+    NonFiniteError,
+    Prompt,
+    Response,
+    RunError,
+    SharedError,
+    Stopped,
+    TrainBatch,
+)
 
-# Config that may change between the runs of one run folder: how long, how watched, how spread over which devices; not what is learned.
+# Config that may change between the runs of one run folder: how long, how watched, how spread over
+# which devices; not what is learned.
 MAY_CHANGE = (
     "dapo.max_generation_batches",
     "dapo.on_cap",
@@ -104,7 +128,9 @@ MAY_CHANGE = (
     "train.tracker",
 )
 
-_FUNCTION = "reward_function.py"  # in the run folder: a copy of the file that reward.function comes from
+_FUNCTION = (
+    "reward_function.py"  # in the run folder: a copy of the file that reward.function comes from
+)
 
 _MAX_ROLLBACKS = 5  # of a run, before it gives up
 
@@ -112,7 +138,9 @@ _PHASES = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/updat
 
 
 def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
-    """Runs a whole DAPO training into `run_dir`, or goes on with the one that is there. quiet: says only what must be known."""
+    """Runs a whole DAPO training into `run_dir`, or goes on with the one that is there. quiet: says
+    only what must be known.
+    """
     config = with_commit(config, run_dir)
     d, algo = config.data, config.dapo
     console = make_console(main=multihost.is_main(), quiet=quiet)
@@ -125,23 +153,36 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     problems, reports = load_training(d)
     prompts, skipped = make_prompts(problems, policy.tokenizer, d, policy.model.vocab_size)
     loaded = "; ".join(report.summary() for report in reports)
-    say(f"problems: {loaded}; {len(prompts)} prompts" + "".join(f", {n} skipped: {why}" for why, n in skipped.items()))
+    say(
+        f"problems: {loaded}; {len(prompts)} prompts"
+        + "".join(f", {n} skipped: {why}" for why, n in skipped.items())
+    )
     eval_sets = load_sets(config, policy, say)
     loaded_digest = problems_digest(p.problem for p in prompts)
     prompts = fit_to_train_on(prompts, eval_sets, config, say)
-    solutions = solution_items(prompts, policy, config.rollout.max_response_len) if config.supervised.updates else []
+    solutions = (
+        solution_items(prompts, policy, config.rollout.max_response_len)
+        if config.supervised.updates
+        else []
+    )
     mixture = mix(d.train, [p.problem for p in prompts])
     if several := mixture.summary():
         say(f"mixture: {several}")
-    data_digests = DataDigests(loaded_digest, mixture_digest([p.problem for p in prompts], mixture), tokens_digest(prompts))
+    data_digests = DataDigests(
+        loaded_digest, mixture_digest([p.problem for p in prompts], mixture), tokens_digest(prompts)
+    )
     source = function_source(config.reward.function)
-    sets = {"data.train": prompts} | {f"eval.sets.{name}": held_out for name, held_out in eval_sets.items()}
+    sets = {"data.train": prompts} | {
+        f"eval.sets.{name}": held_out for name, held_out in eval_sets.items()
+    }
     check_started_alike(config, policy, sets, {"the reward function": source})
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh, rows=True, slots=True)
     refuse_other_run(config, run_dir, source)
     if function_changed(source, run_dir):
-        say("reward.function: its file has changed since the run was started, which reward.allow_change allows")
+        say(
+            "reward.function: its file has changed since the run was started, which reward.allow_change allows"
+        )
     check_first_weights(policy, run_dir)
     say(f"policy: {describe(policy, mesh, config.model.lora)}")
     say(
@@ -154,8 +195,12 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     # ---- Programs: each is compiled once for the whole run ----------------------------------------------------------
     programs = train_programs(config, policy.model, mesh)
     lora = config.model.lora
-    as_it_is = lora is None and published_as_it_is(programs.state.params, mesh, policy.model.compute_dtype)
-    publish = (lambda params: params) if as_it_is else programs.publish  # an update ends the life of what was published before it
+    as_it_is = lora is None and published_as_it_is(
+        programs.state.params, mesh, policy.model.compute_dtype
+    )
+    publish = (
+        (lambda params: params) if as_it_is else programs.publish
+    )  # an update ends the life of what was published before it
     engine = make_engine(config, policy, mesh, train_sampling(config))
     eval_engine = make_engine(config, policy, mesh, eval_sampling(config))
 
@@ -165,17 +210,29 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         Progress(keep_rate=min(1.0, algo.prompts_per_step / algo.prompts_per_draw)),
     )
     with (
-        checked_pool(config, source, sets, console) as pool,  # first: what it refuses leaves no folder behind
-        Guard(config.train.stall_timeout_s) as guard,  # and so does a fault setting that cannot be read
+        checked_pool(
+            config, source, sets, console
+        ) as pool,  # first: what it refuses leaves no folder behind
+        Guard(
+            config.train.stall_timeout_s
+        ) as guard,  # and so does a fault setting that cannot be read
         locked(run_dir),
         Checkpoints(run_dir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
-        Profiler(run_dir / "profile", config.train.profile_start, config.train.profile_steps) as profiler,
+        Profiler(
+            run_dir / "profile", config.train.profile_start, config.train.profile_steps
+        ) as profiler,
     ):
         refuse_other_run(config, run_dir, source)  # a job that has ended since may have begun it
         check_steps(config.train.steps, max(checkpoints.steps(), default=0), run_dir)
         write_config(config, run_dir, source)
         function = digest_of(source)
-        save_run = functools.partial(save, checkpoints=checkpoints, config=to_dict(config), data=data_digests, function=function)
+        save_run = functools.partial(
+            save,
+            checkpoints=checkpoints,
+            config=to_dict(config),
+            data=data_digests,
+            function=function,
+        )
         restore_run = functools.partial(
             restore,
             checkpoints=checkpoints,
@@ -187,22 +244,50 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
 
         def evaluate(weights: Any) -> dict[str, float]:
             found = evaluate_sets(
-                eval_sets, config, engine=eval_engine, params=weights, policy=policy, pool=pool, guard=guard, say=say, bars=console.bars
+                eval_sets,
+                config,
+                engine=eval_engine,
+                params=weights,
+                policy=policy,
+                pool=pool,
+                guard=guard,
+                say=say,
+                bars=console.bars,
             )
-            return {f"eval/{name}/{key}": value for name, (result, _) in found.items() for key, value in result.items()}
+            return {
+                f"eval/{name}/{key}": value
+                for name, (result, _) in found.items()
+                for key, value in result.items()
+            }
 
         # ---- Where the run stands: a checkpoint, or the start -------------------------------------------------------
         if restore_run(run):
-            say(f"resumed from the checkpoint of {run.where}: {run.at.updates} updates, {run.at.draws} draws before it")
+            say(
+                f"resumed from the checkpoint of {run.where}: {run.at.updates} updates, {run.at.draws} draws before it"
+            )
         else:
             run.state = programs.init_optimizer(load_params(config, policy, mesh, lora=lora))
-        tracker = Tracker(config.train.tracker if multihost.is_main() else None, run_dir, flatten(to_dict(config)), console.tell)
-        log = MetricsLog(run_dir, resume_step=run.at.step if run.at.begun else None, enabled=multihost.is_main(), copy=tracker.send)
+        tracker = Tracker(
+            config.train.tracker if multihost.is_main() else None,
+            run_dir,
+            flatten(to_dict(config)),
+            console.tell,
+        )
+        log = MetricsLog(
+            run_dir,
+            resume_step=run.at.step if run.at.begun else None,
+            enabled=multihost.is_main(),
+            copy=tracker.send,
+        )
         with tracker, log, saving_at_an_end(run, save_run):
             if (warm := config.supervised.updates) > run.at.warmed:
-                for updates, in_a_row, state in warm_up(config, policy, run.state, solutions, mesh, say, run.at.warmed, run.at.nonfinite):
+                for updates, in_a_row, state in warm_up(
+                    config, policy, run.state, solutions, mesh, say, run.at.warmed, run.at.nonfinite
+                ):
                     run.state = state if updates < warm else programs.init_optimizer(state.params)
-                    run.at = run.at._replace(warmed=updates, nonfinite=in_a_row if updates < warm else 0)
+                    run.at = run.at._replace(
+                        warmed=updates, nonfinite=in_a_row if updates < warm else 0
+                    )
                     guard.reach("warm-up")
                     if updates % config.supervised.save_every == 0 or updates == warm:
                         save_run(run)
@@ -216,7 +301,9 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 run.at = run.at._replace(begun=True)
 
             # ---- Rollout steps --------------------------------------------------------------------------------------
-            rolling_back = functools.partial(rolled_back_if_diverged, run, config.optim, restore_run, save_run, log, console.tell)
+            rolling_back = functools.partial(
+                rolled_back_if_diverged, run, config.optim, restore_run, save_run, log, console.tell
+            )
             seed = jax.random.key(config.seed)
             saving: dict[str, float] = {}
             table = StepTable(config.train.steps)
@@ -254,32 +341,53 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                         if groups and algo.old_logprobs == "recompute":
                             score_rows = functools.partial(programs.old_logprobs, run.state.params)
                             with timed(times, "time/old_logprobs_s"):
-                                groups = score(groups, run.at.draws, score_rows, config, mesh, guard)
+                                groups = score(
+                                    groups, run.at.draws, score_rows, config, mesh, guard
+                                )
                         if multihost.is_main():
-                            write_samples(run_dir, step, sample_rows(drawn.groups, config.train.samples_per_step, algo, policy))
-                        run.stand_after(drawn, groups, at_least=algo.prompts_per_step if algo.on_cap == "error" else 1)
+                            write_samples(
+                                run_dir,
+                                step,
+                                sample_rows(
+                                    drawn.groups, config.train.samples_per_step, algo, policy
+                                ),
+                            )
+                        run.stand_after(
+                            drawn,
+                            groups,
+                            at_least=algo.prompts_per_step if algo.on_cap == "error" else 1,
+                        )
                         run.under_way = UnderWay(draw_metrics(drawn, config), [])
                     drawn_metrics, done = run.under_way
                     kept, counts = run.buffer.ready()
                     if counts.kept < algo.prompts_per_step:
                         say(f"step {step}: {underfilled(counts.kept, algo)}")
-                    first_draw = run.at.draws - int(drawn_metrics["rollout/prompts"])  # of this step
+                    first_draw = run.at.draws - int(
+                        drawn_metrics["rollout/prompts"]
+                    )  # of this step
 
-                    # One pass over what was kept, in mini-batches of whole groups. The weights of rollouts make room.
+                    # One pass over what was kept, in mini-batches of whole groups. The weights of
+                    # rollouts make room.
                     weights = None
                     rate, already = learning_rate(config.optim, step), len(done)
                     with (
                         timed(times, "time/update_s"),
-                        progress(algo.prompts_per_step, f"update {step}", enabled=console.bars) as bar,
+                        progress(
+                            algo.prompts_per_step, f"update {step}", enabled=console.bars
+                        ) as bar,
                     ):
                         packed = []
-                        for n, (batch, stats) in enumerate(minibatches(kept, config, row_shards(mesh), first_draw)):
+                        for n, (batch, stats) in enumerate(
+                            minibatches(kept, config, row_shards(mesh), first_draw)
+                        ):
                             packed.append(stats)
                             bar.update(algo.responses_per_update // algo.responses_per_prompt)
                             if n < already:  # was done when the run was stopped
                                 continue
                             rows = put_rows(batch, mesh, axis=1)
-                            jax.block_until_ready(done[-1:])  # one update under way and one waiting: a stop is heeded soon
+                            jax.block_until_ready(
+                                done[-1:]
+                            )  # one update under way and one waiting: a stop is heeded soon
                             guard.reach("update")
                             run.state, sums = programs.update(run.state, rows, np.float32(rate))
                             done.append(sums)
@@ -287,14 +395,20 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                     applied = run.at.updates + sum(not s["skipped"] for s in done)
                     longest, nonfinite = skipped_in_a_row(run.at.nonfinite, done)
                     if longest >= config.optim.max_nonfinite_updates:
-                        raise NonFiniteError(f"{longest} updates in a row had a loss or gradient that is not finite and were skipped")
+                        raise NonFiniteError(
+                            f"{longest} updates in a row had a loss or gradient that is not finite and were skipped"
+                        )
                     weights = publish(run.state.params)
                 if rolled_back:
                     weights = None
                     continue
 
                 # Say what happened.
-                metrics = drawn_metrics | update_metrics(kept, first_draw, counts, done, packed, config) | {"optim/lr": rate}
+                metrics = (
+                    drawn_metrics
+                    | update_metrics(kept, first_draw, counts, done, packed, config)
+                    | {"optim/lr": rate}
+                )
                 metrics |= {
                     "filter/resting_problems": run.memory.resting(run.at.cursor.epoch),
                     "filter/open_groups": len(run.left_open),
@@ -305,7 +419,9 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 say(table.line(step, metrics))
                 if (unread := metrics.get("reward/no_answer_fraction", 0.0)) > 0.5:
                     verifier = config.reward.verifier
-                    say(f"step {step}: {unread:.0%} of the responses hold no answer that the {verifier} verifier reads; see samples/")
+                    say(
+                        f"step {step}: {unread:.0%} of the responses hold no answer that the {verifier} verifier reads; see samples/"
+                    )
                 if eval_sets and config.eval.every and (step % config.eval.every == 0 or last):
                     with rolling_back() as rolled_back, timed(times, "time/eval_s"):
                         metrics |= evaluate(weights)
@@ -316,8 +432,14 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 run.at = run.at._replace(step=step, updates=applied, nonfinite=nonfinite)
                 run.under_way = None
                 check_agreement(run, metrics)
-                # The line goes before the checkpoint, so that a resumed run lacks no line; the time of saving is on the next one.
-                log.write(step, applied, run.at.draws, metrics | times | saving | {"memory/peak_bytes": peak_memory()})
+                # The line goes before the checkpoint, so that a resumed run lacks no line; the time
+                # of saving is on the next one.
+                log.write(
+                    step,
+                    applied,
+                    run.at.draws,
+                    metrics | times | saving | {"memory/peak_bytes": peak_memory()},
+                )
                 if step % config.train.save_every == 0 or last:
                     saving = {"time/save_s": 0.0}
                     with timed(saving, "time/save_s"):
@@ -327,7 +449,9 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
 
     if multihost.is_main():
         say(f"curves: {plot_curves(run_dir)}")
-        console.tell(f"done: {run.at.step} steps, {run.at.updates} updates, {run.at.draws} draws in {run_dir}{held_out(run_dir)}")
+        console.tell(
+            f"done: {run.at.step} steps, {run.at.updates} updates, {run.at.draws} draws in {run_dir}{held_out(run_dir)}"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -342,14 +466,24 @@ def show_progress(bar: Any, ended: int, drawn: int) -> None:
 
 
 def pack(items: Sequence[TrainItem], config: Config, shards: int) -> tuple[TrainBatch, PackStats]:
-    """Items of one mini-batch as [M, N, T], the same shape every time, its rows balanced over so many row shards."""
+    """Items of one mini-batch as [M, N, T], the same shape every time, its rows balanced over so
+    many row shards.
+    """
     rows = config.train.rows_per_microbatch
-    return build_batch(items, row_len=row_len(config), rows_per_microbatch=rows, microbatches=microbatches(config), row_shards=shards)
+    return build_batch(
+        items,
+        row_len=row_len(config),
+        rows_per_microbatch=rows,
+        microbatches=microbatches(config),
+        row_shards=shards,
+    )
 
 
 @contextlib.contextmanager
 def saving_at_an_end(run: Run, save_run: Callable[[Run], None]) -> Iterator[None]:
-    """Saves where the run stands when it ends inside by a signal, or by what every process finds alike; says so in the former case."""
+    """Saves where the run stands when it ends inside by a signal, or by what every process finds
+    alike; says so in the former case.
+    """
     try:
         yield
     except SharedError:
@@ -373,30 +507,50 @@ def check_agreement(run: Run, metrics: Mapping[str, float]) -> None:
 
 
 def score(
-    groups: list[Group], first_draw: int, score_rows: Callable[[TrainBatch], Any], config: Config, mesh: Mesh, guard: Guard
+    groups: list[Group],
+    first_draw: int,
+    score_rows: Callable[[TrainBatch], Any],
+    config: Config,
+    mesh: Mesh,
+    guard: Guard,
 ) -> list[Group]:
-    """log π_old of every token of the groups that may be trained on, by the trainer's own forward pass.
+    """log π_old of every token of the groups that may be trained on, by the trainer's own forward
+    pass.
 
-    Done when groups are drawn and never again: the first update's ratio is then exactly the policy's own, and groups
-    carried to a later step keep the log-probs of the policy that drew them. So do those drawn before `first_draw`, which partial
-    rollouts finished in this step: their tokens are of several policies, and only the sampler knows which.
+    Done when groups are drawn and never again: the first update's ratio is then exactly the
+    policy's own, and groups carried to a later step keep the log-probs of the policy that drew
+    them. So do those drawn before `first_draw`, which partial rollouts finished in this step: their
+    tokens are of several policies, and only the sampler knows which.
 
     Raises NonFiniteError if a log-prob is non-finite: before a group is taken into the buffer.
     """
-    wanted = [(is_informative(g.correct) or not config.dapo.dynamic_sampling) and g.draw >= first_draw for g in groups]
-    flat = [(group.prompt, r) for i, group in enumerate(groups) if wanted[i] for r in group.responses]
+    wanted = [
+        (is_informative(g.correct) or not config.dapo.dynamic_sampling) and g.draw >= first_draw
+        for g in groups
+    ]
+    flat = [
+        (group.prompt, r) for i, group in enumerate(groups) if wanted[i] for r in group.responses
+    ]
     scored = score_responses(flat, score_rows, config, mesh, guard)
     if bad := sum(not np.isfinite(logprobs).all() for logprobs in scored):
-        raise NonFiniteError(f"the trainer's log-probs of {bad} of {len(scored)} responses are non-finite, though the sampler's are not")
+        raise NonFiniteError(
+            f"the trainer's log-probs of {bad} of {len(scored)} responses are non-finite, though the sampler's are not"
+        )
     by_group = iter(scored)
     return [
-        dataclasses.replace(group, old_logprobs=tuple(next(by_group) for _ in group.responses)) if wanted[i] else group
+        dataclasses.replace(group, old_logprobs=tuple(next(by_group) for _ in group.responses))
+        if wanted[i]
+        else group
         for i, group in enumerate(groups)
     ]
 
 
 def score_responses(
-    responses: Sequence[tuple[Prompt, Response]], score_rows: Callable[[TrainBatch], Any], config: Config, mesh: Mesh, guard: Guard
+    responses: Sequence[tuple[Prompt, Response]],
+    score_rows: Callable[[TrainBatch], Any],
+    config: Config,
+    mesh: Mesh,
+    guard: Guard,
 ) -> list[np.ndarray]:
     """The trainer's log-prob of every token of each response, float32 [R] each."""
     scored: list[np.ndarray] = []
@@ -407,15 +561,19 @@ def score_responses(
         ]
         guard.reach("score")
         batch, stats = pack(items, config, row_shards(mesh))
-        scored += gather_targets(multihost.fetch(score_rows(put_rows(batch, mesh, axis=1))), stats.placement)
+        scored += gather_targets(
+            multihost.fetch(score_rows(put_rows(batch, mesh, axis=1))), stats.placement
+        )
     return scored
 
 
 def groups_of_updates(count: int, algo: DapoSection) -> list[slice]:
-    """Which of a step's groups each update trains on: in draw order, and as few updates as hold them all.
+    """Which of a step's groups each update trains on: in draw order, and as few updates as hold
+    them all.
 
-    Those of an underfilled step (`on_cap: train`) are spread evenly, 33 that go 32 into an update as 17 and 16: every update takes a
-    whole optimizer step, which a remainder of one group, with all its noise, should not.
+    Those of an underfilled step (`on_cap: train`) are spread evenly, 33 that go 32 into an update
+    as 17 and 16: every update takes a whole optimizer step, which a remainder of one group, with
+    all its noise, should not.
     """
     updates = math.ceil(count * algo.responses_per_prompt / algo.responses_per_update)
     ends = [math.ceil(n * count / updates) for n in range(updates + 1)]
@@ -424,17 +582,24 @@ def groups_of_updates(count: int, algo: DapoSection) -> list[slice]:
 
 def underfilled(kept: int, algo: DapoSection) -> str:
     """What an underfilled step trains on, in words."""
-    sizes, full = [part.stop - part.start for part in groups_of_updates(kept, algo)], algo.responses_per_update // algo.responses_per_prompt
+    sizes, full = (
+        [part.stop - part.start for part in groups_of_updates(kept, algo)],
+        algo.responses_per_update // algo.responses_per_prompt,
+    )
     return (
         f"dapo.on_cap: trains on {kept} of {algo.prompts_per_step} groups, in {len(sizes)} updates of {min(sizes)} to {max(sizes)} groups "
         f"({full} fill one); each is a whole optimizer step"
     )
 
 
-def minibatches(groups: Sequence[Group], config: Config, shards: int, first_draw: int = 0) -> Iterator[tuple[TrainBatch, PackStats]]:
-    """Yields the packed batch of each update: whole groups in draw order (`groups_of_updates`), advantages and normaliser written in.
+def minibatches(
+    groups: Sequence[Group], config: Config, shards: int, first_draw: int = 0
+) -> Iterator[tuple[TrainBatch, PackStats]]:
+    """Yields the packed batch of each update: whole groups in draw order (`groups_of_updates`),
+    advantages and normaliser written in.
 
-    first_draw: of the step. Of the groups before it the sampler's log-probs, if they are in the ratio, are left out of the metrics.
+    first_draw: of the step. Of the groups before it the sampler's log-probs, if they are in the
+    ratio, are left out of the metrics.
     """
     algo = config.dapo
     for part in groups_of_updates(len(groups), algo):
@@ -449,16 +614,31 @@ def minibatches(groups: Sequence[Group], config: Config, shards: int, first_draw
         advantages = np.concatenate([advantages_of(group.reward, algo) for group in mine])
         old = [logprobs for group in mine for logprobs in group.old_logprobs]
         owners = [group.prompt.tokens for group in mine for _ in group.responses]
-        old_only = [algo.old_logprobs == "sampler" and group.draw < first_draw for group in mine for _ in group.responses]
+        old_only = [
+            algo.old_logprobs == "sampler" and group.draw < first_draw
+            for group in mine
+            for _ in group.responses
+        ]
         items = [
-            TrainItem(prompt, r.tokens, o, o + np.nan if hidden else r.behavior_logprobs, float(a), float(w))
-            for prompt, r, o, hidden, a, w in zip(owners, responses, old, old_only, advantages, weights, strict=True)
+            TrainItem(
+                prompt,
+                r.tokens,
+                o,
+                o + np.nan if hidden else r.behavior_logprobs,
+                float(a),
+                float(w),
+            )
+            for prompt, r, o, hidden, a, w in zip(
+                owners, responses, old, old_only, advantages, weights, strict=True
+            )
         ]
         yield pack(items, config, shards)
 
 
 def skipped_in_a_row(before: int, sums: Sequence[Mapping[str, float]]) -> tuple[int, int]:
-    """How many updates in a row were skipped, after `before` of earlier steps: (at most, at the end)."""
+    """How many updates in a row were skipped, after `before` of earlier steps: (at most, at the
+    end).
+    """
     longest = running = before
     for s in sums:
         running = running + 1 if s["skipped"] else 0
@@ -475,11 +655,12 @@ def rolled_back_if_diverged(
     log: MetricsLog,
     say: Callable[[str], None],
 ) -> Iterator[list[int]]:
-    """Where NonFiniteError ends what is inside, rolls the run back `optim.rollback_steps` or more, past the draws since, and saves that.
+    """Where NonFiniteError ends what is inside, rolls the run back `optim.rollback_steps` or more,
+    past the draws since, and saves that.
 
-    Yields a list, which then holds the step that the run is at. Raises InputError where the config does not ask for it, or there is no
-    checkpoint to roll back to. Nothing of the step is saved then: it is done again when the run goes on, and the machine may have been
-    at fault.
+    Yields a list, which then holds the step that the run is at. Raises InputError where the config
+    does not ask for it, or there is no checkpoint to roll back to. Nothing of the step is saved
+    then: it is done again when the run goes on, and the machine may have been at fault.
     """
     trouble, rolled_back = "", list[int]()
     try:
@@ -491,14 +672,20 @@ def rolled_back_if_diverged(
         return
     back, at = optim.rollback_steps, run.at
     if back is None:
-        raise InputError(f"{trouble}; lower optim.learning_rate, look at the samples of this step, or set optim.rollback_steps")
+        raise InputError(
+            f"{trouble}; lower optim.learning_rate, look at the samples of this step, or set optim.rollback_steps"
+        )
     if at.rollbacks >= _MAX_ROLLBACKS:
         raise InputError(f"{trouble}, after {at.rollbacks} rollbacks; lower optim.learning_rate")
     if not restore_run(run, at_most=at.step - back):
-        raise InputError(f"{trouble}, and there is no checkpoint {back} steps back; lower train.save_every or optim.rollback_steps")
+        raise InputError(
+            f"{trouble}, and there is no checkpoint {back} steps back; lower train.save_every or optim.rollback_steps"
+        )
     run.at = run.at._replace(draws=at.draws, cursor=at.cursor, rollbacks=at.rollbacks + 1)
     log.go_back(run.at.step)
-    save_run(run)  # whatever ends the run next: it must not draw these problems again, nor forget how often it was rolled back
+    save_run(
+        run
+    )  # whatever ends the run next: it must not draw these problems again, nor forget how often it was rolled back
     rolled_back.append(run.at.step)
     say(f"{trouble}: rolled back to step {run.at.step}, without the problems that were drawn since")
 
@@ -515,7 +702,9 @@ def draw_metrics(step: Drawn, config: Config) -> dict[str, float]:
         "rollout/prompts": step.draws,
         "rollout/tokens": step.tokens,
     }
-    if not any(g.responses for g in drawn):  # a step that lives on carried groups alone draws nothing, and the others say nothing
+    if not any(
+        g.responses for g in drawn
+    ):  # a step that lives on carried groups alone draws nothing, and the others say nothing
         return metrics
     lengths = np.array([len(r.tokens) for g in drawn for r in g.responses])
     return metrics | {
@@ -523,11 +712,15 @@ def draw_metrics(step: Drawn, config: Config) -> dict[str, float]:
         "reward/overlong_penalty_mean": float(np.concatenate([g.penalty for g in drawn]).mean()),
         "reward/accuracy": float(np.concatenate([g.correct for g in drawn]).mean()),
         "filter/kept_fraction": float(np.mean([is_informative(g.correct) for g in drawn])),
-        "filter/all_correct": float(np.mean([g.correct.size > 0 and g.correct.all() for g in drawn])),
+        "filter/all_correct": float(
+            np.mean([g.correct.size > 0 and g.correct.all() for g in drawn])
+        ),
         "filter/all_wrong": float(np.mean([not g.correct.any() for g in drawn])),
         "rollout/response_len_mean": float(lengths.mean()),
         "rollout/response_len_max": int(lengths.max()),
-        "rollout/truncated_fraction": float(np.mean([r.truncated for g in drawn for r in g.responses])),
+        "rollout/truncated_fraction": float(
+            np.mean([r.truncated for g in drawn for r in g.responses])
+        ),
     }
 
 
@@ -539,9 +732,11 @@ def update_metrics(
     packed: Sequence[PackStats],
     config: Config,
 ) -> dict[str, float]:
-    """The metrics of what one rollout step trained on and learned, timings aside. first_draw: of the step.
+    """The metrics of what one rollout step trained on and learned, timings aside. first_draw: of
+    the step.
 
-    `policy/` metrics and the gradient norm are of the updates that were applied: the sums of a skipped one may be non-finite.
+    `policy/` metrics and the gradient norm are of the updates that were applied: the sums of a
+    skipped one may be non-finite.
     """
     applied, algo = [s for s in sums if not s["skipped"]], config.dapo
     metrics = {
@@ -553,7 +748,8 @@ def update_metrics(
         "policy/long_share": float(np.mean([p.long_share for p in packed])),
         "optim/skipped_updates": len(sums) - len(applied),
         "optim/underfilled_updates": sum(
-            (part.stop - part.start) * algo.responses_per_prompt < algo.responses_per_update for part in groups_of_updates(len(kept), algo)
+            (part.stop - part.start) * algo.responses_per_prompt < algo.responses_per_update
+            for part in groups_of_updates(len(kept), algo)
         ),
         "pack/efficiency": float(np.mean([p.efficiency for p in packed])),
     }
@@ -561,23 +757,39 @@ def update_metrics(
         metrics |= summarize({name: sum(s[name] for s in applied) for name in applied[0]})
         metrics["policy/loss"] = float(np.mean([s["loss"] for s in applied]))
         metrics["optim/grad_norm"] = float(np.mean([s["grad_norm"] for s in applied]))
-    # Sampler and trainer are compared on tokens that this step's policy sampled, before an update has changed it.
+    # Sampler and trainer are compared on tokens that this step's policy sampled, before an update
+    # has changed it.
     if algo.old_logprobs == "recompute":
-        new = [(o, r) for g in kept if g.draw >= first_draw for o, r in zip(g.old_logprobs, g.responses, strict=True)]
+        new = [
+            (o, r)
+            for g in kept
+            if g.draw >= first_draw
+            for o, r in zip(g.old_logprobs, g.responses, strict=True)
+        ]
         if new:
-            metrics["policy/sampler_gap_mean"] = float(np.concatenate([np.abs(o - r.behavior_logprobs) for o, r in new]).mean())
+            metrics["policy/sampler_gap_mean"] = float(
+                np.concatenate([np.abs(o - r.behavior_logprobs) for o, r in new]).mean()
+            )
     elif applied and applied[0]["gap_tokens"]:
         metrics["policy/sampler_gap_mean"] = applied[0]["sampler_gap"] / applied[0]["gap_tokens"]
     return metrics
 
 
-def throughput(drawn: Mapping[str, float], packed: Sequence[PackStats], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Tokens per second of sampling (response tokens) and of updating (prompt and response tokens), of what was done just now."""
+def throughput(
+    drawn: Mapping[str, float], packed: Sequence[PackStats], seconds: Mapping[str, float]
+) -> dict[str, float]:
+    """Tokens per second of sampling (response tokens) and of updating (prompt and response tokens),
+    of what was done just now.
+    """
     rates = {}
     if packed:
-        rates["throughput/train_tokens_per_s"] = sum(p.tokens for p in packed) / seconds["time/update_s"]
+        rates["throughput/train_tokens_per_s"] = (
+            sum(p.tokens for p in packed) / seconds["time/update_s"]
+        )
     if drawn["rollout/tokens"] and seconds["time/rollout_s"]:
-        rates["throughput/rollout_tokens_per_s"] = drawn["rollout/tokens"] / seconds["time/rollout_s"]
+        rates["throughput/rollout_tokens_per_s"] = (
+            drawn["rollout/tokens"] / seconds["time/rollout_s"]
+        )
     return rates
 
 
@@ -585,19 +797,34 @@ def held_out(run_dir: Folder) -> str:
     """The last held-out accuracy of each set, for the end of a line."""
     last: dict[str, float] = {}
     for record in read_metrics(run_dir):
-        last |= {key: value for key, value in record.items() if key.startswith("eval/") and key.endswith(("/avg", "/avg_se"))}
-    return "".join(f"; {key.split('/')[1]} {last[key]:.3f} ± {last.get(f'{key}_se', 0):.3f}" for key in last if key.endswith("/avg"))
+        last |= {
+            key: value
+            for key, value in record.items()
+            if key.startswith("eval/") and key.endswith(("/avg", "/avg_se"))
+        }
+    return "".join(
+        f"; {key.split('/')[1]} {last[key]:.3f} ± {last.get(f'{key}_se', 0):.3f}"
+        for key in last
+        if key.endswith("/avg")
+    )
 
 
 def fit_to_train_on(
-    prompts: Sequence[Prompt], eval_sets: Mapping[str, Sequence[Prompt]], config: Config, say: Callable[[str], None]
+    prompts: Sequence[Prompt],
+    eval_sets: Mapping[str, Sequence[Prompt]],
+    config: Config,
+    say: Callable[[str], None],
 ) -> list[Prompt]:
     """The prompts that no evaluation set holds. InputError if they are too few for a step."""
     kept = not_held_out(prompts, eval_sets, say)
     if len(kept) < (wanted := config.dapo.prompts_per_step):
         held = len(prompts) - len(kept)
-        few = f"{len(kept)} prompts to train on" + (f" ({held} more are in eval.sets)" if held else "")
-        raise InputError(f"data.train: {few} are fewer than dapo.prompts_per_step {wanted}; give more problems, or lower it")
+        few = f"{len(kept)} prompts to train on" + (
+            f" ({held} more are in eval.sets)" if held else ""
+        )
+        raise InputError(
+            f"data.train: {few} are fewer than dapo.prompts_per_step {wanted}; give more problems, or lower it"
+        )
     return kept
 
 
@@ -614,15 +841,25 @@ def function_changed(source: str | None, run_dir: Folder) -> bool:
     return None not in (before, source) and before != digest_of(source)
 
 
-def difference(before: Config, now: Config, may_change: tuple[str, ...]) -> tuple[str, Any, Any] | None:
-    """The first key, but for those that start with one of `may_change`, in which two configs differ, and what it was and is."""
+def difference(
+    before: Config, now: Config, may_change: tuple[str, ...]
+) -> tuple[str, Any, Any] | None:
+    """The first key, but for those that start with one of `may_change`, in which two configs
+    differ, and what it was and is.
+    """
     a, b = flatten(to_dict(before)), flatten(to_dict(now))
-    differing = (key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and not key.startswith(may_change))
+    differing = (
+        key
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not key.startswith(may_change)
+    )
     return next(((key, a.get(key), b.get(key)) for key in differing), None)
 
 
 def stored_configs(run_dir: Folder) -> list[Config]:
-    """What the run folder was started with, by its config.yaml and by its newest checkpoint: either may be missing."""
+    """What the run folder was started with, by its config.yaml and by its newest checkpoint: either
+    may be missing.
+    """
     found, file = [], run_dir / "config.yaml"
     if read(file) is not None:
         with local_file(file) as stored:
@@ -638,13 +875,21 @@ def stored_configs(run_dir: Folder) -> list[Config]:
 
 
 def refuse_other_run(config: Config, run_dir: Folder, source: str | None) -> None:
-    """Raises ConfigError for a folder whose run was another one, with another config or another `source` of its reward function."""
+    """Raises ConfigError for a folder whose run was another one, with another config or another
+    `source` of its reward function.
+    """
     for before in stored_configs(run_dir):
         # files may move: digests tell what they hold
-        data = ("data.train",) if config.data.allow_change else tuple(f"data.train.{n}.path" for n in range(len(config.data.train)))
+        data = (
+            ("data.train",)
+            if config.data.allow_change
+            else tuple(f"data.train.{n}.path" for n in range(len(config.data.train)))
+        )
         if changed := difference(before, config, MAY_CHANGE + data):
             key, was, now = changed
-            raise ConfigError(f"{key}: is {now!r}, but {run_dir} was started with {was!r}; use another --run-dir, or set it back")
+            raise ConfigError(
+                f"{key}: is {now!r}, but {run_dir} was started with {was!r}; use another --run-dir, or set it back"
+            )
     if function_changed(source, run_dir) and not config.reward.allow_change:
         raise ConfigError(
             f"reward.function: {config.reward.function} is not what {run_dir} was started with, which is in its {_FUNCTION} or checkpoint; "
@@ -655,8 +900,9 @@ def refuse_other_run(config: Config, run_dir: Folder, source: str | None) -> Non
 def check_first_weights(policy: Policy, run_dir: Folder) -> None:
     """`check_weights` of those that a new run starts from; one that is resumed has its own.
 
-    Process 0 says which it is: in a folder that the processes do not share they may find different things, and what follows is a
-    collective. That they do not share it is found after this (`lock.check_shared`).
+    Process 0 says which it is: in a folder that the processes do not share they may find different
+    things, and what follows is a collective. That they do not share it is found after this
+    (`lock.check_shared`).
     """
     resumed = multihost.from_main("" if read(run_dir / "config.yaml") is None else "resumed")
     if not resumed and (folder := weights_folder(policy)):
@@ -682,19 +928,32 @@ def write_config(config: Config, run_dir: Folder, source: str | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains a policy with DAPO. The run folder gets metrics.jsonl, curves.png, config.yaml, checkpoints/, samples/ and
-    tensorboard/. Run the same command again to go on from the newest checkpoint."""
+    """Trains a policy with DAPO.
+
+    The run folder gets metrics.jsonl, curves.png, config.yaml, checkpoints/, samples/ and
+    tensorboard/. Run the same command again to go on from the newest checkpoint.
+    """
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.train", description=main.__doc__)
     parser.add_argument(
-        "--config", required=True, help="YAML config, e.g. configs/tiny_cpu.yaml; `python -m dapo_jax.config` lists every field"
+        "--config",
+        required=True,
+        help="YAML config, e.g. configs/tiny_cpu.yaml; `python -m dapo_jax.config` lists every field",
     )
     parser.add_argument(
-        "--run-dir", required=True, help="folder or gs://bucket/folder of this run: made if missing, resumed if it holds a checkpoint"
+        "--run-dir",
+        required=True,
+        help="folder or gs://bucket/folder of this run: made if missing, resumed if it holds a checkpoint",
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. --set optim.learning_rate=1e-5; may be repeated"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override, e.g. --set optim.learning_rate=1e-5; may be repeated",
     )
-    parser.add_argument("--quiet", action="store_true", help="only warnings, errors and the last line")
+    parser.add_argument(
+        "--quiet", action="store_true", help="only warnings, errors and the last line"
+    )
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     run_dir = run_folder(args.run_dir)

@@ -1,4 +1,6 @@
-"""A headless Chromium, driven through its debugging pipe: messages are JSON that ends in a NUL byte."""
+"""A headless Chromium, driven through its debugging pipe: messages are JSON that ends in a NUL
+byte.
+"""
 
 import base64
 import itertools
@@ -10,12 +12,17 @@ import subprocess
 import time
 from pathlib import Path
 
-PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROGRAM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 _DEADLINE_S = 120.0
 
 
 class Browser:
-    """Context manager with one page of a given width. `errors` gathers what the page's console complains of."""
+    """Context manager with one page of a given width.
+
+    `errors` gathers what the page's console complains of.
+    """
 
     def __init__(self, profile: Path, width: int, height: int = 900, dark: bool = False):
         read, self._write = os.pipe()
@@ -27,13 +34,26 @@ class Browser:
         os.close(write)
         self._buffer, self._numbers, self.errors, self.requests = b"", itertools.count(1), [], []
         self._session = None
-        (target,) = [t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"]
-        self._session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        (target,) = [
+            t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"
+        ]
+        self._session = self.call(
+            "Target.attachToTarget", targetId=target["targetId"], flatten=True
+        )["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Emulation.setFocusEmulationEnabled", enabled=True)
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
 
     def __enter__(self) -> "Browser":
         return self
@@ -47,7 +67,9 @@ class Browser:
     def call(self, method: str, **params):
         """The result of a command of the DevTools protocol."""
         number = next(self._numbers)
-        message = {"id": number, "method": method, "params": params} | ({"sessionId": self._session} if self._session else {})
+        message = {"id": number, "method": method, "params": params} | (
+            {"sessionId": self._session} if self._session else {}
+        )
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while (answer := self._message()).get("id") != number:
             pass
@@ -63,12 +85,18 @@ class Browser:
 
     def run(self, script: str):
         """The value of a JavaScript expression."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole, **({"clip": self._whole()} if whole else {}))
+        shot = self.call(
+            "Page.captureScreenshot",
+            captureBeyondViewport=whole,
+            **({"clip": self._whole()} if whole else {}),
+        )
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def _whole(self) -> dict:
@@ -84,10 +112,14 @@ class Browser:
         message = json.loads(line)
         details = message.get("params", {})
         if message.get("method") == "Runtime.exceptionThrown" or (
-            message.get("method") == "Runtime.consoleAPICalled" and details["type"] in ("error", "warning")
+            message.get("method") == "Runtime.consoleAPICalled"
+            and details["type"] in ("error", "warning")
         ):
             self.errors.append(str(details))
-        if message.get("method") == "Log.entryAdded" and details["entry"]["level"] in ("error", "warning"):
+        if message.get("method") == "Log.entryAdded" and details["entry"]["level"] in (
+            "error",
+            "warning",
+        ):
             self.errors.append(str(details["entry"]))
         if message.get("method") == "Network.requestWillBeSent":
             self.requests.append(details["request"]["url"])

@@ -8,29 +8,35 @@ import hypothesis
 import jax
 import pytest
 
-from dapo_jax.data import confined, files
+from dapo_jax.data import files
+from dapo_jax.runtime import sandbox
 
-# Most of the suite's time is compiling, and LLVM's costly passes gain such small programs nothing: four tenths less without them. What XLA
-# itself does to a program, which some tests look at, stays.
+# Most of the suite's time is compiling, and LLVM's costly passes gain such small programs nothing:
+# four tenths less without them. What XLA itself does to a program, which some tests look at, stays.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Eight devices share few cores here: programs in flight together can take each other's threads and wait for ever in a collective.
+# Eight devices share few cores here: programs in flight together can take each other's threads and
+# wait for ever in a collective.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-hypothesis.settings.register_profile("repeatable", derandomize=True)  # `--hypothesis-profile=default` looks for new counterexamples
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True
+)  # `--hypothesis-profile=default` looks for new counterexamples
 hypothesis.settings.load_profile("repeatable")
 
 _LONG = ("process_faults", "processes", "train", "faults", "lora", "buckets", "benchmark")
 
 
 def _results(work, orders, **limits):
-    """`confined.results` without its process."""
+    """`sandbox.results` without its process."""
     module, _, name = work.partition(":")
-    worked = getattr(importlib.import_module(module), name)(map(json.loads, map(json.dumps, orders)))
+    worked = getattr(importlib.import_module(module), name)(
+        map(json.loads, map(json.dumps, orders))
+    )
     next(worked)
-    return (json.loads(json.dumps(result, default=confined._plain)) for result in worked)
+    return (json.loads(json.dumps(result, default=sandbox._plain)) for result in worked)
 
 
 @pytest.fixture
@@ -46,5 +52,7 @@ def tables_are_read_here(monkeypatch, request):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: at the end one of them would keep one worker busy and the others idle."""
+    """The longest files first: at the end one of them would keep one worker busy and the others
+    idle.
+    """
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONG)

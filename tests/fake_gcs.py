@@ -1,4 +1,5 @@
-"""Google Cloud Storage in memory: the part of its JSON API that gcsfs, google-cloud-storage and tensorstore use on small objects.
+"""Google Cloud Storage in memory: the part of its JSON API that gcsfs, google-cloud-storage and
+tensorstore use on small objects.
 
 Objects appear whole, with a generation that grows; a folder is what a listing makes of slashes.
 """
@@ -16,12 +17,16 @@ import google_crc32c
 
 
 class Bucket:
-    """Objects by name: generation and content. failing: status that every request on `fails_at` is answered with, if any."""
+    """Objects by name: generation and content. failing: status that every request on `fails_at` is
+    answered with, if any.
+    """
 
     def __init__(self, name: str):
         self.name, self.failing, self.fails_at = name, 0, ""
         self.objects: dict[str, tuple[int, bytes]] = {}
-        self.uploads: dict[str, tuple[dict[str, str], bytearray]] = {}  # resumable ones under way: the query that began them, content
+        self.uploads: dict[
+            str, tuple[dict[str, str], bytearray]
+        ] = {}  # resumable ones under way: the query that began them, content
         self._lock = threading.Lock()
         self._generation = 1_700_000_000_000_000
 
@@ -66,7 +71,10 @@ class _Handler(BaseHTTPRequestHandler):
         query = {key: values[0] for key, values in urllib.parse.parse_qs(url.query).items()}
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.bucket.failing and self.bucket.fails_at in urllib.parse.unquote(self.path):
-            self._json({"error": {"code": self.bucket.failing, "message": "made to fail"}}, self.bucket.failing)
+            self._json(
+                {"error": {"code": self.bucket.failing, "message": "made to fail"}},
+                self.bucket.failing,
+            )
             return
         upload, _, path = url.path.rpartition("/storage/v1/b/")
         bucket, *rest = path.split("/", 2)
@@ -85,7 +93,11 @@ class _Handler(BaseHTTPRequestHandler):
             gone = self.bucket.delete(urllib.parse.unquote(rest[-1]))
             self._send(204 if gone else 404)
         else:
-            self._get(urllib.parse.unquote(rest[-1]), query, media="/download" in upload or query.get("alt") == "media")
+            self._get(
+                urllib.parse.unquote(rest[-1]),
+                query,
+                media="/download" in upload or query.get("alt") == "media",
+            )
 
     def _insert(self, query: dict[str, str]) -> None:
         if "upload_id" in query:
@@ -120,14 +132,22 @@ class _Handler(BaseHTTPRequestHandler):
         names: list[str] = []
         prefixes: list[str] = []
         for name in self.bucket.names(prefix):
-            if name < query.get("startOffset", "") or ("endOffset" in query and name >= query["endOffset"]):
+            if name < query.get("startOffset", "") or (
+                "endOffset" in query and name >= query["endOffset"]
+            ):
                 continue
-            head, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
+            head, found, _ = (
+                name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
+            )
             if not found:
                 names.append(name)
             elif (folder := prefix + head + found) not in prefixes:
                 prefixes.append(folder)
-        items = [self._metadata(name, *found) for name in names if (found := self.bucket.objects.get(name))]
+        items = [
+            self._metadata(name, *found)
+            for name in names
+            if (found := self.bucket.objects.get(name))
+        ]
         self._json({"kind": "storage#objects", "items": items, "prefixes": prefixes})  # on one page
 
     def _copy(self, source: str, target: str, *, move: bool) -> None:
@@ -150,7 +170,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif query.get("ifGenerationNotMatch") == str(generation):
             self._send(304)
         else:
-            headers = {"x-goog-generation": str(generation), "x-goog-stored-content-length": str(len(content))}
+            headers = {
+                "x-goog-generation": str(generation),
+                "x-goog-stored-content-length": str(len(content)),
+            }
             headers["x-goog-hash"] = f"crc32c={_crc32c(content)}"
             if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
                 first, last = int(found[1]), min(int(found[2] or len(content)), len(content) - 1)
@@ -179,12 +202,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: object, status: int = 200) -> None:
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _send(self, status: int, content: bytes = b"", headers: dict[str, str] | None = None) -> None:
+    def _send(
+        self, status: int, content: bytes = b"", headers: dict[str, str] | None = None
+    ) -> None:
         self.send_response(status)
         for key, value in (headers or {}).items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(content)))
-        with contextlib.suppress(ConnectionError):  # gcsfs asks two ways at a time, and hangs up on the slower
+        with contextlib.suppress(
+            ConnectionError
+        ):  # gcsfs asks two ways at a time, and hangs up on the slower
             self.end_headers()
             self.wfile.write(content)
 

@@ -1,4 +1,5 @@
-"""One process of a job of several: a fixed loss and gradient, shared judging, then a whole training run. For test_processes.py.
+"""One process of a job of several: a fixed loss and gradient, shared judging, then a whole training
+run. For test_processes.py.
 
 python process_worker.py OUT.npz CONFIG RUN_DIR     with JAX_COORDINATOR_ADDRESS etc. for a job of several processes
 """
@@ -20,26 +21,40 @@ from dapo_jax.runtime import lock, multihost
 from dapo_jax.runtime.mesh import make_mesh, params_sharding, put, put_rows
 from dapo_jax.types import InputError, Verdict
 
-VERDICTS = [Verdict(i % 3 == 0, i / 4, "timed out after 1 s" if i == 5 else None, i != 2) for i in range(7)]
+VERDICTS = [
+    Verdict(i % 3 == 0, i / 4, "timed out after 1 s" if i == 5 else None, i != 2) for i in range(7)
+]
 
 
 def gradient() -> dict[str, np.ndarray]:
-    """Loss and gradient of a fixed batch over fsdp 2 x tensor 2 devices, and which of its rows this process holds."""
+    """Loss and gradient of a fixed batch over fsdp 2 x tensor 2 devices, and which of its rows this
+    process holds.
+    """
     model = tiny.model()
     mesh = make_mesh(MeshSection(1, 2, 2))
-    batch, _ = build_batch(tiny.make_items(model, 12), row_len=13, rows_per_microbatch=8, microbatches=2)
+    batch, _ = build_batch(
+        tiny.make_items(model, 12), row_len=13, rows_per_microbatch=8, microbatches=2
+    )
     sharding = params_sharding(tiny.params(model), mesh)
     params = jax.tree.map(lambda p, s: put(np.asarray(p), s), tiny.params(model), sharding)
     batch = put_rows(batch, mesh, axis=1)
     loss_of = functools.partial(loss_fn, model=model, algo=DapoSection(), chunk_size=8, mesh=mesh)
-    loss, _, grads = jax.jit(functools.partial(accumulate, loss_fn=loss_of), out_shardings=(None, None, sharding))(params, batch)
+    loss, _, grads = jax.jit(
+        functools.partial(accumulate, loss_fn=loss_of), out_shardings=(None, None, sharding)
+    )(params, batch)
     rows = {row for shard in batch.tokens.addressable_shards for row in range(8)[shard.index[1]]}
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(multihost.fetch(grads))])
-    return {"loss": np.asarray(multihost.fetch(loss)), "gradient": flat, "rows": np.array(sorted(rows))}
+    return {
+        "loss": np.asarray(multihost.fetch(loss)),
+        "gradient": flat,
+        "rows": np.array(sorted(rows)),
+    }
 
 
 def refusals(run_dir: str) -> list[str]:
-    """What this process says of facts of which one is its own, and of a run folder that the first process alone has."""
+    """What this process says of facts of which one is its own, and of a run folder that the first
+    process alone has.
+    """
     mine, said = jax.process_index(), []
     multihost.check_alike(lambda: {"a": 1, "b": 2})
     lock.check_shared(Path(run_dir))
@@ -60,8 +75,16 @@ def main(out: str, config: str, run_dir: str) -> int:
     found = gradient()
     mine = multihost.share(VERDICTS)
     for before in (0, 3):
-        assert multihost.gather_verdicts(multihost.share(VERDICTS, before), len(VERDICTS), before) == VERDICTS
-    np.savez(out.replace(".npz", f"{jax.process_index()}.npz"), **found, judged=len(mine), refusals=refusals(run_dir))
+        assert (
+            multihost.gather_verdicts(multihost.share(VERDICTS, before), len(VERDICTS), before)
+            == VERDICTS
+        )
+    np.savez(
+        out.replace(".npz", f"{jax.process_index()}.npz"),
+        **found,
+        judged=len(mine),
+        refusals=refusals(run_dir),
+    )
     return train.main(["--config", config, "--run-dir", run_dir])
 
 

@@ -1,4 +1,7 @@
-"""Custom verifiers that behave well and badly, for tests of the reward pool. Workers import this module by name."""
+"""Custom verifiers that behave well and badly, for tests of the reward pool.
+
+Workers import this module by name.
+"""
 
 import dataclasses
 import json
@@ -11,14 +14,18 @@ not_callable = 3
 
 
 def judge(problem, text, response_len):
-    """Right iff the text is the answer; `!problem` and the problem as JSON checks that, any other `!word` does something nasty."""
+    """Right iff the text is the answer; `!problem` and the problem as JSON checks that, any other
+    `!word` does something nasty.
+    """
     command, _, rest = text.partition(" ")
     if command == "!problem":
         return json.dumps(dataclasses.asdict(problem)) == rest, 0.0
     if command == "!key":
         return os.environ["JUDGE_KEY"] == rest, 0.0
     if command == "!quote":
-        raise ValueError(" " * len(rest) + "x" * 172 * bool(rest) + "bad key " + os.environ["JUDGE_KEY"] + ".")
+        raise ValueError(
+            " " * len(rest) + "x" * 172 * bool(rest) + "bad key " + os.environ["JUDGE_KEY"] + "."
+        )
     if text in _NASTY:
         return _NASTY[text]()
     return text == problem.answer, response_len / 10
@@ -78,7 +85,9 @@ _NASTY = {
 
 
 def even_sum(problem, text, response_len):
-    """Right for half of all texts, whatever they say: gives mixed groups to a policy that knows nothing."""
+    """Right for half of all texts, whatever they say: gives mixed groups to a policy that knows
+    nothing.
+    """
     correct = sum(text.encode("utf-8", "replace")) % 2 == 0
     return correct, 1.0 if correct else -1.0
 

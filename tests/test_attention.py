@@ -10,7 +10,16 @@ import pytest
 
 from dapo_jax.config import MeshSection
 from dapo_jax.model import attention
-from dapo_jax.model.attention import Window, _over_mesh, attend, attend_cached, attend_chunked, attend_masked, attend_splash, quantize
+from dapo_jax.model.attention import (
+    Window,
+    _over_mesh,
+    attend,
+    attend_cached,
+    attend_chunked,
+    attend_masked,
+    attend_splash,
+    quantize,
+)
 from dapo_jax.runtime.mesh import make_mesh
 
 run = jax.jit(attend)
@@ -22,7 +31,10 @@ SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0], [1, 1, 1, 1, 1, 1, 0, 0, 0]])
 
 def qkv(seed=0):
     rng = np.random.default_rng(seed)
-    return [rng.normal(size=(N, T, heads, WIDTH)).astype(np.float32) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return [
+        rng.normal(size=(N, T, heads, WIDTH)).astype(np.float32)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
 
 
 def plain(q, k, v, segment_ids, window=T):
@@ -30,9 +42,13 @@ def plain(q, k, v, segment_ids, window=T):
     out = np.zeros(q.shape)
     for n, t, head in np.ndindex(q.shape[:3]):
         kv = head // (HEADS // KV_HEADS)
-        seen = [s for s in range(t + 1) if segment_ids[n, s] == segment_ids[n, t] and s > t - window]
+        seen = [
+            s for s in range(t + 1) if segment_ids[n, s] == segment_ids[n, t] and s > t - window
+        ]
         weights = np.exp([q[n, t, head] @ k[n, s, kv] / np.sqrt(WIDTH) for s in seen])
-        out[n, t, head] = sum(w * v[n, s, kv] for w, s in zip(weights / weights.sum(), seen, strict=True))
+        out[n, t, head] = sum(
+            w * v[n, s, kv] for w, s in zip(weights / weights.sum(), seen, strict=True)
+        )
     return out
 
 
@@ -56,7 +72,9 @@ def test_large_scores_do_not_overflow():
 
 
 def test_bfloat16_stays_bfloat16_and_close():
-    """Measured: within 0.011 of float32 of the same rounded inputs, for outputs up to 2.5: bfloat16 itself is as coarse."""
+    """Measured: within 0.011 of float32 of the same rounded inputs, for outputs up to 2.5: bfloat16
+    itself is as coarse.
+    """
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv())
     out = run(q, k, v, SEGMENTS)
     assert out.dtype == jnp.bfloat16
@@ -66,13 +84,17 @@ def test_bfloat16_stays_bfloat16_and_close():
 
 def test_gradients_reach_only_what_is_seen():
     q, k, v = qkv()
-    slopes = jax.jit(jax.jacrev(lambda k, v: attend(q, k, v, SEGMENTS)[0, :, 0, 0], argnums=(0, 1)))(k, v)
+    slopes = jax.jit(
+        jax.jacrev(lambda k, v: attend(q, k, v, SEGMENTS)[0, :, 0, 0], argnums=(0, 1))
+    )(k, v)
     for slope in slopes:  # [T, N, T, K, h]
         reached = np.abs(np.asarray(slope)[:, 0]).max(axis=(-1, -2)) > 0
         seen = (SEGMENTS[0][:, None] == SEGMENTS[0][None]) & np.tri(T, dtype=bool)
         alone = (seen.sum(axis=1) == 1)[:, None]  # a single key has weight 1 whatever it is
         np.testing.assert_array_equal(reached, seen & ~alone if slope is slopes[0] else seen)
-    assert not np.asarray(slopes[0])[:, 1].any() and not np.asarray(slopes[1])[:, 1].any()  # the other row
+    assert (
+        not np.asarray(slopes[0])[:, 1].any() and not np.asarray(slopes[1])[:, 1].any()
+    )  # the other row
 
 
 @pytest.mark.parametrize("garbage", [0.0, 1e6])
@@ -80,32 +102,50 @@ def test_gradients_reach_only_what_is_seen():
 def test_the_cached_form_is_the_last_row_of_the_whole_one(garbage, on):
     q, k, v = qkv()
     whole = plain(q, k, v, np.ones((N, T), np.int32), 3 if on else T)
-    run_cached = jax.jit(functools.partial(attend_cached, window=None if on is None else Window(3, jnp.asarray(on))))
+    run_cached = jax.jit(
+        functools.partial(attend_cached, window=None if on is None else Window(3, jnp.asarray(on)))
+    )
     cache_k, cache_v = (np.moveaxis(x, 1, 2).copy() for x in (k, v))  # [B, K, S, h]
     for lengths in ([0, 8], [5, 3]):
         dirty_k, dirty_v, at = cache_k.copy(), cache_v.copy(), (np.arange(N), lengths)
         for n, length in enumerate(lengths):
-            dirty_k[n, :, length:] = dirty_v[n, :, length:] = garbage  # what lies beyond `lengths` must not be read
+            dirty_k[n, :, length:] = dirty_v[n, :, length:] = (
+                garbage  # what lies beyond `lengths` must not be read
+            )
         found = run_cached(q[at], k[at], v[at], dirty_k, dirty_v, np.array(lengths))
         np.testing.assert_allclose(found, whole[at], rtol=0, atol=1e-6)
 
 
 def test_quantized_values_are_off_by_at_most_half_a_step():
-    x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32) * np.logspace(-6, 6, 50, dtype=np.float32)[:, None]
+    x = (
+        np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+        * np.logspace(-6, 6, 50, dtype=np.float32)[:, None]
+    )
     x[0] = 0
     values, scale = jax.jit(quantize)(x)
     assert values.dtype == jnp.int8 and scale.shape == (50,) and scale.dtype == jnp.float32
     np.testing.assert_allclose(scale[1:], np.abs(x[1:]).max(axis=1) / 127, rtol=1e-6)
-    assert (np.abs(np.asarray(values) * np.asarray(scale)[:, None] - x) <= 0.5001 * np.asarray(scale)[:, None]).all()
+    assert (
+        np.abs(np.asarray(values) * np.asarray(scale)[:, None] - x)
+        <= 0.5001 * np.asarray(scale)[:, None]
+    ).all()
 
 
 def test_attention_over_an_8_bit_cache_is_that_over_what_its_numbers_stand_for():
     q, k, v = qkv()
     at, lengths = (np.arange(N), [5, 3]), np.array([5, 3])
     (k8, scale_k), (v8, scale_v) = (quantize(np.moveaxis(x, 1, 2)) for x in (k, v))
-    wide_k, wide_v = (np.asarray(x, np.float32) * np.asarray(s)[..., None] for x, s in ((k8, scale_k), (v8, scale_v)))
+    wide_k, wide_v = (
+        np.asarray(x, np.float32) * np.asarray(s)[..., None]
+        for x, s in ((k8, scale_k), (v8, scale_v))
+    )
     expected = run_cached(q[at], k[at], v[at], wide_k, wide_v, lengths)
-    np.testing.assert_allclose(run_cached(q[at], k[at], v[at], k8, v8, lengths, scale_k, scale_v), expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(
+        run_cached(q[at], k[at], v[at], k8, v8, lengths, scale_k, scale_v),
+        expected,
+        rtol=0,
+        atol=2e-6,
+    )
     exact = run_cached(q[at], k[at], v[at], *(np.moveaxis(x, 1, 2) for x in (k, v)), lengths)
     assert 1e-4 < np.abs(expected - exact).max() < 0.03
 
@@ -120,7 +160,10 @@ def packed(t, width, seed=0):
     rng = np.random.default_rng(seed)
     segments = np.sort(rng.integers(1, 4, (2, t)), axis=1)
     segments[1, t - t // 5 :] = 0
-    return [rng.normal(size=(2, t, heads, width)).astype(np.float32) for heads in (HEADS, KV_HEADS, KV_HEADS)], segments
+    return [
+        rng.normal(size=(2, t, heads, width)).astype(np.float32)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ], segments
 
 
 FORMS = {
@@ -130,35 +173,53 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("t, width, size", [(40, 16, None), (40, 16, 7), (200, 64, None), (400, 64, 50)])
+@pytest.mark.parametrize(
+    "t, width, size", [(40, 16, None), (40, 16, 7), (200, 64, None), (400, 64, 50)]
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_other_forms_give_the_same_output_and_gradients(form, t, width, size):
-    """On rows of any length, less than a block or not whole blocks of it, also where padding has no key but its own; in layers with a
-    window and without. Measured: 3e-6."""
+    """On rows of any length, less than a block or not whole blocks of it, also where padding has no
+    key but its own; in layers with a window and without. Measured: 3e-6.
+    """
     inputs, segments = packed(t, width)
     mix = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
 
     def outputs(function, on):
-        out, pull = jax.vjp(lambda *qkv: function(*qkv, segments, Window(size, on) if size else None), *inputs)
+        out, pull = jax.vjp(
+            lambda *qkv: function(*qkv, segments, Window(size, on) if size else None), *inputs
+        )
         return out, *pull(mix)
 
-    found, expected = (jax.jit(functools.partial(outputs, function)) for function in (FORMS[form], attend))
+    found, expected = (
+        jax.jit(functools.partial(outputs, function)) for function in (FORMS[form], attend)
+    )
     for on in (True, False) if size else (False,):
         for a, b in zip(found(on), expected(on), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8], ids=["kv heads divide", "kv heads are repeated", "heads do not divide"])
+@pytest.mark.parametrize(
+    "parts", [2, 4, 8], ids=["kv heads divide", "kv heads are repeated", "heads do not divide"]
+)
 def test_a_kernel_over_a_mesh_sees_the_heads_that_belong_together(parts):
     mesh = make_mesh(MeshSection(1, -1, parts))
     rng, rows = np.random.default_rng(0), 8 // parts
-    q, k, v = (rng.normal(size=(rows, T, heads, WIDTH)).astype(np.float32) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    q, k, v = (
+        rng.normal(size=(rows, T, heads, WIDTH)).astype(np.float32)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
     segments = np.resize(SEGMENTS, (rows, T))
     found = jax.jit(lambda *inputs: _over_mesh(attend, mesh, *inputs))(q, k, v, segments)
     np.testing.assert_allclose(found, run(q, k, v, segments), rtol=0, atol=1e-6)
-    windowed = jax.jit(lambda *inputs: _over_mesh(lambda *rows, on: attend(*rows, Window(3, on)), mesh, *inputs[:4], on=inputs[4]))
+    windowed = jax.jit(
+        lambda *inputs: _over_mesh(
+            lambda *rows, on: attend(*rows, Window(3, on)), mesh, *inputs[:4], on=inputs[4]
+        )
+    )
     for on, size in ((True, 3), (False, T)):
-        np.testing.assert_allclose(windowed(q, k, v, segments, on), plain(q, k, v, segments, size), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            windowed(q, k, v, segments, on), plain(q, k, v, segments, size), rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -178,12 +239,22 @@ def test_the_form_follows_the_platform_of_the_mesh(monkeypatch, platform, t, dty
     """Not that of the host, which here is always a CPU."""
     called = []
     for name in ("attend", "attend_chunked", "attend_masked", "attend_splash"):
-        monkeypatch.setattr(attention, name, lambda *inputs, name=name, **options: called.append((name, *inputs[4:])) or inputs[0])
+        monkeypatch.setattr(
+            attention,
+            name,
+            lambda *inputs, name=name, **options: called.append((name, *inputs[4:])) or inputs[0],
+        )
     device = types.SimpleNamespace(platform=platform)
     mesh = types.SimpleNamespace(devices=np.array([device]), shape={"tensor": 1})
-    monkeypatch.setattr(attention, "_over_mesh", lambda function, mesh, *inputs, **scalars: function(*inputs, **scalars))
+    monkeypatch.setattr(
+        attention,
+        "_over_mesh",
+        lambda function, mesh, *inputs, **scalars: function(*inputs, **scalars),
+    )
     q = jnp.zeros((1, t, 4, 8), dtype)
     for window in (None, Window(5, jnp.asarray(True))):
         attention.attend_rows(q, q, q, jnp.ones((1, t), jnp.int32), window, mesh=mesh, block=512)
         name, *given = called.pop()
-        assert name == form and not called and (given == [window] or (given == [] and window is None))
+        assert (
+            name == form and not called and (given == [window] or (given == [] and window is None))
+        )

@@ -1,6 +1,8 @@
-"""Bad inputs through the real command line: an exit status, one line that says what to do, no traceback, nothing written.
+"""Bad inputs through the real command line: an exit status, one line that says what to do, no
+traceback, nothing written.
 
-What a reader alone refuses is in `test_config.py`, `test_problems.py`, `test_prompts.py`, `test_weights.py`, `test_checkpoint.py`.
+What a reader alone refuses is in `test_config.py`, `test_problems.py`, `test_prompts.py`,
+`test_weights.py`, `test_checkpoint.py`.
 """
 
 import ast
@@ -32,7 +34,17 @@ from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.types import TrainState
 
 TESTS = Path(__file__).parent
-SIZES = dict(family="qwen3", vocab_size=258, model_dim=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn_dim=32, max_position=64)
+SIZES = dict(
+    family="qwen3",
+    vocab_size=258,
+    model_dim=16,
+    layers=1,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    ffn_dim=32,
+    max_position=64,
+)
 CONFIG = f"""
 model:
   architecture: {json.dumps(SIZES)}
@@ -57,7 +69,10 @@ def tests_on_path(monkeypatch):
 @pytest.fixture(autouse=True, scope="module")
 def compile_once(tmp_path_factory):
     """The first run here leaves its programs to the others."""
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    before = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     yield
@@ -94,7 +109,9 @@ def refused(tmp_path, capfd):
 
 def tree(folder):
     """Everything below a folder, with its content."""
-    return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+    return {
+        p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")
+    }
 
 
 def train_args(config, run_dir, *overrides):
@@ -119,29 +136,68 @@ NO_CONFIGS = {
     ),
     "alias bomb": (b"a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "c.yaml:2: aliases are not allowed"),
     "deep nesting": (b"seed: " + b"[" * 20_000, "c.yaml:1: nested too deeply"),
-    "more keys than a config has": (b"".join(b"k%d: 1\n" % n for n in range(6_000)), "c.yaml:5000: more than 10,000 keys and values"),
+    "more keys than a config has": (
+        b"".join(b"k%d: 1\n" % n for n in range(6_000)),
+        "c.yaml:5000: more than 10,000 keys and values",
+    ),
 }
 BAD_CONFIGS = {
-    "unknown key": ("dapo: {clip_eps: 1}", "c.yaml: dapo.clip_eps: unknown key; did you mean 'clip_eps_"),
+    "unknown key": (
+        "dapo: {clip_eps: 1}",
+        "c.yaml: dapo.clip_eps: unknown key; did you mean 'clip_eps_",
+    ),
     "key with controls": ('"a\\n\\e[31m": 1', "unknown key"),
     "nan": ("optim: {learning_rate: .nan}", "c.yaml: optim.learning_rate: must be finite"),
     "inf": ("rollout: {temperature: .inf}", "c.yaml: rollout.temperature: must be finite"),
-    "negative size": ("rollout: {decode_slots: -8}", "c.yaml: rollout.decode_slots: must be at least 1"),
-    "zero size": ("train: {rows_per_microbatch: 0}", "c.yaml: train.rows_per_microbatch: must be at least 1"),
-    "huge size": ("train: {row_len: 99999999999999999999}", "c.yaml: train.row_len: 99999999999999999999 is too large"),
-    "G = 1": ("dapo: {responses_per_prompt: 1}", "c.yaml: dapo.responses_per_prompt: must be at least 2, got 1"),
-    "update splits groups": ("dapo: {responses_per_update: 100}", "100 is no multiple of responses_per_prompt 16"),
-    "heads": ("model: {architecture: {heads: 3, kv_heads: 2}}", "c.yaml: model.architecture.kv_heads: 2 does not divide heads 3"),
-    "epsilon": ("dapo: {clip_eps_low: 1}", "c.yaml: dapo.clip_eps_low: must be at least 0 and below 1"),
+    "negative size": (
+        "rollout: {decode_slots: -8}",
+        "c.yaml: rollout.decode_slots: must be at least 1",
+    ),
+    "zero size": (
+        "train: {rows_per_microbatch: 0}",
+        "c.yaml: train.rows_per_microbatch: must be at least 1",
+    ),
+    "huge size": (
+        "train: {row_len: 99999999999999999999}",
+        "c.yaml: train.row_len: 99999999999999999999 is too large",
+    ),
+    "G = 1": (
+        "dapo: {responses_per_prompt: 1}",
+        "c.yaml: dapo.responses_per_prompt: must be at least 2, got 1",
+    ),
+    "update splits groups": (
+        "dapo: {responses_per_update: 100}",
+        "100 is no multiple of responses_per_prompt 16",
+    ),
+    "heads": (
+        "model: {architecture: {heads: 3, kv_heads: 2}}",
+        "c.yaml: model.architecture.kv_heads: 2 does not divide heads 3",
+    ),
+    "epsilon": (
+        "dapo: {clip_eps_low: 1}",
+        "c.yaml: dapo.clip_eps_low: must be at least 0 and below 1",
+    ),
     "octal": ("seed: 010", "c.yaml: seed: expected a whole number, got '010'"),
     "base 60": ("seed: 1:30", "c.yaml: seed: expected a whole number, got '1:30'"),
     "NUL": ('data: {train: "x\\0.jsonl"}', "c.yaml: data.train: contains a NUL"),
     "NUL in a set": ('eval: {sets: {a: "x\\0.jsonl"}}', "c.yaml: eval.sets.a: contains a NUL"),
-    "NUL in a list": ('reward: {allowed_modules: ["\\0"]}', "c.yaml: reward.allowed_modules.0: contains a NUL"),
-    "lone surrogate": ('data: {train: "\\ud800.jsonl"}', "c.yaml: data.train: is not valid Unicode"),
+    "NUL in a list": (
+        'reward: {allowed_modules: ["\\0"]}',
+        "c.yaml: reward.allowed_modules.0: contains a NUL",
+    ),
+    "lone surrogate": (
+        'data: {train: "\\ud800.jsonl"}',
+        "c.yaml: data.train: is not valid Unicode",
+    ),
     "set named ..": ("eval: {sets: {..: a.jsonl}}", "c.yaml: eval.sets: name .. may hold"),
-    "function not allowed": ("reward: {verifier: custom, function: 'os:system'}", "module 'os' is not in reward.allowed_modules"),
-    "beyond the context": ("rollout: {max_response_len: 40000}", "exceed the model's context of 40960 tokens; lower one"),
+    "function not allowed": (
+        "reward: {verifier: custom, function: 'os:system'}",
+        "module 'os' is not in reward.allowed_modules",
+    ),
+    "beyond the context": (
+        "rollout: {max_response_len: 40000}",
+        "exceed the model's context of 40960 tokens; lower one",
+    ),
     "save interval 0": ("train: {save_every: 0}", "c.yaml: train.save_every: must be at least 1"),
 }
 
@@ -157,25 +213,45 @@ def test_a_file_that_is_no_config(tmp_path, refused, case):
 def test_bad_config(tmp_path, refused, case):
     text, expected = BAD_CONFIGS[case]
     needed = {"model": "{architecture: {}}", "eval": "{every: 0}"}
-    (tmp_path / "c.yaml").write_text("\n".join([text, *(f"{key}: {value}" for key, value in needed.items() if f"{key}:" not in text)]))
+    (tmp_path / "c.yaml").write_text(
+        "\n".join(
+            [text, *(f"{key}: {value}" for key, value in needed.items() if f"{key}:" not in text)]
+        )
+    )
     assert expected in refused(train, *train_args(tmp_path / "c.yaml", tmp_path / "run"))[0]
 
 
-@pytest.mark.parametrize("verb, others", [(train, ("--run-dir", "run")), (evaluate, ("--run-dir", "run")), (supervised, ("--out", "o"))])
-def test_every_verb_refuses_a_missing_config_and_a_folder_for_one(tmp_path, monkeypatch, refused, verb, others):
+@pytest.mark.parametrize(
+    "verb, others",
+    [(train, ("--run-dir", "run")), (evaluate, ("--run-dir", "run")), (supervised, ("--out", "o"))],
+)
+def test_every_verb_refuses_a_missing_config_and_a_folder_for_one(
+    tmp_path, monkeypatch, refused, verb, others
+):
     monkeypatch.chdir(tmp_path)
-    assert "missing.yaml: cannot read config (No such file" in refused(verb, "--config", "missing.yaml", *others)[0]
+    assert (
+        "missing.yaml: cannot read config (No such file"
+        in refused(verb, "--config", "missing.yaml", *others)[0]
+    )
     assert ": cannot read config (Is a directory" in refused(verb, "--config", tmp_path, *others)[0]
 
 
 def test_verbs_without_work_say_so(config, refused, tmp_path):
-    assert "supervised.updates: is 0" in refused(supervised, "--config", config, "--out", tmp_path / "out")[0]
+    assert (
+        "supervised.updates: is 0"
+        in refused(supervised, "--config", config, "--out", tmp_path / "out")[0]
+    )
     config.write_text(CONFIG.replace("{heldout: arithmetic}", "{}"))
-    assert "c.yaml: eval.sets: is empty" in refused(evaluate, "--config", config, "--run-dir", tmp_path)[0]
+    assert (
+        "c.yaml: eval.sets: is empty"
+        in refused(evaluate, "--config", config, "--run-dir", tmp_path)[0]
+    )
 
 
 @pytest.mark.parametrize("slots", [4, 12])
-def test_evaluate_refuses_slots_that_do_not_divide_over_devices(config, sound_model, refused, slots):
+def test_evaluate_refuses_slots_that_do_not_divide_over_devices(
+    config, sound_model, refused, slots
+):
     """Fewer than the 8 devices, or more. Rows of training do not matter to it."""
     sizes = ("--set", f"rollout.decode_slots={slots}", "--set", "train.rows_per_microbatch=4")
     said, _ = refused(evaluate, "--config", config, "--model", sound_model, *sizes)
@@ -184,16 +260,28 @@ def test_evaluate_refuses_slots_that_do_not_divide_over_devices(config, sound_mo
 
 def test_supervised_refuses_rows_that_do_not_divide_over_devices(config, refused, tmp_path):
     sizes = ("supervised.updates=1", "train.rows_per_microbatch=4", "rollout.decode_slots=4")
-    said, _ = refused(supervised, "--config", config, "--out", tmp_path / "out", *(x for s in sizes for x in ("--set", s)))
+    said, _ = refused(
+        supervised,
+        "--config",
+        config,
+        "--out",
+        tmp_path / "out",
+        *(x for s in sizes for x in ("--set", s)),
+    )
     assert "train.rows_per_microbatch: 4 does not divide over the mesh's 8 row shards" in said
 
 
 def test_a_path_may_lead_upwards(config, refused, tmp_path, monkeypatch):
-    """Paths of a config are the user's own, wherever they lead. Those in model folders are not (see the index below)."""
+    """Paths of a config are the user's own, wherever they lead.
+
+    Those in model folders are not (see the index below).
+    """
     write_rows(tmp_path / "rows.jsonl", GOOD)
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
-    said, out = refused(train, *train_args("../c.yaml", "../run", "data.train=../rows.jsonl", NO_MESH))
+    said, out = refused(
+        train, *train_args("../c.yaml", "../run", "data.train=../rows.jsonl", NO_MESH)
+    )
     assert ACCEPTED in said and "../rows.jsonl: 9 problems from 9 rows" in out
 
 
@@ -203,12 +291,18 @@ GOOD = [{"prompt": f"{n}+1", "answer": n + 1} for n in range(9)]
 
 
 def write_rows(path, rows):
-    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    path.write_bytes(
+        b"".join(
+            (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
+        )
+    )
     return path
 
 
 def corrupt_gzip(folder):
-    content = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in GOOD * 50), mtime=0)
+    content = gzip.compress(
+        b"".join(json.dumps(row).encode() + b"\n" for row in GOOD * 50), mtime=0
+    )
     (folder / "d.jsonl.gz").write_bytes(content[: len(content) // 2])
     return "d.jsonl.gz"
 
@@ -242,15 +336,27 @@ BAD_DATA = {
         rows({"text": "a"}, b"{", b"\xff"),
         "1 skipped: no prompt (row 1: columns text), 1 skipped: not JSON (row 2), 1 skipped: not UTF-8 (row 3)",
     ),
-    "conflicts alone": (rows({"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}), "1 conflicting prompts dropped"),
-    "too long": (rows({"prompt": "x" * 17, "answer": 1}), "no usable prompt (1 longer than 16 tokens); raise data.max_prompt_len"),
-    "control tokens": (rows({"prompt": "<|end|>", "answer": 1}), "no usable prompt (1 control tokens (<|end|>)); write the markup"),
+    "conflicts alone": (
+        rows({"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}),
+        "1 conflicting prompts dropped",
+    ),
+    "too long": (
+        rows({"prompt": "x" * 17, "answer": 1}),
+        "no usable prompt (1 longer than 16 tokens); raise data.max_prompt_len",
+    ),
+    "control tokens": (
+        rows({"prompt": "<|end|>", "answer": 1}),
+        "no usable prompt (1 control tokens (<|end|>)); write the markup",
+    ),
     "corrupt gzip": (corrupt_gzip, "d.jsonl.gz: corrupt gzip after row"),
     "corrupt parquet": (corrupt_parquet, "d.parquet: corrupt Parquet after row 0"),
     "corrupt records": (corrupt_records, "1.0.0: not a readable data set"),
     "missing": (lambda folder: "missing.jsonl", "missing.jsonl: no such file; correct the path"),
     "a plain folder": (lambda folder: ".", "holds no dataset_info.json"),
-    "unknown kind": (lambda folder: "c.yaml", "c.yaml: not a known kind of data set; give .parquet, .jsonl"),
+    "unknown kind": (
+        lambda folder: "c.yaml",
+        "c.yaml: not a known kind of data set; give .parquet, .jsonl",
+    ),
     "a URL": (lambda folder: "https://host/a.jsonl", "https://host/a.jsonl: no such file"),
 }
 
@@ -265,7 +371,9 @@ def test_bad_data(config, tmp_path, monkeypatch, refused, case, key):
 
 
 def test_bad_rows_are_counted_and_the_run_goes_on(config, tmp_path, refused):
-    """Each kind of row that is left out is named with its count and its first row, and good rows around it are used."""
+    """Each kind of row that is left out is named with its count and its first row, and good rows
+    around it are used.
+    """
     bad = [
         b"\xef\xbb\xbf" + json.dumps(GOOD[0]).encode(),  # a byte-order mark is no fault
         {"prompt": "a"},
@@ -290,7 +398,10 @@ def test_bad_rows_are_counted_and_the_run_goes_on(config, tmp_path, refused):
     said, out = refused(train, *train_args(config, tmp_path / "run", f"data.train={path}", NO_MESH))
     assert ACCEPTED in said
     assert "d.jsonl: 12 problems from 23 rows (2 duplicates, 1 conflicting prompts dropped, " in out
-    assert "3 skipped: no answer (row 2: columns prompt), 2 skipped: no prompt (row 4: columns answer), 1 skipped: answer over" in out
+    assert (
+        "3 skipped: no answer (row 2: columns prompt), 2 skipped: no prompt (row 4: columns answer), 1 skipped: answer over"
+        in out
+    )
     assert "1 skipped: prompt is not valid Unicode (row 8), 1 skipped: not JSON (row 23))" in out
     assert "9 prompts, 1 skipped: control tokens (<|end|>), 2 skipped: longer than 16 tokens" in out
 
@@ -298,27 +409,56 @@ def test_bad_rows_are_counted_and_the_run_goes_on(config, tmp_path, refused):
 @pytest.mark.parametrize("count", [1, 3])
 def test_fewer_problems_than_a_step_needs(config, tmp_path, refused, count):
     path = write_rows(tmp_path / "d.jsonl", GOOD[:count])
-    said, _ = refused(train, *train_args(config, tmp_path / "run", f"data.train={path}", "dapo.prompts_per_step=4"))
-    assert f"data.train: {count} prompts to train on are fewer than dapo.prompts_per_step 4; give more problems, or lower it" in said
+    said, _ = refused(
+        train,
+        *train_args(config, tmp_path / "run", f"data.train={path}", "dapo.prompts_per_step=4"),
+    )
+    assert (
+        f"data.train: {count} prompts to train on are fewer than dapo.prompts_per_step 4; give more problems, or lower it"
+        in said
+    )
 
 
 def test_problems_that_are_evaluated_on_are_not_trained_on(config, tmp_path, refused):
-    paths = [write_rows(tmp_path / name, rows) for name, rows in (("d.jsonl", GOOD), ("e.jsonl", GOOD[2:4]), ("all.jsonl", GOOD))]
+    paths = [
+        write_rows(tmp_path / name, rows)
+        for name, rows in (("d.jsonl", GOOD), ("e.jsonl", GOOD[2:4]), ("all.jsonl", GOOD))
+    ]
     held_out = (f"data.train={paths[0]}", f"eval.sets.heldout={paths[1]}")
     said, out = refused(train, *train_args(config, tmp_path / "run", *held_out, NO_MESH))
-    assert ACCEPTED in said and "problems: 2 of the prompts are in eval.sets too, and left out of training" in out
-    said, _ = refused(train, *train_args(config, tmp_path / "run", *held_out, f"eval.sets.more={paths[2]}"))
-    assert "data.train: 0 prompts to train on (9 more are in eval.sets) are fewer than dapo.prompts_per_step 2" in said
+    assert (
+        ACCEPTED in said
+        and "problems: 2 of the prompts are in eval.sets too, and left out of training" in out
+    )
+    said, _ = refused(
+        train, *train_args(config, tmp_path / "run", *held_out, f"eval.sets.more={paths[2]}")
+    )
+    assert (
+        "data.train: 0 prompts to train on (9 more are in eval.sets) are fewer than dapo.prompts_per_step 2"
+        in said
+    )
 
 
 def test_problems_that_are_evaluated_on_are_not_warmed_up_on(config, tmp_path, refused):
     """Of the problems that have a solution, some or all are held out. Nothing is written."""
-    rows = [row | {"solution": f"Answer: {row['answer']}"} if n < 3 else row for n, row in enumerate(GOOD)]
-    paths = [write_rows(tmp_path / name, rows) for name, rows in (("d.jsonl", rows), ("e.jsonl", GOOD[:3]), ("all.jsonl", GOOD))]
+    rows = [
+        row | {"solution": f"Answer: {row['answer']}"} if n < 3 else row
+        for n, row in enumerate(GOOD)
+    ]
+    paths = [
+        write_rows(tmp_path / name, rows)
+        for name, rows in (("d.jsonl", rows), ("e.jsonl", GOOD[:3]), ("all.jsonl", GOOD))
+    ]
     held_out = ("supervised.updates=1", f"data.train={paths[0]}", f"eval.sets.heldout={paths[1]}")
 
     def args(*overrides):
-        return ("--config", config, "--out", tmp_path / "out", *(x for o in overrides for x in ("--set", o)))
+        return (
+            "--config",
+            config,
+            "--out",
+            tmp_path / "out",
+            *(x for o in overrides for x in ("--set", o)),
+        )
 
     said, out = refused(supervised, *args(*held_out))
     assert "data.train: no problem has a `solution`" in said
@@ -329,7 +469,9 @@ def test_problems_that_are_evaluated_on_are_not_warmed_up_on(config, tmp_path, r
 
 def test_warm_up_without_solutions(config, tmp_path, refused):
     path = write_rows(tmp_path / "d.jsonl", GOOD)
-    said, _ = refused(train, *train_args(config, tmp_path / "run", f"data.train={path}", "supervised.updates=1"))
+    said, _ = refused(
+        train, *train_args(config, tmp_path / "run", f"data.train={path}", "supervised.updates=1")
+    )
     assert "data.train: no problem has a `solution`" in said
 
 
@@ -342,7 +484,12 @@ def test_a_file_that_changes_while_it_is_read(config, tmp_path, monkeypatch, ref
         return parse(*args)
 
     monkeypatch.setattr(problems, "problem_from_row", parse_while_another_program_writes)
-    assert "changed while it was read" in refused(train, *train_args(config, tmp_path / "run", f"data.train={path}"), unchanged=False)[0]
+    assert (
+        "changed while it was read"
+        in refused(
+            train, *train_args(config, tmp_path / "run", f"data.train={path}"), unchanged=False
+        )[0]
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -357,12 +504,18 @@ HOSTILE_FEATURES = {
 
 
 @pytest.mark.parametrize("case", HOSTILE_FEATURES)
-def test_a_data_set_that_names_code_is_refused_and_its_code_not_run(config, tmp_path, monkeypatch, refused, case):
-    """tensorflow-datasets imports the modules that a features.json names; below the working folder, they may be the data set's own."""
+def test_a_data_set_that_names_code_is_refused_and_its_code_not_run(
+    config, tmp_path, monkeypatch, refused, case
+):
+    """tensorflow-datasets imports the modules that a features.json names; below the working folder,
+    they may be the data set's own.
+    """
     write_rows(tmp_path / "rows.jsonl", GOOD)
     folder = prepare(str(tmp_path / "rows.jsonl"), str(tmp_path / "hostile"))
     (tmp_path / "hostile" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    (folder / "features.json").write_text(json.dumps(HOSTILE_FEATURES[case]).replace("PACKAGE", "hostile"))
+    (folder / "features.json").write_text(
+        json.dumps(HOSTILE_FEATURES[case]).replace("PACKAGE", "hostile")
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` does
     said, _ = refused(train, *train_args(config, "run", f"data.train={folder}"))
@@ -384,7 +537,11 @@ def sound_model(tmp_path_factory):
         for key in t.path[:-1]:
             at = at.setdefault(key, {})
         shape = t.shape if t.layer is None else (model.layers, *t.shape)
-        at[t.path[-1]] = np.ones(shape, np.float32) if "scale" in t.path else rng.normal(0, 0.1, shape).astype(np.float32)
+        at[t.path[-1]] = (
+            np.ones(shape, np.float32)
+            if "scale" in t.path
+            else rng.normal(0, 0.1, shape).astype(np.float32)
+        )
     save_pretrained(folder, model, params, tokenizer=byte_tokenizer())
     return folder
 
@@ -414,7 +571,9 @@ def with_index(change):
         names = sorted(file)
         weight_map = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}
         for part in set(weight_map.values()):
-            save_file({name: file[name] for name in names if weight_map[name] == part}, folder / part)
+            save_file(
+                {name: file[name] for name in names if weight_map[name] == part}, folder / part
+            )
         change(folder, weight_map)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
@@ -452,30 +611,55 @@ def template(text):
 NORM = "model.norm.weight"
 BAD_MODELS = {
     "no folder": (shutil.rmtree, "m: no such folder"),
-    "no config": (lambda f: (f / "config.json").unlink(), "m/config.json: cannot read (No such file"),
-    "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "m: no tokenizer.json; give"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        "m/config.json: cannot read (No such file",
+    ),
+    "no tokenizer": (
+        lambda f: [p.unlink() for p in f.glob("tokenizer*")],
+        "m: no tokenizer.json; give",
+    ),
     "remote code in the model": (
         lambda f: edit_json(f / "config.json", auto_map={"AutoModel": "evil.M"}),
         "config.json: auto_map: the model",
     ),
     "remote code in the tokenizer": (
-        lambda f: edit_json(f / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.T"]}, tokenizer_class="T"),
+        lambda f: edit_json(
+            f / "tokenizer_config.json",
+            auto_map={"AutoTokenizer": [None, "evil.T"]},
+            tokenizer_class="T",
+        ),
         "tokenizer_config.json: auto_map: the tokenizer comes with its own code",
     ),
-    "no end token": (lambda f: edit_json(f / "tokenizer_config.json", eos_token=...), "the tokenizer has no end-of-sequence token"),
-    "prompt beyond": (beyond_the_embedding("="), "token '=' (300) is beyond the model's embedding of 258 tokens"),
+    "no end token": (
+        lambda f: edit_json(f / "tokenizer_config.json", eos_token=...),
+        "the tokenizer has no end-of-sequence token",
+    ),
+    "prompt beyond": (
+        beyond_the_embedding("="),
+        "token '=' (300) is beyond the model's embedding of 258 tokens",
+    ),
     "end token beyond": (
         lambda f: edit_json(f / "config.json", eos_token_id=[1, 10**12]),
         "m: stop tokens: token (1000000000000) is beyond the model's embedding of 258 tokens",
     ),
-    "short context": (lambda f: edit_json(f / "config.json", max_position_embeddings=50), "exceed the model's context of 50 tokens"),
+    "short context": (
+        lambda f: edit_json(f / "config.json", max_position_embeddings=50),
+        "exceed the model's context of 50 tokens",
+    ),
     "template that hangs": (
         template("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"),
         "no result within 1 s",
     ),
-    "template that holds the interpreter": (template("{{ 9 ** (9 ** 9) }}"), "no result within 1 s"),
+    "template that holds the interpreter": (
+        template("{{ 9 ** (9 ** 9) }}"),
+        "no result within 1 s",
+    ),
     "template that fills memory": (template("{{ 'a' * 10 ** 10 }}"), "chat template of"),
-    "template that reaches out": (template("{{ messages.__class__.__mro__[1].__subclasses__() }}"), "chat template of"),
+    "template that reaches out": (
+        template("{{ messages.__class__.__mro__[1].__subclasses__() }}"),
+        "chat template of",
+    ),
 }
 BAD_WEIGHTS = {
     "none": (lambda f: (f / "model.safetensors").unlink(), "m: no model.safetensors"),
@@ -483,14 +667,39 @@ BAD_WEIGHTS = {
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "m: only pickled weights (.bin), which are never opened",
     ),
-    "missing shard": (with_index(lambda f, w: (f / "part-1.safetensors").unlink()), "file part-1.safetensors is missing"),
-    "repeated tensor": (with_index(lambda f, w: shutil.copyfile(f / "part-0.safetensors", f / "part-1.safetensors")), "also in part-0"),
-    "shard outside": (with_index(leading_out), "'../outside.safetensors' is not the name of a .safetensors file in this folder"),
-    "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors: truncated or corrupt"),
-    "misshapen": (lambda f: edit_weights(f, lambda t: t.update({NORM: np.ones(7, np.float32)})), "model.norm.weight: expected shape (16,)"),
-    "name with controls": (lambda f: edit_weights(f, lambda t: t.update({"\x1b[31m\n": t[NORM].copy()})), "tensor has no place"),
+    "missing shard": (
+        with_index(lambda f, w: (f / "part-1.safetensors").unlink()),
+        "file part-1.safetensors is missing",
+    ),
+    "repeated tensor": (
+        with_index(
+            lambda f, w: shutil.copyfile(f / "part-0.safetensors", f / "part-1.safetensors")
+        ),
+        "also in part-0",
+    ),
+    "shard outside": (
+        with_index(leading_out),
+        "'../outside.safetensors' is not the name of a .safetensors file in this folder",
+    ),
+    "truncated": (
+        lambda f: os.truncate(f / "model.safetensors", 5000),
+        "model.safetensors: truncated or corrupt",
+    ),
+    "misshapen": (
+        lambda f: edit_weights(f, lambda t: t.update({NORM: np.ones(7, np.float32)})),
+        "model.norm.weight: expected shape (16,)",
+    ),
+    "name with controls": (
+        lambda f: edit_weights(f, lambda t: t.update({"\x1b[31m\n": t[NORM].copy()})),
+        "tensor has no place",
+    ),
 }
-NAN_WEIGHTS = {"nan": (lambda f: edit_weights(f, lambda t: t.update({NORM: t[NORM] * np.nan})), "model.norm.weight: holds NaN")}
+NAN_WEIGHTS = {
+    "nan": (
+        lambda f: edit_weights(f, lambda t: t.update({NORM: t[NORM] * np.nan})),
+        "model.norm.weight: holds NaN",
+    )
+}
 
 
 def of_folder(folder):
@@ -531,11 +740,22 @@ def test_bad_weights(config, model, refused, case):
         beyond_the_embedding("!"),
         placeholder,
     ],
-    ids=["pad = EOS", "no pad", "chat template", "arithmetic in a template", "shards", "a token beyond", "a placeholder beyond"],
+    ids=[
+        "pad = EOS",
+        "no pad",
+        "chat template",
+        "arithmetic in a template",
+        "shards",
+        "a token beyond",
+        "a placeholder beyond",
+    ],
 )
 def test_folders_that_are_odd_but_sound(config, model, tmp_path, refused, change):
     change(model)
-    assert ACCEPTED in refused(train, *train_args(config, tmp_path / "run", *of_folder(model), NO_MESH))[0]
+    assert (
+        ACCEPTED
+        in refused(train, *train_args(config, tmp_path / "run", *of_folder(model), NO_MESH))[0]
+    )
     load_pretrained(model)
 
 
@@ -546,23 +766,45 @@ FUNCTION = "import reward_functions\ndef f(problem, text, length):\n    return r
 
 
 @pytest.mark.parametrize("how", NASTY)
-def test_a_reward_function_that_gives_no_verdicts(config, sound_model, tmp_path_factory, monkeypatch, refused, how):
+def test_a_reward_function_that_gives_no_verdicts(
+    config, sound_model, tmp_path_factory, monkeypatch, refused, how
+):
     folder = tmp_path_factory.mktemp("reward")
     (folder / f"nasty_{how}.py").write_text(FUNCTION.format(how))
     monkeypatch.syspath_prepend(str(folder))
-    settings = ("reward.verifier=custom", f"reward.function=nasty_{how}:f", f"reward.allowed_modules=[nasty_{how}]", "reward.timeout_s=0.3")
-    overrides = (x for s in (*settings, "eval.max_problems=3", "reward.memory_mb=512") for x in ("--set", s))
-    monkeypatch.setattr(evaluate, "load_params", lambda *_: pytest.fail("a model is loaded before the function is tried"))
+    settings = (
+        "reward.verifier=custom",
+        f"reward.function=nasty_{how}:f",
+        f"reward.allowed_modules=[nasty_{how}]",
+        "reward.timeout_s=0.3",
+    )
+    overrides = (
+        x for s in (*settings, "eval.max_problems=3", "reward.memory_mb=512") for x in ("--set", s)
+    )
+    monkeypatch.setattr(
+        evaluate,
+        "load_params",
+        lambda *_: pytest.fail("a model is loaded before the function is tried"),
+    )
     said, _ = refused(evaluate, "--config", config, "--model", sound_model, *overrides)
     assert f"reward.function: nasty_{how}:f gives no verdict on a first answer, 'Answer: " in said
-    limit = {"sleep": "raise reward.timeout_s (0.3)", "print": "raise reward.timeout_s (0.3)", "allocate": "raise reward.memory_mb (512)"}
-    assert said.endswith(limit.get(how, "fix reward.function: (problem, text, length) -> (correct, score)"))
+    limit = {
+        "sleep": "raise reward.timeout_s (0.3)",
+        "print": "raise reward.timeout_s (0.3)",
+        "allocate": "raise reward.memory_mb (512)",
+    }
+    assert said.endswith(
+        limit.get(how, "fix reward.function: (problem, text, length) -> (correct, score)")
+    )
 
 
 def test_a_reward_function_that_cannot_be_loaded_leaves_no_folder(config, tmp_path, refused):
     """So that the same command, corrected, does not meet the folder of another config."""
     settings = ("reward.verifier=custom", "reward.function=gone:f", "reward.allowed_modules=[gone]")
-    assert "reward.function: cannot import 'gone'" in refused(train, *train_args(config, tmp_path / "run", *settings))[0]
+    assert (
+        "reward.function: cannot import 'gone'"
+        in refused(train, *train_args(config, tmp_path / "run", *settings))[0]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- run folders
@@ -575,20 +817,33 @@ def test_a_reward_function_that_cannot_be_loaded_leaves_no_folder(config, tmp_pa
             ("model.architecture.layers=3",),
             "model.architecture.layers: is 3, but {run} was trained with 1; set it back, or give --config {run}/",
         ),
-        (of_folder("{model}"), "model.folder: is '{model}', but {run} was trained with None; set it back"),
+        (
+            of_folder("{model}"),
+            "model.folder: is '{model}', but {run} was trained with None; set it back",
+        ),
     ],
 )
-def test_a_config_that_contradicts_a_run_s_checkpoints(config, sound_model, tmp_path, refused, overrides, expected):
+def test_a_config_that_contradicts_a_run_s_checkpoints(
+    config, sound_model, tmp_path, refused, overrides, expected
+):
     run, names = tmp_path / "run", {"model": sound_model, "run": tmp_path / "run"}
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(config.read_text())
     changes = (x for change in overrides for x in ("--set", change.format(**names)))
-    assert expected.format(**names) in refused(evaluate, "--config", config, "--run-dir", run, *changes)[0]
+    assert (
+        expected.format(**names)
+        in refused(evaluate, "--config", config, "--run-dir", run, *changes)[0]
+    )
 
 
 def test_a_run_folder_that_cannot_be(config, tmp_path, refused):
     (tmp_path / "file").write_text("mine")
-    for run_dir in (tmp_path / "file", tmp_path / "file" / "below", "/proc/no/such/place", tmp_path / "file" / "two\nlines"):
+    for run_dir in (
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        "/proc/no/such/place",
+        tmp_path / "file" / "two\nlines",
+    ):
         assert " ".join(str(run_dir).split()) in refused(train, *train_args(config, run_dir))[0]
 
 
@@ -596,7 +851,10 @@ def test_a_run_folder_of_another_config(config, tmp_path, refused):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(load_config(config)))
     said, _ = refused(train, *train_args(config, tmp_path / "run", "optim.learning_rate=1e-5"))
-    assert "optim.learning_rate: is 1e-05, but" in said and "use another --run-dir, or set it back" in said
+    assert (
+        "optim.learning_rate: is 1e-05, but" in said
+        and "use another --run-dir, or set it back" in said
+    )
 
 
 def other_checkpoint(folder):
@@ -629,12 +887,18 @@ def test_no_usable_checkpoint_is_status_3(config, tmp_path, capfd, make):
     """A line for each that is not used, then one that says what to do; nothing is exported."""
     run_dir = run_folder(config, tmp_path, make)
     before = tree(tmp_path)
-    for verb, args in ((evaluate, ("--config", config, "--run-dir", run_dir)), (export, ("--run-dir", run_dir, "--out", tmp_path / "out"))):
+    for verb, args in (
+        (evaluate, ("--config", config, "--run-dir", run_dir)),
+        (export, ("--run-dir", run_dir, "--out", tmp_path / "out")),
+    ):
         with pytest.raises(SystemExit) as done:
             cli.run(verb.main, [str(a) for a in args])
         lines = [line for line in capfd.readouterr().err.splitlines() if line]
         assert done.value.code == 3 and len(lines) == (1 if make is None else 2)
-        assert all(line.startswith("dapo_jax: ") and "Traceback" not in line for line in lines) and str(run_dir) in lines[-1]
+        assert (
+            all(line.startswith("dapo_jax: ") and "Traceback" not in line for line in lines)
+            and str(run_dir) in lines[-1]
+        )
         assert tree(tmp_path) == before
 
 
@@ -643,12 +907,19 @@ def test_a_run_whose_only_checkpoint_is_of_another_model_is_not_begun_anew(confi
     with pytest.raises(SystemExit) as done:
         cli.run(train.main, [str(a) for a in train_args(config, run_dir)])
     said = capfd.readouterr().err
-    assert done.value.code == 3 and "of another model" in said and "start anew in another --run-dir" in said
+    assert (
+        done.value.code == 3
+        and "of another model" in said
+        and "start anew in another --run-dir" in said
+    )
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["1"]
 
 
 def test_export_of_a_folder_without_a_run(tmp_path, refused):
-    assert "config.yaml: cannot read config" in refused(export, "--run-dir", tmp_path, "--out", tmp_path / "out")[0]
+    assert (
+        "config.yaml: cannot read config"
+        in refused(export, "--run-dir", tmp_path, "--out", tmp_path / "out")[0]
+    )
 
 
 def test_a_place_for_a_model_is_looked_at_before_the_work(config, tmp_path, refused):
@@ -656,10 +927,19 @@ def test_a_place_for_a_model_is_looked_at_before_the_work(config, tmp_path, refu
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     overrides = ("--set", "supervised.updates=1", "--set", "data.train=nowhere.jsonl")
-    for place, says in ((tmp_path / "full", "exists and is not an empty folder"), (config / "below", "cannot write")):
-        assert f"{place}: {says}" in refused(supervised, "--config", config, "--out", place, *overrides)[0]
+    for place, says in (
+        (tmp_path / "full", "exists and is not an empty folder"),
+        (config / "below", "cannot write"),
+    ):
+        assert (
+            f"{place}: {says}"
+            in refused(supervised, "--config", config, "--out", place, *overrides)[0]
+        )
     run_dir = run_folder(config, tmp_path, None)
-    assert "exists and is not an empty folder" in refused(export, "--run-dir", run_dir, "--out", tmp_path / "full")[0]
+    assert (
+        "exists and is not an empty folder"
+        in refused(export, "--run-dir", run_dir, "--out", tmp_path / "full")[0]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- code
@@ -667,18 +947,31 @@ def test_a_place_for_a_model_is_looked_at_before_the_work(config, tmp_path, refu
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "torch"}
 
 
-@pytest.mark.parametrize("file", sorted(Path(dapo_jax.__file__).parent.rglob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted(Path(dapo_jax.__file__).parent.rglob("*.py")), ids=lambda file: file.stem
+)
 def test_nothing_is_unpickled_evaluated_or_run_by_a_shell(file):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
             assert not {name.split(".")[0] for name in names} & FORBIDDEN
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
             assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen")
-            assert not called.startswith("yaml.") or called in ("yaml.parse", "yaml.dump", "yaml.MarkedYAMLError")
-            assert keywords.get("shell", "False") == "False" and keywords.get("trust_remote_code", "False") == "False"
+            assert not called.startswith("yaml.") or called in (
+                "yaml.parse",
+                "yaml.dump",
+                "yaml.MarkedYAMLError",
+            )
+            assert (
+                keywords.get("shell", "False") == "False"
+                and keywords.get("trust_remote_code", "False") == "False"
+            )
             if called in ("np.load", "np.savez"):
                 assert keywords.get("allow_pickle") == "False"
 
@@ -689,7 +982,10 @@ def test_nothing_is_unpickled_evaluated_or_run_by_a_shell(file):
 @pytest.mark.parametrize(
     "args, expected",
     [
-        (("--config", "missing.yaml"), "missing.yaml: cannot read config (No such file or directory)"),
+        (
+            ("--config", "missing.yaml"),
+            "missing.yaml: cannot read config (No such file or directory)",
+        ),
         (("--config", "c.yaml", "--set", "data.train=gone.jsonl"), "gone.jsonl: no such file"),
     ],
 )
@@ -697,7 +993,9 @@ def test_the_same_from_a_shell(config, tmp_path, args, expected):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)}
     command = [sys.executable, "-m", "dapo_jax.train", "--run-dir", "run", *args]
     before = tree(tmp_path)
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and expected in done.stderr
     assert tree(tmp_path) == before
@@ -706,7 +1004,13 @@ def test_the_same_from_a_shell(config, tmp_path, args, expected):
 # ------------------------------------------------------------------------------------------------------------- secrets
 
 CANARY = "canary-5f1b"
-SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "MY_PASSWORD")
+SECRETS = (
+    "WANDB_API_KEY",
+    "HF_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "MY_PASSWORD",
+)
 SPY = """
 import os
 def f(problem, text, length):
@@ -717,16 +1021,31 @@ def f(problem, text, length):
 
 
 def test_secrets_of_the_environment_go_nowhere(config, model, tmp_path):
-    """A run that renders a chat template, samples, judges in workers, trains, saves, and draws its curves."""
+    """A run that renders a chat template, samples, judges in workers, trains, saves, and draws its
+    curves.
+    """
     template("{% for m in messages %}{{ m.content }}{% endfor %}")(model)
     (tmp_path / "spy_reward.py").write_text(SPY.format(place=str(tmp_path / "spied")))
-    spy = ("reward.verifier=custom", "reward.function=spy_reward:f", "reward.allowed_modules=[spy_reward]", "reward.workers=1")
-    arguments = train_args(config, tmp_path / "run", *of_folder(model), *spy, "dapo.old_logprobs=sampler")
+    spy = (
+        "reward.verifier=custom",
+        "reward.function=spy_reward:f",
+        "reward.allowed_modules=[spy_reward]",
+        "reward.workers=1",
+    )
+    arguments = train_args(
+        config, tmp_path / "run", *of_folder(model), *spy, "dapo.old_logprobs=sampler"
+    )
     secrets = {name: f"{CANARY}-{name}" for name in SECRETS}
     path = os.pathsep.join([str(tmp_path), str(TESTS.parent)])
     done = subprocess.run(
         [sys.executable, "-m", "dapo_jax.train", *arguments],
-        env={**os.environ, **secrets, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+        env={
+            **os.environ,
+            **secrets,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": path,
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
         capture_output=True,
         text=True,
         timeout=600,
@@ -734,7 +1053,14 @@ def test_secrets_of_the_environment_go_nowhere(config, model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert CANARY not in done.stdout + done.stderr
     written = tree(tmp_path)
-    for part in ("metrics.jsonl", "config.yaml", "checkpoints", "samples", "tensorboard", "curves.png"):
+    for part in (
+        "metrics.jsonl",
+        "config.yaml",
+        "checkpoints",
+        "samples",
+        "tensorboard",
+        "curves.png",
+    ):
         assert any(part in path.parts for path in written), part
     assert len(written[Path("spied")]) > 100
     assert not [path for path, content in written.items() if CANARY.encode() in (content or b"")]
@@ -750,11 +1076,28 @@ def test_secrets_of_the_environment_stay_from_a_chat_template(monkeypatch):
         return popen(*args, **kwargs)
 
     monkeypatch.setattr(subprocess, "Popen", watched)
-    assert [*chat.render("{{ messages[0].content }}", {}, [[{"role": "user", "content": "a"}]], "2024-07-26", max_chars=9)] == ["a"]
+    assert [
+        *chat.render(
+            "{{ messages[0].content }}",
+            {},
+            [[{"role": "user", "content": "a"}]],
+            "2024-07-26",
+            max_chars=9,
+        )
+    ] == ["a"]
     assert len(started) == 1 and "PATH" in started[0][1] and CANARY not in repr(started)
 
 
-PLACES = ["data.train", "eval.sets.a", "model.folder", "data.template", "reward.function", "seed", "dapo", "data"]
+PLACES = [
+    "data.train",
+    "eval.sets.a",
+    "model.folder",
+    "data.template",
+    "reward.function",
+    "seed",
+    "dapo",
+    "data",
+]
 
 
 @pytest.mark.parametrize("key", PLACES)
@@ -772,9 +1115,16 @@ def test_credentials_of_a_url_are_refused_and_not_repeated(config, tmp_path, ref
     assert f": {key}: " in said and CANARY not in said + out
 
 
-def test_a_secret_among_the_names_of_variables_is_refused_and_not_repeated(config, tmp_path, refused):
-    said, out = refused(train, *train_args(config, tmp_path / "run", f"reward.environment=[MY_PASSWORD={CANARY}]"))
-    assert ": reward.environment: holds what is no variable's name" in said and CANARY not in said + out
+def test_a_secret_among_the_names_of_variables_is_refused_and_not_repeated(
+    config, tmp_path, refused
+):
+    said, out = refused(
+        train, *train_args(config, tmp_path / "run", f"reward.environment=[MY_PASSWORD={CANARY}]")
+    )
+    assert (
+        ": reward.environment: holds what is no variable's name" in said
+        and CANARY not in said + out
+    )
 
 
 def test_credentials_in_keys_and_paths_are_not_repeated(config, tmp_path, refused):

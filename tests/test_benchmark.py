@@ -1,4 +1,7 @@
-"""Every benchmark through its command line, at toy sizes. Speeds are never judged, only that they are there."""
+"""Every benchmark through its command line, at toy sizes.
+
+Speeds are never judged, only that they are there.
+"""
 
 import argparse
 import json
@@ -18,14 +21,23 @@ from dapo_jax.benchmark.rollout import response_lengths
 from dapo_jax.benchmark.update import padded_rows, train_items
 from dapo_jax.types import InputError
 
-MODEL = "--layers 1 --model-dim 16 --heads 4 --kv-heads 2 --head-dim 8 --ffn 32 --vocab 64 --repeats 2"
+MODEL = (
+    "--layers 1 --model-dim 16 --heads 4 --kv-heads 2 --head-dim 8 --ffn 32 --vocab 64 --repeats 2"
+)
 SPEED = ("tokens_per_s", "median_tokens_per_s", "seconds", "cpu_seconds")
 
 
 def command(arguments: str, more: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(Path(dapo_jax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(Path(dapo_jax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | (more or {})
-    return subprocess.run([sys.executable, "-m", "dapo_jax.benchmark", *arguments.split()], env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "dapo_jax.benchmark", *arguments.split()],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
 
 
 def run(arguments: str, more: Mapping[str, str] | None = None) -> tuple[list[str], dict]:
@@ -42,15 +54,26 @@ def positive(*numbers: float) -> bool:
 
 def test_loss():
     # 3 chunks, the last one short, and no multiple of the targets
-    lines, result = run("loss --tokens 80 --model-dim 16 --vocab 300 --target-fraction 0.5 --chunk 32 --repeats 2")
+    lines, result = run(
+        "loss --tokens 80 --model-dim 16 --vocab 300 --target-fraction 0.5 --chunk 32 --repeats 2"
+    )
     assert result["benchmark"] == "loss" and result["device"].startswith("cpu") and result["jax"]
-    assert [result[k] for k in ("tokens", "targets", "model_dim", "vocab", "chunk", "dtype")] == [80, 40, 16, 300, 32, "float32"]
+    assert [result[k] for k in ("tokens", "targets", "model_dim", "vocab", "chunk", "dtype")] == [
+        80,
+        40,
+        16,
+        300,
+        32,
+        "float32",
+    ]
     assert result["gflop"] == pytest.approx(6 * 40 * 16 * 300 / 1e9)
     assert positive(result["matmul_gflops"])
     assert list(result["variants"]) == ["plain", "plain_lse", "checkpointed", "fused", "fused_bare"]
     for name, variant in result["variants"].items():
         assert set(variant) == {*SPEED, "peak_fraction", "temp_bytes", "peak_bytes", "grad_error"}
-        assert positive(*(variant[key] for key in SPEED), variant["peak_fraction"], variant["temp_bytes"])
+        assert positive(
+            *(variant[key] for key in SPEED), variant["peak_fraction"], variant["temp_bytes"]
+        )
         assert variant["tokens_per_s"] == pytest.approx(40 / variant["seconds"])
         assert variant["median_tokens_per_s"] <= variant["tokens_per_s"]
         assert 0 <= variant["grad_error"] < 1e-4
@@ -60,27 +83,47 @@ def test_loss():
 
 
 def check_rollout(result, tokens, bound):
-    assert result["bound_decode_steps"] == pytest.approx(bound) and list(result["modes"]) == ["lockstep", "refill"]
+    assert result["bound_decode_steps"] == pytest.approx(bound) and list(result["modes"]) == [
+        "lockstep",
+        "refill",
+    ]
     for mode in result["modes"].values():
         shares = [value for key, value in mode.items() if key.endswith("_share")]
-        assert set(mode) == {*SPEED, "decode_steps", *(f"{part}_share" for part in ("prefill", "decode", "sampling", "host"))}
-        assert positive(*(mode[key] for key in SPEED)) and min(shares) >= 0 and sum(shares) == pytest.approx(1)
+        assert set(mode) == {
+            *SPEED,
+            "decode_steps",
+            *(f"{part}_share" for part in ("prefill", "decode", "sampling", "host")),
+        }
+        assert (
+            positive(*(mode[key] for key in SPEED))
+            and min(shares) >= 0
+            and sum(shares) == pytest.approx(1)
+        )
         assert mode["tokens_per_s"] == pytest.approx(tokens / mode["seconds"])
 
 
 def test_rollout():
-    lines, result = run(f"rollout --slots 2 --requests 3 --prompt-len 4 --max-response-len 6 {MODEL}")
+    lines, result = run(
+        f"rollout --slots 2 --requests 3 --prompt-len 4 --max-response-len 6 {MODEL}"
+    )
     assert result["benchmark"] == "rollout" and len(lines) == 4
     check_rollout(result, 18, 9)
-    # Two batches of 6 steps, the second half empty; 3 responses of 6 tokens would fill 2 slots for 9.
+    # Two batches of 6 steps, the second half empty; 3 responses of 6 tokens would fill 2 slots for
+    # 9.
     assert [mode["decode_steps"] for mode in result["modes"].values()] == [12, 12]
 
 
 def test_rollout_of_responses_of_different_lengths():
-    sizes = argparse.Namespace(lengths="lognormal", median=3, sigma=1.0, requests=12, max_response_len=20)
+    sizes = argparse.Namespace(
+        lengths="lognormal", median=3, sigma=1.0, requests=12, max_response_len=20
+    )
     lengths = response_lengths(sizes).tolist()
-    options = "--lengths lognormal --median 3 --top-p 0.7 --top-k 9 --kv-cache int8 --dtype bfloat16"
-    _, result = run(f"rollout --slots 2 --requests 12 --prompt-len 4 --max-response-len 20 {options} {MODEL}")
+    options = (
+        "--lengths lognormal --median 3 --top-p 0.7 --top-k 9 --kv-cache int8 --dtype bfloat16"
+    )
+    _, result = run(
+        f"rollout --slots 2 --requests 12 --prompt-len 4 --max-response-len 20 {options} {MODEL}"
+    )
     check_rollout(result, sum(lengths), sum(lengths) / 2)
     free_at = [0, 0]
     for length in lengths:
@@ -91,69 +134,126 @@ def test_rollout_of_responses_of_different_lengths():
 
 
 def test_imposed_lengths():
-    sizes = argparse.Namespace(lengths="lognormal", median=21, sigma=1.0, requests=4000, max_response_len=128)
+    sizes = argparse.Namespace(
+        lengths="lognormal", median=21, sigma=1.0, requests=4000, max_response_len=128
+    )
     drawn = response_lengths(sizes)
-    assert np.median(drawn) == pytest.approx(21, rel=0.05) and drawn.min() >= 1 and drawn.max() == 128
-    assert np.log(drawn[drawn < 21] / 21).std() == pytest.approx(math.sqrt(1 - 2 / math.pi), rel=0.1)  # of half a normal
+    assert (
+        np.median(drawn) == pytest.approx(21, rel=0.05) and drawn.min() >= 1 and drawn.max() == 128
+    )
+    assert np.log(drawn[drawn < 21] / 21).std() == pytest.approx(
+        math.sqrt(1 - 2 / math.pi), rel=0.1
+    )  # of half a normal
     sizes.lengths = "equal"
     assert set(response_lengths(sizes)) == {128}
 
 
 def test_update():
-    _, result = run(f"update --rows 2 --row-len 32 --responses 5 --prompt-len 4 --max-response-len 12 --family llama {MODEL}")
-    assert result["benchmark"] == "update" and result["lengths"] == "equal" and result["family"] == "llama"
-    # 5 segments of 16 tokens, two a row: 3 rows in 2 micro-batches of 2. Padded, a row each, 4 rows of 16 a micro-batch.
+    _, result = run(
+        f"update --rows 2 --row-len 32 --responses 5 --prompt-len 4 --max-response-len 12 --family llama {MODEL}"
+    )
+    assert (
+        result["benchmark"] == "update"
+        and result["lengths"] == "equal"
+        and result["family"] == "llama"
+    )
+    # 5 segments of 16 tokens, two a row: 3 rows in 2 micro-batches of 2. Padded, a row each, 4 rows
+    # of 16 a micro-batch.
     assert (result["trained_tokens"], result["packed_rows"]) == (60, 3)
     assert result["packing_efficiency"] == pytest.approx(80 / 96)
     packed, padded = result["modes"]["packed"], result["modes"]["padded"]
-    assert (packed["microbatches"], packed["filled"]) == (2, 80 / 128) and (padded["microbatches"], padded["filled"]) == (2, 80 / 128)
+    assert (packed["microbatches"], packed["filled"]) == (2, 80 / 128) and (
+        padded["microbatches"],
+        padded["filled"],
+    ) == (2, 80 / 128)
     for mode in (packed, padded):
-        assert positive(mode["trained_tokens_per_s"], mode["median_trained_tokens_per_s"], mode["seconds"], mode["temp_bytes"])
+        assert positive(
+            mode["trained_tokens_per_s"],
+            mode["median_trained_tokens_per_s"],
+            mode["seconds"],
+            mode["temp_bytes"],
+        )
 
 
 def test_draw():
-    """Both modes keep the same groups, so their tokens are the same; generation batches are of three times the groups wanted."""
-    _, result = run(f"draw --slots 4 --groups 3 --group 2 --prompt-len 4 --max-response-len 8 --median 3 --keep-rate 0.3 {MODEL}")
+    """Both modes keep the same groups, so their tokens are the same; generation batches are of
+    three times the groups wanted.
+    """
+    _, result = run(
+        f"draw --slots 4 --groups 3 --group 2 --prompt-len 4 --max-response-len 8 --median 3 --keep-rate 0.3 {MODEL}"
+    )
     batches, streaming = result["modes"]["generate_then_filter"], result["modes"]["streaming"]
-    assert batches["kept"] == streaming["kept"] == 3 and batches["tokens"] == streaming["tokens"] > 0
+    assert (
+        batches["kept"] == streaming["kept"] == 3 and batches["tokens"] == streaming["tokens"] > 0
+    )
     assert batches["prompts"] % 9 == 0 and 3 <= streaming["prompts"]
     assert batches["decode_steps"] >= streaming["decode_steps"] > 0
-    assert positive(*(mode[key] for mode in (batches, streaming) for key in ("kept_tokens_per_s", "seconds", "cpu_seconds")))
+    assert positive(
+        *(
+            mode[key]
+            for mode in (batches, streaming)
+            for key in ("kept_tokens_per_s", "seconds", "cpu_seconds")
+        )
+    )
 
 
 def test_host():
-    """Every response is fetched, in one or two transfers a segment; a quarter of them are decoded; half of the groups are packed."""
+    """Every response is fetched, in one or two transfers a segment; a quarter of them are decoded;
+    half of the groups are packed.
+    """
     sizes = "--processes 4 --responses 64 --group 4 --slots 16 --prompt-len 4 --max-response-len 200 --median 30"
     lines, result = run(f"host {sizes}")
     parts, segments = result["parts"], result["segments"]
     assert list(parts) == ["fetch", "decode", "judge", "group", "pack"] and len(lines) == 7
-    assert 64 < result["tokens"] <= 64 * 200 and parts["judge"]["calls"] == segments and parts["pack"]["calls"] == 2
+    assert (
+        64 < result["tokens"] <= 64 * 200
+        and parts["judge"]["calls"] == segments
+        and parts["pack"]["calls"] == 2
+    )
     assert parts["decode"]["calls"] == 64 / 4 and segments < parts["fetch"]["calls"] <= 2 * segments
-    assert all(positive(part["seconds"]) for part in parts.values()) and positive(result["peak_bytes"])
+    assert all(positive(part["seconds"]) for part in parts.values()) and positive(
+        result["peak_bytes"]
+    )
 
 
 def test_padded_rows_hold_the_items_one_by_one():
-    sizes = argparse.Namespace(responses=5, prompt_len=4, max_response_len=12, vocab=64, lengths="lognormal")
+    sizes = argparse.Namespace(
+        responses=5, prompt_len=4, max_response_len=12, vocab=64, lengths="lognormal"
+    )
     items = train_items(sizes)
     batch = padded_rows(items, 16, 2)
     assert batch.tokens.shape == (3, 2, 16) and batch.segment_ids.max() == 1
-    for item, row, mask in zip(items, batch.tokens.reshape(6, 16), batch.target_mask.reshape(6, 16), strict=False):
-        assert row[mask].tolist() == item.response.tolist() and row[:4].tolist() == item.prompt.tolist()
+    for item, row, mask in zip(
+        items, batch.tokens.reshape(6, 16), batch.target_mask.reshape(6, 16), strict=False
+    ):
+        assert (
+            row[mask].tolist() == item.response.tolist()
+            and row[:4].tolist() == item.prompt.tolist()
+        )
     assert not batch.tokens[2, 1].any() and batch.weight.sum() == pytest.approx(1)
 
 
 def test_loss_over_several_devices():
-    """The gradient is held against plain: 8 rows of tokens on each of 4 devices, the vocabulary over 2."""
+    """The gradient is held against plain: 8 rows of tokens on each of 4 devices, the vocabulary
+    over 2.
+    """
     env = {"JAX_NUM_CPU_DEVICES": "8"}
-    _, result = run("loss --tokens 32 --model-dim 16 --vocab 64 --chunk 8 --repeats 1 --mesh 2x2x2", env)
+    _, result = run(
+        "loss --tokens 32 --model-dim 16 --vocab 64 --chunk 8 --repeats 1 --mesh 2x2x2", env
+    )
     assert all(0 <= variant["grad_error"] < 1e-4 for variant in result["variants"].values())
     done = command("loss --tokens 30 --model-dim 16 --vocab 64 --repeats 1 --mesh 2x2x2", env)
-    assert (done.returncode, done.stderr) == (2, "dapo_jax: --tokens: 30 is no multiple of the 4 devices it is split over; give one\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "dapo_jax: --tokens: 30 is no multiple of the 4 devices it is split over; give one\n",
+    )
 
 
 @pytest.mark.parametrize("lengths, median", [("equal", 120), ("lognormal", 20)])
 def test_lengths_of_responses(lengths, median):
-    sizes = argparse.Namespace(responses=999, prompt_len=4, max_response_len=120, vocab=64, lengths=lengths)
+    sizes = argparse.Namespace(
+        responses=999, prompt_len=4, max_response_len=120, vocab=64, lengths=lengths
+    )
     drawn = np.array([len(item.response) for item in train_items(sizes)])
     assert np.median(drawn) == pytest.approx(median, rel=0.1)
     assert drawn.min() >= 1 and drawn.max() == 120
@@ -176,7 +276,10 @@ def test_lengths_of_responses(lengths, median):
         ("update --mesh 3x1x1", "mesh: data 3 x fsdp 1 x tensor 1 does not cover 8 devices"),
         ("draw --group 1", "--group: a group needs at least 2 responses"),
         ("update --rows 9", "--rows: 9 is no multiple of the 8 devices"),
-        ("update --row-len 511", "--row-len: 511 does not hold --prompt-len + --max-response-len = 512"),
+        (
+            "update --row-len 511",
+            "--row-len: 511 does not hold --prompt-len + --max-response-len = 512",
+        ),
     ],
 )
 def test_bad_sizes_are_named_in_one_line(arguments, said):
@@ -188,7 +291,9 @@ def test_bad_sizes_are_named_in_one_line(arguments, said):
 def test_bad_sizes_exit_with_2():
     done = command("update --layers 0")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines() == ["dapo_jax: --layers: expected a whole number from 1 to 2147483647, got '0'; correct it"]
+    assert done.stderr.splitlines() == [
+        "dapo_jax: --layers: expected a whole number from 1 to 2147483647, got '0'; correct it"
+    ]
 
 
 @pytest.mark.parametrize("verb", ["loss", "rollout", "draw", "update", "host"])

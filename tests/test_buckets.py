@@ -1,4 +1,7 @@
-"""Run folders in a bucket: a run on gs:// is, bit for bit, the run in a local folder. The bucket is `fake_gcs.py`."""
+"""Run folders in a bucket: a run on gs:// is, bit for bit, the run in a local folder.
+
+The bucket is `fake_gcs.py`.
+"""
 
 import json
 import os
@@ -22,8 +25,13 @@ from dapo_jax.runtime.metrics import MetricsLog, read_metrics
 from dapo_jax.runtime.profile import Profiler
 from dapo_jax.types import InputError, RunError
 
-# As gcsfs itself asks for bucket types by gRPC, which the fake does not speak; and no client looks for credentials.
-CLIENT = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true", "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none"}
+# As gcsfs itself asks for bucket types by gRPC, which the fake does not speak; and no client looks
+# for credentials.
+CLIENT = {
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    "NO_GCE_CHECK": "true",
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+}
 RUN = "gs://bucket/deep/run"
 
 
@@ -62,33 +70,59 @@ def damage(bucket, prefix):
 
 
 def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, config, tmp_path, monkeypatch, capfd):  # noqa: F811
-    """Stopped in the midst of step 2, resumed, evaluated, exported; then an object of its newest checkpoint is damaged."""
+    """Stopped in the midst of step 2, resumed, evaluated, exported; then an object of its newest
+    checkpoint is damaged.
+    """
     monkeypatch.chdir(tmp_path)
     settings = ("train.steps=2", "train.save_every=1", "supervised.updates=0")
     assert run_train(config, "local", *settings) == 0
     monkeypatch.setenv(faults.VARIABLE, "update:4=term")
     assert run_train(config, RUN, *settings) == 143
-    assert bucket.names("deep/run/checkpoints/interrupted/1/host/metadata") and not bucket.names("deep/run/lock")
+    assert bucket.names("deep/run/checkpoints/interrupted/1/host/metadata") and not bucket.names(
+        "deep/run/lock"
+    )
     monkeypatch.delenv(faults.VARIABLE)
     assert run_train(config, RUN, *settings) == 0
-    assert "resumed from the checkpoint of step 1 and 1 updates of the next" in capfd.readouterr().out
+    assert (
+        "resumed from the checkpoint of step 1 and 1 updates of the next" in capfd.readouterr().out
+    )
     assert steady(RUN) == steady("local") and len(steady(RUN)) == 3
 
     for run, out in (("local", "one"), (RUN, "other")):
         assert verb(evaluate, "--config", config, "--run-dir", run, "--json", f"{out}.json") == 0
         assert verb(export, "--run-dir", run, "--out", out) == 0
     assert (tmp_path / "one.json").read_text() == (tmp_path / "other.json").read_text()
-    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (
+        tmp_path / "other/model.safetensors"
+    ).read_bytes()
 
     parts = {name.split("/")[2] for name in bucket.names("deep/run/")}
     assert parts == {p.name for p in (tmp_path / "local").iterdir()} - {"lock"}
     steps = {name.split("/")[3] for name in bucket.names("deep/run/checkpoints/")}
     assert steps == {"1", "2"} == {p.name for p in (tmp_path / "local/checkpoints").iterdir()}
     assert bucket["deep/run/config.yaml"] == (tmp_path / "local/config.yaml").read_bytes()
-    assert bucket["deep/run/samples/step_000002.jsonl"] == (tmp_path / "local/samples/step_000002.jsonl").read_bytes()
-    assert bucket["deep/run/curves.png"].startswith(b"\x89PNG") and len(bucket["deep/run/curves.png"]) > 10_000
-    assert b"".join(bucket[name] for name in bucket.names("deep/run/tensorboard/")).count(b"reward/mean") == 2
-    assert {p.name for p in tmp_path.iterdir()} == {"tiny.yaml", "local", "one", "other", "one.json", "other.json"}  # no folder `gs:`
+    assert (
+        bucket["deep/run/samples/step_000002.jsonl"]
+        == (tmp_path / "local/samples/step_000002.jsonl").read_bytes()
+    )
+    assert (
+        bucket["deep/run/curves.png"].startswith(b"\x89PNG")
+        and len(bucket["deep/run/curves.png"]) > 10_000
+    )
+    assert (
+        b"".join(bucket[name] for name in bucket.names("deep/run/tensorboard/")).count(
+            b"reward/mean"
+        )
+        == 2
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "tiny.yaml",
+        "local",
+        "one",
+        "other",
+        "one.json",
+        "other.json",
+    }  # no folder `gs:`
 
     damage(bucket, "deep/run/checkpoints/2/params/")
     assert verb(evaluate, "--config", config, "--run-dir", RUN, "--json", "before.json") == 0
@@ -97,7 +131,10 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, config, tmp_path, monk
 
 
 def test_only_whole_steps_count_and_what_is_no_step_stays(empty, capsys):
-    """A step in a bucket has its name from the start: what tells is orbax's last object. Other folders are none of its business."""
+    """A step in a bucket has its name from the start: what tells is orbax's last object.
+
+    Other folders are none of its business.
+    """
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), make_state(0).params)
     with Checkpoints("gs://bucket/c", keep=9) as checkpoints:
         checkpoints.save(3, make_state(3), HOST, GROUPS)
@@ -120,7 +157,10 @@ def test_only_whole_steps_count_and_what_is_no_step_stays(empty, capsys):
         assert {name.split("/")[1] for name in empty.names("c/")} == {"4", "5", "bad-9"}
         damage(empty, "c/5/params/")
         damaged = empty.names("c/5/")
-        assert bits(checkpoints.restore(abstract(make_state(0))).state) == bits(make_state(4)) and checkpoints.latest_step() == 4
+        assert (
+            bits(checkpoints.restore(abstract(make_state(0))).state) == bits(make_state(4))
+            and checkpoints.latest_step() == 4
+        )
         checkpoints.save(5, make_state(5), HOST, GROUPS)
     assert "gs://bucket/c/5: moved to bad-5; the run goes on from step 4" in capsys.readouterr().err
     assert {name.split("/")[1] for name in empty.names("c/")} == {"4", "5", "bad-5", "bad-9"}
@@ -141,7 +181,11 @@ def test_a_bucket_that_does_not_answer_is_not_an_empty_one(empty):
         empty.failing = 0
         assert checkpoints.restore(abstract(make_state(0))).step == 3
     empty.failing, empty.fails_at = 503, ""
-    for call in (lambda: Checkpoints("gs://bucket/c", keep=9), lambda: MetricsLog("gs://bucket"), lambda: run_folder(RUN)):
+    for call in (
+        lambda: Checkpoints("gs://bucket/c", keep=9),
+        lambda: MetricsLog("gs://bucket"),
+        lambda: run_folder(RUN),
+    ):
         with pytest.raises((InputError, RunError)) as e:
             call()
         assert "\n" not in str(e.value) and "made to fail" in str(e.value)
@@ -154,7 +198,12 @@ def test_metrics_are_whole_after_every_line_and_cut_on_resume(empty):
         with MetricsLog("gs://bucket/m", resume_step=begin) as log:
             for step in steps:
                 log.write(step, 0, 0, {"reward/mean": step / 7})
-                assert read_metrics("gs://bucket/m")[-1] == {"step": step, "updates": 0, "draws": 0, "reward/mean": step / 7}
+                assert read_metrics("gs://bucket/m")[-1] == {
+                    "step": step,
+                    "updates": 0,
+                    "draws": 0,
+                    "reward/mean": step / 7,
+                }
                 assert empty.names("m/tensorboard/")
             if begin is None:
                 log.go_back(1)
@@ -198,14 +247,23 @@ def test_one_job_at_a_time_and_what_is_left_of_a_dead_one_is_taken_over(empty, m
     run = as_path(RUN)
     with locked(run):
         assert b"process" in empty["deep/run/lock"]
-        with pytest.raises(InputError, match=rf"^{RUN}: is in use by process {os.getpid()} on .*; wait for that job"), locked(run):
+        with (
+            pytest.raises(
+                InputError,
+                match=rf"^{RUN}: is in use by process {os.getpid()} on .*; wait for that job",
+            ),
+            locked(run),
+        ):
             pass
         assert empty.names("deep/run/lock")
     assert not empty.names()
     empty.put("deep/run/lock", b"process 1 on gone\nabc\n17\n")
     began = time.monotonic()
     with locked(run):
-        assert time.monotonic() - began >= 1.0 and f"process {os.getpid()} ".encode() in empty["deep/run/lock"]
+        assert (
+            time.monotonic() - began >= 1.0
+            and f"process {os.getpid()} ".encode() in empty["deep/run/lock"]
+        )
     assert not empty.names() and "left by process 1 on gone; waiting 1 s" in capsys.readouterr().err
 
 
@@ -239,29 +297,48 @@ def test_a_job_whose_folder_was_taken_over_leaves(empty, monkeypatch, capsys):
 )
 def test_what_cannot_be_a_run_folder_is_one_line_and_status_2(empty, config, capfd, where, said):  # noqa: F811
     assert run_train(config, where) == 2
-    assert capfd.readouterr().err.startswith(f"dapo_jax: {where}: cannot be used as a run folder {said}")
+    assert capfd.readouterr().err.startswith(
+        f"dapo_jax: {where}: cannot be used as a run folder {said}"
+    )
     assert not empty.names()
 
 
 def test_a_bucket_that_orbax_may_not_ask_for_is_refused_at_the_start(empty):
     empty.failing, empty.fails_at = 403, "/b/bucket?"
-    with pytest.raises(InputError, match=rf"^{RUN}: cannot be used as a run folder \(403 .*made to fail.*storage.buckets.get"):
+    with pytest.raises(
+        InputError,
+        match=rf"^{RUN}: cannot be used as a run folder \(403 .*made to fail.*storage.buckets.get",
+    ):
         run_folder(RUN)
 
 
 def test_without_network_it_is_one_line_and_status_2(empty, config, monkeypatch, capfd):  # noqa: F811
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    for command in (lambda: run_train(config, RUN), lambda: verb(export, "--run-dir", RUN, "--out", "gone")):
+    for command in (
+        lambda: run_train(config, RUN),
+        lambda: verb(export, "--run-dir", RUN, "--out", "gone"),
+    ):
         assert command() == 2
         (line,) = capfd.readouterr().err.splitlines()
-        assert line.startswith(f"dapo_jax: {RUN}: cannot be used as a run folder (") and 'pip install "dapo_jax[tpu]"' in line
+        assert (
+            line.startswith(f"dapo_jax: {RUN}: cannot be used as a run folder (")
+            and 'pip install "dapo_jax[tpu]"' in line
+        )
 
 
 def test_without_gcsfs_it_is_one_line():
     code = f"import sys; sys.modules['gcsfs'] = None; from dapo_jax.runtime import folder; folder.run_folder({RUN!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"EPATH_USE_TF": "false"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"EPATH_USE_TF": "false"},
+    )
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"dapo_jax.types.InputError: {RUN}: cannot be used as a run folder (") and 'pip install "dapo_jax[tpu]"' in last
+    assert (
+        last.startswith(f"dapo_jax.types.InputError: {RUN}: cannot be used as a run folder (")
+        and 'pip install "dapo_jax[tpu]"' in last
+    )
 
 
 def test_export_goes_to_a_local_folder(capfd, tmp_path):

@@ -15,13 +15,17 @@ PROBLEMS = {p.id: p for p in (Problem(f"problem-{i}-½", f"What is {i}?", str(i)
 def make_group(draw, correct, seed=0):
     rng = np.random.default_rng([seed, draw])
     responses = tuple(
-        Response(rng.integers(0, 50, n, np.int32), -rng.random(n, np.float32), bool(rng.random() < 0.5))
+        Response(
+            rng.integers(0, 50, n, np.int32), -rng.random(n, np.float32), bool(rng.random() < 0.5)
+        )
         for n in rng.integers(1, 6, len(correct))
     )
     penalty = -rng.random(len(correct), np.float32)
     return Group(
         draw=draw,
-        prompt=Prompt(PROBLEMS[f"problem-{draw % 5}-½"], rng.integers(0, 50, rng.integers(1, 8), np.int32)),
+        prompt=Prompt(
+            PROBLEMS[f"problem-{draw % 5}-½"], rng.integers(0, 50, rng.integers(1, 8), np.int32)
+        ),
         responses=responses,
         correct=np.array(correct, bool),
         reward=np.where(correct, 1, -1).astype(np.float32) + penalty,
@@ -67,7 +71,13 @@ def test_the_first_informative_groups_in_draw_order_are_taken_and_the_rest_carri
     assert buffer.missing() == 0
     groups, counts = buffer.take()
     assert draws(groups) == [4, 7] and groups[0] is more[1]
-    assert (counts.drawn, counts.kept, counts.carried_in, counts.surplus, counts.wasted_tokens) == (0, 2, 3, 1, 0)
+    assert (counts.drawn, counts.kept, counts.carried_in, counts.surplus, counts.wasted_tokens) == (
+        0,
+        2,
+        3,
+        1,
+        0,
+    )
     assert counts.accuracy is None and counts.accuracy_kept == 0.5
     assert buffer.missing() == 1
 
@@ -87,18 +97,38 @@ def test_without_dynamic_sampling_every_group_is_trained_on():
     buffer.add([make_group(d, c) for d, c in enumerate([WRONG, MIXED, RIGHT])])
     taken, counts = buffer.take()
     assert draws(taken) == [0, 1, 2]
-    assert (counts.all_correct, counts.all_wrong, counts.surplus, counts.wasted_tokens) == (1, 1, 0, 0)
+    assert (counts.all_correct, counts.all_wrong, counts.surplus, counts.wasted_tokens) == (
+        1,
+        1,
+        0,
+        0,
+    )
 
 
 def test_groups_of_the_answers_that_got_a_verdict_are_of_any_size_and_an_empty_one_is_left_out():
     for dynamic, kept in ((True, [1, 4]), (False, [1, 2, 4])):
         buffer = DynamicSamplingBuffer(len(kept), dynamic, True)
-        buffer.add([make_group(0, []), make_group(1, [1, 0, 1]), make_group(2, [1]), make_group(3, []), make_group(4, [0, 1])])
+        buffer.add(
+            [
+                make_group(0, []),
+                make_group(1, [1, 0, 1]),
+                make_group(2, [1]),
+                make_group(3, []),
+                make_group(4, [0, 1]),
+            ]
+        )
         restored = DynamicSamplingBuffer(len(kept), dynamic, True)
         restored.restore(through_a_file(buffer.state()), PROBLEMS)
         taken, counts = restored.take()
-        assert draws(taken) == kept and counts.accuracy_kept == pytest.approx((2 / 3 * 3 + 1 + (not dynamic)) / (5 + (not dynamic)))
-        assert (counts.drawn, counts.all_correct, counts.all_wrong, counts.accuracy) == (5, 1, 2, pytest.approx(4 / 6))
+        assert draws(taken) == kept and counts.accuracy_kept == pytest.approx(
+            (2 / 3 * 3 + 1 + (not dynamic)) / (5 + (not dynamic))
+        )
+        assert (counts.drawn, counts.all_correct, counts.all_wrong, counts.accuracy) == (
+            5,
+            1,
+            2,
+            pytest.approx(4 / 6),
+        )
 
 
 @settings(deadline=None)
@@ -106,7 +136,11 @@ def test_groups_of_the_answers_that_got_a_verdict_are_of_any_size_and_an_empty_o
     st.integers(1, 4),
     st.booleans(),
     st.booleans(),
-    st.lists(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=6), min_size=1, max_size=12),
+    st.lists(
+        st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=6),
+        min_size=1,
+        max_size=12,
+    ),
 )
 def test_steps_equal_a_naive_simulation(needed, dynamic, carry, generation_batches):
     buffer = DynamicSamplingBuffer(needed, dynamic, carry)
@@ -128,16 +162,28 @@ def test_steps_equal_a_naive_simulation(needed, dynamic, carry, generation_batch
                 entry[2] = None if carry else "dropped"
             groups, counts = buffer.take()
             added = [len([e for e in ledger if e[1] == s]) for s in range(step + 1)]
-            assert all(step - e[1] <= -(-added[e[1]] // needed) for e in waiting[:needed])  # the bound on staleness
+            assert all(
+                step - e[1] <= -(-added[e[1]] // needed) for e in waiting[:needed]
+            )  # the bound on staleness
             mine = [e[0] for e in ledger if e[1] == step]
             right = [sum(g.correct) for g in mine]
             assert draws(groups) == [e[0].draw for e in waiting[:needed]] == sorted(draws(groups))
-            assert counts.drawn == len(mine) and counts.kept == needed and counts.carried_in == carried_in
+            assert (
+                counts.drawn == len(mine)
+                and counts.kept == needed
+                and counts.carried_in == carried_in
+            )
             assert (counts.all_correct, counts.all_wrong) == (right.count(3), right.count(0))
             assert counts.surplus == len(waiting) - needed
-            assert counts.wasted_tokens == sum(tokens(e[0]) for e in ledger if e[1] == step and e[2] in ("filtered", "dropped"))
-            assert counts.accuracy == (pytest.approx(sum(right) / (3 * len(mine))) if mine else None)
-            assert counts.accuracy_kept == pytest.approx(sum(sum(g.correct) for g in groups) / (3 * needed))
+            assert counts.wasted_tokens == sum(
+                tokens(e[0]) for e in ledger if e[1] == step and e[2] in ("filtered", "dropped")
+            )
+            assert counts.accuracy == (
+                pytest.approx(sum(right) / (3 * len(mine))) if mine else None
+            )
+            assert counts.accuracy_kept == pytest.approx(
+                sum(sum(g.correct) for g in groups) / (3 * needed)
+            )
             removed = counts.all_correct + counts.all_wrong if dynamic else 0
             assert counts.drawn + counts.carried_in == counts.kept + removed + counts.surplus
             previous += draws(groups)
@@ -163,7 +209,9 @@ def test_groups_must_come_in_draw_order():
 def test_a_group_to_train_on_needs_a_log_prob_a_token_and_another_does_not():
     buffer = DynamicSamplingBuffer(4, True, True)
     with pytest.raises(ValueError, match="draw 1: .* old log-probs"):
-        buffer.add([make_group(0, MIXED), dataclasses.replace(make_group(1, MIXED), old_logprobs=())])
+        buffer.add(
+            [make_group(0, MIXED), dataclasses.replace(make_group(1, MIXED), old_logprobs=())]
+        )
     with pytest.raises(ValueError, match="draw 0: 2 responses"):
         buffer.add([dataclasses.replace(make_group(0, MIXED), reward=np.ones(1, np.float32))])
     assert buffer.missing() == 4
@@ -191,13 +239,28 @@ def test_a_step_may_train_with_what_there_is_but_not_with_nothing():
 def test_the_message_at_the_cap_counts_and_advises():
     buffer = DynamicSamplingBuffer(8, True, True)
     with pytest.raises(StarvedError) as caught:
-        buffer.add([make_group(d, c) for d, c in enumerate([WRONG] * 3 + [RIGHT] * 2 + [MIXED])], at_least=2)
+        buffer.add(
+            [make_group(d, c) for d, c in enumerate([WRONG] * 3 + [RIGHT] * 2 + [MIXED])],
+            at_least=2,
+        )
     text = str(caught.value)
     assert "\n" not in text and text.startswith("dapo.max_generation_batches: ")
-    for part in ("1 of 8 groups", "drew 6: 2 all right, 3 all wrong, 1 mixed", "easier", "responses_per_prompt", "on_cap: train"):
+    for part in (
+        "1 of 8 groups",
+        "drew 6: 2 all right, 3 all wrong, 1 mixed",
+        "easier",
+        "responses_per_prompt",
+        "on_cap: train",
+    ):
         assert part in text
-    with pytest.raises(StarvedError, match="1 of 8 groups .* drew 10: 6 all right, 3 all wrong, 1 mixed; use harder"):
-        buffer.add([make_group(d, c) for d, c in enumerate([WRONG] * 3 + [RIGHT] * 6 + [MIXED])], at_least=2)
+    with pytest.raises(
+        StarvedError,
+        match="1 of 8 groups .* drew 10: 6 all right, 3 all wrong, 1 mixed; use harder",
+    ):
+        buffer.add(
+            [make_group(d, c) for d, c in enumerate([WRONG] * 3 + [RIGHT] * 6 + [MIXED])],
+            at_least=2,
+        )
     buffer.add([make_group(0, MIXED), make_group(1, MIXED)], at_least=2)
     assert buffer.ready()[1].drawn == 2  # what was refused left no trace
 
@@ -205,7 +268,11 @@ def test_the_message_at_the_cap_counts_and_advises():
 def assert_same(left, right):
     """Equal to the bit, types included."""
     if isinstance(left, np.ndarray):
-        assert isinstance(right, np.ndarray) and left.dtype == right.dtype and left.shape == right.shape
+        assert (
+            isinstance(right, np.ndarray)
+            and left.dtype == right.dtype
+            and left.shape == right.shape
+        )
         assert left.tobytes() == right.tobytes()
     elif dataclasses.is_dataclass(left):
         for field in dataclasses.fields(left):
@@ -228,7 +295,11 @@ def through_a_file(arrays):
 
 @settings(deadline=None, max_examples=50)
 @given(
-    st.lists(st.lists(st.lists(st.booleans(), min_size=2, max_size=4), max_size=5), min_size=2, max_size=2),
+    st.lists(
+        st.lists(st.lists(st.booleans(), min_size=2, max_size=4), max_size=5),
+        min_size=2,
+        max_size=2,
+    ),
     st.booleans(),
     st.integers(0, 99),
 )
@@ -262,8 +333,13 @@ def test_a_restored_buffer_goes_on_as_if_nothing_had_happened(batches, take_betw
 def test_special_floats_survive():
     group = make_group(0, MIXED)
     odd = np.array([-np.inf, np.nan, 1e-45, -0.0, -3.4028235e38], np.float32)
-    responses = (Response(np.arange(5, dtype=np.int32), odd, False), Response(np.zeros(0, np.int32), odd[:0], True))
-    group = dataclasses.replace(group, responses=responses, old_logprobs=(odd[::-1].copy(), odd[:0]))
+    responses = (
+        Response(np.arange(5, dtype=np.int32), odd, False),
+        Response(np.zeros(0, np.int32), odd[:0], True),
+    )
+    group = dataclasses.replace(
+        group, responses=responses, old_logprobs=(odd[::-1].copy(), odd[:0])
+    )
     buffer, restored = (DynamicSamplingBuffer(1, True, True) for _ in range(2))
     buffer.add([group])
     restored.restore(through_a_file(buffer.state()), PROBLEMS)

@@ -1,4 +1,6 @@
-"""Checkpoints survive what disks and people do to them: everything restored is bit-equal to what was saved, or refused."""
+"""Checkpoints survive what disks and people do to them: everything restored is bit-equal to what
+was saved, or refused.
+"""
 
 import functools
 import json
@@ -21,7 +23,12 @@ from dapo_jax.runtime import checkpoint
 from dapo_jax.runtime.checkpoint import Checkpoints, newest_host, restore_params
 from dapo_jax.types import InputError, NoCheckpointError, TrainState
 
-HOST = {"seed": 7, "cursor": {"draw": 12345678901234, "epoch": 0}, "text": "é\ud800", "floats": [0.1, 1e-300, -2.5e17, 1 / 3]}
+HOST = {
+    "seed": 7,
+    "cursor": {"draw": 12345678901234, "epoch": 0},
+    "text": "é\ud800",
+    "floats": [0.1, 1e-300, -2.5e17, 1 / 3],
+}
 GROUPS = {
     "tokens": np.arange(7, dtype=np.int32),
     "logprobs": np.linspace(-3, 0, 11).astype(np.float32),
@@ -45,8 +52,13 @@ def make_state(seed: int, grid: tuple[int, int] = (2, 4)) -> TrainState:
     """Float32, bfloat16, integer and scalar leaves, with AdamW moments."""
     keys = jax.random.split(jax.random.key(seed), 4)
     params = {
-        "embed": jax.random.normal(keys[0], (64, 128)),  # more than the 1 KB a part that the store keeps in its index
-        "layers": {"w": jax.random.normal(keys[1], (8, 16)), "norm": jax.random.normal(keys[2], (5,)).astype(jnp.bfloat16)},
+        "embed": jax.random.normal(
+            keys[0], (64, 128)
+        ),  # more than the 1 KB a part that the store keeps in its index
+        "layers": {
+            "w": jax.random.normal(keys[1], (8, 16)),
+            "norm": jax.random.normal(keys[2], (5,)).astype(jnp.bfloat16),
+        },
     }
     state = TrainState(params, optax.adamw(1e-3).init(params), jnp.int32(seed))
     state = jax.tree.map(lambda a: a + jnp.asarray(seed, a.dtype), state)
@@ -54,7 +66,12 @@ def make_state(seed: int, grid: tuple[int, int] = (2, 4)) -> TrainState:
 
 
 def abstract(state: TrainState, grid: tuple[int, int] = (2, 4)) -> TrainState:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh(*grid), spec(a))), state)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=NamedSharding(mesh(*grid), spec(a))
+        ),
+        state,
+    )
 
 
 def bits(tree) -> list[bytes]:
@@ -105,15 +122,22 @@ def test_round_trip_is_bit_equal_on_any_mesh(two_steps, grid):
 def test_targets_may_be_arrays_or_have_no_sharding(two_steps):
     with Checkpoints(two_steps, keep=9) as checkpoints:
         from_arrays = checkpoints.restore(make_state(0))
-        bare = checkpoints.restore(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), make_state(0)))
+        bare = checkpoints.restore(
+            jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), make_state(0))
+        )
     assert bits(from_arrays.state) == bits(bare.state) == bits(make_state(5))
-    assert all(leaf.sharding == SingleDeviceSharding(jax.devices()[0]) for leaf in jax.tree.leaves(bare.state))
+    assert all(
+        leaf.sharding == SingleDeviceSharding(jax.devices()[0])
+        for leaf in jax.tree.leaves(bare.state)
+    )
 
 
 def test_params_alone(two_steps):
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), make_state(0).params)
     back = restore_params(two_steps, target)
-    assert (back.step, back.host["step"]) == (5, 5) and bits(back.params) == bits(make_state(5).params)
+    assert (back.step, back.host["step"]) == (5, 5) and bits(back.params) == bits(
+        make_state(5).params
+    )
 
 
 def test_a_state_may_be_donated_right_after_save(tmp_path):
@@ -141,7 +165,9 @@ def test_keeps_the_newest_and_names_the_latest(tmp_path):
 
 def test_nothing_is_pickled(two_steps):
     for path in two_steps.rglob("*"):
-        assert path.suffix not in (".pkl", ".pickle") and (path.is_dir() or not path.read_bytes().startswith(b"\x80\x04"))
+        assert path.suffix not in (".pkl", ".pickle") and (
+            path.is_dir() or not path.read_bytes().startswith(b"\x80\x04")
+        )
     with pytest.raises(ValueError, match="(?i)object"):
         with Checkpoints(two_steps, keep=9) as checkpoints:
             checkpoints.save(9, make_state(9), {}, {"objects": np.array([{}], object)})
@@ -149,7 +175,10 @@ def test_nothing_is_pickled(two_steps):
 
 @pytest.mark.parametrize("step", [3, 5])
 def test_a_step_at_or_below_the_latest_is_refused(folder, step):
-    with Checkpoints(folder, keep=9) as checkpoints, pytest.raises(ValueError, match="not above the latest one, 5"):
+    with (
+        Checkpoints(folder, keep=9) as checkpoints,
+        pytest.raises(ValueError, match="not above the latest one, 5"),
+    ):
         checkpoints.save(step, make_state(step), {}, {})
 
 
@@ -172,13 +201,17 @@ def test_digest_sees_every_flipped_bit_and_no_sharding(dtype):
     raw = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 60, (8, 4)).astype(dtype)
     (plain,) = checkpoint._describe({"x": jnp.asarray(raw)}).values()
     for grid in ((2, 4), (8, 1)):
-        (sharded,) = checkpoint._describe({"x": jax.device_put(raw, NamedSharding(mesh(*grid), PartitionSpec("data", "fsdp")))}).values()
+        (sharded,) = checkpoint._describe(
+            {"x": jax.device_put(raw, NamedSharding(mesh(*grid), PartitionSpec("data", "fsdp")))}
+        ).values()
         assert sharded == plain
     flips = range(0, raw.nbytes * 8, 8 if dtype == "bool" else 5)
     for bit in flips:
         flipped = np.frombuffer(raw.tobytes(), np.uint8).copy()
         flipped[bit // 8] ^= 1 << bit % 8
-        (other,) = checkpoint._describe({"x": jnp.asarray(flipped.view(raw.dtype).reshape(raw.shape))}).values()
+        (other,) = checkpoint._describe(
+            {"x": jnp.asarray(flipped.view(raw.dtype).reshape(raw.shape))}
+        ).values()
         assert other["digest"] != plain["digest"]
 
 
@@ -190,12 +223,20 @@ def test_digest_against_a_plain_loop():
 
     x = np.random.default_rng(1).normal(size=(3, 4, 5)).astype(np.float32)
     words = [int(w) for w in x.view(np.uint32).ravel()]
-    want = [sum(mix(w ^ c * i % 2**32) for i, w in enumerate(words)) % 2**32 for c in (0x9E3779B1, 0x85EBCA77)]
-    assert checkpoint._describe({"x": jnp.asarray(x)})["x"]["digest"] == f"{want[0]:08x}{want[1]:08x}"
+    want = [
+        sum(mix(w ^ c * i % 2**32) for i, w in enumerate(words)) % 2**32
+        for c in (0x9E3779B1, 0x85EBCA77)
+    ]
+    assert (
+        checkpoint._describe({"x": jnp.asarray(x)})["x"]["digest"] == f"{want[0]:08x}{want[1]:08x}"
+    )
 
 
 def test_digest_sees_two_elements_swapped():
-    a, b = (checkpoint._describe({"x": jnp.array(x)})["x"]["digest"] for x in ([1.0, 2.0, 3.0], [1.0, 3.0, 2.0]))
+    a, b = (
+        checkpoint._describe({"x": jnp.array(x)})["x"]["digest"]
+        for x in ([1.0, 2.0, 3.0], [1.0, 3.0, 2.0])
+    )
     assert a != b
 
 
@@ -212,9 +253,15 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [flip, lambda p: os.truncate(p, p.stat().st_size // 2), Path.unlink], ids=["flip", "truncate", "delete"])
+@pytest.mark.parametrize(
+    "damage",
+    [flip, lambda p: os.truncate(p, p.stat().st_size // 2), Path.unlink],
+    ids=["flip", "truncate", "delete"],
+)
 def test_damage_to_any_file_is_survived_bit_equal(folder, two_steps, damage, capsys):
-    """Whatever happens to a file of step 5, the run goes on from step 5 exactly, or from step 3 exactly with a warning."""
+    """Whatever happens to a file of step 5, the run goes on from step 5 exactly, or from step 3
+    exactly with a warning.
+    """
     files = all_files(folder / "5")
     seen = []
     for file in files:
@@ -227,19 +274,31 @@ def test_damage_to_any_file_is_survived_bit_equal(folder, two_steps, damage, cap
         np.testing.assert_array_equal(back.groups["tokens"], GROUPS["tokens"])
         if back.step == 3:
             seen.append(file)
-            assert f"{folder / '5'}: checkpoint not used: " in printed and "Traceback" not in printed
+            assert (
+                f"{folder / '5'}: checkpoint not used: " in printed and "Traceback" not in printed
+            )
             assert not (folder / "5").exists() and (folder / "bad-5").is_dir()
             shutil.rmtree(folder / "bad-5")
         else:
             shutil.rmtree(folder / "5")
         shutil.copytree(two_steps / "5", folder / "5")
     noticed = {str(file) for file in seen}
-    assert {"host/metadata", "params/manifest.ocdbt", "optimizer/manifest.ocdbt", "groups/manifest.ocdbt"} <= noticed
-    assert all(any(name.startswith(f"{item}/") and "/d/" in name for name in noticed) for item in ("params", "optimizer", "groups"))
+    assert {
+        "host/metadata",
+        "params/manifest.ocdbt",
+        "optimizer/manifest.ocdbt",
+        "groups/manifest.ocdbt",
+    } <= noticed
+    assert all(
+        any(name.startswith(f"{item}/") and "/d/" in name for name in noticed)
+        for item in ("params", "optimizer", "groups")
+    )
 
 
 def test_flips_that_the_store_does_not_see_are_noticed(folder, capsys):
-    """Array bytes have no checksum of their own in the store, which puts them into one file or several, as time allows."""
+    """Array bytes have no checksum of their own in the store, which puts them into one file or
+    several, as time allows.
+    """
     files = {file: file.read_bytes() for file in sorted((folder / "5" / "params").rglob("d/*"))}
     target, want = abstract(make_state(0)).params, {s: bits(make_state(s).params) for s in (3, 5)}
     size = sum(map(len, files.values()))
@@ -298,7 +357,11 @@ def test_reading_params_changes_nothing(folder):
     (folder / "8.orbax-checkpoint-tmp").mkdir()
     before = all_files(folder)
     assert restore_params(folder, abstract(make_state(0)).params).step == 3
-    assert all_files(folder) == before and (folder / "5").is_dir() and (folder / "8.orbax-checkpoint-tmp").is_dir()
+    assert (
+        all_files(folder) == before
+        and (folder / "5").is_dir()
+        and (folder / "8.orbax-checkpoint-tmp").is_dir()
+    )
 
 
 def test_params_do_not_need_an_intact_optimizer(folder):
@@ -319,11 +382,21 @@ def test_all_bad_is_refused_and_left_alone(folder):
 
 
 def cast(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16 if a.dtype == jnp.float32 else a.dtype), state)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(
+            a.shape, jnp.bfloat16 if a.dtype == jnp.float32 else a.dtype
+        ),
+        state,
+    )
 
 
 def reshape(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((*a.shape[:-1], a.shape[-1] * 2) if a.ndim == 2 else a.shape, a.dtype), state)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(
+            (*a.shape[:-1], a.shape[-1] * 2) if a.ndim == 2 else a.shape, a.dtype
+        ),
+        state,
+    )
 
 
 @pytest.mark.parametrize(
@@ -332,7 +405,10 @@ def reshape(state: TrainState) -> TrainState:
         (cast, r"embed is float32\[64, 128\], expected bfloat16\[64, 128\]"),
         (reshape, r"embed is float32\[64, 128\], expected float32\[64, 256\]"),
         (lambda s: s._replace(params={**s.params, "head": s.params["embed"]}), "head is missing"),
-        (lambda s: s._replace(params={"layers": s.params["layers"]}), "embed is there, not expected"),
+        (
+            lambda s: s._replace(params={"layers": s.params["layers"]}),
+            "embed is there, not expected",
+        ),
         (lambda s: s._replace(opt_state=optax.sgd(0.1).init(s.params)), "is there, not expected"),
     ],
     ids=["dtype", "shape", "extra", "fewer", "optimizer"],
@@ -403,14 +479,23 @@ FULL_DISK = """
 def test_a_full_disk_is_one_line_and_the_older_step_stays(tmp_path):
     root = Path(checkpoint.__file__).parents[2]
     code = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path)]
-    done = subprocess.run(code, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(root)})
+    done = subprocess.run(
+        code,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
     assert done.returncode == 0, done.stderr
     leave, _, save, _, first, _, at_once, _ = lines = done.stdout.splitlines()
     assert lines[1::2] == ["goes on from 1"] * 4
     (late,) = done.stderr.splitlines()  # the failed save under an error that came first
     for how, line in (("leave", leave), ("save", save), ("raise", late), ("at once", at_once)):
         assert f"{tmp_path / how}: a checkpoint could not be written (File too large)" in line
-    assert all(line.startswith(f"{how} InputError") for how, line in (("leave", leave), ("save", save), ("at once", at_once)))
+    assert all(
+        line.startswith(f"{how} InputError")
+        for how, line in (("leave", leave), ("save", save), ("at once", at_once))
+    )
     assert first == "raise KeyError 'the first error'"
 
 
@@ -424,7 +509,9 @@ def test_a_folder_that_refuses_a_step_leaves_no_thread_waiting(folder, monkeypat
 
     plain, before = os.mkdir, set(threading.enumerate())
     monkeypatch.setattr(os, "mkdir", mkdir)
-    with pytest.raises(InputError, match="a checkpoint could not be written .Operation not permitted."):
+    with pytest.raises(
+        InputError, match="a checkpoint could not be written .Operation not permitted."
+    ):
         with Checkpoints(folder, keep=9) as checkpoints:
             checkpoints.save(6, make_state(6), {}, {})
     for thread in set(threading.enumerate()) - before:
@@ -443,7 +530,9 @@ def forge(step: Path, change) -> None:
     record = json.loads(path.read_text())
     del record["digest"]
     change(record)
-    path.write_text(json.dumps({**record, "digest": checkpoint._sha256(checkpoint._canonical(record))}))
+    path.write_text(
+        json.dumps({**record, "digest": checkpoint._sha256(checkpoint._canonical(record))})
+    )
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,24 @@ def test_a_signal_before_there_is_anything_to_save_is_one_line_and_a_status(caps
     [
         (MemoryError(), ""),
         # as a GPU, the compiler of a TPU and a CPU say it
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."), "9 bytes"),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.1G of 15.7G hbm."), "20.1G"),
-        (jax.errors.JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 29491200000 bytes."), "29491200000"),
+        (
+            jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."
+            ),
+            "9 bytes",
+        ),
+        (
+            jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.1G of 15.7G hbm."
+            ),
+            "20.1G",
+        ),
+        (
+            jax.errors.JaxRuntimeError(
+                "INTERNAL: Error dispatching computation: Out of memory allocating 29491200000 bytes."
+            ),
+            "29491200000",
+        ),
     ],
     ids=["host", "gpu", "tpu", "cpu"],
 )
@@ -79,25 +94,35 @@ def test_out_of_memory_says_what_to_lower(capsys, error, reason):
     assert "lower rollout.decode_slots (sampling) or train.rows_per_microbatch (updates)" in said
 
 
-@pytest.mark.parametrize("platforms, first", [("cuda", "jax.devices()"), ("cudda", "jax.jit(lambda x: x)(1)")])
+@pytest.mark.parametrize(
+    "platforms, first", [("cuda", "jax.devices()"), ("cudda", "jax.jit(lambda x: x)(1)")]
+)
 def test_devices_that_jax_does_not_have_are_named(platforms, first):
     if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         pytest.skip("jax has CUDA here")
     script = f"import jax; from dapo_jax import cli; cli.run(lambda argv: {first})"
     environment = os.environ | {"JAX_PLATFORMS": platforms}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"dapo_jax: JAX_PLATFORMS: is '{platforms}', but jax finds no such device")
+    assert done.stderr.startswith(
+        f"dapo_jax: JAX_PLATFORMS: is '{platforms}', but jax finds no such device"
+    )
     assert done.stderr.endswith("; install jax for this device, or unset JAX_PLATFORMS\n")
 
 
-@pytest.mark.parametrize("argv", [["--run-dir", ""], ["--config", "c.yaml", "--run-dir", " "], ["--run-dir="]])
+@pytest.mark.parametrize(
+    "argv", [["--run-dir", ""], ["--config", "c.yaml", "--run-dir", " "], ["--run-dir="]]
+)
 def test_an_empty_argument_is_no_folder(capsys, argv):
     with pytest.raises(SystemExit) as done:
         cli.run(lambda argv: 0, argv)
     assert done.value.code == 2
-    assert capsys.readouterr().err == "dapo_jax: --run-dir: is empty; give a value, or leave it out\n"
+    assert (
+        capsys.readouterr().err == "dapo_jax: --run-dir: is empty; give a value, or leave it out\n"
+    )
 
 
 def test_empty_values_of_other_kinds_are_left_to_the_verb(capsys):
@@ -106,7 +131,11 @@ def test_empty_values_of_other_kinds_are_left_to_the_verb(capsys):
     assert done.value.code == 0
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")], ids=["python", "jax"])
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError(), jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")],
+    ids=["python", "jax"],
+)
 def test_a_bug_is_not_hidden(error):
     with pytest.raises(type(error)):
         cli.run(raising(error), [])
@@ -119,7 +148,13 @@ def test_output_that_a_full_disk_refuses_is_one_line():
     for printed in ("print('x', flush=True)", "print('x')"):
         code = f"from dapo_jax import cli\ndef main(argv):\n    {printed}\n    return 0\ncli.run(main, [])"
         with open("/dev/full", "w") as full:
-            done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=ENVIRONMENT,
+            )
         assert done.returncode == 2
         assert done.stderr == (
             "dapo_jax: output: cannot be written (No space left on device); free the disk, then start the same command again\n"
@@ -137,7 +172,9 @@ def main(argv):
     raise InputError("x.yaml: a: wrong")
 cli.run(main, [])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=ENVIRONMENT
+    )
     assert (done.returncode, done.stderr) == (2, "dapo_jax: x.yaml: a: wrong\n")
 
 
@@ -151,7 +188,9 @@ def test_help_of_every_verb(monkeypatch, capsys, verb):
     assert importlib.import_module(f"dapo_jax.{verb}").main.__doc__
 
 
-@pytest.mark.parametrize("argv, status", [([], 2), (["nothing"], 2), (["--help"], 0), (["--version"], 0)])
+@pytest.mark.parametrize(
+    "argv, status", [([], 2), (["nothing"], 2), (["--help"], 0), (["--version"], 0)]
+)
 def test_usage(monkeypatch, capsys, argv, status):
     monkeypatch.setattr(sys, "argv", ["dapo-jax", *argv])
     with pytest.raises(SystemExit) as done:
@@ -165,7 +204,9 @@ def test_usage(monkeypatch, capsys, argv, status):
 
 
 def test_signals_of_a_verb_that_has_ended_end_nothing_else():
-    """A process that goes on after two verbs: one was signalled while it started, one where its guard heeds signals."""
+    """A process that goes on after two verbs: one was signalled while it started, one where its
+    guard heeds signals.
+    """
     script = """
 import os, signal, time
 from dapo_jax import cli
@@ -193,5 +234,7 @@ for verb in (starting, running):
 time.sleep(1)
 print("alive", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout.split()) == (0, ["143", "143", "alive"]), done.stderr

@@ -1,4 +1,6 @@
-"""What is read out of compiled programs: by hand from a text, and from programs that the CPU's compiler made."""
+"""What is read out of compiled programs: by hand from a text, and from programs that the CPU's
+compiler made.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dapo_jax.config import MeshSection
-from dapo_jax.runtime.compiled import BETWEEN_SLICES, compile_program, device_bytes, refused_bytes, sent_bytes
+from dapo_jax.runtime.compiled import (
+    BETWEEN_SLICES,
+    compile_program,
+    device_bytes,
+    refused_bytes,
+    sent_bytes,
+)
 from dapo_jax.runtime.mesh import make_mesh
 
 TEXT = """HloModule jit_f, num_partitions=8
@@ -71,9 +79,12 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 def test_sent_bytes_by_hand():
     found = sent_bytes(TEXT, trips=(3,))
     assert found == {
-        "all-gather": 3 * 6 * 1600 * 3 / 4 + 128 / 2 + 64 * 3 / 4,  # a scan of 6 in a loop of 3, one in two fusions, an asynchronous one
+        "all-gather": 3 * 6 * 1600 * 3 / 4
+        + 128 / 2
+        + 64 * 3 / 4,  # a scan of 6 in a loop of 3, one in two fusions, an asynchronous one
         "all-reduce": 3 * 2 * 40 / 2,  # the scalar f32[] is not counted
-        "reduce-scatter": 320 * 7 / 8 + 2 * 20 * 3,  # a fused one, and two that share a channel, as those of `shard_map` do
+        "reduce-scatter": 320 * 7 / 8
+        + 2 * 20 * 3,  # a fused one, and two that share a channel, as those of `shard_map` do
         "collective-permute": 64,
         "all-to-all": 32 * 7 / 8,
     }
@@ -81,29 +92,43 @@ def test_sent_bytes_by_hand():
 
 
 def test_bytes_between_slices_by_hand():
-    """As libtpu 0.0.52 writes it: a device hands to the host what the other slices get; over three slices, in a scan of 6."""
+    """As libtpu 0.0.52 writes it: a device hands to the host what the other slices get; over three
+    slices, in a scan of 6.
+    """
     sends = "".join(
         f"  %send.{i} = (f32[{size}]{{0:T(128)}}, u32[]{{:S(2)}}, token[]) send(%a, %b), channel_id={i}, is_host_transfer=true, "
         'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
         f'_xla_megascale_target="{{1,2,3}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}\n'
-        for i, (size, kind) in enumerate([(30, "ALL_REDUCE"), (60, "REDUCE_SCATTER"), (100, "ALL_GATHER"), (7, "ONE_TO_ONE")])
+        for i, (size, kind) in enumerate(
+            [(30, "ALL_REDUCE"), (60, "REDUCE_SCATTER"), (100, "ALL_GATHER"), (7, "ONE_TO_ONE")]
+        )
     )
     text = TEXT.replace("  %all-gather.1 =", sends + "  %all-gather.1 =")
     assert sent_bytes(text)[BETWEEN_SLICES] == 6 * 4 * (30 * 4 / 3 + 60 * 2 / 3 + 100 * 2 + 7)
-    assert {kind: size for kind, size in sent_bytes(text).items() if kind != BETWEEN_SLICES} == sent_bytes(TEXT)
+    assert {
+        kind: size for kind, size in sent_bytes(text).items() if kind != BETWEEN_SLICES
+    } == sent_bytes(TEXT)
 
 
 def test_a_program_of_this_machine():
-    """An all-reduce of [16, 8] numbers a device, 5 times in a scan, in a loop of 2 that ends by data."""
+    """An all-reduce of [16, 8] numbers a device, 5 times in a scan, in a loop of 2 that ends by
+    data.
+    """
     mesh = make_mesh(MeshSection(8, 1, 1))
 
     def local(x, n):
         def step(x, _):
             return jax.lax.psum(x * 2, "data") / 8, None
 
-        return jax.lax.fori_loop(0, n[0], lambda i, x: jax.lax.scan(step, x, None, length=5)[0] + i, x)
+        return jax.lax.fori_loop(
+            0, n[0], lambda i, x: jax.lax.scan(step, x, None, length=5)[0] + i, x
+        )
 
-    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=False))
+    run = jax.jit(
+        jax.shard_map(
+            local, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=False
+        )
+    )
     x = jax.ShapeDtypeStruct((128, 8), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     inputs = x, jax.ShapeDtypeStruct((1,), jnp.int32, sharding=NamedSharding(mesh, P()))
     assert device_bytes(inputs) == 16 * 8 * 4 + 4
@@ -135,7 +160,13 @@ def test_other_errors_of_the_compiler_are_not_swallowed():
 def test_what_does_not_fit_is_an_answer():
     class Lowered:
         def compile(self, options):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: CompileTimeHbmOom: HLO temporaries (2.5G) exceeds available HBM (1G)")
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: CompileTimeHbmOom: HLO temporaries (2.5G) exceeds available HBM (1G)"
+            )
 
     found = compile_program(Lowered(), np.int64(7))
-    assert not found.fits and found.temp_bytes == 2.5 * 2**30 and found.peak_bytes == found.temp_bytes + 7
+    assert (
+        not found.fits
+        and found.temp_bytes == 2.5 * 2**30
+        and found.peak_bytes == found.temp_bytes + 7
+    )

@@ -39,32 +39,77 @@ def load(tmp_path):
 
 def test_defaults_are_the_papers_recipe(load):
     c = load()
-    assert (c.dapo.prompts_per_step, c.dapo.responses_per_prompt, c.dapo.responses_per_update) == (512, 16, 512)
-    assert (c.dapo.clip_eps_low, c.dapo.clip_eps_high, c.dapo.dual_clip, c.dapo.loss_normalizer) == (0.2, 0.28, None, "token-mean")
+    assert (c.dapo.prompts_per_step, c.dapo.responses_per_prompt, c.dapo.responses_per_update) == (
+        512,
+        16,
+        512,
+    )
+    assert (
+        c.dapo.clip_eps_low,
+        c.dapo.clip_eps_high,
+        c.dapo.dual_clip,
+        c.dapo.loss_normalizer,
+    ) == (0.2, 0.28, None, "token-mean")
     assert (c.dapo.prompts_per_draw, c.dapo.max_generation_batches) == (3 * 512, 10)
-    assert (c.rollout.max_response_len, c.reward.overlong_buffer_len, c.data.max_prompt_len) == (20480, 4096, 2048)
-    assert (c.rollout.temperature, c.rollout.top_p, c.eval.temperature, c.eval.top_p, c.eval.samples_per_problem) == (
+    assert (c.rollout.max_response_len, c.reward.overlong_buffer_len, c.data.max_prompt_len) == (
+        20480,
+        4096,
+        2048,
+    )
+    assert (
+        c.rollout.temperature,
+        c.rollout.top_p,
+        c.eval.temperature,
+        c.eval.top_p,
+        c.eval.samples_per_problem,
+    ) == (
         1.0,
         1.0,
         1.0,
         0.7,
         32,
     )
-    assert (c.optim.learning_rate, c.optim.warmup_steps, c.optim.weight_decay, c.optim.grad_clip) == (1e-6, 20, 0.1, 1.0)
-    assert (c.dapo.advantage_ddof, c.dapo.advantage_eps, c.train.steps, c.dapo.overlong_filtering) == (1, 1e-6, 320, False)
+    assert (
+        c.optim.learning_rate,
+        c.optim.warmup_steps,
+        c.optim.weight_decay,
+        c.optim.grad_clip,
+    ) == (1e-6, 20, 0.1, 1.0)
+    assert (
+        c.dapo.advantage_ddof,
+        c.dapo.advantage_eps,
+        c.train.steps,
+        c.dapo.overlong_filtering,
+    ) == (1, 1e-6, 320, False)
 
 
 def test_presets_set_the_places_where_paper_and_recipe_differ(load):
     paper, verl = load("preset: paper\n"), load("preset: verl\n")
-    assert (paper.dapo.loss_normalizer, paper.dapo.dual_clip, paper.optim.warmup_steps) == ("group-token-mean", None, 20)
-    assert (verl.dapo.loss_normalizer, verl.dapo.dual_clip, verl.optim.warmup_steps) == ("token-mean", 10.0, 10)
+    assert (paper.dapo.loss_normalizer, paper.dapo.dual_clip, paper.optim.warmup_steps) == (
+        "group-token-mean",
+        None,
+        20,
+    )
+    assert (verl.dapo.loss_normalizer, verl.dapo.dual_clip, verl.optim.warmup_steps) == (
+        "token-mean",
+        10.0,
+        10,
+    )
     for c in (paper, verl):
-        assert (c.optim.weight_decay, c.optim.grad_clip, c.dapo.advantage_ddof, c.dapo.advantage_eps) == (0.1, 1.0, 1, 1e-6)
+        assert (
+            c.optim.weight_decay,
+            c.optim.grad_clip,
+            c.dapo.advantage_ddof,
+            c.dapo.advantage_eps,
+        ) == (0.1, 1.0, 1, 1e-6)
     own = load("preset: verl\ndapo: {dual_clip: 3}\n")
     assert (own.dapo.dual_clip, own.optim.warmup_steps) == (3.0, 10)  # the file's own keys win
 
 
-@pytest.mark.parametrize("text, value", [("1e-6", 1e-6), ("1E-6", 1e-6), (".5", 0.5), ("2", 2.0), ("0.", 0.0), ("1_000", None)])
+@pytest.mark.parametrize(
+    "text, value",
+    [("1e-6", 1e-6), ("1E-6", 1e-6), (".5", 0.5), ("2", 2.0), ("0.", 0.0), ("1_000", None)],
+)
 def test_numbers(load, text, value):
     if value is None:
         with pytest.raises(ConfigError, match="optim.learning_rate: expected a number"):
@@ -74,26 +119,49 @@ def test_numbers(load, text, value):
 
 
 def test_overrides_win_over_the_file_and_reach_any_depth(load):
-    c = load("seed: 1\n", ["seed=2", "model.architecture.layers=7", "eval.sets.a=x.jsonl", "reward.allowed_modules=[m]"])
-    assert (c.seed, c.model.architecture.layers, dict(c.eval.sets), c.reward.allowed_modules) == (2, 7, {"a": EvalSet("x.jsonl")}, ("m",))
+    c = load(
+        "seed: 1\n",
+        [
+            "seed=2",
+            "model.architecture.layers=7",
+            "eval.sets.a=x.jsonl",
+            "reward.allowed_modules=[m]",
+        ],
+    )
+    assert (c.seed, c.model.architecture.layers, dict(c.eval.sets), c.reward.allowed_modules) == (
+        2,
+        7,
+        {"a": EvalSet("x.jsonl")},
+        ("m",),
+    )
 
 
 SETS = """
 eval: {every: 0, sets: {old: {path: old.jsonl, columns: {prompt: q}}}}
 data: {train: [gsm8k.jsonl, {path: own.jsonl, weight: 3, columns: {prompt: q, answer: a}}]}
 """
-GSM8K, OWN, OLD = TrainSet("gsm8k.jsonl"), TrainSet("own.jsonl", ColumnsConfig("q", "a"), 3.0), EvalSet("old.jsonl", ColumnsConfig("q"))
+GSM8K, OWN, OLD = (
+    TrainSet("gsm8k.jsonl"),
+    TrainSet("own.jsonl", ColumnsConfig("q", "a"), 3.0),
+    EvalSet("old.jsonl", ColumnsConfig("q")),
+)
 
 
 @pytest.mark.parametrize(
     "override, expected",
     [
         ("data.train=other.jsonl", [TrainSet("other.jsonl")]),
-        ("data.train=[other.jsonl, {path: own.jsonl, weight: 2}]", [TrainSet("other.jsonl"), TrainSet("own.jsonl", weight=2.0)]),
+        (
+            "data.train=[other.jsonl, {path: own.jsonl, weight: 2}]",
+            [TrainSet("other.jsonl"), TrainSet("own.jsonl", weight=2.0)],
+        ),
         ("data={train: [{path: other.jsonl}]}", [TrainSet("other.jsonl")]),
         ("data.train.0.weight=2", [TrainSet("gsm8k.jsonl", weight=2.0), OWN]),
         ("data.train.0.columns.prompt=p", [TrainSet("gsm8k.jsonl", ColumnsConfig("p")), OWN]),
-        ("data.train.1.columns.answer=b", [GSM8K, TrainSet("own.jsonl", ColumnsConfig("q", "b"), 3.0)]),
+        (
+            "data.train.1.columns.answer=b",
+            [GSM8K, TrainSet("own.jsonl", ColumnsConfig("q", "b"), 3.0)],
+        ),
         ("data.train.1=../a.b/own.jsonl", [GSM8K, TrainSet("../a.b/own.jsonl")]),
         ("data.train.2=more.jsonl", [GSM8K, OWN, TrainSet("more.jsonl")]),
         ("eval.sets={aime: a.jsonl}", {"aime": EvalSet("a.jsonl")}),
@@ -112,31 +180,54 @@ def test_an_override_replaces_data_sets_or_sets_a_part_of_one(load, override, ex
 
 
 def test_parts_of_a_single_data_set_can_be_set(load):
-    c = load("data: {train: a.jsonl}\n", ["data.train.0.columns.prompt=q", "data.train.1=b.jsonl", "data.train.1.weight=2"])
-    assert c.data.train == (TrainSet("a.jsonl", ColumnsConfig("q")), TrainSet("b.jsonl", weight=2.0))
+    c = load(
+        "data: {train: a.jsonl}\n",
+        ["data.train.0.columns.prompt=q", "data.train.1=b.jsonl", "data.train.1.weight=2"],
+    )
+    assert c.data.train == (
+        TrainSet("a.jsonl", ColumnsConfig("q")),
+        TrainSet("b.jsonl", weight=2.0),
+    )
 
 
 def test_an_override_is_merged_into_a_section(load):
-    c = load("dapo: {dual_clip: 3}\n", ["dapo={clip_eps_high: 0.3}", "model.lora={rank: 4}", "model.lora={alpha: 8}"])
-    assert (c.dapo.dual_clip, c.dapo.clip_eps_high, c.model.lora.rank, c.model.lora.alpha) == (3, 0.3, 4, 8)
+    c = load(
+        "dapo: {dual_clip: 3}\n",
+        ["dapo={clip_eps_high: 0.3}", "model.lora={rank: 4}", "model.lora={alpha: 8}"],
+    )
+    assert (c.dapo.dual_clip, c.dapo.clip_eps_high, c.model.lora.rank, c.model.lora.alpha) == (
+        3,
+        0.3,
+        4,
+        8,
+    )
 
 
 BAD = {
-    "unknown key, nearest match": ("dapo: {clip_eps_hi: 1}\n", "dapo.clip_eps_hi: unknown key; did you mean 'clip_eps_high'"),
+    "unknown key, nearest match": (
+        "dapo: {clip_eps_hi: 1}\n",
+        "dapo.clip_eps_hi: unknown key; did you mean 'clip_eps_high'",
+    ),
     "unknown section": ("dappo: {}\n", "dappo: unknown key; did you mean 'dapo'"),
     "far from any key": ("zzz: 1\n", "zzz: unknown key; it has: preset"),
     "duplicate key": ("seed: 1\nseed: 2\n", "c.yaml:5: duplicate key 'seed'"),
     "duplicate nested": ("dapo: {dual_clip: 2, dual_clip: 3}\n", "duplicate key 'dual_clip'"),
     "octal": ("seed: 010\n", "seed: expected a whole number, got '010'"),
     "base 60": ("seed: 1:30\n", "seed: expected a whole number, got '1:30'"),
-    "yes is text": ("dapo: {dynamic_sampling: yes}\n", "dynamic_sampling: expected true or false, got 'yes'"),
+    "yes is text": (
+        "dapo: {dynamic_sampling: yes}\n",
+        "dynamic_sampling: expected true or false, got 'yes'",
+    ),
     "bool for int": ("seed: true\n", "seed: expected a whole number"),
     "float for int": ("seed: 1.0\n", "seed: expected a whole number"),
     "nan": ("optim: {learning_rate: .nan}\n", "learning_rate: must be finite"),
     "inf": ("optim: {learning_rate: .inf}\n", "learning_rate: must be finite"),
     "huge int": ("seed: 99999999999999999999\n", "seed: 99999999999999999999 is too large"),
     "int that overflows float": ("optim: {learning_rate: 1" + "0" * 400 + "}\n", "learning_rate"),
-    "python tag": ("seed: !!python/object/apply:os.system [ls]\n", "c.yaml:4: tags are not allowed"),
+    "python tag": (
+        "seed: !!python/object/apply:os.system [ls]\n",
+        "c.yaml:4: tags are not allowed",
+    ),
     "alias bomb": ("a: &a [1]\nb: [*a, *a]\n", "aliases are not allowed"),
     "merge key": ("a: &a {}\nb: {<<: *a}\n", "aliases are not allowed"),
     "deep nesting": ("seed: " + "[" * 100 + "]" * 100 + "\n", "nested too deeply"),
@@ -147,33 +238,77 @@ BAD = {
     "null section": ("dapo:\n", "dapo: expected a mapping, got null"),
     "NUL": ('data: {train: "a\\0b"}\n', "data.train: contains a NUL"),
     "number for key": ("1: 2\n", "key 1 is not text"),
-    "wrong literal": ("reward: {verifier: strictt}\n", "reward.verifier: expected one of 'strict', 'lenient' or 'custom'"),
-    "G = 1": ("dapo: {responses_per_prompt: 1}\n", "dapo.responses_per_prompt: must be at least 2, got 1"),
-    "update splits groups": ("dapo: {responses_per_update: 100}\n", "100 is no multiple of responses_per_prompt 16"),
-    "update does not divide": ("dapo: {responses_per_update: 336}\n", "336 does not divide prompts_per_step x responses_per_prompt = 8192"),
+    "wrong literal": (
+        "reward: {verifier: strictt}\n",
+        "reward.verifier: expected one of 'strict', 'lenient' or 'custom'",
+    ),
+    "G = 1": (
+        "dapo: {responses_per_prompt: 1}\n",
+        "dapo.responses_per_prompt: must be at least 2, got 1",
+    ),
+    "update splits groups": (
+        "dapo: {responses_per_update: 100}\n",
+        "100 is no multiple of responses_per_prompt 16",
+    ),
+    "update does not divide": (
+        "dapo: {responses_per_update: 336}\n",
+        "336 does not divide prompts_per_step x responses_per_prompt = 8192",
+    ),
     "zero": ("rollout: {decode_slots: 0}\n", "rollout.decode_slots: must be at least 1, got 0"),
     "negative": ("optim: {weight_decay: -1}\n", "optim.weight_decay: must be at least 0, got -1"),
     "save interval 0": ("train: {save_every: 0}\n", "train.save_every: must be at least 1"),
     "eps_low": ("dapo: {clip_eps_low: 1.2}\n", "dapo.clip_eps_low: must be at least 0 and below 1"),
     "eps_high": ("dapo: {clip_eps_high: -0.1}\n", "dapo.clip_eps_high: must be at least 0"),
-    "importance cap": ("dapo: {importance_cap: 1.2}\n", "dapo.importance_cap: must be at least 1 + clip_eps_high = 1.28"),
+    "importance cap": (
+        "dapo: {importance_cap: 1.2}\n",
+        "dapo.importance_cap: must be at least 1 + clip_eps_high = 1.28",
+    ),
     "dual clip": ("dapo: {dual_clip: 1}\n", "dapo.dual_clip: must be above 1"),
-    "ddof": ("dapo: {advantage_ddof: 16}\n", "dapo.advantage_ddof: must be below responses_per_prompt 16"),
+    "ddof": (
+        "dapo: {advantage_ddof: 16}\n",
+        "dapo.advantage_ddof: must be below responses_per_prompt 16",
+    ),
     "top_p": ("rollout: {top_p: 0}\n", "rollout.top_p: must be above 0 and at most 1"),
-    "chat_date": ("data: {chat_date: 2026-13-01}\n", "data.chat_date: expected a day as 2024-07-26, got 2026-13-01"),
+    "chat_date": (
+        "data: {chat_date: 2026-13-01}\n",
+        "data.chat_date: expected a day as 2024-07-26, got 2026-13-01",
+    ),
     "temperature": ("rollout: {temperature: 0}\n", "rollout.temperature: must be above 0"),
-    "buffer": ("reward: {overlong_buffer_len: 30000}\n", "reward.overlong_buffer_len: exceeds rollout.max_response_len 20480"),
-    "context": ("rollout: {max_response_len: 40000}\n", "exceed the model's context of 40960 tokens"),
-    "row": ("train: {row_len: 100}\n", "train.row_len: 100 cannot hold a prompt and a response of 22528 tokens"),
+    "buffer": (
+        "reward: {overlong_buffer_len: 30000}\n",
+        "reward.overlong_buffer_len: exceeds rollout.max_response_len 20480",
+    ),
+    "context": (
+        "rollout: {max_response_len: 40000}\n",
+        "exceed the model's context of 40960 tokens",
+    ),
+    "row": (
+        "train: {row_len: 100}\n",
+        "train.row_len: 100 cannot hold a prompt and a response of 22528 tokens",
+    ),
     "mesh": ("mesh: {data: -1}\n", "mesh: axes are at least 1, and one of them may be -1"),
     "template": ("data: {template: hello}\n", "data.template: must contain {prompt} exactly once"),
-    "function without custom": ("reward: {function: 'a:b'}\n", "reward.function: goes with `verifier: custom`"),
-    "function not allowed": ("reward: {verifier: custom, function: 'os:system'}\n", "module 'os' is not in reward.allowed_modules"),
+    "function without custom": (
+        "reward: {function: 'a:b'}\n",
+        "reward.function: goes with `verifier: custom`",
+    ),
+    "function not allowed": (
+        "reward: {verifier: custom, function: 'os:system'}\n",
+        "module 'os' is not in reward.allowed_modules",
+    ),
     "folder and architecture": ("", "model.folder: give either", ["model.folder=x"]),
     "no such override": ("", "optim.lr: unknown key", ["optim.lr=1"]),
     "override without =": ("", "--set seed: expected section.key=value", ["seed"]),
-    "an index beyond the list": ("", "--set data.train.1.weight: expected 0 to 0, got 1", ["data.train=[]", "data.train.1.weight=2"]),
-    "a name in a list": ("", "--set data.train.own.jsonl: expected 0 to 2, got own", ["data.train=[a, b]", "data.train.own.jsonl=2"]),
+    "an index beyond the list": (
+        "",
+        "--set data.train.1.weight: expected 0 to 0, got 1",
+        ["data.train=[]", "data.train.1.weight=2"],
+    ),
+    "a name in a list": (
+        "",
+        "--set data.train.own.jsonl: expected 0 to 2, got own",
+        ["data.train=[a, b]", "data.train.own.jsonl=2"],
+    ),
     "deep override": ("", "expected section.key=value", ["a" + ".a" * 20000 + "=1"]),
     "two documents": ("\n---\na: 1\n", "c.yaml: holds more than one YAML document"),
     "override of a scalar's inside": ("", "seed: expected a whole number", ["seed.a=1"]),
@@ -190,7 +325,9 @@ def test_bad_configs_get_one_clear_line(load, case):
     assert "\n" not in message and len(message) < 400
 
 
-@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"- 1\n", b"text", b"\xff\xfe\x00", b"a" * 2_000_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"# nothing\n", b"- 1\n", b"text", b"\xff\xfe\x00", b"a" * 2_000_000]
+)
 def test_files_that_hold_no_mapping(tmp_path, content):
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
@@ -206,14 +343,18 @@ def test_files_that_cannot_be_read(path):
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 KEYS = st.sampled_from(["dapo", "model", "seed", "eval", "sets", "a"]) | st.text(max_size=3)
-TREES = st.recursive(SCALARS, lambda leaf: st.lists(leaf, max_size=3) | st.dictionaries(KEYS, leaf, max_size=3))
+TREES = st.recursive(
+    SCALARS, lambda leaf: st.lists(leaf, max_size=3) | st.dictionaries(KEYS, leaf, max_size=3)
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(st.text(), st.binary(), TREES.map(yaml.dump)))
 def test_no_file_raises_anything_but_its_own_error(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    path.write_bytes(
+        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    )
     try:
         assert isinstance(load_config(path), Config)
     except ConfigError as e:
@@ -221,13 +362,21 @@ def test_no_file_raises_anything_but_its_own_error(tmp_path_factory, content):
 
 
 def test_a_dumped_config_loads_equal(load, tmp_path):
-    c = load("preset: verl\ndata: {template: 'a: {prompt}\n\n010 yes 1e5 #'}\n", ["eval.sets.a=b", "optim.learning_rate=1e-7"])
+    c = load(
+        "preset: verl\ndata: {template: 'a: {prompt}\n\n010 yes 1e5 #'}\n",
+        ["eval.sets.a=b", "optim.learning_rate=1e-7"],
+    )
     (tmp_path / "d.yaml").write_text(dump_yaml(c))
     assert load_config(tmp_path / "d.yaml") == c
 
 
-@pytest.mark.parametrize("key, value", [("compute_dtype", "float32"), ("remat", "none"), ("attention_block", "512"), ("lora", "null")])
-def test_how_to_compute_is_no_part_of_an_architecture_not_even_as_it_would_be_anyway(load, key, value):
+@pytest.mark.parametrize(
+    "key, value",
+    [("compute_dtype", "float32"), ("remat", "none"), ("attention_block", "512"), ("lora", "null")],
+)
+def test_how_to_compute_is_no_part_of_an_architecture_not_even_as_it_would_be_anyway(
+    load, key, value
+):
     with pytest.raises(ConfigError, match=f"model.architecture.{key}: set model.{key} instead"):
         load(overrides=[f"model.architecture.{key}={value}"])
     assert key not in to_dict(load(overrides=[f"model.{key}={value}"]))["model"]["architecture"]
@@ -236,15 +385,33 @@ def test_how_to_compute_is_no_part_of_an_architecture_not_even_as_it_would_be_an
 def test_a_cap_below_a_steps_groups_is_refused_where_no_step_could_then_be_made(load):
     cap = ["dapo.prompts_per_step=32", "dapo.prompts_per_draw=3", "dapo.max_generation_batches=10"]
     for carried in ("false", "true"):  # surplus and open groups were drawn by some step, too
-        with pytest.raises(ConfigError, match="dapo.max_generation_batches: 10 x prompts_per_draw 3 = 30 .* prompts_per_step 32 groups"):
-            load(overrides=[*cap, f"dapo.carry_surplus={carried}", f"dapo.partial_rollouts={carried}"])
-    for legitimate in ("dapo.on_cap=train", "dapo.dynamic_sampling=false", "dapo.max_generation_batches=11"):
+        with pytest.raises(
+            ConfigError,
+            match="dapo.max_generation_batches: 10 x prompts_per_draw 3 = 30 .* prompts_per_step 32 groups",
+        ):
+            load(
+                overrides=[
+                    *cap,
+                    f"dapo.carry_surplus={carried}",
+                    f"dapo.partial_rollouts={carried}",
+                ]
+            )
+    for legitimate in (
+        "dapo.on_cap=train",
+        "dapo.dynamic_sampling=false",
+        "dapo.max_generation_batches=11",
+    ):
         load(overrides=[*cap, legitimate])
 
 
 def test_every_field_is_described():
     text = "\n".join(describe())
-    fields = [f.name for cls in vars(config_module).values() if dataclasses.is_dataclass(cls) for f in dataclasses.fields(cls)]
+    fields = [
+        f.name
+        for cls in vars(config_module).values()
+        if dataclasses.is_dataclass(cls)
+        for f in dataclasses.fields(cls)
+    ]
     assert len(fields) > 80
     for field in fields:
         line = next(line for line in text.splitlines() if line.lstrip(" #").startswith(f"{field}:"))

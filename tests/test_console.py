@@ -1,4 +1,6 @@
-"""What a person sees while a run goes: a table that lines up at both widths, and nothing that a log file could not hold."""
+"""What a person sees while a run goes: a table that lines up at both widths, and nothing that a log
+file could not hold.
+"""
 
 import re
 import sys
@@ -18,8 +20,17 @@ VALUES = {
     "time/step_s": 60.06,
 }
 # As large as numbers of a pod's run get.
-LARGE = dict.fromkeys(METRICS, 1.0) | {"reward/mean": -1.5, "policy/approx_kl": 1.2e-3, "rollout/response_len_mean": 20480.0}
-LARGE |= {"rollout/prompts": 15360, "throughput/rollout_tokens_per_s": 1234567.0, "time/rollout_s": 1234.5, "time/step_s": 2345.6}
+LARGE = dict.fromkeys(METRICS, 1.0) | {
+    "reward/mean": -1.5,
+    "policy/approx_kl": 1.2e-3,
+    "rollout/response_len_mean": 20480.0,
+}
+LARGE |= {
+    "rollout/prompts": 15360,
+    "throughput/rollout_tokens_per_s": 1234567.0,
+    "time/rollout_s": 1234.5,
+    "time/step_s": 2345.6,
+}
 
 
 def cells(titles: str, line: str) -> dict[str, str]:
@@ -31,14 +42,20 @@ def cells(titles: str, line: str) -> dict[str, str]:
 @pytest.mark.parametrize("columns", [80, 120])
 def test_columns_line_up_and_show_what_they_say(columns):
     table = StepTable(320, columns)
-    (titles, line), empty, full = table.line(7, VALUES).split("\n"), table.line(320, {}), table.line(320, LARGE)
+    (titles, line), empty, full = (
+        table.line(7, VALUES).split("\n"),
+        table.line(320, {}),
+        table.line(320, LARGE),
+    )
     assert len(titles) == len(line) == len(empty) == len(full) < columns
     shown = cells(titles, line)
     expected = {"step": "7/320", "acc%": "45.7", "reward": "-0.250", "kl": "-", "step_s": "60.1"}
     assert expected.items() <= shown.items()
     assert set(cells(titles, empty).values()) == {"320/320", "-"}
     assert cells(titles, full)["len"] == "20480"
-    assert ("clip+%" in shown) == (columns == 120) and (columns == 80 or (shown["clip+%"], shown["train_s"]) == ("1.23", "12.3"))
+    assert ("clip+%" in shown) == (columns == 120) and (
+        columns == 80 or (shown["clip+%"], shown["train_s"]) == ("1.23", "12.3")
+    )
     assert {key for _, key, *_ in console._COLUMNS} <= METRICS.keys()
 
 
@@ -58,7 +75,12 @@ def test_a_log_file_has_the_wide_table_and_no_control_characters(capsys):
 
 
 def test_a_quiet_run_tells_results_and_other_processes_tell_nothing(capsys):
-    for main, quiet, expected in ((True, False, "going\ndone\n"), (True, True, "done\n"), (False, False, ""), (False, True, "")):
+    for main, quiet, expected in (
+        (True, False, "going\ndone\n"),
+        (True, True, "done\n"),
+        (False, False, ""),
+        (False, True, ""),
+    ):
         said = make_console(main=main, quiet=quiet)
         said.say("going")
         said.tell("done")

@@ -1,4 +1,6 @@
-"""curves.png draws the numbers of metrics.jsonl, for long runs, short runs and runs that measured little."""
+"""curves.png draws the numbers of metrics.jsonl, for long runs, short runs and runs that measured
+little.
+"""
 
 import json
 
@@ -20,7 +22,14 @@ def records(steps: int, seed: int = 0) -> list[dict]:
     rng = np.random.default_rng(seed)
     lines = [{"step": 0, "updates": 0, "draws": 0, "eval/aime/avg": 0.25, "eval/aime/avg_se": 0.05}]
     for step in range(1, steps + 1):
-        lines.append({"step": step, "updates": step, "draws": step, **{key: float(rng.uniform(0.1, 0.9)) for key in KEYS}})
+        lines.append(
+            {
+                "step": step,
+                "updates": step,
+                "draws": step,
+                **{key: float(rng.uniform(0.1, 0.9)) for key in KEYS},
+            }
+        )
         if step % 5 == 0:
             lines[-1] |= {"eval/aime/avg": 0.5, "eval/aime/avg_se": 0.1}
     return lines
@@ -54,7 +63,9 @@ def test_lines_show_the_numbers():
         ("KL (nats, right)", "policy/approx_kl", 1),
     )
     for label, key, factor in shown:
-        np.testing.assert_allclose(got[label], [range(1, 11), [factor * line[key] for line in lines[1:]]])
+        np.testing.assert_allclose(
+            got[label], [range(1, 11), [factor * line[key] for line in lines[1:]]]
+        )
     assert len(got) == 13
 
 
@@ -83,7 +94,13 @@ def test_running_mean_against_a_loop():
 
 @pytest.mark.parametrize(
     "lines",
-    [records(300), records(1), records(0), [{"step": 4, "policy/approx_kl": 0.0, "policy/clip_fraction_low": 0.0}], [{"step": 1}]],
+    [
+        records(300),
+        records(1),
+        records(0),
+        [{"step": 4, "policy/approx_kl": 0.0, "policy/clip_fraction_low": 0.0}],
+        [{"step": 1}],
+    ],
     ids=["long", "one step", "only an evaluation", "all zero on a log scale", "nothing measured"],
 )
 @pytest.mark.filterwarnings("error")
@@ -98,7 +115,11 @@ def test_title_is_the_folder_name_only(tmp_path, monkeypatch):
     folder = run_with(tmp_path, records(3))
     monkeypatch.chdir(folder)
     seen = []
-    monkeypatch.setattr(curves, "_draw", lambda lines, title, draw=curves._draw: (seen.append(title), draw(lines, title))[1])
+    monkeypatch.setattr(
+        curves,
+        "_draw",
+        lambda lines, title, draw=curves._draw: (seen.append(title), draw(lines, title))[1],
+    )
     plot_curves(".")
     assert seen == ["my_run"]
 

@@ -1,4 +1,7 @@
-"""Data sets in a bucket: the same problems, and one line where something is amiss. The bucket is `fake_gcs.py`."""
+"""Data sets in a bucket: the same problems, and one line where something is amiss.
+
+The bucket is `fake_gcs.py`.
+"""
 
 import gzip
 import json
@@ -14,7 +17,9 @@ from dapo_jax.data.problems import load_problems, problems_digest
 from dapo_jax.data.tfds_builder import prepare
 from dapo_jax.types import InputError
 
-ROWS = [{"prompt": f"{n}+1\u00e9", "answer": n + 1, "solution": f"Answer: {n + 1}"} for n in range(50)]
+ROWS = [
+    {"prompt": f"{n}+1\u00e9", "answer": n + 1, "solution": f"Answer: {n + 1}"} for n in range(50)
+]
 
 
 def load(source):
@@ -32,7 +37,10 @@ def local(tmp_path_factory):
     prepare(str(folder / "a.jsonl"), str(folder))
     for number in range(2):
         (folder / "shards").mkdir(exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(ROWS[25 * number :][:25]), folder / "shards" / f"train-{number}.parquet")
+        pq.write_table(
+            pa.Table.from_pylist(ROWS[25 * number :][:25]),
+            folder / "shards" / f"train-{number}.parquet",
+        )
     return folder
 
 
@@ -47,14 +55,25 @@ def test_a_bucket_holds_the_same_problems(empty, local, name):  # noqa: F811
     assert {p.source for p in there} == {f"gs://bucket/deep/{name}"}
 
 
-def test_the_verb_reads_from_a_bucket_and_prepares_in_it(empty, local, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_verb_reads_from_a_bucket_and_prepares_in_it(
+    empty,  # noqa: F811
+    local,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     monkeypatch.chdir(tmp_path)
     empty.put("a.jsonl", (local / "a.jsonl").read_bytes())
-    assert data.main("prepare --source gs://bucket/a.jsonl --out gs://bucket/out --name sums".split()) == 0
+    assert (
+        data.main("prepare --source gs://bucket/a.jsonl --out gs://bucket/out --name sums".split())
+        == 0
+    )
     assert "wrote gs://bucket/out/sums/1.0.0" in capsys.readouterr().out
     assert data.main("stats --source gs://bucket/out/sums/1.0.0 --json out.json".split()) == 0
     assert json.loads((tmp_path / "out.json").read_text())["source"]["problems"] == 50
-    with pytest.raises(InputError, match="^gs://bucket/out/sums/1.0.0: already holds a prepared data set"):
+    with pytest.raises(
+        InputError, match="^gs://bucket/out/sums/1.0.0: already holds a prepared data set"
+    ):
         data.main("prepare --source gs://bucket/a.jsonl --out gs://bucket/out --name sums".split())
     assert {p.name for p in tmp_path.iterdir()} == {"out.json"}  # no folder `gs:`
 
@@ -81,10 +100,15 @@ def test_what_is_no_data_set_is_one_line(empty, source, said):  # noqa: F811
 def test_a_bucket_that_refuses_is_one_line(empty, tmp_path):  # noqa: F811
     empty.put("a.jsonl", b"{}")
     empty.failing = 403
-    with pytest.raises(InputError, match=r'^gs://bucket/a.jsonl: cannot be read \(Forbidden.*\); pip install "dapo_jax\[tpu\]"'):
+    with pytest.raises(
+        InputError,
+        match=r'^gs://bucket/a.jsonl: cannot be read \(Forbidden.*\); pip install "dapo_jax\[tpu\]"',
+    ):
         load("gs://bucket/a.jsonl")
     (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]))
-    with pytest.raises(InputError, match=r"^gs://bucket/out/problems/1.0.0: cannot be written \(Forbidden"):
+    with pytest.raises(
+        InputError, match=r"^gs://bucket/out/problems/1.0.0: cannot be written \(Forbidden"
+    ):
         prepare(str(tmp_path / "a.jsonl"), "gs://bucket/out")
 
 
@@ -96,6 +120,8 @@ def test_an_object_that_changes_while_it_is_read(empty, monkeypatch):  # noqa: F
         copy(source, target, length)
         empty.put("a.jsonl", b'{"prompt": "a", "answer": 1}\n{"prompt": "b", "answer": 1}\n')
 
-    monkeypatch.setattr("dapo_jax.data.bucket.shutil.copyfileobj", copy_while_another_program_writes)
+    monkeypatch.setattr(
+        "dapo_jax.data.bucket.shutil.copyfileobj", copy_while_another_program_writes
+    )
     with pytest.raises(InputError, match=r"^gs://bucket/a.jsonl: changed while it was read"):
         load("gs://bucket/a.jsonl")

@@ -37,7 +37,9 @@ reward: {overlong_buffer_len: 10}
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    Path("b.jsonl").write_text('{"q": "2+2?", "answer": "4"}\n{"q": "7+7?", "answer": "14"}\n{"q": "8+8?", "answer": "16"}\n')
+    Path("b.jsonl").write_text(
+        '{"q": "2+2?", "answer": "4"}\n{"q": "7+7?", "answer": "14"}\n{"q": "8+8?", "answer": "16"}\n'
+    )
     Path("c.yaml").write_text(CONFIG)
     return tmp_path
 
@@ -78,26 +80,51 @@ def test_the_counts_of_a_file(capsys):
 
 
 def test_ground_truths_that_no_response_can_reach(capsys):
-    """What is left of a solution behind `\\boxed`: said of a file, refused where a config names the verifier."""
-    Path("math.jsonl").write_text('{"prompt": "x?", "answer": "{4}$."}\n{"prompt": "y?", "answer": "{5}$."}\n')
+    """What is left of a solution behind `\\boxed`: said of a file, refused where a config names the
+    verifier.
+    """
+    Path("math.jsonl").write_text(
+        '{"prompt": "x?", "answer": "{4}$."}\n{"prompt": "y?", "answer": "{5}$."}\n'
+    )
     assert verb("stats", "--source", "math.jsonl") == 0
     line = "0 of 2 (0.0%) ground truths are correct by the strict verifier; not, for example, "
     assert f"warning: source: {line}" in capsys.readouterr().out
     assert verb("stats", "--config", "c.yaml", "--set", "data.train=math.jsonl") == 2
     said = capsys.readouterr()
-    assert "  problems                  2\n" in said.out and f"dapo_jax: data.train: {line}" in said.err
+    assert (
+        "  problems                  2\n" in said.out
+        and f"dapo_jax: data.train: {line}" in said.err
+    )
 
 
 def test_the_sets_of_a_config_with_the_lengths_of_their_prompts(capsys):
     """Lengths are bytes and a `=` here; `make_prompts` keeps those that are not too long."""
-    assert verb("stats", "--config", "c.yaml", "--json", "out.json", "--set", "data.arithmetic.heldout_problems=20") == 0
+    assert (
+        verb(
+            "stats",
+            "--config",
+            "c.yaml",
+            "--json",
+            "out.json",
+            "--set",
+            "data.arithmetic.heldout_problems=20",
+        )
+        == 0
+    )
     found = json.loads(Path("out.json").read_text())
     assert list(found) == ["data.train.0", "data.train.1", "eval.sets.held"]
     first, second, held = found.values()
-    assert (first["weight"], first["share"], second["weight"], second["share"]) == (1, 0.25, 3, 0.75)
+    assert (first["weight"], first["share"], second["weight"], second["share"]) == (
+        1,
+        0.25,
+        3,
+        0.75,
+    )
     assert (second["problems"], second["in_earlier_sets"], second["rows"]) == (2, 1, 3)
     lengths = first["prompt_tokens"]
-    assert [lengths[key] for key in ("prompts", "with_control_tokens", "too_long", "min", "max", "p50")] == [3, 1, 1, 5, 34, 5]
+    assert [
+        lengths[key] for key in ("prompts", "with_control_tokens", "too_long", "min", "max", "p50")
+    ] == [3, 1, 1, 5, 34, 5]
     assert held["prompt_tokens"]["prompts"] == 20
     out = capsys.readouterr().out
     assert "  share of draws        75.0%  weight 3\n" in out
@@ -117,27 +144,58 @@ def test_percentiles_and_histogram_against_a_naive_count(lengths, limit):
     found = length_stats(np.array(lengths, np.int64), 0, [], limit)
     ordered = sorted(lengths)
     for p in (50, 90, 95, 99):
-        assert found[f"p{p}"] == min(n for n in ordered if 100 * sum(m <= n for m in ordered) >= p * len(ordered))
+        assert found[f"p{p}"] == min(
+            n for n in ordered if 100 * sum(m <= n for m in ordered) >= p * len(ordered)
+        )
     bins = found["histogram"]
-    assert [count for *_, count in bins] == [sum(begin <= n < end for n in lengths) for begin, end, _ in bins]
+    assert [count for *_, count in bins] == [
+        sum(begin <= n < end for n in lengths) for begin, end, _ in bins
+    ]
     assert sum(count for *_, count in bins) == len(lengths) and len(bins) <= 11
     assert all(a[1] == b[0] for a, b in zip(bins, bins[1:], strict=False))
-    assert found["too_long"] == sum(n > limit for n in lengths) and (found["min"], found["max"]) == (ordered[0], ordered[-1])
+    assert found["too_long"] == sum(n > limit for n in lengths) and (
+        found["min"],
+        found["max"],
+    ) == (ordered[0], ordered[-1])
 
 
 def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
-    assert verb("prepare", "--source", "a.jsonl", "--test", "b.jsonl", "--columns", "prompt=q", "--out", "out") == 2
-    assert "a.jsonl: 0 problems from 8 rows (8 skipped: no prompt (column q) (row 1: columns question, answer))" in capsys.readouterr().err
+    assert (
+        verb(
+            "prepare",
+            "--source",
+            "a.jsonl",
+            "--test",
+            "b.jsonl",
+            "--columns",
+            "prompt=q",
+            "--out",
+            "out",
+        )
+        == 2
+    )
+    assert (
+        "a.jsonl: 0 problems from 8 rows (8 skipped: no prompt (column q) (row 1: columns question, answer))"
+        in capsys.readouterr().err
+    )
     assert not Path("out").exists()
     Path("b.jsonl").write_text('{"question": "7+7?", "answer": "14"}\n')
-    assert verb("prepare", "--source", "a.jsonl", "--test", "b.jsonl", "--out", "out", "--name", "sums") == 0
+    assert (
+        verb(
+            "prepare", "--source", "a.jsonl", "--test", "b.jsonl", "--out", "out", "--name", "sums"
+        )
+        == 0
+    )
     out = capsys.readouterr().out.splitlines()
     assert out == [
         "a.jsonl: 4 problems from 8 rows (2 duplicates, 1 conflicting prompts dropped, 1 skipped: no answer (row 6: columns question))",
         "b.jsonl: 1 problems from 1 rows",
         "wrote out/sums/1.0.0",
     ]
-    loaded = [load_problems("out/sums/1.0.0", ArithmeticConfig(), heldout=heldout)[0] for heldout in (False, True)]
+    loaded = [
+        load_problems("out/sums/1.0.0", ArithmeticConfig(), heldout=heldout)[0]
+        for heldout in (False, True)
+    ]
     assert loaded == [load_problems(f"{name}.jsonl", ArithmeticConfig())[0] for name in "ab"]
     info = json.loads(Path("out/sums/1.0.0/dataset_info.json").read_text())
     assert info["name"] == "sums" and info["description"] == "\n".join(out[:2])
@@ -148,16 +206,31 @@ def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
     [
         ("stats --source gone.jsonl", "gone.jsonl: no such file; correct the path"),
         ("stats --source a.tsv", "a.tsv: not a known kind of data set"),
-        ("stats --source a.jsonl --columns promt=q", "--columns promt: expected PART=COLUMN, where PART is one of prompt, answer,"),
+        (
+            "stats --source a.jsonl --columns promt=q",
+            "--columns promt: expected PART=COLUMN, where PART is one of prompt, answer,",
+        ),
         ("stats --source a.jsonl --columns prompt", "--columns prompt: expected PART=COLUMN"),
-        ("stats --source a.jsonl --tokenizer gone", "gone: no such folder; give a Hugging Face model folder"),
+        (
+            "stats --source a.jsonl --tokenizer gone",
+            "gone: no such folder; give a Hugging Face model folder",
+        ),
         ("stats --source a.jsonl --json gone/out.json", "gone/out.json: cannot write"),
         ("stats --source a.jsonl --set seed=1", "--set: goes with --config"),
         ("stats --config c.yaml --columns prompt=q", "--columns, --heldout: go with --source"),
         ("stats --config gone.yaml", "gone.yaml: cannot read config"),
-        ("stats --config c.yaml --set data.columns.a.prompt=q", "data.columns: belongs to a data set"),
-        ("prepare --source a.jsonl --out out --name No/Name", "'No/Name': cannot name a data set; use small letters"),
-        ("prepare --source a.jsonl --out gs://bucket", "gs://bucket: not of the form gs://bucket/name"),
+        (
+            "stats --config c.yaml --set data.columns.a.prompt=q",
+            "data.columns: belongs to a data set",
+        ),
+        (
+            "prepare --source a.jsonl --out out --name No/Name",
+            "'No/Name': cannot name a data set; use small letters",
+        ),
+        (
+            "prepare --source a.jsonl --out gs://bucket",
+            "gs://bucket: not of the form gs://bucket/name",
+        ),
         ("prepare --source a.jsonl --out a.jsonl", "a.jsonl: cannot be written"),
     ],
 )

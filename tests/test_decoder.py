@@ -1,4 +1,6 @@
-"""What a decoder must be, whatever its weights: causal, segment by segment, the same through a cache. Hugging Face: test_hf_parity."""
+"""What a decoder must be, whatever its weights: causal, segment by segment, the same through a
+cache. Hugging Face: test_hf_parity.
+"""
 
 import dataclasses
 import functools
@@ -32,7 +34,9 @@ BIASED = tiny.model("qwen2")
 NORMED = tiny.model("qwen3", tie_embeddings=False)
 WINDOWED = tiny.model("gemma3_text", layers=3)  # a window of 3 in the first and the last
 ROWS, WIDTH = 2, 12
-TOKENS = np.random.default_rng(0).permutation(40)[: ROWS * WIDTH].reshape(ROWS, WIDTH).astype(np.int32)  # all distinct
+TOKENS = (
+    np.random.default_rng(0).permutation(40)[: ROWS * WIDTH].reshape(ROWS, WIDTH).astype(np.int32)
+)  # all distinct
 SEGMENTS = np.array([[1] * 4 + [2] * 5 + [3, 0, 0], [1] * 12], np.int32)
 
 POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0, 1], list(range(12))], np.int32)
@@ -55,16 +59,25 @@ def run(params, config, tokens=TOKENS, positions=COUNTED, segment_ids=ONE_SEGMEN
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config, sight", [(NORMED, WIDTH), (tiny.model("gemma3_text", layers=1, tie_embeddings=False), 3)])
+@pytest.mark.parametrize(
+    "config, sight",
+    [(NORMED, WIDTH), (tiny.model("gemma3_text", layers=1, tie_embeddings=False), 3)],
+)
 def test_a_logit_depends_on_its_own_segment_up_to_itself_and_on_nothing_else(config, sight):
-    """By gradients in the embeddings of the tokens, which are all distinct; exactly 0 where there is no dependence."""
+    """By gradients in the embeddings of the tokens, which are all distinct; exactly 0 where there
+    is no dependence.
+    """
     params = tiny.params(config)
 
     def logits(embedding):
-        return apply({**params, "embed": {"embedding": embedding}}, config, TOKENS, segment_ids=SEGMENTS)
+        return apply(
+            {**params, "embed": {"embedding": embedding}}, config, TOKENS, segment_ids=SEGMENTS
+        )
 
     def slope(row, t):  # of all logits at [row, t], weighted at random
-        probe = jnp.zeros((ROWS, WIDTH, 40)).at[row, t].set(np.random.default_rng(1).normal(size=40))
+        probe = (
+            jnp.zeros((ROWS, WIDTH, 40)).at[row, t].set(np.random.default_rng(1).normal(size=40))
+        )
         return jax.vjp(logits, params["embed"]["embedding"])[1](probe)[0]
 
     slope = jax.jit(slope)
@@ -72,7 +85,12 @@ def test_a_logit_depends_on_its_own_segment_up_to_itself_and_on_nothing_else(con
     reached = np.abs(slopes).max(axis=-1)[:, TOKENS.ravel()] > 0  # [row t, row s]
     row, t = np.divmod(np.arange(ROWS * WIDTH), WIDTH)
     flat = SEGMENTS.ravel()
-    expected = (row[:, None] == row[None]) & (flat[:, None] == flat[None]) & (t[:, None] >= t[None]) & (t[:, None] < t[None] + sight)
+    expected = (
+        (row[:, None] == row[None])
+        & (flat[:, None] == flat[None])
+        & (t[:, None] >= t[None])
+        & (t[:, None] < t[None] + sight)
+    )
     np.testing.assert_array_equal(reached, expected)
 
 
@@ -84,7 +102,9 @@ def test_a_segment_in_a_packed_row_is_what_it_is_alone(config):
         own = np.flatnonzero(SEGMENTS[0] == segment)
         alone = np.zeros_like(TOKENS)
         alone[0, : own.size] = TOKENS[0, own]
-        np.testing.assert_allclose(packed[0, own], run(params, config, alone)[0, : own.size], rtol=0, atol=5e-6)
+        np.testing.assert_allclose(
+            packed[0, own], run(params, config, alone)[0, : own.size], rtol=0, atol=5e-6
+        )
 
 
 def test_positions_restart_with_every_segment():
@@ -97,8 +117,15 @@ def test_positions_restart_with_every_segment():
 def test_default_positions_are_those_of_the_segments_and_only_distances_count():
     params = tiny.params(SCALED)
     given = run(params, SCALED, TOKENS, POSITIONS, SEGMENTS)
-    np.testing.assert_allclose(jax.jit(apply, static_argnums=1)(params, SCALED, TOKENS, None, SEGMENTS), given, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(run(params, SCALED, TOKENS, POSITIONS + 17, SEGMENTS), given, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+        jax.jit(apply, static_argnums=1)(params, SCALED, TOKENS, None, SEGMENTS),
+        given,
+        rtol=0,
+        atol=2e-6,
+    )
+    np.testing.assert_allclose(
+        run(params, SCALED, TOKENS, POSITIONS + 17, SEGMENTS), given, rtol=0, atol=2e-5
+    )
     assert np.abs(run(params, SCALED, TOKENS, 2 * POSITIONS, SEGMENTS) - given).max() > 0.01
 
 
@@ -114,7 +141,9 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole_row(config):
     size = (config.layers, ROWS, config.kv_heads, WIDTH, config.head_dim)
     whole, (k, v) = jax.device_get(forward(params, config, TOKENS, COUNTED, ONE_SEGMENT))
     filled = np.arange(WIDTH)[None] < behind[:, None]
-    cache = Cache(*(jnp.where(filled[None, :, None, :, None], jnp.swapaxes(x, 2, 3), 1e3) for x in (k, v)))
+    cache = Cache(
+        *(jnp.where(filled[None, :, None, :, None], jnp.swapaxes(x, 2, 3), 1e3) for x in (k, v))
+    )
     assert cache.k.shape == size
 
     @jax.jit
@@ -127,7 +156,9 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole_row(config):
         logits, cache = step(TOKENS[at], behind + offset, cache)
         np.testing.assert_allclose(logits, whole[at], rtol=0, atol=5e-6)
     for found, expected in zip(cache[:2], (k, v), strict=True):
-        np.testing.assert_allclose(found[:, 1], np.swapaxes(expected, 2, 3)[:, 1], rtol=0, atol=5e-6)
+        np.testing.assert_allclose(
+            found[:, 1], np.swapaxes(expected, 2, 3)[:, 1], rtol=0, atol=5e-6
+        )
 
 
 def test_a_step_reads_and_writes_only_the_slots_and_the_length_it_is_told():
@@ -155,11 +186,18 @@ def test_an_8_bit_cache_holds_the_scaled_keys_and_values():
     cache = make_cache(k, v, int8=True)
     for values, scale, exact in ((cache.k, cache.scale_k, k), (cache.v, cache.scale_v, v)):
         assert values.dtype == jnp.int8
-        np.testing.assert_allclose(np.asarray(values) * np.asarray(scale)[..., None], exact, rtol=0, atol=np.abs(exact).max() / 250)
+        np.testing.assert_allclose(
+            np.asarray(values) * np.asarray(scale)[..., None],
+            exact,
+            rtol=0,
+            atol=np.abs(exact).max() / 250,
+        )
     hidden, after = jax.jit(lambda c: decode_step(params, NORMED, tokens, lengths, c))(cache)
     assert 1e-5 < tiny.gap(logits_of(params, hidden), whole[np.arange(2), lengths]) < 0.02
     for old, new in zip(cache, after, strict=True):  # the new token, and nothing else
-        changed = np.argwhere(np.asarray(old != new).any(axis=(0, 2)).reshape(2, WIDTH, -1).any(axis=-1))
+        changed = np.argwhere(
+            np.asarray(old != new).any(axis=(0, 2)).reshape(2, WIDTH, -1).any(axis=-1)
+        )
         assert {tuple(at) for at in changed.tolist()} <= {(0, 7), (1, 4)}
 
 
@@ -168,7 +206,10 @@ def test_an_8_bit_cache_holds_the_scaled_keys_and_values():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scaling", [None, RopeScaling(), RopeScaling(32.0, 1.0, 4.0, 8192), RopeScaling(4.0, 2.0, 3.0, 64)])
+@pytest.mark.parametrize(
+    "scaling",
+    [None, RopeScaling(), RopeScaling(32.0, 1.0, 4.0, 8192), RopeScaling(4.0, 2.0, 3.0, 64)],
+)
 def test_rotary_angles_follow_the_formula_of_the_llama_3_1_release(scaling):
     config = tiny.model("llama", head_dim=64, rope_theta=5e5, rope_scaling=scaling)
     positions = np.array([[0, 1, 7, 300]])
@@ -183,11 +224,20 @@ def test_rotary_angles_follow_the_formula_of_the_llama_3_1_release(scaling):
             elif wavelength < length / scaling.high_freq_factor:
                 kind = "short"
             else:
-                smooth = (length / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-                frequency, kind = (1 - smooth) * frequency / scaling.factor + smooth * frequency, "between"
+                smooth = (length / wavelength - scaling.low_freq_factor) / (
+                    scaling.high_freq_factor - scaling.low_freq_factor
+                )
+                frequency, kind = (
+                    (1 - smooth) * frequency / scaling.factor + smooth * frequency,
+                    "between",
+                )
             kinds.add(kind)
-        np.testing.assert_allclose(cos[0, :, j], np.cos(positions[0] * frequency), rtol=0, atol=5e-5)
-        np.testing.assert_allclose(sin[0, :, j], np.sin(positions[0] * frequency), rtol=0, atol=5e-5)
+        np.testing.assert_allclose(
+            cos[0, :, j], np.cos(positions[0] * frequency), rtol=0, atol=5e-5
+        )
+        np.testing.assert_allclose(
+            sin[0, :, j], np.sin(positions[0] * frequency), rtol=0, atol=5e-5
+        )
     assert scaling is None or kinds == {"long", "short", "between"}
 
 
@@ -195,7 +245,12 @@ def test_rotation_turns_the_first_half_against_the_second_as_complex_numbers():
     x = np.random.default_rng(0).normal(size=(2, 3, 4, 8)).astype(np.float32)
     angle = np.random.default_rng(1).uniform(-3, 3, size=(2, 3, 4)).astype(np.float32)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[..., None, :]
-    np.testing.assert_allclose(rotate(x, (np.cos(angle), np.sin(angle))), np.concatenate([turned.real, turned.imag], -1), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        rotate(x, (np.cos(angle), np.sin(angle))),
+        np.concatenate([turned.real, turned.imag], -1),
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -208,26 +263,47 @@ def test_rotation_turns_the_first_half_against_the_second_as_complex_numbers():
 def test_parameters_are_those_of_the_hugging_face_models(family, tied):
     config = tiny.model(family, tie_embeddings=tied)
     abstract = abstract_params(config)
-    found = {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-    expected = {"/".join(t.path): t.shape if t.layer is None else (config.layers, *t.shape) for t in tensors(config)}
+    found = {
+        "/".join(key.key for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+    }
+    expected = {
+        "/".join(t.path): t.shape if t.layer is None else (config.layers, *t.shape)
+        for t in tensors(config)
+    }
     assert found == expected
     vocab, d, heads, kv, h, ffn = 40, 16, 4, 2, 8, 24
     layer = 2 * d + 2 * d * heads * h + 2 * d * kv * h + 3 * d * ffn
-    layer += {"llama": 0, "qwen2": (heads + 2 * kv) * h, "qwen3": 2 * h, "gemma3_text": 2 * h + 2 * d}[family]
-    assert sum(a.size for a in jax.tree.leaves(abstract)) == vocab * d * (1 if tied else 2) + d + 2 * layer
+    layer += {
+        "llama": 0,
+        "qwen2": (heads + 2 * kv) * h,
+        "qwen3": 2 * h,
+        "gemma3_text": 2 * h + 2 * d,
+    }[family]
+    assert (
+        sum(a.size for a in jax.tree.leaves(abstract))
+        == vocab * d * (1 if tied else 2) + d + 2 * layer
+    )
 
 
 def test_init_scales_every_kernel_by_its_fan_in_and_residual_branches_by_depth():
     config = tiny.model(vocab_size=500, model_dim=64, ffn_dim=96, tie_embeddings=False)
     made = jax.jit(functools.partial(init, config))(jax.random.key(1))
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), made) == jax.tree.map(lambda a: (a.shape, a.dtype), abstract_params(config))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), made) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), abstract_params(config)
+    )
     attn, mlp = made["layers"]["attn"], made["layers"]["mlp"]
-    expected = {0.02: [made["embed"]["embedding"]], 64**-0.5: [made["head"]["kernel"], attn["q"]["kernel"], mlp["gate"]["kernel"]]}
+    expected = {
+        0.02: [made["embed"]["embedding"]],
+        64**-0.5: [made["head"]["kernel"], attn["q"]["kernel"], mlp["gate"]["kernel"]],
+    }
     expected |= {(32 * 4) ** -0.5: [attn["o"]["kernel"]], (96 * 4) ** -0.5: [mlp["down"]["kernel"]]}
     for deviation, kernels in expected.items():
         for kernel in kernels:
             assert np.std(kernel) == pytest.approx(deviation, rel=0.05)
-    assert not np.array_equal(attn["q"]["kernel"][0], attn["q"]["kernel"][1])  # each layer draws its own
+    assert not np.array_equal(
+        attn["q"]["kernel"][0], attn["q"]["kernel"][1]
+    )  # each layer draws its own
 
 
 def test_a_tied_head_is_the_embedding_transposed():
@@ -241,9 +317,15 @@ def test_a_tied_head_is_the_embedding_transposed():
 
 
 def test_remat_saves_memory_and_changes_no_gradient():
-    """Bytes of temporaries from the compiler, for a deep model. Measured: gradients are the same to the bit."""
+    """Bytes of temporaries from the compiler, for a deep model.
+
+    Measured: gradients are the same to the bit.
+    """
     base = tiny.model("llama", layers=16)
-    params, tokens = tiny.params(base), np.random.default_rng(0).integers(0, 40, (4, 64)).astype(np.int32)
+    params, tokens = (
+        tiny.params(base),
+        np.random.default_rng(0).integers(0, 40, (4, 64)).astype(np.int32),
+    )
 
     def gradient(remat):
         config = dataclasses.replace(base, remat=remat)
@@ -251,7 +333,9 @@ def test_remat_saves_memory_and_changes_no_gradient():
         program = jax.jit(loss).lower(params).compile()
         return program(params), program.memory_analysis().temp_size_in_bytes
 
-    (none, none_bytes), (dots, dots_bytes), (full, full_bytes) = (gradient(remat) for remat in ("none", "dots", "full"))
+    (none, none_bytes), (dots, dots_bytes), (full, full_bytes) = (
+        gradient(remat) for remat in ("none", "dots", "full")
+    )
     assert full_bytes < dots_bytes / 2 < none_bytes / 2
     assert tiny.gap(dots, none) < 1e-6 and tiny.gap(full, none) < 1e-6
 
@@ -261,7 +345,11 @@ def test_remat_changes_no_gradient_where_some_layers_have_a_window():
 
     def gradient(remat):
         config = dataclasses.replace(WINDOWED, remat=remat)
-        return jax.jit(jax.grad(lambda p: jnp.sin(hidden_states(p, config, TOKENS, POSITIONS, SEGMENTS)[0]).sum()))(params)
+        return jax.jit(
+            jax.grad(
+                lambda p: jnp.sin(hidden_states(p, config, TOKENS, POSITIONS, SEGMENTS)[0]).sum()
+            )
+        )(params)
 
     none = gradient("none")
     assert tiny.gap(gradient("dots"), none) < 1e-6 and tiny.gap(gradient("full"), none) < 1e-6
@@ -270,7 +358,11 @@ def test_remat_changes_no_gradient_where_some_layers_have_a_window():
 def test_which_layers_have_a_window():
     """As transformers' own rule for Gemma 3 1B: 26 layers, every sixth of them sees everything."""
     seen = [
-        i + 1 for i, windowed in enumerate(windowed_layers(tiny.model("gemma3_text", layers=26, windows=Windows(512, 6)))) if not windowed
+        i + 1
+        for i, windowed in enumerate(
+            windowed_layers(tiny.model("gemma3_text", layers=26, windows=Windows(512, 6)))
+        )
+        if not windowed
     ]
     assert seen == [6, 12, 18, 24]
     assert windowed_layers(NORMED) is None
@@ -279,6 +371,9 @@ def test_which_layers_have_a_window():
 def test_bfloat16_compute_differs_little_and_gives_float32_logits():
     """Measured: logits within 2.1% of their norm."""
     narrow, params = dataclasses.replace(NORMED, compute_dtype="bfloat16"), tiny.params(NORMED)
-    (found, (k, v)), expected = forward(params, narrow, TOKENS, COUNTED, ONE_SEGMENT), run(params, NORMED)
+    (found, (k, v)), expected = (
+        forward(params, narrow, TOKENS, COUNTED, ONE_SEGMENT),
+        run(params, NORMED),
+    )
     assert found.dtype == jnp.float32 and k.dtype == v.dtype == jnp.bfloat16
     assert 1e-4 < tiny.gap(found, expected) < 0.04

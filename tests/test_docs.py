@@ -23,7 +23,9 @@ def name(page: Path) -> str:
 def anchors(page: Path) -> set[str]:
     """As GitHub makes them of headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -40,13 +42,20 @@ def test_links_lead_somewhere(page):
 
 def test_the_index_has_every_page():
     index = (ROOT / "docs/README.md").read_text()
-    missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md" and f"({page.name})" not in index]
+    missing = [
+        page.name
+        for page in (ROOT / "docs").glob("*.md")
+        if page.name != "README.md" and f"({page.name})" not in index
+    ]
     assert not missing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_configs_and_scripts_that_are_named_exist(page):
-    for path in re.findall(r"(?<![\w/.$])((?:configs|tpu_scripts|dapo_jax)/[\w./-]+\.(?:yaml|py|sh|md|env))", page.read_text()):
+    for path in re.findall(
+        r"(?<![\w/.$])((?:configs|tpu_scripts|dapo_jax)/[\w./-]+\.(?:yaml|py|sh|md|env))",
+        page.read_text(),
+    ):
         assert (ROOT / path).exists(), path
 
 
@@ -58,14 +67,20 @@ def texts_of(file: Path) -> list[str]:
     texts = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.JoinedStr):
-            texts.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            texts.append(
+                "".join(
+                    part.value if isinstance(part, ast.Constant) else "\0" for part in node.values
+                )
+            )
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             texts.append(node.value)
     return texts
 
 
 TEXTS = [text for file in SOURCES for text in texts_of(file)]
-MESSAGES = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+MESSAGES = re.findall(
+    r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE
+)
 
 
 def test_the_page_has_messages():
@@ -80,14 +95,18 @@ def test_a_quoted_message_is_one_that_the_program_has(message):
 
 # --------------------------------------------------------------------------------------------------------------- code
 
-CODE = re.findall(r"```python\n# (\S+): (.+?)\n(.*?)```", (ROOT / "docs/algorithm.md").read_text(), re.DOTALL)
+CODE = re.findall(
+    r"```python\n# (\S+): (.+?)\n(.*?)```", (ROOT / "docs/algorithm.md").read_text(), re.DOTALL
+)
 
 
 @pytest.mark.parametrize("file, functions, code", CODE, ids=lambda part: part.split("\n")[0][:40])
 def test_code_beside_the_equations_is_the_programs(file, functions, code):
     tree = ast.parse((ROOT / file).read_text())
     bodies = [
-        ast.get_source_segment((ROOT / file).read_text(), node) for node in tree.body if getattr(node, "name", "") in functions.split(", ")
+        ast.get_source_segment((ROOT / file).read_text(), node)
+        for node in tree.body
+        if getattr(node, "name", "") in functions.split(", ")
     ]
     assert len(bodies) == len(functions.split(", "))
     lines = {line.strip() for body in bodies for line in body.splitlines()}

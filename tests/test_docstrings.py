@@ -12,7 +12,7 @@ EXAMPLES = {  # module: functions with examples; a function that loses its own i
     "dapo.loss": {"dapo_token_loss"},
     "dapo.packing": {"normalizer_weights"},
     "dapo.update": {"learning_rate"},
-    "drawing": {"prompts_wanted"},
+    "training.dynamic_sampling": {"prompts_wanted"},
     "evaluate": {"consensus", "pass_at_k"},
     "model.logprobs": {"linear_logprobs"},
     "reward.overlong": {"overlong_penalty"},
@@ -35,5 +35,9 @@ def test_examples(name, monkeypatch):
 
 def test_every_example_is_run():
     package = Path(importlib.import_module("dapo_jax").__file__).parent
-    having = {p.relative_to(package).with_suffix("").as_posix().replace("/", ".") for p in package.rglob("*.py") if ">>> " in p.read_text()}
+    having = {
+        p.relative_to(package).with_suffix("").as_posix().replace("/", ".")
+        for p in package.rglob("*.py")
+        if ">>> " in p.read_text()
+    }
     assert having == set(EXAMPLES)

@@ -16,9 +16,17 @@ from dapo_jax.runtime.mesh import make_mesh
 def test_rows_and_gradient_do_not_depend_on_the_layout(vocab, layout, split_sequence):
     mesh = make_mesh(MeshSection(*layout))
     rng = np.random.default_rng(0)
-    table, weight = rng.normal(size=(vocab, 6)).astype(np.float32), rng.normal(size=(8, 4, 6)).astype(np.float32)
+    table, weight = (
+        rng.normal(size=(vocab, 6)).astype(np.float32),
+        rng.normal(size=(8, 4, 6)).astype(np.float32),
+    )
     tokens = rng.integers(0, vocab, (8, 4)).astype(np.int32)
-    rows, pull = jax.vjp(lambda t: jax.jit(embed, static_argnums=(2, 3, 4))(t, tokens, "float32", mesh, split_sequence), table)
+    rows, pull = jax.vjp(
+        lambda t: jax.jit(embed, static_argnums=(2, 3, 4))(
+            t, tokens, "float32", mesh, split_sequence
+        ),
+        table,
+    )
     np.testing.assert_array_equal(rows, table[tokens])
     expected = np.zeros_like(table)
     np.add.at(expected, tokens, weight)
@@ -30,5 +38,7 @@ def test_a_frequent_token_has_its_whole_gradient_in_bfloat16(meshed):
     """A thousand ones are a thousand. Added up in bfloat16 they are 256."""
     mesh = make_mesh(MeshSection(2, 2, 2)) if meshed else None
     table, tokens = np.ones((4, 2), np.float32), np.zeros((8, 128), np.int32)
-    gradient = jax.grad(lambda t: embed(t, tokens, "bfloat16", mesh, False).astype(jnp.float32).sum())(table)
+    gradient = jax.grad(
+        lambda t: embed(t, tokens, "bfloat16", mesh, False).astype(jnp.float32).sum()
+    )(table)
     np.testing.assert_array_equal(gradient, [[1024, 1024], [0, 0], [0, 0], [0, 0]])

@@ -1,4 +1,6 @@
-"""Requests into slots and back: order, independence of what runs beside them and on which devices, few programs."""
+"""Requests into slots and back: order, independence of what runs beside them and on which devices,
+few programs.
+"""
 
 import collections
 import logging
@@ -20,11 +22,16 @@ from dapo_jax.runtime.multihost import fetch
 from dapo_jax.types import NonFiniteError, Request
 
 MODEL = tiny.model()
-PROMPT, RESPONSE = 5, 70  # longer than the 64 decode steps of one segment, and than the 64 tokens of cache that are read first
+PROMPT, RESPONSE = (
+    5,
+    70,
+)  # longer than the 64 decode steps of one segment, and than the 64 tokens of cache that are read first
 STOP = (3, 4)
 SEED = jax.random.key(7)
 RNG = np.random.default_rng(0)
-REQUESTS = [Request(i // 2, i % 2, RNG.integers(5, 40, 1 + i % PROMPT).astype(np.int32)) for i in range(11)]
+REQUESTS = [
+    Request(i // 2, i % 2, RNG.integers(5, 40, 1 + i % PROMPT).astype(np.int32)) for i in range(11)
+]
 
 
 def make_engine(slots, layout, model=MODEL, **options):
@@ -54,7 +61,10 @@ def teacher_forced(responses) -> list[np.ndarray]:
         row[: sequence.size] = sequence
     forced = np.asarray(tiny.plain_logprobs(tiny.params(MODEL), MODEL, rows))
     starts = [len(request.prompt) for request in REQUESTS]
-    return [row[start : start + len(r.tokens)] for row, start, r in zip(forced, starts, responses, strict=True)]
+    return [
+        row[start : start + len(r.tokens)]
+        for row, start, r in zip(forced, starts, responses, strict=True)
+    ]
 
 
 def assert_same(found, expected):
@@ -73,7 +83,9 @@ def test_responses_end_with_a_stop_token_or_at_the_limit(responses):
         assert np.isin(r.tokens[-1], STOP) != r.truncated
         assert not r.truncated or len(r.tokens) == RESPONSE
         assert (r.behavior_logprobs < 0).all()
-    assert {r.truncated for r in responses} == {True, False} and len({len(r.tokens) for r in responses}) > 3
+    assert {r.truncated for r in responses} == {True, False} and len(
+        {len(r.tokens) for r in responses}
+    ) > 3
 
 
 def test_log_probs_and_order_are_those_of_teacher_forcing(responses):
@@ -85,7 +97,9 @@ def test_log_probs_and_order_are_those_of_teacher_forcing(responses):
 def test_a_response_does_not_depend_on_its_slot_or_on_its_neighbours(single, responses):
     order = np.random.default_rng(1).permutation(len(REQUESTS))
     engine, params = single
-    assert_same(engine.generate(params, [REQUESTS[i] for i in order], SEED), [responses[i] for i in order])
+    assert_same(
+        engine.generate(params, [REQUESTS[i] for i in order], SEED), [responses[i] for i in order]
+    )
     assert_same(engine.generate(params, REQUESTS[6:7], SEED), responses[6:7])
 
 
@@ -99,7 +113,14 @@ def test_draw_sample_and_seed_each_change_the_noise(single):
     prompt = np.array([7, 8], np.int32)
     engine, params = single
     of_one_seed = engine.generate(
-        params, [Request(0, 0, prompt), Request(1, 0, prompt), Request(0, 1, prompt), Request(0, 0, prompt)], SEED
+        params,
+        [
+            Request(0, 0, prompt),
+            Request(1, 0, prompt),
+            Request(0, 1, prompt),
+            Request(0, 0, prompt),
+        ],
+        SEED,
     )
     other_seed = engine.generate(params, [Request(0, 0, prompt)], jax.random.key(8))
     texts = [tuple(r.tokens.tolist()) for r in of_one_seed + other_seed]
@@ -115,20 +136,32 @@ def test_on_done_is_told_of_every_response_once(single, responses):
 
 @pytest.mark.parametrize(
     "what, said",
-    [("NaN", r"1 of \d+ weights are \(embed/embedding\)"), ("huge", "finite weights overflow in float32")],
+    [
+        ("NaN", r"1 of \d+ weights are \(embed/embedding\)"),
+        ("huge", "finite weights overflow in float32"),
+    ],
     ids=["NaN", "huge"],
 )
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_non_finite_logits_raise_and_say_where_they_come_from(what, said, layout):
-    """NaN in the embedding of a token that one prompt holds, or a row of the head that is too large for any."""
+    """NaN in the embedding of a token that one prompt holds, or a row of the head that is too large
+    for any.
+    """
     model = tiny.model(tie_embeddings=False)
     engine, _ = make_engine(8, layout, model=model)
     params = tiny.params(model)
     if what == "NaN":
         params = {**params, "embed": {"embedding": params["embed"]["embedding"].at[39].set(np.nan)}}
     else:
-        params = {**params, "head": {"kernel": jnp.full_like(params["head"]["kernel"], 3e38)}, "final_norm": {"scale": jnp.full(16, 10.0)}}
-    requests = [Request(i, 0, np.array([5, 39 if i == 6 and what == "NaN" else 6], np.int32)) for i in range(10)]
+        params = {
+            **params,
+            "head": {"kernel": jnp.full_like(params["head"]["kernel"], 3e38)},
+            "final_norm": {"scale": jnp.full(16, 10.0)},
+        }
+    requests = [
+        Request(i, 0, np.array([5, 39 if i == 6 and what == "NaN" else 6], np.int32))
+        for i in range(10)
+    ]
     with pytest.raises(
         NonFiniteError,
         match=rf"^sampling: draw {6 if what == 'NaN' else 0}, sample 0: logits are non-finite after 0 tokens, because {said}; ",
@@ -161,7 +194,9 @@ def test_on_a_mesh_with_more_slots_responses_are_the_same_and_programs_are_few(r
         second = engine.generate(params, REQUESTS, SEED)
         assert not compiled(caplog)
     programs = ("start", "empty_state", "prefill", "insert", "move", "take")
-    assert all(count[name] <= 1 for name in programs) and count.total() <= 10  # five and `decode`: two widths, two reads
+    assert (
+        all(count[name] <= 1 for name in programs) and count.total() <= 10
+    )  # five and `decode`: two widths, two reads
     assert count["decode"] <= 4 and set(count) <= {*programs, "decode"}
     assert_same(first, responses)
     assert_same(second, responses)
@@ -172,23 +207,35 @@ def test_as_many_prompts_are_read_at_a_time_as_it_is_told(responses):
     prompts = 2
     engine, params = make_engine(4, (1, 1, 1), prefill_tokens=2 * PROMPT + 1)
     read, prefill = [], engine.programs.prefill
-    engine.programs = engine.programs._replace(prefill=lambda params, prompts: read.append(prompts.shape) or prefill(params, prompts))
+    engine.programs = engine.programs._replace(
+        prefill=lambda params, prompts: read.append(prompts.shape) or prefill(params, prompts)
+    )
     assert_same(engine.generate(params, REQUESTS, SEED), responses)
     assert set(read) == {(prompts, PROMPT)}
-    heads = {request.prompt[:-1].tobytes() for request in REQUESTS}  # requests with the same share a row of the cache
+    heads = {
+        request.prompt[:-1].tobytes() for request in REQUESTS
+    }  # requests with the same share a row of the cache
     assert len(heads) <= len(read) * prompts <= len(REQUESTS) + prompts - 1
 
 
-def test_of_a_response_the_blocks_that_hold_tokens_are_fetched_and_many_at_a_time(responses, monkeypatch):
-    """Blocks of 16 tokens, 2 or 7 in a fetch: a response of 70 tokens has five, the last of which is not full."""
+def test_of_a_response_the_blocks_that_hold_tokens_are_fetched_and_many_at_a_time(
+    responses, monkeypatch
+):
+    """Blocks of 16 tokens, 2 or 7 in a fetch: a response of 70 tokens has five, the last of which
+    is not full.
+    """
     monkeypatch.setattr(rollout.engine, "_BLOCK", 16)
     monkeypatch.setattr(rollout.engine, "_FETCHES", (2, 7))
     engine, params = make_engine(4, (1, 1, 1))
     taken, take = [], engine.programs.take
-    engine.programs = engine.programs._replace(take=lambda slots, blocks: taken.append(blocks.tolist()) or take(slots, blocks))
+    engine.programs = engine.programs._replace(
+        take=lambda slots, blocks: taken.append(blocks.tolist()) or take(slots, blocks)
+    )
     assert_same(engine.generate(params, REQUESTS, SEED), responses)
     wanted = sum(-(-len(r.tokens) // 16) for r in responses)
-    assert {len(blocks) for blocks in taken} == {2, 7} and wanted <= sum(map(len, taken)) < 2 * wanted
+    assert {len(blocks) for blocks in taken} == {2, 7} and wanted <= sum(
+        map(len, taken)
+    ) < 2 * wanted
     assert engine.programs.start().slots.tokens.shape == (1, 4, 80)
 
 
@@ -199,7 +246,10 @@ def test_ragged_prompts_and_responses_compile_few_programs_and_a_second_time_non
     engine = Engine(MODEL, Sampling(), (), **sizes, mesh=mesh, fetch=fetch)
     params = publisher(abstract_params(MODEL), mesh, "float32")(tiny.params(MODEL))
     limits = rng.integers(1, 141, 60)
-    requests = [Request(i, 0, rng.integers(5, 40, rng.integers(1, 61)).astype(np.int32), limit=int(n)) for i, n in enumerate(limits)]
+    requests = [
+        Request(i, 0, rng.integers(5, 40, rng.integers(1, 61)).astype(np.int32), limit=int(n))
+        for i, n in enumerate(limits)
+    ]
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         first = engine.generate(params, requests, SEED)
         count = compiled(caplog)
@@ -208,7 +258,8 @@ def test_ragged_prompts_and_responses_compile_few_programs_and_a_second_time_non
         engine.generate(params, requests[::-1], SEED)  # meets other lengths side by side
         count += compiled(caplog)
     assert [len(r.tokens) for r in first] == limits.tolist() and all(r.truncated for r in first)
-    # Prompts are read in widths of 16, 32 and 60; caches in lengths of 64, 128, 192 and 200, by 4, 2 slots or 1.
+    # Prompts are read in widths of 16, 32 and 60; caches in lengths of 64, 128, 192 and 200, by 4,
+    # 2 slots or 1.
     assert count["prefill"] <= 3 and count["insert"] <= 3 and 4 <= count["decode"] <= 12
     assert count.total() - count["decode"] <= 9
 
@@ -236,7 +287,12 @@ def in_order(found):
 def test_a_stream_takes_requests_at_any_time_and_says_the_same(single, responses):
     engine, params = single
     stream = engine.stream(params, SEED)
-    assert (stream.pending, stream.live, stream.segment, stream.steps) == (0, 0, 0, 0) and stream.advance() == []
+    assert (stream.pending, stream.live, stream.segment, stream.steps) == (
+        0,
+        0,
+        0,
+        0,
+    ) and stream.advance() == []
     stream.submit(REQUESTS[:6])
     assert (stream.pending, stream.live) == (6, 0)
     found = stream.advance()
@@ -254,7 +310,12 @@ def test_a_segment_returns_what_ended_by_draw_and_sample(single):
     engine, params = single
     stream = engine.stream(params, SEED)
     prompt = np.array([7, 8], np.int32)
-    stream.submit([Request(draw, sample, prompt, limit=1) for draw, sample in ((2, 1), (2, 0), (0, 1), (1, 0), (9, 9))])
+    stream.submit(
+        [
+            Request(draw, sample, prompt, limit=1)
+            for draw, sample in ((2, 1), (2, 0), (0, 1), (1, 0), (9, 9))
+        ]
+    )
     assert [(q.draw, q.sample) for q, _ in stream.advance()] == [(0, 1), (1, 0), (2, 0), (2, 1)]
     assert [(q.draw, q.sample) for q, _ in stream.advance()] == [(9, 9)]
 
@@ -274,14 +335,18 @@ def test_slots_are_refilled_before_the_longest_response_ends(single, responses):
 
 def test_limits_cut_a_response_and_change_nothing_before(single, responses):
     engine, params = single
-    found = engine.generate(params, [q._replace(limit=1 + 3 * i) for i, q in enumerate(REQUESTS)], SEED)
+    found = engine.generate(
+        params, [q._replace(limit=1 + 3 * i) for i, q in enumerate(REQUESTS)], SEED
+    )
     for i, (cut, whole) in enumerate(zip(found, responses, strict=True)):
         assert cut.tokens.tolist() == whole.tokens[: 1 + 3 * i].tolist()
         assert cut.truncated == (whole.truncated or len(whole.tokens) > 1 + 3 * i)
 
 
 @pytest.mark.parametrize("segments", [1, 3])
-def test_what_is_unfinished_goes_on_in_another_stream_as_if_nothing_had_happened(single, responses, segments):
+def test_what_is_unfinished_goes_on_in_another_stream_as_if_nothing_had_happened(
+    single, responses, segments
+):
     engine, params = single
     stream = engine.stream(params, SEED)
     stream.submit(REQUESTS)
@@ -293,7 +358,10 @@ def test_what_is_unfinished_goes_on_in_another_stream_as_if_nothing_had_happened
     assert stream.live == stream.pending == 0
     expected = by_key(zip(REQUESTS, responses, strict=True))
     for request, so_far in rest:
-        assert so_far.tokens.tolist() == expected[request.draw, request.sample].tokens[: len(so_far.tokens)].tolist()
+        assert (
+            so_far.tokens.tolist()
+            == expected[request.draw, request.sample].tokens[: len(so_far.tokens)].tolist()
+        )
         assert not so_far.truncated
     assert {len(r.tokens) for _, r in rest} > {0}
     again = engine.stream(params, SEED)
@@ -305,7 +373,12 @@ def test_a_request_that_does_not_fit_is_refused(single):
     engine, params = single
     prompt = np.full(PROMPT, 7, np.int32)
     full = (np.full(RESPONSE, 7, np.int32), np.zeros(RESPONSE, np.float32))
-    for bad in (Request(3, 1, prompt, full), Request(3, 1, prompt[:0]), Request(3, 1, np.tile(prompt, 20)), Request(3, 1, prompt, limit=0)):
+    for bad in (
+        Request(3, 1, prompt, full),
+        Request(3, 1, prompt[:0]),
+        Request(3, 1, np.tile(prompt, 20)),
+        Request(3, 1, prompt, limit=0),
+    ):
         with pytest.raises(ValueError, match="draw 3, sample 1"):
             engine.stream(params, SEED).submit([bad])
 
@@ -319,5 +392,7 @@ def test_an_8_bit_cache_moves_log_probs_little():
     """Measured against teacher forcing: mean 1.7e-3, largest 1.3e-2, of log-probs of about -3.6."""
     engine, params = make_engine(4, (1, 1, 1), int8=True)
     found = engine.generate(params, REQUESTS, SEED)
-    gaps = np.concatenate([np.abs(f - r.behavior_logprobs) for f, r in zip(teacher_forced(found), found, strict=True)])
+    gaps = np.concatenate(
+        [np.abs(f - r.behavior_logprobs) for f, r in zip(teacher_forced(found), found, strict=True)]
+    )
     assert 1e-5 < gaps.mean() < 4e-3 and gaps.max() < 0.03

@@ -1,6 +1,8 @@
-"""What a run survives: signals in every phase, hangs, updates that are not finite, a second job on its folder.
+"""What a run survives: signals in every phase, hangs, updates that are not finite, a second job on
+its folder.
 
-The reference is a run that nothing happened to: metrics are compared line by line, weights and optimizer by their digests.
+The reference is a run that nothing happened to: metrics are compared line by line, weights and
+optimizer by their digests.
 """
 
 import json
@@ -62,24 +64,35 @@ STOPS = (
 
 
 def test_signals_in_every_phase_lose_nothing(config, whole, tmp_path, monkeypatch, capfd):
-    """One run, stopped at each of these places and started again: its lines, weights and buffered groups are those of a whole run."""
+    """One run, stopped at each of these places and started again: its lines, weights and buffered
+    groups are those of a whole run.
+    """
     run = tmp_path / "run"
     for stop, stands in STOPS:
         monkeypatch.setenv(faults.VARIABLE, stop)
         number = signal.SIGINT if stop.endswith("int") else signal.SIGTERM
         assert run_train(config, run, STEPS) == 128 + number, stop
-        assert f"{number.name}: stopped and saved after {stands}; the same command goes on" in capfd.readouterr().err, stop
+        assert (
+            f"{number.name}: stopped and saved after {stands}; the same command goes on"
+            in capfd.readouterr().err
+        ), stop
     monkeypatch.delenv(faults.VARIABLE)
     assert run_train(config, run, STEPS) == 0
     assert steady(run) == steady(whole)
     for step in (1, 2):
-        assert (run / f"samples/step_00000{step}.jsonl").read_bytes() == (whole / f"samples/step_00000{step}.jsonl").read_bytes()
-    assert {key: record(run, 2)[key] for key in ("leaves", "groups")} == {key: record(whole, 2)[key] for key in ("leaves", "groups")}
+        assert (run / f"samples/step_00000{step}.jsonl").read_bytes() == (
+            whole / f"samples/step_00000{step}.jsonl"
+        ).read_bytes()
+    assert {key: record(run, 2)[key] for key in ("leaves", "groups")} == {
+        key: record(whole, 2)[key] for key in ("leaves", "groups")
+    }
     assert not (run / "checkpoints" / "interrupted").exists()
 
 
 def test_a_second_signal_leaves_at_once_and_the_watchdog_ends_a_run_that_hangs(tmp_path):
-    """Two guards in processes of their own: one gets a second signal before its next place, one reaches no place any more."""
+    """Two guards in processes of their own: one gets a second signal before its next place, one
+    reaches no place any more.
+    """
     script = """
 import os, signal, sys, time
 from dapo_jax.runtime.guard import Guard
@@ -93,19 +106,27 @@ with Guard(float(sys.argv[1])) as guard:
 
     def start(timeout_s):
         command = [sys.executable, "-c", script, str(timeout_s)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline() == "reached\n"
         return process
 
     signalled, hanging = start(60), start(1)
     signalled.terminate()
-    assert "SIGTERM: saving a checkpoint" in (signalled.stderr.readline() + signalled.stderr.readline())
+    assert "SIGTERM: saving a checkpoint" in (
+        signalled.stderr.readline() + signalled.stderr.readline()
+    )
     assert signalled.poll() is None  # the first signal waits for the next place
     signalled.terminate()
     assert signalled.wait(timeout=10) == 143 and "again: leaving at once" in signalled.stderr.read()
     said = hanging.communicate(timeout=20)[1]
     assert hanging.returncode == 1
-    assert "no progress for 1 s in step 7" in said and "time.sleep(60)" not in said and 'File "<string>", line 8' in said
+    assert (
+        "no progress for 1 s in step 7" in said
+        and "time.sleep(60)" not in said
+        and 'File "<string>", line 8' in said
+    )
 
 
 def test_a_guard_leaves_signals_as_they_were():
@@ -116,11 +137,15 @@ def test_a_guard_leaves_signals_as_they_were():
         assert signal.getsignal(signal.SIGTERM) != before
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped) as stopped:
-            guard.wait(lambda seconds: time.sleep(seconds) or False, "reward")  # what is waited for never comes
+            guard.wait(
+                lambda seconds: time.sleep(seconds) or False, "reward"
+            )  # what is waited for never comes
     assert stopped.value.number == signal.SIGTERM and signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("plan", ["update=kill", "update:1=explode", "update:x=kill", "update:1=kill@two"])
+@pytest.mark.parametrize(
+    "plan", ["update=kill", "update:1=explode", "update:x=kill", "update:1=kill@two"]
+)
 def test_a_fault_plan_that_cannot_be_read_is_named(plan):
     with pytest.raises(InputError, match="DAPO_JAX_FAULTS: .* correct it, or unset the variable"):
         faults.Faults(plan, 0)
@@ -130,47 +155,78 @@ def test_a_fault_plan_that_cannot_be_read_leaves_no_folder(config, tmp_path, mon
     monkeypatch.setenv(faults.VARIABLE, "update:1=explode")
     assert run_train(config, tmp_path / "run", STEPS) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("dapo_jax: DAPO_JAX_FAULTS: 'update:1=explode'") and not (tmp_path / "run").exists()
+    assert (
+        line.startswith("dapo_jax: DAPO_JAX_FAULTS: 'update:1=explode'")
+        and not (tmp_path / "run").exists()
+    )
 
 
-def test_a_run_folder_without_its_config_is_compared_with_its_checkpoint(whole, config, tmp_path, capfd, monkeypatch):
+def test_a_run_folder_without_its_config_is_compared_with_its_checkpoint(
+    whole, config, tmp_path, capfd, monkeypatch
+):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "config.yaml").unlink()
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     assert run_train(config, run, STEPS, "optim.learning_rate=5e-4") == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"dapo_jax: optim.learning_rate: is 0.0005, but {run} was started with 0.001")
+    assert line.startswith(
+        f"dapo_jax: optim.learning_rate: is 0.0005, but {run} was started with 0.001"
+    )
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     assert run_train(config, run, STEPS) == 0
-    monkeypatch.setattr(train, "newest_host", lambda folder: {"function_digest": train.digest_of("before")})
-    assert [train.function_changed(source, tmp_path) for source in ("before", "now", None)] == [False, True, False]
+    monkeypatch.setattr(
+        train, "newest_host", lambda folder: {"function_digest": train.digest_of("before")}
+    )
+    assert [train.function_changed(source, tmp_path) for source in ("before", "now", None)] == [
+        False,
+        True,
+        False,
+    ]
 
 
-def test_a_run_of_an_earlier_version_is_resumed_once_its_config_is_edited(config, tmp_path, monkeypatch):
-    """Its newest checkpoint holds the old keys too, and nobody can edit that: its digest would not match."""
-    monkeypatch.setattr(train, "newest_host", lambda folder: {"config": {"data": {"train": "arithmetic", "columns": {}}}})
-    with pytest.raises(InputError, match=f"the newest checkpoint of {tmp_path}: data.columns: belongs to a data set"):
+def test_a_run_of_an_earlier_version_is_resumed_once_its_config_is_edited(
+    config, tmp_path, monkeypatch
+):
+    """Its newest checkpoint holds the old keys too, and nobody can edit that: its digest would not
+    match.
+    """
+    monkeypatch.setattr(
+        train,
+        "newest_host",
+        lambda folder: {"config": {"data": {"train": "arithmetic", "columns": {}}}},
+    )
+    with pytest.raises(
+        InputError,
+        match=f"the newest checkpoint of {tmp_path}: data.columns: belongs to a data set",
+    ):
         train.stored_configs(tmp_path)
     (tmp_path / "config.yaml").write_text(config.read_text())
     assert [found.train.steps for found in train.stored_configs(tmp_path)] == [4]
 
 
 @pytest.mark.parametrize(
-    "make", [Path.symlink_to, Path.hardlink_to, lambda lock, target: os.mkfifo(lock)], ids=["link", "hard link", "pipe"]
+    "make",
+    [Path.symlink_to, Path.hardlink_to, lambda lock, target: os.mkfifo(lock)],
+    ids=["link", "hard link", "pipe"],
 )
 def test_a_link_for_a_lock_is_not_followed(tmp_path, make):
     target, path = tmp_path / "mine", tmp_path / "run" / "lock"
     target.write_text("mine")
     path.parent.mkdir()
     make(path, target)
-    with pytest.raises(InputError, match=f"{path}: is not a regular file; remove it"), lock.locked(tmp_path / "run"):
+    with (
+        pytest.raises(InputError, match=f"{path}: is not a regular file; remove it"),
+        lock.locked(tmp_path / "run"),
+    ):
         pass
     assert target.read_text() == "mine"
 
 
 def test_a_shared_folder_that_a_client_has_looked_for_too_early_is_found(tmp_path, monkeypatch):
-    """An NFS client that has not found a folder says so again, for up to a minute, until the one above is opened (simulated)."""
+    """An NFS client that has not found a folder says so again, for up to a minute, until the one
+    above is opened (simulated).
+    """
     shown, open_ = set(), os.open
 
     def opened(path, *args, **more):
@@ -202,7 +258,10 @@ def poison(monkeypatch, draws):
         size = config.dapo.responses_per_update // config.dapo.responses_per_prompt
         for n, (batch, stats) in enumerate(plain(groups, config, *args)):
             bad = any(group.draw in draws for group in groups[n * size : (n + 1) * size])
-            yield (batch._replace(weight=batch.weight * np.float32(np.nan)) if bad else batch), stats
+            yield (
+                (batch._replace(weight=batch.weight * np.float32(np.nan)) if bad else batch),
+                stats,
+            )
 
     monkeypatch.setattr(train, "minibatches", poisoned)
 
@@ -210,20 +269,32 @@ def poison(monkeypatch, draws):
 QUICK = ("supervised.updates=0", "eval.every=0", "train.save_every=1", "train.steps=3")
 
 
-def test_updates_that_are_not_finite_are_skipped_then_end_the_run_or_take_it_back(config, tmp_path, monkeypatch, capfd):
-    """The draws of step 2 poison its loss. The parameters stay those of step 1; with a rollback, other draws take their place. A signal
-    right after it loses nothing of that."""
+def test_updates_that_are_not_finite_are_skipped_then_end_the_run_or_take_it_back(
+    config, tmp_path, monkeypatch, capfd
+):
+    """The draws of step 2 poison its loss.
+
+    The parameters stay those of step 1; with a rollback, other draws take their place. A signal
+    right after it loses nothing of that.
+    """
     good, bad, back = (tmp_path / name for name in ("good", "bad", "back"))
     assert run_train(config, good, *QUICK) == 0
     ends = [line["draws"] for line in read_metrics(good)]
     poison(monkeypatch, range(ends[0], ends[1]))
 
     assert run_train(config, bad, *QUICK) == 2
-    assert "step 2: 2 updates in a row had a loss or gradient that is not finite" in capfd.readouterr().err
+    assert (
+        "step 2: 2 updates in a row had a loss or gradient that is not finite"
+        in capfd.readouterr().err
+    )
     assert steady(bad) == steady(good)[:1]
-    assert [p.name for p in (bad / "checkpoints").iterdir()] == ["1"] and record(bad, 1)["leaves"] == record(good, 1)["leaves"]
+    assert [p.name for p in (bad / "checkpoints").iterdir()] == ["1"] and record(bad, 1)[
+        "leaves"
+    ] == record(good, 1)["leaves"]
 
-    assert run_train(config, back, *QUICK, "optim.rollback_steps=1") == 2  # step 2 has no checkpoint one step back
+    assert (
+        run_train(config, back, *QUICK, "optim.rollback_steps=1") == 2
+    )  # step 2 has no checkpoint one step back
     assert "no checkpoint 1 steps back" in capfd.readouterr().err
     poison(monkeypatch, range(0))
     monkeypatch.undo()
@@ -231,45 +302,76 @@ def test_updates_that_are_not_finite_are_skipped_then_end_the_run_or_take_it_bac
     poison(monkeypatch, range(ends[1], ends[2]))
     monkeypatch.setenv(faults.VARIABLE, "step:3=term")  # the first is step 2, the second step 3
     assert run_train(config, back, *QUICK, "optim.rollback_steps=1") == 143
-    assert "rolled back to step 1, without the problems that were drawn since" in capfd.readouterr().out
+    assert (
+        "rolled back to step 1, without the problems that were drawn since"
+        in capfd.readouterr().out
+    )
     monkeypatch.delenv(faults.VARIABLE)
     assert run_train(config, back, *QUICK, "optim.rollback_steps=1") == 0
     assert "rolled back" not in capfd.readouterr().out
     lines = read_metrics(back)
-    assert [line["step"] for line in lines] == [1, 2, 3] and [line["optim/rollbacks"] for line in lines] == [0, 1, 1]
-    assert lines[0]["draws"] == ends[0] and lines[1]["draws"] - lines[1]["rollout/prompts"] >= ends[2]
-    assert all(leaf["finite"] for leaves in record(back, 3)["leaves"].values() for leaf in leaves.values())
+    assert [line["step"] for line in lines] == [1, 2, 3] and [
+        line["optim/rollbacks"] for line in lines
+    ] == [0, 1, 1]
+    assert (
+        lines[0]["draws"] == ends[0] and lines[1]["draws"] - lines[1]["rollout/prompts"] >= ends[2]
+    )
+    assert all(
+        leaf["finite"] for leaves in record(back, 3)["leaves"].values() for leaf in leaves.values()
+    )
     assert any(p.name.startswith("bad-2") for p in (back / "checkpoints").iterdir())
 
 
-def test_sampling_from_non_finite_weights_keeps_nothing_of_the_step(config, tmp_path, monkeypatch, capfd):
-    """Weights that are lost on their way to the sampler in step 3: once and again, and the run ends; once, and the run rolls back."""
+def test_sampling_from_non_finite_weights_keeps_nothing_of_the_step(
+    config, tmp_path, monkeypatch, capfd
+):
+    """Weights that are lost on their way to the sampler in step 3: once and again, and the run
+    ends; once, and the run rolls back.
+    """
     run, plain, times = tmp_path / "run", Engine.stream, 10
 
     def stream(engine, params, seed):
         nonlocal times
         times -= 1
-        return plain(engine, jax.tree.map(lambda p: p * np.inf, params) if times >= 0 else params, seed)
+        return plain(
+            engine, jax.tree.map(lambda p: p * np.inf, params) if times >= 0 else params, seed
+        )
 
     assert run_train(config, run, *QUICK, "train.steps=2") == 0
-    before = {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()}
+    before = {
+        file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()
+    }
     monkeypatch.setattr(Engine, "stream", stream)
     capfd.readouterr()
     assert run_train(config, run, *QUICK) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("dapo_jax: step 3: sampling: draw ") and "weights are (embed/embedding)" in line and "rollback_steps" in line
-    assert {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()} == before
-    assert [line["step"] for line in read_metrics(run)] == [1, 2] and not (run / "samples/step_000003.jsonl").exists()
+    assert (
+        line.startswith("dapo_jax: step 3: sampling: draw ")
+        and "weights are (embed/embedding)" in line
+        and "rollback_steps" in line
+    )
+    assert {
+        file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()
+    } == before
+    assert [line["step"] for line in read_metrics(run)] == [1, 2] and not (
+        run / "samples/step_000003.jsonl"
+    ).exists()
     draws = read_metrics(run)[-1]["draws"]
     times = 1
     assert run_train(config, run, *QUICK, "optim.rollback_steps=1") == 0
     assert "rolled back to step 1" in capfd.readouterr().out
     lines = read_metrics(run)
-    assert [line["optim/rollbacks"] for line in lines] == [0, 1, 1] and lines[1]["draws"] - lines[1]["rollout/prompts"] == draws
+    assert [line["optim/rollbacks"] for line in lines] == [0, 1, 1] and lines[1]["draws"] - lines[
+        1
+    ]["rollout/prompts"] == draws
 
 
-def test_warm_up_whose_updates_are_not_finite_ends_the_run_and_the_verb(config, tmp_path, monkeypatch, capfd):
-    """At such a rate the first update ruins the weights, and all others are skipped: two in a row, also with a stop between them."""
+def test_warm_up_whose_updates_are_not_finite_ends_the_run_and_the_verb(
+    config, tmp_path, monkeypatch, capfd
+):
+    """At such a rate the first update ruins the weights, and all others are skipped: two in a row,
+    also with a stop between them.
+    """
     rates = ("supervised.updates=5", "supervised.learning_rate=1e15", "supervised.warmup_updates=0")
     monkeypatch.setenv(faults.VARIABLE, "warm-up:2=term")
     assert run_train(config, tmp_path / "run", *rates) == 143
@@ -277,11 +379,16 @@ def test_warm_up_whose_updates_are_not_finite_ends_the_run_and_the_verb(config, 
     for _ in range(2):  # nothing of it is saved: the same again
         assert run_train(config, tmp_path / "run", *rates) == 2
         said = [line for line in capfd.readouterr().err.splitlines() if "not finite" in line]
-        assert len(said) == 1 and said[0].startswith("dapo_jax: warm-up update 3: 2 updates in a row had a loss or gradient")
+        assert len(said) == 1 and said[0].startswith(
+            "dapo_jax: warm-up update 3: 2 updates in a row had a loss or gradient"
+        )
     assert not read_metrics(tmp_path / "run")
     settings = [x for rate in rates for x in ("--set", rate)]
     assert verb(supervised, "--config", config, "--out", tmp_path / "out", *settings) == 2
-    assert "warm-up update 3: 2 updates in a row" in capfd.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        "warm-up update 3: 2 updates in a row" in capfd.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_one_skipped_update_leaves_parameters_as_they_are(config, tmp_path, monkeypatch):
@@ -291,20 +398,35 @@ def test_one_skipped_update_leaves_parameters_as_they_are(config, tmp_path, monk
     params = [record(tmp_path / "run", step)["leaves"] for step in (1, 3)]
     assert params[0] == params[1]
     lines = read_metrics(tmp_path / "run")
-    assert [line["optim/skipped_updates"] for line in lines] == [2, 2, 2] and lines[-1]["updates"] == 0
-    assert record(tmp_path / "run", 3)["host"]["progress"][7] == 6  # skipped in a row, over three steps
+    assert [line["optim/skipped_updates"] for line in lines] == [2, 2, 2] and lines[-1][
+        "updates"
+    ] == 0
+    assert (
+        record(tmp_path / "run", 3)["host"]["progress"][7] == 6
+    )  # skipped in a row, over three steps
 
 
 def test_at_learning_rate_0_nothing_changes_and_sampler_and_trainer_stay_together(config, tmp_path):
-    assert run_train(config, tmp_path / "run", *QUICK, "optim.learning_rate=0", "dapo.old_logprobs=recompute") == 0
-    assert record(tmp_path / "run", 1)["leaves"]["params"] == record(tmp_path / "run", 3)["leaves"]["params"]
+    assert (
+        run_train(
+            config, tmp_path / "run", *QUICK, "optim.learning_rate=0", "dapo.old_logprobs=recompute"
+        )
+        == 0
+    )
+    assert (
+        record(tmp_path / "run", 1)["leaves"]["params"]
+        == record(tmp_path / "run", 3)["leaves"]["params"]
+    )
     gaps = [line["policy/sampler_gap_mean"] for line in read_metrics(tmp_path / "run")]
     assert max(gaps) < 2e-7  # measured 4e-8
     assert all(abs(line["policy/approx_kl"]) < 1e-9 for line in read_metrics(tmp_path / "run"))
 
 
 def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_path, capfd):
-    """Seven problems: every step goes through more than an epoch. Stopped after step 1, then with other problems under the same name."""
+    """Seven problems: every step goes through more than an epoch.
+
+    Stopped after step 1, then with other problems under the same name.
+    """
     data = tmp_path / "few.jsonl"
     rows = [json.dumps({"prompt": f"{n}+{n}", "answer": str(2 * n)}) + "\n" for n in range(1, 9)]
     data.write_text("".join(rows[:7]))
@@ -317,9 +439,23 @@ def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_p
 
     capfd.readouterr()
     (tmp_path / "held.jsonl").write_text(rows[0])
-    assert run_train(config, tmp_path / "cut", *few, "train.steps=3", f"eval.sets={{held: {tmp_path / 'held.jsonl'}}}") == 2
+    assert (
+        run_train(
+            config,
+            tmp_path / "cut",
+            *few,
+            "train.steps=3",
+            f"eval.sets={{held: {tmp_path / 'held.jsonl'}}}",
+        )
+        == 2
+    )
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("dapo_jax: eval.sets: hold other prompts of data.train than when the run was started") and "evaluate" in line
+    assert (
+        line.startswith(
+            "dapo_jax: eval.sets: hold other prompts of data.train than when the run was started"
+        )
+        and "evaluate" in line
+    )
 
     data.write_text("".join(rows))
     assert run_train(config, tmp_path / "cut", *few, "train.steps=3") == 2
@@ -330,11 +466,30 @@ def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_p
     assert last["draws"] == steady(tmp_path / "cut")[-2]["draws"] + last["rollout/prompts"]
 
 
-def test_a_run_goes_on_over_other_devices_with_the_rows_and_slots_that_fit_them(config, whole, tmp_path):
-    """The first step on half as many row shards, then as the run that nothing happened to: alike but for rounding. The slots change no
-    draw here; `test_drawing.py -k slots` is where they do."""
-    shards = ("mesh.fsdp=4", "mesh.tensor=2", "train.rows_per_microbatch=4", "rollout.decode_slots=16")
-    assert run_train(config, tmp_path / "run", *shards, "model.remat=full", "model.attention_block=16", "train.steps=1") == 0
+def test_a_run_goes_on_over_other_devices_with_the_rows_and_slots_that_fit_them(
+    config, whole, tmp_path
+):
+    """The first step on half as many row shards, then as the run that nothing happened to: alike
+    but for rounding. The slots change no draw here; `test_dynamic_sampling.py -k slots` is where
+    they do.
+    """
+    shards = (
+        "mesh.fsdp=4",
+        "mesh.tensor=2",
+        "train.rows_per_microbatch=4",
+        "rollout.decode_slots=16",
+    )
+    assert (
+        run_train(
+            config,
+            tmp_path / "run",
+            *shards,
+            "model.remat=full",
+            "model.attention_block=16",
+            "train.steps=1",
+        )
+        == 0
+    )
     assert run_train(config, tmp_path / "run", STEPS) == 0
     for found, expected in zip(steady(tmp_path / "run"), steady(whole), strict=True):
         texts = {key: expected.pop(key) for key in list(expected) if isinstance(expected[key], str)}
@@ -342,24 +497,61 @@ def test_a_run_goes_on_over_other_devices_with_the_rows_and_slots_that_fit_them(
         assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def test_a_mixture_goes_on_bit_for_bit_wherever_its_files_are_and_only_with_its_weights(config, tmp_path, monkeypatch, capfd):
+def test_a_mixture_goes_on_bit_for_bit_wherever_its_files_are_and_only_with_its_weights(
+    config, tmp_path, monkeypatch, capfd
+):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+{n}", "answer": str(2 * n)}) + "\n" for n in range(10, 20)))
-    mixture = (*QUICK, "data.train=[arithmetic, {path: d.jsonl, weight: 2}]", "train.steps=2", "train.save_every=1")
+    (tmp_path / "d.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"{n}+{n}", "answer": str(2 * n)}) + "\n" for n in range(10, 20)
+        )
+    )
+    mixture = (
+        *QUICK,
+        "data.train=[arithmetic, {path: d.jsonl, weight: 2}]",
+        "train.steps=2",
+        "train.save_every=1",
+    )
     assert run_train(config, "whole", *mixture) == 0
-    assert "mixture: 33.3% arithmetic (64 prompts, each drawn 0.39 times an epoch), 66.7% d.jsonl (10 prompts" in capfd.readouterr().out
+    assert (
+        "mixture: 33.3% arithmetic (64 prompts, each drawn 0.39 times an epoch), 66.7% d.jsonl (10 prompts"
+        in capfd.readouterr().out
+    )
     monkeypatch.setenv(faults.VARIABLE, "update:4=term")
     assert run_train(config, "cut", *mixture) == 143
     monkeypatch.delenv(faults.VARIABLE)
     assert run_train(config, "cut", *mixture, "data.train.1.weight=3") == 2
     assert "data.train.1.weight: is 3.0, but cut was started with 2.0" in capfd.readouterr().err
-    (tmp_path / "d.jsonl").rename("moved.jsonl")  # the same problems under another name are the same data
-    mixture = (*QUICK, "data.train=[arithmetic, {path: moved.jsonl, weight: 2}]", "train.steps=2", "train.save_every=1")
-    assert run_train(config, "cut", *mixture, "eval.sets={all: moved.jsonl}", "eval.max_problems=1", "data.allow_change=true") == 2
+    (tmp_path / "d.jsonl").rename(
+        "moved.jsonl"
+    )  # the same problems under another name are the same data
+    mixture = (
+        *QUICK,
+        "data.train=[arithmetic, {path: moved.jsonl, weight: 2}]",
+        "train.steps=2",
+        "train.save_every=1",
+    )
+    assert (
+        run_train(
+            config,
+            "cut",
+            *mixture,
+            "eval.sets={all: moved.jsonl}",
+            "eval.max_problems=1",
+            "data.allow_change=true",
+        )
+        == 2
+    )
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("dapo_jax: eval.sets: hold other prompts") and "in the midst of step 2; finish that with the sets" in line
+    assert (
+        line.startswith("dapo_jax: eval.sets: hold other prompts")
+        and "in the midst of step 2; finish that with the sets" in line
+    )
     assert run_train(config, "cut", *mixture) == 0
-    assert steady("cut") == steady("whole") and record(tmp_path / "cut", 2)["leaves"] == record(tmp_path / "whole", 2)["leaves"]
+    assert (
+        steady("cut") == steady("whole")
+        and record(tmp_path / "cut", 2)["leaves"] == record(tmp_path / "whole", 2)["leaves"]
+    )
 
 
 def test_a_trace_of_some_steps(config, tmp_path):

@@ -21,7 +21,9 @@ COLUMNS = {"answer": "key"}
 
 
 def load(path, heldout=False, **columns):
-    return load_problems(str(path), ArithmeticConfig(), columns=ColumnsConfig(**columns), heldout=heldout)
+    return load_problems(
+        str(path), ArithmeticConfig(), columns=ColumnsConfig(**columns), heldout=heldout
+    )
 
 
 def answers(path, **kwargs):
@@ -59,15 +61,22 @@ def save_to_disk(folder, rows=ROWS):
     """As `datasets.Dataset.save_to_disk` writes it, a cache of `map` beside it."""
     shards = [write(folder / f"data-0000{n}-of-00002.arrow", rows[10 * n :][:10]) for n in range(2)]
     write(folder / "cache-1234.arrow", [{"question": "cached", "key": "0"}])
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": shard.name} for shard in shards], "_split": None}))
-    (folder / "dataset_info.json").write_text(json.dumps({"features": {"question": {"dtype": "string", "_type": "Value"}}}))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": shard.name} for shard in shards], "_split": None})
+    )
+    (folder / "dataset_info.json").write_text(
+        json.dumps({"features": {"question": {"dtype": "string", "_type": "Value"}}})
+    )
     return folder
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "arrow", "csv", "json"])
 def test_every_kind_holds_the_same_rows(tmp_path, monkeypatch, ending):
     monkeypatch.setattr(files, "_BATCH", 7)
-    path = write(tmp_path / f"a.{ending}", [*ROWS, {"question": "no answer", "key": None if ending != "csv" else "", "note": "x"}])
+    path = write(
+        tmp_path / f"a.{ending}",
+        [*ROWS, {"question": "no answer", "key": None if ending != "csv" else "", "note": "x"}],
+    )
     loaded, report = load(path, **COLUMNS)
     assert loaded == load(write(tmp_path / "b.jsonl"), **COLUMNS)[0] and len(loaded) == 20
     assert dict(report.skipped) == {"no answer (column key)": Skip(1, 21)}
@@ -83,8 +92,12 @@ def test_a_folder_that_datasets_saved(tmp_path):
     assert (len(answers(splits)), len(answers(splits, heldout=True))) == (12, 8)
     for damaged in ("{", "[]", '{"_data_files": []}', '{"_data_files": [5]}'):
         (tmp_path / "saved/state.json").write_text(damaged)
-        assert "state.json: _data_files: not a list that datasets.save_to_disk wrote" in error_of(tmp_path / "saved")
-    (tmp_path / "saved/state.json").write_text('{"_data_files": [{"filename": "../../etc/gone.arrow"}]}')
+        assert "state.json: _data_files: not a list that datasets.save_to_disk wrote" in error_of(
+            tmp_path / "saved"
+        )
+    (tmp_path / "saved/state.json").write_text(
+        '{"_data_files": [{"filename": "../../etc/gone.arrow"}]}'
+    )
     assert "no such file" in error_of(tmp_path / "saved")
 
 
@@ -96,19 +109,32 @@ def test_folders_and_patterns_of_shards(tmp_path):
     write(split / "test-00000-of-00001.parquet", ROWS[16:])
     (split / "dataset_infos.json").write_text("{}")
     assert answers(plain) == answers(plain / "*.jsonl") == [row["key"] for row in ROWS]
-    assert (len(answers(split)), len(answers(split, heldout=True)), len(answers(split / "*.parquet"))) == (16, 4, 20)
+    assert (
+        len(answers(split)),
+        len(answers(split, heldout=True)),
+        len(answers(split / "*.parquet")),
+    ) == (16, 4, 20)
     loaded, report = load(plain / "[01].jsonl", **COLUMNS)
     assert report.rows == 20 and {p.source for p in loaded} == {str(plain / "[01].jsonl")}
 
     (plain / "1.jsonl").write_text('{"question": "q"}\n')
-    assert load(plain, **COLUMNS)[1].skipped == {"no answer (column key)": Skip(1, 11)}  # rows are numbered through
+    assert load(plain, **COLUMNS)[1].skipped == {
+        "no answer (column key)": Skip(1, 11)
+    }  # rows are numbered through
     (split / "train-00001-of-00002.parquet").write_bytes(b"PAR1")
     assert f"{split}: train-00001-of-00002.parquet: corrupt Parquet after row 0" in error_of(split)
-    for name in ("test-00000-of-00001.parquet", "train-00001-of-00002.parquet", "train-00000-of-00002.parquet"):
+    for name in (
+        "test-00000-of-00001.parquet",
+        "train-00001-of-00002.parquet",
+        "train-00000-of-00002.parquet",
+    ):
         os.remove(split / name)
     write(split / "validation.parquet")
     write(split / "test.parquet")
-    assert "has none of the splits train among test, validation; prepare one of them alone" in error_of(split)
+    assert (
+        "has none of the splits train among test, validation; prepare one of them alone"
+        in error_of(split)
+    )
 
 
 def test_a_shard_that_changes_while_another_is_read(tmp_path, monkeypatch):
@@ -150,17 +176,26 @@ def test_csv_rows_that_are_no_rows(tmp_path, monkeypatch):
         "no prompt": Skip(1, 5),
         "more cells than columns": Skip(1, 6),
     }
-    for quotes in ('"1+2?,3\n1+3?,4\n', '"1"+2?,3\n'):  # which would hide the rows behind them, or stand in a cell
+    for quotes in (
+        '"1+2?,3\n1+3?,4\n',
+        '"1"+2?,3\n',
+    ):  # which would hide the rows behind them, or stand in a cell
         path.write_text("question,answer\n1+1?,2\n" + quotes)
         assert "not CSV after row 1 (" in error_of(path)
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 200)
     path.write_text("question,answer\n1+1?,2\n" + '"' + "x\n" * 200)
-    assert "not CSV after row 1 (field larger than field limit (200)); correct the quotes there" in error_of(path)
+    assert (
+        "not CSV after row 1 (field larger than field limit (200)); correct the quotes there"
+        in error_of(path)
+    )
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
 def test_decimals_are_numbers(tmp_path, ending):
-    rows = [{"question": f"q{n}", "answer": Decimal(text)} for n, text in enumerate(("1.50", "2.00", "-100.00", "0.00"))]
+    rows = [
+        {"question": f"q{n}", "answer": Decimal(text)}
+        for n, text in enumerate(("1.50", "2.00", "-100.00", "0.00"))
+    ]
     loaded, _ = load(write(tmp_path / f"a.{ending}", rows))
     assert [p.answer for p in loaded] == ["1.5", "2", "-100", "0"]
 
@@ -181,10 +216,17 @@ def test_a_table_is_read_in_a_process_with_a_memory_limit(tmp_path, monkeypatch,
     monkeypatch.setattr(files, "_MEMORY_BYTES", 200 << 20)
     sound = write(tmp_path / "a.parquet")
     assert answers(sound) == [str(n + 1) for n in range(20)]
-    pq.write_table(pa.table({"prompt": ["y" * 100_000_000], "answer": ["1"]}), tmp_path / "c.parquet", compression="zstd")
+    pq.write_table(
+        pa.table({"prompt": ["y" * 100_000_000], "answer": ["1"]}),
+        tmp_path / "c.parquet",
+        compression="zstd",
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     said = error_of(tmp_path / "c.parquet")
-    assert "cannot be read after row 0 (its process wanted too much memory); write its rows as .jsonl" in said
+    assert (
+        "cannot be read after row 0 (its process wanted too much memory); write its rows as .jsonl"
+        in said
+    )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
@@ -193,20 +235,30 @@ def test_a_row_of_a_table_may_be_as_long_as_a_line_of_json(tmp_path, monkeypatch
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 1000)
     rows = [{"question": "a" * n, "key": "1"} for n in (900, 1100, 899)]
     loaded, report = load(write(tmp_path / kind, rows), **COLUMNS)
-    assert [len(p.prompt) for p in loaded] == [900, 899] and report.skipped == {"longer than 0 MB": Skip(1, 2)}
+    assert [len(p.prompt) for p in loaded] == [900, 899] and report.skipped == {
+        "longer than 0 MB": Skip(1, 2)
+    }
 
 
 def test_a_table_that_repeats_a_long_row_is_refused_before_its_rows_are_made(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_LEAST_BYTES", 1 << 20)
-    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 4096, pa.int32()), pa.array(["x" * 10**5]))
+    texts = pa.DictionaryArray.from_arrays(
+        pa.array([0] * 4096, pa.int32()), pa.array(["x" * 10**5])
+    )
     table = pa.table({"question": texts, "key": ["1"] * 4096})
-    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30)
-    assert ": the rows so far are over 1000 times the file's " in error_of(tmp_path / "a.parquet", **COLUMNS)
+    pq.write_table(
+        table, tmp_path / "a.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30
+    )
+    assert ": the rows so far are over 1000 times the file's " in error_of(
+        tmp_path / "a.parquet", **COLUMNS
+    )
 
 
 def test_text_without_rows_is_not_read_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_MAX_BLANK", 10)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a", "answer": 1}\n' + b"\n" * 50))
+    (tmp_path / "a.jsonl.gz").write_bytes(
+        gzip.compress(b'{"prompt": "a", "answer": 1}\n' + b"\n" * 50)
+    )
     assert error_of(tmp_path / "a.jsonl.gz").endswith(": 10 blank lines up to line 12; remove them")
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
     monkeypatch.setattr(files, "_LEAST_BYTES", 1000)
@@ -217,4 +269,6 @@ def test_text_without_rows_is_not_read_for_ever(tmp_path, monkeypatch):
 @pytest.mark.parametrize("ending", files.ENDINGS)
 def test_only_regular_files_are_read(tmp_path, ending):
     os.mkfifo(path := tmp_path / f"d{ending}")
-    assert error_of(path).endswith(": cannot be read (not a regular file); check the file and its permissions")
+    assert error_of(path).endswith(
+        ": cannot be read (not a regular file); check the file and its permissions"
+    )

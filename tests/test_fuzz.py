@@ -1,4 +1,5 @@
-"""Whatever stands in a file, an answer or a checkpoint: a sound result or one line of complaint, soon.
+"""Whatever stands in a file, an answer or a checkpoint: a sound result or one line of complaint,
+soon.
 
 A few seconds in the suite, the same examples every time. A search of any length, with new examples:
 
@@ -25,12 +26,28 @@ import pytest
 from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
-from dapo_jax.config import ArithmeticConfig, Config, ConfigError, DataSection, RewardSection, dump_yaml, load_config
+from dapo_jax.config import (
+    ArithmeticConfig,
+    Config,
+    ConfigError,
+    DataSection,
+    RewardSection,
+    dump_yaml,
+    load_config,
+)
 from dapo_jax.data.problems import load_problems
 from dapo_jax.data.prompts import byte_tokenizer, decode, load_tokenizer, make_prompts, stop_tokens
 from dapo_jax.model.weights import load_pretrained
 from dapo_jax.reward import pool
-from dapo_jax.reward.verify import LENIENT_TAIL, _marked_answer, _readings, check_verdict, extract_answer, normalize_answer, strict_verify
+from dapo_jax.reward.verify import (
+    LENIENT_TAIL,
+    _marked_answer,
+    _readings,
+    check_verdict,
+    extract_answer,
+    normalize_answer,
+    strict_verify,
+)
 from dapo_jax.runtime import checkpoint
 from dapo_jax.runtime.checkpoint import Checkpoints, restore_params
 from dapo_jax.types import InputError, NoCheckpointError, Problem, TrainState, Verdict
@@ -41,8 +58,15 @@ FUZZ = int(os.environ.get("FUZZ", "1"))
 
 def examples(count):
     """So many examples in the suite, FUZZ times as many in a search."""
-    quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-    return hypothesis.settings(max_examples=count * FUZZ, deadline=None, suppress_health_check=quiet)
+    quiet = [
+        HealthCheck.too_slow,
+        HealthCheck.filter_too_much,
+        HealthCheck.data_too_large,
+        HealthCheck.function_scoped_fixture,
+    ]
+    return hypothesis.settings(
+        max_examples=count * FUZZ, deadline=None, suppress_health_check=quiet
+    )
 
 
 def is_one_line(text):
@@ -51,7 +75,10 @@ def is_one_line(text):
 
 
 def within(seconds, call, *args, refusals=(InputError,)):
-    """What `call` returns, or None if it refuses in one line. Processor time is bounded, so that a busy machine is no failure."""
+    """What `call` returns, or None if it refuses in one line.
+
+    Processor time is bounded, so that a busy machine is no failure.
+    """
     began = time.process_time()
     try:
         return call(*args)
@@ -63,7 +90,9 @@ def within(seconds, call, *args, refusals=(InputError,)):
 
 
 def mutations(seeds, pieces):
-    """Bytes of one of the seeds after some edits: a cut, a changed byte, a piece put in, a stretch repeated or removed."""
+    """Bytes of one of the seeds after some edits: a cut, a changed byte, a piece put in, a stretch
+    repeated or removed.
+    """
     seeds = list(seeds)
 
     def edit(content, edits):
@@ -73,7 +102,9 @@ def mutations(seeds, pieces):
                 content = content[:at]
             elif kind == "flip" and content:
                 at = min(at, len(content) - 1)
-                content = content[:at] + bytes([content[at] ^ (1 << length % 8)]) + content[at + 1 :]
+                content = (
+                    content[:at] + bytes([content[at] ^ (1 << length % 8)]) + content[at + 1 :]
+                )
             elif kind == "insert":
                 content = content[:at] + piece + content[at:]
             elif kind == "replace":
@@ -85,17 +116,52 @@ def mutations(seeds, pieces):
         return content
 
     kinds = st.sampled_from(["cut", "flip", "insert", "replace", "repeat", "remove"])
-    one = st.tuples(kinds, st.floats(0, 1), st.sampled_from(pieces) | st.binary(max_size=4), st.integers(1, 40))
+    one = st.tuples(
+        kinds, st.floats(0, 1), st.sampled_from(pieces) | st.binary(max_size=4), st.integers(1, 40)
+    )
     return st.builds(edit, st.sampled_from(seeds), st.lists(one, min_size=1, max_size=4))
 
 
 JSON_PIECES = [
-    *(b'""', b"null", b"NaN", b"-1e999", b"1e400", b"true", b"{}", b"[]", b"[[[[", b'{"a":', b"\\ud800", b"\\u0000", b"\xff", b"\x00"),
-    *(b"9" * 30, b"1" * 5000, b"\\n", b"\n", b"\r", b"\x1b[31m", b"0", b"-1", b"1.5", b'"x"', b",", b":", b'"', b"../", b"\xef\xbb\xbf"),
+    *(
+        b'""',
+        b"null",
+        b"NaN",
+        b"-1e999",
+        b"1e400",
+        b"true",
+        b"{}",
+        b"[]",
+        b"[[[[",
+        b'{"a":',
+        b"\\ud800",
+        b"\\u0000",
+        b"\xff",
+        b"\x00",
+    ),
+    *(
+        b"9" * 30,
+        b"1" * 5000,
+        b"\\n",
+        b"\n",
+        b"\r",
+        b"\x1b[31m",
+        b"0",
+        b"-1",
+        b"1.5",
+        b'"x"',
+        b",",
+        b":",
+        b'"',
+        b"../",
+        b"\xef\xbb\xbf",
+    ),
 ]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -117,7 +183,20 @@ YAML_PIECES = [
         b"> ",
         b"---\n",
     ),
-    *(b"...\n", b"%YAML 9.9\n", b"\t", b"010", b"1:30", b".nan", b"-.inf", b"1e999", b"9" * 30, b"9" * 5000, b"{" * 30, b"[" * 2000),
+    *(
+        b"...\n",
+        b"%YAML 9.9\n",
+        b"\t",
+        b"010",
+        b"1:30",
+        b".nan",
+        b"-.inf",
+        b"1e999",
+        b"9" * 30,
+        b"9" * 5000,
+        b"{" * 30,
+        b"[" * 2000,
+    ),
     *(
         b'"\\0"',
         b'"\\ud800"',
@@ -134,7 +213,18 @@ YAML_PIECES = [
         b"\n  ",
         b"null",
     ),
-    *(b"dapo: ", b"model: ", b"eval: {sets: {a: b}}", b"seed: ", b"~", b"true", b"0", b"-1", b"\xc2\x85", b"\xe2\x80\xa8"),
+    *(
+        b"dapo: ",
+        b"model: ",
+        b"eval: {sets: {a: b}}",
+        b"seed: ",
+        b"~",
+        b"true",
+        b"0",
+        b"-1",
+        b"\xc2\x85",
+        b"\xe2\x80\xa8",
+    ),
 ]
 
 
@@ -168,15 +258,43 @@ def test_config_files(path, content):
         assert load_config(path / "again.yaml") == config
 
 
-KEYS = ["dapo.dual_clip", "model.architecture", "eval.sets.a", "seed", "model.rope", "data.template", "reward.allowed_modules", "optim"]
-KEYS += ["data.train", "data.train.0", "data.train.1.weight", "data.train.0.columns.prompt", "eval.sets.a.columns"]
+KEYS = [
+    "dapo.dual_clip",
+    "model.architecture",
+    "eval.sets.a",
+    "seed",
+    "model.rope",
+    "data.template",
+    "reward.allowed_modules",
+    "optim",
+]
+KEYS += [
+    "data.train",
+    "data.train.0",
+    "data.train.1.weight",
+    "data.train.0.columns.prompt",
+    "eval.sets.a.columns",
+]
 KEYS += ["model.lora", "model.lora.rank"]
 
 
 @examples(100)
-@given(st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=6), st.text(max_size=12) | st.sampled_from(YAML_PIECES).map(repr))))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(KEYS) | st.text(max_size=6),
+            st.text(max_size=12) | st.sampled_from(YAML_PIECES).map(repr),
+        )
+    )
+)
 def test_overrides(pairs):
-    config = within(3, load_config, HERE.parent / "configs" / "tiny_cpu.yaml", [f"{k}={v}" for k, v in pairs], refusals=ConfigError)
+    config = within(
+        3,
+        load_config,
+        HERE.parent / "configs" / "tiny_cpu.yaml",
+        [f"{k}={v}" for k, v in pairs],
+        refusals=ConfigError,
+    )
     assert config is None or isinstance(config, Config)
 
 
@@ -184,7 +302,11 @@ def test_overrides(pairs):
 
 ROWS = [
     {"prompt": "What is 6 x 7?", "answer": 42, "id": "a", "solution": "6 x 7 = 42"},
-    {"prompt": [{"role": "user", "content": "$6^2$?"}], "reward_model": {"ground_truth": "36"}, "extra_info": {"index": 7}},
+    {
+        "prompt": [{"role": "user", "content": "$6^2$?"}],
+        "reward_model": {"ground_truth": "36"},
+        "extra_info": {"index": 7},
+    },
     {"prompt": "é", "answer": 0.5},
 ]
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
@@ -195,11 +317,17 @@ def check_problems(found):
     if found is None:
         return
     problems, report = found
-    assert report.rows == report.problems + report.duplicates + report.conflicts + sum(s.count for s in report.skipped.values())
+    assert report.rows == report.problems + report.duplicates + report.conflicts + sum(
+        s.count for s in report.skipped.values()
+    )
     assert len(problems) == report.problems > 0 and len({p.id for p in problems}) == len(problems)
     assert is_one_line(report.summary())
     for p in problems:
-        turns = [p.prompt] if isinstance(p.prompt, str) else [text for turn in p.prompt for text in (turn.role, turn.content)]
+        turns = (
+            [p.prompt]
+            if isinstance(p.prompt, str)
+            else [text for turn in p.prompt for text in (turn.role, turn.content)]
+        )
         "".join([p.id, p.answer, p.solution or "", *turns]).encode()
         assert "".join(turns).strip() and p.answer.strip()
 
@@ -212,7 +340,12 @@ def test_json_lines(path, content):
 
 
 @examples(60)
-@given(mutations([gzip.compress(LINES * 20, mtime=0), gzip.compress(LINES, 0, mtime=0)], [b"\x1f\x8b\x08", b"\0" * 8, b"\xff" * 8]))
+@given(
+    mutations(
+        [gzip.compress(LINES * 20, mtime=0), gzip.compress(LINES, 0, mtime=0)],
+        [b"\x1f\x8b\x08", b"\0" * 8, b"\xff" * 8],
+    )
+)
 def test_gzip(path, content):
     (path / "a.jsonl.gz").write_bytes(content)
     check_problems(within(2, load_problems, str(path / "a.jsonl.gz"), ArithmeticConfig()))
@@ -224,7 +357,9 @@ def parquet(table):
     return sink.getvalue().to_pybytes()
 
 
-PARQUET = [parquet(pa.Table.from_pylist(ROWS[i::2])) for i in range(2)] + [parquet(pa.table({"prompt": ["a"] * 300, "answer": [1] * 300}))]
+PARQUET = [parquet(pa.Table.from_pylist(ROWS[i::2])) for i in range(2)] + [
+    parquet(pa.table({"prompt": ["a"] * 300, "answer": [1] * 300}))
+]
 
 
 @examples(60)
@@ -235,7 +370,17 @@ def test_parquet_bytes(path, content):
 
 
 TYPES = [
-    *(pa.int8(), pa.uint64(), pa.float16(), pa.float64(), pa.bool_(), pa.string(), pa.large_string(), pa.binary(), pa.null()),
+    *(
+        pa.int8(),
+        pa.uint64(),
+        pa.float16(),
+        pa.float64(),
+        pa.bool_(),
+        pa.string(),
+        pa.large_string(),
+        pa.binary(),
+        pa.null(),
+    ),
     *(
         pa.date32(),
         pa.date64(),
@@ -245,8 +390,15 @@ TYPES = [
         pa.time64("us"),
         pa.duration("s"),
     ),
-    *(pa.decimal128(38, 10), pa.list_(pa.string()), pa.struct([("role", pa.string()), ("content", pa.int32())])),
-    *(pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])), pa.map_(pa.string(), pa.string())),
+    *(
+        pa.decimal128(38, 10),
+        pa.list_(pa.string()),
+        pa.struct([("role", pa.string()), ("content", pa.int32())]),
+    ),
+    *(
+        pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
+        pa.map_(pa.string(), pa.string()),
+    ),
     pa.dictionary(pa.int32(), pa.string()),
 ]
 BITS = st.binary(min_size=64, max_size=64)
@@ -258,7 +410,12 @@ def column(kind, bits, count=4):
         return pa.Array.from_buffers(kind, count, [None, pa.py_buffer(bits)])
     if pa.types.is_dictionary(kind):
         return pa.array(["a", None, "b", "a"]).dictionary_encode()
-    return pa.array([None, [], None, []] if pa.types.is_nested(kind) and not pa.types.is_struct(kind) else [None] * count, kind)
+    return pa.array(
+        [None, [], None, []]
+        if pa.types.is_nested(kind) and not pa.types.is_struct(kind)
+        else [None] * count,
+        kind,
+    )
 
 
 @examples(80)
@@ -269,7 +426,10 @@ def column(kind, bits, count=4):
 @example(pa.date64(), pa.date64(), b"\x7f" * 64)
 def test_parquet_types(path, prompt, answer, bits):
     texts = pa.array([f"p{i}" for i in range(4)])
-    columns = {"prompt": texts if pa.types.is_string(prompt) else column(prompt, bits), "answer": column(answer, bits[::-1])}
+    columns = {
+        "prompt": texts if pa.types.is_string(prompt) else column(prompt, bits),
+        "answer": column(answer, bits[::-1]),
+    }
     try:
         pq.write_table(pa.table(columns), path / "b.parquet")
     except pa.ArrowException:  # not a type of Parquet's
@@ -280,12 +440,15 @@ def test_parquet_types(path, prompt, answer, bits):
 # ----------------------------------------------------------------------------------------------------------- verifiers
 
 PIECES = [
-    *r"Answer: |answer :|\boxed{|\frac|\sqrt|\text{|\mbox{|$|\$|{|}|{,}|,|=|.|1|42|9^|a |an | |^\circ|\(|\[|**|_|\\".split("|"),
+    *r"Answer: |answer :|\boxed{|\frac|\sqrt|\text{|\mbox{|$|\$|{|}|{,}|,|=|.|1|42|9^|a |an | |^\circ|\(|\[|**|_|\\".split(
+        "|"
+    ),
     *("\n", "\r", "\ud800", "\0", "\u0660", "\u2028"),
 ]
-ANSWERS = st.lists(st.tuples(st.sampled_from(PIECES) | st.text(max_size=3), st.integers(1, 60) | st.just(7000)), max_size=8).map(
-    lambda parts: "".join(piece * count for piece, count in parts)
-)
+ANSWERS = st.lists(
+    st.tuples(st.sampled_from(PIECES) | st.text(max_size=3), st.integers(1, 60) | st.just(7000)),
+    max_size=8,
+).map(lambda parts: "".join(piece * count for piece, count in parts))
 
 
 @examples(150)
@@ -312,12 +475,18 @@ def test_what_the_lenient_verifier_hands_to_the_parser(response):
 @examples(100)
 @given(
     st.one_of(
-        JSON, st.tuples(JSON, JSON), st.tuples(st.booleans(), st.floats()), st.builds(Verdict, JSON, JSON, JSON), st.complex_numbers()
+        JSON,
+        st.tuples(JSON, JSON),
+        st.tuples(st.booleans(), st.floats()),
+        st.builds(Verdict, JSON, JSON, JSON),
+        st.complex_numbers(),
     )
 )
 def test_what_a_custom_verifier_returns(value):
     verdict = within(0.5, check_verdict, value, refusals=ValueError)
-    assert verdict is None or (type(verdict.correct) is bool and np.isfinite(np.float32(verdict.score)))
+    assert verdict is None or (
+        type(verdict.correct) is bool and np.isfinite(np.float32(verdict.score))
+    )
 
 
 class Listening(pool._Manager):
@@ -349,13 +518,18 @@ def listening():
 
 
 @examples(100)
-@given(mutations([b"[true, 1.0, null]", b'[false, -1, "ValueError: x"]'], JSON_PIECES) | JSON.map(json.dumps).map(str.encode))
+@given(
+    mutations([b"[true, 1.0, null]", b'[false, -1, "ValueError: x"]'], JSON_PIECES)
+    | JSON.map(json.dumps).map(str.encode)
+)
 @example(b"[true, 1e999, null]")
 @example(b"[" * 100_000)
 @example(b"7")
 @example(b'{"correct": true, "score": 1, "error": null}')
 def test_what_a_worker_says(listening, line):
-    """A custom function has the worker's socket within reach: the caller gets a verdict whatever comes."""
+    """A custom function has the worker's socket within reach: the caller gets a verdict whatever
+    comes.
+    """
     heard = within(0.5, listening.hear, line.replace(b"\n", b""))
     if heard is not None:
         kept, verdict = heard
@@ -381,7 +555,9 @@ def put_files(folder, **contents):
 def check_params(found):
     if found is not None:
         config, params = found
-        assert all(np.isfinite(leaf).all() and leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+        assert all(
+            np.isfinite(leaf).all() and leaf.dtype == np.float32 for leaf in jax.tree.leaves(params)
+        )
         assert params["embed"]["embedding"].shape == (config.vocab_size, config.model_dim)
 
 
@@ -390,19 +566,28 @@ def check_params(found):
 @example(FILES["config.json"].replace(b"Qwen3ForCausalLM", b"1" * 5000))
 @example(FILES["config.json"].replace(b"{", b'{"rope_scaling": {"a\\n\\u001b": 1},', 1))
 def test_model_configs(path, content):
-    folder = put_files(path / "m", config__json=content, model__safetensors=FILES["model.safetensors"])
+    folder = put_files(
+        path / "m", config__json=content, model__safetensors=FILES["model.safetensors"]
+    )
     check_params(within(3, load_pretrained, folder))
 
 
 @examples(150)
 @given(
-    mutations([FILES["model.safetensors"][:HEADER]], [*JSON_PIECES, b'"F32"', b'"BF16"', b'"I64"', b"[0,", b"[32]", b'"__metadata__"']),
+    mutations(
+        [FILES["model.safetensors"][:HEADER]],
+        [*JSON_PIECES, b'"F32"', b'"BF16"', b'"I64"', b"[0,", b"[32]", b'"__metadata__"'],
+    ),
     st.booleans(),
 )
 def test_safetensors(path, header, right_length):
     """Edits in the header; with `right_length` its length is corrected, so that they are read."""
     if right_length:
-        header = (len(header) - 8).to_bytes(8, "little", signed=True) + header[8:] if len(header) >= 8 else header
+        header = (
+            (len(header) - 8).to_bytes(8, "little", signed=True) + header[8:]
+            if len(header) >= 8
+            else header
+        )
     content = header + FILES["model.safetensors"][HEADER:]
     folder = put_files(path / "m", config__json=FILES["config.json"], model__safetensors=content)
     check_params(within(3, load_pretrained, folder))
@@ -411,7 +596,8 @@ def test_safetensors(path, header, right_length):
 @examples(60)
 @given(
     st.dictionaries(
-        st.sampled_from(["model.norm.weight", "a\nb"]) | st.text(max_size=5), JSON | st.sampled_from(["m.safetensors", "../m.safetensors"])
+        st.sampled_from(["model.norm.weight", "a\nb"]) | st.text(max_size=5),
+        JSON | st.sampled_from(["m.safetensors", "../m.safetensors"]),
     ),
     JSON,
 )
@@ -425,7 +611,10 @@ def test_weight_indices(path, weight_map, metadata):
 @pytest.fixture(scope="module")
 def tokenizer_files(path):
     byte_tokenizer().save_pretrained(path / "t")
-    return {name: (path / "t" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    return {
+        name: (path / "t" / name).read_bytes()
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    }
 
 
 @examples(40)
@@ -433,10 +622,17 @@ def tokenizer_files(path):
 def test_tokenizers(path, tokenizer_files, data):
     name = data.draw(st.sampled_from(sorted(tokenizer_files)))
     content = data.draw(
-        mutations([tokenizer_files[name]], [*JSON_PIECES, b'"type":"Split"', b'"Regex":"(a+)+$"', b'"eos_token":', b'"auto_map":'])
+        mutations(
+            [tokenizer_files[name]],
+            [*JSON_PIECES, b'"type":"Split"', b'"Regex":"(a+)+$"', b'"eos_token":', b'"auto_map":'],
+        )
     )
     eos = data.draw(JSON)
-    files = {**tokenizer_files, name: content, "config.json": json.dumps({"eos_token_id": eos}).encode()}
+    files = {
+        **tokenizer_files,
+        name: content,
+        "config.json": json.dumps({"eos_token_id": eos}).encode(),
+    }
     folder = put_files(path / "t", **{n.replace(".", "__"): c for n, c in files.items()})
     tokenizer = within(10, load_tokenizer, str(folder))
     if tokenizer is None:
@@ -444,7 +640,9 @@ def test_tokenizers(path, tokenizer_files, data):
     stops = within(3, stop_tokens, tokenizer, str(folder), DataSection(chat=False))
     assert stops is None or all(type(i) is int and i >= 0 for i in stops)
     problems = [Problem(text, text, "1") for text in ("a" * 40 + "!", "Find \\frac{1}{2} of é.\n")]
-    found = within(10, make_prompts, problems, tokenizer, DataSection(template="{prompt}", chat=False))
+    found = within(
+        10, make_prompts, problems, tokenizer, DataSection(template="{prompt}", chat=False)
+    )
     for prompt in found[0] if found else ():
         assert prompt.tokens.min() >= 0
         assert isinstance(decode(tokenizer, prompt.tokens, stops or ()), str)
@@ -460,7 +658,11 @@ def saved(path):
     """The files of a checkpoint, by path."""
     with Checkpoints(path / "saved", keep=2) as checkpoints:
         checkpoints.save(1, STATE, {"progress": [1, 2]}, {"tokens": np.arange(5)})
-    return {p.relative_to(path / "saved"): p.read_bytes() for p in sorted((path / "saved").rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(path / "saved"): p.read_bytes()
+        for p in sorted((path / "saved").rglob("*"))
+        if p.is_file()
+    }
 
 
 def put_checkpoint(folder, files):
@@ -480,13 +682,25 @@ def test_checkpoint_records(path, saved, data):
     """A damaged record is refused; the only one that is accepted is the one that was written."""
     content = data.draw(mutations([saved[RECORD]], JSON_PIECES))
     (path / "record").write_bytes(content)
-    record = within(2, checkpoint._agreed, lambda: checkpoint._read_record(path / "record"), refusals=checkpoint._Unusable)
+    record = within(
+        2,
+        checkpoint._agreed,
+        lambda: checkpoint._read_record(path / "record"),
+        refusals=checkpoint._Unusable,
+    )
     if record is not None:
         assert record == {k: v for k, v in json.loads(saved[RECORD]).items() if k != "digest"}
 
 
 LEAF = ("leaves", "params", "w")
-PLACES = [("leaves",), ("groups",), ("format",), LEAF[:2], LEAF, *((*LEAF, key) for key in ("digest", "shape", "dtype"))]
+PLACES = [
+    ("leaves",),
+    ("groups",),
+    ("format",),
+    LEAF[:2],
+    LEAF,
+    *((*LEAF, key) for key in ("digest", "shape", "dtype")),
+]
 
 
 @examples(60)
@@ -501,7 +715,9 @@ def test_forged_checkpoint_records(path, saved, capsys, keys, value):
         at = at[key]
     at[keys[-1]] = value
     try:
-        record["digest"] = hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
+        record["digest"] = hashlib.sha256(
+            json.dumps(record, sort_keys=True, allow_nan=False).encode()
+        ).hexdigest()
     except ValueError:
         return
     folder = put_checkpoint(path / "c", {**saved, RECORD: json.dumps(record).encode()})
@@ -520,7 +736,9 @@ def test_checkpoint_files(path, saved, capsys, data):
     groups = within(
         5,
         checkpoint._agreed,
-        lambda: checkpoint._read_groups(folder / "1" / "groups", json.loads(saved[RECORD])["groups"]),
+        lambda: checkpoint._read_groups(
+            folder / "1" / "groups", json.loads(saved[RECORD])["groups"]
+        ),
         refusals=checkpoint._Unusable,
     )
     assert groups is None or np.array_equal(groups["tokens"], np.arange(5))

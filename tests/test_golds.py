@@ -22,9 +22,26 @@ def check(some, section=STRICT, template="{prompt}"):
 
 @pytest.mark.parametrize("verifier", ["strict", "lenient"])
 def test_ground_truths_that_can_be_reached(verifier):
-    golds = ("42", "$42$", "025", '["34"]', "1,024", "-7", "(1,2)", r"\frac12", "x = 5", "A", "U.S.", "12:00", "Tuesday, May 4", "4.5e33")
+    golds = (
+        "42",
+        "$42$",
+        "025",
+        '["34"]',
+        "1,024",
+        "-7",
+        "(1,2)",
+        r"\frac12",
+        "x = 5",
+        "A",
+        "U.S.",
+        "12:00",
+        "Tuesday, May 4",
+        "4.5e33",
+    )
     found = check(problems(*golds), RewardSection(verifier=verifier, workers=1))
-    assert found == [f"data.train: 14 of 14 (100.0%) ground truths are correct by the {verifier} verifier"]
+    assert found == [
+        f"data.train: 14 of 14 (100.0%) ground truths are correct by the {verifier} verifier"
+    ]
 
 
 def test_ground_truths_that_cannot():
@@ -35,7 +52,10 @@ def test_ground_truths_that_cannot():
         "p1 with the answer '{4}$.': 'Answer: {4}' is not correct; p2 with the answer '5.': 'Answer: 5' is not correct; "
         f"p3 with the answer {MATH!r}: {whole!r} is not correct"
     )
-    with pytest.raises(InputError, match=r"0 of 2 \(0.0%\) ground truths .*; name the column of the bare answer, or another verifier$"):
+    with pytest.raises(
+        InputError,
+        match=r"0 of 2 \(0.0%\) ground truths .*; name the column of the bare answer, or another verifier$",
+    ):
         check(problems("{4}$.", MATH))
 
 
@@ -50,7 +70,10 @@ def test_ground_truths_with_a_label_of_their_own(verifier):
 @pytest.mark.parametrize("verifier", ["strict", "lenient"])
 def test_ground_truths_that_are_sentences(verifier):
     ways = "Adding both cases gives five. Therefore the number of ways is 12"
-    lines = check(problems("42", r"\text{the second of May}", ways), RewardSection(verifier=verifier, workers=1))
+    lines = check(
+        problems("42", r"\text{the second of May}", ways),
+        RewardSection(verifier=verifier, workers=1),
+    )
     assert lines[1:] == [
         f"warning: data.train: 1 of 3 ground truths have 8 words or more, for example {ways[:60]!r} of p2; "
         "an answer must repeat them, so give the bare answers"
@@ -60,8 +83,12 @@ def test_ground_truths_that_are_sentences(verifier):
 def test_solutions_are_judged_too():
     right, wrong = Problem("a", "?", "4", "2+2=4\nAnswer: 4"), Problem("b", "?", "4", MATH)
     lines = check([right, wrong, Problem("c", "?", "5")])
-    assert lines[0] == "data.train: 3 of 3 (100.0%) ground truths are correct by the strict verifier"
-    assert lines[1].startswith("warning: data.train: 1 of 2 (50.0%) solutions are correct by the strict verifier; not, for example, b with")
+    assert (
+        lines[0] == "data.train: 3 of 3 (100.0%) ground truths are correct by the strict verifier"
+    )
+    assert lines[1].startswith(
+        "warning: data.train: 1 of 2 (50.0%) solutions are correct by the strict verifier; not, for example, b with"
+    )
     made = Problem("d", "?", "4", "2+2=5\nAnswer: 5", source="arithmetic")  # wrong on purpose
     assert len(check([made])) == 1
 
@@ -91,7 +118,13 @@ def test_math_verify_judges_a_few_of_many():
     ("prompt", "form"),
     [
         (r"What is 1+1? Put the answer within \boxed{}.", r"\boxed"),
-        ((Message("system", "Be brief."), Message("user", 'What is 1+1? Output the answer after "####".')), "####"),
+        (
+            (
+                Message("system", "Be brief."),
+                Message("user", 'What is 1+1? Output the answer after "####".'),
+            ),
+            "####",
+        ),
     ],
 )
 def test_prompts_that_ask_for_another_form(prompt, form):
@@ -106,4 +139,7 @@ def test_prompts_that_ask_for_another_form(prompt, form):
 
 
 def test_a_template_that_asks_for_another_form():
-    assert r"2 of 2 prompts hold \boxed" in check(problems("1", "2"), template=r"{prompt} End with \boxed{}.")[1]
+    assert (
+        r"2 of 2 prompts hold \boxed"
+        in check(problems("1", "2"), template=r"{prompt} End with \boxed{}.")[1]
+    )

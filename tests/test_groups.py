@@ -13,9 +13,12 @@ def test_a_group_is_informative_when_it_holds_right_and_wrong():
 
 
 def test_the_filter_looks_at_correctness_and_not_at_reward():
-    # All-wrong rewards [-1, -1, -1.5, -2] have a spread, and their advantages would praise short wrong answers.
+    # All-wrong rewards [-1, -1, -1.5, -2] have a spread, and their advantages would praise short
+    # wrong answers.
     assert not informative_groups(np.zeros((1, 4), bool)).any()
-    assert group_advantages(np.array([[-1, -1, -1.5, -2]]))[0, 0] == pytest.approx(0.783348, abs=1e-6)
+    assert group_advantages(np.array([[-1, -1, -1.5, -2]]))[0, 0] == pytest.approx(
+        0.783348, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -23,7 +26,11 @@ def test_the_filter_looks_at_correctness_and_not_at_reward():
     [
         ([1, -1, -1, -1], [1.4999985] + 3 * [-0.4999995], [1.732051] + 3 * [-0.577350]),
         ([1, 1, -1, -1], [0.8660246, 0.8660246, -0.8660246, -0.8660246], [1, 1, -1, -1]),
-        ([1, 0.5, -1, -2], [0.998625, 0.635488, -0.453920, -1.180193], [1.153113, 0.733799, -0.524142, -1.362770]),
+        (
+            [1, 0.5, -1, -2],
+            [0.998625, 0.635488, -0.453920, -1.180193],
+            [1.153113, 0.733799, -0.524142, -1.362770],
+        ),
         ([1] + 15 * [-1], [3.749993] + 15 * [-0.25], [3.872983] + 15 * [-0.258199]),
     ],
 )
@@ -32,7 +39,9 @@ def test_advantages_of_the_paper(rewards, sample, population):
     got = group_advantages(reward)
     assert got.dtype == np.float32 and got.shape == reward.shape
     np.testing.assert_allclose(got[0], sample, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(group_advantages(reward, ddof=0, eps=0.0)[0], population, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        group_advantages(reward, ddof=0, eps=0.0)[0], population, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -48,7 +57,11 @@ def test_equal_rewards_give_exactly_zero(dtype, eps):
 
 
 @given(
-    st.integers(2, 12).flatmap(lambda g: st.lists(st.lists(st.integers(-8, 4), min_size=g, max_size=g), min_size=1, max_size=4)),
+    st.integers(2, 12).flatmap(
+        lambda g: st.lists(
+            st.lists(st.integers(-8, 4), min_size=g, max_size=g), min_size=1, max_size=4
+        )
+    ),
     st.integers(0, 1),
 )
 def test_advantages_equal_a_naive_loop(quarters, ddof):
@@ -57,7 +70,9 @@ def test_advantages_equal_a_naive_loop(quarters, ddof):
     for row, advantages in zip(rewards, got, strict=True):
         mean = sum(row) / len(row)
         std = (sum((r - mean) ** 2 for r in row) / (len(row) - ddof)) ** 0.5
-        np.testing.assert_allclose(advantages, [(r - mean) / (std + 1e-6) for r in row], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            advantages, [(r - mean) / (std + 1e-6) for r in row], rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -77,11 +92,25 @@ def test_shapes_and_ddof_are_checked():
 
 
 def test_a_group_of_the_answers_that_got_a_verdict_is_one_of_their_number():
-    """PAPER's numbers for four rewards hold for the four that are left of five; one alone has nothing to be compared with."""
+    """PAPER's numbers for four rewards hold for the four that are left of five; one alone has
+    nothing to be compared with.
+    """
     algo = DapoSection()
     np.testing.assert_allclose(
-        advantages_of(np.array([1, -1, -1, -1], np.float32), algo), [1.4999985, *[-0.4999995] * 3], rtol=0, atol=1e-6
+        advantages_of(np.array([1, -1, -1, -1], np.float32), algo),
+        [1.4999985, *[-0.4999995] * 3],
+        rtol=0,
+        atol=1e-6,
     )
     assert advantages_of(np.array([1.0]), algo).tolist() == [0.0]
-    np.testing.assert_allclose(advantages_of(np.array([1.0, -1.0]), DapoSection(advantage_ddof=2)), [0.5**0.5, -(0.5**0.5)], atol=1e-6)
-    assert [is_informative(np.array(c, bool)) for c in ([1, 0], [1], [0, 0], [])] == [True, False, False, False]
+    np.testing.assert_allclose(
+        advantages_of(np.array([1.0, -1.0]), DapoSection(advantage_ddof=2)),
+        [0.5**0.5, -(0.5**0.5)],
+        atol=1e-6,
+    )
+    assert [is_informative(np.array(c, bool)) for c in ([1, 0], [1], [0, 0], [])] == [
+        True,
+        False,
+        False,
+        False,
+    ]

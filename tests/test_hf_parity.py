@@ -31,7 +31,9 @@ def logits_of(config, params, tokens, positions, segment_ids):
     """The decoder's logits, by way of [3, 24] rows: one compilation a model."""
 
     def fill(x):
-        return np.pad(np.asarray(x, np.int32), [(0, 3 - tokens.shape[0]), (0, 24 - tokens.shape[1])])
+        return np.pad(
+            np.asarray(x, np.int32), [(0, 3 - tokens.shape[0]), (0, 24 - tokens.shape[1])]
+        )
 
     logits = np.asarray(compiled(params, config, fill(tokens), fill(positions), fill(segment_ids)))
     return logits[: tokens.shape[0], : tokens.shape[1]]
@@ -39,7 +41,13 @@ def logits_of(config, params, tokens, positions, segment_ids):
 
 def unpacked(config, params, tokens):
     """Logits of rows that are one sequence each."""
-    return logits_of(config, params, tokens, np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape), np.ones_like(tokens))
+    return logits_of(
+        config,
+        params,
+        tokens,
+        np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape),
+        np.ones_like(tokens),
+    )
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -57,10 +65,14 @@ def assert_same_logits(found, expected):
 
 def test_every_family_is_covered():
     configs = [load_pretrained(GOLDENS / name)[0] for name in NAMES]
-    assert {(c.family, c.tie_embeddings) for c in configs} == {(f, t) for f in FAMILIES for t in (True, False)}
+    assert {(c.family, c.tie_embeddings) for c in configs} == {
+        (f, t) for f in FAMILIES for t in (True, False)
+    }
     assert any(c.rope_scaling for c in configs)
     windowed = [c for c in configs if c.windows]
-    assert {c.rope_factor for c in windowed} == {1, 8} and all(c.windows.size == 5 and c.query_scalar == 24 for c in windowed)
+    assert {c.rope_factor for c in windowed} == {1, 8} and all(
+        c.windows.size == 5 and c.query_scalar == 24 for c in windowed
+    )
 
 
 def test_logits_and_logprobs(golden):
@@ -73,7 +85,10 @@ def test_logits_and_logprobs(golden):
 
 
 def test_logprobs_in_bfloat16(golden):
-    """Measured, the worst model: 0.071 at most, 0.023 root mean square. Those of transformers in bfloat16: 0.079 and 0.031."""
+    """Measured, the worst model: 0.071 at most, 0.023 root mean square.
+
+    Those of transformers in bfloat16: 0.079 and 0.031.
+    """
     config, params, g = golden
     logits = unpacked(dataclasses.replace(config, compute_dtype="bfloat16"), params, g["tokens"])
     assert logits.dtype == np.float32
@@ -93,7 +108,9 @@ def test_left_padded_batch(golden):
 
 
 def pack(g):
-    """The first 10 tokens of one sequence and 14 of the other in a row: tokens, positions, segment ids."""
+    """The first 10 tokens of one sequence and 14 of the other in a row: tokens, positions, segment
+    ids.
+    """
     tokens = np.concatenate([g["tokens"][0, :10], g["tokens"][1, :14]])[None]
     positions = np.concatenate([np.arange(10), np.arange(14)])[None]
     return tokens, positions, np.repeat([1, 2], [10, 14])[None]
@@ -102,7 +119,9 @@ def pack(g):
 def test_packed_sequences_do_not_see_each_other(golden):
     config, params, g = golden
     logits = logits_of(config, params, *pack(g))
-    assert_same_logits(logits[0, :10], g["logits"][0, :10])  # causal: the stored logits of a prefix are the prefix's own
+    assert_same_logits(
+        logits[0, :10], g["logits"][0, :10]
+    )  # causal: the stored logits of a prefix are the prefix's own
     assert_same_logits(logits[0, 10:], g["logits"][1, :14])
 
 
@@ -111,14 +130,22 @@ CUTS = [(0, 4, 20), (1, 1, 9), (0, 3, 5), (1, 7, 17), (0, 1, 1), (1, 2, 1)]
 
 
 def test_logprobs_of_packed_training_rows(golden):
-    """Up to four prompts and responses in a row, against each sequence alone. Measured: within 4e-6."""
+    """Up to four prompts and responses in a row, against each sequence alone.
+
+    Measured: within 4e-6.
+    """
     config, params, g = golden
     zeros = np.zeros(24, np.float32)
-    items = [TrainItem(g["tokens"][i, :p], g["tokens"][i, p : p + r], zeros[:r], zeros[:r], 0.0, 1.0) for i, p, r in CUTS]
+    items = [
+        TrainItem(g["tokens"][i, :p], g["tokens"][i, p : p + r], zeros[:r], zeros[:r], 0.0, 1.0)
+        for i, p, r in CUTS
+    ]
     batch, stats = build_batch(items, row_len=40, rows_per_microbatch=2)
     assert batch.segment_ids.max(axis=-1).tolist() == [[4, 2]]
     run = jax.jit(functools.partial(batch_logprobs, model=config, chunk_size=32))
-    found = gather_targets(np.asarray(run(params, TrainBatch(*(a[0] for a in batch))))[None], stats.placement)
+    found = gather_targets(
+        np.asarray(run(params, TrainBatch(*(a[0] for a in batch))))[None], stats.placement
+    )
     for (i, p, r), logprobs in zip(CUTS, found, strict=True):
         np.testing.assert_allclose(logprobs, g["logprobs"][i, p - 1 : p + r - 1], atol=1e-5, rtol=0)
 
@@ -151,27 +178,49 @@ def test_greedy_sampling(golden):
     sizes = {"slots": 2, "max_prompt_len": 8, "max_response_len": 12}
     engine = Engine(config, Sampling(temperature=0.0), (), **sizes, mesh=mesh, fetch=fetch)
     weights = publisher(abstract_params(config), mesh, "float32")(params)
-    found = engine.generate(weights, [Request(0, 0, g["prompt_0"]), Request(1, 0, g["prompt_1"])], jax.random.key(0))
-    np.testing.assert_array_equal([response.tokens for response in found], [g["continuation_0"], g["continuation_1"]])
+    found = engine.generate(
+        weights, [Request(0, 0, g["prompt_0"]), Request(1, 0, g["prompt_1"])], jax.random.key(0)
+    )
+    np.testing.assert_array_equal(
+        [response.tokens for response in found], [g["continuation_0"], g["continuation_1"]]
+    )
 
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("gemma3")])
 def test_sampled_logprobs_are_those_of_whole_rows(name, int8):
-    """Eight slots of prompts of 2 to 8 tokens and 12 tokens each, in windows of 5. Measured: within 2e-6, with an 8-bit cache 0.03."""
+    """Eight slots of prompts of 2 to 8 tokens and 12 tokens each, in windows of 5.
+
+    Measured: within 2e-6, with an 8-bit cache 0.03.
+    """
     config, params = load_pretrained(GOLDENS / name)
     mesh = make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
     sizes = {"slots": 8, "max_prompt_len": 8, "max_response_len": 12}
-    engine = Engine(config, Sampling(temperature=1.0), (), **sizes, mesh=mesh, fetch=fetch, int8=int8)
+    engine = Engine(
+        config, Sampling(temperature=1.0), (), **sizes, mesh=mesh, fetch=fetch, int8=int8
+    )
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, config.vocab_size, n).astype(np.int32) for n in (2, 3, 4, 5, 6, 7, 8, 8)]
+    prompts = [
+        rng.integers(0, config.vocab_size, n).astype(np.int32) for n in (2, 3, 4, 5, 6, 7, 8, 8)
+    ]
     weights = publisher(abstract_params(config), mesh, "float32")(params)
-    found = engine.generate(weights, [Request(i, 0, prompt) for i, prompt in enumerate(prompts)], jax.random.key(0))
-    rows = np.stack([np.pad(np.concatenate([p, r.tokens]), (0, 8 - len(p))) for p, r in zip(prompts, found, strict=True)])
-    logprobs = np.asarray(jax.nn.log_softmax(jax.jit(apply, static_argnums=1)(params, config, rows)))
+    found = engine.generate(
+        weights, [Request(i, 0, prompt) for i, prompt in enumerate(prompts)], jax.random.key(0)
+    )
+    rows = np.stack(
+        [
+            np.pad(np.concatenate([p, r.tokens]), (0, 8 - len(p)))
+            for p, r in zip(prompts, found, strict=True)
+        ]
+    )
+    logprobs = np.asarray(
+        jax.nn.log_softmax(jax.jit(apply, static_argnums=1)(params, config, rows))
+    )
     for row, prompt, response in zip(logprobs, prompts, found, strict=True):
         expected = row[np.arange(12) + len(prompt) - 1, response.tokens]
-        np.testing.assert_allclose(response.behavior_logprobs, expected, rtol=0, atol=0.1 if int8 else 1e-5)
+        np.testing.assert_allclose(
+            response.behavior_logprobs, expected, rtol=0, atol=0.1 if int8 else 1e-5
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("gemma3")])
@@ -189,13 +238,18 @@ def test_sampled_logprobs_are_those_of_whole_rows(name, int8):
     ids=str,
 )
 def test_what_gemma_3_is_told_matters(name, changes):
-    """Stored answers would notice a window that is not there or one too long, another layer in its place, another scale of scores."""
+    """Stored answers would notice a window that is not there or one too long, another layer in its
+    place, another scale of scores.
+    """
     config, params = load_pretrained(GOLDENS / name)
     other = dataclasses.replace(config, **changes)
     if other == config:  # every third layer is what one of the two has
         return
     with np.load(GOLDENS / name / "golden.npz") as g:
-        assert np.abs(unpacked(other, params, g["tokens"]) - g["logits"]).max() > 0.01 * np.abs(g["logits"]).max()
+        assert (
+            np.abs(unpacked(other, params, g["tokens"]) - g["logits"]).max()
+            > 0.01 * np.abs(g["logits"]).max()
+        )
 
 
 def test_rope_scaling_matters():

@@ -20,46 +20,70 @@ ITEMS = tiny.make_items(MODEL, 12)
 
 @functools.cache
 def plain():
-    return jax.jit(jax.value_and_grad(functools.partial(tiny.plain_loss, config=MODEL, items=ITEMS)))(tiny.params(MODEL))
+    return jax.jit(
+        jax.value_and_grad(functools.partial(tiny.plain_loss, config=MODEL, items=ITEMS))
+    )(tiny.params(MODEL))
 
 
 @pytest.mark.parametrize("layout", [(8, 1, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2)], ids=str)
 def test_loss_and_gradient_do_not_depend_on_the_layout_of_devices(layout):
-    """Against one device, unpacked rows and whole log-softmaxes. Measured: loss 4e-7, gradient 7e-7 relative."""
+    """Against one device, unpacked rows and whole log-softmaxes.
+
+    Measured: loss 4e-7, gradient 7e-7 relative.
+    """
     mesh = make_mesh(MeshSection(*layout))
     batch, stats = build_batch(ITEMS, row_len=13, rows_per_microbatch=8, microbatches=2)
     loss_of = functools.partial(loss_fn, model=MODEL, algo=DapoSection(), chunk_size=8, mesh=mesh)
     sharding = params_sharding(tiny.params(MODEL), mesh)
     params = jax.tree.map(lambda p, s: put(np.asarray(p), s), tiny.params(MODEL), sharding)
     batch = put_rows(batch, mesh, axis=1)
-    run = jax.jit(functools.partial(accumulate, loss_fn=loss_of), out_shardings=(None, None, sharding))
-    run = run.lower(params, batch).compile({"xla_backend_optimization_level": 0})  # compiles in half the time
+    run = jax.jit(
+        functools.partial(accumulate, loss_fn=loss_of), out_shardings=(None, None, sharding)
+    )
+    run = run.lower(params, batch).compile(
+        {"xla_backend_optimization_level": 0}
+    )  # compiles in half the time
     loss, sums, grads = run(params, batch)
     expected, slopes = plain()
     assert tiny.gap(loss, expected) < 1e-6 and tiny.gap(jax.device_get(grads), slopes) < 1e-6
     assert sums["tokens"] == stats.target_tokens
-    assert jax.tree.all(jax.tree.map(lambda g, s: g.sharding.is_equivalent_to(s, g.ndim), grads, sharding))
-    # Weights travel between devices, activations [rows, 13, ...] of more rows than a device's own never do.
+    assert jax.tree.all(
+        jax.tree.map(lambda g, s: g.sharding.is_equivalent_to(s, g.ndim), grads, sharding)
+    )
+    # Weights travel between devices, activations [rows, 13, ...] of more rows than a device's own
+    # never do.
     moved = collectives(run)
-    assert moved and not [shape for shape in moved if shape[1:2] == (13,) and shape[0] > 8 // row_shards(mesh)]
+    assert moved and not [
+        shape for shape in moved if shape[1:2] == (13,) and shape[0] > 8 // row_shards(mesh)
+    ]
 
 
 def collectives(program) -> list[tuple[int, ...]]:
     """Shapes of what a compiled program sends between devices."""
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     lines = re.findall(rf"= (.*) (?:{kinds})(?:-start)?\(", program.as_text())
-    return [tuple(int(n) for n in shape.split(",") if n) for line in lines for shape in re.findall(r"\w\d*\[([\d,]*)\]", line)]
+    return [
+        tuple(int(n) for n in shape.split(",") if n)
+        for line in lines
+        for shape in re.findall(r"\w\d*\[([\d,]*)\]", line)
+    ]
 
 
 def test_a_row_split_along_its_length_between_blocks_gives_the_same_loss_and_gradient():
-    """Where tensor 2 divides T, which the 13 above it does not: each device then keeps half of each row."""
+    """Where tensor 2 divides T, which the 13 above it does not: each device then keeps half of each
+    row.
+    """
     mesh = make_mesh(MeshSection(2, 2, 2))
     batch, _ = build_batch(ITEMS, row_len=14, rows_per_microbatch=8, microbatches=2)
     loss_of = functools.partial(loss_fn, model=MODEL, algo=DapoSection(), chunk_size=8, mesh=mesh)
     sharding = params_sharding(tiny.params(MODEL), mesh)
     params = jax.tree.map(lambda p, s: put(np.asarray(p), s), tiny.params(MODEL), sharding)
-    run = jax.jit(functools.partial(accumulate, loss_fn=loss_of), out_shardings=(None, None, sharding))
-    run = run.lower(params, put_rows(batch, mesh, axis=1)).compile({"xla_backend_optimization_level": 0})
+    run = jax.jit(
+        functools.partial(accumulate, loss_fn=loss_of), out_shardings=(None, None, sharding)
+    )
+    run = run.lower(params, put_rows(batch, mesh, axis=1)).compile(
+        {"xla_backend_optimization_level": 0}
+    )
     loss, _, grads = run(params, put_rows(batch, mesh, axis=1))
     expected, slopes = plain()
     assert tiny.gap(loss, expected) < 1e-6 and tiny.gap(jax.device_get(grads), slopes) < 1e-6

@@ -1,4 +1,6 @@
-"""The clip and its gradient, the normalisers on a tiny batch, masks, and the loss through a whole model."""
+"""The clip and its gradient, the normalisers on a tiny batch, masks, and the loss through a whole
+model.
+"""
 
 import functools
 import math
@@ -9,7 +11,14 @@ import pytest
 import tiny
 
 from dapo_jax.config import DapoSection
-from dapo_jax.dapo.loss import batch_logprobs, cross_entropy_loss_fn, dapo_terms, dapo_token_loss, loss_fn, policy_metrics
+from dapo_jax.dapo.loss import (
+    batch_logprobs,
+    cross_entropy_loss_fn,
+    dapo_terms,
+    dapo_token_loss,
+    loss_fn,
+    policy_metrics,
+)
 from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets, normalizer_weights
 from dapo_jax.types import TrainBatch
 
@@ -19,8 +28,12 @@ PARAMS = tiny.params(MODEL)
 TEMPERATURE = 0.8
 
 # advantage, ratio, objective
-CLIP_TABLE = [(1, r, o) for r, o in [(0.5, 0.5), (0.79, 0.79), (1, 1), (1.2, 1.2), (1.28, 1.28), (1.3, 1.28), (2, 1.28)]] + [
-    (-1, r, o) for r, o in [(0.5, -0.8), (0.79, -0.8), (1, -1), (1.28, -1.28), (1.3, -1.3), (2, -2), (12, -12)]
+CLIP_TABLE = [
+    (1, r, o)
+    for r, o in [(0.5, 0.5), (0.79, 0.79), (1, 1), (1.2, 1.2), (1.28, 1.28), (1.3, 1.28), (2, 1.28)]
+] + [
+    (-1, r, o)
+    for r, o in [(0.5, -0.8), (0.79, -0.8), (1, -1), (1.28, -1.28), (1.3, -1.3), (2, -2), (12, -12)]
 ]
 
 
@@ -34,7 +47,13 @@ def objective(log_ratio, advantage, dual_clip=None):
 def token_loss_and_slope(log_ratio, advantage, dual_clip=None):
     """Loss and its derivative in the log-prob, at an old log-prob that is not 0."""
     log_ratio, advantage = np.float32(log_ratio), np.float32(advantage)
-    loss = functools.partial(dapo_token_loss, old_logprobs=np.float32(-1.5), advantages=advantage, **CLIP, dual_clip=dual_clip)
+    loss = functools.partial(
+        dapo_token_loss,
+        old_logprobs=np.float32(-1.5),
+        advantages=advantage,
+        **CLIP,
+        dual_clip=dual_clip,
+    )
     return [float(x) for x in jax.value_and_grad(loss)(log_ratio - np.float32(1.5))]
 
 
@@ -61,24 +80,39 @@ def test_loss_and_slope_match_finite_differences_of_the_definition(dual_clip):
                 continue
             loss, slope = token_loss_and_slope(log_ratio, advantage, dual_clip)
             h = 1e-6
-            expected = (objective(log_ratio + h, advantage, dual_clip) - objective(log_ratio - h, advantage, dual_clip)) / (2 * h)
+            expected = (
+                objective(log_ratio + h, advantage, dual_clip)
+                - objective(log_ratio - h, advantage, dual_clip)
+            ) / (2 * h)
             assert -loss == pytest.approx(objective(log_ratio, advantage, dual_clip), rel=1e-5)
             assert -slope == pytest.approx(expected, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize(
     "advantage, ratio, loss, slope",
-    [(-1, 12, 10, 0), (-2, 12, 20, 0), (-1, 9, 9, 9), (-1, 0.5, 0.8, 0), (1, 12, -1.28, 0), (1, 0.5, -0.5, -0.5)],
+    [
+        (-1, 12, 10, 0),
+        (-2, 12, 20, 0),
+        (-1, 9, 9, 9),
+        (-1, 0.5, 0.8, 0),
+        (1, 12, -1.28, 0),
+        (1, 0.5, -0.5, -0.5),
+    ],
 )
 def test_dual_clip_caps_the_loss_of_negative_advantages_only(advantage, ratio, loss, slope):
-    assert token_loss_and_slope(np.log(ratio), advantage, dual_clip=10.0) == pytest.approx([loss, slope], rel=1e-5)
+    assert token_loss_and_slope(np.log(ratio), advantage, dual_clip=10.0) == pytest.approx(
+        [loss, slope], rel=1e-5
+    )
 
 
 def test_a_ratio_that_overflows_is_clipped_where_there_is_a_clip():
     assert token_loss_and_slope(200, 1) == pytest.approx([-1.28, 0])
     assert token_loss_and_slope(200, 0) == [0, 0]
     assert token_loss_and_slope(200, -2, dual_clip=10.0) == pytest.approx([20, 0])
-    assert token_loss_and_slope(200, -1) == [np.inf, np.inf]  # unbounded by definition: the update is skipped, and says so
+    assert token_loss_and_slope(200, -1) == [
+        np.inf,
+        np.inf,
+    ]  # unbounded by definition: the update is skipped, and says so
     assert token_loss_and_slope(-200, 1) == [0, 0]
     assert token_loss_and_slope(-200, -1) == pytest.approx([0.8, 0])
 
@@ -88,30 +122,47 @@ def test_above_its_cap_a_ratio_goes_on_along_its_tangent():
 
     def capped(ratio, advantage, **more):
         loss = functools.partial(
-            dapo_token_loss, old_logprobs=np.float32(-1), advantages=np.float32(advantage), ratio_cap=2.0, **CLIP, **more
+            dapo_token_loss,
+            old_logprobs=np.float32(-1),
+            advantages=np.float32(advantage),
+            ratio_cap=2.0,
+            **CLIP,
+            **more,
         )
         return [float(x) for x in jax.value_and_grad(loss)(np.float32(np.log(ratio) - 1))]
 
     assert capped(4, -1) == pytest.approx([2 * (1 + math.log(2)), 2], rel=1e-6)
     assert capped(4, -3) == pytest.approx([6 * (1 + math.log(2)), 6], rel=1e-6)
-    assert capped(np.exp(200), -1) == pytest.approx([2 * (201 - math.log(2)), 2], rel=1e-6)  # finite where exp is not
+    assert capped(np.exp(200), -1) == pytest.approx(
+        [2 * (201 - math.log(2)), 2], rel=1e-6
+    )  # finite where exp is not
     assert capped(4, -1, dual_clip=3.0) == pytest.approx([3, 0], rel=1e-6)
     for advantage, ratio in [(1, 0.5), (1, 1.2), (1, 4), (-1, 0.5), (-1, 1.2), (-1, 1.9)]:
-        assert capped(ratio, advantage) == pytest.approx(token_loss_and_slope(np.log(ratio), advantage), rel=1e-5)
+        assert capped(ratio, advantage) == pytest.approx(
+            token_loss_and_slope(np.log(ratio), advantage), rel=1e-5
+        )
 
 
-@pytest.mark.parametrize("mode, losses", [("recompute", [2 * 1.5, 2 * 3.0, 2 * 3.0]), ("sampler", [2.0, 2.0, 2.0])])
+@pytest.mark.parametrize(
+    "mode, losses", [("recompute", [2 * 1.5, 2 * 3.0, 2 * 3.0]), ("sampler", [2.0, 2.0, 2.0])]
+)
 def test_truncated_importance_sampling_weights_by_what_the_sampler_drew(mode, losses):
-    """π_old / π_sampler = 1.5, 3, 5 with cap 3, at ratio 1, A = -1, weight 2: recomputed π_old weighs each token by 1.5, 3, 3;
-    with the sampler's own log-probs the mismatch is in the ratio, which is 1 here."""
+    """π_old / π_sampler = 1.5, 3, 5 with cap 3, at ratio 1, A = -1, weight 2: recomputed π_old
+    weighs each token by 1.5, 3, 3; with the sampler's own log-probs the mismatch is in the ratio,
+    which is 1 here.
+    """
     old = np.log(np.float32([0.3, 0.3, 0.3]))
     zeros = np.zeros(3, np.int32)
     behavior = (old - np.log([1.5, 3.0, 5.0])).astype(np.float32)
-    args = TrainBatch(zeros, zeros, zeros, zeros == 0, old, behavior, np.float32([-1] * 3), np.float32([2] * 3))
+    args = TrainBatch(
+        zeros, zeros, zeros, zeros == 0, old, behavior, np.float32([-1] * 3), np.float32([2] * 3)
+    )
     algo = DapoSection(old_logprobs=mode, importance_cap=3.0)
     loss, metrics = dapo_terms(old, zeros.astype(np.float32), args, algo)
     np.testing.assert_allclose(loss, losses, rtol=1e-6)
-    assert metrics["importance_capped"].tolist() == ([0, 0, 1] if mode == "recompute" else [0, 0, 0])
+    assert metrics["importance_capped"].tolist() == (
+        [0, 0, 1] if mode == "recompute" else [0, 0, 0]
+    )
     off, metrics = dapo_terms(old, zeros.astype(np.float32), args, DapoSection(old_logprobs=mode))
     np.testing.assert_allclose(off, [2, 2, 2], rtol=1e-6)
     assert "importance_capped" not in metrics
@@ -139,22 +190,34 @@ J = [
 def test_objective_of_the_tiny_batch(normalizer, kept, expected):
     weights = normalizer_weights(GROUP_OF, COUNTS, np.array(kept), normalizer=normalizer)
     ratios = np.concatenate(RATIOS).astype(np.float32)
-    losses = dapo_token_loss(np.log(ratios), np.zeros(10, np.float32), np.repeat(np.float32(ADVANTAGES), COUNTS), **CLIP)
-    assert -float(np.repeat(weights, COUNTS) @ np.asarray(losses)) == pytest.approx(expected, abs=1e-6)
+    losses = dapo_token_loss(
+        np.log(ratios), np.zeros(10, np.float32), np.repeat(np.float32(ADVANTAGES), COUNTS), **CLIP
+    )
+    assert -float(np.repeat(weights, COUNTS) @ np.asarray(losses)) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def tiny_items(normalizer="token-mean", kept=ALL, only=range(4)):
-    """The tiny batch as responses to a model, whose old log-probs are its log-probs - log r. `only`: those that a rank holds."""
+    """The tiny batch as responses to a model, whose old log-probs are its log-probs - log r.
+
+    `only`: those that a rank holds.
+    """
     rng = np.random.default_rng(1)
     mine = np.isin(np.arange(4), list(only))
     weights = normalizer_weights(GROUP_OF, COUNTS, np.array(kept) & mine, normalizer=normalizer)
     items = []
     for advantage, count, weight in zip(ADVANTAGES, COUNTS, weights, strict=True):
-        prompt, response = (rng.integers(0, MODEL.vocab_size, size).astype(np.int32) for size in (3, count))
+        prompt, response = (
+            rng.integers(0, MODEL.vocab_size, size).astype(np.int32) for size in (3, count)
+        )
         zeros = np.zeros(count, np.float32)
         items.append(TrainItem(prompt, response, zeros, zeros, advantage, float(weight)))
     items = tiny.with_ratios(PARAMS, MODEL, items, RATIOS, TEMPERATURE)
-    return [item._replace(behavior_logprobs=item.old_logprobs + np.float32(np.log(r))) for item, r in zip(items, RATIOS, strict=True)]
+    return [
+        item._replace(behavior_logprobs=item.old_logprobs + np.float32(np.log(r)))
+        for item, r in zip(items, RATIOS, strict=True)
+    ]
 
 
 def rows(items, n=4, t=26, order=None):
@@ -166,7 +229,9 @@ def rows(items, n=4, t=26, order=None):
 
 @functools.partial(jax.jit, static_argnames="chunk_size")
 def loss_and_grad(params, batch, chunk_size=16):
-    loss = functools.partial(loss_fn, model=MODEL, algo=DapoSection(), temperature=TEMPERATURE, chunk_size=chunk_size)
+    loss = functools.partial(
+        loss_fn, model=MODEL, algo=DapoSection(), temperature=TEMPERATURE, chunk_size=chunk_size
+    )
     return jax.value_and_grad(loss, has_aux=True)(params, batch)
 
 
@@ -185,7 +250,9 @@ def test_the_sum_over_ranks_is_the_objective_and_the_mean_of_their_means_is_not(
 
     for ranks in ([(0, 2), (1, 3)], [(0, 1), (2, 3)], [(0, 1, 2), (3,)]):
         assert sum(loss(own, "all") for own in ranks) == pytest.approx(-0.4520, abs=2e-6)
-    assert np.mean([loss(own, "rank") for own in [(0, 2), (1, 3)]]) == pytest.approx(-0.0200, abs=2e-6)
+    assert np.mean([loss(own, "rank") for own in [(0, 2), (1, 3)]]) == pytest.approx(
+        -0.0200, abs=2e-6
+    )
     by_samples = [len(own) / 4 * loss(own, "rank") for own in [(0, 1, 2), (3,)]]
     assert sum(by_samples) == pytest.approx(-0.417619, abs=2e-6)
 
@@ -211,7 +278,9 @@ def test_metric_sums_of_the_tiny_batch():
     assert 0 < sums["entropy"] < 10 * np.log(MODEL.vocab_size)
     items[1] = items[1]._replace(behavior_logprobs=items[1].behavior_logprobs + np.float32(np.nan))
     (loss, without), grads = loss_and_grad(PARAMS, rows(items))
-    assert (float(without["sampler_gap"]), float(without["gap_tokens"])) == pytest.approx((0.5, 10 - len(items[1].response)), rel=1e-5)
+    assert (float(without["sampler_gap"]), float(without["gap_tokens"])) == pytest.approx(
+        (0.5, 10 - len(items[1].response)), rel=1e-5
+    )
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((loss, grads)))
 
 
@@ -220,7 +289,9 @@ def test_dual_clipped_tokens_are_counted_only_where_it_is_on():
     logprobs = flat.behavior_logprobs  # those of the model
     assert "clipped_dual" not in policy_metrics(logprobs, logprobs, flat, DapoSection())
     found = policy_metrics(logprobs, logprobs, flat, DapoSection(dual_clip=1.9))["clipped_dual"]
-    assert np.asarray(flat.behavior_logprobs - flat.old_logprobs)[found > 0] == pytest.approx([np.log(2)], rel=1e-5)
+    assert np.asarray(flat.behavior_logprobs - flat.old_logprobs)[found > 0] == pytest.approx(
+        [np.log(2)], rel=1e-5
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -245,7 +316,9 @@ def test_a_ratio_that_overflows_on_a_token_that_is_not_trained_changes_nothing(o
     batch = rows(tiny_items(kept=WITHOUT_O2))
     (loss, _), grads = loss_and_grad(PARAMS, batch)
     wild = batch._replace(
-        old_logprobs=np.where(batch.weight > 0, batch.old_logprobs, np.float32(old)),  # targets of weight 0, prompts, padding
+        old_logprobs=np.where(
+            batch.weight > 0, batch.old_logprobs, np.float32(old)
+        ),  # targets of weight 0, prompts, padding
         advantages=np.where(batch.weight > 0, batch.advantages, np.float32(-1)),
     )
     (same_loss, _), same_grads = loss_and_grad(PARAMS, wild)
@@ -268,14 +341,25 @@ def test_a_ratio_that_overflows_on_a_trained_token_with_a_positive_advantage_has
 
 
 def test_the_gradient_is_the_slope_of_the_loss():
-    """Central differences along the gradient and two random directions. Measured: within 1.1e-4 of the gradient's norm."""
+    """Central differences along the gradient and two random directions.
+
+    Measured: within 1.1e-4 of the gradient's norm.
+    """
     batch = rows(tiny_items())
     grads = jax.tree.map(np.asarray, loss_and_grad(PARAMS, batch)[1])
     rng = np.random.default_rng(0)
-    directions = [grads, *(jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), PARAMS) for _ in range(2))]
+    directions = [
+        grads,
+        *(
+            jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), PARAMS)
+            for _ in range(2)
+        ),
+    ]
 
     def norm(tree):
-        return float(np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(tree))))
+        return float(
+            np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(tree)))
+        )
 
     def loss_at(distance, direction):
         moved = jax.tree.map(lambda p, d: p + distance * d, PARAMS, direction)
@@ -284,9 +368,14 @@ def test_the_gradient_is_the_slope_of_the_loss():
     for direction in directions:
         length = np.float32(norm(direction))
         unit = jax.tree.map(lambda d, length=length: d / length, direction)
-        slope = sum(float(np.vdot(g, u)) for g, u in zip(jax.tree.leaves(grads), jax.tree.leaves(unit), strict=True))
+        slope = sum(
+            float(np.vdot(g, u))
+            for g, u in zip(jax.tree.leaves(grads), jax.tree.leaves(unit), strict=True)
+        )
         h = 2e-3
-        assert (loss_at(h, unit) - loss_at(-h, unit)) / (2 * h) == pytest.approx(slope, abs=1e-3 * norm(grads))
+        assert (loss_at(h, unit) - loss_at(-h, unit)) / (2 * h) == pytest.approx(
+            slope, abs=1e-3 * norm(grads)
+        )
 
 
 ITEMS = tiny.make_items(MODEL, 8, temperature=TEMPERATURE)
@@ -294,7 +383,9 @@ ITEMS = tiny.make_items(MODEL, 8, temperature=TEMPERATURE)
 
 @pytest.fixture(scope="module")
 def plain():
-    loss = jax.jit(functools.partial(tiny.plain_loss, config=MODEL, items=ITEMS, temperature=TEMPERATURE))
+    loss = jax.jit(
+        functools.partial(tiny.plain_loss, config=MODEL, items=ITEMS, temperature=TEMPERATURE)
+    )
     return jax.device_get(jax.value_and_grad(lambda p: loss(p))(PARAMS))
 
 
@@ -308,11 +399,21 @@ def test_the_items_are_clipped_on_both_sides():
     [
         (4, 26, None, 16),
         (4, 26, [5, 2, 7, 0, 1, 6, 3, 4], 16),  # other rows, other neighbours
-        (9, 13, None, 50),  # shorter rows that hold hardly more than one item, an empty row, chunks that do not divide the rows
+        (
+            9,
+            13,
+            None,
+            50,
+        ),  # shorter rows that hold hardly more than one item, an empty row, chunks that do not divide the rows
     ],
 )
-def test_loss_and_gradient_do_not_depend_on_packing_padding_and_chunks(plain, n, t, order, chunk_size):
-    """Against unpacked rows and whole log-softmaxes. Measured: loss 2e-7, gradient 5e-7 relative."""
+def test_loss_and_gradient_do_not_depend_on_packing_padding_and_chunks(
+    plain, n, t, order, chunk_size
+):
+    """Against unpacked rows and whole log-softmaxes.
+
+    Measured: loss 2e-7, gradient 5e-7 relative.
+    """
     (loss, _), grads = loss_and_grad(PARAMS, rows(ITEMS, n, t, order), chunk_size)
     assert tiny.gap(loss, plain[0]) < 1e-6
     assert tiny.gap(grads, plain[1]) < 1e-6
@@ -320,17 +421,29 @@ def test_loss_and_gradient_do_not_depend_on_packing_padding_and_chunks(plain, n,
 
 def test_batch_logprobs_are_those_of_a_plain_log_softmax():
     batch, stats = build_batch(ITEMS, row_len=26, rows_per_microbatch=4)
-    run = jax.jit(functools.partial(batch_logprobs, model=MODEL, temperature=TEMPERATURE, chunk_size=16))
+    run = jax.jit(
+        functools.partial(batch_logprobs, model=MODEL, temperature=TEMPERATURE, chunk_size=16)
+    )
     found = np.stack([run(PARAMS, type(batch)(*rows)) for rows in zip(*batch, strict=True)])
     assert not found[~batch.target_mask].any()
     for own, expected in zip(
-        gather_targets(found, stats.placement), tiny.response_logprobs(PARAMS, MODEL, ITEMS, TEMPERATURE), strict=True
+        gather_targets(found, stats.placement),
+        tiny.response_logprobs(PARAMS, MODEL, ITEMS, TEMPERATURE),
+        strict=True,
     ):
         np.testing.assert_allclose(own, expected, rtol=0, atol=2e-6)
 
 
 def test_cross_entropy_is_the_weighted_sum_of_negative_logprobs():
-    loss, sums = jax.jit(functools.partial(cross_entropy_loss_fn, model=MODEL, chunk_size=16))(PARAMS, rows(ITEMS))
-    expected = -sum(item.weight * p.sum() for item, p in zip(ITEMS, tiny.response_logprobs(PARAMS, MODEL, ITEMS), strict=True))
+    loss, sums = jax.jit(functools.partial(cross_entropy_loss_fn, model=MODEL, chunk_size=16))(
+        PARAMS, rows(ITEMS)
+    )
+    expected = -sum(
+        item.weight * p.sum()
+        for item, p in zip(ITEMS, tiny.response_logprobs(PARAMS, MODEL, ITEMS), strict=True)
+    )
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-    assert sums["tokens"] == sum(len(item.response) for item in ITEMS) and set(sums) == {"tokens", "entropy"}
+    assert sums["tokens"] == sum(len(item.response) for item in ITEMS) and set(sums) == {
+        "tokens",
+        "entropy",
+    }

@@ -22,7 +22,9 @@ ALPHABET = sorted(ByteLevel.alphabet())
 
 
 def gguf_fields() -> dict:
-    """Fields of a tiny llama GGUF whose tokenizer knows bytes, "th", "the", " the" and, as a trap, "12"."""
+    """Fields of a tiny llama GGUF whose tokenizer knows bytes, "th", "the", " the" and, as a trap,
+    "12".
+    """
     tokens = SPECIAL + ALPHABET + ["th", "the", "Ġthe", "12"]
     return {
         "llama.block_count": LAYERS,
@@ -48,11 +50,16 @@ def gguf_fields() -> dict:
 def gguf_tensors() -> list[tuple[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     head_dim = DIM // HEADS
-    shapes = {"token_embd.weight": (len(SPECIAL) + len(ALPHABET) + 4, DIM), "output_norm.weight": (DIM,)}
+    shapes = {
+        "token_embd.weight": (len(SPECIAL) + len(ALPHABET) + 4, DIM),
+        "output_norm.weight": (DIM,),
+    }
     for i in range(LAYERS):
         shapes |= {f"blk.{i}.{part}.weight": (DIM,) for part in ("attn_norm", "ffn_norm")}
         shapes |= {f"blk.{i}.{part}.weight": (DIM, DIM) for part in ("attn_q", "attn_output")}
-        shapes |= {f"blk.{i}.{part}.weight": (KV_HEADS * head_dim, DIM) for part in ("attn_k", "attn_v")}
+        shapes |= {
+            f"blk.{i}.{part}.weight": (KV_HEADS * head_dim, DIM) for part in ("attn_k", "attn_v")
+        }
         shapes |= {f"blk.{i}.{part}.weight": (FFN, DIM) for part in ("ffn_gate", "ffn_up")}
         shapes[f"blk.{i}.ffn_down.weight"] = (DIM, FFN)
     return [(name, rng.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()]
@@ -70,7 +77,12 @@ def rotate(x: np.ndarray, position: int, pairs: list[tuple[int, int]]) -> np.nda
 
 def test_unpermuted_rows_give_the_attention_scores_of_the_interleaved_ones():
     heads, half, rng = 3, 4, np.random.default_rng(1)
-    q_rows, k_rows, x, y = rng.normal(size=(24, 5)), rng.normal(size=(24, 5)), rng.normal(size=5), rng.normal(size=5)
+    q_rows, k_rows, x, y = (
+        rng.normal(size=(24, 5)),
+        rng.normal(size=(24, 5)),
+        rng.normal(size=5),
+        rng.normal(size=5),
+    )
     neighbours = [(2 * j, 2 * j + 1) for j in range(half)]
     halves = [(j, j + half) for j in range(half)]
 
@@ -104,10 +116,15 @@ def test_model_folder_has_hugging_face_names_shapes_and_values(tmp_path):
     }
     for name, origin in same.items():
         np.testing.assert_array_equal(weights[name], source[origin], err_msg=name)
-    # Head size 4: rows 0, 1, 2, 3 of a head hold the pairs (0, 1) and (2, 3), which belong in rows (0, 2) and (1, 3).
+    # Head size 4: rows 0, 1, 2, 3 of a head hold the pairs (0, 1) and (2, 3), which belong in rows
+    # (0, 2) and (1, 3).
     order = [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11]
-    np.testing.assert_array_equal(weights["model.layers.1.self_attn.q_proj.weight"], source["blk.1.attn_q.weight"][order])
-    np.testing.assert_array_equal(weights["model.layers.1.self_attn.k_proj.weight"], source["blk.1.attn_k.weight"][order[:4]])
+    np.testing.assert_array_equal(
+        weights["model.layers.1.self_attn.q_proj.weight"], source["blk.1.attn_q.weight"][order]
+    )
+    np.testing.assert_array_equal(
+        weights["model.layers.1.self_attn.k_proj.weight"], source["blk.1.attn_k.weight"][order[:4]]
+    )
 
 
 def test_an_unknown_tensor_is_not_dropped_in_silence():
@@ -118,9 +135,25 @@ def test_an_unknown_tensor_is_not_dropped_in_silence():
 def test_configs_carry_what_the_gguf_says(tmp_path):
     real.write_model(tmp_path, gguf_fields(), gguf_tensors())
     config = json.loads((tmp_path / "config.json").read_text())
-    expected = {"model_type": "llama", "hidden_size": DIM, "head_dim": 4, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    expected |= {"num_key_value_heads": KV_HEADS, "intermediate_size": FFN, "max_position_embeddings": 64, "rope_theta": 100000.0}
-    expected |= {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
+    expected = {
+        "model_type": "llama",
+        "hidden_size": DIM,
+        "head_dim": 4,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+    }
+    expected |= {
+        "num_key_value_heads": KV_HEADS,
+        "intermediate_size": FFN,
+        "max_position_embeddings": 64,
+        "rope_theta": 100000.0,
+    }
+    expected |= {
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     assert {key: config[key] for key in expected} == expected
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 2
 
@@ -138,9 +171,16 @@ def test_folder_opens_with_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     real.write_model(tmp_path, gguf_fields(), gguf_tensors())
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
     assert tokenizer.convert_ids_to_tokens(tokenizer("the 12").input_ids) == ["the", "Ġ", "1", "2"]
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "<|im_start|>a<|im_end|>"
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        == "<|im_start|>a<|im_end|>"
+    )
     assert transformers.AutoConfig.from_pretrained(str(tmp_path)).rms_norm_eps == 1e-5
 
 
@@ -196,13 +236,18 @@ def test_split_is_disjoint_complete_and_blind_to_order():
     assert (len(train), len(heldout)) == (70, 30)
     assert sorted(int(row["id"]) for row in train + heldout) == list(range(100))
     assert real.split_problems(rows[::-1], 30) == (train, heldout)
-    assert 35 < np.mean([int(row["id"]) for row in heldout]) < 65  # neither the first rows nor the last
+    assert (
+        35 < np.mean([int(row["id"]) for row in heldout]) < 65
+    )  # neither the first rows nor the last
 
 
 def test_jsonl_round_trips(tmp_path):
     rows = [{"id": "1", "prompt": "Zoë has 2 €.\u2028How many?", "answer": "2"}]
     real.write_jsonl(tmp_path / "x.jsonl", rows)
-    assert [json.loads(line) for line in (tmp_path / "x.jsonl").read_bytes().decode().strip("\n").split("\n")] == rows
+    assert [
+        json.loads(line)
+        for line in (tmp_path / "x.jsonl").read_bytes().decode().strip("\n").split("\n")
+    ] == rows
 
 
 def test_a_wheel_that_is_not_the_pinned_one_is_refused(tmp_path):
@@ -252,7 +297,9 @@ def test_make_real_goes_on_until_all_of_it_is_there(tmp_path, monkeypatch):
 
     def make() -> tuple[bool, list[str]]:
         (tmp_path / "log").unlink(missing_ok=True)
-        done = subprocess.run(["make", "real", "VENV=venv"], cwd=tmp_path, capture_output=True, check=False)
+        done = subprocess.run(
+            ["make", "real", "VENV=venv"], cwd=tmp_path, capture_output=True, check=False
+        )
         return done.returncode == 0, (tmp_path / "log").read_text().splitlines()
 
     fetch, test = " tests/make_real_inputs.py --out real", "real -m pytest tests/test_real.py"

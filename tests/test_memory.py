@@ -28,7 +28,11 @@ def test_a_problem_rests_after_so_many_draws_running_and_for_so_many_epochs():
         memory.record(1, outcome, 5)
     assert [memory.resting(epoch) for epoch in (5, 6, 7, 8)] == [1, 1, 1, 0]
     taken, epochs, cursor = memory.take(Cursor(6, 0), 6, seed=0)
-    assert 1 not in taken and sorted(taken[:3]) == sorted(taken[3:]) == [0, 2, 3] and epochs.tolist() == [6, 6, 6, 7, 7, 7]
+    assert (
+        1 not in taken
+        and sorted(taken[:3]) == sorted(taken[3:]) == [0, 2, 3]
+        and epochs.tolist() == [6, 6, 6, 7, 7, 7]
+    )
     taken, *_ = memory.take(Cursor(8, 0), 4, seed=0)
     assert sorted(taken) == [0, 1, 2, 3]
     memory.record(1, True, 8)  # the count starts anew after a rest
@@ -37,7 +41,10 @@ def test_a_problem_rests_after_so_many_draws_running_and_for_so_many_epochs():
 
 @pytest.mark.parametrize("size", [1, 3, 5, 8, 11])
 def test_how_long_a_problem_rests_does_not_depend_on_how_many_are_drawn_at_a_time(size):
-    """Eight problems, all solved: each rests for the pass after its own. It comes once a pass, so its n-th draw is of the n-th."""
+    """Eight problems, all solved: each rests for the pass after its own.
+
+    It comes once a pass, so its n-th draw is of the n-th.
+    """
     memory, cursor = PassMemory(8, rest_after=1, rest_epochs=1), Cursor()
     draws = np.zeros(8, int)
     while not draws.all():
@@ -45,7 +52,9 @@ def test_how_long_a_problem_rests_does_not_depend_on_how_many_are_drawn_at_a_tim
         for problem, epoch in zip(taken, epochs, strict=True):
             memory.record(problem, True, epoch)
             draws[problem] += 1
-    assert memory.state()["memory_rests_until"].tolist() == draws.tolist()  # pass n - 1, counted from 0, and the next
+    assert (
+        memory.state()["memory_rests_until"].tolist() == draws.tolist()
+    )  # pass n - 1, counted from 0, and the next
 
 
 def test_if_all_rest_none_is_skipped():
@@ -56,7 +65,11 @@ def test_if_all_rest_none_is_skipped():
     assert set(taken) <= {0, 1, 2} and len(taken) == 6
 
 
-@given(st.integers(1, 9), st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=30), st.lists(st.integers(1, 7), max_size=6))
+@given(
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=30),
+    st.lists(st.integers(1, 7), max_size=6),
+)
 def test_problems_come_in_the_plain_order_without_those_that_rest(count, outcomes, takes):
     memory = PassMemory(count, rest_after=2, rest_epochs=3)
     for index, right in outcomes:
@@ -71,8 +84,16 @@ def test_problems_come_in_the_plain_order_without_those_that_rest(count, outcome
         first = cursor
         taken, epochs, cursor = memory.take(cursor, take, seed=5)
         again, _, other = copy.take(other, take, seed=5)
-        assert taken.tolist() == again.tolist() and cursor == other and len(taken) == len(epochs) == take
-        assert first.epoch <= epochs[0] and sorted(epochs) == epochs.tolist() and epochs[-1] == cursor.epoch
+        assert (
+            taken.tolist() == again.tolist()
+            and cursor == other
+            and len(taken) == len(epochs) == take
+        )
+        assert (
+            first.epoch <= epochs[0]
+            and sorted(epochs) == epochs.tolist()
+            and epochs[-1] == cursor.epoch
+        )
         if cursor.epoch <= 3 and resting < count:
             width = (cursor.epoch - first.epoch) * count + cursor.index - first.index
             plain, _ = advance(first, count, width, seed=5)

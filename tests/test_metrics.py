@@ -1,4 +1,6 @@
-"""metrics.jsonl holds each step once, whatever happened to the run, and nothing that a JSON reader could choke on."""
+"""metrics.jsonl holds each step once, whatever happened to the run, and nothing that a JSON reader
+could choke on.
+"""
 
 import json
 import re
@@ -13,7 +15,15 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from dapo_jax.runtime.metrics import METRICS, MetricsLog, definition, peak_memory, read_metrics, timed, write_samples
+from dapo_jax.runtime.metrics import (
+    METRICS,
+    MetricsLog,
+    definition,
+    peak_memory,
+    read_metrics,
+    timed,
+    write_samples,
+)
 from dapo_jax.types import InputError
 
 
@@ -39,18 +49,32 @@ def test_table_has_the_public_keys_and_units_in_their_names():
     ).split()
     assert set(public) <= METRICS.keys()
     for key, meaning in METRICS.items():
-        assert re.fullmatch(r"[a-z]+/(<set>/)?[a-z_]+(<k>(_se)?)?", key) and len(meaning) > 10 and not meaning.endswith(".")
+        assert (
+            re.fullmatch(r"[a-z]+/(<set>/)?[a-z_]+(<k>(_se)?)?", key)
+            and len(meaning) > 10
+            and not meaning.endswith(".")
+        )
         assert key.startswith("time/") == (key.endswith("_s") and not key.endswith("_per_s"))
         assert key.startswith("throughput/") == key.endswith("_per_s")
 
 
 def test_a_line_is_one_json_object_with_counters_first(tmp_path):
-    values = {"reward/mean": np.float32(0.25), "rollout/prompts": np.int64(64), "policy/entropy": jnp.ones(()), "eval/a-1.x/avg_se": 0.1}
+    values = {
+        "reward/mean": np.float32(0.25),
+        "rollout/prompts": np.int64(64),
+        "policy/entropy": jnp.ones(()),
+        "eval/a-1.x/avg_se": 0.1,
+    }
     with MetricsLog(tmp_path) as log:
         log.write(3, 48, 300, values)
         (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before it is closed
     counters = [("step", 3), ("updates", 48), ("draws", 300)]
-    rest = [("reward/mean", 0.25), ("rollout/prompts", 64), ("policy/entropy", 1.0), ("eval/a-1.x/avg_se", 0.1)]
+    rest = [
+        ("reward/mean", 0.25),
+        ("rollout/prompts", 64),
+        ("policy/entropy", 1.0),
+        ("eval/a-1.x/avg_se", 0.1),
+    ]
     assert list(strict_loads(line).items()) == counters + rest
     assert read_metrics(tmp_path) == [strict_loads(line)]
 
@@ -65,14 +89,29 @@ def test_floats_come_back_exactly(tmp_path):
 
 def test_values_that_are_not_finite_are_left_out_and_said(tmp_path, capsys):
     with MetricsLog(tmp_path) as log:
-        log.write(2, 0, 0, {"policy/loss": float("nan"), "optim/grad_norm": np.float32("inf"), "optim/lr": 1e-6})
+        log.write(
+            2,
+            0,
+            0,
+            {"policy/loss": float("nan"), "optim/grad_norm": np.float32("inf"), "optim/lr": 1e-6},
+        )
     assert read_metrics(tmp_path) == [{"step": 2, "updates": 0, "draws": 0, "optim/lr": 1e-6}]
     (line,) = capsys.readouterr().out.splitlines()
     assert "step 2" in line and "optim/grad_norm, policy/loss" in line
 
 
 @pytest.mark.parametrize(
-    "key", ["reward/meen", "loss", "eval/avg", "eval/aime/average", "eval/a/b/avg", "eval/a/pass_at_0", "eval/a/pass_at_<k>", "time/x_s"]
+    "key",
+    [
+        "reward/meen",
+        "loss",
+        "eval/avg",
+        "eval/aime/average",
+        "eval/a/b/avg",
+        "eval/a/pass_at_0",
+        "eval/a/pass_at_<k>",
+        "time/x_s",
+    ],
 )
 def test_a_key_that_the_table_does_not_define_is_an_error(tmp_path, key):
     with MetricsLog(tmp_path) as log, pytest.raises(ValueError, match=key):
@@ -89,7 +128,9 @@ def test_definition_of_a_key():
 
 def test_a_copy_gets_what_the_line_gets(tmp_path):
     copies = []
-    write_steps(tmp_path, [1, 2], copy=lambda step, numbers: copies.append({"step": step, **numbers}))
+    write_steps(
+        tmp_path, [1, 2], copy=lambda step, numbers: copies.append({"step": step, **numbers})
+    )
     assert copies == read_metrics(tmp_path) and len(copies) == 2
 
 
@@ -97,12 +138,16 @@ def test_a_text_is_in_the_line_alone(tmp_path):
     copies = []
     with MetricsLog(tmp_path, copy=lambda step, numbers: copies.append(numbers)) as log:
         log.write(1, 0, 0, {"eval/a/avg": 0.5, "eval/a/digest": "ab"})
-    assert read_metrics(tmp_path) == [{"step": 1, **copies[0], "eval/a/digest": "ab"}] and copies[0].keys() == {
+    assert read_metrics(tmp_path) == [{"step": 1, **copies[0], "eval/a/digest": "ab"}] and copies[
+        0
+    ].keys() == {
         "updates",
         "draws",
         "eval/a/avg",
     }
-    assert b"digest" not in b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"digest" not in b"".join(
+        path.read_bytes() for path in (tmp_path / "tensorboard").iterdir()
+    )
 
 
 def test_other_processes_write_nothing_but_check_their_keys(tmp_path):
@@ -134,8 +179,12 @@ def tensorboard_events(run_dir):
         content = path.read_bytes()
         while content:
             (size,) = struct.unpack("<Q", content[:8])
-            length, crc, data, end = np.split(np.frombuffer(content[: size + 16], np.uint8), [8, 12, 12 + size])
-            assert [masked_crc32c(part.tobytes()) for part in (length, data)] == [int(part.view("<u4")[0]) for part in (crc, end)]
+            length, crc, data, end = np.split(
+                np.frombuffer(content[: size + 16], np.uint8), [8, 12, 12 + size]
+            )
+            assert [masked_crc32c(part.tobytes()) for part in (length, data)] == [
+                int(part.view("<u4")[0]) for part in (crc, end)
+            ]
             yield Event.FromString(data.tobytes())
             content = content[size + 16 :]
 
@@ -144,9 +193,18 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
     write_steps(tmp_path, [1, 2])
     write_steps(tmp_path, [2, 3], resume_step=1)
     events = list(tensorboard_events(tmp_path))
-    assert [event.file_version for event in events].count("brain.Event:2") == 2 and events[0].file_version
-    assert [event.step for event in events if event.session_log.status == SessionLog.START] == [0, 2]
-    scalars = [(event.step, {value.tag: value.simple_value for value in event.summary.value}) for event in events if event.summary.value]
+    assert [event.file_version for event in events].count("brain.Event:2") == 2 and events[
+        0
+    ].file_version
+    assert [event.step for event in events if event.session_log.status == SessionLog.START] == [
+        0,
+        2,
+    ]
+    scalars = [
+        (event.step, {value.tag: value.simple_value for value in event.summary.value})
+        for event in events
+        if event.summary.value
+    ]
     assert scalars == [(step, {"reward/mean": np.float32(step / 7)}) for step in (1, 2, 2, 3)]
 
 
@@ -164,7 +222,10 @@ def test_folders_that_cannot_be(tmp_path):
     with pytest.raises(InputError, match="metrics.jsonl: cannot read"):
         read_metrics(tmp_path)
     (tmp_path / "file").write_text("")
-    for call in (lambda: MetricsLog(tmp_path / "file"), lambda: write_samples(tmp_path / "file", 1, [])):
+    for call in (
+        lambda: MetricsLog(tmp_path / "file"),
+        lambda: write_samples(tmp_path / "file", 1, []),
+    ):
         with pytest.raises(InputError, match="cannot be written") as e:
             call()
         assert "\n" not in str(e.value)
@@ -178,7 +239,9 @@ def test_a_file_in_place_of_the_tensorboard_folder_is_named(tmp_path):
 
 
 def test_resume_says_what_damage_and_loss_it_finds(tmp_path, capsys):
-    """Nothing of the file is lost: with damaged lines it is kept as it was, and a second one does not take its place."""
+    """Nothing of the file is lost: with damaged lines it is kept as it was, and a second one does
+    not take its place.
+    """
     write_steps(tmp_path, [0, 1, 2, 3, 4, 5, 6])
     path = tmp_path / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -186,19 +249,30 @@ def test_resume_says_what_damage_and_loss_it_finds(tmp_path, capsys):
     path.write_bytes(before := b"".join(lines))
     write_steps(tmp_path, [], resume_step=6)
     damaged, missing = capsys.readouterr().err.splitlines()
-    assert damaged.startswith(f"dapo_jax: {path}: 1 damaged lines are left out, the first is line 4") and damaged.endswith(
-        "is bad-metrics.jsonl"
-    )
+    assert damaged.startswith(
+        f"dapo_jax: {path}: 1 damaged lines are left out, the first is line 4"
+    ) and damaged.endswith("is bad-metrics.jsonl")
     assert missing.endswith("has no line of step 3 and 1 more of the 6 steps that are done")
     assert (tmp_path / "bad-metrics.jsonl").read_bytes() == before
     assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 4, 6]
     path.write_bytes(b"again\n" + path.read_bytes())
     write_steps(tmp_path, [], resume_step=1)
-    assert "bad-metrics.jsonl-1" in capsys.readouterr().err and (tmp_path / "bad-metrics.jsonl").read_bytes() == before
+    assert (
+        "bad-metrics.jsonl-1" in capsys.readouterr().err
+        and (tmp_path / "bad-metrics.jsonl").read_bytes() == before
+    )
     assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.tmp", "samples/step_000001.jsonl", "samples/step_000001.jsonl.tmp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metrics.jsonl",
+        "metrics.jsonl.tmp",
+        "samples/step_000001.jsonl",
+        "samples/step_000001.jsonl.tmp",
+    ],
+)
 def test_a_link_in_a_run_folder_is_replaced_not_followed(tmp_path, name):
     target, link = tmp_path / "mine", tmp_path / "run" / name
     target.write_text("mine")
@@ -215,7 +289,9 @@ def test_a_link_in_a_run_folder_is_replaced_not_followed(tmp_path, name):
 def test_a_full_disk_is_said_once_and_the_next_run_goes_on(tmp_path, room):
     """Whichever file it refuses, and although closing them would write again."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # as a full disk, in the writes of this process
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (room, limits[1])
+    )  # as a full disk, in the writes of this process
     try:
         with pytest.raises(InputError, match="cannot be written .File too large.; free the disk"):
             write_steps(tmp_path, range(1, 60))
@@ -229,15 +305,34 @@ def test_a_full_disk_is_said_once_and_the_next_run_goes_on(tmp_path, room):
 
 def test_samples(tmp_path):
     text = "π = 3\nline \u2028 two \ud800"
-    rows = [{"id": "a", "response": text, "correct": np.bool_(True), "reward": np.float32(0.5), "length": np.int64(7)}, {"id": "b"}]
+    rows = [
+        {
+            "id": "a",
+            "response": text,
+            "correct": np.bool_(True),
+            "reward": np.float32(0.5),
+            "length": np.int64(7),
+        },
+        {"id": "b"},
+    ]
     path = write_samples(tmp_path, 12, rows)
-    assert path == tmp_path / "samples" / "step_000012.jsonl" and [p.name for p in path.parent.iterdir()] == [path.name]
+    assert path == tmp_path / "samples" / "step_000012.jsonl" and [
+        p.name for p in path.parent.iterdir()
+    ] == [path.name]
     first, second = path.read_bytes().decode("utf-8").split("\n")[:-1]
-    assert strict_loads(first) == {"id": "a", "response": text, "correct": True, "reward": 0.5, "length": 7}
+    assert strict_loads(first) == {
+        "id": "a",
+        "response": text,
+        "correct": True,
+        "reward": 0.5,
+        "length": 7,
+    }
     assert strict_loads(second) == {"id": "b"} and "π" in first
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not tell a process's own peak")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(), reason="the system does not tell a process's own peak"
+)
 def test_peak_memory_is_this_processs_own(monkeypatch):
     """Linux tells a new process the peak of the one that started it as its own, by getrusage."""
     monkeypatch.setattr("resource.getrusage", lambda who: pytest.fail("asked getrusage"))

@@ -1,4 +1,7 @@
-"""Where a model comes from: a folder, a bucket, the hub. The hub is a stand-in, or huggingface_hub's own cache without a network."""
+"""Where a model comes from: a folder, a bucket, the hub.
+
+The hub is a stand-in, or huggingface_hub's own cache without a network.
+"""
 
 import dataclasses
 import fnmatch
@@ -30,9 +33,9 @@ from dapo_jax.config import (
 from dapo_jax.data.prompts import byte_tokenizer
 from dapo_jax.model.weights import DESCRIPTION_FILES, load_pretrained, save_pretrained
 from dapo_jax.plan import load_model
-from dapo_jax.policy import describe, load_params, load_policy, weights_folder, with_commit
 from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.runtime.models import local_model
+from dapo_jax.training.setup import describe, load_params, load_policy, weights_folder, with_commit
 from dapo_jax.types import InputError
 
 ID = "some-lab/Tiny-0.1B"
@@ -45,8 +48,15 @@ def folder(tmp_path_factory):
     """A model folder as hubs hold them: with code, pickles, pictures and other weights besides."""
     folder = tmp_path_factory.mktemp("hub") / "m"
     model = tiny.model(vocab_size=258)
-    save_pretrained(folder, model, tiny.params(model), tokenizer=byte_tokenizer(), max_shard_bytes=20_000)
-    for other in ("modeling_tiny.py", "pytorch_model.bin", "original/consolidated.safetensors", "README.md"):
+    save_pretrained(
+        folder, model, tiny.params(model), tokenizer=byte_tokenizer(), max_shard_bytes=20_000
+    )
+    for other in (
+        "modeling_tiny.py",
+        "pytorch_model.bin",
+        "original/consolidated.safetensors",
+        "README.md",
+    ):
         (folder / other).parent.mkdir(exist_ok=True)
         (folder / other).write_text("raise SystemExit")
     return folder
@@ -64,7 +74,11 @@ def settings(name):
 
 
 def names(folder):
-    return {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".")}
+    return {
+        p.relative_to(folder).as_posix()
+        for p in Path(folder).rglob("*")
+        if p.is_file() and not p.name.startswith(".")
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------- the hub
@@ -76,7 +90,10 @@ def snapshot(cache, source, commit, *, ref="main", files=("*",)):
     for file in sorted(p for p in source.rglob("*") if p.is_file()):
         name = file.relative_to(source).as_posix()
         if any(fnmatch.fnmatch(name, pattern) for pattern in files):
-            blob, link = repo / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest(), repo / "snapshots" / commit / name
+            blob, link = (
+                repo / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest(),
+                repo / "snapshots" / commit / name,
+            )
             for path in (blob, link, repo / "refs" / ref):
                 path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, blob)
@@ -101,7 +118,10 @@ def offline(cache, monkeypatch):
 
 @pytest.fixture
 def hub(cache, folder, monkeypatch):
-    """A hub with one model: refs by name, and what was fetched by commit. It looks into the real cache's folders."""
+    """A hub with one model: refs by name, and what was fetched by commit.
+
+    It looks into the real cache's folders.
+    """
     refs = {"main": "a" * 40, "v1": "b" * 40}
 
     def snapshot_download(repo_id, *, revision=None, allow_patterns, local_files_only):
@@ -116,7 +136,9 @@ def hub(cache, folder, monkeypatch):
 def test_a_folder_that_is_there_is_taken_as_it_is(tmp_path, monkeypatch, folder):
     """Also where it is called like a model of the hub: nobody is asked."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub")
+    )
     shutil.copytree(folder, ID)
     for name in (str(folder), ID, f"./{ID}"):
         assert local_model(name, FILES) == (name, name)
@@ -124,7 +146,10 @@ def test_a_folder_that_is_there_is_taken_as_it_is(tmp_path, monkeypatch, folder)
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
 def test_a_model_of_one_s_own_has_its_own_tokenizer(tmp_path, family):
-    """What `supervised` writes after a random start. The classes of transformers would add tokens."""
+    """What `supervised` writes after a random start.
+
+    The classes of transformers would add tokens.
+    """
     model = tiny.model(family, vocab_size=258)
     save_pretrained(tmp_path / "m", model, tiny.params(model), tokenizer=byte_tokenizer())
     policy = load_policy(settings(str(tmp_path / "m")))
@@ -152,18 +177,26 @@ def test_without_network_and_not_in_the_cache(offline, folder, name):
     snapshot(offline, folder, "c" * 40)
     shutil.rmtree(offline / f"models--{ID.replace('/', '--')}/refs")
     with pytest.raises(
-        InputError, match=rf"^{name}: is no folder here, and not whole in the cache, while HF_HUB_OFFLINE is set; .*hf download {ID}"
+        InputError,
+        match=rf"^{name}: is no folder here, and not whole in the cache, while HF_HUB_OFFLINE is set; .*hf download {ID}",
     ):
         local_model(name, FILES)
 
 
 def test_only_what_is_read_is_fetched_and_weights_when_they_are_needed(hub, cache, folder):
     policy = load_policy(settings(ID))
-    assert policy.source == f"{ID}@{'a' * 40}" and f"qwen3 of {policy.source}, " in describe(policy, make_mesh(MeshSection()))
-    assert names(policy.folder) < set(DESCRIPTION_FILES) and {"config.json", "tokenizer.json"} < names(policy.folder)
+    assert policy.source == f"{ID}@{'a' * 40}" and f"qwen3 of {policy.source}, " in describe(
+        policy, make_mesh(MeshSection())
+    )
+    assert names(policy.folder) < set(DESCRIPTION_FILES) and {
+        "config.json",
+        "tokenizer.json",
+    } < names(policy.folder)
     assert weights_folder(policy) == policy.folder
     shards = {p.name for p in folder.glob("model-*-of-*.safetensors")}
-    assert len(shards) == 2 and names(policy.folder) - set(DESCRIPTION_FILES) == shards | {"model.safetensors.index.json"}
+    assert len(shards) == 2 and names(policy.folder) - set(DESCRIPTION_FILES) == shards | {
+        "model.safetensors.index.json"
+    }
 
 
 def test_a_run_goes_on_with_the_commit_it_was_started_with(hub, tmp_path):
@@ -176,14 +209,19 @@ def test_a_run_goes_on_with_the_commit_it_was_started_with(hub, tmp_path):
     assert with_commit(settings(ID), tmp_path) == begun
     train.refuse_other_run(with_commit(settings(ID), tmp_path), tmp_path, None)
     for other in ("main", "v1", "e" * 40):
-        with pytest.raises(ConfigError, match=f"model.folder: is '{ID}@[be]{{40}}', but .* was started with '{ID}@a{{40}}'"):
+        with pytest.raises(
+            ConfigError,
+            match=f"model.folder: is '{ID}@[be]{{40}}', but .* was started with '{ID}@a{{40}}'",
+        ):
             train.refuse_other_run(with_commit(settings(f"{ID}@{other}"), tmp_path), tmp_path, None)
 
 
 def test_what_is_no_id_of_the_hub_stays_as_it_is(tmp_path, folder):
     config = settings(str(folder))
     train.write_config(config, tmp_path, None)
-    assert with_commit(config, tmp_path) == config and with_commit(settings("no/such/folder"), tmp_path) == settings("no/such/folder")
+    assert with_commit(config, tmp_path) == config and with_commit(
+        settings("no/such/folder"), tmp_path
+    ) == settings("no/such/folder")
 
 
 class Answer:
@@ -206,17 +244,35 @@ def caused(error, cause):
 
 
 REFUSALS = {
-    "gated": (http(errors.GatedRepoError, 403), "gated on the hub; accept its terms on its page and set HF_TOKEN"),
-    "unknown or private": (http(errors.RepositoryNotFoundError, 404), "is neither a folder here nor a model that the hub shows"),
-    "no such revision": (http(errors.RevisionNotFoundError, 404), f"the hub's {ID} has no revision 'v1'"),
-    "refused": (http(errors.HfHubHTTPError, 401), "answers with HTTP status 401; try again, correct HF_TOKEN"),
+    "gated": (
+        http(errors.GatedRepoError, 403),
+        "gated on the hub; accept its terms on its page and set HF_TOKEN",
+    ),
+    "unknown or private": (
+        http(errors.RepositoryNotFoundError, 404),
+        "is neither a folder here nor a model that the hub shows",
+    ),
+    "no such revision": (
+        http(errors.RevisionNotFoundError, 404),
+        f"the hub's {ID} has no revision 'v1'",
+    ),
+    "refused": (
+        http(errors.HfHubHTTPError, 401),
+        "answers with HTTP status 401; try again, correct HF_TOKEN",
+    ),
     "busy": (http(errors.HfHubHTTPError, 429), "answers with HTTP status 429"),
     "no network": (
         caused(errors.LocalEntryNotFoundError("no"), ConnectionRefusedError("no")),
         "cannot be reached (ConnectionRefusedError)",
     ),
-    "illegal header": (ValueError(f"Illegal header value b'Bearer {TOKEN}'"), "cannot be reached (ValueError)"),
-    "full disk": (OSError(28, "No space left on device"), "cannot be written to the cache of huggingface_hub (No space left on device)"),
+    "illegal header": (
+        ValueError(f"Illegal header value b'Bearer {TOKEN}'"),
+        "cannot be reached (ValueError)",
+    ),
+    "full disk": (
+        OSError(28, "No space left on device"),
+        "cannot be written to the cache of huggingface_hub (No space left on device)",
+    ),
 }
 
 
@@ -231,15 +287,39 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(cache, monkeypatc
     with pytest.raises(InputError) as e:
         local_model(f"{ID}@v1", FILES)
     line = str(e.value)
-    assert line.startswith(f"{ID}@v1: ") and said in line and "; " in line and "\n" not in line and TOKEN not in line
+    assert (
+        line.startswith(f"{ID}@v1: ")
+        and said in line
+        and "; " in line
+        and "\n" not in line
+        and TOKEN not in line
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["nowhere", "./a/b", "/no/where", "a/b/c", "a/b@", "a/../b", "a/b@../c", "s3://bucket/m", "https://hub/a/b", "a b/c", ""]
+    "name",
+    [
+        "nowhere",
+        "./a/b",
+        "/no/where",
+        "a/b/c",
+        "a/b@",
+        "a/../b",
+        "a/b@../c",
+        "s3://bucket/m",
+        "https://hub/a/b",
+        "a b/c",
+        "",
+    ],
 )
 def test_what_is_neither_a_folder_nor_an_id_asks_nobody(cache, monkeypatch, name):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
-    with pytest.raises(InputError, match="no such folder; give the path of a model folder, gs://bucket/folder, or an id of the hub"):
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub")
+    )
+    with pytest.raises(
+        InputError,
+        match="no such folder; give the path of a model folder, gs://bucket/folder, or an id of the hub",
+    ):
         local_model(name, FILES)
 
 
@@ -262,14 +342,24 @@ def test_a_model_in_a_bucket(uploaded, folder, capfd):
     assert names(policy.folder) < set(DESCRIPTION_FILES) and policy.source == URL
     found = load_params(settings(URL), policy, make_mesh(MeshSection(1, 1, 1), jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, found, load_pretrained(folder)[1])
-    assert not names(policy.folder) & {"modeling_tiny.py", "pytorch_model.bin", "original/consolidated.safetensors", "README.md"}
+    assert not names(policy.folder) & {
+        "modeling_tiny.py",
+        "pytorch_model.bin",
+        "original/consolidated.safetensors",
+        "README.md",
+    }
     assert capfd.readouterr().err.count(f"from {URL} to {policy.folder}") == 2
-    assert load_policy(settings(URL + "/")).folder == policy.folder and not capfd.readouterr().err  # all there
+    assert (
+        load_policy(settings(URL + "/")).folder == policy.folder and not capfd.readouterr().err
+    )  # all there
 
 
 def test_processes_of_a_machine_fetch_once_and_changed_objects_anew(uploaded, folder, capfd):
     found = []
-    threads = [threading.Thread(target=lambda: found.append(local_model(URL, FILES).folder)) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(local_model(URL, FILES).folder))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -277,16 +367,25 @@ def test_processes_of_a_machine_fetch_once_and_changed_objects_anew(uploaded, fo
     assert len(set(found)) == 1 and len(found) == 4 and capfd.readouterr().err.count("copying") == 1
     uploaded.put("models/tiny/config.json", (folder / "config.json").read_bytes() + b"\n")
     other = local_model(URL, FILES).folder
-    assert other != found[0] and Path(other, "config.json").read_bytes() == Path(found[0], "config.json").read_bytes() + b"\n"
+    assert (
+        other != found[0]
+        and Path(other, "config.json").read_bytes()
+        == Path(found[0], "config.json").read_bytes() + b"\n"
+    )
 
 
 def test_a_bucket_folder_that_is_empty_or_cannot_be_read(uploaded):
     for name in ("gs://bucket/models/none", "gs://bucket/models"):
-        with pytest.raises(InputError, match=f"^{name}: no such model folder, for it holds no config.json"):
+        with pytest.raises(
+            InputError, match=f"^{name}: no such model folder, for it holds no config.json"
+        ):
             local_model(name, FILES)
     with pytest.raises(InputError, match="^gs://bucket: cannot be used as a model folder"):
         local_model("gs://bucket", FILES)
-    for uploaded.failing, uploaded.fails_at, said in ((403, "", "cannot be listed"), (403, "tiny/tokenizer.json", "cannot be read")):
+    for uploaded.failing, uploaded.fails_at, said in (
+        (403, "", "cannot be listed"),
+        (403, "tiny/tokenizer.json", "cannot be read"),
+    ):
         with pytest.raises(InputError, match=f"^{URL}: {said} .*let the machine list and read"):
             local_model(URL, FILES)
     uploaded.failing = 0
@@ -296,5 +395,8 @@ def test_a_bucket_folder_that_is_empty_or_cannot_be_read(uploaded):
 def test_a_copy_that_cannot_be_written(uploaded, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(InputError, match=f"^{URL}: cannot be copied to .*file/dapo_jax/models/.* or set XDG_CACHE_HOME"):
+    with pytest.raises(
+        InputError,
+        match=f"^{URL}: cannot be copied to .*file/dapo_jax/models/.* or set XDG_CACHE_HOME",
+    ):
         local_model(URL, FILES)

@@ -1,4 +1,6 @@
-"""What is built and installed: the wheel's files, its metadata, the version, and the types of what others may call."""
+"""What is built and installed: the wheel's files, its metadata, the version, and the types of what
+others may call.
+"""
 
 import inspect
 import re
@@ -35,7 +37,9 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, copy)
-    done = subprocess.run([sys.executable, "-c", BUILD, "built"], cwd=copy, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, "built"], cwd=copy, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (built,) = (copy / "built").glob("*.whl")
     with zipfile.ZipFile(built) as archive:
@@ -44,18 +48,34 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "dapo_jax").rglob("*") if p.suffix not in (".pyc", ".toml") and p.is_file()}
+    package = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "dapo_jax").rglob("*")
+        if p.suffix not in (".pyc", ".toml") and p.is_file()
+    }
     assert names == package
-    assert {"dapo_jax/py.typed", "dapo_jax/report_page.html", "dapo_jax/model/__init__.py", "dapo_jax/benchmark/__main__.py"} <= names
+    assert {
+        "dapo_jax/py.typed",
+        "dapo_jax/report_page.html",
+        "dapo_jax/model/__init__.py",
+        "dapo_jax/benchmark/__main__.py",
+    } <= names
 
 
 def test_the_wheels_metadata(wheel):
     (info,) = {name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
-    assert (metadata["Name"], metadata["Version"], metadata["Requires-Python"]) == ("dapo_jax", dapo_jax.__version__, ">=3.11")
+    assert (metadata["Name"], metadata["Version"], metadata["Requires-Python"]) == (
+        "dapo_jax",
+        dapo_jax.__version__,
+        ">=3.11",
+    )
     assert "dapo-jax = dapo_jax.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())
-    wanted = {line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()} - {""}
+    wanted = {
+        line.partition("#")[0].strip()
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+    } - {""}
     needed = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
     assert {_normal(need) for need in needed} == {_normal(need) for need in wanted}
 
@@ -90,5 +110,8 @@ PUBLIC = [
 
 @pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__name__)
 def test_what_others_may_call_is_typed_and_described(function):
-    assert typing.get_type_hints(function).keys() == {*inspect.signature(function).parameters, "return"}
+    assert typing.get_type_hints(function).keys() == {
+        *inspect.signature(function).parameters,
+        "return",
+    }
     assert function.__doc__

@@ -3,7 +3,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets, long_share, max_microbatches, normalizer_weights, pack_rows
+from dapo_jax.dapo.packing import (
+    TrainItem,
+    build_batch,
+    gather_targets,
+    long_share,
+    max_microbatches,
+    normalizer_weights,
+    pack_rows,
+)
 
 # The tiny batch: o1, o2 of group 1 and o3, o4 of group 2, as per-token objectives.
 OBJECTIVES = [[1, 1.28], [-1, -0.8, -1.1, -2], [0.9], [-1, -1, -0.8]]
@@ -12,14 +20,21 @@ COUNTS = [2, 4, 1, 3]
 
 
 def tiny_objective(kept, normalizer):
-    weights = normalizer_weights(np.array(GROUP_OF), np.array(COUNTS), np.array(kept), normalizer=normalizer)
+    weights = normalizer_weights(
+        np.array(GROUP_OF), np.array(COUNTS), np.array(kept), normalizer=normalizer
+    )
     assert weights.dtype == np.float32
     return sum(w * sum(tokens) for w, tokens in zip(weights.tolist(), OBJECTIVES, strict=True))
 
 
 @pytest.mark.parametrize(
     "normalizer, expected",
-    [("token-mean", -0.4520), ("group-token-mean", -0.455833), ("seq-mean-token-mean", -0.0295833), ("seq-mean-token-sum", -1.13)],
+    [
+        ("token-mean", -0.4520),
+        ("group-token-mean", -0.455833),
+        ("seq-mean-token-mean", -0.0295833),
+        ("seq-mean-token-sum", -1.13),
+    ],
 )
 def test_objective_of_the_tiny_batch(normalizer, expected):
     assert tiny_objective([True] * 4, normalizer) == pytest.approx(expected, abs=1e-6)
@@ -35,7 +50,9 @@ def test_objective_of_the_tiny_batch(normalizer, expected):
     ],
 )
 def test_overlong_filter_of_the_second_response(normalizer, expected):
-    assert tiny_objective([True, False, True, True], normalizer) == pytest.approx(expected, abs=1e-6)
+    assert tiny_objective([True, False, True, True], normalizer) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,27 +61,43 @@ def test_overlong_filter_of_the_second_response(normalizer, expected):
         ("token-mean", 4 / 10),  # every token weighs the same, and o2 has four of ten
         ("seq-mean-token-mean", 1 / 4),  # every response weighs the same
         ("seq-mean-token-sum", 4 / 10),
-        ("group-token-mean", (4 / 6) / 2),  # and every group the same: 4 of the 6 tokens of the first
+        (
+            "group-token-mean",
+            (4 / 6) / 2,
+        ),  # and every group the same: 4 of the 6 tokens of the first
     ],
 )
 def test_share_of_the_longest_quarter(normalizer, expected):
-    weights = normalizer_weights(np.array(GROUP_OF), np.array(COUNTS), np.ones(4, bool), normalizer=normalizer)
+    weights = normalizer_weights(
+        np.array(GROUP_OF), np.array(COUNTS), np.ones(4, bool), normalizer=normalizer
+    )
     assert long_share(COUNTS, weights, [1, -1, 1, -1]) == pytest.approx(expected)
 
 
 def test_share_of_the_longest_quarter_counts_what_teaches():
-    assert long_share([9, 5, 5, 5, 1], [0.1] * 5, [0.0, 2.0, 1.0, 1.0, 1.0]) == pytest.approx(10 / 21)  # two of five: 9 and the first 5
+    assert long_share([9, 5, 5, 5, 1], [0.1] * 5, [0.0, 2.0, 1.0, 1.0, 1.0]) == pytest.approx(
+        10 / 21
+    )  # two of five: 9 and the first 5
     assert long_share([3, 4], [0.5, 0.5], [0.0, 0.0]) == 0.0
 
 
 def test_a_group_that_is_masked_whole_does_not_count_as_a_group():
-    assert tiny_objective([True, True, False, False], "group-token-mean") == pytest.approx(-2.62 / 6, abs=1e-6)
+    assert tiny_objective([True, True, False, False], "group-token-mean") == pytest.approx(
+        -2.62 / 6, abs=1e-6
+    )
 
 
-@pytest.mark.parametrize("normalizer", ["token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize(
+    "normalizer", ["token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+)
 def test_masked_and_empty_responses_weigh_nothing(normalizer):
     def weights(group_of, counts, kept):
-        return normalizer_weights(np.array(group_of, int), np.array(counts, int), np.array(kept, bool), normalizer=normalizer)
+        return normalizer_weights(
+            np.array(group_of, int),
+            np.array(counts, int),
+            np.array(kept, bool),
+            normalizer=normalizer,
+        )
 
     np.testing.assert_array_equal(weights([0, 0], [3, 2], [False, False]), [0, 0])
     np.testing.assert_array_equal(weights([0], [0], [True]), [0])
@@ -115,12 +148,22 @@ def test_lengths_must_fit_a_row(lengths):
 
 
 @given(st.integers(1, 12), st.integers(0, 12), st.integers(1, 4), st.data())
-def test_max_microbatches_is_never_exceeded_and_is_attained(max_item_len, slack, rows_per_microbatch, data):
+def test_max_microbatches_is_never_exceeded_and_is_attained(
+    max_item_len, slack, rows_per_microbatch, data
+):
     row_len = max_item_len + slack
     lengths = data.draw(st.lists(st.integers(1, max_item_len), max_size=40))
-    bound = max_microbatches(len(lengths), row_len=row_len, max_item_len=max_item_len, rows_per_microbatch=rows_per_microbatch)
+    bound = max_microbatches(
+        len(lengths),
+        row_len=row_len,
+        max_item_len=max_item_len,
+        rows_per_microbatch=rows_per_microbatch,
+    )
     assert np.ceil(len(pack_rows(lengths, row_len)) / rows_per_microbatch) <= bound
-    assert np.ceil(len(pack_rows([max_item_len] * len(lengths), row_len)) / rows_per_microbatch) == bound
+    assert (
+        np.ceil(len(pack_rows([max_item_len] * len(lengths), row_len)) / rows_per_microbatch)
+        == bound
+    )
 
 
 def test_max_microbatches_checks_its_input():
@@ -133,7 +176,9 @@ def make_items(sizes, seed=0):
     return [
         TrainItem(
             prompt=rng.integers(0, 9, p, np.int32),
-            response=rng.integers(0, 9, r, np.int32),  # 0, the padding value, is a token like any other
+            response=rng.integers(
+                0, 9, r, np.int32
+            ),  # 0, the padding value, is a token like any other
             old_logprobs=-rng.random(r, np.float32),
             behavior_logprobs=-rng.random(r, np.float32),
             advantage=float(np.float32(rng.normal())),
@@ -162,7 +207,12 @@ def unpack(batch):
                 targets = [t for t in entries if batch.target_mask[m, n, t]]
                 prompt = [t for t in entries if t not in targets]
                 assert prompt + targets == entries
-                for field in (batch.old_logprobs, batch.behavior_logprobs, batch.advantages, batch.weight):
+                for field in (
+                    batch.old_logprobs,
+                    batch.behavior_logprobs,
+                    batch.advantages,
+                    batch.weight,
+                ):
                     assert not field[m, n, prompt].any()
                 items.append(
                     (
@@ -191,7 +241,12 @@ sizes_strategy = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 10)), min_
 def test_unpacking_gives_the_items_back(sizes, rows_per_microbatch, extra, seed):
     items = make_items(sizes, seed)
     fewest, stats = build_batch(items, row_len=16, rows_per_microbatch=rows_per_microbatch)
-    batch, padded = build_batch(items, row_len=16, rows_per_microbatch=rows_per_microbatch, microbatches=stats.used_microbatches + extra)
+    batch, padded = build_batch(
+        items,
+        row_len=16,
+        rows_per_microbatch=rows_per_microbatch,
+        microbatches=stats.used_microbatches + extra,
+    )
     assert padded == stats
     for field, small in zip(batch, fewest, strict=True):
         assert field.shape == (stats.used_microbatches + extra, rows_per_microbatch, 16)
@@ -202,8 +257,16 @@ def test_unpacking_gives_the_items_back(sizes, rows_per_microbatch, extra, seed)
 
     assert stats.tokens == sum(p + r for p, r in sizes) == np.count_nonzero(batch.segment_ids)
     assert stats.target_tokens == sum(r for _, r in sizes) == np.count_nonzero(batch.target_mask)
-    assert stats.rows == len(pack_rows([p + r for p, r in sizes], 16)) == (batch.segment_ids > 0).any(-1).sum()
-    assert stats.used_microbatches == -(-stats.rows // rows_per_microbatch) == (batch.segment_ids > 0).any((1, 2)).sum()
+    assert (
+        stats.rows
+        == len(pack_rows([p + r for p, r in sizes], 16))
+        == (batch.segment_ids > 0).any(-1).sum()
+    )
+    assert (
+        stats.used_microbatches
+        == -(-stats.rows // rows_per_microbatch)
+        == (batch.segment_ids > 0).any((1, 2)).sum()
+    )
     assert stats.efficiency == pytest.approx(stats.tokens / (16 * stats.rows))
 
 
@@ -222,8 +285,12 @@ def test_gather_targets_undoes_the_packing(sizes, rows_per_microbatch):
 @settings(deadline=None)
 @given(sizes_strategy, st.integers(1, 4))
 def test_microbatches_have_equal_work(sizes, rows_per_microbatch):
-    batch, stats = build_batch(make_items(sizes), row_len=16, rows_per_microbatch=rows_per_microbatch)
-    row_cost = np.array([[sum(c**2 for c in np.bincount(row)[1:]) for row in rows] for rows in batch.segment_ids])
+    batch, stats = build_batch(
+        make_items(sizes), row_len=16, rows_per_microbatch=rows_per_microbatch
+    )
+    row_cost = np.array(
+        [[sum(c**2 for c in np.bincount(row)[1:]) for row in rows] for rows in batch.segment_ids]
+    )
     cost = row_cost.sum(1)
     assert cost.max() - cost.min() <= row_cost.max()
     rows = (row_cost > 0).sum(1)
@@ -235,8 +302,12 @@ def test_microbatches_have_equal_work(sizes, rows_per_microbatch):
 def test_devices_have_equal_work(sizes, rows_a_device, shards):
     """Each of a micro-batch's parts, and no item is lost."""
     items = make_items(sizes)
-    batch, stats = build_batch(items, row_len=16, rows_per_microbatch=rows_a_device * shards, row_shards=shards)
-    row_cost = np.array([[sum(c**2 for c in np.bincount(row)[1:]) for row in rows] for rows in batch.segment_ids])
+    batch, stats = build_batch(
+        items, row_len=16, rows_per_microbatch=rows_a_device * shards, row_shards=shards
+    )
+    row_cost = np.array(
+        [[sum(c**2 for c in np.bincount(row)[1:]) for row in rows] for rows in batch.segment_ids]
+    )
     parts = row_cost.reshape(-1, rows_a_device)
     assert parts.sum(1).max() - parts.sum(1).min() <= row_cost.max()
     rows = (parts > 0).sum(1)
@@ -246,15 +317,31 @@ def test_devices_have_equal_work(sizes, rows_a_device, shards):
 
 
 def test_rows_are_dealt_back_and_forth():
-    _, stats = build_batch(make_items([(1, 13), (1, 15), (1, 12), (1, 14)]), row_len=16, rows_per_microbatch=2)
+    _, stats = build_batch(
+        make_items([(1, 13), (1, 15), (1, 12), (1, 14)]), row_len=16, rows_per_microbatch=2
+    )
     # Costs 16², 15², 14², 13² go to micro-batches 0, 1, 1, 0: 425 against 421.
     assert [(p.microbatch, p.row) for p in stats.placement] == [(1, 1), (0, 0), (0, 1), (1, 0)]
 
 
 def test_a_row_by_hand():
     items = [
-        TrainItem(np.array([7]), np.array([8, 9]), np.array([-1, -2]), np.array([-3, -4]), advantage=1.5, weight=0.25),
-        TrainItem(np.array([5, 6]), np.array([0, 0, 4]), np.array([-5, -6, -7]), np.array([-8, -9, -10]), advantage=-0.5, weight=0.0),
+        TrainItem(
+            np.array([7]),
+            np.array([8, 9]),
+            np.array([-1, -2]),
+            np.array([-3, -4]),
+            advantage=1.5,
+            weight=0.25,
+        ),
+        TrainItem(
+            np.array([5, 6]),
+            np.array([0, 0, 4]),
+            np.array([-5, -6, -7]),
+            np.array([-8, -9, -10]),
+            advantage=-0.5,
+            weight=0.0,
+        ),
     ]
     batch, stats = build_batch(items, row_len=9, rows_per_microbatch=2)
     row = batch._replace(**{name: getattr(batch, name)[0, 0].tolist() for name in batch._fields})

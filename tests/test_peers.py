@@ -1,6 +1,8 @@
-"""The loss, its gradients and the advantages against Liger, verl and TRL: what goldens/make_peer_goldens.py had them compute.
+"""The loss, its gradients and the advantages against Liger, verl and TRL: what
+goldens/make_peer_goldens.py had them compute.
 
-Measured in float32, the worst of all cases, as the norm of the difference over the norm of what the peer gave:
+Measured in float32, the worst of all cases, as the norm of the difference over the norm of what the
+peer gave:
 
     Liger  loss 1.6e-7, gradient in the hidden states 3.5e-7, in the head 4.4e-7
     verl   loss 2.7e-7, loss of any one token 7e-8, gradient in the log-probs 3e-8, advantages 1.2e-7
@@ -63,7 +65,9 @@ def kept(g, case):
 
 
 def weights(g, case, normalizer=None):
-    return normalizer_weights(g["group_of"], g["lengths"], kept(g, case), normalizer=normalizer or case["normalizer"])
+    return normalizer_weights(
+        g["group_of"], g["lengths"], kept(g, case), normalizer=normalizer or case["normalizer"]
+    )
 
 
 def train_batch(g, case, normalizer=None):
@@ -100,7 +104,15 @@ def trl_model():
     return load_pretrained(GOLDENS / "qwen2_tied")
 
 
-PER_RESPONSE = ("prompts", "prompt_lengths", "responses", "lengths", "old_logprobs", "advantages", "group_of")
+PER_RESPONSE = (
+    "prompts",
+    "prompt_lengths",
+    "responses",
+    "lengths",
+    "old_logprobs",
+    "advantages",
+    "group_of",
+)
 
 
 def trl_rows(g, case, normalizer=None):
@@ -119,37 +131,69 @@ def log_ratios(peer, g):
     """log r on the response tokens of a golden, and their advantages."""
     mask = response_mask(g)
     if peer == "liger":
-        logprobs, _ = linear_logprobs(g["hidden"][mask], g["head"], g["targets"][mask], temperature=float(g["temperature"]))
+        logprobs, _ = linear_logprobs(
+            g["hidden"][mask], g["head"], g["targets"][mask], temperature=float(g["temperature"])
+        )
     elif peer == "verl":
         logprobs = g["logprobs"][mask]
     else:
         config, params = trl_model()
         batch, placement = trl_rows(TRL, TRL_CASES[0])
-        run = jax.jit(functools.partial(batch_logprobs, model=config, temperature=float(g["temperature"]), chunk_size=64))
+        run = jax.jit(
+            functools.partial(
+                batch_logprobs, model=config, temperature=float(g["temperature"]), chunk_size=64
+            )
+        )
         logprobs = np.concatenate(gather_targets(np.asarray(run(params, batch))[None], placement))
     return np.asarray(logprobs) - g["old_logprobs"][mask], np.repeat(g["advantages"], g["lengths"])
 
 
-@pytest.mark.parametrize("peer, g, cases", [("liger", LIGER, LIGER_CASES), ("verl", VERL, VERL_CASES), ("trl", TRL, TRL_CASES)])
+@pytest.mark.parametrize(
+    "peer, g, cases",
+    [("liger", LIGER, LIGER_CASES), ("verl", VERL, VERL_CASES), ("trl", TRL, TRL_CASES)],
+)
 def test_every_branch_of_every_clip_is_there(peer, g, cases):
     assert len(set(g["lengths"])) > 4 and (g["lengths"] == 1).sum() >= 2
     log_ratio, advantage = log_ratios(peer, g)
     ratio, up, down = np.exp(log_ratio), advantage > 0, advantage < 0
-    assert {(c["clip_eps_low"], c["clip_eps_high"]) for c in cases} == {(0.2, 0.28), (0.2, 0.2), (0.1, 0.4)}
+    assert {(c["clip_eps_low"], c["clip_eps_high"]) for c in cases} == {
+        (0.2, 0.28),
+        (0.2, 0.2),
+        (0.1, 0.4),
+    }
     assert {c["dual_clip"] for c in cases} == {None, 3, 10}
     for case in cases:
-        low, high, dual = 1 - case["clip_eps_low"], 1 + case["clip_eps_high"], case["dual_clip"] or np.inf
+        low, high, dual = (
+            1 - case["clip_eps_low"],
+            1 + case["clip_eps_high"],
+            case["dual_clip"] or np.inf,
+        )
         for side in (up, down, advantage == 0):
-            assert (side & (ratio < low)).any() and (side & (ratio > high)).any() and (side & (ratio > low) & (ratio < high)).any()
-        assert case["dual_clip"] is None or ((down & (ratio > dual)).any() and (up & (ratio > dual)).any())
+            assert (
+                (side & (ratio < low)).any()
+                and (side & (ratio > high)).any()
+                and (side & (ratio > low) & (ratio < high)).any()
+            )
+        assert case["dual_clip"] is None or (
+            (down & (ratio > dual)).any() and (up & (ratio > dual)).any()
+        )
         bounds = np.array([low, high, dual])
-        assert np.abs(ratio[:, None] / bounds - 1).min() > 1e-3  # no token so near a bound that rounding decides its branch
-    for a, b in [(0.8, 0.9), (1.2, 1.28), (1.28, 1.4), (3, 10)]:  # every change of a bound changes something
+        assert (
+            np.abs(ratio[:, None] / bounds - 1).min() > 1e-3
+        )  # no token so near a bound that rounding decides its branch
+    for a, b in [
+        (0.8, 0.9),
+        (1.2, 1.28),
+        (1.28, 1.4),
+        (3, 10),
+    ]:  # every change of a bound changes something
         assert all((side & (ratio > a) & (ratio < b)).any() for side in (up, down))
 
 
 def responses_counted(case):
-    """8 / 9 where Liger and TRL deviate: their mean over the 9 responses also counts the one that is filtered out."""
+    """8 / 9 where Liger and TRL deviate: their mean over the 9 responses also counts the one that
+    is filtered out.
+    """
     return 8 / 9 if case["filtered"] and case["normalizer"] == "seq-mean-token-mean" else 1.0
 
 
@@ -167,7 +211,16 @@ def fused_loss(hidden, head, batch, algo):
     def loss(hidden, head):
         terms = functools.partial(dapo_terms, algo=algo)
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        return linear_loss(hidden, head, flat.tokens, terms, flat, mask=flat.target_mask, temperature=temperature, chunk_size=40)[0]
+        return linear_loss(
+            hidden,
+            head,
+            flat.tokens,
+            terms,
+            flat,
+            mask=flat.target_mask,
+            temperature=temperature,
+            chunk_size=40,
+        )[0]
 
     return jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
 
@@ -175,7 +228,9 @@ def fused_loss(hidden, head, batch, algo):
 @each(LIGER_CASES)
 def test_liger(i):
     case = LIGER_CASES[i]
-    loss, (d_hidden, d_head) = fused_loss(LIGER["hidden"], LIGER["head"], train_batch(LIGER, case), algo_of(case))
+    loss, (d_hidden, d_head) = fused_loss(
+        LIGER["hidden"], LIGER["head"], train_batch(LIGER, case), algo_of(case)
+    )
     scale = responses_counted(case)
     assert gap(loss * scale, LIGER["loss"][i]) < BOUND
     assert gap(d_hidden * scale, LIGER["d_hidden"][i]) < BOUND
@@ -190,7 +245,9 @@ def test_liger(i):
 def verl_loss(case, normalizer=None):
     """Loss and its gradient in the log-probs [B, T]."""
     batch = train_batch(VERL, case, normalizer)
-    return jax.value_and_grad(lambda p: jnp.sum(batch.weight * token_losses(p, batch, algo_of(case))))(VERL["logprobs"])
+    return jax.value_and_grad(
+        lambda p: jnp.sum(batch.weight * token_losses(p, batch, algo_of(case)))
+    )(VERL["logprobs"])
 
 
 @each(VERL_CASES)
@@ -211,19 +268,29 @@ def test_equation_8_is_the_mean_of_what_verl_gives_for_each_group_alone():
 
 
 def test_no_peer_divides_by_the_tokens_of_each_group():
-    """Where they deviate from the letter of Eq. 8: their token mean is over the batch. 4 to 6% on these."""
+    """Where they deviate from the letter of Eq. 8: their token mean is over the batch. 4 to 6% on
+    these.
+    """
     eq8 = "group-token-mean"
     case, algo = LIGER_CASES[0], algo_of(LIGER_CASES[0])
-    assert case["name"] == VERL_CASES[0]["name"].replace("token-mean", "dapo") == TRL_CASES[0]["name"]
+    assert (
+        case["name"] == VERL_CASES[0]["name"].replace("token-mean", "dapo") == TRL_CASES[0]["name"]
+    )
     liger, _ = fused_loss(LIGER["hidden"], LIGER["head"], train_batch(LIGER, case, eq8), algo)
     verl, _ = verl_loss(case, eq8)
     trl = model_loss_jit(trl_model()[1], trl_rows(TRL, case, eq8)[0], algo)
-    assert [float(x) for x in (liger, verl, trl)] == pytest.approx([2.271707, 2.586130, 2.761588], rel=BOUND)
-    assert [float(g["loss"][0]) for g in (LIGER, VERL, TRL)] == pytest.approx([2.421644, 2.696378, 2.877017], rel=BOUND)
+    assert [float(x) for x in (liger, verl, trl)] == pytest.approx(
+        [2.271707, 2.586130, 2.761588], rel=BOUND
+    )
+    assert [float(g["loss"][0]) for g in (LIGER, VERL, TRL)] == pytest.approx(
+        [2.421644, 2.696378, 2.877017], rel=BOUND
+    )
 
 
 def test_verl_holds_ratios_between_e_to_the_minus_20_and_e_to_the_20():
-    """Where it deviates: its loss without dual clip stops growing there, and its gradient is 0 beyond."""
+    """Where it deviates: its loss without dual clip stops growing there, and its gradient is 0
+    beyond.
+    """
     log_ratio, advantages = VERL["far_log_ratio"], VERL["far_advantages"]
     loss = functools.partial(dapo_token_loss, clip_eps_low=0.2, clip_eps_high=0.28)
     losses, vjp = jax.vjp(lambda p: loss(p, jnp.zeros(4), advantages), log_ratio)
@@ -246,7 +313,9 @@ def test_advantages_of_verl():
 
 def model_loss(params, batch, algo):
     config, _ = trl_model()
-    return loss_fn(params, batch, model=config, algo=algo, temperature=float(TRL["temperature"]), chunk_size=64)[0]
+    return loss_fn(
+        params, batch, model=config, algo=algo, temperature=float(TRL["temperature"]), chunk_size=64
+    )[0]
 
 
 model_loss_jit = jax.jit(model_loss, static_argnames="algo")
@@ -260,23 +329,37 @@ def test_trl(i):
     assert gap(loss * scale, TRL["loss"][i]) < BOUND
 
 
-WITH_GRADIENT = [i for i in range(len(TRL_CASES)) if any(key.startswith(f"gradient_{i}.") for key in TRL)]
+WITH_GRADIENT = [
+    i for i in range(len(TRL_CASES)) if any(key.startswith(f"gradient_{i}.") for key in TRL)
+]
 
 
 @pytest.mark.parametrize("i", WITH_GRADIENT, ids=[TRL_CASES[i]["name"] for i in WITH_GRADIENT])
 def test_gradient_of_every_parameter_of_trl(i, tmp_path):
     shutil.copy(GOLDENS / "qwen2_tied" / "config.json", tmp_path)
     prefix = f"gradient_{i}."
-    save_file({key.removeprefix(prefix): value for key, value in TRL.items() if key.startswith(prefix)}, tmp_path / "model.safetensors")
+    save_file(
+        {key.removeprefix(prefix): value for key, value in TRL.items() if key.startswith(prefix)},
+        tmp_path / "model.safetensors",
+    )
     expected = load_pretrained(tmp_path)[1]
-    grads = model_gradient_jit(trl_model()[1], trl_rows(TRL, TRL_CASES[i])[0], algo_of(TRL_CASES[i]))
-    assert all(gap(*pair) < BOUND for pair in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True))
+    grads = model_gradient_jit(
+        trl_model()[1], trl_rows(TRL, TRL_CASES[i])[0], algo_of(TRL_CASES[i])
+    )
+    assert all(
+        gap(*pair) < BOUND
+        for pair in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True)
+    )
 
 
 def test_trl_divides_each_of_several_updates_by_their_mean_number_of_tokens():
-    """Where it deviates: two updates from one generation of 84 tokens divide by 42 each, whatever their own are."""
+    """Where it deviates: two updates from one generation of 84 tokens divide by 42 each, whatever
+    their own are.
+    """
     case, at = TRL_CASES[0], int(TRL["split_at"])
-    for part, tokens, expected in zip((slice(at), slice(at, None)), (38, 46), TRL["split_loss"], strict=True):
+    for part, tokens, expected in zip(
+        (slice(at), slice(at, None)), (38, 46), TRL["split_loss"], strict=True
+    ):
         own = TRL | {key: TRL[key][part] for key in PER_RESPONSE} | {"filtered": -1}
         assert own["lengths"].sum() == tokens
         loss = model_loss_jit(trl_model()[1], trl_rows(own, case)[0], algo_of(case))

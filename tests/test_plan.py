@@ -1,4 +1,6 @@
-"""Planning: its arithmetic, messages and exit statuses, and the smallest pod config through the real compiler, where that is installed."""
+"""Planning: its arithmetic, messages and exit statuses, and the smallest pod config through the
+real compiler, where that is installed.
+"""
 
 import functools
 import importlib.util
@@ -17,7 +19,19 @@ from dapo_jax import plan
 from dapo_jax.config import DapoSection, MeshSection, load_config
 from dapo_jax.dapo.loss import loss_fn
 from dapo_jax.dapo.packing import build_batch
-from dapo_jax.plan import Lengths, Pod, Program, Result, Work, complaints, estimate, largest_that_fits, load_pod, table, to_json
+from dapo_jax.plan import (
+    Lengths,
+    Pod,
+    Program,
+    Result,
+    Work,
+    complaints,
+    estimate,
+    largest_that_fits,
+    load_pod,
+    table,
+    to_json,
+)
 from dapo_jax.runtime.chips import CHIPS, Chip
 from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled
 from dapo_jax.runtime.mesh import make_mesh
@@ -25,30 +39,68 @@ from dapo_jax.types import InputError
 
 CONFIGS = Path(dapo_jax.__file__).parent.parent / "configs"
 SMALLEST = CONFIGS / "qwen2.5-1.5b_dapo17k_v5e-8.yaml"
-POD = Pod("v5e:2x4", [None] * 8, 8, Chip(flops=100.0, hbm_bytes=1000.0, hbm_bandwidth=10.0, ici_bandwidth=5.0, dcn_bandwidth=0.5))
+POD = Pod(
+    "v5e:2x4",
+    [None] * 8,
+    8,
+    Chip(flops=100.0, hbm_bytes=1000.0, hbm_bandwidth=10.0, ici_bandwidth=5.0, dcn_bandwidth=0.5),
+)
 
 LARGEST = ("9.00MiB f32[2]",)
 
 
-def result(name="update", *, peak=600, resident=100, fits=True, sent=20.0, between=0.0, calls=4.0, work=None):
+def result(
+    name="update",
+    *,
+    peak=600,
+    resident=100,
+    fits=True,
+    sent=20.0,
+    between=0.0,
+    calls=4.0,
+    work=None,
+):
     work = work or Work(800.0, 1600.0, 50.0, 10.0)
-    program = Program(name, lambda: None, (), resident, work, calls, settings="train.rows_per_microbatch")
-    return Result(program, Compiled(peak - 100, 100, peak, fits, {"all-gather": sent, BETWEEN_SLICES: between}, LARGEST), POD)
+    program = Program(
+        name, lambda: None, (), resident, work, calls, settings="train.rows_per_microbatch"
+    )
+    return Result(
+        program,
+        Compiled(
+            peak - 100, 100, peak, fits, {"all-gather": sent, BETWEEN_SLICES: between}, LARGEST
+        ),
+        POD,
+    )
 
 
 def test_a_result_by_hand():
     r = result()
     assert r.peak_bytes == 700 and r.fits
-    assert r.times == {"FLOPs": 1600 / 8 / 100, "HBM": 1.0, "ICI": 4.0, "DCN": 0.0} and r.seconds == 4.0
+    assert (
+        r.times == {"FLOPs": 1600 / 8 / 100, "HBM": 1.0, "ICI": 4.0, "DCN": 0.0}
+        and r.seconds == 4.0
+    )
     several = result(between=7.0)  # other links, ten times as slow
-    assert several.sent_bytes == 20 and several.times["ICI"] == 4.0 and several.times["DCN"] == several.seconds == 14.0
+    assert (
+        several.sent_bytes == 20
+        and several.times["ICI"] == 4.0
+        and several.times["DCN"] == several.seconds == 14.0
+    )
     assert not result(resident=500).fits  # 600 + 500 of 1000
     assert not result(fits=False).fits
 
 
 def test_what_a_run_comes_to_by_hand():
-    config = load_config(SMALLEST, ["dapo.prompts_per_step=16", "dapo.responses_per_update=128", "train.steps=9"])
-    results = [result("prefill", calls=1), result("decode step", calls=10), result("old log-probs"), result(), result("publish", calls=1)]
+    config = load_config(
+        SMALLEST, ["dapo.prompts_per_step=16", "dapo.responses_per_update=128", "train.steps=9"]
+    )
+    results = [
+        result("prefill", calls=1),
+        result("decode step", calls=10),
+        result("old log-probs"),
+        result(),
+        result("publish", calls=1),
+    ]
     found = estimate(results, config, Lengths(10, 100, 0.5))
     assert found["rollout_s"] == 44 and found["training_s"] == 16 + 16 + 4
     assert found["rollout_tokens_per_s_per_chip"] == 16 * 8 * 100 / 0.5 / 44 / 8
@@ -65,16 +117,32 @@ def test_the_table_has_a_line_a_program():
 def test_complaints_name_program_cause_and_settings():
     assert complaints([result()]) == []
     (line,) = complaints([result(resident=500, peak=700)])
-    assert line.startswith("update does not fit by") and "arguments take" in line and "f32[2]" in line
+    assert (
+        line.startswith("update does not fit by") and "arguments take" in line and "f32[2]" in line
+    )
     assert line.endswith("change train.rows_per_microbatch")
 
 
 def test_json_has_the_documented_keys():
     found = to_json([result(), result("publish", resident=500)], {"hours": 1.0})
-    assert {"topology", "chips", "hbm_bytes", "fits", "programs"} <= found.keys() and found["fits"] is False
-    keys = {"name", "argument_bytes", "temp_bytes", "peak_bytes", "hbm_fraction", "flops", "collective_bytes", "fits"}
+    assert {"topology", "chips", "hbm_bytes", "fits", "programs"} <= found.keys() and found[
+        "fits"
+    ] is False
+    keys = {
+        "name",
+        "argument_bytes",
+        "temp_bytes",
+        "peak_bytes",
+        "hbm_fraction",
+        "flops",
+        "collective_bytes",
+        "fits",
+    }
     assert all(keys <= p.keys() for p in found["programs"])
-    assert found["programs"][0]["hbm_fraction"] == 0.7 and found["programs"][0]["collective_bytes"] == 20
+    assert (
+        found["programs"][0]["hbm_fraction"] == 0.7
+        and found["programs"][0]["collective_bytes"] == 20
+    )
 
 
 @pytest.mark.parametrize("start", [4, 8, 60, 100])
@@ -91,7 +159,8 @@ def test_json_has_the_documented_keys():
     ],
 )
 def test_the_largest_that_fits(base, slope, room, expected, start):
-    """Of multiples of 4 up to 102: 100 + 10 n ≤ room; another program needs more at first, and grows less.
+    """Of multiples of 4 up to 102: 100 + 10 n ≤ room; another program needs more at first, and
+    grows less.
 
     Each n costs minutes: few are asked for, none twice.
     """
@@ -102,7 +171,9 @@ def test_the_largest_that_fits(base, slope, room, expected, start):
         return base + slope * n, min(base + 40 + 0.6 * slope * n, base + 100 * slope)
 
     assert largest_that_fits(4, start, 102, peaks, room) == expected
-    assert asked[0] == start and len(asked) == len(set(asked)) <= 5 and all(n % 4 == 0 for n in asked)
+    assert (
+        asked[0] == start and len(asked) == len(set(asked)) <= 5 and all(n % 4 == 0 for n in asked)
+    )
 
 
 def test_the_largest_that_fits_where_memory_does_not_grow_evenly():
@@ -111,16 +182,35 @@ def test_the_largest_that_fits_where_memory_does_not_grow_evenly():
     assert largest_that_fits(4, 4, 128, lambda n: [100 + 10 * n + (50 if n > 20 else 0)], 500) == 32
 
 
-def test_suggestions_are_the_largest_that_fit_and_known_programs_are_not_compiled_again(monkeypatch):
-    """With programs of a made-up size: 10 bytes a slot, 30 a row, 100 beside; 900 of 1000 bytes may be used."""
-    config, compiled = load_config(SMALLEST, ["rollout.decode_slots=8", "dapo.prompts_per_draw=10000"]), []
+def test_suggestions_are_the_largest_that_fit_and_known_programs_are_not_compiled_again(
+    monkeypatch,
+):
+    """With programs of a made-up size: 10 bytes a slot, 30 a row, 100 beside; 900 of 1000 bytes may
+    be used.
+    """
+    config, compiled = (
+        load_config(SMALLEST, ["rollout.decode_slots=8", "dapo.prompts_per_draw=10000"]),
+        [],
+    )
     pod = POD._replace(devices=[])
 
     def programs(config, model, mesh, lengths):
         slots, rows = config.rollout.decode_slots, config.train.rows_per_microbatch
-        sizes = {"prefill": (1, slots * 10), "decode step": (10 * slots, 100), "old log-probs": (20 * rows, 0), "update": (30 * rows, 100)}
+        sizes = {
+            "prefill": (1, slots * 10),
+            "decode step": (10 * slots, 100),
+            "old log-probs": (20 * rows, 0),
+            "update": (30 * rows, 100),
+        }
         return [
-            Program(name, lambda name=name, own=own: (name, own), (jax.ShapeDtypeStruct((own,), "int8"),), held, None, 1)
+            Program(
+                name,
+                lambda name=name, own=own: (name, own),
+                (jax.ShapeDtypeStruct((own,), "int8"),),
+                held,
+                None,
+                1,
+            )
             for name, (own, held) in sizes.items()
         ]
 
@@ -135,32 +225,52 @@ def test_suggestions_are_the_largest_that_fit_and_known_programs_are_not_compile
     lengths = Lengths(10, 100, 0.5)
     results = plan.compile_all(config, pod, lengths, say=lambda line: None)
     lines = plan.suggest(config, pod, lengths, results, lambda line: None)
-    assert lines == ["rollout.decode_slots: 8; at most 80 fit in 90% of HBM", "train.rows_per_microbatch: 4; at most 24 fit in 90% of HBM"]
-    assert len(compiled) == len(set(compiled)) and [name for name, _ in compiled].count("prefill") == 1
+    assert lines == [
+        "rollout.decode_slots: 8; at most 80 fit in 90% of HBM",
+        "train.rows_per_microbatch: 4; at most 24 fit in 90% of HBM",
+    ]
+    assert (
+        len(compiled) == len(set(compiled)) and [name for name, _ in compiled].count("prefill") == 1
+    )
 
 
 def test_the_plain_loss_is_the_same_loss():
     """What is compared in memory has to be equal in numbers."""
     model, mesh = tiny.model(), make_mesh(MeshSection(2, 2, 2))
-    batch, _ = build_batch(tiny.make_items(model, 12), row_len=14, rows_per_microbatch=8, microbatches=1)
+    batch, _ = build_batch(
+        tiny.make_items(model, 12), row_len=14, rows_per_microbatch=8, microbatches=1
+    )
     rows = jax.tree.map(lambda a: a[0], batch)
-    losses = [functools.partial(f, model=model, algo=DapoSection(), mesh=mesh) for f in (plan.plain_loss, loss_fn)]
+    losses = [
+        functools.partial(f, model=model, algo=DapoSection(), mesh=mesh)
+        for f in (plan.plain_loss, loss_fn)
+    ]
     plain, fused = (jax.jit(loss)(tiny.params(model), rows) for loss in losses)
     assert tiny.gap(plain, fused) < 1e-6
 
 
 def test_unfinished_responses_are_read_again_and_take_their_memory():
-    """With partial rollouts a sequence may start with all but its last token: 4 shards of 4096 tokens, K / tensor 1, h 128, L 28."""
+    """With partial rollouts a sequence may start with all but its last token: 4 shards of 4096
+    tokens, K / tensor 1, h 128, L 28.
+    """
 
     def found(*settings):
         config = load_config(SMALLEST, list(settings))
         mesh = make_mesh(config.mesh)
-        return {p.name: p for p in plan.programs(config, plan.load_model(config), mesh, Lengths(128, 768, 0.5))}
+        return {
+            p.name: p
+            for p in plan.programs(config, plan.load_model(config), mesh, Lengths(128, 768, 0.5))
+        }
 
     whole, partial = found(), found("dapo.partial_rollouts=true")
     assert partial.keys() - whole.keys() == {"prefill of prefixes"}
-    assert partial["prefill"].arguments[1].shape == (4, 1024) and partial["prefill of prefixes"].arguments[1].shape == (4, 4096)
-    assert partial["decode step"].resident_bytes - whole["decode step"].resident_bytes == 2 * 28 * (4096 - 1024) * 128 * 2
+    assert partial["prefill"].arguments[1].shape == (4, 1024) and partial[
+        "prefill of prefixes"
+    ].arguments[1].shape == (4, 4096)
+    assert (
+        partial["decode step"].resident_bytes - whole["decode step"].resident_bytes
+        == 2 * 28 * (4096 - 1024) * 128 * 2
+    )
 
 
 def fake(monkeypatch, *results):
@@ -210,24 +320,38 @@ def test_every_pod_config_says_its_topology_and_divides(path):
         chips *= int(n)
     accelerator, count = path.stem.rsplit("_", 1)[1].rsplit("-", 1)
     assert name == accelerator and name in CHIPS
-    assert int(count) == chips * (2 if name in ("v4", "v5p") else 1)  # accelerator types of these count cores
+    assert int(count) == chips * (
+        2 if name in ("v4", "v5p") else 1
+    )  # accelerator types of these count cores
     assert config.mesh.data * config.mesh.fsdp * config.mesh.tensor == chips
 
 
-COMPILER = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu")
+COMPILER = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu"
+)
 
 
 def run(*command, cwd):
     """In a process of its own: libtpu stays out of this one."""
     environment = {**os.environ, "PYTHONPATH": str(CONFIGS.parent)}
-    return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 @COMPILER
 def test_pods_of_every_generation(tmp_path):
-    """A chip is one device, but for TPU7x: two, each with half of its memory. A mesh axis may take part of a side of the torus.
+    """A chip is one device, but for TPU7x: two, each with half of its memory.
 
-    Two slices: a device sends the keys and values of its own prompt to the other slice, once. Prompts are read by a kernel.
+    A mesh axis may take part of a side of the torus.
+
+    Two slices: a device sends the keys and values of its own prompt to the other slice, once.
+    Prompts are read by a kernel.
     """
     code = f"""
 import json
@@ -257,7 +381,10 @@ print(json.dumps([insert.between_slices, "tpu_custom_call" in prefill.lower().as
     assert json.loads(found) == [[*one_slice, [8, 8, 32e9], [8, 16, 96e9], [16, 16, 16e9]], 256]
     assert unknown.startswith("topology 'v5e:3x77': libtpu knows none")
     assert undivided.startswith("mesh.data: 1 cannot go over 2 slices")
-    assert json.loads(sent) == [2 * 28 * 1024 * 128 * 2, True]  # k and v, L, P, h, bytes; one of two kv heads on each device
+    assert json.loads(sent) == [
+        2 * 28 * 1024 * 128 * 2,
+        True,
+    ]  # k and v, L, P, h, bytes; one of two kv heads on each device
 
 
 @COMPILER
@@ -265,13 +392,25 @@ def test_the_smallest_pod_config_fits(tmp_path):
     """Through the real compiler, as a user would; all but the programs that take it longest."""
     out = tmp_path / "plan.json"
     names = ["prefill", "insert", "decode step", "publish"]
-    done = run("-m", "dapo_jax.plan", "--config", str(SMALLEST), "--json", str(out), *(f"--only={name}" for name in names), cwd=tmp_path)
+    done = run(
+        "-m",
+        "dapo_jax.plan",
+        "--config",
+        str(SMALLEST),
+        "--json",
+        str(out),
+        *(f"--only={name}" for name in names),
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert found["fits"] and found["chips"] == 8 and [p["name"] for p in found["programs"]] == names
-    assert all(0.05 < p["hbm_fraction"] < 0.9 and p["collective_bytes"] > 0 for p in found["programs"])
+    assert all(
+        0.05 < p["hbm_fraction"] < 0.9 and p["collective_bytes"] > 0 for p in found["programs"]
+    )
     by_name = {p["name"]: p for p in found["programs"]}
-    # 1.54 B parameters, float32 over 8 chips, and their two moments beside them; bfloat16 over tensor 2. Little else.
+    # 1.54 B parameters, float32 over 8 chips, and their two moments beside them; bfloat16 over
+    # tensor 2. Little else.
     assert 4 * 1.54e9 / 8 < by_name["publish"]["argument_bytes"] < 1.1 * 4 * 1.54e9 / 8
     assert 8 * 1.54e9 / 8 < by_name["publish"]["resident_bytes"] < 1.1 * 8 * 1.54e9 / 8
     assert 2 * 1.54e9 / 2 < by_name["prefill"]["argument_bytes"] < 1.1 * 2 * 1.54e9 / 2

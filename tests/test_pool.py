@@ -1,4 +1,6 @@
-"""The reward pool: right verdicts in order, and nothing that an answer or a custom function does gets further than its worker."""
+"""The reward pool: right verdicts in order, and nothing that an answer or a custom function does
+gets further than its worker.
+"""
 
 import contextlib
 import dataclasses
@@ -15,7 +17,14 @@ import pytest
 import torture_rewards
 
 from dapo_jax.config import RewardSection
-from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool, check_errors, error_counts, no_answer_fraction
+from dapo_jax.reward.pool import (
+    PendingVerdicts,
+    RewardItem,
+    RewardPool,
+    check_errors,
+    error_counts,
+    no_answer_fraction,
+)
 from dapo_jax.types import InputError, Message, Problem, Verdict
 
 HERE = Path(__file__).parent
@@ -27,7 +36,10 @@ def item(text, answer="42", response_len=10):
 
 
 def custom_section(**changes):
-    settings = dict(workers=1, timeout_s=LIMIT_S, memory_mb=512, allowed_modules=("reward_functions",)) | changes
+    settings = (
+        dict(workers=1, timeout_s=LIMIT_S, memory_mb=512, allowed_modules=("reward_functions",))
+        | changes
+    )
     return RewardSection(verifier="custom", function="reward_functions:judge", **settings)
 
 
@@ -51,11 +63,20 @@ def test_strict_needs_no_worker():
     with RewardPool(RewardSection(verifier="strict")) as pool:
         assert set(threading.enumerate()) <= before  # those of other tests may end meanwhile
         verdicts = pool.judge([item("Answer: 42"), item("Answer: 43"), item(r"\boxed{42}")])
-    assert verdicts == [Verdict(True, 1.0), Verdict(False, -1.0), Verdict(False, -1.0, answered=False)]
+    assert verdicts == [
+        Verdict(True, 1.0),
+        Verdict(False, -1.0),
+        Verdict(False, -1.0, answered=False),
+    ]
 
 
 def test_lenient_judges_in_order_and_survives_bombs():
-    answers = [("Answer: 42.0", True), ("Answer: 43", False), (r"\boxed{84/2}", True), ("no answer", False)] * 10
+    answers = [
+        ("Answer: 42.0", True),
+        ("Answer: 43", False),
+        (r"\boxed{84/2}", True),
+        ("no answer", False),
+    ] * 10
     items = [item("Let $x = 5$. " * 1500 + text) for text, _ in answers]
     items.insert(7, item("Answer: $9^{9^{9^9}}$"))
     with RewardPool(RewardSection(verifier="lenient", workers=2, timeout_s=LIMIT_S)) as pool:
@@ -63,15 +84,24 @@ def test_lenient_judges_in_order_and_survives_bombs():
         verdicts = pool.judge(items)
         assert time.monotonic() - began < 4 * LIMIT_S
     assert verdicts.pop(7) == Verdict(False, -1.0, "timed out after 1 s")
-    assert verdicts == [Verdict(correct, 1.0 if correct else -1.0) for _, correct in answers]  # `x = 5` is an answer too
+    assert verdicts == [
+        Verdict(correct, 1.0 if correct else -1.0) for _, correct in answers
+    ]  # `x = 5` is an answer too
 
 
 def test_the_share_of_responses_without_an_answer():
     found = []
     for verifier in ("strict", "lenient"):
         with RewardPool(RewardSection(verifier=verifier, workers=1)) as pool:
-            verdicts = pool.judge([item("Answer: 42"), item("Answer: 43"), item(r"\boxed{42}"), item("I do not know")])
-        found.append((no_answer_fraction(verdicts), no_answer_fraction([*verdicts, Verdict(False, -1.0, "timed out")])))
+            verdicts = pool.judge(
+                [item("Answer: 42"), item("Answer: 43"), item(r"\boxed{42}"), item("I do not know")]
+            )
+        found.append(
+            (
+                no_answer_fraction(verdicts),
+                no_answer_fraction([*verdicts, Verdict(False, -1.0, "timed out")]),
+            )
+        )
     assert found == [(0.5, 0.5), (0.25, 0.25)]
     assert no_answer_fraction([]) == 0.0
 
@@ -79,31 +109,53 @@ def test_the_share_of_responses_without_an_answer():
 def test_custom_function_gets_the_item_whole(pool):
     turns = (Message("system", "Be brief."), Message("user", "\ud800 ½\n\0"))
     odd = "\ud800 ½\r\n\0\u2028"
-    items = [RewardItem(Problem("p", turns, odd), odd, 7), item("42", response_len=30), item("41", response_len=5), item("x" * 10**6)]
-    assert pool.judge(items) == [Verdict(True, 0.7), Verdict(True, 3.0), Verdict(False, 0.5), Verdict(False, 1.0)]
+    items = [
+        RewardItem(Problem("p", turns, odd), odd, 7),
+        item("42", response_len=30),
+        item("41", response_len=5),
+        item("x" * 10**6),
+    ]
+    assert pool.judge(items) == [
+        Verdict(True, 0.7),
+        Verdict(True, 3.0),
+        Verdict(False, 0.5),
+        Verdict(False, 1.0),
+    ]
     assert pool.judge([]) == []
     filled = Problem("p", turns, odd, "a solution", "some/data.jsonl")
     assert all(dataclasses.asdict(filled).values())
-    assert pool.judge([RewardItem(filled, "!problem " + json.dumps(dataclasses.asdict(filled)), 0)]) == [Verdict(True, 0.0)]
+    assert pool.judge(
+        [RewardItem(filled, "!problem " + json.dumps(dataclasses.asdict(filled)), 0)]
+    ) == [Verdict(True, 0.0)]
 
 
 def test_variables_that_the_config_names_reach_workers_and_no_message(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "sk-0123456789")
     with RewardPool(custom_section(environment=("JUDGE_KEY",))) as pool:
-        assert pool.judge([item("!key sk-0123456789"), item("!key other"), item("!environment")]) == [
+        assert pool.judge(
+            [item("!key sk-0123456789"), item("!key other"), item("!environment")]
+        ) == [
             Verdict(True, 0.0),
             Verdict(False, 0.0),
             Verdict(True, 0.0),  # and no others
         ]
         quoted = [verdict.error for verdict in pool.judge([item("!quote"), item("!quote far")])]
-    assert quoted[0] == "ValueError: bad key $JUDGE_KEY." and quoted[1].endswith("bad key $JUDGE_KEY")
+    assert quoted[0] == "ValueError: bad key $JUDGE_KEY." and quoted[1].endswith(
+        "bad key $JUDGE_KEY"
+    )
     monkeypatch.delenv("JUDGE_KEY")
-    with pytest.raises(InputError, match="^reward.environment: JUDGE_KEY is not set; set it before the start, or leave it out$"):
+    with pytest.raises(
+        InputError,
+        match="^reward.environment: JUDGE_KEY is not set; set it before the start, or leave it out$",
+    ):
         RewardPool(custom_section(environment=("JUDGE_KEY",)))
 
 
 def test_submissions_run_while_the_caller_goes_on(pool):
-    pending = [pool.submit([item(str(n), answer="42", response_len=n) for n in range(size)]) for size in (300, 0, 1, 50)]
+    pending = [
+        pool.submit([item(str(n), answer="42", response_len=n) for n in range(size)])
+        for size in (300, 0, 1, 50)
+    ]
     for batch, size in zip(pending, (300, 0, 1, 50), strict=True):
         assert isinstance(batch, PendingVerdicts)
         assert batch.result() == [Verdict(n == 42, n / 10) for n in range(size)]
@@ -135,10 +187,16 @@ def test_only_the_nasty_answer_goes_without_a_verdict(pool, nasty, error):
     assert verdicts == [Verdict(True, 1.0)] * 19
 
 
-@pytest.mark.parametrize("case", [torture_rewards.bombs, torture_rewards.nasty], ids=lambda case: case.__name__)
+@pytest.mark.parametrize(
+    "case", [torture_rewards.bombs, torture_rewards.nasty], ids=lambda case: case.__name__
+)
 def test_two_in_a_hundred_nasty_answers_in_small(case):
-    """One of each kind among hundreds of plain answers; `torture_rewards.py` does the same with 8,192."""
-    count = torture_rewards.EVERY * len({"bombs": torture_rewards.BOMBS, "nasty": torture_rewards.NASTY}[case.__name__])
+    """One of each kind among hundreds of plain answers; `torture_rewards.py` does the same with
+    8,192.
+    """
+    count = torture_rewards.EVERY * len(
+        {"bombs": torture_rewards.BOMBS, "nasty": torture_rewards.NASTY}[case.__name__]
+    )
     assert f"among {count:,} answers" in case(count, timeout_s=LIMIT_S)
 
 
@@ -158,7 +216,10 @@ def test_a_worker_that_outgrew_its_memory_is_replaced(pool):
 
 
 def test_worker_is_shut_off_from_its_caller(pool):
-    assert pool.judge([item(f"!{what}") for what in ("environment", "jax", "main", "group")]) == [Verdict(True, 0.0)] * 4
+    assert (
+        pool.judge([item(f"!{what}") for what in ("environment", "jax", "main", "group")])
+        == [Verdict(True, 0.0)] * 4
+    )
 
 
 def test_signals_for_the_whole_job_leave_workers_alone(pool):
@@ -174,7 +235,9 @@ def test_what_a_worker_started_dies_with_it(pool):
     assert not _group_lives(pid)
 
 
-@pytest.mark.parametrize(("end", "error"), [("!sleep", "timed out after 1 s"), ("!exit", "worker exited with status 3")])
+@pytest.mark.parametrize(
+    ("end", "error"), [("!sleep", "timed out after 1 s"), ("!exit", "worker exited with status 3")]
+)
 def test_what_has_left_the_session_of_its_worker_dies_with_it(pool, end, error):
     started, ended = pool.judge([item("!leave session"), item(end)])
     assert ended.error == error
@@ -182,7 +245,9 @@ def test_what_has_left_the_session_of_its_worker_dies_with_it(pool, end, error):
 
 
 def _group_lives(pid, wait_s=5.0):
-    """Whether a process group still has running members after at most `wait_s` (zombies that await their parent do not count)."""
+    """Whether a process group still has running members after at most `wait_s` (zombies that await
+    their parent do not count).
+    """
     end = time.monotonic() + wait_s
     while time.monotonic() < end:
         states = []
@@ -245,13 +310,22 @@ def judge(problem, text, response_len):
 def run_script(folder, *arguments):
     (folder / "script.py").write_text(SCRIPT.format(package=str(HERE.parent)))
     (folder / "next_to_me.py").write_text(MODULE)
-    return subprocess.run([sys.executable, "script.py", *arguments], cwd=folder, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "script.py", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_a_script_without_a_main_guard_runs_once(tmp_path):
     done = run_script(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == ["script runs", "Verdict(correct=True, score=1.0, error=None, answered=True)"]
+    assert done.stdout.splitlines() == [
+        "script runs",
+        "Verdict(correct=True, score=1.0, error=None, answered=True)",
+    ]
 
 
 def test_a_worker_soon_follows_a_killed_caller(tmp_path):
@@ -265,14 +339,22 @@ def test_a_worker_soon_follows_a_killed_caller(tmp_path):
         ({"function": "os:system"}, "module 'os' is not in reward.allowed_modules"),
         ({"function": "reward_functions:missing"}, "has no 'missing'"),
         ({"function": "reward_functions:not_callable"}, "is a int"),
-        ({"function": "missing_module:judge", "allowed_modules": ("missing_module",)}, "cannot import 'missing_module'"),
-        ({"function": "exits_at_import:judge", "allowed_modules": ("exits_at_import",)}, "could not start .worker exited with status 5"),
+        (
+            {"function": "missing_module:judge", "allowed_modules": ("missing_module",)},
+            "cannot import 'missing_module'",
+        ),
+        (
+            {"function": "exits_at_import:judge", "allowed_modules": ("exits_at_import",)},
+            "could not start .worker exited with status 5",
+        ),
     ],
 )
 def test_a_function_that_cannot_be_loaded_is_bad_input(tmp_path, monkeypatch, changes, says):
     (tmp_path / "exits_at_import.py").write_text("import os\nos._exit(5)")
     monkeypatch.syspath_prepend(str(tmp_path))
-    section = RewardSection(**({"verifier": "custom", "workers": 1, "allowed_modules": ("reward_functions",)} | changes))
+    section = RewardSection(
+        **({"verifier": "custom", "workers": 1, "allowed_modules": ("reward_functions",)} | changes)
+    )
     threads = set(threading.enumerate())
     with pytest.raises(InputError, match=says) as info:
         RewardPool(section)
@@ -284,7 +366,9 @@ def test_workers_that_stop_starting_give_errors_not_silence(tmp_path, monkeypatc
     module = tmp_path / "fails_later.py"
     module.write_text("import os\ndef judge(problem, text, response_len):\n    os._exit(1)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    section = RewardSection(verifier="custom", function="fails_later:judge", allowed_modules=("fails_later",), workers=1)
+    section = RewardSection(
+        verifier="custom", function="fails_later:judge", allowed_modules=("fails_later",), workers=1
+    )
     with RewardPool(section) as pool:
         module.write_text("raise RuntimeError('gone')")
         verdicts = pool.judge([item("42")] * 3)
@@ -293,19 +377,32 @@ def test_workers_that_stop_starting_give_errors_not_silence(tmp_path, monkeypatc
 
 
 def test_too_many_errors_stop_the_run():
-    fine, late, bad = Verdict(True, 1.0), Verdict(False, -1.0, "timed out after 10 s"), Verdict(False, -1.0, "ValueError: bad\nthing")
+    fine, late, bad = (
+        Verdict(True, 1.0),
+        Verdict(False, -1.0, "timed out after 10 s"),
+        Verdict(False, -1.0, "ValueError: bad\nthing"),
+    )
     section = custom_section(max_error_fraction=0.2)
     assert error_counts([fine, late, bad, bad, fine]) == (1, 2)
     check_errors([], section)
     check_errors([fine] * 8 + [late, bad], section)
-    memory, thread = (Verdict(False, -1.0, e) for e in ("MemoryError: needs more than reward.memory_mb 512", "can't start new thread"))
+    memory, thread = (
+        Verdict(False, -1.0, e)
+        for e in ("MemoryError: needs more than reward.memory_mb 512", "can't start new thread")
+    )
     for found, says in (
         (
             [late, bad, bad],
             "(1 time-outs, 2 errors; most often: ValueError: bad thing); fix reward.function: (problem, text, length) -> (correct, score),",
         ),
-        ([bad, late, late], "(2 time-outs, 1 errors; most often: timed out after 10 s); raise reward.timeout_s (1),"),
-        ([bad, memory, thread], "most often: MemoryError: needs more than reward.memory_mb 512); raise reward.memory_mb (512),"),
+        (
+            [bad, late, late],
+            "(2 time-outs, 1 errors; most often: timed out after 10 s); raise reward.timeout_s (1),",
+        ),
+        (
+            [bad, memory, thread],
+            "most often: MemoryError: needs more than reward.memory_mb 512); raise reward.memory_mb (512),",
+        ),
     ):
         with pytest.raises(InputError) as info:
             check_errors([fine] * 7 + found, section)

@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from dapo_jax.config import ArithmeticConfig
 from dapo_jax.data import files
 from dapo_jax.data import problems as module
-from dapo_jax.data.problems import BadRow, Cursor, Skip, advance, epoch_order, load_problems, problem_from_row, problems_digest
+from dapo_jax.data.problems import (
+    BadRow,
+    Cursor,
+    Skip,
+    advance,
+    epoch_order,
+    load_problems,
+    problem_from_row,
+    problems_digest,
+)
 from dapo_jax.types import InputError, Message, Problem
 
 GOOD = {"prompt": "What is 6 x 7?", "answer": 42}
@@ -70,11 +79,26 @@ def test_plain_rows(tmp_path):
         ("f", "100000000000000000000", None),
     ]
     assert [p.id for p in loaded[:2]] == ["first", "12"]
-    assert (report.rows, report.problems, report.duplicates, report.conflicts, dict(report.skipped)) == (6, 6, 0, 0, {})
+    assert (
+        report.rows,
+        report.problems,
+        report.duplicates,
+        report.conflicts,
+        dict(report.skipped),
+    ) == (6, 6, 0, 0, {})
 
 
 def test_dapo_rows_are_the_same_from_json_lines_and_parquet(tmp_path):
-    rows = [DAPO_ROW, {**DAPO_ROW, "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "é?"}]}]
+    rows = [
+        DAPO_ROW,
+        {
+            **DAPO_ROW,
+            "prompt": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "é?"},
+            ],
+        },
+    ]
     rows[1]["extra_info"] = {"index": "other"}
     from_lines, _ = load(write_jsonl(tmp_path / "a.jsonl", rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -112,18 +136,29 @@ def test_every_row_is_accounted_for(tmp_path):
         {"prompt": "b", "answer": "1"},  # agrees with the first, but the prompt is out
         {"prompt": "c"},
         {"prompt": "c", "answer": "3"},
-        {"prompt": [{"role": "user", "content": "a"}], "answer": "9"},  # chat turns are another prompt than text
+        {
+            "prompt": [{"role": "user", "content": "a"}],
+            "answer": "9",
+        },  # chat turns are another prompt than text
     ]
     loaded, report = load(write_jsonl(tmp_path / "a.jsonl", rows))
-    assert [(p.prompt, p.answer) for p in loaded] == [("a", "1"), ("c", "3"), ((Message("user", "a"),), "9")]
+    assert [(p.prompt, p.answer) for p in loaded] == [
+        ("a", "1"),
+        ("c", "3"),
+        ((Message("user", "a"),), "9"),
+    ]
     assert (report.rows, report.problems, report.duplicates, report.conflicts) == (8, 3, 3, 1)
     assert report.skipped == {"no answer": Skip(count=1, first_row=6)}
-    assert report.rows == report.problems + report.duplicates + report.conflicts + sum(s.count for s in report.skipped.values())
+    assert report.rows == report.problems + report.duplicates + report.conflicts + sum(
+        s.count for s in report.skipped.values()
+    )
 
 
 def test_summary_is_one_line(tmp_path):
     conflict = [{"prompt": "z", "answer": "1"}, {"prompt": "z", "answer": "2"}]
-    path = write_jsonl(tmp_path / "a.jsonl", [GOOD] * 1001 + [{"prompt": "x"}, b"{", {"prompt": "y"}] + conflict)
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [GOOD] * 1001 + [{"prompt": "x"}, b"{", {"prompt": "y"}] + conflict
+    )
     assert load(path)[1].summary() == (
         f"{path}: 1 problems from 1,006 rows (1,001 duplicates, 1 conflicting prompts dropped, "
         "2 skipped: no answer (row 1002: columns prompt), 1 skipped: not JSON (row 1003))"
@@ -132,7 +167,11 @@ def test_summary_is_one_line(tmp_path):
 
 
 def test_ids_are_unique_and_do_not_depend_on_other_rows(tmp_path):
-    rows = [{"prompt": "a", "answer": "1", "id": "x"}, {"prompt": "b", "answer": "1", "id": "x"}, {"prompt": "c", "answer": "1"}]
+    rows = [
+        {"prompt": "a", "answer": "1", "id": "x"},
+        {"prompt": "b", "answer": "1", "id": "x"},
+        {"prompt": "c", "answer": "1"},
+    ]
     ids = {p.prompt: p.id for p in load(write_jsonl(tmp_path / "a.jsonl", rows))[0]}
     assert len(set(ids.values())) == 3 and "x" not in ids.values()
     alone = load(write_jsonl(tmp_path / "a.jsonl", rows[2:]))[0]
@@ -204,7 +243,9 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: repr(line[:60]))
 def test_bad_rows_are_counted_with_the_first_row_and_the_reason(tmp_path, line):
-    loaded, report = load(write_jsonl(tmp_path / "a.jsonl", [GOOD, line, {**GOOD, "prompt": "b"}, line]))
+    loaded, report = load(
+        write_jsonl(tmp_path / "a.jsonl", [GOOD, line, {**GOOD, "prompt": "b"}, line])
+    )
     assert [p.prompt for p in loaded] == [GOOD["prompt"], "b"]
     assert report.skipped == {BAD_LINES[line]: Skip(count=2, first_row=2)}
     assert report.rows == 4
@@ -219,7 +260,11 @@ def test_overlong_rows_are_counted_and_do_not_swallow_the_next(tmp_path, monkeyp
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
     size = len(json.dumps({"prompt": "", "answer": "1"}))
     texts = ["x" * 1000, "y" * (99 - size), "z" * (100 - size)]  # a line end counts too
-    loaded, report = load(write_jsonl(tmp_path / "a.jsonl", [GOOD, *({"prompt": t, "answer": "1"} for t in texts), GOOD]))
+    loaded, report = load(
+        write_jsonl(
+            tmp_path / "a.jsonl", [GOOD, *({"prompt": t, "answer": "1"} for t in texts), GOOD]
+        )
+    )
     assert [p.prompt[0] for p in loaded] == ["W", "y"]
     assert report.skipped == {"longer than 0 MB": Skip(count=2, first_row=2)}
     assert (report.rows, report.duplicates) == (5, 1)
@@ -227,7 +272,9 @@ def test_overlong_rows_are_counted_and_do_not_swallow_the_next(tmp_path, monkeyp
 
 def test_byte_order_mark_blank_lines_and_windows_line_ends(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "answer": 1}\r\n\r\n  \n{"prompt": "b", "answer": 2}\r\n{"prompt": "c"}')
+    path.write_bytes(
+        b'\xef\xbb\xbf{"prompt": "a", "answer": 1}\r\n\r\n  \n{"prompt": "b", "answer": 2}\r\n{"prompt": "c"}'
+    )
     loaded, report = load(path)
     assert [p.prompt for p in loaded] == ["a", "b"]
     assert report.rows == 3 and report.skipped == {"no answer": Skip(1, 5)}
@@ -247,21 +294,33 @@ def test_a_one_megabyte_prompt_is_a_prompt(tmp_path):
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "ground_truth", "index"]), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "ground_truth", "index"]), inner, max_size=3
+        )
     ),
     max_leaves=6,
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from(["prompt", "answer", "id", "solution", "reward_model", "extra_info"]), json_values))
+@given(
+    st.dictionaries(
+        st.sampled_from(["prompt", "answer", "id", "solution", "reward_model", "extra_info"]),
+        json_values,
+    )
+)
 def test_any_row_is_a_sound_problem_or_a_bad_row(row):
     try:
         problem = problem_from_row(row)
     except BadRow as e:
         assert str(e)
         return
-    texts = [problem.prompt] if isinstance(problem.prompt, str) else [turn.content for turn in problem.prompt]
+    texts = (
+        [problem.prompt]
+        if isinstance(problem.prompt, str)
+        else [turn.content for turn in problem.prompt]
+    )
     assert "".join(texts).strip() and problem.answer.strip() and len(problem.answer) <= 1000
     "".join([*texts, problem.answer, problem.id, problem.solution or ""]).encode("utf-8")
 
@@ -269,7 +328,9 @@ def test_any_row_is_a_sound_problem_or_a_bad_row(row):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.binary(max_size=20), max_size=5))
 def test_any_bytes_are_counted(tmp_path_factory, lines):
-    path = write_jsonl(tmp_path_factory.mktemp("fuzz") / "a.jsonl", [json.dumps(GOOD).encode(), *lines])
+    path = write_jsonl(
+        tmp_path_factory.mktemp("fuzz") / "a.jsonl", [json.dumps(GOOD).encode(), *lines]
+    )
     loaded, report = load(path)
     assert len(loaded) == 1 and report.rows == 1 + sum(s.count for s in report.skipped.values())
 
@@ -280,7 +341,13 @@ def test_any_bytes_are_counted(tmp_path_factory, lines):
 def test_parquet_rows_across_row_groups_and_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_BATCH", 7)
     numbers = [i % 40 for i in range(100)]
-    table = pa.table({"prompt": [f"p{n}" for n in numbers], "answer": [float(n) for n in numbers], "solution": [None] * 100})
+    table = pa.table(
+        {
+            "prompt": [f"p{n}" for n in numbers],
+            "answer": [float(n) for n in numbers],
+            "solution": [None] * 100,
+        }
+    )
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=30)
     loaded, report = load(tmp_path / "a.parquet")
     assert [(p.prompt, p.answer) for p in loaded] == [(f"p{i}", str(i)) for i in range(40)]
@@ -289,7 +356,9 @@ def test_parquet_rows_across_row_groups_and_batches(tmp_path, monkeypatch):
 
 def test_parquet_bad_cells_are_counted(tmp_path):
     answers = pa.array([1.0, math.nan, None, math.inf, 2.0])
-    undecodable = pa.StringArray.from_buffers(5, pa.array(["a", "b", "c", "d", "??"]).buffers()[1], pa.py_buffer(b"abcd\xff\xfe"))
+    undecodable = pa.StringArray.from_buffers(
+        5, pa.array(["a", "b", "c", "d", "??"]).buffers()[1], pa.py_buffer(b"abcd\xff\xfe")
+    )
     pq.write_table(pa.table({"prompt": undecodable, "answer": answers}), tmp_path / "a.parquet")
     loaded, report = load(tmp_path / "a.parquet")
     assert [(p.prompt, p.answer) for p in loaded] == [("a", "1")]
@@ -302,20 +371,34 @@ def test_parquet_bad_cells_are_counted(tmp_path):
 
 @pytest.mark.parametrize(
     "kind, bits",
-    [(pa.timestamp("s"), 10**13), (pa.duration("s"), 2**60), (pa.date64(), 2**60), (pa.timestamp("us", "Mars/Phobos"), 5)],
+    [
+        (pa.timestamp("s"), 10**13),
+        (pa.duration("s"), 2**60),
+        (pa.date64(), 2**60),
+        (pa.timestamp("us", "Mars/Phobos"), 5),
+    ],
     ids=str,
 )
 def test_parquet_times_that_python_cannot_hold_are_counted(tmp_path, kind, bits):
     answers = pa.array([bits] * 3, pa.int64()).view(kind)
-    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "answer": answers, "id": ["x", "y", "z"]}), tmp_path / "a.parquet")
-    assert "3 skipped: answer is neither text nor a finite number (row 1)" in error_of(tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"prompt": ["a", "b", "c"], "answer": answers, "id": ["x", "y", "z"]}),
+        tmp_path / "a.parquet",
+    )
+    assert "3 skipped: answer is neither text nor a finite number (row 1)" in error_of(
+        tmp_path / "a.parquet"
+    )
 
 
 def test_parquet_columns_whose_names_are_not_text(tmp_path):
-    pq.write_table(pa.table({"prompt": ["a"], "content": ["b"], "answer": ["1"]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"prompt": ["a"], "content": ["b"], "answer": ["1"]}), tmp_path / "a.parquet"
+    )
     content = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(content.replace(b"content", b"c\x80ntent"))
-    assert "corrupt Parquet after row 0 ('utf-8' codec can't decode byte 0x80" in error_of(tmp_path / "a.parquet")
+    assert "corrupt Parquet after row 0 ('utf-8' codec can't decode byte 0x80" in error_of(
+        tmp_path / "a.parquet"
+    )
 
 
 def test_parquet_without_the_columns(tmp_path):
@@ -325,7 +408,13 @@ def test_parquet_without_the_columns(tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda b: b"", lambda b: b"PAR1", lambda b: b[: len(b) // 2], lambda b: b"x" * len(b), lambda b: b[:40] + b"\0" * 200 + b[240:]],
+    [
+        lambda b: b"",
+        lambda b: b"PAR1",
+        lambda b: b[: len(b) // 2],
+        lambda b: b"x" * len(b),
+        lambda b: b[:40] + b"\0" * 200 + b[240:],
+    ],
     ids=["empty", "magic only", "half", "noise", "zeros in the data"],
 )
 def test_corrupt_parquet(tmp_path, damage):
@@ -347,7 +436,10 @@ def test_missing_file(tmp_path):
 def test_unknown_extension(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("prompt\tanswer\n")
-    assert "give .parquet, .jsonl, .jsonl.gz, .json, .csv, .arrow, a folder or pattern of such" in error_of(path)
+    assert (
+        "give .parquet, .jsonl, .jsonl.gz, .json, .csv, .arrow, a folder or pattern of such"
+        in error_of(path)
+    )
 
 
 def test_unreadable_file(tmp_path):
@@ -363,16 +455,28 @@ def test_no_usable_problem(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [])
     assert "0 problems from 0 rows" in error_of(path)
     said = error_of(write_jsonl(path, [{"text": "a", "esc\x1b[2J": 1}]))
-    assert "no prompt (row 1: columns text, esc\\x1b[2J)); give rows with a `prompt` and an `answer`, or name their columns: {path" in said
-    assert said.endswith(f"name their columns: {{path: {path}, columns: {{prompt: COLUMN, answer: COLUMN}}}}")
+    assert (
+        "no prompt (row 1: columns text, esc\\x1b[2J)); give rows with a `prompt` and an `answer`, or name their columns: {path"
+        in said
+    )
+    assert said.endswith(
+        f"name their columns: {{path: {path}, columns: {{prompt: COLUMN, answer: COLUMN}}}}"
+    )
     many = error_of(write_jsonl(path, [dict.fromkeys(["x" * 1000, *map(str, range(1000))])]))
     assert "columns " + "x" * 40 + ", 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...)" in many
-    assert "1 conflicting prompts dropped" in error_of(write_jsonl(path, [{"prompt": "a", "answer": a} for a in "12"]))
+    assert "1 conflicting prompts dropped" in error_of(
+        write_jsonl(path, [{"prompt": "a", "answer": a} for a in "12"])
+    )
 
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda b: b[: len(b) // 2], lambda b: b[:-6], lambda b: b"not gzip", lambda b: b[:100] + b"\xff" * 20 + b[120:]],
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b[:-6],
+        lambda b: b"not gzip",
+        lambda b: b[:100] + b"\xff" * 20 + b[120:],
+    ],
     ids=["half", "no checksum", "text", "noise"],
 )
 def test_corrupt_gzip(tmp_path, damage):
@@ -436,10 +540,14 @@ def philox_words(key, count):
     return words[:count]
 
 
-@pytest.mark.parametrize("seed, epoch, count", [(0, 0, 10), (0, 1, 10), (7, 3, 101), (2**31 - 1, 5, 4), (0, 0, 1)])
+@pytest.mark.parametrize(
+    "seed, epoch, count", [(0, 0, 10), (0, 1, 10), (7, 3, 101), (2**31 - 1, 5, 4), (0, 0, 1)]
+)
 def test_epoch_order_sorts_philox_words(seed, epoch, count):
     words = philox_words((seed, epoch), count)
-    assert epoch_order(count, seed=seed, epoch=epoch).tolist() == sorted(range(count), key=words.__getitem__)
+    assert epoch_order(count, seed=seed, epoch=epoch).tolist() == sorted(
+        range(count), key=words.__getitem__
+    )
 
 
 @given(st.integers(1, 200), st.integers(0, 2**31 - 1), st.integers(0, 1000))
@@ -461,7 +569,9 @@ def test_any_cut_of_the_sequence_is_the_same_sequence(count, takes, seed):
     expected = np.concatenate(epochs)[:total]
     cursor, seen = Cursor(), [np.empty(0, np.int64)]
     for take in takes:
-        indices, cursor = advance(Cursor(*json.loads(json.dumps(cursor))), count, take, seed=seed)  # as a restart would
+        indices, cursor = advance(
+            Cursor(*json.loads(json.dumps(cursor))), count, take, seed=seed
+        )  # as a restart would
         assert indices.shape == (take,) and indices.dtype == np.int64
         seen.append(indices)
     assert np.concatenate(seen).tolist() == expected.tolist()
@@ -478,7 +588,9 @@ def test_every_problem_comes_once_an_epoch():
 
 def test_cursor_beyond_a_smaller_data_set_goes_to_the_next_epoch():
     indices, cursor = advance(Cursor(epoch=2, index=90), 10, 3, seed=0)
-    assert indices.tolist() == epoch_order(10, seed=0, epoch=3)[:3].tolist() and cursor == Cursor(3, 3)
+    assert indices.tolist() == epoch_order(10, seed=0, epoch=3)[:3].tolist() and cursor == Cursor(
+        3, 3
+    )
 
 
 def test_no_problems_is_an_error_not_an_endless_loop():

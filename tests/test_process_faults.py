@@ -1,4 +1,5 @@
-"""Jobs of several processes that lose one, or in which one goes astray: none of them waits for ever, and nothing is lost.
+"""Jobs of several processes that lose one, or in which one goes astray: none of them waits for
+ever, and nothing is lost.
 
 The processes run the train verb itself, with one CPU device each.
 """
@@ -40,10 +41,18 @@ cli.run(train.main, sys.argv[1:])
 
 
 class Job:
-    """Processes of the train verb on one folder: a fault plan, overrides for all, one for single processes, another program."""
+    """Processes of the train verb on one folder: a fault plan, overrides for all, one for single
+    processes, another program.
+    """
 
     def __init__(
-        self, folder: Path, processes: int, plan: str = "", *overrides: str, only: dict[int, str] | None = None, program: str = ""
+        self,
+        folder: Path,
+        processes: int,
+        plan: str = "",
+        *overrides: str,
+        only: dict[int, str] | None = None,
+        program: str = "",
     ):
         self.folder = folder
         (folder / "tiny.yaml").write_text(CONFIG)
@@ -55,18 +64,42 @@ class Job:
             "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-            "PYTHONPATH": os.pathsep.join([str(Path(dapo_jax.__file__).parents[1]), str(TESTS), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(
+                [
+                    str(Path(dapo_jax.__file__).parents[1]),
+                    str(TESTS),
+                    os.environ.get("PYTHONPATH", ""),
+                ]
+            ),
             faults.VARIABLE: plan,
         }
         verb = ["-c", program] if program else ["-m", "dapo_jax.train"]
-        command = [sys.executable, *verb, "--config", folder / "tiny.yaml", "--run-dir", folder / "run"]
-        command += [x for o in ("train.steps=2", "eval.every=0", "supervised.updates=0", *overrides) for x in ("--set", o)]
+        command = [
+            sys.executable,
+            *verb,
+            "--config",
+            folder / "tiny.yaml",
+            "--run-dir",
+            folder / "run",
+        ]
+        command += [
+            x
+            for o in ("train.steps=2", "eval.every=0", "supervised.updates=0", *overrides)
+            for x in ("--set", o)
+        ]
         self._logs = [folder / f"{i}.log" for i in range(processes)]
         self._processes = []
         for i, log in enumerate(self._logs):
             mine = [*command, *(["--set", only[i]] if only and i in only else [])]
             with log.open("w") as out:
-                self._processes.append(subprocess.Popen(mine, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=out, stderr=subprocess.STDOUT))
+                self._processes.append(
+                    subprocess.Popen(
+                        mine,
+                        env=env | {"JAX_PROCESS_ID": str(i)},
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
 
     def ends(self) -> list[int]:
         """Exit statuses, once all have ended: within SECONDS of the first."""
@@ -75,7 +108,9 @@ class Job:
             while any(alive := [p.poll() is None for p in self._processes]):
                 if not all(alive):
                     deadline = min(deadline, time.monotonic() + SECONDS)
-                assert time.monotonic() < deadline, "".join(f"\n--- {p}\n{p.read_text()[-2000:]}" for p in self._logs)
+                assert time.monotonic() < deadline, "".join(
+                    f"\n--- {p}\n{p.read_text()[-2000:]}" for p in self._logs
+                )
                 time.sleep(0.1)
         finally:
             for process in self._processes:
@@ -101,7 +136,9 @@ def whole(shared):
 
 
 def test_a_job_that_loses_processes_ends_soon_and_goes_on(shared, whole):
-    """One run that meets one fault after the other, and at last none: it ends as the run that met none."""
+    """One run that meets one fault after the other, and at last none: it ends as the run that met
+    none.
+    """
     (shared / "faults").mkdir()
     folder = shared / "faults"
 
@@ -120,11 +157,17 @@ def test_a_job_that_loses_processes_ends_soon_and_goes_on(shared, whole):
     job = Job(folder, 2, "update:1=raise@1")
     first, second = job.ends()
     assert first != 0 and second == 1
-    assert "InjectedFault: injected at update" in job.said(1) and "dapo_jax: process 1 of 2" in job.said(1)
+    assert "InjectedFault: injected at update" in job.said(
+        1
+    ) and "dapo_jax: process 1 of 2" in job.said(1)
 
     job = Job(folder, 2, "step:1=hang@1", "train.stall_timeout_s=5")
     assert all(status not in (0, None) for status in job.ends())
-    assert "process 1 of 2" in job.said(1) and "no progress for 5 s in step 1" in job.said(1) and "faults.py" in job.said(1)
+    assert (
+        "process 1 of 2" in job.said(1)
+        and "no progress for 5 s in step 1" in job.said(1)
+        and "faults.py" in job.said(1)
+    )
 
     job = Job(folder, 2)
     assert job.ends() == [0, 0], job.said(0)[-2000:]
@@ -137,18 +180,28 @@ def test_processes_that_were_started_differently_are_refused(shared):
     job = Job(shared / "differ", 2, only={1: "seed=1"})
     assert job.ends() == [2, 2]
     for process in (0, 1):
-        assert "seed is 1 on process 1, 0 on process 0; start every process with the same command" in job.said(process)
+        assert (
+            "seed is 1 on process 1, 0 on process 0; start every process with the same command"
+            in job.said(process)
+        )
         assert "Traceback" not in job.said(process)
     assert not (shared / "differ/run").exists()
 
 
 def test_weights_that_differ_are_not_saved(shared):
-    """Each of the two holds a whole copy of the weights. One copy changes after step 1, as by a faulty memory."""
+    """Each of the two holds a whole copy of the weights.
+
+    One copy changes after step 1, as by a faulty memory.
+    """
     (shared / "astray").mkdir()
-    job = Job(shared / "astray", 2, "", "mesh.data=2", "mesh.fsdp=1", "train.save_every=1", program=ASTRAY)
+    job = Job(
+        shared / "astray", 2, "", "mesh.data=2", "mesh.fsdp=1", "train.save_every=1", program=ASTRAY
+    )
     assert job.ends() == [1, 1], job.said(1)[-2000:]
     for process in (0, 1):
-        assert "step 2: params/final_norm/scale is " in job.said(process) and "nothing is saved" in job.said(process)
+        assert "step 2: params/final_norm/scale is " in job.said(
+            process
+        ) and "nothing is saved" in job.said(process)
     assert sorted(p.name for p in (shared / "astray/run/checkpoints").iterdir()) == ["1"]
 
 

@@ -19,13 +19,14 @@ import tiny
 from test_train import CONFIG, VOLATILE
 
 import dapo_jax
-from dapo_jax import cli, policy, train
+from dapo_jax import cli, train
 from dapo_jax.config import config_from_dict
 from dapo_jax.data.prompts import load_tokenizer
 from dapo_jax.model import weights
 from dapo_jax.model.weights import save_pretrained
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.metrics import read_metrics
+from dapo_jax.training import setup
 from dapo_jax.types import InputError, Problem, Prompt, RunError
 
 TESTS = Path(__file__).parent
@@ -44,7 +45,9 @@ def start(folder: Path, name: str, processes: int, devices: int) -> list[subproc
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "PYTHONPATH": os.pathsep.join([str(Path(dapo_jax.__file__).parents[1]), str(TESTS), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(dapo_jax.__file__).parents[1]), str(TESTS), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     arguments = [
         sys.executable,
@@ -55,9 +58,20 @@ def start(folder: Path, name: str, processes: int, devices: int) -> list[subproc
     ]
     port, started = free_port(), []
     for i in range(processes):
-        joined = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(i)}
+        joined = {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(i),
+        }
         log = (folder / f"{name}{i}.log").open("w")
-        started.append(subprocess.Popen(arguments, env=env | (joined if processes > 1 else {}), stdout=log, stderr=subprocess.STDOUT))
+        started.append(
+            subprocess.Popen(
+                arguments,
+                env=env | (joined if processes > 1 else {}),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        )
     return started
 
 
@@ -94,32 +108,64 @@ def test_each_process_holds_rows_and_judges_answers_of_its_own(runs):
 
 
 def test_what_differs_between_processes_is_refused_on_each(runs):
-    """The first fact that differs, in their order; and a run folder that a process does not find. Nothing is left of that folder."""
+    """The first fact that differs, in their order; and a run folder that a process does not find.
+
+    Nothing is left of that folder.
+    """
     for i in (0, 1):
         facts, folder = np.load(runs / f"two{i}.npz")["refusals"].tolist()
-        assert facts.startswith("weights is 1 on process 1, 0 on process 0; start every process with the same command")
+        assert facts.startswith(
+            "weights is 1 on process 1, 0 on process 0; start every process with the same command"
+        )
         assert facts.endswith("packages, model and data")
-        assert folder.startswith(f"{runs / f'two.{i}'}: process 1 of 2 on ") and "cannot see the file that process 0 wrote there" in folder
+        assert (
+            folder.startswith(f"{runs / f'two.{i}'}: process 1 of 2 on ")
+            and "cannot see the file that process 0 wrote there" in folder
+        )
         assert "one --run-dir that all hosts reach" in folder
     assert not list(runs.glob("two.*")) and not list((runs / "two").glob("nonce*"))
     assert np.load(runs / "one0.npz")["refusals"].tolist() == []  # a process alone
 
 
 def test_a_training_run_keeps_the_same_groups_and_learns_the_same(runs):
-    """Counts and samples exactly; what devices compute within 1e-6 (the loss, near 0 by its nature, of the size of its terms)."""
+    """Counts and samples exactly; what devices compute within 1e-6 (the loss, near 0 by its nature,
+    of the size of its terms).
+    """
     one, two = (
-        [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in read_metrics(runs / name)] for name in ("one", "two")
+        [
+            {k: v for k, v in line.items() if not k.startswith(VOLATILE)}
+            for line in read_metrics(runs / name)
+        ]
+        for name in ("one", "two")
     )
-    exact = ("step", "updates", "draws", "filter/", "rollout/", "reward/", "optim/lr", "pack/", "eval/")
+    exact = (
+        "step",
+        "updates",
+        "draws",
+        "filter/",
+        "rollout/",
+        "reward/",
+        "optim/lr",
+        "pack/",
+        "eval/",
+    )
     assert len(one) == len(two) == 3
     for a, b in zip(one, two, strict=True):
-        assert {k: v for k, v in a.items() if k.startswith(exact)} == {k: v for k, v in b.items() if k.startswith(exact)}
+        assert {k: v for k, v in a.items() if k.startswith(exact)} == {
+            k: v for k, v in b.items() if k.startswith(exact)
+        }
         assert a.keys() == b.keys()
         for key in ("policy/loss", "optim/grad_norm", "policy/entropy", "policy/token_prob_mean"):
             if key in a:
                 assert b[key] == pytest.approx(a[key], rel=1e-6, abs=1e-7), key
     for file in sorted((runs / "one" / "samples").iterdir()):
-        a, b = ([json.loads(line) for line in (runs / name / "samples" / file.name).read_text().splitlines()] for name in ("one", "two"))
+        a, b = (
+            [
+                json.loads(line)
+                for line in (runs / name / "samples" / file.name).read_text().splitlines()
+            ]
+            for name in ("one", "two")
+        )
         assert a == b and a
 
 
@@ -137,9 +183,21 @@ NO_ADDRESSES = ("localhost", ":8476", "localhost:x", "localhost:99999", "::1")
         ({}, "JAX_NUM_PROCESSES: is ''"),
         ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID: is ''"),
         ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES: is 'two'"),
-        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID: is 2 of JAX_NUM_PROCESSES 2"),
-        ({"JAX_NUM_PROCESSES": "9" * 20, "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES: is '99999999999999999999'"),
-        *(({"JAX_COORDINATOR_ADDRESS": a}, f"JAX_COORDINATOR_ADDRESS: is {a!r}; expected HOST:PORT") for a in NO_ADDRESSES),
+        (
+            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+            "JAX_PROCESS_ID: is 2 of JAX_NUM_PROCESSES 2",
+        ),
+        (
+            {"JAX_NUM_PROCESSES": "9" * 20, "JAX_PROCESS_ID": "0"},
+            "JAX_NUM_PROCESSES: is '99999999999999999999'",
+        ),
+        *(
+            (
+                {"JAX_COORDINATOR_ADDRESS": a},
+                f"JAX_COORDINATOR_ADDRESS: is {a!r}; expected HOST:PORT",
+            )
+            for a in NO_ADDRESSES
+        ),
     ],
 )
 def test_an_incomplete_description_of_the_job_is_named(given, said, monkeypatch):
@@ -155,11 +213,17 @@ def test_an_incomplete_description_of_the_job_is_named(given, said, monkeypatch)
 def test_a_port_that_is_in_use_is_named(monkeypatch):
     with socket.create_server(("", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        for name, value in (("COORDINATOR_ADDRESS", address), ("NUM_PROCESSES", "1"), ("PROCESS_ID", "0")):
+        for name, value in (
+            ("COORDINATOR_ADDRESS", address),
+            ("NUM_PROCESSES", "1"),
+            ("PROCESS_ID", "0"),
+        ):
             monkeypatch.setenv(f"JAX_{name}", value)
         # In a process of its own: jax does not forget an attempt to join.
         script = "from dapo_jax import cli; from dapo_jax.runtime import multihost; cli.run(lambda argv: multihost.initialize())"
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+        )
     assert done.returncode == 2
     assert (
         f"dapo_jax: JAX_COORDINATOR_ADDRESS: process 0 cannot listen on the port of {address} (Address already in use); give a free one\n"
@@ -174,7 +238,10 @@ IN_USE = "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use
 @pytest.mark.parametrize(
     "devices, said",
     [
-        (lambda: (_ for _ in ()).throw(RuntimeError(IN_USE)), "already in use by process with pid 4711"),
+        (
+            lambda: (_ for _ in ()).throw(RuntimeError(IN_USE)),
+            "already in use by process with pid 4711",
+        ),
         (jax.devices, "this host has TPU chips, but jax came up with cpu"),
     ],
 )
@@ -190,8 +257,9 @@ def test_chips_that_another_process_holds_are_named(devices, said, monkeypatch):
 
 
 def test_a_signal_ends_a_process_that_starts_up(tmp_path):
-    """One waits for the others, and says so: started alone, the mistake of starting a pod's job on one host only. One has joined, is a job
-    of its own, and loads something for long."""
+    """One waits for the others, and says so: started alone, the mistake of starting a pod's job on
+    one host only. One has joined, is a job of its own, and loads something for long.
+    """
     script = """
 import sys, time
 from dapo_jax import cli
@@ -205,11 +273,20 @@ def main(argv):
 
 cli.run(main, [])
 """
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PROCESS_ID": "0", "PYTHONPATH": str(Path(dapo_jax.__file__).parents[1])}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_PROCESS_ID": "0",
+        "PYTHONPATH": str(Path(dapo_jax.__file__).parents[1]),
+    }
 
     def start(processes):
-        more = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
-        return subprocess.Popen([sys.executable, "-c", script], env=env | more, stderr=subprocess.PIPE, text=True)
+        more = {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+            "JAX_NUM_PROCESSES": str(processes),
+        }
+        return subprocess.Popen(
+            [sys.executable, "-c", script], env=env | more, stderr=subprocess.PIPE, text=True
+        )
 
     with start(2) as waiting, start(1) as joined:
         assert "the same command has to run on every host at a time" in waiting.stderr.readline()
@@ -225,7 +302,9 @@ cli.run(main, [])
 
 
 def two_processes(monkeypatch, first: dict):
-    """Makes this process the second of two, the other of which holds `first`: what they gather, without the other process."""
+    """Makes this process the second of two, the other of which holds `first`: what they gather,
+    without the other process.
+    """
     text = json.dumps(first, sort_keys=True).encode()
 
     def gather(mine):
@@ -242,7 +321,9 @@ def two_processes(monkeypatch, first: dict):
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_shares_are_even_over_many_calls_and_come_back_in_order(count, monkeypatch):
-    """Segments of 0 to 7 items, as responses end: each process gets its share of all of them, not the first process one of each."""
+    """Segments of 0 to 7 items, as responses end: each process gets its share of all of them, not
+    the first process one of each.
+    """
     monkeypatch.setattr(multihost.jax, "process_count", lambda: count)
     before, got, sent = 0, [0] * count, []
     for total in (3, 0, 1, 7, 1, 1, 2, 5):
@@ -252,7 +333,10 @@ def test_shares_are_even_over_many_calls_and_come_back_in_order(count, monkeypat
             own.append(np.array([multihost.share(items, before)], np.int64).reshape(-1, 1))
             got[index] += len(own[-1])
         sent.clear()
-        for gather in (lambda mine: sent.append(mine) or np.stack([mine] * count), lambda mine: np.stack(sent)):
+        for gather in (
+            lambda mine: sent.append(mine) or np.stack([mine] * count),
+            lambda mine: np.stack(sent),
+        ):
             monkeypatch.setattr(multihost.multihost_utils, "process_allgather", gather)
             found = [multihost.gather_shares(mine, total, before) for mine in own]
         assert all(rows.ravel().tolist() == items for rows in found)
@@ -260,16 +344,31 @@ def test_shares_are_even_over_many_calls_and_come_back_in_order(count, monkeypat
     assert max(got) - min(got) <= 1 and sum(got) == before == 20
 
 
-FACTS = {"seed": 0, "jax": "0.12.0", "the digest of data.train": "abc", "step": 3, "reward/mean": 0.25}
+FACTS = {
+    "seed": 0,
+    "jax": "0.12.0",
+    "the digest of data.train": "abc",
+    "step": 3,
+    "reward/mean": 0.25,
+}
 
 
 @pytest.mark.parametrize(
-    "key, value", [("jax", "0.10.2"), ("the digest of data.train", "abd"), ("reward/mean", 0.25000001), ("more", "x" * 999)]
+    "key, value",
+    [
+        ("jax", "0.10.2"),
+        ("the digest of data.train", "abd"),
+        ("reward/mean", 0.25000001),
+        ("more", "x" * 999),
+    ],
 )
 def test_what_differs_between_processes_is_named(key, value, monkeypatch):
     two_processes(monkeypatch, FACTS)
     assert multihost.disagreement(FACTS) is None
-    assert multihost.disagreement(FACTS | {key: value}) == f"{key} is {value!r} on process 1, {FACTS.get(key)!r} on process 0"
+    assert (
+        multihost.disagreement(FACTS | {key: value})
+        == f"{key} is {value!r} on process 1, {FACTS.get(key)!r} on process 0"
+    )
 
 
 def test_software_names_versions_and_the_code_itself():
@@ -284,8 +383,19 @@ def names_of(requirements) -> set[str]:
 
 
 def test_versions_of_all_packages_that_decide_an_outcome_are_compared():
-    """All that running needs, and what tokenizer and verifier need, but for packages that only show, store or fetch."""
-    show_store_or_fetch = {"matplotlib", "tensorboardx", "tqdm", "etils", "huggingface-hub", "packaging", "typer", "typer-slim"}
+    """All that running needs, and what tokenizer and verifier need, but for packages that only
+    show, store or fetch.
+    """
+    show_store_or_fetch = {
+        "matplotlib",
+        "tensorboardx",
+        "tqdm",
+        "etils",
+        "huggingface-hub",
+        "packaging",
+        "typer",
+        "typer-slim",
+    }
     show_store_or_fetch |= {"filelock"}
     needed = names_of((TESTS.parent / "requirements.txt").read_text().splitlines())
     for package in ("transformers", "math-verify", "sympy"):
@@ -303,9 +413,17 @@ def compared(monkeypatch):
 
 
 @pytest.mark.parametrize("first_has_a_run, compares", [(True, False), (False, True)])
-def test_process_0_says_whether_first_weights_are_compared(first_has_a_run, compares, compared, tmp_path, monkeypatch):
-    """Comparing is a collective: in a --run-dir of each host's own disk, where one holds an older run, some would skip it and all hang."""
-    model, folder, run_dir = tiny.model(family="llama", vocab_size=258), str(tmp_path / "model"), tmp_path / "run"
+def test_process_0_says_whether_first_weights_are_compared(
+    first_has_a_run, compares, compared, tmp_path, monkeypatch
+):
+    """Comparing is a collective: in a --run-dir of each host's own disk, where one holds an older
+    run, some would skip it and all hang.
+    """
+    model, folder, run_dir = (
+        tiny.model(family="llama", vocab_size=258),
+        str(tmp_path / "model"),
+        tmp_path / "run",
+    )
     save_pretrained(folder, model, tiny.params(model), tokenizer=load_tokenizer(None))
     of_process_0 = "resumed" if first_has_a_run else ""
     monkeypatch.setattr(multihost, "from_main", lambda text: of_process_0)
@@ -313,7 +431,7 @@ def test_process_0_says_whether_first_weights_are_compared(first_has_a_run, comp
     for mine in (False, True):
         if mine:
             (run_dir / "config.yaml").write_text("")
-        train.check_first_weights(policy.Policy(model, None, (), folder, folder), run_dir)
+        train.check_first_weights(setup.Policy(model, None, (), folder, folder), run_dir)
         assert bool(compared) == compares
         compared.clear()
 
@@ -324,22 +442,36 @@ def test_model_files_prompts_and_packages_are_compared(compared, tmp_path, monke
     folder = tmp_path / "model"
     save_pretrained(folder, model, tiny.params(model), tokenizer=load_tokenizer(None))
     reward = {"verifier": "custom", "function": "m:f", "allowed_modules": ["m", "matplotlib"]}
-    config = config_from_dict({"model": {"folder": str(folder)}, "eval": {"every": 0}, "reward": reward})
+    config = config_from_dict(
+        {"model": {"folder": str(folder)}, "eval": {"every": 0}, "reward": reward}
+    )
     problem = Problem("a", "1+1=", "2", "It is 2.")
     tokens = np.array([5, 6], np.int32)
 
     def facts(prompt=Prompt(problem, tokens)):  # noqa: B008
         weights.file_digests.cache_clear()
-        policy.check_started_alike(config, policy.Policy(model, None, (), str(folder), str(folder)), {"data.train": [prompt]}, {"more": 1})
-        policy.check_weights(str(folder))
+        setup.check_started_alike(
+            config,
+            setup.Policy(model, None, (), str(folder), str(folder)),
+            {"data.train": [prompt]},
+            {"more": 1},
+        )
+        setup.check_weights(str(folder))
         return compared.pop(-2) | compared.pop()
 
     def changed(*args) -> list[str]:
         return [key for key, value in facts(*args).items() if before.get(key) != value]
 
     before = facts()
-    assert before["more"] == 1 and before["matplotlib"] and before["the model"] == str(folder) and before["model.folder"] == str(folder)
-    assert list(before).index("the digest of the model's tokenizer.json") < list(before).index("the digest of data.train")
+    assert (
+        before["more"] == 1
+        and before["matplotlib"]
+        and before["the model"] == str(folder)
+        and before["model.folder"] == str(folder)
+    )
+    assert list(before).index("the digest of the model's tokenizer.json") < list(before).index(
+        "the digest of data.train"
+    )
     for prompt in (
         Prompt(problem, np.array([5, 7], np.int32)),
         Prompt(dataclasses.replace(problem, answer="3"), tokens),
@@ -355,7 +487,11 @@ def test_model_files_prompts_and_packages_are_compared(compared, tmp_path, monke
         assert changed() == [f"the digest of the model's {name}"]
         (folder / name).write_bytes(content)
     installed = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9" if name == "math-verify" else installed(name))
+    monkeypatch.setattr(
+        importlib.metadata,
+        "version",
+        lambda name: "9" if name == "math-verify" else installed(name),
+    )
     assert changed() == ["math-verify"]
 
 
@@ -370,10 +506,17 @@ def test_every_verb_refuses_before_it_writes(verb, tmp_path, monkeypatch, capfd)
     monkeypatch.setattr(multihost, "check_alike", refuse)
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(f"dapo_jax.{verb}")
-    options = {"train": ["--run-dir", "run"], "evaluate": ["--run-dir", "run"], "supervised": ["--out", "out"]}[verb]
+    options = {
+        "train": ["--run-dir", "run"],
+        "evaluate": ["--run-dir", "run"],
+        "supervised": ["--out", "out"],
+    }[verb]
     with pytest.raises(SystemExit) as done:
         cli.run(module.main, ["--config", "tiny.yaml", *options])
-    sets = {"train": ["data.train", "eval.sets.heldout"], "evaluate": ["the checkpoints in --run-dir", "eval.sets.heldout"]}
+    sets = {
+        "train": ["data.train", "eval.sets.heldout"],
+        "evaluate": ["the checkpoints in --run-dir", "eval.sets.heldout"],
+    }
     said = ", ".join(f"the digest of {name}" for name in sets.get(verb, ["data.train"]))
     assert done.value.code == 2 and f"dapo_jax: {said}\n" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]

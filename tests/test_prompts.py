@@ -54,13 +54,38 @@ def chatty():
 
 
 def words_tokenizer(**kwargs):
-    """A tokenizer that splits at spaces and brackets, and adds <s> in front and </s> behind unless told not to."""
-    words = ["<s>", "</s>", "<unk>", "<tool>", "a", "b", "c", "[", "]", "user", "system", "assistant", "{", "}", "prompt", "."]
+    """A tokenizer that splits at spaces and brackets, and adds <s> in front and </s> behind unless
+    told not to.
+    """
+    words = [
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<tool>",
+        "a",
+        "b",
+        "c",
+        "[",
+        "]",
+        "user",
+        "system",
+        "assistant",
+        "{",
+        "}",
+        "prompt",
+        ".",
+    ]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    tokenizer.add_special_tokens(["<tool>"])  # known to the tokenizer only, as the reserved tokens of many models are
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **kwargs)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer.add_special_tokens(
+        ["<tool>"]
+    )  # known to the tokenizer only, as the reserved tokens of many models are
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **kwargs
+    )
 
 
 def problem(prompt):
@@ -81,7 +106,9 @@ def bytes_of(text):
 def test_byte_tokenizer_numbers_bytes_after_pad_and_end(byte_level):
     assert (byte_level.pad_token_id, byte_level.eos_token_id, len(byte_level)) == (0, 1, 258)
     assert byte_level.convert_ids_to_tokens([0, 1]) == ["<|pad|>", "<|end|>"]
-    every_byte_of_utf8 = "".join(map(chr, range(0x800))) + "\u0fff\ud7ff\uffff\U00010000\U0007ffff\U0010ffff"
+    every_byte_of_utf8 = (
+        "".join(map(chr, range(0x800))) + "\u0fff\ud7ff\uffff\U00010000\U0007ffff\U0010ffff"
+    )
     assert byte_level(every_byte_of_utf8)["input_ids"] == bytes_of(every_byte_of_utf8)
     assert byte_level("<|end|>a<|pad|>")["input_ids"] == [1, 2 + ord("a"), 0]
     assert byte_level.chat_template is None
@@ -121,7 +148,9 @@ def folder(byte_level, tmp_path):
 
 def edit(path, **changes):
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in (content | changes).items() if value is not ...}))
+    path.write_text(
+        json.dumps({key: value for key, value in (content | changes).items() if value is not ...})
+    )
 
 
 def break_tokenizer(folder, how):
@@ -139,28 +168,51 @@ def break_tokenizer(folder, how):
         path.write_text(path.read_text()[:500])
     elif how == "not a tokenizer":
         (folder / "tokenizer.json").write_text("[]")
-    elif how == "model config without a tokenizer":  # for which transformers makes an empty tokenizer
+    elif (
+        how == "model config without a tokenizer"
+    ):  # for which transformers makes an empty tokenizer
         shutil.rmtree(folder)
         folder.mkdir()
-        (folder / "config.json").write_text('{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}')
+        (folder / "config.json").write_text(
+            '{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}'
+        )
     elif how == "no end token":
         edit(folder / "tokenizer_config.json", eos_token=...)
     elif how == "own code":
-        edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.Own"]}, tokenizer_class="Own")
+        edit(
+            folder / "tokenizer_config.json",
+            auto_map={"AutoTokenizer": [None, "code.Own"]},
+            tokenizer_class="Own",
+        )
         (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Own: pass\n")
 
 
 @pytest.mark.parametrize(
     "how",
-    ["missing", "empty", "config only", "model config without a tokenizer", "half a file", "not a tokenizer", "no end token", "own code"],
+    [
+        "missing",
+        "empty",
+        "config only",
+        "model config without a tokenizer",
+        "half a file",
+        "not a tokenizer",
+        "no end token",
+        "own code",
+    ],
 )
 def test_unusable_tokenizer_folders(folder, how, monkeypatch):
     break_tokenizer(folder, how)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("looked for something on the network"))
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *a, **k: pytest.fail("looked for something on the network")
+    )
     with pytest.raises(InputError) as caught:
         load_tokenizer(str(folder))
     message = str(caught.value)
-    assert message.startswith(str(folder)) and "\n" not in message and len(message) < len(str(folder)) + 400
+    assert (
+        message.startswith(str(folder))
+        and "\n" not in message
+        and len(message) < len(str(folder)) + 400
+    )
     assert not (folder / "ran").exists()
 
 
@@ -169,9 +221,14 @@ def byte_level_bpe():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
     trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|begin|>", "<|end|>"], show_progress=False
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|begin|>", "<|end|>"],
+        show_progress=False,
     )
     tokenizer.train_from_iterator(["Hello world, 12345 numbers and two  spaces."] * 3, trainer)
     return tokenizer
@@ -182,7 +239,14 @@ def sentencepiece_bpe():
     special = ["<unk>", "<|begin|>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(["Hello world, 12345 numbers and two  spaces."] * 3, trainer)
     return tokenizer
@@ -191,7 +255,13 @@ def sentencepiece_bpe():
 def tokenizer_folder(folder, tokenizer, **settings):
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "add_bos_token": True, "model_max_length": 8, **settings}
+    settings = {
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+        "add_bos_token": True,
+        "model_max_length": 8,
+        **settings,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -199,16 +269,31 @@ def tokenizer_folder(folder, tokenizer, **settings):
 @pytest.mark.parametrize("kind", [byte_level_bpe, sentencepiece_bpe])
 @pytest.mark.parametrize(
     "tokenizer_class, model_type",
-    [("LlamaTokenizerFast", "llama"), ("Qwen2Tokenizer", "qwen2"), ("GemmaTokenizer", "gemma3_text"), ("PreTrainedTokenizerFast", "qwen3")],
+    [
+        ("LlamaTokenizerFast", "llama"),
+        ("Qwen2Tokenizer", "qwen2"),
+        ("GemmaTokenizer", "gemma3_text"),
+        ("PreTrainedTokenizerFast", "qwen3"),
+    ],
 )
-def test_tokens_are_those_of_tokenizer_json_whatever_class_is_named(tmp_path, kind, tokenizer_class, model_type):
+def test_tokens_are_those_of_tokenizer_json_whatever_class_is_named(
+    tmp_path, kind, tokenizer_class, model_type
+):
     folder = tokenizer_folder(tmp_path / "m", kind(), tokenizer_class=tokenizer_class)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    loaded, reference = load_tokenizer(str(folder)), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    loaded, reference = (
+        load_tokenizer(str(folder)),
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+    )
     text = "Hello world,  two\n\n\tspaces of 12345. é北"
     ids = reference.encode(text).ids
-    assert loaded(text)["input_ids"] == ids and prompt_tokens([problem(text)], loaded, DataSection(template="{prompt}")) == [ids]
-    assert decode(loaded, ids, ()) == reference.decode(ids) and loaded.get_vocab() == reference.get_vocab()
+    assert loaded(text)["input_ids"] == ids and prompt_tokens(
+        [problem(text)], loaded, DataSection(template="{prompt}")
+    ) == [ids]
+    assert (
+        decode(loaded, ids, ()) == reference.decode(ids)
+        and loaded.get_vocab() == reference.get_vocab()
+    )
     if kind is byte_level_bpe:
         assert decode(loaded, ids, ()) == text
 
@@ -225,7 +310,10 @@ def test_a_transformers_that_makes_other_tokens_or_texts_is_refused(tmp_path, mo
             return tokenizer
 
         monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", from_pretrained)
-        with pytest.raises(InputError, match=f"^{folder}: transformers [0-9.]+ does not read tokenizer.json as .*: .Hello, world"):
+        with pytest.raises(
+            InputError,
+            match=f"^{folder}: transformers [0-9.]+ does not read tokenizer.json as .*: .Hello, world",
+        ):
             load_tokenizer(str(folder))
 
     loses("pre_tokenizer", pre_tokenizers.Metaspace())
@@ -233,7 +321,9 @@ def test_a_transformers_that_makes_other_tokens_or_texts_is_refused(tmp_path, mo
 
 
 REFUSED_DECODERS = {
-    "a regular expression": decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex("(a|aa)+[bc]"), "")]),
+    "a regular expression": decoders.Sequence(
+        [decoders.Fuse(), decoders.Replace(Regex("(a|aa)+[bc]"), "")]
+    ),
     "a longer text": decoders.Replace("a", "a" * 10**5),
     "a text between all": decoders.Replace("", " "),
     "a panic": decoders.Strip("a", 0, 2),
@@ -247,23 +337,35 @@ def test_decoders_that_adversarial_responses_could_stop_are_refused(tmp_path, ca
     tokenizer = byte_level_bpe()
     tokenizer.decoder = REFUSED_DECODERS[case]
     folder = tokenizer_folder(tmp_path / "m", tokenizer)
-    with pytest.raises(InputError, match=f"^{folder}/tokenizer.json: decoder: .*(; supported: |use a tokenizer of at most)"):
+    with pytest.raises(
+        InputError,
+        match=f"^{folder}/tokenizer.json: decoder: .*(; supported: |use a tokenizer of at most)",
+    ):
         load_tokenizer(str(folder))
 
 
 def test_tokens_that_are_very_long_texts_are_refused(tmp_path):
     tokenizer = byte_level_bpe()
     tokenizer.add_tokens(["a" * 1024])
-    assert "a" * 1024 in load_tokenizer(str(tokenizer_folder(tmp_path / "long", tokenizer))).get_vocab()
+    assert (
+        "a" * 1024
+        in load_tokenizer(str(tokenizer_folder(tmp_path / "long", tokenizer))).get_vocab()
+    )
     tokenizer.add_tokens(["a" * 1025])
-    with pytest.raises(InputError, match="tokenizer.json: the token 'aaaaaaaaaaaaaaaaaaaa'... has 1,025 characters; supported: 1,024$"):
+    with pytest.raises(
+        InputError,
+        match="tokenizer.json: the token 'aaaaaaaaaaaaaaaaaaaa'... has 1,025 characters; supported: 1,024$",
+    ):
         load_tokenizer(str(tokenizer_folder(tmp_path / "longer", tokenizer)))
 
 
 def test_a_tokenizer_that_panics_over_a_response_is_one_line():
     tokenizer = words_tokenizer()
     tokenizer.backend_tokenizer.decoder = decoders.Strip("a", 0, 2)
-    with pytest.raises(InputError, match="the tokenizer fails on a response .index out of bounds.*; use another one$"):
+    with pytest.raises(
+        InputError,
+        match="the tokenizer fails on a response .index out of bounds.*; use another one$",
+    ):
         decode(tokenizer, tokenizer.convert_tokens_to_ids(["a"]), ())
 
 
@@ -271,8 +373,12 @@ def test_a_tokenizer_that_takes_for_ever_over_a_prompt_is_one_line(monkeypatch):
     """Its regular expressions, here of 2^14 ways to divide each word, run in native code."""
     monkeypatch.setattr(module, "DEADLINE_S", 0.3)
     tokenizer = words_tokenizer()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a|aa)+[bc]"), "isolated")
-    with pytest.raises(InputError, match="the tokenizer takes over 0.3 s for a prompt; use another one$"):
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex("(a|aa)+[bc]"), "isolated"
+    )
+    with pytest.raises(
+        InputError, match="the tokenizer takes over 0.3 s for a prompt; use another one$"
+    ):
         make_prompts([problem(("a" * 28 + " ") * 10)], tokenizer, BARE)
 
 
@@ -281,19 +387,26 @@ def test_a_tokenizer_folder_holds_regular_files(tmp_path, name):
     folder = tokenizer_folder(tmp_path / "m", byte_level_bpe())
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(InputError, match=f"^{folder / name}: not a regular file; give a folder of files$"):
+    with pytest.raises(
+        InputError, match=f"^{folder / name}: not a regular file; give a folder of files$"
+    ):
         load_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize("other", ["tokenizer.model", "vocab.json"])
 def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path, other):
     (tmp_path / other).write_text("{}")
-    with pytest.raises(InputError, match=f"^{tmp_path}: no tokenizer.json, only {other}; make one, .*AutoTokenizer.*save_pretrained"):
+    with pytest.raises(
+        InputError,
+        match=f"^{tmp_path}: no tokenizer.json, only {other}; make one, .*AutoTokenizer.*save_pretrained",
+    ):
         load_tokenizer(str(tmp_path))
 
 
 def test_loading_is_offline(folder, monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("looked for something on the network"))
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *a, **k: pytest.fail("looked for something on the network")
+    )
     assert load_tokenizer(str(folder)).eos_token_id == 1
 
 
@@ -308,7 +421,9 @@ make_prompts([Problem("1", "a long text", "1")], load_tokenizer({str(folder)!r})
 assert not {{"jax", "tensorflow"}} & sys.modules.keys()
 """
     root = Path(dapo_jax.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -337,10 +452,16 @@ def test_stop_tokens_without_a_folder(byte_level):
 
 IM = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ENDS = {  # of a turn, by chat template
-    "ChatML": (IM + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "<|im_end|>"),
+    "ChatML": (
+        IM + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>",
+    ),
     "a header whatever is asked for": (IM + "<|im_start|>assistant\n", "<|im_end|>"),
     "a longer token that begins alike": (IM.replace("<|im_end|>", " <|im_end|>|"), "<|im_end|>|"),
-    "text": ("{% for m in messages %}### {{ m.role }}: {{ m.content }} END {% endfor %}<|im_end|>", None),
+    "text": (
+        "{% for m in messages %}### {{ m.role }}: {{ m.content }} END {% endfor %}<|im_end|>",
+        None,
+    ),
     "no turn of the assistant": ("{{ messages[0].content }}<|im_end|>", None),
     "an error": ("{{ raise_exception('no') if messages|length > 1 }}", None),
     "none": (None, None),
@@ -352,7 +473,9 @@ def test_the_template_s_end_of_turn_is_a_stop_token(case):
     """As of Qwen2.5's base models, whose end-of-sequence token is another one."""
     template, end = ENDS[case]
     tokenizer = words_tokenizer(chat_template=template)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|im_end|>|"]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|im_end|>|"]}
+    )
     ends = [] if end is None else [tokenizer.convert_tokens_to_ids(end)]
     assert stop_tokens(tokenizer, None, DataSection()) == (1, *ends)
     assert stop_tokens(tokenizer, None, DataSection(chat=False)) == (1,)
@@ -363,13 +486,23 @@ def test_the_template_s_end_of_turn_is_a_stop_token(case):
 def test_stop_tokens_of_the_config_are_single_tokens(byte_level):
     assert stop_tokens(byte_level, None, BARE, ("<|pad|>", "!")) == (0, 1, 2 + ord("!"))
     for text, count in (("ab", 2), ("", 0), ("é", 2)):
-        with pytest.raises(InputError, match=f"^rollout.stop_tokens: '{text}' is {count} tokens of this tokenizer; give texts of single"):
+        with pytest.raises(
+            InputError,
+            match=f"^rollout.stop_tokens: '{text}' is {count} tokens of this tokenizer; give texts of single",
+        ):
             stop_tokens(byte_level, None, BARE, (text,))
 
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1, null]}', '{"eos_token_id": true}', '{"eos_token_id": -1}'],
+    [
+        "{",
+        "[]",
+        '{"eos_token_id": "</s>"}',
+        '{"eos_token_id": [1, null]}',
+        '{"eos_token_id": true}',
+        '{"eos_token_id": -1}',
+    ],
 )
 def test_unusable_end_tokens(byte_level, tmp_path, content):
     (tmp_path / "config.json").write_text(content)
@@ -385,7 +518,9 @@ def test_plain_problem_goes_into_the_template(byte_level):
     text = "Find {x} in \\frac{1}{2}: {prompt} {0} %s"  # would break str.format and %, and must not be filled in twice
     [prompt], left_out = make_prompts([problem(text)], byte_level, DataSection())
     before, after = DAPO_TEMPLATE.split("{prompt}")
-    assert prompt.tokens.dtype == np.int32 and prompt.tokens.tolist() == bytes_of(before + text + after)
+    assert prompt.tokens.dtype == np.int32 and prompt.tokens.tolist() == bytes_of(
+        before + text + after
+    )
     assert prompt.problem == problem(text) and left_out == {}
 
 
@@ -397,7 +532,10 @@ def test_default_special_tokens_but_no_end_token(chatty):
 
 def test_chat_template_wraps_a_plain_problem_without_a_second_start_token(chatty):
     section = DataSection(template="c {prompt} c", max_prompt_len=50)
-    assert chatty.convert_ids_to_tokens(prompt_tokens([problem("a b")], chatty, section)[0]) == "<s> [ user ] c a b c [ assistant ]".split()
+    assert (
+        chatty.convert_ids_to_tokens(prompt_tokens([problem("a b")], chatty, section)[0])
+        == "<s> [ user ] c a b c [ assistant ]".split()
+    )
 
 
 def test_chat_can_be_switched_off(chatty):
@@ -408,12 +546,18 @@ def test_chat_can_be_switched_off(chatty):
 
 def test_chat_turns_are_used_as_they_are(chatty):
     section = DataSection(template="c c {prompt}", max_prompt_len=50)
-    tokens = prompt_tokens([problem((Message("system", "a"), Message("user", "b")))], chatty, section)[0]
-    assert chatty.convert_ids_to_tokens(tokens) == "<s> [ system ] a [ user ] b [ assistant ]".split()
+    tokens = prompt_tokens(
+        [problem((Message("system", "a"), Message("user", "b")))], chatty, section
+    )[0]
+    assert (
+        chatty.convert_ids_to_tokens(tokens) == "<s> [ system ] a [ user ] b [ assistant ]".split()
+    )
 
 
 def test_chat_turns_without_a_chat_template_are_joined_by_blank_lines(byte_level):
-    assert prompt_tokens([problem((Message("system", "a"), Message("user", "b\nc")))], byte_level) == [bytes_of("a\n\nb\nc")]
+    assert prompt_tokens(
+        [problem((Message("system", "a"), Message("user", "b\nc")))], byte_level
+    ) == [bytes_of("a\n\nb\nc")]
 
 
 @pytest.mark.parametrize(
@@ -434,13 +578,18 @@ def test_control_tokens_in_problems_are_left_out_and_counted(bad):
 
 def test_control_tokens_are_left_out_before_a_chat_template_sees_them():
     bad = (Message("user", "a"), Message("user", "b</s>"))
-    check_left_out([problem(bad), problem("a"), problem(bad), problem("</ s>")], words_tokenizer(chat_template=CHATML))
+    check_left_out(
+        [problem(bad), problem("a"), problem(bad), problem("</ s>")],
+        words_tokenizer(chat_template=CHATML),
+    )
 
 
 def check_left_out(problems, tokenizer):
     prompts, left_out = make_prompts(problems, tokenizer, BARE)
     assert [p.problem.prompt for p in prompts] == ["a", "</ s>"]
-    [token] = [token for token in ("</s>", "<s>", "<unk>", "<tool>") if token in str(problems[0].prompt)]
+    [token] = [
+        token for token in ("</s>", "<s>", "<unk>", "<tool>") if token in str(problems[0].prompt)
+    ]
     assert left_out == {f"control tokens ({token})": 2}
 
 
@@ -450,7 +599,9 @@ def test_control_tokens_of_the_template_are_kept(byte_level):
 
 
 def test_long_and_empty_prompts_are_left_out_and_counted(byte_level):
-    problems = [problem(text) for text in ("x" * 51, "y" * 50, "é" * 26, "z" * 10_000, "<|pad|>", "ok")]
+    problems = [
+        problem(text) for text in ("x" * 51, "y" * 50, "é" * 26, "z" * 10_000, "<|pad|>", "ok")
+    ]
     prompts, left_out = make_prompts(problems, byte_level, BARE)
     assert [p.problem.prompt[0] for p in prompts] == ["y", "o"]
     assert left_out == {"longer than 50 tokens": 3, "control tokens (<|pad|>)": 1}
@@ -465,7 +616,8 @@ def test_a_token_beyond_the_embedding_is_refused_where_a_prompt_holds_it():
     byte_level.add_tokens(["<image>"])
     assert len(make_prompts([problem("image")], byte_level, BARE, 258)[0]) == 1
     with pytest.raises(
-        InputError, match=r"^the prompt of problem an <image>: token '<image>' \(258\) is beyond .* embedding of 258 tokens; "
+        InputError,
+        match=r"^the prompt of problem an <image>: token '<image>' \(258\) is beyond .* embedding of 258 tokens; ",
     ):
         make_prompts([problem("a"), problem("an <image>")], byte_level, BARE, 258)
 
@@ -478,7 +630,9 @@ def test_order_is_kept_across_batches(byte_level, monkeypatch):
 
 def test_prompts_that_hold_markup_are_told_which_and_what_to_do(byte_level):
     """As TinyZero's are: whole conversations, written out for another tokenizer's template."""
-    marked = [problem((Message("user", f"<|end|>user {n} <|pad|><|end|>assistant"),)) for n in range(2)] + [problem("<|end|>")]
+    marked = [
+        problem((Message("user", f"<|end|>user {n} <|pad|><|end|>assistant"),)) for n in range(2)
+    ] + [problem("<|end|>")]
     with pytest.raises(InputError) as caught:
         make_prompts(marked, byte_level, BARE)
     assert str(caught.value) == (
@@ -486,12 +640,22 @@ def test_prompts_that_hold_markup_are_told_which_and_what_to_do(byte_level):
         "to which the chat template adds it"
     )
     many = byte_tokenizer()
-    many.add_special_tokens({"additional_special_tokens": [f"<{n}>" for n in range(9)] + ["<1><2>", "<\n>"]})
-    _, left_out = make_prompts([problem("<1><2>"), problem("<3><4><5><6><7><3>"), problem("<3><\n>"), problem("a")], many, BARE)
+    many.add_special_tokens(
+        {"additional_special_tokens": [f"<{n}>" for n in range(9)] + ["<1><2>", "<\n>"]}
+    )
+    _, left_out = make_prompts(
+        [problem("<1><2>"), problem("<3><4><5><6><7><3>"), problem("<3><\n>"), problem("a")],
+        many,
+        BARE,
+    )
     assert left_out == {"control tokens (<3>, <\\n>, <1><2>, <4>, ...)": 3}
 
 
-@pytest.mark.parametrize("problems", [[], [problem("x" * 51)], [problem("<|end|>"), problem("y" * 60)]], ids=["none", "long", "both"])
+@pytest.mark.parametrize(
+    "problems",
+    [[], [problem("x" * 51)], [problem("<|end|>"), problem("y" * 60)]],
+    ids=["none", "long", "both"],
+)
 def test_no_prompt_left(byte_level, problems):
     with pytest.raises(InputError, match="no usable prompt") as caught:
         make_prompts(problems, byte_level, BARE)
@@ -501,8 +665,16 @@ def test_no_prompt_left(byte_level, problems):
 def test_a_tokenizer_whose_pattern_explodes_is_bad_input(folder):
     """The library gives a search up after so many steps, by a panic, which is no Exception."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
-    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pattern, tokenizer["pre_tokenizer"]]}
+    pattern = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    tokenizer["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [pattern, tokenizer["pre_tokenizer"]],
+    }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     loaded = load_tokenizer(str(folder))
     with pytest.raises(InputError, match=f"^{folder}: the tokenizer fails on a prompt"):
@@ -534,7 +706,10 @@ LOOPS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endf
 @pytest.mark.parametrize(
     "template, says",
     [
-        ("{{ raise_exception('roles must alternate\nand more') }}", "roles must alternate and more"),
+        (
+            "{{ raise_exception('roles must alternate\nand more') }}",
+            "roles must alternate and more",
+        ),
         ("{% for", "unexpected 'end of template'"),
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
@@ -546,7 +721,10 @@ LOOPS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endf
 )
 def test_chat_templates_that_fail(template, says, monkeypatch):
     monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
-    with pytest.raises(InputError, match=f"^chat template of .*({says}).*; use another tokenizer, or set data.chat to false$"):
+    with pytest.raises(
+        InputError,
+        match=f"^chat template of .*({says}).*; use another tokenizer, or set data.chat to false$",
+    ):
         make_prompts([problem("a"), problem("b")], words_tokenizer(chat_template=template), BARE)
 
 
@@ -555,14 +733,26 @@ def test_the_deadline_is_for_each_conversation(monkeypatch):
     monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
     slow = "{% for i in range(900) %}{% for j in range(2000) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
     texts = [str(n) for n in range(20)]
-    assert [*chat.render(slow, {}, [[{"role": "user", "content": text}] for text in texts], DATE, max_chars=9)] == texts
+    assert [
+        *chat.render(
+            slow, {}, [[{"role": "user", "content": text}] for text in texts], DATE, max_chars=9
+        )
+    ] == texts
 
 
 def test_the_deadline_is_not_for_the_caller(monkeypatch):
-    """It may take longer over one text than the process has for the next, which the pipe between them cannot hold."""
+    """It may take longer over one text than the process has for the next, which the pipe between
+    them cannot hold.
+    """
     monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
     lengths = []
-    for text in chat.render("{{ messages[0].content * 10 ** 5 }}", {}, [[{"role": "user", "content": "a"}]] * 3, DATE, max_chars=10**5):
+    for text in chat.render(
+        "{{ messages[0].content * 10 ** 5 }}",
+        {},
+        [[{"role": "user", "content": "a"}]] * 3,
+        DATE,
+        max_chars=10**5,
+    ):
         lengths.append(len(text))
         if len(lengths) == 1:
             time.sleep(3.2)
@@ -570,8 +760,13 @@ def test_the_deadline_is_not_for_the_caller(monkeypatch):
 
 
 def test_texts_that_no_prompt_can_be_are_left_out_as_too_long_before_they_are_tokenised():
-    """20 MB of a template for each problem; they stay in its process. Of 50 tokens none has more characters than 50 of the longest."""
-    tokenizer = words_tokenizer(chat_template="{{ messages[0].content * (20 if messages[0].content == 'a' else 20 * 2 ** 20) }}")
+    """20 MB of a template for each problem; they stay in its process.
+
+    Of 50 tokens none has more characters than 50 of the longest.
+    """
+    tokenizer = words_tokenizer(
+        chat_template="{{ messages[0].content * (20 if messages[0].content == 'a' else 20 * 2 ** 20) }}"
+    )
     most = 50 * max(map(len, tokenizer.get_vocab()))
     assert 20 < most < 20 * 2**20
     prompts, left_out = make_prompts([problem("a"), problem("b"), problem("c")], tokenizer, BARE)
@@ -581,22 +776,30 @@ def test_texts_that_no_prompt_can_be_are_left_out_as_too_long_before_they_are_to
 
 
 def test_memory_holds_a_batch_of_texts_and_tokens(byte_level):
-    section = DataSection(template="{prompt}" + "x" * 60_000, max_prompt_len=10_000)  # within what 10,000 of `<|pad|>` would have
+    section = DataSection(
+        template="{prompt}" + "x" * 60_000, max_prompt_len=10_000
+    )  # within what 10,000 of `<|pad|>` would have
     tracemalloc.start()
     try:
         with pytest.raises(InputError, match="no usable prompt .60 longer than 10000 tokens"):
             make_prompts([problem(str(n)) for n in range(60)], byte_level, section)
-        assert tracemalloc.get_traced_memory()[1] < 30e6  # 1 MB of text and its tokens; all together 60 MB
+        assert (
+            tracemalloc.get_traced_memory()[1] < 30e6
+        )  # 1 MB of text and its tokens; all together 60 MB
     finally:
         tracemalloc.stop()
 
 
 def test_a_template_that_writes_the_date_is_given_the_config_s():
     """As Llama 3.2's does: a run that goes on tomorrow has the same prompts."""
-    tokenizer = words_tokenizer(chat_template="{% if strftime_now is defined %}{{ strftime_now('[ %d %b %Y ]') }}{% endif %}")
+    tokenizer = words_tokenizer(
+        chat_template="{% if strftime_now is defined %}{{ strftime_now('[ %d %b %Y ]') }}{% endif %}"
+    )
     tokenizer.add_tokens(["26", "Jul", "2024", "01", "Mar", "2031"])
     found = [
-        tokenizer.decode(t) for d in ({}, {"chat_date": "2031-03-01"}) for t in prompt_tokens([problem("a")], tokenizer, DataSection(**d))
+        tokenizer.decode(t)
+        for d in ({}, {"chat_date": "2031-03-01"})
+        for t in prompt_tokens([problem("a")], tokenizer, DataSection(**d))
     ]
     assert found == ["[ 26 Jul 2024 ]", "[ 01 Mar 2031 ]"]
 
@@ -615,10 +818,18 @@ def test_texts_are_those_of_transformers(template):
     tokenizer = words_tokenizer(chat_template=template)
     conversations = [
         [{"role": "user", "content": "a b"}],
-        [{"role": "system", "content": ""}, {"role": "user", "content": " é\u2028\U0001f600 <b> {{ 1 }} \n"}],
+        [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": " é\u2028\U0001f600 <b> {{ 1 }} \n"},
+        ],
     ]
-    found = [*chat.render(template, tokenizer.special_tokens_map, conversations, DATE, max_chars=1000)]
-    assert found == [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in conversations]
+    found = [
+        *chat.render(template, tokenizer.special_tokens_map, conversations, DATE, max_chars=1000)
+    ]
+    assert found == [
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        for turns in conversations
+    ]
 
 
 def test_a_last_turn_of_the_assistant_is_continued(chatty, byte_level):
@@ -627,15 +838,25 @@ def test_a_last_turn_of_the_assistant_is_continued(chatty, byte_level):
     for template in REAL_TEMPLATES[:2]:
         tokenizer = words_tokenizer(chat_template=template)
         [found] = chat.render(template, tokenizer.special_tokens_map, [turns], DATE, max_chars=1000)
-        assert found == tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+        assert found == tokenizer.apply_chat_template(
+            turns, tokenize=False, continue_final_message=True
+        )
         assert found.rstrip().endswith("<think>")
 
     prefill = problem((Message("user", "a"), Message("assistant", "b\n")))
-    words = [" ".join(chatty.convert_ids_to_tokens(ids)) for ids in prompt_tokens([prefill, problem("c")], chatty)]
+    words = [
+        " ".join(chatty.convert_ids_to_tokens(ids))
+        for ids in prompt_tokens([prefill, problem("c")], chatty)
+    ]
     assert words == ["<s> [ user ] a [ assistant ] b", "<s> [ user ] c [ assistant ]"]
     assert prompt_tokens([prefill], byte_level) == [bytes_of("a\n\nb\n")]
-    silent = words_tokenizer(chat_template="{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
-    with pytest.raises(InputError, match="^chat template of .*: cannot continue the assistant's last turn: continue_final_message is set"):
+    silent = words_tokenizer(
+        chat_template="{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(
+        InputError,
+        match="^chat template of .*: cannot continue the assistant's last turn: continue_final_message is set",
+    ):
         make_prompts([prefill], silent, BARE)
 
 
@@ -643,18 +864,20 @@ def test_a_template_without_a_caller_ends_itself():
     """Its process has a deadline of its own, for where the caller was killed."""
     code = f"""
 from dapo_jax.data import chat
-from dapo_jax.data import confined
-lines_of = confined._lines
+from dapo_jax.runtime import sandbox
+lines_of = sandbox._lines
 def lines(process, deadline_s):
     heard = lines_of(process, deadline_s)
     yield next(heard)
     print(process.pid, flush=True)  # it has started
     yield from heard
-confined._lines, chat.DEADLINE_S = lines, 1.0
+sandbox._lines, chat.DEADLINE_S = lines, 1.0
 [*chat.render({HOLDING!r}, {{}}, [[{{"role": "user", "content": "a"}}]], {DATE!r}, max_chars=9)]
 """
     root = Path(dapo_jax.__file__).parent.parent
-    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as caller:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True
+    ) as caller:
         pid = int(caller.stdout.readline())
         caller.kill()
     end = time.monotonic() + 20
@@ -684,4 +907,6 @@ def test_decode_keeps_spaces_even_if_the_tokenizer_would_rather_not():
 
 def test_decode_survives_broken_characters_and_unknown_tokens(byte_level):
     assert decode(byte_level, [*bytes_of("a"), 2 + 0xC3, *bytes_of("b")], (1,)) == "a\ufffdb"
-    assert decode(byte_level, [*bytes_of("a"), 258, 10**6], (1,)) == "a"  # a model's vocabulary may be larger than its tokenizer's
+    assert (
+        decode(byte_level, [*bytes_of("a"), 258, 10**6], (1,)) == "a"
+    )  # a model's vocabulary may be larger than its tokenizer's

@@ -1,6 +1,7 @@
 """The decoder against transformers on SmolLM2-135M: goldens/make_smollm2_goldens.py.
 
-Runs where `python tests/make_real_inputs.py --out real/` has been run; DAPO_REAL names another folder than `real/` of the repository.
+Runs where `python tests/make_real_inputs.py --out real/` has been run; DAPO_REAL names another
+folder than `real/` of the repository.
 """
 
 import dataclasses
@@ -49,24 +50,33 @@ def of_next(found):
 
 def test_tokens():
     tokenizer = load_tokenizer(str(FOLDER))
-    assert tokenizer(GOLDEN["text"])["input_ids"] == GOLDEN["tokens"] and len(GOLDEN["tokens"]) > 100
+    assert (
+        tokenizer(GOLDEN["text"])["input_ids"] == GOLDEN["tokens"] and len(GOLDEN["tokens"]) > 100
+    )
     assert tokenizer(GOLDEN["prompt"])["input_ids"] == GOLDEN["prompt_tokens"]
 
 
 def test_logprobs_and_most_likely_tokens_of_a_paragraph(model):
-    """Measured: log-probs within 4e-5. Both are within 3e-5 of transformers in float64, and no two tokens at the top within 9e-4."""
+    """Measured: log-probs within 4e-5.
+
+    Both are within 3e-5 of transformers in float64, and no two tokens at the top within 9e-4.
+    """
     found = log_softmax(*model, GOLDEN["tokens"])
     np.testing.assert_allclose(of_next(found), GOLDEN["logprobs"], rtol=0, atol=1e-4)
     assert found.argmax(axis=-1).tolist() == GOLDEN["top"]
 
 
 def test_logprobs_in_bfloat16(model):
-    """Measured: 0.15 at most, 0.039 root mean square. That of transformers in bfloat16 is 0.12 and 0.043.
+    """Measured: 0.15 at most, 0.039 root mean square.
+
+    That of transformers in bfloat16 is 0.12 and 0.043.
 
     Without what follows the first token, where activations are so large that both are off by 0.2.
     """
     config, params = model
-    found = of_next(log_softmax(dataclasses.replace(config, compute_dtype="bfloat16"), params, GOLDEN["tokens"]))
+    found = of_next(
+        log_softmax(dataclasses.replace(config, compute_dtype="bfloat16"), params, GOLDEN["tokens"])
+    )
     gap = (found - GOLDEN["logprobs"])[1:]
     assert np.abs(gap).max() < 0.45
     assert 1e-3 < np.sqrt(np.mean(gap**2)) < 0.12  # not float32 by mistake

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dapo_jax.config import ArithmeticConfig, ColumnsConfig, ConfigError, EvalSet, TrainSet, config_from_dict, dump_yaml, load_config
+from dapo_jax.config import (
+    ArithmeticConfig,
+    ColumnsConfig,
+    ConfigError,
+    EvalSet,
+    TrainSet,
+    config_from_dict,
+    dump_yaml,
+    load_config,
+)
 from dapo_jax.data.problems import Skip, load_problems
 from dapo_jax.data.rows import BadRow, column_names, problem_from_row
 from dapo_jax.reward.verify import strict_verify
@@ -56,9 +65,15 @@ PUBLISHED = {
         {"id": 60, "problem": AIME, "solution": "Try all.", "answer": "070", "year": 2025},
         Problem("60", AIME, "70", "Try all."),
     ),
-    "capitals": ({"ID": "2024-I-4", "Problem": AIME, "Solution": "Try all.", "Answer": 70}, Problem("2024-I-4", AIME, "70", "Try all.")),
+    "capitals": (
+        {"ID": "2024-I-4", "Problem": AIME, "Solution": "Try all.", "Answer": 70},
+        Problem("2024-I-4", AIME, "70", "Try all."),
+    ),
     "question and answer": ({"question": AIME, "answer": "70"}, Problem("", AIME, "70")),
-    "question and expected_answer": ({"id": "aime25-0", "question": AIME, "expected_answer": "70"}, Problem("aime25-0", AIME, "70")),
+    "question and expected_answer": (
+        {"id": "aime25-0", "question": AIME, "expected_answer": "70"},
+        Problem("aime25-0", AIME, "70"),
+    ),
     "gsm8k": (
         GSM8K,
         Problem(
@@ -69,31 +84,70 @@ PUBLISHED = {
         ),
     ),
     "math": (
-        {"problem": AIME, "level": "Level 5", "type": "Algebra", "solution": r"So \boxed{1}, or $b=\boxed{\frac{7}{\sqrt{2}}}$."},
-        Problem("", AIME, r"\frac{7}{\sqrt{2}}", r"So \boxed{1}, or $b=\boxed{\frac{7}{\sqrt{2}}}$." + "\nAnswer: \\frac{7}{\\sqrt{2}}"),
+        {
+            "problem": AIME,
+            "level": "Level 5",
+            "type": "Algebra",
+            "solution": r"So \boxed{1}, or $b=\boxed{\frac{7}{\sqrt{2}}}$.",
+        },
+        Problem(
+            "",
+            AIME,
+            r"\frac{7}{\sqrt{2}}",
+            r"So \boxed{1}, or $b=\boxed{\frac{7}{\sqrt{2}}}$." + "\nAnswer: \\frac{7}{\\sqrt{2}}",
+        ),
     ),
     "math-500": (
-        {"problem": AIME, "solution": r"It is $\boxed{70}$.", "answer": "70", "subject": "Algebra", "level": 5, "unique_id": "test/1.json"},
+        {
+            "problem": AIME,
+            "solution": r"It is $\boxed{70}$.",
+            "answer": "70",
+            "subject": "Algebra",
+            "level": 5,
+            "unique_id": "test/1.json",
+        },
         Problem("", AIME, "70", r"It is $\boxed{70}$."),
     ),
     "skywork-or1": (
-        {"prompt": [{"role": "user", "content": AIME}], "reward_model": {"ground_truth": '["\\\\frac{1}{2}"]', "style": "rule"}},
+        {
+            "prompt": [{"role": "user", "content": AIME}],
+            "reward_model": {"ground_truth": '["\\\\frac{1}{2}"]', "style": "rule"},
+        },
         Problem("", (Message("user", AIME),), r"\frac{1}{2}"),
     ),
     "olympiadbench": (
-        {"question": AIME, "context": None, "solution": ["Try all.", "Or think."], "final_answer": ["70"]},
+        {
+            "question": AIME,
+            "context": None,
+            "solution": ["Try all.", "Or think."],
+            "final_answer": ["70"],
+        },
         Problem("", AIME, "70", "Try all."),
     ),
     "dapo-math-17k-processed": (
-        {"prompt": AIME, "solution": "34", "reward_model": {"ground_truth": "34", "style": "rule"}, "extra_info": {"index": "u0"}},
+        {
+            "prompt": AIME,
+            "solution": "34",
+            "reward_model": {"ground_truth": "34", "style": "rule"},
+            "extra_info": {"index": "u0"},
+        },
         Problem("u0", AIME, "34"),
     ),
     "asdiv": (
-        {"body": "Pia has 3 pens and buys 4.", "question": "How many pens has Pia?", "answer": "7 (pens)"},
+        {
+            "body": "Pia has 3 pens and buys 4.",
+            "question": "How many pens has Pia?",
+            "answer": "7 (pens)",
+        },
         Problem("", "Pia has 3 pens and buys 4.\n\nHow many pens has Pia?", "7"),
     ),
     "agieval": (
-        {"passage": None, "question": "Which is prime?", "options": ["(A)4", "(B)7"], "answer": "B"},
+        {
+            "passage": None,
+            "question": "Which is prime?",
+            "options": ["(A)4", "(B)7"],
+            "answer": "B",
+        },
         Problem("", "Which is prime?\n\n(A)4\n(B)7", "B"),
     ),
     "choices of which the answer is one": (
@@ -121,11 +175,19 @@ PUBLISHED = {
         Problem("", (Message("user", AIME),), "70"),
     ),
     "messages with the response": (
-        {"messages": [{"role": "user", "content": AIME}, {"role": "assistant", "content": r"\boxed{70} it is."}]},
+        {
+            "messages": [
+                {"role": "user", "content": AIME},
+                {"role": "assistant", "content": r"\boxed{70} it is."},
+            ]
+        },
         Problem("", (Message("user", AIME),), "70", "\\boxed{70} it is.\nAnswer: 70"),
     ),
     "an open turn": (
-        {"prompt": [{"role": "user", "content": AIME}, {"role": "assistant", "content": ""}], "answer": 70},
+        {
+            "prompt": [{"role": "user", "content": AIME}, {"role": "assistant", "content": ""}],
+            "answer": 70,
+        },
         Problem("", (Message("user", AIME),), "70"),
     ),
     "alpaca with an answer": (
@@ -142,9 +204,20 @@ def test_published_rows_are_recognised(tmp_path, case, ending):
     path = write(tmp_path / f"a.{ending}", [row] * 32)
     (found,), report = load(path)
     assert problem_from_row(row) == expected
-    assert problem_from_row({"prompt": expected.prompt, **vars(expected)} | {"prompt": row_of(expected.prompt)}) == expected  # as prepared
-    assert (found.prompt, found.answer, found.solution) == (expected.prompt, expected.answer, expected.solution)
-    assert found.id == (expected.id or found.id) and found.source == path and report.duplicates == 31
+    assert (
+        problem_from_row(
+            {"prompt": expected.prompt, **vars(expected)} | {"prompt": row_of(expected.prompt)}
+        )
+        == expected
+    )  # as prepared
+    assert (found.prompt, found.answer, found.solution) == (
+        expected.prompt,
+        expected.answer,
+        expected.solution,
+    )
+    assert (
+        found.id == (expected.id or found.id) and found.source == path and report.duplicates == 31
+    )
 
 
 @given(st.integers(-(10**6), 10**6), st.text("abc =+<>\n", max_size=400))
@@ -154,7 +227,9 @@ def test_the_strict_verifier_accepts_every_gsm8k_solution(number, worked):
         assert problem.answer == written
         worked = re.sub("<<[^<>\n]*>>", "", worked)
         if worked.strip():
-            assert problem.solution.startswith(worked.rstrip()) and strict_verify(problem.solution, problem.answer)
+            assert problem.solution.startswith(worked.rstrip()) and strict_verify(
+                problem.solution, problem.answer
+            )
         else:
             assert problem.solution is None
 
@@ -163,25 +238,46 @@ def test_marks_in_rows_of_other_kinds_stay():
     answer = GSM8K["answer"]
     assert problem_from_row({"prompt": "q", "answer": answer}).answer == answer
     assert problem_from_row({"problem": "q", "answer": answer}).answer == answer
-    assert problem_from_row({"question": "q", "answer": answer, "solution": "own"}).solution == "own"
+    assert (
+        problem_from_row({"question": "q", "answer": answer, "solution": "own"}).solution == "own"
+    )
 
 
 def test_a_question_is_not_taken_without_its_passage(tmp_path):
     rows = [
-        {"passage": "Ellen has six balls, Marin nine.", "question": "How many in all?", "answer": "15 balls"},
+        {
+            "passage": "Ellen has six balls, Marin nine.",
+            "question": "How many in all?",
+            "answer": "15 balls",
+        },
         {"passage": "", "context": None, "question": "2+2?", "answer": "4"},
     ]
     loaded, report = load(write(tmp_path / "a.jsonl", rows))
-    assert [p.prompt for p in loaded] == ["Ellen has six balls, Marin nine.\n\nHow many in all?", "2+2?"]
+    assert [p.prompt for p in loaded] == [
+        "Ellen has six balls, Marin nine.\n\nHow many in all?",
+        "2+2?",
+    ]
     assert report.normalized == {"prompts joined from question and passage": 1}
-    unknown = [{"options": 5}, {"choices": {"text": ["4", "7"]}}, {"choices": ["4", "7"], "answer": 1}, {"context": {"title": "x"}}]
-    loaded, report = load(write(tmp_path / "b.jsonl", [*rows, *({"question": "q", "answer": "B", **more} for more in unknown)]))
+    unknown = [
+        {"options": 5},
+        {"choices": {"text": ["4", "7"]}},
+        {"choices": ["4", "7"], "answer": 1},
+        {"context": {"title": "x"}},
+    ]
+    loaded, report = load(
+        write(
+            tmp_path / "b.jsonl",
+            [*rows, *({"question": "q", "answer": "B", **more} for more in unknown)],
+        )
+    )
     assert report.skipped == {
         "question with options of an unknown form; make one column of both": Skip(1, 3),
         "question with choices of an unknown form; make one column of both": Skip(2, 4),
         "question with context of an unknown form; make one column of both": Skip(1, 6),
     }
-    assert problem_from_row({"prompt": "q", "context": "c", "answer": 1}).prompt == "q"  # a prompt is whole
+    assert (
+        problem_from_row({"prompt": "q", "context": "c", "answer": 1}).prompt == "q"
+    )  # a prompt is whole
     loaded, _ = load(write(tmp_path / "a.parquet", rows[:1]), prompt="{passage} {question}")
     assert [p.prompt for p in loaded] == ["Ellen has six balls, Marin nine. How many in all?"]
 
@@ -200,23 +296,30 @@ NESTED = {
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_named_columns(tmp_path, ending):
     path = write(tmp_path / f"a.{ending}", [NESTED])
-    (found,), _ = load(path, prompt="task.text", answer="task.parts.key", solution="worked", id="meta.uid")
+    (found,), _ = load(
+        path, prompt="task.text", answer="task.parts.key", solution="worked", id="meta.uid"
+    )
     assert found == Problem("x1", "2+2?", "4", "2+2=4")
     (found,), _ = load(path, prompt="{task.text} ({task.parts.key}, {}) {{meta.uid}}")
     assert (found.prompt, found.answer) == ("2+2? (4, {}) {x1}", "nor this")
     with pytest.raises(
-        InputError, match=r"1 skipped: no prompt \(column task.words\) \(row 1: columns [a-z, ]+\)\); .* name their columns: {path: "
+        InputError,
+        match=r"1 skipped: no prompt \(column task.words\) \(row 1: columns [a-z, ]+\)\); .* name their columns: {path: ",
     ):
         load(path, prompt="task.words")
     with pytest.raises(InputError, match=r"1 skipped: no words \(row 1: columns"):
         load(path, prompt="{words}")
-    with pytest.raises(InputError, match=r"1 skipped: task is neither text nor a finite number \(row 1\)"):
+    with pytest.raises(
+        InputError, match=r"1 skipped: task is neither text nor a finite number \(row 1\)"
+    ):
         load(path, prompt="{task}")
 
 
 def test_a_column_whose_name_has_a_dot(tmp_path):
     for ending in ("jsonl", "parquet"):
-        (found,), _ = load(write(tmp_path / f"a.{ending}", [{"a.b": "dotted", "answer": 1}]), prompt="a.b")
+        (found,), _ = load(
+            write(tmp_path / f"a.{ending}", [{"a.b": "dotted", "answer": 1}]), prompt="a.b"
+        )
         assert found.prompt == "dotted"
 
 
@@ -235,8 +338,21 @@ def test_what_was_normalized_is_counted(tmp_path):
         {"problem": "k", "answer": "0.50"},
     ]
     loaded, report = load(write(tmp_path / "a.jsonl", rows))
-    assert [p.answer for p in loaded] == ["204", "25", "7", "5", "6", "7", "0", "[1, 2]", "-7", "0.50"]
-    assert [p.solution for p in loaded if p.solution] == ["1+6 = 7\nAnswer: 7"] and isinstance(loaded[-2].prompt, str)
+    assert [p.answer for p in loaded] == [
+        "204",
+        "25",
+        "7",
+        "5",
+        "6",
+        "7",
+        "0",
+        "[1, 2]",
+        "-7",
+        "0.50",
+    ]
+    assert [p.solution for p in loaded if p.solution] == ["1+6 = 7\nAnswer: 7"] and isinstance(
+        loaded[-2].prompt, str
+    )
     assert report.normalized == {
         "integer answers without their leading zeros": 4,
         "answers that were a list of one": 2,
@@ -245,19 +361,33 @@ def test_what_was_normalized_is_counted(tmp_path):
         "solutions without their <<...>> annotations": 1,
         "prompts that were chat turns as JSON text": 1,
     }
-    assert "1 skipped: solution is not text (row 8), 4 integer answers without their leading zeros, " in report.summary()
+    assert (
+        "1 skipped: solution is not text (row 8), 4 integer answers without their leading zeros, "
+        in report.summary()
+    )
 
 
 def test_a_list_that_python_printed_is_a_list(tmp_path):
     golds = ["['5']", r"['\\frac12']", "['1', '2']", "['1' '2']", "['x", "[f'(0), f'(1)]"]
-    loaded, report = load(write(tmp_path / "a.jsonl", [{"problem": f"p{n}", "answer": gold} for n, gold in enumerate(golds)]))
+    loaded, report = load(
+        write(
+            tmp_path / "a.jsonl",
+            [{"problem": f"p{n}", "answer": gold} for n, gold in enumerate(golds)],
+        )
+    )
     assert [p.answer for p in loaded] == ["5", r"\frac12", "['x", "[f'(0), f'(1)]"]
-    assert report.skipped == {"several answers": Skip(2, 3)} and report.normalized == {"answers that were a list of one": 2}
+    assert report.skipped == {"several answers": Skip(2, 3)} and report.normalized == {
+        "answers that were a list of one": 2
+    }
 
 
 @pytest.mark.parametrize(
     "columns",
-    [{"answer": "solution"}, {"answer": "solution", "answer_after": r"\boxed"}, {"answer": "solution", "answer_after": r"\boxed{"}],
+    [
+        {"answer": "solution"},
+        {"answer": "solution", "answer_after": r"\boxed"},
+        {"answer": "solution", "answer_after": r"\boxed{"},
+    ],
 )
 def test_an_answer_in_a_box(tmp_path, columns):
     boxes = {
@@ -267,10 +397,15 @@ def test_an_answer_in_a_box(tmp_path, columns):
         r"is $\boxed 3$.": "3",
         r"\boxed{[0, 1\}}": r"[0, 1\}",
     }
-    rows = [{"problem": text, "solution": text, "answer": "not this"} for text in [*boxes, r"is $\boxed{5$"]]
+    rows = [
+        {"problem": text, "solution": text, "answer": "not this"}
+        for text in [*boxes, r"is $\boxed{5$"]
+    ]
     loaded, report = load(write(tmp_path / "a.jsonl", rows), **columns)
     assert {p.prompt: p.answer for p in loaded} == boxes
-    assert loaded[0].solution == "is $\\boxed{4}$.\nAnswer: 4" and strict_verify(loaded[0].solution, loaded[0].answer)
+    assert loaded[0].solution == "is $\\boxed{4}$.\nAnswer: 4" and strict_verify(
+        loaded[0].solution, loaded[0].answer
+    )
     assert report.skipped == {r"answer with an open \boxed{": Skip(1, 6)}
 
 
@@ -283,20 +418,30 @@ def test_an_answer_after_a_mark(tmp_path):
         {"q": "e", "a": "seven =>"},
         {"q": "f", "a": "x" * 2000 + "=> 8"},
     ]
-    loaded, report = load(write(tmp_path / "a.jsonl", rows), prompt="q", answer="a", answer_after="=>")
+    loaded, report = load(
+        write(tmp_path / "a.jsonl", rows), prompt="q", answer="a", answer_after="=>"
+    )
     assert [(p.prompt, p.answer, p.solution) for p in loaded] == [
         ("a", "3", "one => two\nAnswer: 3"),
         ("b", "4", None),
         ("f", "8", "x" * 2000 + "\nAnswer: 8"),
     ]
-    assert report.skipped == {"answer without =>": Skip(1, 3), "answer is not text": Skip(1, 4), "no answer": Skip(1, 5)}
+    assert report.skipped == {
+        "answer without =>": Skip(1, 3),
+        "answer is not text": Skip(1, 4),
+        "no answer": Skip(1, 5),
+    }
 
 
 def test_parquet_cells_that_cannot_be_decoded_are_counted_under_any_name(tmp_path):
-    undecodable = pa.StringArray.from_buffers(2, pa.array(["a", "??"]).buffers()[1], pa.py_buffer(b"a\xff\xfe"))
+    undecodable = pa.StringArray.from_buffers(
+        2, pa.array(["a", "??"]).buffers()[1], pa.py_buffer(b"a\xff\xfe")
+    )
     pq.write_table(pa.table({"text": undecodable, "label": [1, 2]}), tmp_path / "a.parquet")
     loaded, report = load(tmp_path / "a.parquet", prompt="text", answer="label")
-    assert [p.prompt for p in loaded] == ["a"] and report.skipped == {"prompt is not valid Unicode": Skip(1, 2)}
+    assert [p.prompt for p in loaded] == ["a"] and report.skipped == {
+        "prompt is not valid Unicode": Skip(1, 2)
+    }
 
 
 values = st.recursive(
@@ -309,7 +454,8 @@ paths = st.sampled_from(["a", "b", "a.b", "a.a.b", "{a}{b.a}", "{}", "."])
 
 @settings(suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
 @given(
-    st.dictionaries(st.sampled_from("ab"), values), st.builds(ColumnsConfig, paths, paths, paths, paths, st.none() | st.sampled_from("ab#"))
+    st.dictionaries(st.sampled_from("ab"), values),
+    st.builds(ColumnsConfig, paths, paths, paths, paths, st.none() | st.sampled_from("ab#")),
 )
 def test_any_row_under_any_columns_is_a_problem_or_a_bad_row(row, columns):
     assert column_names(columns)
@@ -336,7 +482,11 @@ def refusal(data, tree=TREE):
 
 def test_columns_and_weights_are_kept_by_data_set(tmp_path):
     b = {"path": "gs://x/b.parquet", "columns": {"answer": "key", "answer_after": "####"}}
-    tree = {**TREE, "data": {"train": ["a.jsonl", b | {"weight": 2}]}, "eval": {"every": 0, "sets": {"e": b, "f": "a.jsonl"}}}
+    tree = {
+        **TREE,
+        "data": {"train": ["a.jsonl", b | {"weight": 2}]},
+        "eval": {"every": 0, "sets": {"e": b, "f": "a.jsonl"}},
+    }
     config = config_from_dict(tree)
     columns = ColumnsConfig(answer="key", answer_after="####")
     assert config.data.train == (TrainSet("a.jsonl"), TrainSet("gs://x/b.parquet", columns, 2.0))
@@ -344,7 +494,9 @@ def test_columns_and_weights_are_kept_by_data_set(tmp_path):
     assert config.eval.sets == {"e": EvalSet("gs://x/b.parquet", columns), "f": EvalSet("a.jsonl")}
     (tmp_path / "c.yaml").write_text(dump_yaml(config))
     assert load_config(tmp_path / "c.yaml") == config
-    assert load_config(tmp_path / "c.yaml", ["data.train=a.jsonl"]).data.train == (TrainSet("a.jsonl"),)
+    assert load_config(tmp_path / "c.yaml", ["data.train=a.jsonl"]).data.train == (
+        TrainSet("a.jsonl"),
+    )
 
 
 def one(**more):
@@ -354,9 +506,18 @@ def one(**more):
 @pytest.mark.parametrize(
     "data, said",
     [
-        ({"columns": {"a.jsonl": {"prompt": "q"}}}, "data.columns: belongs to a data set: train: [{path: a.jsonl, columns: {"),
-        (one(columns={"promt": "q"}), "data.train.0.columns.promt: unknown key; did you mean 'prompt'?"),
-        (one(columns={"prompt": " "}), "data.train.0.columns.prompt: is empty; give something, or leave it out"),
+        (
+            {"columns": {"a.jsonl": {"prompt": "q"}}},
+            "data.columns: belongs to a data set: train: [{path: a.jsonl, columns: {",
+        ),
+        (
+            one(columns={"promt": "q"}),
+            "data.train.0.columns.promt: unknown key; did you mean 'prompt'?",
+        ),
+        (
+            one(columns={"prompt": " "}),
+            "data.train.0.columns.prompt: is empty; give something, or leave it out",
+        ),
         (one(columns="q"), "data.train.0.columns: expected a mapping, got 'q'"),
         (one(weigth=1), "data.train.0.weigth: unknown key; did you mean 'weight'?"),
         (one(weight=0), "data.train.0.weight: must be above 0, got 0"),
@@ -364,12 +525,21 @@ def one(**more):
         (one(weight="1"), "data.train.0.weight: expected a number, got '1'"),
         (one(weight=float("inf")), "data.train.0.weight: must be finite, got inf"),
         (one(path="a\0.jsonl"), "data.train.0.path: contains a NUL character"),
-        (one(path="https://me:secret@host/a.jsonl"), "data.train.0.path: holds the user name or password of a URL"),
+        (
+            one(path="https://me:secret@host/a.jsonl"),
+            "data.train.0.path: holds the user name or password of a URL",
+        ),
         ({"train": [{"weight": 2}]}, "data.train.0.path: is missing; give it"),
         ({"train": [3]}, "data.train.0: expected a mapping, got 3"),
-        ({"train": ["a.jsonl", {"path": "a.jsonl", "weight": 2}]}, "data.train.1.path: a.jsonl is in the list already; remove one"),
+        (
+            {"train": ["a.jsonl", {"path": "a.jsonl", "weight": 2}]},
+            "data.train.1.path: a.jsonl is in the list already; remove one",
+        ),
         ({"train": []}, "data.train: is empty; give something"),
-        ({"train": {"a.jsonl": 1}}, "data.train: expected text or a list, got {'a.jsonl': 1}; write [{path: a.jsonl, weight: 1, "),
+        (
+            {"train": {"a.jsonl": 1}},
+            "data.train: expected text or a list, got {'a.jsonl': 1}; write [{path: a.jsonl, weight: 1, ",
+        ),
         ({"train": None}, "data.train: expected text or a list, got null"),
     ],
 )

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dapo_jax.config import MeshSection
 from dapo_jax.model.decoder import Cache, abstract_params, apply
 from dapo_jax.rollout import sampler
-from dapo_jax.rollout.draw import Sampling
 from dapo_jax.rollout.sampler import Arrivals, Slots, response_keys
+from dapo_jax.rollout.token_sampling import Sampling
 from dapo_jax.runtime.mesh import make_mesh, rollout_sharding
 
 MODEL = tiny.model(vocab_size=130)
@@ -39,7 +39,10 @@ PROMPTS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (B, P)).astype(
 SIZES = {"shards": N, "slots": SLOTS, "cache_len": P + R, "max_response_len": R}
 read_prompts = jax.jit(functools.partial(sampler.prefill, model=MODEL, int8=False, mesh=ONE))
 insert, move = jax.jit(functools.partial(sampler.insert, mesh=ONE)), jax.jit(sampler.move)
-decode = jax.jit(functools.partial(sampler.decode, model=MODEL, sampling=SAMPLING, stop=STOP, mesh=ONE), static_argnames=("width", "read"))
+decode = jax.jit(
+    functools.partial(sampler.decode, model=MODEL, sampling=SAMPLING, stop=STOP, mesh=ONE),
+    static_argnames=("width", "read"),
+)
 
 
 def empty(**sizes):
@@ -53,7 +56,15 @@ def started(wanted, *, at=None, state=None):
     counts = [0, 0]
     for i, slot in zip(wanted, at, strict=True):
         n, length = slot // SLOTS, PROMPT_LEN[i]
-        entry = Arrivals(slot % SLOTS, B - 1 - i, PROMPTS[i, length - 1], length - 1, DRAW[i], SAMPLE[i], LIMIT[i])
+        entry = Arrivals(
+            slot % SLOTS,
+            B - 1 - i,
+            PROMPTS[i, length - 1],
+            length - 1,
+            DRAW[i],
+            SAMPLE[i],
+            LIMIT[i],
+        )
         packed[:, n, counts[n]] = entry
         counts[n] += 1
     state = empty(**SIZES) if state is None else state
@@ -67,7 +78,13 @@ def run(state, max_steps, few=0, half=0, width=SLOTS, read=P + R):
 
 def flat(slots):
     """Per-slot arrays as [B, ...] numpy."""
-    return slots._replace(**{k: np.asarray(v).reshape(B, *v.shape[2:]) for k, v in slots._asdict().items() if k != "keys"})
+    return slots._replace(
+        **{
+            k: np.asarray(v).reshape(B, *v.shape[2:])
+            for k, v in slots._asdict().items()
+            if k != "keys"
+        }
+    )
 
 
 OCCUPIED = [0, 1, 2, 4, 5, 6, 7]
@@ -80,7 +97,9 @@ def sampled():
     while np.asarray(state.slots.live).any():
         state, seen, steps = run(state, 4)
         pieces.append(steps)
-        for array, expected in zip(seen, (state.slots.live, state.slots.length, state.slots.ended), strict=True):
+        for array, expected in zip(
+            seen, (state.slots.live, state.slots.length, state.slots.ended), strict=True
+        ):
             np.testing.assert_array_equal(array, expected)
     assert pieces == [4, 4, 1]
     return flat(state.slots)
@@ -88,9 +107,13 @@ def sampled():
 
 @pytest.fixture(scope="module")
 def forced(sampled):
-    """Logits [B, R, V] / temperature that the model gives for each response token, from one pass over prompt and response."""
+    """Logits [B, R, V] / temperature that the model gives for each response token, from one pass
+    over prompt and response.
+    """
     rows = np.zeros((B, P + R), np.int32)
-    for row, prompt, length, response in zip(rows, PROMPTS, PROMPT_LEN, sampled.tokens, strict=True):
+    for row, prompt, length, response in zip(
+        rows, PROMPTS, PROMPT_LEN, sampled.tokens, strict=True
+    ):
         row[: length + R] = np.concatenate([prompt[:length], response])
     logits = np.asarray(jax.jit(apply, static_argnums=1)(sharp_params(), MODEL, rows), np.float64)
     at = np.maximum(PROMPT_LEN[:, None] - 1, 0) + np.arange(R)
@@ -112,11 +135,15 @@ def test_log_probs_are_those_of_teacher_forcing(sampled, forced):
 
 
 def draw_by_hand(weights, key) -> int:
-    """Inverse CDF and rejection in float64: until what is heavier than the draw holds less than top_p of the k heaviest."""
+    """Inverse CDF and rejection in float64: until what is heavier than the draw holds less than
+    top_p of the k heaviest.
+    """
     weights = tiny.nucleus_by_sorting(weights, 1, SAMPLING.top_k)
     mass, round_ = SAMPLING.top_p * weights.sum(), 0
     while True:
-        uniform = float(jax.random.uniform(jax.random.fold_in(key, round_) if round_ else key)) + 2.0**-24
+        uniform = (
+            float(jax.random.uniform(jax.random.fold_in(key, round_) if round_ else key)) + 2.0**-24
+        )
         token = int(np.argmax(np.cumsum(weights) > uniform * weights.sum()))
         heavier = np.where(weights > weights[token], weights, 0)
         if heavier.sum() < mass:
@@ -131,7 +158,9 @@ def test_every_token_is_the_draw_that_its_key_makes(sampled, forced):
             key = SEED
             for number in (DRAW[b], SAMPLE[b], PROMPT_LEN[b] + t):
                 key = jax.random.fold_in(key, number)
-            assert sampled.tokens[b, t] == draw_by_hand(np.exp(forced[b, t] - forced[b, t].max()), key)
+            assert sampled.tokens[b, t] == draw_by_hand(
+                np.exp(forced[b, t] - forced[b, t].max()), key
+            )
 
 
 def test_stop_tokens_end_a_response_and_belong_to_it_and_the_limit_cuts(sampled):
@@ -164,8 +193,16 @@ def test_keys_differ_by_draw_and_sample_and_are_those_of_fold_in():
 
 
 def assert_said(slots, slot, sampled, b):
-    assert slots.tokens[slot, : slots.length[slot]].tolist() == sampled.tokens[b, : sampled.length[b]].tolist()
-    np.testing.assert_allclose(slots.logprobs[slot, : slots.length[slot]], sampled.logprobs[b, : sampled.length[b]], rtol=0, atol=1e-5)
+    assert (
+        slots.tokens[slot, : slots.length[slot]].tolist()
+        == sampled.tokens[b, : sampled.length[b]].tolist()
+    )
+    np.testing.assert_allclose(
+        slots.logprobs[slot, : slots.length[slot]],
+        sampled.logprobs[b, : sampled.length[b]],
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_a_segment_ends_when_few_are_left_or_few_on_any_shard(sampled):
@@ -188,13 +225,17 @@ def test_sequences_come_while_others_are_under_way_and_take_the_place_of_those_t
 
 
 def test_sequences_move_to_the_first_slots_and_go_on_there_alone(sampled):
-    """Slots beyond the first two are not decoded, those that were left are not live, and nothing is read beyond `read`."""
+    """Slots beyond the first two are not decoded, those that were left are not live, and nothing is
+    read beyond `read`.
+    """
     state, _, _ = run(started([0, 7], at=[3, 6]), 2)
     moves = np.full((2, N, SLOTS), SLOTS, np.int32)
     moves[:, 0, 0], moves[:, 1, 0] = (3, 1), (2, 0)
     state = move(state, moves, 1)
     assert np.argwhere(state.slots.live).tolist() == [[0, 1], [1, 0]]
-    poison = jax.tree.map(lambda x: x.at[:, :, 2:].set(np.nan).at[:, :, :, :, 14:].set(np.nan), state.cache)
+    poison = jax.tree.map(
+        lambda x: x.at[:, :, 2:].set(np.nan).at[:, :, :, :, 14:].set(np.nan), state.cache
+    )
     state, _, _ = run(state._replace(cache=poison), 100, width=2, read=14)
     for slot, b in ((1, 0), (4, 7)):
         assert_said(flat(state.slots), slot, sampled, b)
@@ -203,9 +244,14 @@ def test_sequences_move_to_the_first_slots_and_go_on_there_alone(sampled):
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 1)], ids=str)
 def test_take_counts_blocks_through_all_shards_and_keeps_every_bit(layout):
-    """Three slots of two blocks of four tokens on each of four shards; the log-probs hold NaN, -0 and infinity."""
+    """Three slots of two blocks of four tokens on each of four shards; the log-probs hold NaN, -0
+    and infinity.
+    """
     rng = np.random.default_rng(0)
-    tokens, logprobs = rng.integers(0, 99, (4, 3, 8), np.int32), rng.normal(size=(4, 3, 8)).astype(np.float32)
+    tokens, logprobs = (
+        rng.integers(0, 99, (4, 3, 8), np.int32),
+        rng.normal(size=(4, 3, 8)).astype(np.float32),
+    )
     logprobs[2, 1, :3] = np.nan, -0.0, -np.inf
     mesh = make_mesh(MeshSection(*layout), jax.devices()[: np.prod(layout)])
     slots = Slots(**dict.fromkeys(Slots._fields) | {"tokens": tokens, "logprobs": logprobs})
@@ -215,9 +261,14 @@ def test_take_counts_blocks_through_all_shards_and_keeps_every_bit(layout):
     np.testing.assert_array_equal(found[1], logprobs.reshape(-1, 4)[blocks].view(np.int32))
 
 
-@pytest.mark.parametrize("layout, kv_heads, int8", [((2, 2, 2), 2, False), ((1, 4, 2), 1, True)], ids=str)
+@pytest.mark.parametrize(
+    "layout, kv_heads, int8", [((2, 2, 2), 2, False), ((1, 4, 2), 1, True)], ids=str
+)
 def test_prompts_are_read_and_go_into_slots_on_any_devices(layout, kv_heads, int8):
-    """Each shard reads its own prompts, and gets what the others have read. Against one device; a row wanted twice, slots left alone."""
+    """Each shard reads its own prompts, and gets what the others have read.
+
+    Against one device; a row wanted twice, slots left alone.
+    """
     model = tiny.model(kv_heads=kv_heads)
     mesh, params = make_mesh(MeshSection(*layout)), tiny.params(model)
     shards, rng = layout[0] * layout[1], np.random.default_rng(1)
@@ -225,23 +276,33 @@ def test_prompts_are_read_and_go_into_slots_on_any_devices(layout, kv_heads, int
     rows = rng.permutation(2 * shards)[:shards]
     packed = np.full((len(Arrivals._fields), shards, 3), 3, np.int32)
     packed[:, :, 0], packed[:, 0, 1] = 0, 0
-    packed[Arrivals._fields.index("slot"), :, 0], packed[Arrivals._fields.index("row"), :, 0] = 2, rows
+    packed[Arrivals._fields.index("slot"), :, 0], packed[Arrivals._fields.index("row"), :, 0] = (
+        2,
+        rows,
+    )
     packed[Arrivals._fields.index("row"), 0, 1] = rows[-1]  # into slot 0 of the first shard
 
     def cache_on(mesh):
         read = jax.jit(functools.partial(sampler.prefill, model=model, int8=int8, mesh=mesh))
         put = jax.jit(functools.partial(sampler.insert, mesh=mesh))
-        state = sampler.empty_state(model, shards=shards, slots=3, cache_len=P + R, max_response_len=R, int8=int8)
+        state = sampler.empty_state(
+            model, shards=shards, slots=3, cache_len=P + R, max_response_len=R, int8=int8
+        )
         placed = jax.device_put(params, rollout_sharding(params, mesh))
         prefilled = read(placed, prompts)
         return prefilled, put(state, prefilled, SEED, packed, 2).cache
 
     (read, found), (expected_read, expected) = cache_on(mesh), cache_on(ONE)
     assert read.k.addressable_shards[0].data.shape[1] == 2  # prompts a shard
-    tolerance = {"rtol": 0, "atol": 1 if int8 else 1e-5}  # a rounded step of 8 bits; measured: 1e-6 of values up to 4
+    tolerance = {
+        "rtol": 0,
+        "atol": 1 if int8 else 1e-5,
+    }  # a rounded step of 8 bits; measured: 1e-6 of values up to 4
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), read, expected_read)
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), found, expected)
-    np.testing.assert_array_equal(expected.k[:, :, 2, :, :P], np.moveaxis(expected_read.k[:, rows], 1, 0))
+    np.testing.assert_array_equal(
+        expected.k[:, :, 2, :, :P], np.moveaxis(expected_read.k[:, rows], 1, 0)
+    )
     np.testing.assert_array_equal(expected.k[0, :, 0, :, :P], expected_read.k[:, rows[-1]])
     filled = np.zeros((shards, 3), bool)
     filled[:, 2], filled[0, 0] = True, True
@@ -249,26 +310,46 @@ def test_prompts_are_read_and_go_into_slots_on_any_devices(layout, kv_heads, int
 
 
 def test_a_gpu_fills_and_extends_the_cache_with_the_same(monkeypatch):
-    """Its scatters against the loops of other platforms: entries dropped, slots left alone, one that is full. 8 bits have scales too."""
+    """Its scatters against the loops of other platforms: entries dropped, slots left alone, one
+    that is full. 8 bits have scales too.
+    """
     mesh = make_mesh(MeshSection(2, 1, 1), jax.devices()[:2])
     params = jax.device_put(sharp_params(), rollout_sharding(sharp_params(), mesh))
 
     def states():
         state = sampler.empty_state(MODEL, **SIZES, int8=True)
-        state = jax.tree.map(lambda x: x if x.dtype == state.slots.keys.dtype else x + 1, state)  # so that what is left alone shows
+        state = jax.tree.map(
+            lambda x: x if x.dtype == state.slots.keys.dtype else x + 1, state
+        )  # so that what is left alone shows
         packed = np.full((len(Arrivals._fields), N, SLOTS), SLOTS, np.int32)
         for n, (slot, row, length) in enumerate([(2, 5, P), (0, 1, 1)]):
             packed[:, n, 0] = Arrivals(slot, row, PROMPTS[row, length - 1], length - 1, n, 0, R)
-        prefilled = jax.jit(functools.partial(sampler.prefill, model=MODEL, int8=True, mesh=mesh))(params, PROMPTS)
-        started = jax.jit(functools.partial(sampler.insert, mesh=mesh))(state, prefilled, SEED, packed, 1)
-        full = started._replace(slots=started.slots._replace(position=started.slots.position.at[1, 3].set(P + R)))
-        run = functools.partial(sampler.decode, model=MODEL, sampling=SAMPLING, stop=STOP, mesh=mesh, width=SLOTS, read=P + R)
+        prefilled = jax.jit(functools.partial(sampler.prefill, model=MODEL, int8=True, mesh=mesh))(
+            params, PROMPTS
+        )
+        started = jax.jit(functools.partial(sampler.insert, mesh=mesh))(
+            state, prefilled, SEED, packed, 1
+        )
+        full = started._replace(
+            slots=started.slots._replace(position=started.slots.position.at[1, 3].set(P + R))
+        )
+        run = functools.partial(
+            sampler.decode,
+            model=MODEL,
+            sampling=SAMPLING,
+            stop=STOP,
+            mesh=mesh,
+            width=SLOTS,
+            read=P + R,
+        )
         return started.cache, jax.jit(run)(params, full, 0, 0, 2)[0].cache
 
     expected = states()
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
     jax.tree.map(np.testing.assert_array_equal, states(), expected)
-    assert (np.asarray(expected[1].k) != np.asarray(expected[0].k)).any()  # two tokens a sequence were written
+    assert (
+        np.asarray(expected[1].k) != np.asarray(expected[0].k)
+    ).any()  # two tokens a sequence were written
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -279,14 +360,31 @@ def test_a_gpu_fills_and_extends_the_cache_with_the_same(monkeypatch):
 def shapes(kind: str, text: str) -> list[tuple[int, ...]]:
     """Shapes of what operations of a kind give in a compiled program."""
     lines = re.findall(rf"= (\S+) (?:{kind})(?:-start)?\(", text)
-    return [tuple(int(n) for n in shape.split(",") if n) for line in lines for shape in re.findall(r"\w\d*\[([\d,]*)\]", line)]
+    return [
+        tuple(int(n) for n in shape.split(",") if n)
+        for line in lines
+        for shape in re.findall(r"\w\d*\[([\d,]*)\]", line)
+    ]
 
 
 def test_caches_and_responses_are_written_in_place():
-    """The donated state is the result; no step copies a cache, a part of it of all layers, or the tokens."""
-    state = jax.eval_shape(functools.partial(empty, **SIZES | {"cache_len": 4096, "max_response_len": 4090}))
+    """The donated state is the result; no step copies a cache, a part of it of all layers, or the
+    tokens.
+    """
+    state = jax.eval_shape(
+        functools.partial(empty, **SIZES | {"cache_len": 4096, "max_response_len": 4090})
+    )
     program = jax.jit(
-        functools.partial(sampler.decode, model=MODEL, sampling=SAMPLING, stop=STOP, mesh=ONE, width=SLOTS, read=64), donate_argnums=1
+        functools.partial(
+            sampler.decode,
+            model=MODEL,
+            sampling=SAMPLING,
+            stop=STOP,
+            mesh=ONE,
+            width=SLOTS,
+            read=64,
+        ),
+        donate_argnums=1,
     )
     program = program.lower(abstract_params(MODEL), state, 0, 0, 4).compile()
     big = [2 * SLOTS * MODEL.kv_heads * 64 * MODEL.head_dim, N * SLOTS * 4090]
@@ -298,15 +396,24 @@ def test_caches_and_responses_are_written_in_place():
 
 @pytest.mark.parametrize("layout", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
 def test_sequences_on_different_devices_need_no_communication(layout):
-    """But to agree when to leave, and to put a token's activations together from devices that share the weights."""
+    """But to agree when to leave, and to put a token's activations together from devices that share
+    the weights.
+    """
     mesh = make_mesh(MeshSection(*layout))
     shards = layout[0] * layout[1]
     heads = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, None, "tensor"))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    state = jax.eval_shape(functools.partial(empty, shards=shards, slots=2, cache_len=96, max_response_len=80))
+    state = jax.eval_shape(
+        functools.partial(empty, shards=shards, slots=2, cache_len=96, max_response_len=80)
+    )
     layouts = sampler.SamplerState(Cache(heads, heads), jax.tree.map(lambda _: rows, state.slots))
-    decode = functools.partial(sampler.decode, model=MODEL, sampling=SAMPLING, stop=STOP, mesh=mesh, width=1, read=64)
-    program = jax.jit(decode, in_shardings=(rollout_sharding(abstract_params(MODEL), mesh), layouts, None, None, None))
+    decode = functools.partial(
+        sampler.decode, model=MODEL, sampling=SAMPLING, stop=STOP, mesh=mesh, width=1, read=64
+    )
+    program = jax.jit(
+        decode,
+        in_shardings=(rollout_sharding(abstract_params(MODEL), mesh), layouts, None, None, None),
+    )
     text = program.lower(abstract_params(MODEL), state, 0, 0, 4).compile().as_text()
     moved = shapes("all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute", text)
     assert moved and max(int(np.prod(s)) for s in moved) <= (128 if layout[2] > 1 else 1)
@@ -314,6 +421,8 @@ def test_sequences_on_different_devices_need_no_communication(layout):
 
 def test_a_trace_names_the_parts_of_a_decode_step():
     state = jax.eval_shape(functools.partial(empty, **SIZES))
-    text = decode.lower(abstract_params(MODEL), state, 0, 0, 4, width=SLOTS, read=P + R).as_text(debug_info=True)
+    text = decode.lower(abstract_params(MODEL), state, 0, 0, 4, width=SLOTS, read=P + R).as_text(
+        debug_info=True
+    )
     for scope in ("embed", "layer/attention", "layer/mlp", "cache", "head", "draw"):
         assert re.search(rf"\b{scope}\)?/", text), scope  # vmap(embed)/gather, layer/mlp/mul

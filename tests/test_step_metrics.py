@@ -1,4 +1,6 @@
-"""Every metric of a rollout step on a hand-made one: three groups drawn, one carried in, two trained on."""
+"""Every metric of a rollout step on a hand-made one: three groups drawn, one carried in, two
+trained on.
+"""
 
 import dataclasses
 
@@ -9,14 +11,17 @@ from dapo_jax.config import Config, DapoSection
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.dapo.packing import PackStats
 from dapo_jax.data.problems import Cursor
-from dapo_jax.drawing import Drawn
 from dapo_jax.train import draw_metrics, minibatches, throughput, update_metrics
+from dapo_jax.training.dynamic_sampling import Drawn
 from dapo_jax.types import Group, Problem, Prompt, Response, Verdict
 
 
 def group(draw, correct, lengths, truncated, penalty, gap):
     """Log-probs of the sampler are -1 on every token, of the trainer -1 + gap."""
-    responses = tuple(Response(np.zeros(n, np.int32), -np.ones(n, np.float32), t) for n, t in zip(lengths, truncated, strict=True))
+    responses = tuple(
+        Response(np.zeros(n, np.int32), -np.ones(n, np.float32), t)
+        for n, t in zip(lengths, truncated, strict=True)
+    )
     return Group(
         draw=draw,
         prompt=Prompt(Problem(f"p{draw}", "1+1=", "2"), np.zeros(3, np.int32)),
@@ -36,20 +41,53 @@ DRAWN = [
     group(8, [0, 0], [10, 8], [True, False], [-0.5, -0.25], gap=9),
 ]
 VERDICTS = [*[Verdict(True, 1.0)] * 2, Verdict(True, 1.0, answered=False)]
-VERDICTS += [Verdict(False, -1.0, "timed out after 1 s")] * 2 + [Verdict(False, -1.0, "ValueError: x")]
-# Three updates; the last was skipped, and its sums are as non-finite as they may be. Over 10 and 8 target tokens, of which 6 and 8 are new.
+VERDICTS += [Verdict(False, -1.0, "timed out after 1 s")] * 2 + [
+    Verdict(False, -1.0, "ValueError: x")
+]
+# Three updates; the last was skipped, and its sums are as non-finite as they may be. Over 10 and 8
+# target tokens, of which 6 and 8 are new.
 SUMS = [
-    {"loss": 0.2, "grad_norm": 1.0, "skipped": 0.0, "tokens": 10.0, "entropy": 20.0, "approx_kl": 0.0, "token_prob": 4.0}
-    | {"clipped_low": 0.0, "clipped_high": 0.0, "upclipped_prob": 0.0, "sampler_gap": 1.0, "gap_tokens": 6.0},
-    {"loss": 0.4, "grad_norm": 3.0, "skipped": 0.0, "tokens": 8.0, "entropy": 7.0, "approx_kl": 0.9, "token_prob": 5.0}
-    | {"clipped_low": 2.0, "clipped_high": 4.0, "upclipped_prob": 1.0, "sampler_gap": 8.0, "gap_tokens": 8.0},
+    {
+        "loss": 0.2,
+        "grad_norm": 1.0,
+        "skipped": 0.0,
+        "tokens": 10.0,
+        "entropy": 20.0,
+        "approx_kl": 0.0,
+        "token_prob": 4.0,
+    }
+    | {
+        "clipped_low": 0.0,
+        "clipped_high": 0.0,
+        "upclipped_prob": 0.0,
+        "sampler_gap": 1.0,
+        "gap_tokens": 6.0,
+    },
+    {
+        "loss": 0.4,
+        "grad_norm": 3.0,
+        "skipped": 0.0,
+        "tokens": 8.0,
+        "entropy": 7.0,
+        "approx_kl": 0.9,
+        "token_prob": 5.0,
+    }
+    | {
+        "clipped_low": 2.0,
+        "clipped_high": 4.0,
+        "upclipped_prob": 1.0,
+        "sampler_gap": 8.0,
+        "gap_tokens": 8.0,
+    },
 ]
 SUMS.append(dict.fromkeys(SUMS[0], np.nan) | {"skipped": 1.0})
 PACKED = [PackStats(2, 1, 30, 10, 0.75, 0.5, ()), PackStats(1, 1, 14, 8, 0.25, 0.3, ())]
 
 
 def metrics(sums=SUMS, left=(CARRIED,), **algo):
-    """The step as the training loop makes it: the step before left some groups, this one draws 6 to 8 and trains on two."""
+    """The step as the training loop makes it: the step before left some groups, this one draws 6 to
+    8 and trains on two.
+    """
     buffer = DynamicSamplingBuffer(1, dynamic_sampling=True, carry_surplus=True)
     buffer.add([group(2, [1, 0], [1, 1], [False, False], [0, 0], gap=0), *left])
     buffer.take()
@@ -106,12 +144,31 @@ def test_every_metric_of_a_step():
 
 
 def test_groups_without_a_verdict_on_some_or_all_answers():
-    """Metrics are over the answers that have one, a group without any is all wrong; with none at all only counts are left."""
+    """Metrics are over the answers that have one, a group without any is all wrong; with none at
+    all only counts are left.
+    """
     empty = group(10, [], [], [], [], gap=0)
     config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2))
-    found = draw_metrics(Drawn([*DRAWN, group(9, [1], [4], [False], [0], gap=0), empty], VERDICTS, Cursor(), 5, 55, [], []), config)
-    assert found["reward/accuracy"] == 4 / 7 and found["reward/mean"] == pytest.approx((1 - 1.5 + 1 + 1 - 1.5 - 1.25 + 1) / 7)
-    assert (found["filter/kept_fraction"], found["filter/all_correct"], found["filter/all_wrong"]) == (1 / 5, 2 / 5, 2 / 5)
+    found = draw_metrics(
+        Drawn(
+            [*DRAWN, group(9, [1], [4], [False], [0], gap=0), empty],
+            VERDICTS,
+            Cursor(),
+            5,
+            55,
+            [],
+            [],
+        ),
+        config,
+    )
+    assert found["reward/accuracy"] == 4 / 7 and found["reward/mean"] == pytest.approx(
+        (1 - 1.5 + 1 + 1 - 1.5 - 1.25 + 1) / 7
+    )
+    assert (
+        found["filter/kept_fraction"],
+        found["filter/all_correct"],
+        found["filter/all_wrong"],
+    ) == (1 / 5, 2 / 5, 2 / 5)
     assert set(draw_metrics(Drawn([empty], VERDICTS, Cursor(), 1, 9, [], []), config)) == {
         "reward/timeouts",
         "reward/errors",
@@ -126,14 +183,23 @@ def test_what_a_step_draws_and_samples_counts_in_it_wherever_its_groups_are_comp
     """Two prompts more than the groups completed, left open after 15 tokens."""
     config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2))
     found = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 5, 55, [], []), config)
-    assert (found["rollout/prompts"], found["rollout/generation_batches"], found["rollout/tokens"]) == (5, 3, 55)
+    assert (
+        found["rollout/prompts"],
+        found["rollout/generation_batches"],
+        found["rollout/tokens"],
+    ) == (5, 3, 55)
     assert found["filter/kept_fraction"] == pytest.approx(1 / 3)  # of groups that are completed
 
 
 def test_with_the_samplers_logprobs_the_gap_is_that_of_the_first_update_on_new_tokens():
-    """Only before it are trainer and sampler the same policy. A skipped update does not change it; carried tokens are of another."""
+    """Only before it are trainer and sampler the same policy.
+
+    A skipped update does not change it; carried tokens are of another.
+    """
     assert metrics(old_logprobs="sampler")["policy/sampler_gap_mean"] == pytest.approx(1.0 / 6)
-    assert metrics([SUMS[2], SUMS[1]], old_logprobs="sampler")["policy/sampler_gap_mean"] == pytest.approx(8.0 / 8)
+    assert metrics([SUMS[2], SUMS[1]], old_logprobs="sampler")[
+        "policy/sampler_gap_mean"
+    ] == pytest.approx(8.0 / 8)
     none_new = SUMS[0] | {"gap_tokens": 0.0, "sampler_gap": 0.0}
     assert "policy/sampler_gap_mean" not in metrics([none_new, SUMS[1]], old_logprobs="sampler")
 
@@ -157,8 +223,12 @@ def test_a_step_whose_updates_were_all_skipped_says_so_and_nothing_of_the_policy
 
 
 def test_a_mini_batch_holds_the_answers_that_got_a_verdict():
-    """Two of one group and one of another, alone there: its tokens count in the mean, and its advantage is 0."""
-    config = dataclasses.replace(Config(), dapo=DapoSection(responses_per_prompt=2, responses_per_update=4))
+    """Two of one group and one of another, alone there: its tokens count in the mean, and its
+    advantage is 0.
+    """
+    config = dataclasses.replace(
+        Config(), dapo=DapoSection(responses_per_prompt=2, responses_per_update=4)
+    )
     batch, _ = next(minibatches([CARRIED, group(6, [1], [4], [False], [0], gap=0)], config, 1))
     assert batch.weight[batch.target_mask].tolist() == [np.float32(1 / 8)] * 8
     assert (
@@ -174,7 +244,11 @@ def test_mini_batches_hide_the_samplers_log_probs_of_groups_of_earlier_steps():
         config = dataclasses.replace(Config(), dapo=algo)
         batch, _ = next(minibatches([CARRIED, DRAWN[0]], config, 1, 6))
         unknown = np.isnan(batch.behavior_logprobs)
-        assert unknown.sum() == hidden and not unknown[~batch.target_mask].any() and np.isfinite(batch.old_logprobs).all()
+        assert (
+            unknown.sum() == hidden
+            and not unknown[~batch.target_mask].any()
+            and np.isfinite(batch.old_logprobs).all()
+        )
 
 
 def test_surplus_groups_are_counted_and_not_wasted():
@@ -186,7 +260,15 @@ def test_surplus_groups_are_counted_and_not_wasted():
 
 def test_tokens_a_second():
     seconds = {"time/rollout_s": 4.0, "time/update_s": 2.0}
-    drew, nothing = {"rollout/tokens": 40}, {"rollout/tokens": 0}  # a step that lives on carried groups alone draws nothing
-    assert throughput(drew, PACKED, seconds) == {"throughput/rollout_tokens_per_s": 10, "throughput/train_tokens_per_s": 22}
-    assert throughput(drew, [], {"time/rollout_s": 0.0, "time/update_s": 0.1}) == {}  # resumed after all of it
+    drew, nothing = (
+        {"rollout/tokens": 40},
+        {"rollout/tokens": 0},
+    )  # a step that lives on carried groups alone draws nothing
+    assert throughput(drew, PACKED, seconds) == {
+        "throughput/rollout_tokens_per_s": 10,
+        "throughput/train_tokens_per_s": 22,
+    }
+    assert (
+        throughput(drew, [], {"time/rollout_s": 0.0, "time/update_s": 0.1}) == {}
+    )  # resumed after all of it
     assert throughput(nothing, PACKED, seconds) == {"throughput/train_tokens_per_s": 22}

@@ -1,4 +1,6 @@
-"""The study: what a ladder is, what it trains and what it does not train again, and the numbers of its table."""
+"""The study: what a ladder is, what it trains and what it does not train again, and the numbers of
+its table.
+"""
 
 import copy
 import json
@@ -10,7 +12,20 @@ import pytest
 import yaml
 
 from dapo_jax.config import ConfigError, config_from_dict, dump_yaml, flatten, to_dict
-from dapo_jax.study import Curves, as_markdown, at_tokens, budget, columns, draw, estimate, late, load_study, main, read_runs, steps_to
+from dapo_jax.study import (
+    Curves,
+    as_markdown,
+    at_tokens,
+    budget,
+    columns,
+    draw,
+    estimate,
+    late,
+    load_study,
+    main,
+    read_runs,
+    steps_to,
+)
 from dapo_jax.types import InputError
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "study_arithmetic_cpu.yaml"
@@ -18,7 +33,15 @@ TREE = {
     "base": {
         "model": {
             "architecture": {
-                **{"vocab_size": 258, "model_dim": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "ffn_dim": 16},
+                **{
+                    "vocab_size": 258,
+                    "model_dim": 16,
+                    "layers": 1,
+                    "heads": 2,
+                    "kv_heads": 2,
+                    "head_dim": 8,
+                    "ffn_dim": 16,
+                },
                 **{"max_position": 64},
             }
         },
@@ -35,7 +58,11 @@ TREE = {
     "target_accuracy": 0.5,
     "ladder": [
         {"name": "naive"},
-        {"name": "+ clip-higher", "set": {"dapo": {"clip_eps_high": 0.28}}, "watch": ["policy/entropy"]},
+        {
+            "name": "+ clip-higher",
+            "set": {"dapo": {"clip_eps_high": 0.28}},
+            "watch": ["policy/entropy"],
+        },
         {"name": "+ filter", "set": {"dapo": {"overlong_filtering": True}}},
     ],
 }
@@ -70,19 +97,27 @@ def test_a_row_replaces_data_sets_and_weights_whole(study):
         tree["ladder"][1]["set"]["data"] = {"train": ["b.jsonl"]}
 
     configs = [config_from_dict(row.tree) for row in study(change).rows]
-    assert [[one.path for one in c.data.train] for c in configs] == [["a.jsonl", "arithmetic"], ["b.jsonl"], ["b.jsonl"]]
+    assert [[one.path for one in c.data.train] for c in configs] == [
+        ["a.jsonl", "arithmetic"],
+        ["b.jsonl"],
+        ["b.jsonl"],
+    ]
     assert configs[1].data.template == "{prompt}="
 
 
 def test_the_shipped_ladder_is_that_of_the_paper():
-    """arXiv 2503.14476, table 1; each row differs from the one above in what it is named for and in nothing else; and a control."""
+    """arXiv 2503.14476, table 1; each row differs from the one above in what it is named for and in
+    nothing else; and a control.
+    """
     rows = load_study(str(SHIPPED)).rows
     *rows, control = rows
     alone = flatten(to_dict(config_from_dict(control.tree)))
     naive = flatten(to_dict(config_from_dict(rows[0].tree)))
     assert {k: alone[k] for k in alone if alone[k] != naive[k]} == {"dapo.dynamic_sampling": True}
     configs = [flatten(to_dict(config_from_dict(row.tree))) for row in rows]
-    changes = [{k: b[k] for k in b if a[k] != b[k]} for a, b in zip(configs, configs[1:], strict=False)]
+    changes = [
+        {k: b[k] for k in b if a[k] != b[k]} for a, b in zip(configs, configs[1:], strict=False)
+    ]
     assert changes == [
         {"dapo.overlong_filtering": True},
         {"dapo.clip_eps_high": 0.28},
@@ -91,8 +126,14 @@ def test_the_shipped_ladder_is_that_of_the_paper():
         {"dapo.dynamic_sampling": True},
     ]
     first = configs[0]
-    assert first["dapo.clip_eps_low"] == first["dapo.clip_eps_high"] == 0.2 and not first["reward.overlong_penalty"]
-    assert first["dapo.loss_normalizer"] == "seq-mean-token-mean" and not first["dapo.dynamic_sampling"]
+    assert (
+        first["dapo.clip_eps_low"] == first["dapo.clip_eps_high"] == 0.2
+        and not first["reward.overlong_penalty"]
+    )
+    assert (
+        first["dapo.loss_normalizer"] == "seq-mean-token-mean"
+        and not first["dapo.dynamic_sampling"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +184,15 @@ def write_run(folder: Path, accuracies, tokens=100):
     folder.mkdir(parents=True, exist_ok=True)
     lines = [{"step": 0, "updates": 0, "draws": 0, "eval/heldout/avg": accuracies[0]}]
     for step in range(1, 5):
-        lines.append({"step": step, "updates": step, "draws": step, "rollout/tokens": tokens, "policy/entropy": 1.0 / step})
+        lines.append(
+            {
+                "step": step,
+                "updates": step,
+                "draws": step,
+                "rollout/tokens": tokens,
+                "policy/entropy": 1.0 / step,
+            }
+        )
         if step % 2 == 0:
             lines[-1]["eval/heldout/avg"] = accuracies[step // 2]
     for line in lines:
@@ -154,7 +203,10 @@ def write_run(folder: Path, accuracies, tokens=100):
 
 @pytest.fixture
 def start(study, tmp_path, monkeypatch):
-    """Starts the study with a change; returns what it trains. `train` and `supervised` leave what the real ones would."""
+    """Starts the study with a change; returns what it trains.
+
+    `train` and `supervised` leave what the real ones would.
+    """
     trained = []
 
     def train(config, folder, *, quiet):
@@ -174,7 +226,10 @@ def start(study, tmp_path, monkeypatch):
     def start(change=lambda tree: None, *flags):
         study(change)
         trained.clear()
-        assert main(["--config", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), *flags]) == 0
+        assert (
+            main(["--config", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), *flags])
+            == 0
+        )
         return list(trained)
 
     return start
@@ -197,11 +252,17 @@ ROWS = ("0_naive", "1_clip_higher", "2_filter")
 
 def test_every_row_starts_from_its_seeds_warm_up_and_nothing_is_done_twice(start, tmp_path):
     out = tmp_path / "out"
-    assert start() == [path for seed in (3, 5) for path in (f"warm/.{seed}.part", *(f"runs/{row}/{seed}" for row in ROWS))]
+    assert start() == [
+        path
+        for seed in (3, 5)
+        for path in (f"warm/.{seed}.part", *(f"runs/{row}/{seed}" for row in ROWS))
+    ]
     assert sorted(path.name for path in (out / "warm").iterdir()) == ["3", "3.yaml", "5", "5.yaml"]
     assert start() == []
     lines = (out / "runs" / ROWS[1] / "5" / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (out / "runs" / ROWS[1] / "5" / "metrics.jsonl").write_text("".join(lines[:-1]))  # as if interrupted before its last step
+    (out / "runs" / ROWS[1] / "5" / "metrics.jsonl").write_text(
+        "".join(lines[:-1])
+    )  # as if interrupted before its last step
     assert start() == [f"runs/{ROWS[1]}/5"]
 
 
@@ -209,10 +270,26 @@ def test_every_row_starts_from_its_seeds_warm_up_and_nothing_is_done_twice(start
 @pytest.mark.parametrize(
     "change, file, said",
     [
-        (put("base", "optim", "learning_rate", 0.5), "runs/0_naive/3/config", "optim.learning_rate: was 1e-06 .*, and is 0.5 in the study"),
-        (put("ladder", 1, "set", "dapo", "clip_eps_high", 0.3), "runs/1_clip_higher/3/config", "dapo.clip_eps_high: was 0.28 .* is 0.3 in"),
-        (put("base", "eval", "temperature", 0.5), "runs/0_naive/3/config", "eval.temperature: was 1.0 .* is 0.5 in the study"),
-        (put("warm_up", "supervised", "updates", 7), "warm/3", "supervised.updates: was 1 .* is 7 in the study"),
+        (
+            put("base", "optim", "learning_rate", 0.5),
+            "runs/0_naive/3/config",
+            "optim.learning_rate: was 1e-06 .*, and is 0.5 in the study",
+        ),
+        (
+            put("ladder", 1, "set", "dapo", "clip_eps_high", 0.3),
+            "runs/1_clip_higher/3/config",
+            "dapo.clip_eps_high: was 0.28 .* is 0.3 in",
+        ),
+        (
+            put("base", "eval", "temperature", 0.5),
+            "runs/0_naive/3/config",
+            "eval.temperature: was 1.0 .* is 0.5 in the study",
+        ),
+        (
+            put("warm_up", "supervised", "updates", 7),
+            "warm/3",
+            "supervised.updates: was 1 .* is 7 in the study",
+        ),
     ],
 )
 def test_runs_of_another_config_are_refused(start, tmp_path, change, file, said, flags):
@@ -227,28 +304,45 @@ def test_runs_of_another_config_are_refused(start, tmp_path, change, file, said,
 def test_a_study_may_grow_and_what_makes_no_result_may_change(start):
     start()
     added = {"name": "+ last", "set": {"dapo": {"dual_clip": 3}}}
-    assert start(put("base", "reward", "workers", 1)) == start(put("target_accuracy", 0.1)) == start(put("ladder", 2, "watch", [])) == []
-    assert start(lambda tree: tree["ladder"].append(added)) == [f"runs/3_last/{seed}" for seed in (3, 5)]
+    assert (
+        start(put("base", "reward", "workers", 1))
+        == start(put("target_accuracy", 0.1))
+        == start(put("ladder", 2, "watch", []))
+        == []
+    )
+    assert start(lambda tree: tree["ladder"].append(added)) == [
+        f"runs/3_last/{seed}" for seed in (3, 5)
+    ]
     assert start(put("seeds", [3, 5, 6])) == ["warm/.6.part", *(f"runs/{row}/6" for row in ROWS)]
-    renamed = put("ladder", 2, {"name": "+ punishment", "set": {"reward": {"overlong_penalty": False}}})
+    renamed = put(
+        "ladder", 2, {"name": "+ punishment", "set": {"reward": {"overlong_penalty": False}}}
+    )
     assert start(renamed, "--seeds", "3") == ["runs/2_punishment/3"]
 
 
 def test_longer_runs_resume(start):
     start()
-    with pytest.raises(InputError, match="holds no complete run"):  # those of four steps are not the table's
+    with pytest.raises(
+        InputError, match="holds no complete run"
+    ):  # those of four steps are not the table's
         start(put("base", "train", "steps", 6))
     assert start(put("base", "train", "steps", 4)) == []
 
 
-@pytest.mark.parametrize("folder", ["gs://bucket/models/tiny", "some-lab/Tiny-0.1B@main", "models/tiny"])
+@pytest.mark.parametrize(
+    "folder", ["gs://bucket/models/tiny", "some-lab/Tiny-0.1B@main", "models/tiny"]
+)
 def test_rows_of_a_pretrained_model_need_no_warm_up(study, monkeypatch, tmp_path, folder):
     def change(tree):
         tree["base"]["model"] = {"folder": folder}
         del tree["warm_up"]
 
     def train(config, run_dir, *, quiet):
-        assert (config.model.folder, config.model.architecture, config.seed) == (folder, None, int(run_dir.name))
+        assert (config.model.folder, config.model.architecture, config.seed) == (
+            folder,
+            None,
+            int(run_dir.name),
+        )
         write_run(run_dir, [0.1, 0.2, 0.3])
 
     monkeypatch.setattr("dapo_jax.study.train", train)
@@ -268,18 +362,32 @@ def curve(accuracies, tokens=(10, 20, 40, 80), every=2, **metrics):
         "response_len_mean": np.full(len(accuracies), 9.0),
         "truncated_fraction": np.zeros(len(accuracies)),
     }
-    return Curves({k: np.array(v, float) for k, v in metrics.items()}, np.array(tokens), eval_steps, along, evals)
+    return Curves(
+        {k: np.array(v, float) for k, v in metrics.items()},
+        np.array(tokens),
+        eval_steps,
+        along,
+        evals,
+    )
 
 
 def test_accuracy_at_equal_tokens_lies_between_evaluations():
     run = curve([0.2, 0.4, 0.8])  # after 0, 20 and 80 tokens
-    assert at_tokens(run, 20) == 0.4 and at_tokens(run, 50) == pytest.approx(0.6) and at_tokens(run, 80) == 0.8
+    assert (
+        at_tokens(run, 20) == 0.4
+        and at_tokens(run, 50) == pytest.approx(0.6)
+        and at_tokens(run, 80) == 0.8
+    )
     assert budget([{0: run}, {0: curve([0, 0, 0], (1, 2, 3, 5))}]) == 5
 
 
 def test_steps_to_a_target():
     run = curve([0.2, 0.4, 0.8])
-    assert steps_to(run, 0.4) == 2 and steps_to(run, 0.5) == pytest.approx(2.5) and steps_to(run, 0.1) == 0
+    assert (
+        steps_to(run, 0.4) == 2
+        and steps_to(run, 0.5) == pytest.approx(2.5)
+        and steps_to(run, 0.1) == 0
+    )
     assert math.isnan(steps_to(run, 0.9))
     assert steps_to(curve([0.5, 0.4, 0.8]), 0.6) == pytest.approx(3)  # a fall before the rise
 
@@ -293,7 +401,9 @@ def test_late_values_and_estimates():
 
 def test_late_means_are_over_steps_that_have_the_metric():
     run = curve([0, 0], **{"policy/upclipped_prob_mean": [0.9, 0.9, 0.9, math.nan]})
-    assert math.isnan(late(run, "policy/upclipped_prob_mean")) and math.isnan(late(run, "policy/entropy"))
+    assert math.isnan(late(run, "policy/upclipped_prob_mean")) and math.isnan(
+        late(run, "policy/entropy")
+    )
     run = curve([0, 0], tokens=range(10), **{"policy/upclipped_prob_mean": [math.nan] * 9 + [0.4]})
     assert late(run, "policy/upclipped_prob_mean") == pytest.approx(0.4)
 
@@ -310,7 +420,10 @@ def test_gains_are_paired_by_seed(study):
     assert gain[1].mean == pytest.approx(0.1) and gain[1].error == pytest.approx(0, abs=1e-12)
     assert gain[2] == (pytest.approx(0.2), pytest.approx(math.nan, nan_ok=True), 1)
     text = as_markdown(study(), rows)
-    assert "| naive | 50.0 ± 10.0 | - |" in text and "| + clip-higher | 60.0 ± 10.0 | 10.0 ± 0.0 |" in text
+    assert (
+        "| naive | 50.0 ± 10.0 | - |" in text
+        and "| + clip-higher | 60.0 ± 10.0 | 10.0 ± 0.0 |" in text
+    )
     assert "3 (1 of 2)" in text  # seed 5 of the first row reaches 0.5 at step 3.33, seed 3 never
 
 
@@ -321,28 +434,52 @@ def test_table_and_figure_of_complete_runs(study, tmp_path, capsys):
     loaded, out = study(), tmp_path / "out"
     for n, row in enumerate(loaded.rows):
         for seed in loaded.seeds:
-            write_run(out / "runs" / row.key / str(seed), [0.1, 0.2 + 0.1 * n, 0.3 + 0.1 * n], tokens=100 + 100 * n)
+            write_run(
+                out / "runs" / row.key / str(seed),
+                [0.1, 0.2 + 0.1 * n, 0.3 + 0.1 * n],
+                tokens=100 + 100 * n,
+            )
     assert main(["--config", str(tmp_path / "study.yaml"), "--out", str(out), "--summary"]) == 0
     rows = read_runs(loaded, out)
     assert budget(rows) == 400 and [sorted(row) for row in rows] == [[3, 5]] * 3
     last = columns(loaded, rows, 2)
-    assert last[0] == (pytest.approx(0.5), 0.0, 2) and last[2].mean == pytest.approx(0.1 + 0.3 * 400 / 600)
+    assert last[0] == (pytest.approx(0.5), 0.0, 2) and last[2].mean == pytest.approx(
+        0.1 + 0.3 * 400 / 600
+    )
     assert (out / "table.md").read_text() == as_markdown(loaded, rows) in capsys.readouterr().out
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_figure_takes_runs_that_were_made_longer_and_many_rows(study):
     def change(tree):
-        tree["ladder"] = [{"name": f"row {n}", "watch": ["policy/entropy"] if n == 9 else []} for n in range(10)]
+        tree["ladder"] = [
+            {"name": f"row {n}", "watch": ["policy/entropy"] if n == 9 else []} for n in range(10)
+        ]
 
     metrics = {"policy/entropy": [1, math.nan, 3, 4]}
-    longer, new = curve([0.1, 0.2, 0.4], tokens=range(1, 5), **metrics), curve([0.1, 0.3], tokens=range(1, 5), every=4, **metrics)
-    assert draw(study(change), [{3: longer, 5: new}] * 10).startswith(b"\x89PNG")  # the first was evaluated in step 2 too
+    longer, new = (
+        curve([0.1, 0.2, 0.4], tokens=range(1, 5), **metrics),
+        curve([0.1, 0.3], tokens=range(1, 5), every=4, **metrics),
+    )
+    assert draw(study(change), [{3: longer, 5: new}] * 10).startswith(
+        b"\x89PNG"
+    )  # the first was evaluated in step 2 too
 
 
 def test_nothing_complete_yet(study, tmp_path):
     study()
     with pytest.raises(InputError, match="holds no complete run"):
-        main(["--config", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), "--summary"])
+        main(
+            ["--config", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), "--summary"]
+        )
     with pytest.raises(InputError, match=r"--seeds: \[4\] are not among"):
-        main(["--config", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), "--seeds", "4"])
+        main(
+            [
+                "--config",
+                str(tmp_path / "study.yaml"),
+                "--out",
+                str(tmp_path / "out"),
+                "--seeds",
+                "4",
+            ]
+        )

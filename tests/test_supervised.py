@@ -1,4 +1,7 @@
-"""Supervised warm-up: what is waited for, and when it gives up. The update is a stand-in that notes what is asked of it."""
+"""Supervised warm-up: what is waited for, and when it gives up.
+
+The update is a stand-in that notes what is asked of it.
+"""
 
 import jax
 import numpy as np
@@ -7,12 +10,15 @@ import pytest
 from dapo_jax import supervised
 from dapo_jax.config import MeshSection, config_from_dict
 from dapo_jax.dapo.packing import TrainItem
-from dapo_jax.policy import Policy
 from dapo_jax.runtime.mesh import make_mesh
+from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError
 
 ZEROS = np.zeros(3, np.float32)
-ITEMS = [TrainItem(np.arange(4, dtype=np.int32), np.arange(3, dtype=np.int32), ZEROS, ZEROS, 0.0, 0.0) for _ in range(5)]
+ITEMS = [
+    TrainItem(np.arange(4, dtype=np.int32), np.arange(3, dtype=np.int32), ZEROS, ZEROS, 0.0, 0.0)
+    for _ in range(5)
+]
 
 
 class OnDevice:
@@ -44,7 +50,9 @@ def warm_up(monkeypatch):
             return number, {"skipped": OnDevice(skips[state], wait), "loss": OnDevice(1, wait)}
 
         monkeypatch.setattr(supervised, "supervised_programs", lambda *args: (None, update))
-        monkeypatch.setattr(supervised, "put_rows", lambda batch, mesh, axis: happened.append("rows"))
+        monkeypatch.setattr(
+            supervised, "put_rows", lambda batch, mesh, axis: happened.append("rows")
+        )
         changes = {
             "model": {"architecture": {}},
             "eval": {"every": 0},
@@ -53,8 +61,13 @@ def warm_up(monkeypatch):
             "train": {"rows_per_microbatch": 1},
         }
         config = config_from_dict(changes)
-        policy, mesh = Policy(config.model.architecture, None, ()), make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
-        for updates, in_a_row, state in supervised.warm_up(config, policy, done, ITEMS, mesh, print, done, skipped):
+        policy, mesh = (
+            Policy(config.model.architecture, None, ()),
+            make_mesh(MeshSection(1, 1, 1), jax.devices()[:1]),
+        )
+        for updates, in_a_row, state in supervised.warm_up(
+            config, policy, done, ITEMS, mesh, print, done, skipped
+        ):
             assert updates == state
             happened.append(f"{in_a_row} skipped")
         return happened
@@ -64,7 +77,11 @@ def warm_up(monkeypatch):
 
 def test_an_update_has_ended_before_the_place_where_a_run_may_be_left(warm_up):
     """One update is under way at a time, and the next one's rows are made meanwhile."""
-    first, second, third = (["update 1", "rows", "end 1"], ["update 2", "rows", "end 2"], ["update 3", "end 3"])
+    first, second, third = (
+        ["update 1", "rows", "end 1"],
+        ["update 2", "rows", "end 2"],
+        ["update 3", "end 3"],
+    )
     none = ["0 skipped"]
     assert warm_up([0, 0, 0]) == ["rows", *first, *none, *second, *none, *third, *none]
 
@@ -73,9 +90,12 @@ def test_skipped_updates_in_a_row_end_a_warm_up(warm_up):
     counts = [line for line in warm_up([1, 1, 0, 1, 0, 1, 1]) if "skipped" in line]
     assert counts == [f"{n} skipped" for n in (1, 2, 0, 1, 0, 1, 2)]
     with pytest.raises(
-        InputError, match="^warm-up update 5: 3 updates in a row had a loss or gradient that is not finite and were skipped; "
+        InputError,
+        match="^warm-up update 5: 3 updates in a row had a loss or gradient that is not finite and were skipped; ",
     ):
         warm_up([1, 0, 1, 1, 1, 0])
-    with pytest.raises(InputError, match="^warm-up update 2: 3 updates in a row"):  # the last of all, too
+    with pytest.raises(
+        InputError, match="^warm-up update 2: 3 updates in a row"
+    ):  # the last of all, too
         warm_up([0, 1], done=1, skipped=2)
     assert warm_up([0, 1], done=1, skipped=1)[-1] == "2 skipped"

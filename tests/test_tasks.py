@@ -1,4 +1,6 @@
-"""Tasks of one's own in one Python file: what is read of it, who runs it, and what is said of a bad one."""
+"""Tasks of one's own in one Python file: what is read of it, who runs it, and what is said of a bad
+one.
+"""
 
 import importlib.util
 import json
@@ -40,7 +42,9 @@ def here(tmp_path, monkeypatch):
 
 def load(here, text="task: my.py\nreward: {allowed_modules: [my.py]}\n", overrides=()):
     """The config of a tiny model that names a task, with no reward section or template of its own."""
-    own = "".join(line + "\n" for line in CONFIG.splitlines() if not line.startswith(("reward:", "data:")))
+    own = "".join(
+        line + "\n" for line in CONFIG.splitlines() if not line.startswith(("reward:", "data:"))
+    )
     (here / "c.yaml").write_text(own.replace("max_position: 64", "max_position: 4096") + text)
     return load_config("c.yaml", ["reward.overlong_buffer_len=10", *overrides])
 
@@ -97,7 +101,9 @@ def test_the_problems_of_the_second_example(capsys):
     function_of("format_and_answer").write_problems(200, careless=0.5)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     judge = function_of("format_and_answer").reward
-    scores = [judge(Problem("p", row["prompt"], row["answer"]), row["solution"], 9)[1] for row in rows]
+    scores = [
+        judge(Problem("p", row["prompt"], row["answer"]), row["solution"], 9)[1] for row in rows
+    ]
     assert len(rows) == 200 and {-1.5, -0.5, 0.5, 1.5} == set(scores)
     assert 0.4 < sum(s in (-0.5, 1.5) for s in scores) / 200 < 0.6  # in form
 
@@ -137,8 +143,14 @@ def test_a_resolved_config_needs_the_file_no_more(here):
 
 NEEDS = 'needs TEMPLATE = "... {prompt} ...": one text in quotes with {prompt} exactly once'
 BAD_FILES = {
-    "missing": (None, "c.yaml: task: my.py: cannot read task (No such file or directory); give the path of a Python file"),
-    "syntax error": ("x = 1\ndef reward(:\n", "c.yaml: task: my.py:2: not valid Python (invalid syntax); correct the file"),
+    "missing": (
+        None,
+        "c.yaml: task: my.py: cannot read task (No such file or directory); give the path of a Python file",
+    ),
+    "syntax error": (
+        "x = 1\ndef reward(:\n",
+        "c.yaml: task: my.py:2: not valid Python (invalid syntax); correct the file",
+    ),
     "NUL": ("TEMPLATE = '\0'", "(source code string cannot contain null bytes); correct the file"),
     "nested": ("TEMPLATE = " + "(" * 5000 + ")" * 5000, "c.yaml: task: my.py"),
     "not UTF-8": (b"\xff\xfe", "c.yaml: task: my.py: not UTF-8 text"),
@@ -159,15 +171,28 @@ def test_a_bad_file_is_one_line(here, case):
         (here / "my.py").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError) as error:
         load(here)
-    assert expected in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert (
+        expected in str(error.value)
+        and "\n" not in str(error.value)
+        and len(str(error.value)) < 400
+    )
 
 
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("task: my.py\n", "reward.function: file 'my.py' is not in reward.allowed_modules; add it if you trust it"),
-        ("task: my.py\nreward: {allowed_modules: [./my.py]}\n", "file 'my.py' is not in reward.allowed_modules"),
-        ("task: my\nreward: {allowed_modules: [my]}\n", "task: expected a Python file, name.py, got my"),
+        (
+            "task: my.py\n",
+            "reward.function: file 'my.py' is not in reward.allowed_modules; add it if you trust it",
+        ),
+        (
+            "task: my.py\nreward: {allowed_modules: [./my.py]}\n",
+            "file 'my.py' is not in reward.allowed_modules",
+        ),
+        (
+            "task: my\nreward: {allowed_modules: [my]}\n",
+            "task: expected a Python file, name.py, got my",
+        ),
         ("task: [my.py]\n", "task: expected text, got ['my.py']"),
         ("data: 3\ntask: my.py\n", "data: expected a mapping"),
         (
@@ -187,7 +212,9 @@ def test_a_task_that_is_not_allowed_or_no_file(here, text, expected):
 
 
 def section(path="my.py", **changes):
-    return RewardSection(verifier="custom", function=f"{path}:reward", allowed_modules=(path,), workers=1, **changes)
+    return RewardSection(
+        verifier="custom", function=f"{path}:reward", allowed_modules=(path,), workers=1, **changes
+    )
 
 
 def item(text):
@@ -197,14 +224,23 @@ def item(text):
 @pytest.mark.parametrize(
     "content, expected",
     [
-        (None, "reward.function: my.py: cannot read reward (No such file or directory); give the path of a Python file"),
+        (
+            None,
+            "reward.function: my.py: cannot read reward (No such file or directory); give the path of a Python file",
+        ),
         (
             "def reward(:",
             "reward.function: cannot import 'my.py' (SyntaxError: invalid syntax (my.py, line 1)); correct the name, or mend the file",
         ),
         ("1 / 0", "cannot import 'my.py' (ZeroDivisionError: division by zero)"),
-        ("TEMPLATE = '{prompt}'", "reward.function: file 'my.py' has no 'reward'; correct the name"),
-        ("reward = 3", "reward.function: 'my.py:reward' is a int; name a function(problem, text, length)"),
+        (
+            "TEMPLATE = '{prompt}'",
+            "reward.function: file 'my.py' has no 'reward'; correct the name",
+        ),
+        (
+            "reward = 3",
+            "reward.function: 'my.py:reward' is a int; name a function(problem, text, length)",
+        ),
     ],
 )
 def test_a_file_without_a_function_is_one_line(here, content, expected):
@@ -235,7 +271,9 @@ def test_workers_run_the_text_that_was_read_whatever_the_file_holds_since(here):
     with RewardPool(section()) as pool:
         assert pool.judge([item("42"), item("41")]) == [Verdict(True, 3.0), Verdict(False, 3.0)]
         (here / "my.py").write_text("raise RuntimeError('edited')")
-        first, second, third = pool.judge([item("hm"), item("exit"), item("42")])  # the last one by another worker
+        first, second, third = pool.judge(
+            [item("hm"), item("exit"), item("42")]
+        )  # the last one by another worker
     assert first.error == "ValueError: the reward function must return (correct, score), not str"
     assert second.error == "worker exited with status 3"
     assert third == Verdict(True, 3.0)
@@ -253,8 +291,13 @@ def test_a_file_larger_than_a_sockets_buffer(here):
 @pytest.fixture
 def config(here):
     (here / "my.py").write_text(TASK)
-    own = CONFIG.replace('function: "reward_functions:even_sum", allowed_modules: [reward_functions]', "allowed_modules: [my.py]")
-    own = own.replace('template: "{prompt}=", max_prompt_len: 16', "max_prompt_len: 24").replace("verifier: custom, ", "")
+    own = CONFIG.replace(
+        'function: "reward_functions:even_sum", allowed_modules: [reward_functions]',
+        "allowed_modules: [my.py]",
+    )
+    own = own.replace('template: "{prompt}=", max_prompt_len: 16', "max_prompt_len: 24").replace(
+        "verifier: custom, ", ""
+    )
     (here / "tiny.yaml").write_text(own + "task: my.py\n")
     return here / "tiny.yaml"
 
@@ -268,16 +311,23 @@ def test_a_run_goes_on_with_the_task_it_was_started_with(config, here, capfd):
     (here / "my.py").write_text(original + "# another\n")
     assert run_train(config, run) == 2
     said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1 and f"reward.function: my.py:reward is not what {run} was started with" in said[0]
+    assert (
+        len(said) == 1
+        and f"reward.function: my.py:reward is not what {run} was started with" in said[0]
+    )
     assert "restore the file, or set reward.allow_change" in said[0]
     assert (run / "reward_function.py").read_text() == original
 
     allowed = load_config(config, ["reward.allow_change=true"])
     train.refuse_other_run(allowed, run, original + "# another\n")
-    assert train.function_changed(original + "# another\n", run) and not train.function_changed(original, run)
+    assert train.function_changed(original + "# another\n", run) and not train.function_changed(
+        original, run
+    )
     train.write_config(allowed, run, original + "# another\n")
     assert (run / "reward_function.py").read_text() == original + "# another\n"
-    train.refuse_other_run(load_config(config), run, original + "# another\n")  # what it goes on with from now on
+    train.refuse_other_run(
+        load_config(config), run, original + "# another\n"
+    )  # what it goes on with from now on
 
     (here / "my.py").write_text(original.replace("Work out", "Find"))
     assert run_train(config, run, "reward.allow_change=true") == 2  # prompts are not the reward's
@@ -296,4 +346,6 @@ def test_processes_must_have_the_same_file(config, here, monkeypatch):
         (here / "my.py").write_text(TASK + ending)
         assert run_train(config, here / "run") == 2
     one, other = found
-    assert {key for key in one if one[key] != other[key]} == {"the reward function"} and one["the reward function"] == TASK
+    assert {key for key in one if one[key] != other[key]} == {"the reward function"} and one[
+        "the reward function"
+    ] == TASK

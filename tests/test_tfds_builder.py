@@ -21,7 +21,10 @@ from dapo_jax.types import InputError, Message
 ROWS = [
     {"prompt": "1+1\n", "answer": 2, "solution": "1+1=2", "id": "own"},
     {"prompt": "\u00e9 \U0001f600 \0 {", "answer": "x"},
-    {"prompt": [{"role": "system", "content": ""}, {"role": "user", "content": "hi \u00e9"}], "reward_model": {"ground_truth": "-3"}},
+    {
+        "prompt": [{"role": "system", "content": ""}, {"role": "user", "content": "hi \u00e9"}],
+        "reward_model": {"ground_truth": "-3"},
+    },
     {"prompt": "1+1\n", "answer": 2},
     {"prompt": "conflict", "answer": 1},
     {"prompt": "conflict", "answer": 2},
@@ -46,7 +49,9 @@ def prepared(source, tmp_path_factory):
 
 def run_python(code):
     root = Path(dapo_jax.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -81,7 +86,9 @@ def test_batches_of_records(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds_builder, "_BATCH", 7)
     rows = [{"prompt": f"p{i}", "answer": i} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    loaded, report = read_problems(str(prepare(str(tmp_path / "rows.jsonl"), str(tmp_path / "out"))))
+    loaded, report = read_problems(
+        str(prepare(str(tmp_path / "rows.jsonl"), str(tmp_path / "out")))
+    )
     assert [p.prompt for p in loaded] == [f"p{i}" for i in range(40)] and report.rows == 40
 
 
@@ -121,7 +128,9 @@ def test_preparing_below_a_file_is_refused(source, tmp_path):
 
 
 def test_preparing_an_unusable_source(tmp_path):
-    assert "no such file" in error_of(prepare, str(tmp_path / "missing.parquet"), str(tmp_path / "out"))
+    assert "no such file" in error_of(
+        prepare, str(tmp_path / "missing.parquet"), str(tmp_path / "out")
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -135,7 +144,9 @@ def prepare_other(folder, features, splits):
         VERSION = tfds.core.Version("2.1.0")
 
         def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            )
 
         def _split_generators(self, dl_manager):
             return {name: iter(list(enumerate(records))) for name, records in splits.items()}
@@ -144,12 +155,19 @@ def prepare_other(folder, features, splits):
             raise NotImplementedError
 
     builder = Other(data_dir=folder, file_format="array_record")
-    builder.download_and_prepare(download_dir=folder / "downloads", download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    builder.download_and_prepare(
+        download_dir=folder / "downloads",
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+    )
     return str(builder.data_dir)
 
 
 def test_numeric_answers_and_undecodable_text(tmp_path):
-    features = {"prompt": tfds.features.Text(), "answer": np.int64, "note": tfds.features.Sequence(np.float32)}
+    features = {
+        "prompt": tfds.features.Text(),
+        "answer": np.int64,
+        "note": tfds.features.Sequence(np.float32),
+    }
     records = [
         {"prompt": "a", "answer": 5, "note": [0.5]},
         {"prompt": b"\xff", "answer": 6, "note": []},
@@ -170,7 +188,10 @@ def test_dapo_schema(tmp_path):
     }
     records = [
         {
-            "prompt": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "go on"}],
+            "prompt": [
+                {"role": "user", "content": f"q{i}"},
+                {"role": "assistant", "content": "go on"},
+            ],
             "reward_model": {"ground_truth": str(i), "style": "rule"},
             "extra_info": {"index": f"index{i}"},
         }
@@ -178,7 +199,8 @@ def test_dapo_schema(tmp_path):
     ]
     loaded, _ = read_problems(prepare_other(tmp_path, features, {"train": records}))
     assert [(p.id, p.prompt, p.answer) for p in loaded] == [
-        (f"index{i}", (Message("user", f"q{i}"), Message("assistant", "go on")), str(i)) for i in range(3)
+        (f"index{i}", (Message("user", f"q{i}"), Message("assistant", "go on")), str(i))
+        for i in range(3)
     ]
 
 
@@ -186,14 +208,18 @@ def test_splits(tmp_path):
     text = tfds.features.Text()
     records = {name: [{"prompt": name, "answer": "1"}] for name in ("train", "test", "other")}
     folder = prepare_other(tmp_path / "three", {"prompt": text, "answer": text}, records)
-    assert [load_problems(folder, ArithmeticConfig(), heldout=h)[0][0].prompt for h in (False, True)] == ["train", "test"]
+    assert [
+        load_problems(folder, ArithmeticConfig(), heldout=h)[0][0].prompt for h in (False, True)
+    ] == ["train", "test"]
     del records["train"]
     folder = prepare_other(tmp_path / "two", {"prompt": text, "answer": text}, records)
     assert "none of the splits train" in error_of(read_problems, folder)
 
 
 def test_no_usable_record(tmp_path):
-    folder = prepare_other(tmp_path, {"image_name": tfds.features.Text()}, {"train": [{"image_name": "a"}]})
+    folder = prepare_other(
+        tmp_path, {"image_name": tfds.features.Text()}, {"train": [{"image_name": "a"}]}
+    )
     assert "1 skipped: no prompt (row 1: columns image_name)" in error_of(read_problems, folder)
 
 
@@ -263,7 +289,9 @@ def test_damaged_folders(prepared, tmp_path, how):
 
 def test_records_that_read_as_empty_are_not_taken_for_rows_without_a_prompt(tmp_path):
     features = {"prompt": tfds.features.Text(), "answer": tfds.features.Text()}
-    folder = prepare_other(tmp_path, features, {"train": [{"prompt": str(i), "answer": "1"} for i in range(5)]})
+    folder = prepare_other(
+        tmp_path, features, {"train": [{"prompt": str(i), "answer": "1"} for i in range(5)]}
+    )
     damage(Path(folder), "half the records")
     assert "empty record 1" in error_of(read_problems, folder)
 

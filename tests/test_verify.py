@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapo_jax.reward.verify import check_verdict, extract_answer, lenient_verify, load_function, normalize_answer, strict_verify
+from dapo_jax.reward.verify import (
+    check_verdict,
+    extract_answer,
+    lenient_verify,
+    load_function,
+    normalize_answer,
+    strict_verify,
+)
 from dapo_jax.types import InputError, Problem, Verdict, canonical_answer
 
 RIGHT = [
@@ -65,7 +72,22 @@ def test_strict_refuses(response):
         ("0101", "101"),
         ('["34"]', "34"),
         (' [ "025" ] ', "25"),
-        *((same, same) for same in ("0", "0.5", "000.5", "0x1", "007 km", "1,024", "[34]", '["1", "2"]', '[["3"]]', '["3"', "")),
+        *(
+            (same, same)
+            for same in (
+                "0",
+                "0.5",
+                "000.5",
+                "0x1",
+                "007 km",
+                "1,024",
+                "[34]",
+                '["1", "2"]',
+                '[["3"]]',
+                '["3"',
+                "",
+            )
+        ),
         ('["' * 100_000, '["' * 100_000),
         ("0" * 2**20 + "x", "0" * 2**20 + "x"),
     ],
@@ -74,9 +96,15 @@ def test_canonical_answer(gold, canonical):
     assert canonical_answer(gold) == canonical
 
 
-@pytest.mark.parametrize(("response", "gold"), [("So.\nAnswer: 25", "025"), ("So.\nAnswer: $73$", "073"), ("Answer: 34", '["34"]')])
+@pytest.mark.parametrize(
+    ("response", "gold"),
+    [("So.\nAnswer: 25", "025"), ("So.\nAnswer: $73$", "073"), ("Answer: 34", '["34"]')],
+)
 def test_verifiers_read_the_ground_truth_in_canonical_form(response, gold):
-    """As AIME 2024 (`025`) and Skywork-OR1 (`["34"]`) have it. The rule for responses stays: `Answer: 042` is not 42."""
+    """As AIME 2024 (`025`) and Skywork-OR1 (`["34"]`) have it.
+
+    The rule for responses stays: `Answer: 042` is not 42.
+    """
     assert strict_verify(response, gold) is True
     assert lenient_verify(response, gold) is True
 
@@ -134,7 +162,14 @@ def test_strict_never_raises(response, truth):
     assert isinstance(normalize_answer(truth), str)
 
 
-PIECES = ["Answer:", *r"\boxed{ \text{ \frac \sqrt { } $ \$ = , . 1 42 a \ \circ ^".split(), " ", "\n", "\r", "\ud800"]
+PIECES = [
+    "Answer:",
+    *r"\boxed{ \text{ \frac \sqrt { } $ \$ = , . 1 42 a \ \circ ^".split(),
+    " ",
+    "\n",
+    "\r",
+    "\ud800",
+]
 TEX = st.lists(st.sampled_from(PIECES)).map("".join)
 
 
@@ -144,7 +179,21 @@ def test_strict_never_raises_on_broken_tex(response, truth):
     assert isinstance(extract_answer(response), str | None)
 
 
-HOSTILE = ["a ", "=", "$", r"\text{", r"\boxed{", "frac", "Answer:", "Answer ", "Answer:\n", "9", "{", "\ud800", "\0"]
+HOSTILE = [
+    "a ",
+    "=",
+    "$",
+    r"\text{",
+    r"\boxed{",
+    "frac",
+    "Answer:",
+    "Answer ",
+    "Answer:\n",
+    "9",
+    "{",
+    "\ud800",
+    "\0",
+]
 
 
 @pytest.mark.parametrize("unit", HOSTILE)
@@ -221,7 +270,10 @@ def test_lenient_refuses(response, truth):
         ("Answer: Monday.", "Monday"),
         ("Answer: 5 km, 6 km", "5 km, 6 km"),
         # lists, with and without dollars
-        *((form.format("3,2,1"), "1,2,3") for form in ("Answer: {}", "Answer: ${}$", "\\boxed{{{}}}", "${}$", "{}")),
+        *(
+            (form.format("3,2,1"), "1,2,3")
+            for form in ("Answer: {}", "Answer: ${}$", "\\boxed{{{}}}", "${}$", "{}")
+        ),
         ("Answer: 48 and 384", "$48$, $384$"),
         ("Answer: x=1 or x=-2", "x=1, x=-2"),
         (r"Answer: $12\text{ and }13$", "12, 13"),
@@ -281,31 +333,55 @@ def test_lenient_accepts_no_part_and_no_other_value(response, truth):
     assert lenient_verify(response, truth) is False
 
 
-# The rows of math-verify's own table that `lenient` judges otherwise: the first 40 characters of gold and
-# prediction, what the table says, and why.
+# The rows of math-verify's own table that `lenient` judges otherwise: the first 40 characters of
+# gold and prediction, what the table says, and why.
 EXCEPTIONS = {
     ("1000.99", "1000,99", True): "a comma separates values or thousands, not decimals",
     ("1,22", "1.22", True): "the same",
-    ("$9$", "Answer $ \n 9 \n $", False): "the table reads TeX alone there, and wants it on one line",
+    (
+        "$9$",
+        "Answer $ \n 9 \n $",
+        False,
+    ): "the table reads TeX alone there, and wants it on one line",
     ("$9$", "Answer \\( \n 9 \n \\)", False): "the same",
-    ("$(\\begin{pmatrix}\\frac{1}{3}\\\\ \\frac{1}{", "$\\begin{pmatrix}0.33\\\\0.2 \\end{pmatrix}$", True): "compared to 2 decimals there",
+    (
+        "$(\\begin{pmatrix}\\frac{1}{3}\\\\ \\frac{1}{",
+        "$\\begin{pmatrix}0.33\\\\0.2 \\end{pmatrix}$",
+        True,
+    ): "compared to 2 decimals there",
     ("$(\\frac{3}{5},\\frac{8}{3}]$", "$(0.6,2.6667]$", True): "the same",
-    ("$x \\in [-2,7]$", "$-2 \\\\le x \\\\le 7$", True): "an option there; without it the table says False too",
+    (
+        "$x \\in [-2,7]$",
+        "$-2 \\\\le x \\\\le 7$",
+        True,
+    ): "an option there; without it the table says False too",
     ("$f(x)$", "$f(y)$", True): "an option there, by which variables do not matter",
     (
         "Let the percentage of people in Mathopol",
         "Let's denote the total number of adults ",
         True,
     ): "no answer in the last 2,000 characters",
-    ("\\\\boxed{W(n) = 1 \\\\text{ and } W(n) = -1", "W(x)=1orW(x)=-1", True): "the gold is cut off, and has no value",
-    ("$1 - \\frac{1}{\\mathrm{e}}$", "$1 + \\frac{1}{\\mathrm{e}}$", True): "the values differ; the table notes what math-verify says",
+    (
+        "\\\\boxed{W(n) = 1 \\\\text{ and } W(n) = -1",
+        "W(x)=1orW(x)=-1",
+        True,
+    ): "the gold is cut off, and has no value",
+    (
+        "$1 - \\frac{1}{\\mathrm{e}}$",
+        "$1 + \\frac{1}{\\mathrm{e}}$",
+        True,
+    ): "the values differ; the table notes what math-verify says",
 }
 
 
 def test_lenient_agrees_with_the_table_of_math_verify():
     rows = json.loads((Path(__file__).parent / "goldens/math_verify.json").read_text())
     assert len(rows) == 265
-    differ = {(gold[:40], pred[:40], equal) for gold, pred, equal in rows if lenient_verify(pred, gold) is not equal}
+    differ = {
+        (gold[:40], pred[:40], equal)
+        for gold, pred, equal in rows
+        if lenient_verify(pred, gold) is not equal
+    }
     assert differ == set(EXCEPTIONS)
 
 

@@ -13,21 +13,44 @@ from dapo_jax.model.decoder import abstract_params, apply
 
 
 def model(family="qwen3", **changes) -> ModelConfig:
-    sizes = {"vocab_size": 40, "model_dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn_dim": 24}
-    own = {"windows": Windows(3, 2, 1e2), "rope_factor": 4.0, "query_scalar": 5} if family == "gemma3_text" else {}
-    return ModelConfig(family=family, **(sizes | {"max_position": 64, "rope_theta": 1e4} | own | changes))
+    sizes = {
+        "vocab_size": 40,
+        "model_dim": 16,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "ffn_dim": 24,
+    }
+    own = (
+        {"windows": Windows(3, 2, 1e2), "rope_factor": 4.0, "query_scalar": 5}
+        if family == "gemma3_text"
+        else {}
+    )
+    return ModelConfig(
+        family=family, **(sizes | {"max_position": 64, "rope_theta": 1e4} | own | changes)
+    )
 
 
 @functools.cache
 def params(config: ModelConfig):
-    """Random weights with nothing trivial about them: also the norms and biases, which `init` leaves at one and zero."""
+    """Random weights with nothing trivial about them: also the norms and biases, which `init`
+    leaves at one and zero.
+    """
     rng = np.random.default_rng(0)
     one = 0 if config.family == "gemma3_text" else 1  # Gemma adds it itself
 
     def draw(path, leaf):
         noise = rng.normal(size=leaf.shape).astype(np.float32)
         kind = path[-1].key
-        return jnp.asarray({"scale": one + 0.1 * noise, "bias": 0.1 * noise, "embedding": 0.1 * noise, "kernel": 0.25 * noise}[kind])
+        return jnp.asarray(
+            {
+                "scale": one + 0.1 * noise,
+                "bias": 0.1 * noise,
+                "embedding": 0.1 * noise,
+                "kernel": 0.25 * noise,
+            }[kind]
+        )
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
 
@@ -52,7 +75,9 @@ _SHAPE = (12, 13)  # of unpacked rows: one shape, one compilation a model
 
 
 def _rows(items):
-    """Tokens, target mask, old log-probs, advantages and weights [12, 13]: each item alone in a row, nothing packed."""
+    """Tokens, target mask, old log-probs, advantages and weights [12, 13]: each item alone in a
+    row, nothing packed.
+    """
     tokens, mask = np.zeros(_SHAPE, np.int32), np.zeros(_SHAPE, bool)
     old, advantage, weight = np.zeros((3, *_SHAPE), np.float32)
     for i, item in enumerate(items):
@@ -65,9 +90,13 @@ def _rows(items):
 
 @functools.partial(jax.jit, static_argnums=1)
 def plain_logprobs(params, config, tokens, temperature=1.0):
-    """log softmax(logits / temperature) of every token but the first of [n, T] rows, 0 on the first."""
+    """log softmax(logits / temperature) of every token but the first of [n, T] rows, 0 on the
+    first.
+    """
     log_softmax = jax.nn.log_softmax(apply(params, config, tokens)[:, :-1] / temperature)
-    return jnp.pad(jnp.take_along_axis(log_softmax, tokens[:, 1:, None], axis=-1)[..., 0], ((0, 0), (1, 0)))
+    return jnp.pad(
+        jnp.take_along_axis(log_softmax, tokens[:, 1:, None], axis=-1)[..., 0], ((0, 0), (1, 0))
+    )
 
 
 def plain_loss(params, config, items, temperature=1.0):
@@ -88,31 +117,57 @@ def response_logprobs(params, config, items, temperature=1.0) -> list[np.ndarray
 def with_ratios(params, config, items, ratios, temperature=1.0):
     """The items with old log-probs that make π_θ / π_old the given ratios."""
     found = response_logprobs(params, config, items, temperature)
-    return [item._replace(old_logprobs=(p - np.log(r)).astype(np.float32)) for item, p, r in zip(items, found, ratios, strict=True)]
+    return [
+        item._replace(old_logprobs=(p - np.log(r)).astype(np.float32))
+        for item, p, r in zip(items, found, ratios, strict=True)
+    ]
 
 
-def make_items(config: ModelConfig, n: int, *, seed: int = 0, longest: int = 9, temperature: float = 1.0) -> list[TrainItem]:
-    """Random responses of 1 to `longest` tokens in groups of four, weighted per group, ratios on both sides of both clips."""
+def make_items(
+    config: ModelConfig, n: int, *, seed: int = 0, longest: int = 9, temperature: float = 1.0
+) -> list[TrainItem]:
+    """Random responses of 1 to `longest` tokens in groups of four, weighted per group, ratios on
+    both sides of both clips.
+    """
     rng = np.random.default_rng(seed)
     counts = rng.integers(1, longest + 1, n)
-    weights = normalizer_weights(np.arange(n) // 4, counts, np.ones(n, bool), normalizer="group-token-mean")
+    weights = normalizer_weights(
+        np.arange(n) // 4, counts, np.ones(n, bool), normalizer="group-token-mean"
+    )
     items = []
     for count, weight in zip(counts, weights, strict=True):
-        prompt, response = (rng.integers(0, config.vocab_size, size).astype(np.int32) for size in (rng.integers(1, 5), count))
+        prompt, response = (
+            rng.integers(0, config.vocab_size, size).astype(np.int32)
+            for size in (rng.integers(1, 5), count)
+        )
         zeros = np.zeros(count, np.float32)
-        items.append(TrainItem(prompt, response, zeros, zeros, (-1) ** len(items) * rng.uniform(0.3, 2), float(weight)))
+        items.append(
+            TrainItem(
+                prompt,
+                response,
+                zeros,
+                zeros,
+                (-1) ** len(items) * rng.uniform(0.3, 2),
+                float(weight),
+            )
+        )
     ratios = [np.exp(rng.normal(0, 0.5, len(item.response))) for item in items]
     return with_ratios(params(config), config, items, ratios, temperature)
 
 
 def gap(found, expected) -> float:
     """‖found - expected‖ / ‖expected‖ over two trees of arrays, in float64."""
-    a, b = (np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(t)]) for t in (found, expected))
+    a, b = (
+        np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(t)])
+        for t in (found, expected)
+    )
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def nucleus_by_sorting(weights, top_p, top_k) -> np.ndarray:
-    """Weights [V] with 0 for all but the k heaviest, then for all but the fewest that hold top_p; ties stay in."""
+    """Weights [V] with 0 for all but the k heaviest, then for all but the fewest that hold top_p;
+    ties stay in.
+    """
     kept = np.sort(weights)[::-1]
     threshold = kept[top_k - 1] if 0 < top_k <= kept.size else 0
     weights = np.where(weights >= threshold, weights, 0)

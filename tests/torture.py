@@ -1,4 +1,6 @@
-"""The long tests of what a run survives: `make torture`. Prints a table of what was promised, done to the run, and seen.
+"""The long tests of what a run survives: `make torture`.
+
+Prints a table of what was promised, done to the run, and seen.
 
 python tests/torture.py [CASE ...]
 """
@@ -34,7 +36,8 @@ train: {steps: 24, rows_per_microbatch: 4, save_every: 3, samples_per_step: 1}
 """
 KILLS = 20
 STEPS = 2000  # of the long run, with a checkpoint every 40
-# Runs the train verb; at every line of metrics notes how many programs were compiled so far, and the memory in use.
+# Runs the train verb; at every line of metrics notes how many programs were compiled so far, and
+# the memory in use.
 WATCHED = """
 import json, sys
 import jax
@@ -67,19 +70,42 @@ class Bench:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+            ),
         }
 
-    def start(self, name: str, *overrides: str, plan: str = "", program: tuple[str, ...] = ("-m", "dapo_jax.train")) -> subprocess.Popen:
-        command = [sys.executable, *program, "--config", self.folder / "tiny.yaml", "--run-dir", self.folder / name]
+    def start(
+        self,
+        name: str,
+        *overrides: str,
+        plan: str = "",
+        program: tuple[str, ...] = ("-m", "dapo_jax.train"),
+    ) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            *program,
+            "--config",
+            self.folder / "tiny.yaml",
+            "--run-dir",
+            self.folder / name,
+        ]
         command += [x for o in overrides for x in ("--set", o)]
         log = (self.folder / f"{name}.log").open("a")
-        return subprocess.Popen(command, env=self.env | {faults.VARIABLE: plan}, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, env=self.env | {faults.VARIABLE: plan}, stdout=log, stderr=subprocess.STDOUT
+        )
 
     def end(self, name: str) -> tuple[list, dict]:
         """Lines without what the clock decides, and the digests of the last checkpoint."""
-        lines = [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in read_metrics(self.folder / name)]
-        last = max((self.folder / name / "checkpoints").iterdir(), key=lambda p: int(p.name) if p.name.isdigit() else -1)
+        lines = [
+            {k: v for k, v in line.items() if not k.startswith(VOLATILE)}
+            for line in read_metrics(self.folder / name)
+        ]
+        last = max(
+            (self.folder / name / "checkpoints").iterdir(),
+            key=lambda p: int(p.name) if p.name.isdigit() else -1,
+        )
         return lines, json.loads((last / "host" / "metadata").read_text())["leaves"]
 
 
@@ -94,11 +120,24 @@ def whole(bench: Bench, *overrides: str) -> tuple[list, dict]:
 def random_kills(bench: Bench) -> tuple[str, str, str]:
     """F2: SIGKILL at random places, until the run is done."""
     rng, kills = random.Random(0), 0
-    often = {"eval": 2, "step": 4, "rollout": 4, "reward": 4, "score": 8, "update": 8, "save": 1}  # in some four steps
+    often = {
+        "eval": 2,
+        "step": 4,
+        "rollout": 4,
+        "reward": 4,
+        "score": 8,
+        "update": 8,
+        "save": 1,
+    }  # in some four steps
     plans = ["warm-up:1=kill", "warm-up:3=kill", "eval:1=kill"]
-    plans += [f"{place}:{rng.randint(1, often[place])}=kill" for place in rng.choices(list(often), k=KILLS - len(plans))]
+    plans += [
+        f"{place}:{rng.randint(1, often[place])}=kill"
+        for place in rng.choices(list(often), k=KILLS - len(plans))
+    ]
     while True:
-        status = bench.start("killed", "train.steps=96", plan=plans[kills] if kills < KILLS else "").wait()
+        status = bench.start(
+            "killed", "train.steps=96", plan=plans[kills] if kills < KILLS else ""
+        ).wait()
         kills += status == -signal.SIGKILL
         assert status in (0, -signal.SIGKILL), (bench.folder / "killed.log").read_text()[-2000:]
         if status == 0:
@@ -127,9 +166,15 @@ def kills_inside_saves(bench: Bench) -> tuple[str, str, str]:
             time.sleep(0.002)
         if process.wait() == 0:
             break
-        assert process.returncode == -signal.SIGKILL, (bench.folder / "torn.log").read_text()[-2000:]
+        assert process.returncode == -signal.SIGKILL, (bench.folder / "torn.log").read_text()[
+            -2000:
+        ]
     assert kills >= KILLS and bench.end("torn") == whole(bench)
-    return "P3, P7", f"{kills} SIGKILLs while a checkpoint was written, {half} left half written", "bit-identical"
+    return (
+        "P3, P7",
+        f"{kills} SIGKILLs while a checkpoint was written, {half} left half written",
+        "bit-identical",
+    )
 
 
 def terminations(bench: Bench) -> tuple[str, str, str]:
@@ -138,7 +183,9 @@ def terminations(bench: Bench) -> tuple[str, str, str]:
     while True:
         process = bench.start("stopped")
         if stops < KILLS:
-            while process.poll() is None and "step " not in (bench.folder / "stopped.log").read_text():
+            while (
+                process.poll() is None and "step " not in (bench.folder / "stopped.log").read_text()
+            ):
                 time.sleep(0.05)
             time.sleep(rng.uniform(2, 8))
             asked = time.monotonic()
@@ -147,21 +194,41 @@ def terminations(bench: Bench) -> tuple[str, str, str]:
         if status == 0:
             break
         slowest, stops = max(slowest, time.monotonic() - asked), stops + 1
-        assert status in (128 + signal.SIGTERM, -signal.SIGTERM), (bench.folder / "stopped.log").read_text()[-2000:]
+        assert status in (128 + signal.SIGTERM, -signal.SIGTERM), (
+            bench.folder / "stopped.log"
+        ).read_text()[-2000:]
     assert stops > 3 and bench.end("stopped") == whole(bench)
-    return "P2, P1", f"{stops} SIGTERMs at random times", f"left within {slowest:.1f} s each time, start-up included; bit-identical"
+    return (
+        "P2, P1",
+        f"{stops} SIGTERMs at random times",
+        f"left within {slowest:.1f} s each time, start-up included; bit-identical",
+    )
 
 
 def a_long_run(bench: Bench) -> tuple[str, str, str]:
-    """2,000 steps and 50 checkpoints: memory stays flat, and nothing compiles after the first steps."""
+    """2,000 steps and 50 checkpoints: memory stays flat, and nothing compiles after the first
+    steps.
+    """
     notes = bench.folder / "notes.jsonl"
-    # A rate at which it learns next to nothing: a policy that can do it all leaves no group to train on.
-    changes = (f"train.steps={STEPS}", f"train.save_every={STEPS // 50}", "eval.every=400", "optim.learning_rate=1e-7")
-    assert bench.start("long", *changes, program=("-c", WATCHED, str(notes))).wait() == 0, (bench.folder / "long.log").read_text()[-2000:]
-    seen = {step: (compiled, memory / 2**20) for step, compiled, memory in map(json.loads, notes.read_text().splitlines())}
+    # A rate at which it learns next to nothing: a policy that can do it all leaves no group to
+    # train on.
+    changes = (
+        f"train.steps={STEPS}",
+        f"train.save_every={STEPS // 50}",
+        "eval.every=400",
+        "optim.learning_rate=1e-7",
+    )
+    assert bench.start("long", *changes, program=("-c", WATCHED, str(notes))).wait() == 0, (
+        bench.folder / "long.log"
+    ).read_text()[-2000:]
+    seen = {
+        step: (compiled, memory / 2**20)
+        for step, compiled, memory in map(json.loads, notes.read_text().splitlines())
+    }
     tenth, end = seen[STEPS // 10], seen[STEPS]
     halves = [
-        sum(m for s, (_, m) in seen.items() if a < s <= b) / (b - a) for a, b in ((STEPS // 2, 3 * STEPS // 4), (3 * STEPS // 4, STEPS))
+        sum(m for s, (_, m) in seen.items() if a < s <= b) / (b - a)
+        for a, b in ((STEPS // 2, 3 * STEPS // 4), (3 * STEPS // 4, STEPS))
     ]
     compiled = f"{tenth[0]} programs compiled by step {STEPS // 10}, {end[0]} by the end"
     memory = f"memory {tenth[1]:.0f} MB, then {end[1]:.0f} MB; mean of the third and last quarter {halves[0]:.0f} and {halves[1]:.0f} MB"

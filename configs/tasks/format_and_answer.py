@@ -10,7 +10,10 @@ import re
 
 TEMPLATE = "{prompt}="  # a model that can read is told the form here: "... Reply as <think>working</think><answer>number</answer>."
 
-_FORM = re.compile(r"<think>(?:(?!</?think>|</?answer>).)+</think>\s*<answer>(?:(?!</?think>|</?answer>).)+</answer>", re.DOTALL)
+_FORM = re.compile(
+    r"<think>(?:(?!</?think>|</?answer>).)+</think>\s*<answer>(?:(?!</?think>|</?answer>).)+</answer>",
+    re.DOTALL,
+)
 _ANSWER = re.compile(r"<answer>([^<]*)(?:</answer>|$)")
 
 
@@ -31,9 +34,13 @@ def write_problems(count=1700, careless=0.5):
     from dapo_jax.data.arithmetic import arithmetic_problems
 
     rng = random.Random(0)
-    for p in arithmetic_problems(ArithmeticConfig(count, 128, 1, 1, 30, mistake_rate=0.15), heldout=False):
+    for p in arithmetic_problems(
+        ArithmeticConfig(count, 128, 1, 1, 30, mistake_rate=0.15), heldout=False
+    ):
         working, _, answer = p.solution.rpartition("\nAnswer: ")
-        solution = f"<think>{working}</think><answer>{answer}" + ("" if rng.random() < careless else "</answer>")
+        solution = f"<think>{working}</think><answer>{answer}" + (
+            "" if rng.random() < careless else "</answer>"
+        )
         print(json.dumps({"prompt": p.prompt, "answer": p.answer, "solution": solution}))
 
 

@@ -1,4 +1,6 @@
-"""Dynamic sampling: drawing while decoding goes on, against generating whole batches of prompts and filtering them."""
+"""Dynamic sampling: drawing while decoding goes on, against generating whole batches of prompts and
+filtering them.
+"""
 
 import dataclasses
 import functools
@@ -15,8 +17,6 @@ from dapo_jax.config import Config, DapoSection, ModelConfig, RewardSection, Rol
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import load_tokenizer
-from dapo_jax.drawing import draw_groups
-from dapo_jax.policy import Policy
 from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool
 from dapo_jax.rollout.engine import Engine, Stream
 from dapo_jax.rollout.sampler import Sampling
@@ -24,6 +24,8 @@ from dapo_jax.runtime.chips import prefill_tokens
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import publisher
 from dapo_jax.runtime.multihost import fetch
+from dapo_jax.training.dynamic_sampling import draw_groups
+from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError, Params, Problem, Prompt, Request, Verdict
 
 _BATCH = 3  # prompts of a generation batch over groups wanted, as in the paper's recipe
@@ -49,11 +51,15 @@ class ImposedLengths:
         return getattr(self._stream, name)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        self._stream.submit([r._replace(limit=response_len(self._sizes, r.draw, r.sample)) for r in requests])
+        self._stream.submit(
+            [r._replace(limit=response_len(self._sizes, r.draw, r.sample)) for r in requests]
+        )
 
 
 class ImposedVerdicts(RewardPool):
-    """Finds a share of the groups informative: their first response to end is right, all others are wrong."""
+    """Finds a share of the groups informative: their first response to end is right, all others are
+    wrong.
+    """
 
     def __init__(self, keep_rate: float):
         super().__init__(RewardSection())
@@ -63,14 +69,23 @@ class ImposedVerdicts(RewardPool):
     def submit(self, items: Sequence[RewardItem]) -> PendingVerdicts:
         pending = PendingVerdicts(len(items))
         for place, item in enumerate(items):
-            right = item.problem.id not in self._seen and _random(item.problem.id).random() < self._keep_rate
+            right = (
+                item.problem.id not in self._seen
+                and _random(item.problem.id).random() < self._keep_rate
+            )
             self._seen.add(item.problem.id)
             pending._settle(place, Verdict(right, 1.0 if right else -1.0))
         return pending
 
 
 def _streaming(
-    sizes: Sizes, model: ModelConfig, engine: Engine, params: Params, prompts: Sequence[Prompt], config: Config, counts: dict[str, int]
+    sizes: Sizes,
+    model: ModelConfig,
+    engine: Engine,
+    params: Params,
+    prompts: Sequence[Prompt],
+    config: Config,
+    counts: dict[str, int],
 ) -> None:
     stream = engine.stream(params, jax.random.key(1))
     tokenizer = load_tokenizer(None)
@@ -91,12 +106,20 @@ def _streaming(
         on_done=lambda ended, drawn: None,
     )
     kept = [g for g in drawn.groups if 0 < g.correct.sum() < sizes.group][: sizes.groups]
-    counts |= {"kept": len(kept), "tokens": sum(len(r.tokens) for g in kept for r in g.responses), "prompts": len(drawn.groups)}
+    counts |= {
+        "kept": len(kept),
+        "tokens": sum(len(r.tokens) for g in kept for r in g.responses),
+        "prompts": len(drawn.groups),
+    }
     counts["decode_steps"] = stream.steps
 
 
-def _generate_then_filter(sizes: Sizes, engine: Engine, params: Params, prompts: Sequence[Prompt], counts: dict[str, int]) -> None:
-    """Generation batches of three times the groups wanted, in lock-step batches of all slots, until enough are informative."""
+def _generate_then_filter(
+    sizes: Sizes, engine: Engine, params: Params, prompts: Sequence[Prompt], counts: dict[str, int]
+) -> None:
+    """Generation batches of three times the groups wanted, in lock-step batches of all slots, until
+    enough are informative.
+    """
     pool, cursor, drawn, steps = ImposedVerdicts(sizes.keep_rate), Cursor(), 0, 0
     kept: list[int] = []  # tokens of each informative group
     while len(kept) < sizes.groups:
@@ -116,21 +139,32 @@ def _generate_then_filter(sizes: Sizes, engine: Engine, params: Params, prompts:
             steps += stream.steps
             stream.close()
         ended = sorted(responses, key=lambda item: (item[0].draw, item[0].sample))
-        verdicts = pool.submit([RewardItem(chosen[r.draw - drawn].problem, "", len(a.tokens)) for r, a in ended]).result()
+        verdicts = pool.submit(
+            [RewardItem(chosen[r.draw - drawn].problem, "", len(a.tokens)) for r, a in ended]
+        ).result()
         for n in range(len(chosen)):
             own = slice(n * sizes.group, (n + 1) * sizes.group)
             if 0 < sum(v.correct for v in verdicts[own]) < sizes.group:
                 kept.append(sum(len(a.tokens) for _, a in ended[own]))
         drawn += len(chosen)
-    counts |= {"kept": sizes.groups, "tokens": sum(kept[: sizes.groups]), "prompts": drawn, "decode_steps": steps}
+    counts |= {
+        "kept": sizes.groups,
+        "tokens": sum(kept[: sizes.groups]),
+        "prompts": drawn,
+        "decode_steps": steps,
+    }
 
 
 def benchmark_draw(sizes: Sizes) -> dict[str, Any]:
-    """The sampling of one DAPO step, lengths and outcomes imposed: `streaming` is what training does, `generate_then_filter` draws
-    whole generation batches of three times the groups wanted, in lock-step, until enough are informative. Tokens are those of kept
-    groups, which are the same for both."""
+    """The sampling of one DAPO step, lengths and outcomes imposed: `streaming` is what training
+    does, `generate_then_filter` draws whole generation batches of three times the groups wanted, in
+    lock-step, until enough are informative. Tokens are those of kept groups, which are the same for
+    both.
+    """
     if sizes.group < 2:
-        raise InputError(f"--group: a group needs at least 2 responses, got {sizes.group}; raise it")
+        raise InputError(
+            f"--group: a group needs at least 2 responses, got {sizes.group}; raise it"
+        )
     model, mesh, params = random_model(sizes, "--slots", sizes.slots)
     config = dataclasses.replace(
         Config(),
@@ -143,14 +177,31 @@ def benchmark_draw(sizes: Sizes) -> dict[str, Any]:
         rollout=RolloutSection(max_response_len=sizes.max_response_len, decode_slots=sizes.slots),
         reward=RewardSection(overlong_buffer_len=0),
     )
-    limits = {"slots": sizes.slots, "max_prompt_len": sizes.prompt_len, "max_response_len": sizes.max_response_len}
-    make = functools.partial(Engine, model, Sampling(), (), **limits, mesh=mesh, fetch=fetch, prefill_tokens=prefill_tokens(mesh))
+    limits = {
+        "slots": sizes.slots,
+        "max_prompt_len": sizes.prompt_len,
+        "max_response_len": sizes.max_response_len,
+    }
+    make = functools.partial(
+        Engine,
+        model,
+        Sampling(),
+        (),
+        **limits,
+        mesh=mesh,
+        fetch=fetch,
+        prefill_tokens=prefill_tokens(mesh),
+    )
     weights = publisher(params, mesh, sizes.dtype)(params)
-    tokens = np.random.default_rng(0).integers(0, sizes.vocab, (10 * _BATCH * sizes.groups, sizes.prompt_len), np.int32)
+    tokens = np.random.default_rng(0).integers(
+        0, sizes.vocab, (10 * _BATCH * sizes.groups, sizes.prompt_len), np.int32
+    )
     prompts = [Prompt(Problem(str(i), "", ""), row) for i, row in enumerate(tokens)]
     counts: dict[str, dict[str, int]] = {"generate_then_filter": {}, "streaming": {}}
     runs = {
-        "generate_then_filter": functools.partial(_generate_then_filter, sizes, make(compact=False), weights, prompts),
+        "generate_then_filter": functools.partial(
+            _generate_then_filter, sizes, make(compact=False), weights, prompts
+        ),
         "streaming": functools.partial(_streaming, sizes, model, make(), weights, prompts, config),
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
@@ -159,7 +210,15 @@ def benchmark_draw(sizes: Sizes) -> dict[str, Any]:
             taken = timed(functools.partial(run, counts[name]))
             if repeat:  # the first compiles
                 times[name].append(taken)
-    modes = {name: speed(counts[name]["tokens"], times[name], "kept_tokens") | counts[name] for name in runs}
+    modes = {
+        name: speed(counts[name]["tokens"], times[name], "kept_tokens") | counts[name]
+        for name in runs
+    }
     ratio = modes["generate_then_filter"]["cpu_seconds"] / modes["streaming"]["cpu_seconds"]
     table = [{"mode": name, **mode} for name, mode in modes.items()]
-    return report(sizes, table, {"modes": modes, "generate_then_filter/streaming_cpu_seconds": ratio}, device())
+    return report(
+        sizes,
+        table,
+        {"modes": modes, "generate_then_filter/streaming_cpu_seconds": ratio},
+        device(),
+    )

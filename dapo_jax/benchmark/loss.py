@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dapo_jax.benchmark.measure import Sizes, device, memory, mesh_of, report, speed, temp_bytes, timed
+from dapo_jax.benchmark.measure import (
+    Sizes,
+    device,
+    memory,
+    mesh_of,
+    report,
+    speed,
+    temp_bytes,
+    timed,
+)
 from dapo_jax.cli import no_device, out_of_memory
 from dapo_jax.config import DapoSection
 from dapo_jax.dapo.loss import dapo_token_loss, policy_metrics
@@ -36,8 +45,17 @@ def _token_loss(logprobs: Array, rows: TrainBatch) -> Array:
 Result = tuple[Array, dict[str, Array]]
 
 
-def _plain(hidden: Array, head: Array, rows: TrainBatch, chunk: int = 0, mesh: Mesh | None = None, lse: bool = False) -> Result:
-    logits = jnp.einsum("nd,dv->nv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+def _plain(
+    hidden: Array,
+    head: Array,
+    rows: TrainBatch,
+    chunk: int = 0,
+    mesh: Mesh | None = None,
+    lse: bool = False,
+) -> Result:
+    logits = jnp.einsum(
+        "nd,dv->nv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
     scores = logits if lse else jax.nn.log_softmax(logits)
     logprobs = jnp.take_along_axis(scores, rows.tokens[:, None], axis=-1)[:, 0]
     if lse:
@@ -47,17 +65,25 @@ def _plain(hidden: Array, head: Array, rows: TrainBatch, chunk: int = 0, mesh: M
 
 def _checkpointed(hidden: Array, head: Array, rows: TrainBatch, chunk: int, mesh: Mesh) -> Result:
     def split(a):
-        return jnp.pad(a, ((0, -a.shape[0] % chunk), *((0, 0),) * (a.ndim - 1))).reshape(-1, chunk, *a.shape[1:])
+        return jnp.pad(a, ((0, -a.shape[0] % chunk), *((0, 0),) * (a.ndim - 1))).reshape(
+            -1, chunk, *a.shape[1:]
+        )
 
     part = jax.checkpoint(lambda part: _plain(part[0], head, part[1])[0])
     return jax.lax.map(part, jax.tree.map(split, (hidden, rows))).sum(), {}
 
 
-def _fused(hidden: Array, head: Array, rows: TrainBatch, chunk: int, mesh: Mesh, metrics: bool = True) -> Result:
+def _fused(
+    hidden: Array, head: Array, rows: TrainBatch, chunk: int, mesh: Mesh, metrics: bool = True
+) -> Result:
     def terms(logprobs, entropy, rows):
-        return _token_loss(logprobs, rows), policy_metrics(logprobs, entropy, rows, _ALGO) if metrics else {}
+        return _token_loss(logprobs, rows), policy_metrics(
+            logprobs, entropy, rows, _ALGO
+        ) if metrics else {}
 
-    return linear_loss(hidden, head, rows.tokens, terms, rows, mask=rows.target_mask, chunk_size=chunk, mesh=mesh)
+    return linear_loss(
+        hidden, head, rows.tokens, terms, rows, mask=rows.target_mask, chunk_size=chunk, mesh=mesh
+    )
 
 
 _VARIANTS: dict[str, Callable[..., Result]] = {
@@ -65,12 +91,16 @@ _VARIANTS: dict[str, Callable[..., Result]] = {
     "plain_lse": functools.partial(_plain, lse=True),
     "checkpointed": _checkpointed,
     "fused": _fused,
-    "fused_bare": functools.partial(_fused, metrics=False),  # no entropy, no metrics: what they cost
+    "fused_bare": functools.partial(
+        _fused, metrics=False
+    ),  # no entropy, no metrics: what they cost
 }
 
 
 def loss_inputs(sizes: Sizes) -> LossInputs:
-    """Random inputs, hidden in compute dtype and the head in float32, as in training; logits have unit variance."""
+    """Random inputs, hidden in compute dtype and the head in float32, as in training; logits have
+    unit variance.
+    """
     rng = np.random.default_rng(0)
     n, d, v = sizes.tokens, sizes.model_dim, sizes.vocab
     mask = rng.permutation(n) < sizes.targets
@@ -93,7 +123,12 @@ def loss_inputs(sizes: Sizes) -> LossInputs:
         return hidden, jax.random.normal(key_head, (d, v)) * d**-0.5
 
     layout = partition_of("head/kernel", (d, v), mesh)
-    hidden, head = jax.jit(large, out_shardings=tuple(NamedSharding(mesh, spec) for spec in (PartitionSpec(ROW_AXES), layout)))()
+    hidden, head = jax.jit(
+        large,
+        out_shardings=tuple(
+            NamedSharding(mesh, spec) for spec in (PartitionSpec(ROW_AXES), layout)
+        ),
+    )()
     return hidden, head, put_rows(rows, mesh, axis=0)
 
 
@@ -101,27 +136,38 @@ def _chunk(sizes: Sizes) -> int:
     """Rows a chunk, a device. Looks at the devices."""
     mesh = mesh_of(sizes)
     if sizes.tokens % row_shards(mesh):
-        raise InputError(f"--tokens: {sizes.tokens} is no multiple of the {row_shards(mesh)} devices it is split over; give one")
+        raise InputError(
+            f"--tokens: {sizes.tokens} is no multiple of the {row_shards(mesh)} devices it is split over; give one"
+        )
     return min(sizes.chunk or loss_chunk(mesh), sizes.tokens // row_shards(mesh))
 
 
 def gradient_error(grads: Sequence[Array], inputs: LossInputs) -> float:
-    """max |g - g_plain| / max |g_plain|, the worse of both gradients; g_plain is float32, of the same inputs in compute dtype."""
+    """max |g - g_plain| / max |g_plain|, the worse of both gradients; g_plain is float32, of the
+    same inputs in compute dtype.
+    """
     hidden, head, rows = inputs
     plain = jax.jit(jax.grad(lambda h, w: _plain(h, w, rows)[0], argnums=(0, 1)))
     with jax.default_matmul_precision("highest"):
         exact = plain(hidden.astype(jnp.float32), head.astype(hidden.dtype).astype(jnp.float32))
-    return max(float(jnp.abs(g.astype(jnp.float32) - e).max() / jnp.abs(e).max()) for g, e in zip(grads, exact, strict=True))
+    return max(
+        float(jnp.abs(g.astype(jnp.float32) - e).max() / jnp.abs(e).max())
+        for g, e in zip(grads, exact, strict=True)
+    )
 
 
 # ---- A process for each variant, so that peak memory is its own; the parent asks them in turn --------------------------
 
 
 def _variant_answers(name: str, sizes: Sizes) -> Iterator[Any]:
-    """XLA's temporaries, timings, then peak memory (gradients and temporaries, not inputs) and gradient error."""
+    """XLA's temporaries, timings, then peak memory (gradients and temporaries, not inputs) and
+    gradient error.
+    """
     inputs = loss_inputs(sizes)
     function = jax.value_and_grad(
-        functools.partial(_VARIANTS[name], chunk=_chunk(sizes), mesh=mesh_of(sizes)), argnums=(0, 1), has_aux=True
+        functools.partial(_VARIANTS[name], chunk=_chunk(sizes), mesh=mesh_of(sizes)),
+        argnums=(0, 1),
+        has_aux=True,
     )
     program = jax.jit(function).lower(*inputs).compile()
     before = memory(peak=False)
@@ -151,7 +197,9 @@ def _serve(pipe: Any, name: str, sizes: Sizes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     answers = _matmul_answers if name == "matmul" else _variant_answers
     try:
-        for _, answer in zip(iter(pipe.recv, None), answers(name, sizes), strict=False):  # one a request
+        for _, answer in zip(
+            iter(pipe.recv, None), answers(name, sizes), strict=False
+        ):  # one a request
             pipe.send(answer)
     except InputError as e:
         pipe.send(e)
@@ -163,7 +211,10 @@ def _serve(pipe: Any, name: str, sizes: Sizes) -> None:
 
 
 def _ask_in_turn(sizes: Sizes) -> dict[str, list[Any]]:
-    """What each process answered. No two work at once: on a CPU they take turns, an accelerator has one process at a time."""
+    """What each process answered.
+
+    No two work at once: on a CPU they take turns, an accelerator has one process at a time.
+    """
     spawn = multiprocessing.get_context("spawn")
     answers: dict[str, list[Any]] = {name: [] for name in ("matmul", *_VARIANTS)}
     pipes, processes = {}, {}
@@ -178,7 +229,9 @@ def _ask_in_turn(sizes: Sizes) -> dict[str, list[Any]]:
             pipes[name].send("next")
             answer = pipes[name].recv()
         except (EOFError, OSError):
-            raise InputError(f"loss: the process of {name} died, most likely out of memory; lower the sizes") from None
+            raise InputError(
+                f"loss: the process of {name} died, most likely out of memory; lower the sizes"
+            ) from None
         if isinstance(answer, InputError):
             raise answer
         answers[name].append(answer)
@@ -197,8 +250,11 @@ def _ask_in_turn(sizes: Sizes) -> dict[str, list[Any]]:
 
 
 def benchmark_loss(sizes: Sizes) -> dict[str, Any]:
-    """Forward and backward of the DAPO loss to hidden and head. Useful work is 6 x targets x D x V FLOPs for every variant;
-    `fused` also makes entropy and policy metrics. peak_fraction is the share of the speed of a square matmul."""
+    """Forward and backward of the DAPO loss to hidden and head.
+
+    Useful work is 6 x targets x D x V FLOPs for every variant; `fused` also makes entropy and
+    policy metrics. peak_fraction is the share of the speed of a square matmul.
+    """
     sizes.targets = max(1, round(sizes.target_fraction * sizes.tokens))
     answers = _ask_in_turn(sizes)
     (sizes.chunk, device), *matmul, matmul_gflop = answers.pop("matmul")
@@ -206,9 +262,17 @@ def benchmark_loss(sizes: Sizes) -> dict[str, Any]:
     gflop = 6 * sizes.targets * sizes.model_dim * sizes.vocab / 1e9
     speeds = {name: speed(sizes.targets, times) for name, (_, *times, _) in answers.items()}
     variants = {
-        name: speeds[name] | {"peak_fraction": gflop / speeds[name]["seconds"] / peak} | first | last
+        name: speeds[name]
+        | {"peak_fraction": gflop / speeds[name]["seconds"] / peak}
+        | first
+        | last
         for name, (first, *_, last) in answers.items()
     }
-    ratios = {name: {f"plain/{key}": speeds["plain"][key] / s[key] for key in ("seconds", "cpu_seconds")} for name, s in speeds.items()}
+    ratios = {
+        name: {f"plain/{key}": speeds["plain"][key] / s[key] for key in ("seconds", "cpu_seconds")}
+        for name, s in speeds.items()
+    }
     table = [{"variant": name, **ratios[name], **variants[name]} for name in variants]
-    return report(sizes, table, {"matmul_gflops": peak, "gflop": gflop, "variants": variants}, device)
+    return report(
+        sizes, table, {"matmul_gflops": peak, "gflop": gflop, "variants": variants}, device
+    )

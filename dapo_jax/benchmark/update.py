@@ -8,25 +8,49 @@ from typing import Any
 import jax
 import numpy as np
 
-from dapo_jax.benchmark.measure import Sizes, device, memory, random_model, report, speed, temp_bytes, timed
+from dapo_jax.benchmark.measure import (
+    Sizes,
+    device,
+    memory,
+    random_model,
+    report,
+    speed,
+    temp_bytes,
+    timed,
+)
 from dapo_jax.config import Config
 from dapo_jax.dapo.packing import TrainItem, build_batch
-from dapo_jax.programs import train_programs
 from dapo_jax.runtime.mesh import put_rows, row_shards
+from dapo_jax.training.programs import train_programs
 from dapo_jax.types import InputError, TrainBatch
 
 
 def train_items(sizes: Sizes) -> list[TrainItem]:
-    """Random responses, all of the full length or log-normal with a median of a sixth of it; each token weighs the same."""
+    """Random responses, all of the full length or log-normal with a median of a sixth of it; each
+    token weighs the same.
+    """
     rng = np.random.default_rng(0)
     lengths = np.full(sizes.responses, sizes.max_response_len)
     if sizes.lengths == "lognormal":
-        lengths = np.clip(np.rint(lengths / 6 * np.exp(rng.standard_normal(sizes.responses))), 1, lengths).astype(int)
+        lengths = np.clip(
+            np.rint(lengths / 6 * np.exp(rng.standard_normal(sizes.responses))), 1, lengths
+        ).astype(int)
     items = []
     for length in lengths:
-        prompt, response = (rng.integers(0, sizes.vocab, n, np.int32) for n in (sizes.prompt_len, length))
+        prompt, response = (
+            rng.integers(0, sizes.vocab, n, np.int32) for n in (sizes.prompt_len, length)
+        )
         old = np.full(length, -math.log(sizes.vocab), np.float32)
-        items.append(TrainItem(prompt, response, old, old, advantage=float(rng.standard_normal()), weight=1.0 / int(lengths.sum())))
+        items.append(
+            TrainItem(
+                prompt,
+                response,
+                old,
+                old,
+                advantage=float(rng.standard_normal()),
+                weight=1.0 / int(lengths.sum()),
+            )
+        )
     return items
 
 
@@ -42,14 +66,20 @@ def padded_rows(items: Sequence[TrainItem], row_len: int, rows: int) -> TrainBat
 
 
 def benchmark_update(sizes: Sizes) -> dict[str, Any]:
-    """One AdamW update of the DAPO loss, forward, backward and optimizer over all micro-batches: on packed rows, and on padded ones
-    (one response a row, about as many tokens in a micro-batch) for comparison."""
+    """One AdamW update of the DAPO loss, forward, backward and optimizer over all micro-batches: on
+    packed rows, and on padded ones (one response a row, about as many tokens in a micro-batch) for
+    comparison.
+    """
     longest = sizes.prompt_len + sizes.max_response_len
     if longest > sizes.row_len:
-        raise InputError(f"--row-len: {sizes.row_len} does not hold --prompt-len + --max-response-len = {longest}; raise it")
+        raise InputError(
+            f"--row-len: {sizes.row_len} does not hold --prompt-len + --max-response-len = {longest}; raise it"
+        )
     model, mesh, params = random_model(sizes, "--rows", sizes.rows)
     items, shards = train_items(sizes), row_shards(mesh)
-    packed, stats = build_batch(items, row_len=sizes.row_len, rows_per_microbatch=sizes.rows, row_shards=shards)
+    packed, stats = build_batch(
+        items, row_len=sizes.row_len, rows_per_microbatch=sizes.rows, row_shards=shards
+    )
     rows = max(1, sizes.rows * sizes.row_len // longest // shards) * shards
     batches = {"packed": packed, "padded": padded_rows(items, longest, rows)}
 
@@ -84,5 +114,10 @@ def benchmark_update(sizes: Sizes) -> dict[str, Any]:
         }
         for name, batch in batches.items()
     }
-    result = {"trained_tokens": stats.target_tokens, "packing_efficiency": stats.efficiency, "packed_rows": stats.rows, "modes": modes}
+    result = {
+        "trained_tokens": stats.target_tokens,
+        "packing_efficiency": stats.efficiency,
+        "packed_rows": stats.rows,
+        "modes": modes,
+    }
     return report(sizes, [{"mode": name, **mode} for name, mode in modes.items()], result, device())

@@ -1,7 +1,9 @@
-"""Dynamic sampling: groups wait here until a rollout step has enough that are neither all right nor all wrong.
+"""Dynamic sampling: groups wait here until a rollout step has enough that are neither all right nor
+all wrong.
 
-Groups are accepted in the order in which their prompts were drawn, never in the order in which they finished: first
-finished, first served would favour short responses. Decisions depend on nothing but the groups; there is no clock here.
+Groups are accepted in the order in which their prompts were drawn, never in the order in which they
+finished: first finished, first served would favour short responses. Decisions depend on nothing but
+the groups; there is no clock here.
 """
 
 import dataclasses
@@ -23,18 +25,23 @@ class StarvedError(SharedError):
 class StepCounts:
     """What one rollout step drew and what became of it.
 
-    With dynamic sampling: drawn + carried_in == kept + all_correct + all_wrong + surplus;
-    without it, all-right and all-wrong groups are trained on too: drawn + carried_in == kept + surplus, but for groups without a verdict.
+    With dynamic sampling: drawn + carried_in == kept + all_correct + all_wrong + surplus; without
+    it, all-right and all-wrong groups are trained on too: drawn + carried_in == kept + surplus, but
+    for groups without a verdict.
     """
 
-    drawn: int  # groups drawn in this step, or completed in it where partial rollouts left them open
+    drawn: (
+        int  # groups drawn in this step, or completed in it where partial rollouts left them open
+    )
     kept: int  # groups to train on; the first min(carried_in, kept) of them are carried ones
     all_correct: int  # drawn groups without a wrong response
     all_wrong: int  # drawn groups without a right response
     surplus: int  # groups beyond what the step needs, carried to the next step or dropped
     carried_in: int  # groups that the previous step left over
     wasted_tokens: int  # response tokens of groups that will never be trained on
-    accuracy: float | None  # share of right responses among those of the drawn groups; None if there are none
+    accuracy: (
+        float | None
+    )  # share of right responses among those of the drawn groups; None if there are none
     accuracy_kept: float  # share of right responses among those to train on
 
 
@@ -54,8 +61,9 @@ class DynamicSamplingBuffer:
     """Collects the groups of a rollout step.
 
     prompts_per_step: groups a step trains on. dynamic_sampling: accept informative groups only.
-    carry_surplus: keep what a step does not need for the next one, else drop it. If groups are added only while `missing()` is above 0,
-    the n groups that one step adds are trained on at most ceil(n / prompts_per_step) steps later.
+    carry_surplus: keep what a step does not need for the next one, else drop it. If groups are
+    added only while `missing()` is above 0, the n groups that one step adds are trained on at most
+    ceil(n / prompts_per_step) steps later.
     """
 
     def __init__(self, prompts_per_step: int, dynamic_sampling: bool, carry_surplus: bool):
@@ -73,17 +81,25 @@ class DynamicSamplingBuffer:
         self._tally = _Tally()
 
     def add(self, groups: Sequence[Group], *, at_least: int = 0) -> None:
-        """Takes in judged groups, in draw order. Groups that the filter drops need no old log-probs.
+        """Takes in judged groups, in draw order.
 
-        Raises StarvedError, and takes none, if fewer than `at_least` groups to train on would be there then. Raises ValueError, and
-        takes none, unless draw indices increase, also from call to call, and every group that passes the
-        filter is complete: a text, a verdict and a reward for each response, a log-prob of both kinds for each token.
+        Groups that the filter drops need no old log-probs.
+
+        Raises StarvedError, and takes none, if fewer than `at_least` groups to train on would be
+        there then. Raises ValueError, and takes none, unless draw indices increase, also from call
+        to call, and every group that passes the filter is complete: a text, a verdict and a reward
+        for each response, a log-prob of both kinds for each token.
         """
         draws = [self._last_draw, *(group.draw for group in groups)]
         for before, after in itertools.pairwise(draws):
             if after <= before:
-                raise ValueError(f"groups must arrive in draw order, got draw {after} after draw {before}")
-        usable = [is_informative(group.correct) if self._dynamic_sampling else bool(group.correct.size) for group in groups]
+                raise ValueError(
+                    f"groups must arrive in draw order, got draw {after} after draw {before}"
+                )
+        usable = [
+            is_informative(group.correct) if self._dynamic_sampling else bool(group.correct.size)
+            for group in groups
+        ]
         for group, use in zip(groups, usable, strict=True):
             if use:
                 _check_lengths(group)
@@ -108,13 +124,18 @@ class DynamicSamplingBuffer:
         return max(0, self._prompts_per_step - len(self._accepted))
 
     def ready(self) -> tuple[list[Group], StepCounts]:
-        """What the step trains on, its first prompts_per_step accepted groups in draw order, fewer if there are no more, and its counts.
+        """What the step trains on, its first prompts_per_step accepted groups in draw order, fewer
+        if there are no more, and its counts.
 
-        Changes nothing: until `take`, `state` holds all of it. Raises StarvedError if there is no group at all.
+        Changes nothing: until `take`, `state` holds all of it. Raises StarvedError if there is no
+        group at all.
         """
         if not self._accepted:
             raise StarvedError(_cap_message(0, self._prompts_per_step, self._tally))
-        kept, surplus = self._accepted[: self._prompts_per_step], self._accepted[self._prompts_per_step :]
+        kept, surplus = (
+            self._accepted[: self._prompts_per_step],
+            self._accepted[self._prompts_per_step :],
+        )
         t = self._tally
         return kept, StepCounts(
             drawn=t.drawn,
@@ -123,20 +144,26 @@ class DynamicSamplingBuffer:
             all_wrong=t.all_wrong,
             surplus=len(surplus),
             carried_in=t.carried_in,
-            wasted_tokens=t.wasted_tokens + (0 if self._carry_surplus else sum(map(_response_tokens, surplus))),
+            wasted_tokens=t.wasted_tokens
+            + (0 if self._carry_surplus else sum(map(_response_tokens, surplus))),
             accuracy=t.right / t.responses if t.responses else None,
             accuracy_kept=float(np.mean(np.concatenate([group.correct for group in kept]))),
         )
 
     def take(self) -> tuple[list[Group], StepCounts]:
-        """Ends the step and returns what was `ready`. Raises StarvedError, and leaves the step open, if that is nothing."""
+        """Ends the step and returns what was `ready`.
+
+        Raises StarvedError, and leaves the step open, if that is nothing.
+        """
         kept, counts = self.ready()
         self._accepted = self._accepted[len(kept) :] if self._carry_surplus else []
         self._tally = _Tally(carried_in=len(self._accepted))
         return kept, counts
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that `restore` needs, as flat numeric arrays; arrays without elements are left out, for stores that refuse them."""
+        """Everything that `restore` needs, as flat numeric arrays; arrays without elements are left
+        out, for stores that refuse them.
+        """
         groups = self._accepted
         responses = [response for group in groups for response in group.responses]
         arrays = {
@@ -148,8 +175,12 @@ class DynamicSamplingBuffer:
             "reward": _flat([group.reward for group in groups], np.float32),
             "penalty": _flat([group.penalty for group in groups], np.float32),
             **_ragged("response", [response.tokens for response in responses], np.int32),
-            "behavior_logprobs": _flat([response.behavior_logprobs for response in responses], np.float32),
-            "old_logprobs": _flat([logprobs for group in groups for logprobs in group.old_logprobs], np.float32),
+            "behavior_logprobs": _flat(
+                [response.behavior_logprobs for response in responses], np.float32
+            ),
+            "old_logprobs": _flat(
+                [logprobs for group in groups for logprobs in group.old_logprobs], np.float32
+            ),
             "truncated": np.array([response.truncated for response in responses], np.bool_),
         }
         return {name: array for name, array in arrays.items() if array.size}
@@ -157,8 +188,8 @@ class DynamicSamplingBuffer:
     def restore(self, arrays: Mapping[str, np.ndarray], problems: Mapping[str, Problem]) -> None:
         """Puts back what `state` gave. `problems` finds a problem by its id.
 
-        Raises InputError, and changes nothing, if a buffered group belongs to a problem that is not there; ValueError or KeyError if the
-        arrays do not fit each other.
+        Raises InputError, and changes nothing, if a buffered group belongs to a problem that is not
+        there; ValueError or KeyError if the arrays do not fit each other.
         """
         last_draw, *tally = (int(count) for count in arrays["counters"])
         sizes = _array(arrays, "correct_len", np.int64)
@@ -206,9 +237,15 @@ class DynamicSamplingBuffer:
 
 
 def _cap_message(accepted: int, needed: int, t: _Tally) -> str:
-    """One line for a step that may draw no more and has too few groups: what was drawn, and what to do."""
+    """One line for a step that may draw no more and has too few groups: what was drawn, and what to
+    do.
+    """
     mixed = t.drawn - t.all_correct - t.all_wrong
-    problems = "easier problems or a supervised warm-up" if t.all_wrong >= t.all_correct else "harder problems"
+    problems = (
+        "easier problems or a supervised warm-up"
+        if t.all_wrong >= t.all_correct
+        else "harder problems"
+    )
     train = " or set dapo.on_cap: train" if accepted else ""
     return (
         f"dapo.max_generation_batches: used up with {accepted} of {needed} groups to train on; "
@@ -219,11 +256,18 @@ def _cap_message(accepted: int, needed: int, t: _Tally) -> str:
 
 def _check_lengths(group: Group) -> None:
     lengths = [len(response.tokens) for response in group.responses]
-    behavior, old = [len(r.behavior_logprobs) for r in group.responses], [len(logprobs) for logprobs in group.old_logprobs]
+    behavior, old = (
+        [len(r.behavior_logprobs) for r in group.responses],
+        [len(logprobs) for logprobs in group.old_logprobs],
+    )
     if not lengths == behavior == old:
-        raise ValueError(f"draw {group.draw}: responses of {lengths} tokens have {behavior} behavior and {old} old log-probs")
+        raise ValueError(
+            f"draw {group.draw}: responses of {lengths} tokens have {behavior} behavior and {old} old log-probs"
+        )
     if not len(lengths) == len(group.correct) == len(group.reward) == len(group.penalty):
-        raise ValueError(f"draw {group.draw}: {len(lengths)} responses, but not as many verdicts, rewards and penalties")
+        raise ValueError(
+            f"draw {group.draw}: {len(lengths)} responses, but not as many verdicts, rewards and penalties"
+        )
 
 
 def _response_tokens(group: Group) -> int:
@@ -231,7 +275,9 @@ def _response_tokens(group: Group) -> int:
 
 
 def _utf8(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)  # lone surrogates come back as they were
+    return np.frombuffer(
+        text.encode("utf-8", "surrogatepass"), np.uint8
+    )  # lone surrogates come back as they were
 
 
 def _text(array: np.ndarray) -> str:
@@ -242,8 +288,13 @@ def _flat(parts: Iterable[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype)
 
 
-def _ragged(name: str, parts: Sequence[np.ndarray], dtype: type[np.generic]) -> dict[str, np.ndarray]:
-    return {name: _flat(parts, dtype), f"{name}_len": np.array([len(part) for part in parts], np.int64)}
+def _ragged(
+    name: str, parts: Sequence[np.ndarray], dtype: type[np.generic]
+) -> dict[str, np.ndarray]:
+    return {
+        name: _flat(parts, dtype),
+        f"{name}_len": np.array([len(part) for part in parts], np.int64),
+    }
 
 
 def _array(arrays: Mapping[str, np.ndarray], name: str, dtype: type[np.generic]) -> np.ndarray:
@@ -256,5 +307,7 @@ def _split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return np.split(flat, np.cumsum(lengths))[:-1]
 
 
-def _parts(arrays: Mapping[str, np.ndarray], name: str, dtype: type[np.generic]) -> list[np.ndarray]:
+def _parts(
+    arrays: Mapping[str, np.ndarray], name: str, dtype: type[np.generic]
+) -> list[np.ndarray]:
     return _split(_array(arrays, name, dtype), _array(arrays, f"{name}_len", np.int64))

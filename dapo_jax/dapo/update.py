@@ -15,7 +15,8 @@ from dapo_jax.types import Array, Params, TrainBatch, TrainState
 def make_optimizer(section: OptimSection) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW without its learning rate, which `update_step` applies.
 
-    The rate follows rollout steps, not updates, so it is an input of each update and no state of the optimizer.
+    The rate follows rollout steps, not updates, so it is an input of each update and no state of
+    the optimizer.
     """
     return optax.chain(
         optax.clip_by_global_norm(section.grad_clip),
@@ -25,27 +26,38 @@ def make_optimizer(section: OptimSection) -> optax.GradientTransformation:
 
 
 def learning_rate(section: OptimSection, rollout_step: int) -> float:
-    """Learning rate of every update of a rollout step (from 1): min(1, s / warmup_steps) · learning_rate.
+    """Learning rate of every update of a rollout step (from 1): min(1, s / warmup_steps) ·
+    learning_rate.
 
-    >>> [learning_rate(OptimSection(learning_rate=1.0, warmup_steps=20), step) for step in (1, 10, 20, 320)]
+    >>> section = OptimSection(learning_rate=1.0, warmup_steps=20)
+    >>> [learning_rate(section, step) for step in (1, 10, 20, 320)]
     [0.05, 0.5, 1.0, 1.0]
     """
     return section.learning_rate * min(1.0, rollout_step / max(1, section.warmup_steps))
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, lora: LoraConfig | None = None) -> TrainState:
-    """A state before any update. float32 moments, shaped like the parameters; with LoRA, like the adapters."""
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, lora: LoraConfig | None = None
+) -> TrainState:
+    """A state before any update. float32 moments, shaped like the parameters; with LoRA, like the
+    adapters.
+    """
     return TrainState(params, optimizer.init(split(params, lora)[0]), jnp.zeros((), jnp.int32))
 
 
 def used_microbatches(batch: TrainBatch) -> Array:
-    """How many leading micro-batches of [M, N, T] hold a target; the rest is padding to a static shape."""
+    """How many leading micro-batches of [M, N, T] hold a target; the rest is padding to a static
+    shape.
+    """
     holds = batch.target_mask.any(axis=(1, 2))
     return jnp.max(jnp.where(holds, jnp.arange(1, holds.shape[0] + 1), 0))
 
 
-def accumulate(params: Params, batch: TrainBatch, loss_fn: LossFn) -> tuple[Array, dict[str, Array], Params]:
-    """Loss, metric sums and float32 gradient, each the plain sum over the micro-batches of [M, N, T].
+def accumulate(
+    params: Params, batch: TrainBatch, loss_fn: LossFn
+) -> tuple[Array, dict[str, Array], Params]:
+    """Loss, metric sums and float32 gradient, each the plain sum over the micro-batches of [M, N,
+    T].
 
     Empty micro-batches at the end are not computed, so a static shape costs no time.
     """
@@ -61,13 +73,19 @@ def accumulate(params: Params, batch: TrainBatch, loss_fn: LossFn) -> tuple[Arra
     return jax.lax.fori_loop(0, used_microbatches(batch), body, (loss, sums, grads))
 
 
-def map_microbatches(params: Params, batch: TrainBatch, *, function: Callable[[Params, TrainBatch], Array]) -> Array:
-    """function(params, [N, T] batch) → [N, T] over the micro-batches of [M, N, T]; 0 on the empty ones at the end."""
+def map_microbatches(
+    params: Params, batch: TrainBatch, *, function: Callable[[Params, TrainBatch], Array]
+) -> Array:
+    """function(params, [N, T] batch) → [N, T] over the micro-batches of [M, N, T]; 0 on the empty
+    ones at the end.
+    """
 
     def body(i, out):
         return out.at[i].set(function(params, jax.tree.map(lambda a: a[i], batch)))
 
-    return jax.lax.fori_loop(0, used_microbatches(batch), body, jnp.zeros(batch.tokens.shape, jnp.float32))
+    return jax.lax.fori_loop(
+        0, used_microbatches(batch), body, jnp.zeros(batch.tokens.shape, jnp.float32)
+    )
 
 
 def update_step(
@@ -79,30 +97,41 @@ def update_step(
     optimizer: optax.GradientTransformation,
     lora: LoraConfig | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """θ ← θ - lr · AdamW(clip(Σ over micro-batches of ∇loss)). With LoRA, θ are the adapters; no gradient in other weights is taken.
+    """θ ← θ - lr · AdamW(clip(Σ over micro-batches of ∇loss)).
 
-    An update whose loss or gradient is not finite leaves parameters and optimizer state bitwise as they were.
+    With LoRA, θ are the adapters; no gradient in other weights is taken.
 
-    Args:
-      state: donated by the caller's jit. batch: [M, N, T], M micro-batches of N rows.
-      learning_rate: scalar. loss_fn: (params, [N, T] batch) → (loss, metric sums), a sum over tokens.
+    An update whose loss or gradient is not finite leaves parameters and optimizer state bitwise as
+    they were.
 
-    Returns:
-      (new state, {"loss", "grad_norm", "skipped" (0 or 1), and the loss's metric sums}), float32 scalars on device.
+    Args: state: donated by the caller's jit. batch: [M, N, T], M micro-batches of N rows.
+      learning_rate: scalar. loss_fn: (params, [N, T] batch) → (loss, metric sums), a sum over
+      tokens.
+
+    Returns: (new state, {"loss", "grad_norm", "skipped" (0 or 1), and the loss's metric sums}),
+      float32 scalars on device.
     """
     before, frozen = split(state.params, lora)
-    loss, sums, grads = accumulate(before, batch, lambda params, rows: loss_fn(join(params, frozen), rows))
+    loss, sums, grads = accumulate(before, batch, lambda p, rows: loss_fn(join(p, frozen), rows))
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     direction, opt_state = optimizer.update(grads, state.opt_state, before)
     params = jax.tree.map(lambda p, d: p - learning_rate * d, before, direction)
     changed = TrainState(params, opt_state, state.updates + 1)
-    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state._replace(params=before))
-    return kept._replace(params=join(kept.params, frozen)), {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - finite, **sums}
+    unchanged = state._replace(params=before)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, unchanged)
+    return kept._replace(params=join(kept.params, frozen)), {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "skipped": 1.0 - finite,
+        **sums,
+    }
 
 
 def summarize(sums: Mapping[str, float]) -> dict[str, float]:
-    """`policy/` metrics from metric sums: each a mean over target tokens, or over the clipped ones, and left out where there are none."""
+    """`policy/` metrics from metric sums: each a mean over target tokens, or over the clipped ones,
+    and left out where there are none.
+    """
     tokens = max(sums["tokens"], 1.0)
     means = {f"policy/{name}": sums[name] / tokens for name in ("entropy", "approx_kl")}
     if "clipped_high" not in sums:
@@ -114,4 +143,8 @@ def summarize(sums: Mapping[str, float]) -> dict[str, float]:
         "policy/clip_fraction_dual": sums.get("clipped_dual", 0.0) / tokens,
         "policy/importance_capped_fraction": sums.get("importance_capped", 0.0) / tokens,
     }
-    return means | ({"policy/upclipped_prob_mean": sums["upclipped_prob"] / clipped} if (clipped := sums["clipped_high"]) else {})
+    return means | (
+        {"policy/upclipped_prob_mean": sums["upclipped_prob"] / clipped}
+        if (clipped := sums["clipped_high"])
+        else {}
+    )

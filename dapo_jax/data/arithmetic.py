@@ -1,13 +1,15 @@
-"""Chained arithmetic: an embedded data set whose solutions take one line a step, so that their length varies.
+"""Chained arithmetic: an embedded data set whose solutions take one line a step, so that their
+length varies.
 
     prompt   ((7+5)-3)*2      solution  7+5=12
     answer   18                         12-3=9
                                         9*2=18
                                         Answer: 18
 
-Brackets make the order of evaluation explicit. At most one step multiplies, by 2 to 5, and no value leaves -999..999.
-`mistake_rate` puts slips into the training solutions: who imitates them is as careless, and has something to learn from rewards.
-`check_rate` puts lines into them that undo a step (7+5=12 is followed by 12-5=7): who imitates them may choose how long to be.
+Brackets make the order of evaluation explicit. At most one step multiplies, by 2 to 5, and no value
+leaves -999..999. `mistake_rate` puts slips into the training solutions: who imitates them is as
+careless, and has something to learn from rewards. `check_rate` puts lines into them that undo a
+step (7+5=12 is followed by 12-5=7): who imitates them may choose how long to be.
 """
 
 import random
@@ -29,13 +31,16 @@ Chain = tuple[Step, ...]  # the first step is ("+", first operand): a chain star
 def arithmetic_problems(config: ArithmeticConfig, *, heldout: bool) -> list[Problem]:
     """Distinct problems, a function of `config` alone. Training and held-out problems are disjoint.
 
-    The held-out problems do not depend on how many training problems are asked for. Problems are spread evenly over
-    min_steps..max_steps; where there are too few short ones, all are taken and longer ones make up for it.
-    Raises InputError if the config asks for more distinct problems than there are, or for numbers above 999.
+    The held-out problems do not depend on how many training problems are asked for. Problems are
+    spread evenly over min_steps..max_steps; where there are too few short ones, all are taken and
+    longer ones make up for it. Raises InputError if the config asks for more distinct problems than
+    there are, or for numbers above 999.
     """
     for name, bound in (("max_operand", _LIMIT), ("max_steps", _MAX_STEPS)):
         if getattr(config, name) > bound:
-            raise InputError(f"data.arithmetic.{name}: {getattr(config, name)} exceeds {bound}; lower it")
+            raise InputError(
+                f"data.arithmetic.{name}: {getattr(config, name)} exceeds {bound}; lower it"
+            )
     chains = _distinct_chains(config, config.heldout_problems, (), "heldout")
     if heldout:
         return [_problem(chain) for chain in chains]
@@ -44,14 +49,24 @@ def arithmetic_problems(config: ArithmeticConfig, *, heldout: bool) -> list[Prob
     return [_problem(chain, config.mistake_rate, config.check_rate, rng) for chain in chains]
 
 
-def _distinct_chains(config: ArithmeticConfig, count: int, taken: Collection[Chain], split: str) -> list[Chain]:
+def _distinct_chains(
+    config: ArithmeticConfig, count: int, taken: Collection[Chain], split: str
+) -> list[Chain]:
     """`count` distinct chains that are not in `taken`, in random order."""
-    rng = random.Random(f"{split} {config.seed}")  # seeding by text is the same on every platform and Python version
+    rng = random.Random(
+        f"{split} {config.seed}"
+    )  # seeding by text is the same on every platform and Python version
     chosen: list[Chain] = []
     for steps in range(config.min_steps, config.max_steps + 1):
         share = (count - len(chosen)) // (config.max_steps - steps + 1)
-        few = list(islice((c for c in _all_chains(steps, config.max_operand) if c not in taken), 4 * share + 1))
-        if len(few) <= 4 * share:  # so few exist that drawing at random would keep hitting the same ones
+        few = list(
+            islice(
+                (c for c in _all_chains(steps, config.max_operand) if c not in taken), 4 * share + 1
+            )
+        )
+        if (
+            len(few) <= 4 * share
+        ):  # so few exist that drawing at random would keep hitting the same ones
             chosen += rng.sample(few, min(share, len(few)))
         else:
             fresh: dict[Chain, None] = {}
@@ -71,15 +86,25 @@ def _distinct_chains(config: ArithmeticConfig, count: int, taken: Collection[Cha
 
 def _apply(value: int, step: Step) -> int:
     operator, operand = step
-    return value + operand if operator == "+" else value - operand if operator == "-" else value * operand
+    return (
+        value + operand
+        if operator == "+"
+        else value - operand
+        if operator == "-"
+        else value * operand
+    )
 
 
 def _moves(value: int, multiply: bool, max_operand: int) -> Iterator[Step]:
-    steps = [(o, n) for o in "+-" for n in range(1, max_operand + 1)] + [("*", n) for n in _FACTORS if multiply]
+    steps = [(o, n) for o in "+-" for n in range(1, max_operand + 1)] + [
+        ("*", n) for n in _FACTORS if multiply
+    ]
     return (step for step in steps if abs(_apply(value, step)) <= _LIMIT)
 
 
-def _all_chains(steps: int, max_operand: int, chain: Chain = (), value: int = 0, multiply: bool = False) -> Iterator[Chain]:
+def _all_chains(
+    steps: int, max_operand: int, chain: Chain = (), value: int = 0, multiply: bool = False
+) -> Iterator[Chain]:
     """Every chain that continues `chain` by so many steps."""
     if not chain:
         for first in range(1, max_operand + 1):
@@ -88,7 +113,13 @@ def _all_chains(steps: int, max_operand: int, chain: Chain = (), value: int = 0,
         yield chain
     else:
         for step in _moves(value, multiply, max_operand):
-            yield from _all_chains(steps - 1, max_operand, (*chain, step), _apply(value, step), multiply and step[0] != "*")
+            yield from _all_chains(
+                steps - 1,
+                max_operand,
+                (*chain, step),
+                _apply(value, step),
+                multiply and step[0] != "*",
+            )
 
 
 def _random_chain(steps: int, max_operand: int, rng: random.Random) -> Chain:
@@ -105,8 +136,17 @@ def _random_chain(steps: int, max_operand: int, rng: random.Random) -> Chain:
     return tuple(chain)
 
 
-def _problem(chain: Chain, mistake_rate: float = 0.0, check_rate: float = 0.0, rng: random.Random | None = None) -> Problem:
-    """The problem of a chain. Its solution may slip by up to 9 in a step and go on from there, and check steps; its answer is right."""
+def _problem(
+    chain: Chain,
+    mistake_rate: float = 0.0,
+    check_rate: float = 0.0,
+    rng: random.Random | None = None,
+) -> Problem:
+    """The problem of a chain.
+
+    Its solution may slip by up to 9 in a step and go on from there, and check steps; its answer is
+    right.
+    """
     (_, first), *steps = chain
     prompt, right, written, lines = str(first), first, first, []
     for i, step in enumerate(steps):
@@ -117,4 +157,9 @@ def _problem(chain: Chain, mistake_rate: float = 0.0, check_rate: float = 0.0, r
         if rng is not None and check_rate and rng.random() < check_rate:
             lines.append(f"{written}{_INVERSE[step[0]]}{step[1]}={before}")
         prompt = (f"({prompt})" if i else prompt) + f"{step[0]}{step[1]}"
-    return Problem(id=prompt, prompt=prompt, answer=str(right), solution="\n".join([*lines, f"Answer: {written}"]))
+    return Problem(
+        id=prompt,
+        prompt=prompt,
+        answer=str(right),
+        solution="\n".join([*lines, f"Answer: {written}"]),
+    )

@@ -1,4 +1,6 @@
-"""Data sets in Google Cloud Storage: copied to this machine while they are read, and from it when they are prepared."""
+"""Data sets in Google Cloud Storage: copied to this machine while they are read, and from it when
+they are prepared.
+"""
 
 import contextlib
 import shutil
@@ -9,7 +11,7 @@ from pathlib import Path
 from etils import epath
 
 from dapo_jax.data.files import ENDINGS
-from dapo_jax.paths import is_bucket, names_objects, reason
+from dapo_jax.runtime.paths import is_bucket, names_objects, reason
 from dapo_jax.types import InputError
 
 _SHARDS = tuple(ending for ending in ENDINGS if ending != ".json")
@@ -20,7 +22,8 @@ _GIVE = 'pip install "dapo_jax[tpu]", and give the machine the bucket'
 
 @contextlib.contextmanager
 def local_copy(source: str) -> Iterator[str]:
-    """The path of a data set's file or folder on this machine: itself, or for gs://bucket/... a copy that is there while inside.
+    """The path of a data set's file or folder on this machine: itself, or for gs://bucket/... a
+    copy that is there while inside.
 
     Raises InputError if there is no such object, or it cannot be fetched.
     """
@@ -47,10 +50,15 @@ def local_copy(source: str) -> Iterator[str]:
 
 
 def send(folder: Path, target: str) -> None:
-    """Copies the files of a prepared folder to gs://bucket/folder, dataset_info.json last. Raises InputError if it cannot."""
+    """Copies the files of a prepared folder to gs://bucket/folder, dataset_info.json last.
+
+    Raises InputError if it cannot.
+    """
     with _talking(target, "written"):
         if (epath.Path(target) / _INFO).exists():
-            raise InputError(f"{target}: already holds a prepared data set; remove it or choose another folder")
+            raise InputError(
+                f"{target}: already holds a prepared data set; remove it or choose another folder"
+            )
         for file in sorted(folder.iterdir(), key=lambda file: file.name == _INFO):
             with file.open("rb") as content, (epath.Path(target) / file.name).open("wb") as stream:
                 shutil.copyfileobj(content, stream, _CHUNK)
@@ -59,7 +67,9 @@ def send(folder: Path, target: str) -> None:
 def check_name(where: str) -> None:
     """Raises InputError for a gs:// URL that can name neither a file nor a folder."""
     if not names_objects(where):
-        raise InputError(f"{where}: not of the form gs://bucket/name, without *?#[]; correct the URL")
+        raise InputError(
+            f"{where}: not of the form gs://bucket/name, without *?#[]; correct the URL"
+        )
 
 
 def _fetch(path: epath.Path, copy: Path) -> None:
@@ -72,7 +82,10 @@ def _fetch(path: epath.Path, copy: Path) -> None:
 
 @contextlib.contextmanager
 def _talking(where: str, done: str) -> Iterator[None]:
-    """Around what a bucket is asked. Raises InputError for the many kinds of errors that its clients raise."""
+    """Around what a bucket is asked.
+
+    Raises InputError for the many kinds of errors that its clients raise.
+    """
     try:
         yield
     except InputError:

@@ -1,14 +1,15 @@
 """Chat templates: programs that come with a model, rendered in a process that can be stopped.
 
-transformers' sandbox keeps a template from the interpreter's insides, but not from loops without end, `9**9**9**9` (which holds the
-interpreter's lock, so that no thread could watch it) or gigabytes of text.
+transformers' sandbox keeps a template from the interpreter's insides, but not from loops without
+end, `9**9**9**9` (which holds the interpreter's lock, so that no thread could watch it) or
+gigabytes of text.
 """
 
 import datetime
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dapo_jax.data.confined import ConfinedError, results
+from dapo_jax.runtime.sandbox import ConfinedError, results
 
 DEADLINE_S = 10.0  # for one conversation
 _MEMORY_BYTES = 1 << 30
@@ -25,20 +26,22 @@ def render(
     max_chars: int,
     add_generation_prompt: bool = True,
 ) -> Iterator[str | None]:
-    """Each conversation through a chat template, with the header of the assistant's turn at the end unless told otherwise.
+    """Each conversation through a chat template, with the header of the assistant's turn at the end
+    unless told otherwise.
 
     Where the last turn is the assistant's, it is left open instead, and the response continues it.
 
-    Args:
-      variables: JSON-able, as the special tokens are.
-      date: YYYY-MM-DD, what the template takes for today: the clock would make another prompt of the same problem every day.
-      max_chars: a longer text is None.
+    Args: variables: JSON-able, as the special tokens are. date: YYYY-MM-DD, what the template takes
+      for today: the clock would make another prompt of the same problem every day. max_chars: a
+      longer text is None.
 
     Raises ConfinedError if the template fails, or takes too much time or memory for a conversation.
     """
     orders = [[template, dict(variables), date, max_chars, add_generation_prompt], *conversations]
     if len(orders) > 1:
-        for text, error in results(f"{__name__}:work", orders, deadline_s=DEADLINE_S, memory_bytes=_MEMORY_BYTES):
+        for text, error in results(
+            f"{__name__}:work", orders, deadline_s=DEADLINE_S, memory_bytes=_MEMORY_BYTES
+        ):
             if error is not None:
                 raise ConfinedError(error)
             yield text

@@ -1,10 +1,13 @@
-"""Training problems of one data set or several: with weights, every data set goes through shuffled epochs of its own.
+"""Training problems of one data set or several: with weights, every data set goes through shuffled
+epochs of its own.
 
-With weights w, a share w / Σw of all draws is of each data set. An epoch is as many draws as there are problems, of all data sets
-together: N. In E epochs a data set is drawn w / Σw x N x E times, to within one draw, and where in an epoch its draws stand is drawn at
-random. Which of its problems they are goes on from epoch to epoch: all of them in random order, then all of them in another.
+With weights w, a share w / Σw of all draws is of each data set. An epoch is as many draws as there
+are problems, of all data sets together: N. In E epochs a data set is drawn w / Σw x N x E times, to
+within one draw, and where in an epoch its draws stand is drawn at random. Which of its problems
+they are goes on from epoch to epoch: all of them in random order, then all of them in another.
 
-Draws are a function of the seed and the cursor. They do not depend on how many hosts there are or how a run was cut.
+Draws are a function of the seed and the cursor. They do not depend on how many hosts there are or
+how a run was cut.
 """
 
 import dataclasses
@@ -20,7 +23,16 @@ from typing import NamedTuple
 import numpy as np
 
 from dapo_jax.config import DataSection, TrainSet
-from dapo_jax.data.problems import Cursor, LoadReport, Watch, advance, epoch_order, load_problems, problems_digest, with_unique_ids
+from dapo_jax.data.problems import (
+    Cursor,
+    LoadReport,
+    Watch,
+    advance,
+    epoch_order,
+    load_problems,
+    problems_digest,
+    with_unique_ids,
+)
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.types import InputError, Message, Problem
 
@@ -48,8 +60,11 @@ class Mixture(NamedTuple):
         )
 
 
-def load_training(section: DataSection, watch: Watch | None = None) -> tuple[list[Problem], list[LoadReport]]:
-    """The distinct problems of data.train, one data set after the other, and what became of the rows of each.
+def load_training(
+    section: DataSection, watch: Watch | None = None
+) -> tuple[list[Problem], list[LoadReport]]:
+    """The distinct problems of data.train, one data set after the other, and what became of the
+    rows of each.
 
     A prompt that several data sets have is the first one's, and its answer too.
     Raises InputError if a data set cannot be read, or has no problem of its own.
@@ -61,16 +76,21 @@ def load_training(section: DataSection, watch: Watch | None = None) -> tuple[lis
         problems, report = load_problems(one.path, section.arithmetic, columns=columns, watch=watch)
         own = [p for p in problems if p.prompt not in found]
         if not own:
-            raise InputError(f"{one.path}: every problem is in an earlier data set of data.train; leave this one out")
+            raise InputError(
+                f"{one.path}: every problem is in an earlier data set of data.train; leave this one out"
+            )
         found |= {p.prompt: p for p in own}
-        reports.append(dataclasses.replace(report, problems=len(own), elsewhere=len(problems) - len(own)))
+        reports.append(
+            dataclasses.replace(report, problems=len(own), elsewhere=len(problems) - len(own))
+        )
     return (with_unique_ids([*found.values()]) if len(reports) > 1 else [*found.values()]), reports
 
 
 def mix(train: Sequence[TrainSet], problems: Sequence[Problem]) -> Mixture:
     """The mixture of those problems of `load_training` that are to be drawn.
 
-    Raises InputError if a data set has none among them, or too small a weight to be drawn in every epoch.
+    Raises InputError if a data set has none among them, or too small a weight to be drawn in every
+    epoch.
     """
     sources = tuple(one.path for one in train)
     counts = tuple(sum(p.source == source for p in problems) for source in sources)
@@ -87,15 +107,22 @@ def mix(train: Sequence[TrainSet], problems: Sequence[Problem]) -> Mixture:
 
 
 def drawn_of_each(mixture: Mixture, epochs: int) -> list[int]:
-    """How many draws of each data set the first `epochs` epochs hold: within one of its share, and N x epochs together."""
+    """How many draws of each data set the first `epochs` epochs hold: within one of its share, and
+    N x epochs together.
+    """
     draws = sum(mixture.counts) * epochs
-    edges = [math.floor(draws * share) for share in accumulate(mixture.shares(), initial=Fraction(0))]
+    edges = [
+        math.floor(draws * share) for share in accumulate(mixture.shares(), initial=Fraction(0))
+    ]
     return [end - begin for begin, end in pairwise(edges)]
 
 
 @functools.lru_cache(maxsize=4)
 def mixture_order(mixture: Mixture, *, seed: int, epoch: int) -> np.ndarray:
-    """The draws of an epoch as indices of problems, int64 [N], a function of its arguments alone. Of one data set: `epoch_order`."""
+    """The draws of an epoch as indices of problems, int64 [N], a function of its arguments alone.
+
+    Of one data set: `epoch_order`.
+    """
     begins, ends = (drawn_of_each(mixture, e) for e in (epoch, epoch + 1))
     owners = np.repeat(np.arange(len(mixture.counts)), np.subtract(ends, begins))
     owners = owners[epoch_order(len(owners), seed=seed, epoch=epoch, stream=len(mixture.counts))]
@@ -103,7 +130,13 @@ def mixture_order(mixture: Mixture, *, seed: int, epoch: int) -> np.ndarray:
     first = 0
     for n, count in enumerate(mixture.counts):
         own_order = functools.partial(epoch_order, count, seed=seed, stream=n)
-        own, _ = advance(Cursor(*divmod(begins[n], count)), count, ends[n] - begins[n], seed=seed, order=own_order)
+        own, _ = advance(
+            Cursor(*divmod(begins[n], count)),
+            count,
+            ends[n] - begins[n],
+            seed=seed,
+            order=own_order,
+        )
         order[owners == n] = first + own
         first += count
     order.flags.writeable = False  # it is shared by all who ask
@@ -115,4 +148,6 @@ def mixture_digest(problems: Sequence[Problem], mixture: Mixture) -> str:
     digest = problems_digest(problems)
     if len(mixture.counts) == 1:
         return digest
-    return hashlib.sha256(json.dumps([digest, mixture.counts, mixture.weights]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([digest, mixture.counts, mixture.weights]).encode()
+    ).hexdigest()

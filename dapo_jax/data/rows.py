@@ -1,4 +1,5 @@
-r"""What a row of a data set states: its prompt, answer, solution and identifier, under the names that data sets are published with.
+r"""What a row of a data set states: its prompt, answer, solution and identifier, under the names
+that data sets are published with.
 
     {"prompt": "What is 6 x 7?", "answer": 42}                       and, if there, "id" and "solution"
     {"prompt": [{"role": "user", "content": "..."}], "reward_model": {"ground_truth": "42"}, "extra_info": {"index": 7}}
@@ -6,8 +7,9 @@ r"""What a row of a data set states: its prompt, answer, solution and identifier
     {"question": "What is 6 x 7?", "answer": "6 x 7 = 42\n#### 42"}
     {"problem": "What is 6 x 7?", "solution": "It is $\\boxed{42}$."}
 
-The second is that of DAPO-Math-17k and its AIME 2024, the third of most other AIME files, the fourth of GSM8K, the last of MATH.
-`ColumnsConfig` says what is what in any other. Chat turns are used as they are.
+The second is that of DAPO-Math-17k and its AIME 2024, the third of most other AIME files, the
+fourth of GSM8K, the last of MATH. `ColumnsConfig` says what is what in any other. Chat turns are
+used as they are.
 """
 
 import contextlib
@@ -25,7 +27,14 @@ MAX_ANSWER_CHARS = 1000
 AS_USUAL = ColumnsConfig()  # every part of a problem under one of its usual names
 _USUAL: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "problem", "question", "Problem", "messages", "instruction"),
-    "answer": ("answer", "reward_model.ground_truth", "expected_answer", "ground_truth", "Answer", "final_answer"),
+    "answer": (
+        "answer",
+        "reward_model.ground_truth",
+        "expected_answer",
+        "ground_truth",
+        "Answer",
+        "final_answer",
+    ),
     "solution": ("solution", "Solution"),
     "id": ("id", "extra_info.index", "ID"),
 }
@@ -35,17 +44,23 @@ _AFTER = ("options", "choices", "input")
 _GSM8K = "####"  # stands before the answer
 _BOXED = "\\boxed"  # holds the answer
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # of GSM8K: <<900+5=905>>
-_UNIT = re.compile(r"([+-]?[0-9][0-9,]*(?:\.[0-9]+)?) \((?!mod|base)[A-Za-z][A-Za-z ]*\)")  # of ASDiv: 5 (apples)
+_UNIT = re.compile(
+    r"([+-]?[0-9][0-9,]*(?:\.[0-9]+)?) \((?!mod|base)[A-Za-z][A-Za-z ]*\)"
+)  # of ASDiv: 5 (apples)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _QUOTED = r"'((?:[^'\\]|\\\\)*)'"
-_PRINTED_LIST = re.compile(rf"\[{_QUOTED}(?:,?\s+{_QUOTED})*\]")  # of texts, as Python and NumPy print it
+_PRINTED_LIST = re.compile(
+    rf"\[{_QUOTED}(?:,?\s+{_QUOTED})*\]"
+)  # of texts, as Python and NumPy print it
 _TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]""")
 _LABEL = re.compile(r"\(?[A-Za-z1-9]\s?[).:]")
 
 
 class BadRow(Exception):
-    """A row that cannot be used; its text is the reason under which such rows are counted. columns: of the row, where one is missing."""
+    """A row that cannot be used; its text is the reason under which such rows are counted. columns:
+    of the row, where one is missing.
+    """
 
     def __init__(self, reason: str, row: Any = ()):
         super().__init__(reason)
@@ -61,12 +76,17 @@ def column_names(columns: ColumnsConfig) -> list[str]:
     return names
 
 
-def problem_from_row(row: Any, columns: ColumnsConfig = AS_USUAL, notes: list[str] | None = None) -> Problem:
-    r"""The problem that a decoded row states; its id is empty if the row has none. Raises BadRow with the reason if it states none.
+def problem_from_row(
+    row: Any, columns: ColumnsConfig = AS_USUAL, notes: list[str] | None = None
+) -> Problem:
+    r"""The problem that a decoded row states; its id is empty if the row has none.
 
-    An answer that stands at the end of its solution (`columns.answer_after`, or as GSM8K has it), or in its last `\boxed{}`, is taken
-    from there, and the solution then ends in an `Answer:` line, as the strict verifier wants it of a response. Answers are canonical
-    (`types.canonical_answer`). notes: gets an entry for each way in which the problem differs from the text of its row.
+    Raises BadRow with the reason if it states none.
+
+    An answer that stands at the end of its solution (`columns.answer_after`, or as GSM8K has it),
+    or in its last `\boxed{}`, is taken from there, and the solution then ends in an `Answer:` line,
+    as the strict verifier wants it of a response. Answers are canonical (`types.canonical_answer`).
+    notes: gets an entry for each way in which the problem differs from the text of its row.
     """
     if not isinstance(row, Mapping):
         raise BadRow("not a JSON object")
@@ -80,7 +100,9 @@ def problem_from_row(row: Any, columns: ColumnsConfig = AS_USUAL, notes: list[st
     prompt = _prompt(prompt, notes)
     if isinstance(solution, list):  # several ways to the same answer
         solution = next(filter(None, solution), None)
-    if called == "messages" and not isinstance(prompt, str) and prompt[-1].role == "assistant":  # a conversation with its response
+    if (
+        called == "messages" and not isinstance(prompt, str) and prompt[-1].role == "assistant"
+    ):  # a conversation with its response
         solution = prompt[-1].content if _missing(solution) else solution
         prompt = prompt[:-1]
         if not prompt:
@@ -94,11 +116,15 @@ def problem_from_row(row: Any, columns: ColumnsConfig = AS_USUAL, notes: list[st
         prompt = _joined(row, prompt, answer, called, notes)
     gsm8k = columns.prompt is None and called == "question"
     answer, solution = _answer_and_solution(answer, solution, columns.answer_after, gsm8k, notes)
-    return Problem("" if _missing(identifier) else _scalar_text(identifier, "id"), prompt, answer, solution)
+    return Problem(
+        "" if _missing(identifier) else _scalar_text(identifier, "id"), prompt, answer, solution
+    )
 
 
 def _found(row: Mapping[str, Any], part: str, named: str | None) -> tuple[Any, str]:
-    """The value that a row has for a part of a problem, and the name of its column; (None, "") if it has none."""
+    """The value that a row has for a part of a problem, and the name of its column; (None, "") if
+    it has none.
+    """
     if named is not None and _FIELD.search(named):
         return _FIELD.sub(lambda field: _filled(row, field[1]), named), named
     for path in _USUAL[part] if named is None else (named,):
@@ -142,7 +168,10 @@ def _prompt(value: Any, notes: list[str]) -> str | tuple[Message, ...]:
         notes.append("prompts that were chat turns as JSON text")
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
         raise BadRow("prompt is neither text nor chat turns")
-    turns = [Message(_text(turn.get("role"), "chat role"), _text(turn.get("content"), "chat content")) for turn in value]
+    turns = [
+        Message(_text(turn.get("role"), "chat role"), _text(turn.get("content"), "chat content"))
+        for turn in value
+    ]
     if not any(turn.content.strip() for turn in turns):
         raise BadRow("empty prompt")
     if turns[-1].role == "assistant" and not turns[-1].content.strip():  # where the response goes
@@ -150,17 +179,27 @@ def _prompt(value: Any, notes: list[str]) -> str | tuple[Message, ...]:
     return tuple(turns)
 
 
-def _joined(row: Mapping[str, Any], question: str, answer: Any, called: str, notes: list[str]) -> str:
+def _joined(
+    row: Mapping[str, Any], question: str, answer: Any, called: str, notes: list[str]
+) -> str:
     """A question with what stands beside it in columns of their own."""
     for name in (*_BEFORE, *_AFTER):
         value = row.get(name)
-        if _missing(value) or value in ("", [], {}) or (name == "input" and called != "instruction"):
+        if (
+            _missing(value)
+            or value in ("", [], {})
+            or (name == "input" and called != "instruction")
+        ):
             continue
         text = _options(value, answer) if name in ("options", "choices") else _lines(value)
         if text is None:
             raise BadRow(f"{called} with {name} of an unknown form; make one column of both")
         if text.strip() and text.strip() not in question:
-            question = f"{_text(text, name)}\n\n{question}" if name in _BEFORE else f"{question}\n\n{_text(text, name)}"
+            question = (
+                f"{_text(text, name)}\n\n{question}"
+                if name in _BEFORE
+                else f"{question}\n\n{_text(text, name)}"
+            )
             notes.append(f"prompts joined from {called} and {name}")
     return question
 
@@ -173,9 +212,15 @@ def _lines(value: Any) -> str | None:
 
 
 def _options(value: Any, answer: Any) -> str | None:
-    """The choices of a question as text; None where `answer` is neither one of them nor the letter of one."""
+    """The choices of a question as text; None where `answer` is neither one of them nor the letter
+    of one.
+    """
     if isinstance(value, Mapping):  # {"A": "4", "B": "7"}
-        value = [f"{letter}) {text}" for letter, text in value.items() if len(letter) == 1 and isinstance(text, str)]
+        value = [
+            f"{letter}) {text}"
+            for letter, text in value.items()
+            if len(letter) == 1 and isinstance(text, str)
+        ]
     if not isinstance(value, list):
         return _lines(value)
     letters = string.ascii_uppercase[: len(value)]
@@ -183,7 +228,11 @@ def _options(value: Any, answer: Any) -> str | None:
         return text if isinstance(answer, str) else None
     if not answer.strip(" ().") or answer.strip(" ().") not in letters:
         return None
-    return text if _LABEL.match(value[0]) else "\n".join(f"{letter}) {option}" for letter, option in zip(letters, value, strict=True))
+    return (
+        text
+        if _LABEL.match(value[0])
+        else "\n".join(f"{letter}) {option}" for letter, option in zip(letters, value, strict=True))
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -196,7 +245,11 @@ def _only(answer: Any, notes: list[str]) -> Any:
     if isinstance(answer, str) and answer.lstrip()[:1] == "[" and '"' in answer:
         with contextlib.suppress(ValueError, RecursionError):
             listed = json.loads(answer)
-            answer = listed if isinstance(listed, list) and all(isinstance(one, str) for one in listed) else answer
+            answer = (
+                listed
+                if isinstance(listed, list) and all(isinstance(one, str) for one in listed)
+                else answer
+            )
     elif isinstance(answer, str) and _PRINTED_LIST.fullmatch(answer.strip()):
         answer = [one.replace("\\\\", "\\") for one in re.findall(_QUOTED, answer)]
     if not isinstance(answer, list):
@@ -207,7 +260,9 @@ def _only(answer: Any, notes: list[str]) -> Any:
     return _only(answer[0], notes)
 
 
-def _answer_and_solution(answer: Any, solution: Any, after: str | None, gsm8k: bool, notes: list[str]) -> tuple[str, str | None]:
+def _answer_and_solution(
+    answer: Any, solution: Any, after: str | None, gsm8k: bool, notes: list[str]
+) -> tuple[str, str | None]:
     whole = answer
     if after is None and isinstance(answer, str):
         after = _GSM8K if gsm8k and _GSM8K in answer else _BOXED if _BOXED in answer else None
@@ -215,7 +270,9 @@ def _answer_and_solution(answer: Any, solution: Any, after: str | None, gsm8k: b
         answer, worked = _split(_text(answer, "answer"), after, notes)
     answer = _answer(answer, notes)
     if after is not None and (_missing(solution) or solution == whole):
-        return answer, f"{worked}\nAnswer: {answer}" if worked and not _repeats(worked, answer) else None
+        return answer, f"{worked}\nAnswer: {answer}" if worked and not _repeats(
+            worked, answer
+        ) else None
     if _missing(solution) or not _text(solution, "solution"):
         return answer, None
     if _repeats(solution, answer):
@@ -225,7 +282,9 @@ def _answer_and_solution(answer: Any, solution: Any, after: str | None, gsm8k: b
 
 
 def _split(text: str, after: str, notes: list[str]) -> tuple[str, str]:
-    r"""The answer that stands after the last `after`, and what solves it: the text before, or the whole with `\boxed{answer}`."""
+    r"""The answer that stands after the last `after`, and what solves it: the text before, or the
+    whole with `\boxed{answer}`.
+    """
     if after.rstrip("{ ").endswith("boxed"):
         notes.append(r"answers taken from \boxed{}")
         return _boxed(text), text.rstrip()
@@ -259,7 +318,12 @@ def _repeats(solution: str, answer: str) -> bool:
     if len(solution) > len(answer) + 20:
         return False
     text = solution.strip(" \n$.")
-    return canonical_answer(_boxed(text) if text.startswith(_BOXED + "{") and text.endswith("}") else text) == answer
+    return (
+        canonical_answer(
+            _boxed(text) if text.startswith(_BOXED + "{") and text.endswith("}") else text
+        )
+        == answer
+    )
 
 
 def _answer(value: Any, notes: list[str]) -> str:
@@ -279,12 +343,16 @@ def _answer(value: Any, notes: list[str]) -> str:
 
 
 def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))  # NaN is how data frames write null
+    return value is None or (
+        isinstance(value, float) and math.isnan(value)
+    )  # NaN is how data frames write null
 
 
 def _scalar_text(value: Any, name: str) -> str:
     if isinstance(value, float) and math.isfinite(value):
-        return str(int(value)) if value.is_integer() else repr(value)  # 42.0: a whole number in a float column
+        return (
+            str(int(value)) if value.is_integer() else repr(value)
+        )  # 42.0: a whole number in a float column
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str):

@@ -1,4 +1,6 @@
-"""Rows of the embedding table, where the table lies split over devices: no device makes the whole of it, nor of its gradient."""
+"""Rows of the embedding table, where the table lies split over devices: no device makes the whole
+of it, nor of its gradient.
+"""
 
 import functools
 from typing import Any
@@ -12,14 +14,17 @@ from dapo_jax.types import Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def embed(table: Array, tokens: Array, dtype: Any, mesh: Mesh | None, split_sequence: bool) -> Array:
-    """Rows `tokens` of the table, in dtype; the gradient is added up in float32, whatever the dtype.
+def embed(
+    table: Array, tokens: Array, dtype: Any, mesh: Mesh | None, split_sequence: bool
+) -> Array:
+    """Rows `tokens` of the table, in dtype; the gradient is added up in float32, whatever the
+    dtype.
 
     (A bfloat16 sum of ones stops growing at 256: frequent tokens would hardly learn.)
 
-    Args:
-      table: [V, D], V over "tensor" and D over "fsdp" where these divide. tokens: int [N, T], rows over ("data", "fsdp").
-      mesh: None where nothing is split. split_sequence: lay T of the result over "tensor", which must divide it.
+    Args: table: [V, D], V over "tensor" and D over "fsdp" where these divide. tokens: int [N, T],
+      rows over ("data", "fsdp"). mesh: None where nothing is split. split_sequence: lay T of the
+      result over "tensor", which must divide it.
 
     Returns:
       [N, T, D]
@@ -41,15 +46,24 @@ def embed(table: Array, tokens: Array, dtype: Any, mesh: Mesh | None, split_sequ
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(VOCAB_AXIS) * size, size, axis=1)
 
     inputs = (table_spec, PartitionSpec(ROW_AXES))
-    return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=rows, check_vma=False)(table, tokens)
+    return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=rows, check_vma=False)(
+        table, tokens
+    )
 
 
-def _layout(table: Array, mesh: Mesh, split_sequence: bool) -> tuple[PartitionSpec, PartitionSpec, bool, bool]:
+def _layout(
+    table: Array, mesh: Mesh, split_sequence: bool
+) -> tuple[PartitionSpec, PartitionSpec, bool, bool]:
     """Partitions of the table and of the rows found in it, and whether V and D are split."""
     split_vocab = mesh.shape[VOCAB_AXIS] > 1 and table.shape[0] % mesh.shape[VOCAB_AXIS] == 0
     split_dim = table.shape[1] % mesh.shape["fsdp"] == 0
     table_spec = PartitionSpec(VOCAB_AXIS if split_vocab else None, "fsdp" if split_dim else None)
-    return table_spec, PartitionSpec(ROW_AXES, VOCAB_AXIS if split_sequence else None), split_vocab, split_dim
+    return (
+        table_spec,
+        PartitionSpec(ROW_AXES, VOCAB_AXIS if split_sequence else None),
+        split_vocab,
+        split_dim,
+    )
 
 
 def _places(tokens: Array, size: int, split_vocab: bool) -> tuple[Array, Array]:
@@ -70,15 +84,25 @@ def _backward(dtype, mesh, split_sequence, inputs, d_rows):
     size = table.shape[0] // mesh.shape[VOCAB_AXIS] if split_vocab else table.shape[0]
 
     def local(tokens, d_rows):
-        d_rows = jax.lax.all_gather(d_rows, VOCAB_AXIS, axis=1, tiled=True) if split_sequence else d_rows
+        d_rows = (
+            jax.lax.all_gather(d_rows, VOCAB_AXIS, axis=1, tiled=True) if split_sequence else d_rows
+        )
         at, hit = _places(tokens, size, split_vocab)
-        d_table = jnp.zeros((size, d_rows.shape[-1]), jnp.float32).at[jnp.where(hit, at, size)].add(d_rows, mode="drop")
+        d_table = (
+            jnp.zeros((size, d_rows.shape[-1]), jnp.float32)
+            .at[jnp.where(hit, at, size)]
+            .add(d_rows, mode="drop")
+        )
         if not split_dim:
             return jax.lax.psum(d_table, ROW_AXES)
-        return jax.lax.psum(jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True), "data")
+        return jax.lax.psum(
+            jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True), "data"
+        )
 
     inputs = (PartitionSpec(ROW_AXES), rows)
-    d_table = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=table_spec, check_vma=False)(tokens, d_rows)
+    d_table = jax.shard_map(
+        local, mesh=mesh, in_specs=inputs, out_specs=table_spec, check_vma=False
+    )(tokens, d_rows)
     return d_table.astype(table.dtype), None
 
 

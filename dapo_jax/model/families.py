@@ -1,4 +1,6 @@
-"""Hugging Face configs and tensor names of Llama, Qwen2, Qwen3 and Gemma 3, read and written. Pure: no I/O.
+"""Hugging Face configs and tensor names of Llama, Qwen2, Qwen3 and Gemma 3, read and written.
+
+Pure: no I/O.
 
 What the decoder cannot compute exactly is refused, never approximated.
 """
@@ -59,17 +61,20 @@ _CHECKED = {
 
 
 def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
-    """The architecture that a Hugging Face config.json describes, in the spelling of transformers 4 or 5.
+    """The architecture that a Hugging Face config.json describes, in the spelling of transformers 4
+    or 5.
 
     Args:
       hf: the parsed file. where: its name, for errors. compute_dtype and remat keep their defaults.
 
-    Raises:
-      InputError: a key is missing or of the wrong kind, or asks for what the decoder cannot do exactly.
+    Raises: InputError: a key is missing or of the wrong kind, or asks for what the decoder cannot
+      do exactly.
     """
 
     def fail(key: str, message: str) -> typing.NoReturn:
-        raise InputError(f"{where}: {printable(key)[:100]}: {message[:300]}")  # the file may say anything, at any length
+        raise InputError(
+            f"{where}: {printable(key)[:100]}: {message[:300]}"
+        )  # the file may say anything, at any length
 
     family = _family(hf, fail)
     _refuse_unsupported(hf, family, fail)
@@ -91,21 +96,36 @@ def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5 read: the inverse of `model_config_from_hf` but for compute_dtype and remat."""
+    """A config.json that transformers 4 and 5 read: the inverse of `model_config_from_hf` but for
+    compute_dtype and remat.
+    """
     s, w = config.rope_scaling, config.windows
     common = {
-        "architectures": [name for name, family in _ARCHITECTURES.items() if family == config.family],
+        "architectures": [
+            name for name, family in _ARCHITECTURES.items() if family == config.family
+        ],
         "model_type": config.family,
         **{key: getattr(config, field) for field, key in _KEYS.items()},
     }
     if w is None:
-        llama3 = None if s is None else {"rope_type": "llama3", **{key: getattr(s, field) for field, key in _LLAMA3.items()}}
+        llama3 = (
+            None
+            if s is None
+            else {
+                "rope_type": "llama3",
+                **{key: getattr(s, field) for field, key in _LLAMA3.items()},
+            }
+        )
         return common | {"hidden_act": "silu", "rope_scaling": llama3}
     return common | {
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": config.head_dim if config.query_scalar is None else config.query_scalar,
+        "query_pre_attn_scalar": config.head_dim
+        if config.query_scalar is None
+        else config.query_scalar,
         "rope_local_base_freq": w.rope_theta,
-        "rope_scaling": None if config.rope_factor == 1 else {"rope_type": "linear", "factor": config.rope_factor},
+        "rope_scaling": None
+        if config.rope_factor == 1
+        else {"rope_type": "linear", "factor": config.rope_factor},
         "sliding_window": w.size,
         "sliding_window_pattern": w.every,
         "layer_types": _layer_types(config.layers, w.every),
@@ -123,13 +143,18 @@ def _family(hf: Mapping[str, Any], fail: Fail) -> Any:
         fail("architectures", f"{repr(names)[:60]} is not supported{supported}")
     family = _ARCHITECTURES[names[0]]
     if model_type not in (None, family):
-        fail("model_type", f"{repr(model_type)[:60]} contradicts architectures {names!r}{supported}")
+        fail(
+            "model_type", f"{repr(model_type)[:60]} contradicts architectures {names!r}{supported}"
+        )
     return family
 
 
 def _hint(hf: Mapping[str, Any], names: Any) -> str:
     """What kind of model it is, where that says what to do instead."""
-    if "ForConditionalGeneration" in str(names) or {"text_config", "vision_config", "audio_config"} & hf.keys():
+    if (
+        "ForConditionalGeneration" in str(names)
+        or {"text_config", "vision_config", "audio_config"} & hf.keys()
+    ):
         return ", a model of text and something else; use a text-only model of its family, or save its text part as a model"
     if "Moe" in str(names) or {"num_experts", "num_local_experts"} & hf.keys():
         return ", a mixture of experts; use a dense model of its family"
@@ -139,30 +164,54 @@ def _hint(hf: Mapping[str, Any], names: Any) -> str:
 def _refuse_unsupported(hf: Mapping[str, Any], family: str, fail: Fail) -> None:
     """What changes the logits in a way that the decoder does not know."""
     if hf.get("auto_map"):
-        fail("auto_map", "the model comes with its own code, which is never run; use a model of a built-in architecture without auto_map")
+        fail(
+            "auto_map",
+            "the model comes with its own code, which is never run; use a model of a built-in architecture without auto_map",
+        )
     for key in ("quantization_config", "quantization"):  # the latter is MLX's
         if hf.get(key):
-            fail(key, "quantized weights are not supported; use a bfloat16, float16 or float32 model")
-    key, activation = ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma3_text" else ("hidden_act", "silu")
+            fail(
+                key, "quantized weights are not supported; use a bfloat16, float16 or float32 model"
+            )
+    key, activation = (
+        ("hidden_activation", "gelu_pytorch_tanh")
+        if family == "gemma3_text"
+        else ("hidden_act", "silu")
+    )
     if hf.get(key, activation) != activation:
         fail(key, f"{hf[key]!r} is not supported; supported: {activation}")
-    if hf.get("attention_bias") and family != "qwen2":  # Qwen2 has its biases whatever this key says
+    if (
+        hf.get("attention_bias") and family != "qwen2"
+    ):  # Qwen2 has its biases whatever this key says
         fail("attention_bias", f"{family} with attention biases is not supported; supported: false")
     if hf.get("mlp_bias"):
         fail("mlp_bias", "feed-forward biases are not supported; supported: false")
     if hf.get("partial_rotary_factor") not in (None, 1):
-        fail("partial_rotary_factor", f"{hf['partial_rotary_factor']!r} is not supported; supported: 1")
+        fail(
+            "partial_rotary_factor",
+            f"{hf['partial_rotary_factor']!r} is not supported; supported: 1",
+        )
     if family == "gemma3_text":
-        for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        for key in (
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "use_bidirectional_attention",
+        ):
             if hf.get(key):
                 fail(key, f"{hf[key]!r} is not supported; supported: null")
         return
     if layer_types := hf.get("layer_types"):
-        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        if not isinstance(layer_types, list) or any(
+            kind != "full_attention" for kind in layer_types
+        ):
             fail("layer_types", "only full_attention in every layer is supported")
     elif hf.get("use_sliding_window") and hf.get("sliding_window") is not None:
-        if _number({"max_window_layers": 28, **hf}, "max_window_layers", int, fail, least=0) < _number(hf, "num_hidden_layers", int, fail):
-            fail("use_sliding_window", "sliding-window attention is not supported; supported: false")
+        if _number(
+            {"max_window_layers": 28, **hf}, "max_window_layers", int, fail, least=0
+        ) < _number(hf, "num_hidden_layers", int, fail):
+            fail(
+                "use_sliding_window", "sliding-window attention is not supported; supported: false"
+            )
 
 
 def _with_defaults(hf: Mapping[str, Any], family: str, fail: Fail) -> Mapping[str, Any]:
@@ -171,9 +220,14 @@ def _with_defaults(hf: Mapping[str, Any], family: str, fail: Fail) -> Mapping[st
     if hf.get("num_key_value_heads") is None and (family == "llama" or "num_key_value_heads" in hf):
         filled["num_key_value_heads"] = hf.get("num_attention_heads")
     if hf.get("head_dim") is None and family in ("llama", "qwen2"):
-        width, heads = _number(hf, "hidden_size", int, fail), _number(hf, "num_attention_heads", int, fail)
+        width, heads = (
+            _number(hf, "hidden_size", int, fail),
+            _number(hf, "num_attention_heads", int, fail),
+        )
         if width % heads:
-            fail("num_attention_heads", f"{heads} does not divide hidden_size {width}; give head_dim")
+            fail(
+                "num_attention_heads", f"{heads} does not divide hidden_size {width}; give head_dim"
+            )
         filled["head_dim"] = width // heads
     return filled
 
@@ -183,7 +237,11 @@ def _layer_types(layers: int, every: int) -> list[str]:
 
 
 def _gemma_fields(hf: Mapping[str, Any], layers: int, fail: Fail) -> dict[str, Any]:
-    """What only Gemma 3 has. Rotary frequencies are two, spelled out flat by transformers 4 and by kind of layer by transformers 5."""
+    """What only Gemma 3 has.
+
+    Rotary frequencies are two, spelled out flat by transformers 4 and by kind of layer by
+    transformers 5.
+    """
     kinds, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
     for key, value in (("rope_parameters", kinds), ("rope_scaling", scaling)):
         if not isinstance(value, Mapping):
@@ -201,17 +259,29 @@ def _gemma_fields(hf: Mapping[str, Any], layers: int, fail: Fail) -> dict[str, A
         name = rope.get("rope_type", rope.get("type", "default"))
         supported = types if kind == _FULL else types[:1]
         if name not in supported:
-            fail(f"rope_parameters.{kind}.rope_type", f"{name!r} is not supported; supported: {', '.join(supported)}")
-        for key in rope.keys() - {"rope_type", "type", "rope_theta", *(("factor",) if name == "linear" else ())}:
+            fail(
+                f"rope_parameters.{kind}.rope_type",
+                f"{name!r} is not supported; supported: {', '.join(supported)}",
+            )
+        for key in rope.keys() - {
+            "rope_type",
+            "type",
+            "rope_theta",
+            *(("factor",) if name == "linear" else ()),
+        }:
             fail(f"rope_parameters.{kind}.{key}", f"is not supported with rope_type {name}")
     linear = whole.get("rope_type", whole.get("type")) == "linear"
     scalar = _number({"query_pre_attn_scalar": 256, **hf}, "query_pre_attn_scalar", int, fail)
     window = _number({"sliding_window": 4096, **hf}, "sliding_window", int, fail)
     return {
         "rope_theta": _number(whole, "rope_theta", float, fail, prefix=f"rope_parameters.{_FULL}."),
-        "rope_factor": _number(whole, "factor", float, fail, prefix="rope_scaling.") if linear else 1.0,
+        "rope_factor": _number(whole, "factor", float, fail, prefix="rope_scaling.")
+        if linear
+        else 1.0,
         "windows": Windows(
-            window, _window_pattern(hf, layers, fail), _number(near, "rope_theta", float, fail, prefix=f"rope_parameters.{_SLIDING}.")
+            window,
+            _window_pattern(hf, layers, fail),
+            _number(near, "rope_theta", float, fail, prefix=f"rope_parameters.{_SLIDING}."),
         ),
         "query_scalar": None if scalar == hf.get("head_dim") else scalar,
     }
@@ -221,15 +291,23 @@ def _window_pattern(hf: Mapping[str, Any], layers: int, fail: Fail) -> int:
     """Every which layer sees everything; layers + 1 if none does."""
     types = hf.get("layer_types")
     if types is None:
-        return min(layers + 1, _number({"sliding_window_pattern": 6, **hf}, "sliding_window_pattern", int, fail))
+        return min(
+            layers + 1,
+            _number({"sliding_window_pattern": 6, **hf}, "sliding_window_pattern", int, fail),
+        )
     every = types.index(_FULL) + 1 if isinstance(types, list) and _FULL in types else layers + 1
     if not isinstance(types, list) or len(types) != layers or types != _layer_types(layers, every):
-        fail("layer_types", f"only {_FULL} in every so-many-th of {layers} layers and {_SLIDING} in the others is supported")
+        fail(
+            "layer_types",
+            f"only {_FULL} in every so-many-th of {layers} layers and {_SLIDING} in the others is supported",
+        )
     return every
 
 
 def _rope(hf: Mapping[str, Any], fail: Fail) -> dict[str, Any]:
-    """Base of the frequencies and their scaling; `rope_scaling` wins over `rope_parameters`, as in transformers 5."""
+    """Base of the frequencies and their scaling; `rope_scaling` wins over `rope_parameters`, as in
+    transformers 5.
+    """
     key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     rope = hf.get(key) or {}
     if not isinstance(rope, Mapping):
@@ -240,17 +318,36 @@ def _rope(hf: Mapping[str, Any], fail: Fail) -> dict[str, Any]:
     known = {"rope_type", "type", "rope_theta", *(_LLAMA3.values() if kind == "llama3" else ())}
     for name in rope:  # also catches parameters nested by layer type
         if name not in known:
-            fail(f"{key}.{name}", f"is not supported with rope_type {kind}; supported: {', '.join(sorted(known))}")
-    theta = _number({"rope_theta": 10000.0, **hf, **rope}, "rope_theta", float, fail)  # transformers' default
+            fail(
+                f"{key}.{name}",
+                f"is not supported with rope_type {kind}; supported: {', '.join(sorted(known))}",
+            )
+    theta = _number(
+        {"rope_theta": 10000.0, **hf, **rope}, "rope_theta", float, fail
+    )  # transformers' default
     if kind == "default":
         return {"rope_theta": theta}
     kinds = typing.get_type_hints(RopeScaling)
-    scaling = RopeScaling(**{field: _number(rope, name, kinds[field], fail, prefix=f"{key}.") for field, name in _LLAMA3.items()})
+    scaling = RopeScaling(
+        **{
+            field: _number(rope, name, kinds[field], fail, prefix=f"{key}.")
+            for field, name in _LLAMA3.items()
+        }
+    )
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _number(hf: Mapping[str, Any], key: str, kind: type, fail: Fail, least: float | None = None, prefix: str = "") -> Any:
-    """hf[key] as an int or float that is positive (or at least `least`) and of a size that makes sense."""
+def _number(
+    hf: Mapping[str, Any],
+    key: str,
+    kind: type,
+    fail: Fail,
+    least: float | None = None,
+    prefix: str = "",
+) -> Any:
+    """hf[key] as an int or float that is positive (or at least `least`) and of a size that makes
+    sense.
+    """
     if hf.get(key) is None:
         fail(prefix + key, "is missing; this is no complete config.json of a supported model")
     value = hf[key]
@@ -279,20 +376,40 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     yield _plain("model.embed_tokens.weight", "embed/embedding", (vocab, d))
     layer = [_plain("input_layernorm.weight", "attn_norm/scale", (d,))]
     for name, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
-        layer.append(_kernel(f"self_attn.{name}_proj.weight", f"attn/{name}/kernel", (d,), (heads, h)))
+        layer.append(
+            _kernel(f"self_attn.{name}_proj.weight", f"attn/{name}/kernel", (d,), (heads, h))
+        )
         if config.family == "qwen2":
-            layer.append(_plain(f"self_attn.{name}_proj.bias", f"attn/{name}/bias", (heads, h))._replace(file_shape=(heads * h,)))
+            layer.append(
+                _plain(f"self_attn.{name}_proj.bias", f"attn/{name}/bias", (heads, h))._replace(
+                    file_shape=(heads * h,)
+                )
+            )
         if config.family in ("qwen3", "gemma3_text") and name != "v":
             layer.append(_plain(f"self_attn.{name}_norm.weight", f"attn/{name}_norm/scale", (h,)))
-    gemma = config.family == "gemma3_text"  # where the norm after attention is of what attention adds
+    gemma = (
+        config.family == "gemma3_text"
+    )  # where the norm after attention is of what attention adds
     layer += [
         _kernel("self_attn.o_proj.weight", "attn/o/kernel", (config.heads, h), (d,)),
-        *([_plain("post_attention_layernorm.weight", "attn_post_norm/scale", (d,))] if gemma else []),
-        _plain("pre_feedforward_layernorm.weight" if gemma else "post_attention_layernorm.weight", "mlp_norm/scale", (d,)),
+        *(
+            [_plain("post_attention_layernorm.weight", "attn_post_norm/scale", (d,))]
+            if gemma
+            else []
+        ),
+        _plain(
+            "pre_feedforward_layernorm.weight" if gemma else "post_attention_layernorm.weight",
+            "mlp_norm/scale",
+            (d,),
+        ),
         _kernel("mlp.gate_proj.weight", "mlp/gate/kernel", (d,), (ffn,)),
         _kernel("mlp.up_proj.weight", "mlp/up/kernel", (d,), (ffn,)),
         _kernel("mlp.down_proj.weight", "mlp/down/kernel", (ffn,), (d,)),
-        *([_plain("post_feedforward_layernorm.weight", "mlp_post_norm/scale", (d,))] if gemma else []),
+        *(
+            [_plain("post_feedforward_layernorm.weight", "mlp_post_norm/scale", (d,))]
+            if gemma
+            else []
+        ),
     ]
     for i in range(config.layers):
         for t in layer:
@@ -307,14 +424,29 @@ def _plain(name: str, path: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _kernel(name: str, path: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Tensor:
-    return Tensor(name, tuple(path.split("/")), None, inputs + outputs, (math.prod(outputs), math.prod(inputs)), True)
+    return Tensor(
+        name,
+        tuple(path.split("/")),
+        None,
+        inputs + outputs,
+        (math.prod(outputs), math.prod(inputs)),
+        True,
+    )
 
 
 def in_file_layout(array: Array, tensor: Tensor) -> Array:
-    """`array` of the leaf's shape, seen in the file's: a view, to write into when loading and to read from when saving."""
-    return array.reshape(tensor.file_shape[::-1]).T if tensor.transposed else array.reshape(tensor.file_shape)
+    """`array` of the leaf's shape, seen in the file's: a view, to write into when loading and to
+    read from when saving.
+    """
+    return (
+        array.reshape(tensor.file_shape[::-1]).T
+        if tensor.transposed
+        else array.reshape(tensor.file_shape)
+    )
 
 
 def same_architecture(a: ModelConfig, b: ModelConfig) -> bool:
     """Whether two configs share their weights: all but how they compute."""
-    return a == dataclasses.replace(b, compute_dtype=a.compute_dtype, remat=a.remat, attention_block=a.attention_block)
+    return a == dataclasses.replace(
+        b, compute_dtype=a.compute_dtype, remat=a.remat, attention_block=a.attention_block
+    )

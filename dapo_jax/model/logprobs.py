@@ -1,9 +1,10 @@
 """Log-probs of target tokens from hidden states and head, without a [tokens, vocab] array.
 
-Both forms walk over chunks of the rows that have a target, and only those: rows are gathered targets first, and the
-loop ends with the last target. `linear_logprobs` serves any use and recomputes in its backward pass (8NDV FLOPs).
-`linear_loss` takes the per-token loss as a function. A normaliser that is known before the head makes ∂loss/∂logit
-known chunk by chunk, so both gradients are made in the forward pass (6NDV) and nothing is recomputed or kept.
+Both forms walk over chunks of the rows that have a target, and only those: rows are gathered
+targets first, and the loop ends with the last target. `linear_logprobs` serves any use and
+recomputes in its backward pass (8NDV FLOPs). `linear_loss` takes the per-token loss as a function.
+A normaliser that is known before the head makes ∂loss/∂logit known chunk by chunk, so both
+gradients are made in the forward pass (6NDV) and nothing is recomputed or kept.
 
     z = hidden · head / temperature      log p = z[target] - logsumexp z      entropy = logsumexp z - Σ softmax(z) z
     ∂loss/∂z = (1[target] - softmax z) · ∂loss/∂log p
@@ -19,8 +20,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dapo_jax.types import Array
 
-# token_loss(logprobs [n], entropy [n], token_args with leading axis n) -> (loss [n], metrics {name: [n]}). The loss may
-# depend on entropy only through metrics: no gradient flows through it.
+# token_loss(logprobs [n], entropy [n], token_args with leading axis n) -> (loss [n], metrics {name:
+# [n]}). The loss may depend on entropy only through metrics: no gradient flows through it.
 TokenLoss = Callable[[Array, Array, Any], tuple[Array, Mapping[str, Array]]]
 
 ROW_AXES = ("data", "fsdp")  # mesh axes that rows are split over
@@ -34,7 +35,11 @@ class _Static(NamedTuple):
 
     def splits_vocab(self, head: Array) -> bool:
         """Whether each device holds a part of the vocabulary."""
-        return self.mesh is not None and self.mesh.shape[VOCAB_AXIS] > 1 and head.shape[1] % self.mesh.shape[VOCAB_AXIS] == 0
+        return (
+            self.mesh is not None
+            and self.mesh.shape[VOCAB_AXIS] > 1
+            and head.shape[1] % self.mesh.shape[VOCAB_AXIS] == 0
+        )
 
 
 class _Vocab(NamedTuple):
@@ -54,7 +59,10 @@ class _Vocab(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """What the logits of n rows say; v columns of V on this device. All but the first two are of the whole vocabulary."""
+    """What the logits of n rows say; v columns of V on this device.
+
+    All but the first two are of the whole vocabulary.
+    """
 
     logits: Array  # [n, v] float32
     weights: Array  # [n, v] float32, exp(logits - max)
@@ -68,13 +76,18 @@ class _Chunk(NamedTuple):
 def _score(hidden: Array, head: Array, targets: Array, temperature: float, vocab: _Vocab) -> _Chunk:
     logits = jnp.einsum("nd,dv->nv", hidden, head, preferred_element_type=jnp.float32) / temperature
     top = jax.lax.stop_gradient(vocab.max(logits.max(axis=-1)))
-    # Everything [n, V] is made once and read often: subtracting `top` after the sums keeps a third such array from being made.
+    # Everything [n, V] is made once and read often: subtracting `top` after the sums keeps a third
+    # such array from being made.
     weights = jnp.exp(logits - top[:, None])
     column = vocab.local(targets, head.shape[1])
     hit = jnp.arange(head.shape[1])[None] == column[:, None]
-    at_target = jnp.take_along_axis(logits, jnp.clip(column, 0, head.shape[1] - 1)[:, None], axis=-1)[:, 0]
+    at_target = jnp.take_along_axis(
+        logits, jnp.clip(column, 0, head.shape[1] - 1)[:, None], axis=-1
+    )[:, 0]
     at_target = jnp.where((column >= 0) & (column < head.shape[1]), at_target, 0.0)
-    total, dot, at_target = vocab.sum((weights.sum(axis=-1), (weights * logits).sum(axis=-1), at_target))
+    total, dot, at_target = vocab.sum(
+        (weights.sum(axis=-1), (weights * logits).sum(axis=-1), at_target)
+    )
     log_total = jnp.log(total)
     lse = log_total + top
     return _Chunk(logits, weights, total, lse, at_target - top - log_total, lse - dot / total, hit)
@@ -82,13 +95,16 @@ def _score(hidden: Array, head: Array, targets: Array, temperature: float, vocab
 
 def _d_head(hidden: Array, d_logits: Array) -> Array:
     """hiddenᵀ · d_logits, float32 [D, v]."""
-    # XLA's fast CPU matmul takes no transposed left side; left alone, XLA would fold this small transpose into the product.
+    # XLA's fast CPU matmul takes no transposed left side; left alone, XLA would fold this small
+    # transpose into the product.
     flipped = jax.lax.optimization_barrier(hidden.T)
     return jnp.einsum("dn,nv->dv", flipped, d_logits, preferred_element_type=jnp.float32)
 
 
 class _Plan(NamedTuple):
-    """Which rows the chunks walk over: `order` puts rows with a target first, padded to whole chunks."""
+    """Which rows the chunks walk over: `order` puts rows with a target first, padded to whole
+    chunks.
+    """
 
     order: Array  # int [C * chunk], row of each place; padding repeats row 0
     count: Array  # rows with a target
@@ -107,7 +123,9 @@ def _plan(mask: Array, chunk_size: int, vocab: _Vocab) -> _Plan:
 def _rows(plan: _Plan, i: Array, chunk_size: int) -> tuple[Array, Array]:
     """Row numbers of chunk i, and which of its places hold a target."""
     start = i * chunk_size
-    return jax.lax.dynamic_slice(plan.order, (start,), (chunk_size,)), start + jnp.arange(chunk_size) < plan.count
+    return jax.lax.dynamic_slice(plan.order, (start,), (chunk_size,)), start + jnp.arange(
+        chunk_size
+    ) < plan.count
 
 
 def _add_rows(buffer: Array, rows: Array, valid: Array, values: Array) -> Array:
@@ -116,7 +134,8 @@ def _add_rows(buffer: Array, rows: Array, valid: Array, values: Array) -> Array:
 
 
 def _specs(static: _Static, head: Array) -> tuple[PartitionSpec, PartitionSpec]:
-    """Partitions of rows, and of the head and its gradient: over `fsdp` like the parameter it belongs to, where that divides D.
+    """Partitions of rows, and of the head and its gradient: over `fsdp` like the parameter it
+    belongs to, where that divides D.
 
     The head is gathered over `fsdp` once a call, and its gradient reduced once, after the loop.
     """
@@ -127,9 +146,13 @@ def _specs(static: _Static, head: Array) -> tuple[PartitionSpec, PartitionSpec]:
 
 
 def _whole_head(hidden: Array, head: Array) -> Array:
-    """The head [D, v] in the dtype of `hidden` [n, D], cast before it is gathered: half the bytes where that is bfloat16."""
+    """The head [D, v] in the dtype of `hidden` [n, D], cast before it is gathered: half the bytes
+    where that is bfloat16.
+    """
     head = head.astype(hidden.dtype)
-    return head if head.shape[0] == hidden.shape[1] else jax.lax.all_gather(head, "fsdp", tiled=True)
+    return (
+        head if head.shape[0] == hidden.shape[1] else jax.lax.all_gather(head, "fsdp", tiled=True)
+    )
 
 
 def _reduce_head(static: _Static, d_head: Array) -> Array:
@@ -137,7 +160,9 @@ def _reduce_head(static: _Static, d_head: Array) -> Array:
     assert static.mesh is not None
     if d_head.shape[0] % static.mesh.shape["fsdp"]:
         return jax.lax.psum(d_head, ROW_AXES)
-    return jax.lax.psum(jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=0, tiled=True), "data")
+    return jax.lax.psum(
+        jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=0, tiled=True), "data"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -145,7 +170,17 @@ def _reduce_head(static: _Static, d_head: Array) -> Array:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _loss_forward(token_loss: TokenLoss, static: _Static, with_grad: bool, vocab: _Vocab, hidden, head, targets, mask, token_args):
+def _loss_forward(
+    token_loss: TokenLoss,
+    static: _Static,
+    with_grad: bool,
+    vocab: _Vocab,
+    hidden,
+    head,
+    targets,
+    mask,
+    token_args,
+):
     """Loss, metric sums and (if asked) both gradients, over one device's rows and columns."""
     size = min(static.chunk_size, hidden.shape[0])
     plan = _plan(mask, size, vocab)
@@ -162,31 +197,48 @@ def _loss_forward(token_loss: TokenLoss, static: _Static, with_grad: bool, vocab
         h, y = hidden[rows], targets[rows]
         args = jax.tree.map(lambda a: a[rows], token_args)
         scored = _score(h, head, y, static.temperature, vocab)
-        (part, sums), slope = jax.value_and_grad(chunk_loss, has_aux=True)(scored.logprobs, scored.entropy, args, valid)
+        (part, sums), slope = jax.value_and_grad(chunk_loss, has_aux=True)(
+            scored.logprobs, scored.entropy, args, valid
+        )
         metrics = {name: metrics[name] + sums[name] for name in metrics}
         if with_grad:
             slope /= static.temperature
-            d_logits = (jnp.where(scored.hit, slope[:, None], 0.0) - scored.weights * (slope / scored.total)[:, None]).astype(h.dtype)
+            d_logits = (
+                jnp.where(scored.hit, slope[:, None], 0.0)
+                - scored.weights * (slope / scored.total)[:, None]
+            ).astype(h.dtype)
             d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, head))
             d_head += _d_head(h, d_logits)
         return loss + part, metrics, d_hidden, d_head
 
     number = jax.ShapeDtypeStruct((size,), jnp.float32)
-    example = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), token_args)
+    example = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), token_args
+    )
     zeros = {name: jnp.zeros(()) for name in jax.eval_shape(token_loss, number, number, example)[1]}
-    d_hidden, d_head = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)) if with_grad else (None, None)
-    loss, metrics, d_hidden, d_head = jax.lax.fori_loop(0, plan.chunks, body, (jnp.zeros(()), zeros, d_hidden, d_head))
+    d_hidden, d_head = (
+        (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)) if with_grad else (None, None)
+    )
+    loss, metrics, d_hidden, d_head = jax.lax.fori_loop(
+        0, plan.chunks, body, (jnp.zeros(()), zeros, d_hidden, d_head)
+    )
     return loss, metrics, vocab.sum(d_hidden) if with_grad else None, d_head
 
 
 def _loss_sharded(token_loss, static, with_grad, hidden, head, targets, mask, token_args):
-    run = functools.partial(_loss_forward, token_loss, static, with_grad, _Vocab(static.splits_vocab(head)))
+    run = functools.partial(
+        _loss_forward, token_loss, static, with_grad, _Vocab(static.splits_vocab(head))
+    )
     if static.mesh is None:
         return run(hidden, head, targets, mask, token_args)
 
     def local(*inputs):
         loss, metrics, d_hidden, d_head = run(*inputs)
-        return *jax.lax.psum((loss, metrics), ROW_AXES), d_hidden, _reduce_head(static, d_head) if with_grad else None
+        return (
+            *jax.lax.psum((loss, metrics), ROW_AXES),
+            d_hidden,
+            _reduce_head(static, d_head) if with_grad else None,
+        )
 
     rows, kernel = _specs(static, head)
     whole = PartitionSpec()
@@ -205,14 +257,22 @@ def _linear_loss(token_loss, static, hidden, head, targets, mask, token_args):
 
 
 def _linear_loss_fwd(token_loss, static, hidden, head, targets, mask, token_args):
-    loss, metrics, d_hidden, d_head = _loss_sharded(token_loss, static, True, hidden, head, targets, mask, token_args)
+    loss, metrics, d_hidden, d_head = _loss_sharded(
+        token_loss, static, True, hidden, head, targets, mask, token_args
+    )
     return (loss, metrics), (d_hidden, d_head.astype(head.dtype))
 
 
 def _linear_loss_bwd(token_loss, static, gradients, cotangents):
     scale = cotangents[0]  # metrics carry no gradient
     d_hidden, d_head = gradients
-    return (d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None, None, None)
+    return (
+        d_hidden * scale.astype(d_hidden.dtype),
+        d_head * scale.astype(d_head.dtype),
+        None,
+        None,
+        None,
+    )
 
 
 _linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd)
@@ -231,17 +291,20 @@ def linear_loss(
     chunk_size: int = 1024,
     mesh: Mesh | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """Σ over target rows of a per-token loss, with ∂hidden and ∂head made in the forward pass (6NDV FLOPs).
+    """Σ over target rows of a per-token loss, with ∂hidden and ∂head made in the forward pass (6NDV
+    FLOPs).
 
-    Args:
-      hidden: [N, D], in compute dtype; row n is what predicts targets[n]. head: [D, V]. targets: int [N].
-      token_loss: (logprobs [n], entropy [n], args [n]) → (loss [n], metrics {name: [n]}); the normaliser is already
+    Args: hidden: [N, D], in compute dtype; row n is what predicts targets[n]. head: [D, V].
+      targets: int [N]. token_loss: (logprobs [n], entropy [n], args [n]) → (loss [n], metrics
+      {name: [n]}); the normaliser is already
         in the loss, and every reduction is a sum. Differentiated with respect to logprobs only.
-      token_args: pytree of [N, ...] arrays handed to token_loss chunk by chunk; no gradient flows to them.
-      mask: bool [N], rows that have a target; the others cost nothing. None is all.
-      temperature: divides the logits. chunk_size: rows a chunk, a device.
-      mesh: if given, N is sharded over ("data", "fsdp") and V over "tensor" where that divides it: no device makes the logits
-        of the whole vocabulary. The head is gathered over the row axes once, and ∂head reduced once.
+      token_args: pytree of [N, ...] arrays handed to token_loss chunk by chunk; no gradient flows
+      to them. mask: bool [N], rows that have a target; the others cost nothing. None is all.
+      temperature: divides the logits. chunk_size: rows a chunk, a device. mesh: if given, N is
+      sharded over ("data", "fsdp") and V over "tensor" where that divides it: no device makes the
+      logits
+        of the whole vocabulary. The head is gathered over the row axes once, and ∂head reduced
+        once.
 
     Returns:
       (scalar loss, metric sums over target rows), float32.
@@ -264,13 +327,17 @@ def _logprobs_forward(static: _Static, vocab: _Vocab, hidden, head, targets, mas
     def body(i, carry):
         rows, valid = _rows(plan, i, size)
         scored = _score(hidden[rows], head, targets[rows], static.temperature, vocab)
-        return _add_rows(carry[0], rows, valid, scored.logprobs), _add_rows(carry[1], rows, valid, scored.entropy)
+        return _add_rows(carry[0], rows, valid, scored.logprobs), _add_rows(
+            carry[1], rows, valid, scored.entropy
+        )
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
     return jax.lax.fori_loop(0, plan.chunks, body, (zeros, zeros))
 
 
-def _logprobs_backward(static: _Static, vocab: _Vocab, hidden, head, targets, mask, d_logprobs, d_entropy):
+def _logprobs_backward(
+    static: _Static, vocab: _Vocab, hidden, head, targets, mask, d_logprobs, d_entropy
+):
     size = min(static.chunk_size, hidden.shape[0])
     plan = _plan(mask, size, vocab)
     head = _whole_head(hidden, head)
@@ -283,7 +350,11 @@ def _logprobs_backward(static: _Static, vocab: _Vocab, hidden, head, targets, ma
         softmax = scored.weights / scored.total[:, None]
         log_softmax = scored.logits - scored.lse[:, None]
         d_logits = (scored.hit - softmax) * jnp.where(valid, d_logprobs[rows], 0.0)[:, None]
-        d_logits -= softmax * (log_softmax + scored.entropy[:, None]) * jnp.where(valid, d_entropy[rows], 0.0)[:, None]
+        d_logits -= (
+            softmax
+            * (log_softmax + scored.entropy[:, None])
+            * jnp.where(valid, d_entropy[rows], 0.0)[:, None]
+        )
         d_logits = (d_logits / static.temperature).astype(h.dtype)
         d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, head))
         return d_hidden, d_head + _d_head(h, d_logits)
@@ -299,9 +370,13 @@ def _linear_logprobs(static, hidden, head, targets, mask):
     if static.mesh is None:
         return run(hidden, head, targets, mask)
     rows, kernel = _specs(static, head)
-    return jax.shard_map(run, mesh=static.mesh, in_specs=(rows, kernel, rows, rows), out_specs=(rows, rows), check_vma=False)(
-        hidden, head, targets, mask
-    )
+    return jax.shard_map(
+        run,
+        mesh=static.mesh,
+        in_specs=(rows, kernel, rows, rows),
+        out_specs=(rows, rows),
+        check_vma=False,
+    )(hidden, head, targets, mask)
 
 
 def _linear_logprobs_fwd(static, hidden, head, targets, mask):
@@ -321,9 +396,9 @@ def _linear_logprobs_bwd(static, inputs, cotangents):
 
     rows, kernel = _specs(static, head)
     specs = (rows, kernel, rows, rows, rows, rows)
-    d_hidden, d_head = jax.shard_map(local, mesh=static.mesh, in_specs=specs, out_specs=(rows, kernel), check_vma=False)(
-        *inputs, *cotangents
-    )
+    d_hidden, d_head = jax.shard_map(
+        local, mesh=static.mesh, in_specs=specs, out_specs=(rows, kernel), check_vma=False
+    )(*inputs, *cotangents)
     return d_hidden, d_head.astype(head.dtype), None, None
 
 

@@ -19,7 +19,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dapo_jax.config import ModelConfig, flatten, open_regular
-from dapo_jax.model.families import Tensor, in_file_layout, model_config_from_hf, model_config_to_hf, same_architecture, tensors
+from dapo_jax.model.families import (
+    Tensor,
+    in_file_layout,
+    model_config_from_hf,
+    model_config_to_hf,
+    same_architecture,
+    tensors,
+)
 from dapo_jax.types import InputError, Params
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,7 +44,9 @@ _TOKENIZER_FILES = (
 
 _ADAPTER = "adapter_config.json"
 # Tensors that MLX, GPTQ, AWQ, bitsandbytes and compressed-tensors put beside quantized weights.
-_QUANTIZED = re.compile(r"\.(scales|biases|qweight|qzeros|g_idx|absmax|weight_scale\w*|weight_packed)$")
+_QUANTIZED = re.compile(
+    r"\.(scales|biases|qweight|qzeros|g_idx|absmax|weight_scale\w*|weight_packed)$"
+)
 
 # What of a model's files is ever read: all there is about it, and its weights. `*` is any text.
 DESCRIPTION_FILES = ("config.json", "generation_config.json", _ADAPTER, *_TOKENIZER_FILES)
@@ -46,8 +55,13 @@ WEIGHT_FILES = (_SINGLE, _INDEX, "model*.safetensors")
 
 @functools.cache
 def file_digests(folder: str, patterns: tuple[str, ...]) -> dict[str, str]:
-    """SHA-256 of each file of the folder that one of the patterns names, by name. Reads them whole, several at a time, and only once."""
-    paths = sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()})
+    """SHA-256 of each file of the folder that one of the patterns names, by name.
+
+    Reads them whole, several at a time, and only once.
+    """
+    paths = sorted(
+        {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
+    )
 
     def digest(path: Path) -> str:
         with path.open("rb") as file:
@@ -58,7 +72,10 @@ def file_digests(folder: str, patterns: tuple[str, ...]) -> dict[str, str]:
 
 
 def load_model_config(folder: str | Path) -> ModelConfig:
-    """The architecture of a Hugging Face folder, compute_dtype and remat at their defaults. InputError as `load_pretrained`."""
+    """The architecture of a Hugging Face folder, compute_dtype and remat at their defaults.
+
+    InputError as `load_pretrained`.
+    """
     folder = Path(folder)
     if not os.path.isdir(folder):  # unlike Path.is_dir, also says no where access is denied
         raise InputError(f"{folder}: no such folder; give a Hugging Face model folder")
@@ -70,29 +87,37 @@ def load_model_config(folder: str | Path) -> ModelConfig:
 def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
     """Reads a Hugging Face folder: config.json, and model.safetensors or the shards of its index.
 
-    Weights may be bfloat16, float16 or float32. Files are memory-mapped; beyond the returned arrays, one tensor is copied at a time.
+    Weights may be bfloat16, float16 or float32. Files are memory-mapped; beyond the returned
+    arrays, one tensor is copied at a time.
 
-    Returns:
-      The architecture (compute_dtype and remat at their defaults), and its parameters, float32 numpy, layers stacked.
+    Returns: The architecture (compute_dtype and remat at their defaults), and its parameters,
+      float32 numpy, layers stacked.
 
-    Raises:
-      InputError: anything in the folder is missing, corrupt, unsafe, or beyond what the decoder does exactly.
+    Raises: InputError: anything in the folder is missing, corrupt, unsafe, or beyond what the
+      decoder does exactly.
     """
     folder = Path(folder)
     config = load_model_config(folder)
     with _opened(folder, config) as stored:
         params: dict[str, Any] = {}
         for t in tensors(config):
-            in_file_layout(_slot(params, t, config.layers), t)[...] = _read_tensor(*stored[t.name], t.name)
+            in_file_layout(_slot(params, t, config.layers), t)[...] = _read_tensor(
+                *stored[t.name], t.name
+            )
         if config.tie_embeddings and "lm_head.weight" in stored:
             head = _read_tensor(*stored["lm_head.weight"], "lm_head.weight")
             if not np.array_equal(head, params["embed"]["embedding"]):
-                raise InputError(f"{folder}: lm_head.weight: differs from the embedding; set tie_word_embeddings to false in config.json")
+                raise InputError(
+                    f"{folder}: lm_head.weight: differs from the embedding; set tie_word_embeddings to false in config.json"
+                )
     return config, params
 
 
 def check_pretrained(folder: str | Path) -> None:
-    """Reads all of a folder but the values of its weights. InputError as `load_pretrained`, but for NaN and infinity."""
+    """Reads all of a folder but the values of its weights.
+
+    InputError as `load_pretrained`, but for NaN and infinity.
+    """
     folder = Path(folder)
     with _opened(folder, load_model_config(folder)):
         pass
@@ -100,14 +125,18 @@ def check_pretrained(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def _opened(folder: Path, config: ModelConfig) -> Iterator[dict[str, tuple[Path, Any]]]:
-    """Tensor name → its file, and the file opened: those of the config's architecture, each once, of the right shape and dtype."""
+    """Tensor name → its file, and the file opened: those of the config's architecture, each once,
+    of the right shape and dtype.
+    """
     with contextlib.ExitStack() as stack:
         stored: dict[str, tuple[Path, Any]] = {}
         for path in _weight_files(folder):
             opened = stack.enter_context(_open(path))
             for name in opened.keys():
                 if name in stored:
-                    raise InputError(f"{path}: {_shown(name)}: also in {stored[name][0].name}; download the model again")
+                    raise InputError(
+                        f"{path}: {_shown(name)}: also in {stored[name][0].name}; download the model again"
+                    )
                 stored[name] = path, opened
         _check_stored(folder, config, stored)
         yield stored
@@ -129,11 +158,17 @@ def _read_json(path: Path) -> dict[str, Any]:
         with open_regular(path) as file:
             tree = json.loads(file.read(), object_pairs_hook=unique)
     except OSError as e:
-        raise InputError(f"{path}: cannot read ({e.strerror}); give a complete Hugging Face model folder") from None
+        raise InputError(
+            f"{path}: cannot read ({e.strerror}); give a complete Hugging Face model folder"
+        ) from None
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: no valid JSON ({str(e)[:100]}); download the model again") from None
+        raise InputError(
+            f"{path}: no valid JSON ({str(e)[:100]}); download the model again"
+        ) from None
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a JSON object, got a {type(tree).__name__}; download the model again")
+        raise InputError(
+            f"{path}: expected a JSON object, got a {type(tree).__name__}; download the model again"
+        )
     return tree
 
 
@@ -145,18 +180,26 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         _refuse_adapter(folder)
         if any(folder.glob("*.bin")):
-            raise InputError(f"{folder}: only pickled weights (.bin), which are never opened; convert them to safetensors")
-        raise InputError(f"{folder}: no {_SINGLE} and no {_INDEX}; give a complete Hugging Face model folder")
+            raise InputError(
+                f"{folder}: only pickled weights (.bin), which are never opened; convert them to safetensors"
+            )
+        raise InputError(
+            f"{folder}: no {_SINGLE} and no {_INDEX}; give a complete Hugging Face model folder"
+        )
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise InputError(f"{index}: weight_map: expected tensor names with their files; download the model again")
+        raise InputError(
+            f"{index}: weight_map: expected tensor names with their files; download the model again"
+        )
     for name, shard in shards.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise InputError(
                 f"{index}: weight_map.{_shown(name)}: {repr(shard)[:100]} is not the name of a .safetensors file in this folder"
             )
         if not (folder / shard).is_file():
-            raise InputError(f"{index}: weight_map.{_shown(name)}: file {shard[:100]} is missing; download the model again")
+            raise InputError(
+                f"{index}: weight_map.{_shown(name)}: file {shard[:100]} is missing; download the model again"
+            )
     return [folder / shard for shard in sorted(set(shards.values()))]
 
 
@@ -172,34 +215,52 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: truncated or corrupt ({' '.join(str(e).split())[:100]}); download the model again") from None
+        raise InputError(
+            f"{path}: truncated or corrupt ({' '.join(str(e).split())[:100]}); download the model again"
+        ) from None
 
 
-def _check_stored(folder: Path, config: ModelConfig, stored: Mapping[str, tuple[Path, Any]]) -> None:
-    """Raises InputError unless the files hold the config's tensors, and nothing that would be ignored at a loss."""
+def _check_stored(
+    folder: Path, config: ModelConfig, stored: Mapping[str, tuple[Path, Any]]
+) -> None:
+    """Raises InputError unless the files hold the config's tensors, and nothing that would be
+    ignored at a loss.
+    """
 
     def check(name: str, shape: tuple[int, ...]) -> None:
         path, opened = stored[name]
         found = opened.get_slice(name)
         if tuple(found.get_shape()) != shape:
-            raise InputError(f"{path}: {name}: expected shape {shape} by config.json, got {tuple(found.get_shape())}")
+            raise InputError(
+                f"{path}: {name}: expected shape {shape} by config.json, got {tuple(found.get_shape())}"
+            )
         if found.get_dtype() not in _DTYPES:
-            raise InputError(f"{path}: {name}: dtype {found.get_dtype()} is not supported; supported: {', '.join(_DTYPES)}")
+            raise InputError(
+                f"{path}: {name}: dtype {found.get_dtype()} is not supported; supported: {', '.join(_DTYPES)}"
+            )
 
     if quantized := next(filter(_QUANTIZED.search, sorted(stored)), None):
-        raise InputError(f"{folder}: {_shown(quantized)}: quantized weights are not supported; use a bfloat16, float16 or float32 model")
+        raise InputError(
+            f"{folder}: {_shown(quantized)}: quantized weights are not supported; use a bfloat16, float16 or float32 model"
+        )
     expected = set()
     for t in tensors(config):
         if t.name not in stored:
-            raise InputError(f"{folder}: {t.name}: tensor missing, expected with shape {t.file_shape} by config.json")
+            raise InputError(
+                f"{folder}: {t.name}: tensor missing, expected with shape {t.file_shape} by config.json"
+            )
         check(t.name, t.file_shape)
         expected.add(t.name)
     if config.tie_embeddings and "lm_head.weight" in stored:
         check("lm_head.weight", (config.vocab_size, config.model_dim))
         expected.add("lm_head.weight")
     for name, (path, _) in stored.items():
-        if name not in expected and not name.endswith("rotary_emb.inv_freq"):  # old files keep this constant
-            raise InputError(f"{path}: {_shown(name)}: tensor has no place in the {config.family} architecture of config.json")
+        if name not in expected and not name.endswith(
+            "rotary_emb.inv_freq"
+        ):  # old files keep this constant
+            raise InputError(
+                f"{path}: {_shown(name)}: tensor has no place in the {config.family} architecture of config.json"
+            )
 
 
 def _slot(params: dict[str, Any], t: Tensor, layers: int) -> np.ndarray:
@@ -216,7 +277,9 @@ def _slot(params: dict[str, Any], t: Tensor, layers: int) -> np.ndarray:
 def _read_tensor(path: Path, opened: Any, name: str) -> np.ndarray:
     values = opened.get_tensor(name).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
-        raise InputError(f"{path}: {name}: holds NaN or infinite values; use another copy of the model")
+        raise InputError(
+            f"{path}: {name}: holds NaN or infinite values; use another copy of the model"
+        )
     return values
 
 
@@ -229,20 +292,21 @@ def save_pretrained(
     tokenizer: Any = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a float32 Hugging Face folder. It appears whole or not at all: a hidden sibling is filled, then renamed.
+    """Writes a float32 Hugging Face folder.
 
-    Memory holds one tensor beyond `params`, which may be numpy or (on this process fully addressable) jax arrays.
+    It appears whole or not at all: a hidden sibling is filled, then renamed.
 
-    Args:
-      folder: new, or empty.
-      source_folder: where the model came from; its config.json is kept but for the dtype, its generation_config.json
+    Memory holds one tensor beyond `params`, which may be numpy or (on this process fully
+    addressable) jax arrays.
+
+    Args: folder: new, or empty. source_folder: where the model came from; its config.json is kept
+      but for the dtype, its generation_config.json
         and tokenizer files are copied.
       tokenizer: a transformers tokenizer, saved where there is no source folder.
       max_shard_bytes: larger models are split into files of at most this size and an index.
 
-    Raises:
-      InputError: the folder exists and is not empty, cannot be written, or the source is another architecture.
-      ValueError: `params` are not those of `config`.
+    Raises: InputError: the folder exists and is not empty, cannot be written, or the source is
+      another architecture. ValueError: `params` are not those of `config`.
     """
     _check_params(config, params)
     source = None if source_folder is None else Path(source_folder)
@@ -259,20 +323,28 @@ def save_pretrained(
                 tokenizer.save_pretrained(str(partial))
             _write_weights(partial, config, params, max_shard_bytes)
     except OSError as e:
-        raise InputError(f"{folder}: cannot write ({e.strerror or e}); choose a writable place with enough space") from e
+        raise InputError(
+            f"{folder}: cannot write ({e.strerror or e}); choose a writable place with enough space"
+        ) from e
 
 
 def check_new(folder: str | Path) -> None:
-    """Raises InputError unless `save_pretrained` may write there: for before the work whose result it is."""
+    """Raises InputError unless `save_pretrained` may write there: for before the work whose result
+    it is.
+    """
     target = Path(folder).resolve()
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(f"{folder}: exists and is not an empty folder; give a new one")
         above = next(parent for parent in target.parents if parent.exists())
     except OSError as e:
-        raise InputError(f"{folder}: cannot write ({e.strerror or e}); choose a writable place with enough space") from None
+        raise InputError(
+            f"{folder}: cannot write ({e.strerror or e}); choose a writable place with enough space"
+        ) from None
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: cannot write (below {above}); choose a writable place with enough space")
+        raise InputError(
+            f"{folder}: cannot write (below {above}); choose a writable place with enough space"
+        )
 
 
 @contextlib.contextmanager
@@ -289,22 +361,33 @@ def _appearing_whole(target: Path) -> Iterator[Path]:
 
 
 def _check_params(config: ModelConfig, params: Params) -> None:
-    expected = {".".join(t.path): t.shape if t.layer is None else (config.layers, *t.shape) for t in tensors(config)}
+    expected = {
+        ".".join(t.path): t.shape if t.layer is None else (config.layers, *t.shape)
+        for t in tensors(config)
+    }
     found = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
     if found != expected:
         name, _ = min(found.items() ^ expected.items())
-        raise ValueError(f"parameters do not match the architecture: {name}: found {found.get(name)}, expected {expected.get(name)}")
+        raise ValueError(
+            f"parameters do not match the architecture: {name}: found {found.get(name)}, expected {expected.get(name)}"
+        )
 
 
 def _export_config(config: ModelConfig, source: Path | None, tokenizer: Any) -> dict[str, Any]:
     if source is None:
-        # Left out, these keys would mean the family's own defaults (Llama: 1 and 2), which are no tokens of ours.
-        special = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        # Left out, these keys would mean the family's own defaults (Llama: 1 and 2), which are no
+        # tokens of ours.
+        special = {
+            key: getattr(tokenizer, key, None)
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
         return {**model_config_to_hf(config), **special, "torch_dtype": "float32"}
     where = source / "config.json"
     hf = _read_json(where)
     if not same_architecture(model_config_from_hf(hf, str(where)), config):
-        raise InputError(f"{where}: describes another architecture than the parameters; give the folder that training started from")
+        raise InputError(
+            f"{where}: describes another architecture than the parameters; give the folder that training started from"
+        )
     spelled = [key for key in ("dtype", "torch_dtype") if key in hf] or ["torch_dtype"]
     return {**hf, **dict.fromkeys(spelled, "float32")}
 
@@ -335,7 +418,9 @@ def _nbytes(t: Tensor) -> int:
 
 
 def _write_safetensors(path: Path, shard: Iterable[Tensor], params: Params) -> None:
-    """The safetensors format, tensor by tensor: the library's writer wants a whole file's arrays in memory."""
+    """The safetensors format, tensor by tensor: the library's writer wants a whole file's arrays in
+    memory.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for t in shard:

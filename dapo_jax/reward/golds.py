@@ -35,12 +35,15 @@ class Share(NamedTuple):
         return f"{self.correct:,} of {self.judged:,} ({self.correct / self.judged:.1%})"
 
 
-def judge_golds(problems: Sequence[Problem], verifier: str, judge: Judge, imitated: bool = True) -> dict[str, Share]:
+def judge_golds(
+    problems: Sequence[Problem], verifier: str, judge: Judge, imitated: bool = True
+) -> dict[str, Share]:
     """Which ground truths and solutions the verifier, not a custom one, finds correct.
 
     A ground truth is if a response that ends in it is, as it stands and as a model would write it.
-    Solutions of embedded arithmetic are left out: some are wrong on purpose. imitated: solutions may
-    be; where not, as in evaluation sets, those in which the verifier finds no answer are left out.
+    Solutions of embedded arithmetic are left out: some are wrong on purpose. imitated: solutions
+    may be; where not, as in evaluation sets, those in which the verifier finds no answer are left
+    out.
     """
     if verifier == "lenient":
         problems = problems[:: max(1, -(-len(problems) // _JUDGED))]
@@ -71,7 +74,9 @@ def judge_golds(problems: Sequence[Problem], verifier: str, judge: Judge, imitat
 
 
 def _as_written(gold: str) -> str:
-    r"""The answer that a model would write for `\boxed{4}$.`, `$4$.`, `Answer: 4` or a whole solution: 4."""
+    r"""The answer that a model would write for `\boxed{4}$.`, `$4$.`, `Answer: 4` or a whole
+    solution: 4.
+    """
     boxed = _BOXED.match(gold) if gold.count(r"\boxed") == 1 else None
     text = (boxed[1] if boxed else gold).strip()
     text = _LABEL.split(text)[-1] or text
@@ -85,7 +90,9 @@ def _failure(item: RewardItem, verdict: Verdict) -> str:
     return f"{item.problem.id} with the answer {item.problem.answer[:60]!r}: {said!r} {why}"
 
 
-def check_data(name: str, problems: Sequence[Problem], template: str, section: RewardSection, judge: Judge) -> list[str]:
+def check_data(
+    name: str, problems: Sequence[Problem], template: str, section: RewardSection, judge: Judge
+) -> list[str]:
     """Lines on a data set that the verifier may not suit; those that warn start with `warning`.
 
     Raises InputError if a custom function fails on a first answer, or if not one ground truth can
@@ -97,7 +104,9 @@ def check_data(name: str, problems: Sequence[Problem], template: str, section: R
         _call_once(problems[0], section, judge)
         return []
     lines = []
-    for what, share in judge_golds(problems, section.verifier, judge, not name.startswith("eval.sets.")).items():
+    for what, share in judge_golds(
+        problems, section.verifier, judge, not name.startswith("eval.sets.")
+    ).items():
         line = f"{name}: {share} {what} are correct by the {section.verifier} verifier"
         if share.correct == share.judged:
             lines.append(line)
@@ -136,7 +145,9 @@ def _sentences(name: str, problems: Sequence[Problem]) -> list[str]:
 def _other_forms(name: str, problems: Sequence[Problem], template: str) -> list[str]:
     """A warning if many prompts ask for an answer in a form that the strict verifier does not read."""
     texts = [
-        template.replace("{prompt}", p.prompt) if isinstance(p.prompt, str) else "\n".join(turn.content for turn in p.prompt)
+        template.replace("{prompt}", p.prompt)
+        if isinstance(p.prompt, str)
+        else "\n".join(turn.content for turn in p.prompt)
         for p in problems
     ]
     for form in (r"\boxed", "####"):

@@ -1,10 +1,12 @@
-"""Judges answers while the caller goes on; no answer can stop, slow beyond its deadline, or own the caller.
+"""Judges answers while the caller goes on; no answer can stop, slow beyond its deadline, or own the
+caller.
 
-The strict rule is cheap and bounded, and runs in the caller's process. math-verify and custom functions run in worker
-processes: fresh interpreters that never run the caller's `__main__`, with an environment of a few harmless variables, no
-output, a memory limit and a deadline for every answer. Both ways a worker speaks lines of JSON over a socket: nothing
-that an answer could shape is unpickled. A worker that misses a deadline, dies or outgrows its memory is replaced, and
-only the answer it was judging goes without a verdict.
+The strict rule is cheap and bounded, and runs in the caller's process. math-verify and custom
+functions run in worker processes: fresh interpreters that never run the caller's `__main__`, with
+an environment of a few harmless variables, no output, a memory limit and a deadline for every
+answer. Both ways a worker speaks lines of JSON over a socket: nothing that an answer could shape is
+unpickled. A worker that misses a deadline, dies or outgrows its memory is replaced, and only the
+answer it was judging goes without a verdict.
 """
 
 import contextlib
@@ -50,12 +52,33 @@ _READY = b"ready"
 _MARK = "DAPO_JAX_REWARD_WORKER"  # environment variable: which worker a process comes from
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _TIMED_OUT = "timed out"
-_OUT_OF_MEMORY = ("MemoryError", "Cannot allocate memory", "can't start new thread")  # each is reward.memory_mb's doing
+_OUT_OF_MEMORY = (
+    "MemoryError",
+    "Cannot allocate memory",
+    "can't start new thread",
+)  # each is reward.memory_mb's doing
 
 # What a worker's environment keeps of the caller's. The rest may hold secrets.
-_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR", "VIRTUAL_ENV")
-# Threads of BLAS libraries count against the memory limit; verdicts must not depend on the order of a set.
-_SETTINGS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+_ENVIRONMENT = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "LD_LIBRARY_PATH",
+    "PYTHONHOME",
+    "PYTHONPATH",
+    "TMPDIR",
+    "VIRTUAL_ENV",
+)
+# Threads of BLAS libraries count against the memory limit; verdicts must not depend on the order of
+# a set.
+_SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+}
 _BOOT = """
 import json, sys
 channel, sys.path[:] = json.loads(sys.argv[1])
@@ -94,11 +117,16 @@ class PendingVerdicts:
         self._done.set()
 
     def wait(self, seconds: float) -> bool:
-        """Waits for all verdicts, so long at most; whether they are there (or never will be, as `result` then says)."""
+        """Waits for all verdicts, so long at most; whether they are there (or never will be, as
+        `result` then says).
+        """
         return self._done.wait(seconds)
 
     def result(self) -> list[Verdict]:
-        """Waits for all verdicts; they stand in the order of the items. Raises RuntimeError if the pool was closed before."""
+        """Waits for all verdicts; they stand in the order of the items.
+
+        Raises RuntimeError if the pool was closed before.
+        """
         self._done.wait()
         if self._failure is not None:
             raise RuntimeError(f"no verdicts: {one_line(self._failure)}") from self._failure
@@ -106,10 +134,13 @@ class PendingVerdicts:
 
 
 class RewardPool:
-    """Judges answers as the config section says. A context manager; `submit` may be called from any thread.
+    """Judges answers as the config section says.
 
-    source: `function_source` of `section.function`, for a caller that has read it. Every worker runs this text, also one that
-    is started after the file has changed. Raises InputError at construction if the verifier cannot be loaded in a worker.
+    A context manager; `submit` may be called from any thread.
+
+    source: `function_source` of `section.function`, for a caller that has read it. Every worker
+    runs this text, also one that is started after the file has changed. Raises InputError at
+    construction if the verifier cannot be loaded in a worker.
     """
 
     def __init__(self, section: RewardSection, source: str | None = None) -> None:
@@ -124,7 +155,10 @@ class RewardPool:
             raise
 
     def submit(self, items: Sequence[RewardItem]) -> PendingVerdicts:
-        """Has the items judged, in the background where workers do it. Raises RuntimeError if the pool is closed."""
+        """Has the items judged, in the background where workers do it.
+
+        Raises RuntimeError if the pool is closed.
+        """
         pending = PendingVerdicts(len(items))
         if self._manager is not None:
             self._manager.add([_Task(pending, place, item) for place, item in enumerate(items)])
@@ -215,23 +249,37 @@ class _Worker:
     channel: socket.socket  # non-blocking
     deadline: float  # of its start, then of the answer it judges; monotonic seconds
     ready: bool = False
-    tasks: deque[_Task] = dataclasses.field(default_factory=deque)  # sent to it; it judges the first
+    tasks: deque[_Task] = dataclasses.field(
+        default_factory=deque
+    )  # sent to it; it judges the first
     inbox: bytearray = dataclasses.field(default_factory=bytearray)
     outbox: bytearray = dataclasses.field(default_factory=bytearray)
 
 
 class _Manager:
-    """Feeds, watches and replaces the workers. Other threads only start, add and stop; all else belongs to its thread."""
+    """Feeds, watches and replaces the workers.
+
+    Other threads only start, add and stop; all else belongs to its thread.
+    """
 
     def __init__(self, section: RewardSection, source: str | None) -> None:
         self._section = section
         s = section
         limits = {"timeout_s": s.timeout_s, "memory_mb": s.memory_mb}
-        settings = {"source": source, "verifier": s.verifier, "function": s.function, "allowed_modules": s.allowed_modules} | limits
+        settings = {
+            "source": source,
+            "verifier": s.verifier,
+            "function": s.function,
+            "allowed_modules": s.allowed_modules,
+        } | limits
         self._first_line = json.dumps(settings).encode() + b"\n"
         if missing := [name for name in s.environment if name not in os.environ]:
-            raise InputError(f"reward.environment: {missing[0]} is not set; set it before the start, or leave it out")
-        self._environment = {name: os.environ[name] for name in (*_ENVIRONMENT, *s.environment) if name in os.environ} | _SETTINGS
+            raise InputError(
+                f"reward.environment: {missing[0]} is not set; set it before the start, or leave it out"
+            )
+        self._environment = {
+            name: os.environ[name] for name in (*_ENVIRONMENT, *s.environment) if name in os.environ
+        } | _SETTINGS
         self._blamed_key = "function" if section.verifier == "custom" else "verifier"
         self._path = [os.path.abspath(entry) for entry in [*sys.path, os.getcwd()]]
         self._lock = threading.Lock()  # of _queue's tail and _stopping
@@ -309,8 +357,14 @@ class _Manager:
         return None if until == math.inf else max(0.0, until - time.monotonic())
 
     def _assign(self) -> None:
-        """Starts missing workers, and gives each ready one a few answers: fewer towards the end, so that none waits behind a slow one."""
-        while self._queue and len(self._workers) < self._section.workers and time.monotonic() >= self._retry_at:
+        """Starts missing workers, and gives each ready one a few answers: fewer towards the end, so
+        that none waits behind a slow one.
+        """
+        while (
+            self._queue
+            and len(self._workers) < self._section.workers
+            and time.monotonic() >= self._retry_at
+        ):
             self._start_worker()
         ahead = min(_AHEAD, max(1, len(self._queue) // (4 * self._section.workers)))
         for worker in self._workers:
@@ -339,10 +393,18 @@ class _Manager:
                     start_new_session=True,  # no Ctrl-C; and a group of its own, killed with all that it starts
                 )
         except OSError as e:
-            self._start_failed(f"reward: cannot start a worker ({one_line(e)}); free memory or file handles")
+            self._start_failed(
+                f"reward: cannot start a worker ({one_line(e)}); free memory or file handles"
+            )
             return
         ours.setblocking(False)
-        worker = _Worker(process, mark, ours, deadline=time.monotonic() + _START_S, outbox=bytearray(self._first_line))
+        worker = _Worker(
+            process,
+            mark,
+            ours,
+            deadline=time.monotonic() + _START_S,
+            outbox=bytearray(self._first_line),
+        )
         self._selector.register(ours, selectors.EVENT_READ, worker)
         self._workers.append(worker)
         self._flush(worker)
@@ -372,10 +434,17 @@ class _Manager:
             pass
         except OSError:  # it has gone, which reading will tell
             worker.outbox.clear()
-        self._selector.modify(worker.channel, selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.outbox else 0), worker)
+        self._selector.modify(
+            worker.channel,
+            selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.outbox else 0),
+            worker,
+        )
 
     def _receive(self, worker: _Worker) -> None:
-        """Reads once what the worker has said. One that has ended, or talks nonsense, is discarded."""
+        """Reads once what the worker has said.
+
+        One that has ended, or talks nonsense, is discarded.
+        """
         try:
             data = worker.channel.recv(_READ_BYTES)
         except BlockingIOError:
@@ -411,7 +480,9 @@ class _Manager:
             verdict = verdict._replace(error=self._without_secrets(verdict.error))
         worker.tasks.popleft().settle(verdict)
         worker.deadline = time.monotonic() + self._section.timeout_s if worker.tasks else math.inf
-        if verdict.error is not None and verdict.error.startswith("MemoryError"):  # it may keep what filled its memory
+        if verdict.error is not None and verdict.error.startswith(
+            "MemoryError"
+        ):  # it may keep what filled its memory
             self._discard(worker)
             self._requeue(worker)
             return False
@@ -428,7 +499,9 @@ class _Manager:
         return True
 
     def _without_secrets(self, error: str) -> str:
-        """An error, perhaps cut off, without the values of `reward.environment`, which a function may quote."""
+        """An error, perhaps cut off, without the values of `reward.environment`, which a function
+        may quote.
+        """
         for name in self._section.environment:
             value = self._environment[name]
             for length in range(len(value), 3, -1):
@@ -458,9 +531,13 @@ class _Manager:
         return None
 
     def _blame(self, worker: _Worker, error: str) -> None:
-        """Gives the answer that a discarded worker was judging an error, and the others it held another worker."""
+        """Gives the answer that a discarded worker was judging an error, and the others it held
+        another worker.
+        """
         if not worker.ready:
-            self._start_failed(f"reward.{self._blamed_key}: its worker could not start ({error}); check that what it imports works")
+            self._start_failed(
+                f"reward.{self._blamed_key}: its worker could not start ({error}); check that what it imports works"
+            )
             return
         if worker.tasks:
             worker.tasks.popleft().settle_error(error)
@@ -471,7 +548,10 @@ class _Manager:
 
 
 def _kill_marked(mark: str) -> None:
-    """Kills what has left the process group of a worker: its environment still names the worker. Needs /proc."""
+    """Kills what has left the process group of a worker: its environment still names the worker.
+
+    Needs /proc.
+    """
     entry = f"{_MARK}={mark}\0".encode()
     for file in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # another user's, or gone
@@ -492,8 +572,20 @@ def _ending(status: int | None, timeout_s: float) -> str:
 
 def _encode(item: RewardItem) -> bytes:
     problem = item.problem
-    prompt = problem.prompt if isinstance(problem.prompt, str) else [[turn.role, turn.content] for turn in problem.prompt]
-    fields = (problem.id, prompt, problem.answer, problem.solution, problem.source, item.text, int(item.response_len))
+    prompt = (
+        problem.prompt
+        if isinstance(problem.prompt, str)
+        else [[turn.role, turn.content] for turn in problem.prompt]
+    )
+    fields = (
+        problem.id,
+        prompt,
+        problem.answer,
+        problem.solution,
+        problem.source,
+        item.text,
+        int(item.response_len),
+    )
     return json.dumps(fields).encode() + b"\n"  # ASCII, so that lone surrogates survive too
 
 
@@ -509,7 +601,10 @@ def _decode(line: bytes) -> RewardItem:
 
 
 def work(descriptor: int) -> None:
-    """The life of a worker, to the end of its process. The socket closes only then, so that its end tells the exit status."""
+    """The life of a worker, to the end of its process.
+
+    The socket closes only then, so that its end tells the exit status.
+    """
     channel = socket.socket(fileno=descriptor)
     status: object = 1
     try:
@@ -522,13 +617,20 @@ def work(descriptor: int) -> None:
 
 
 def _serve(channel: socket.socket) -> None:
-    """Hears what to judge by, loads it, says so, then answers each item with a verdict until the caller is gone."""
-    # The caller alone decides when a worker ends, also where a scheduler signals every process of a job.
+    """Hears what to judge by, loads it, says so, then answers each item with a verdict until the
+    caller is gone.
+    """
+    # The caller alone decides when a worker ends, also where a scheduler signals every process of a
+    # job.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the caller's dispositions and mask are inherited
+    signal.signal(
+        signal.SIGALRM, signal.SIG_DFL
+    )  # the caller's dispositions and mask are inherited
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    if sys.platform == "linux":  # the kernel kills this process when its caller dies, whatever a function has done to the alarm below
+    if (
+        sys.platform == "linux"
+    ):  # the kernel kills this process when its caller dies, whatever a function has done to the alarm below
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     channel.set_inheritable(False)
     worker = os.getpid()
@@ -548,7 +650,11 @@ def _serve(channel: socket.socket) -> None:
         try:
             verdict = check_verdict(judge(*item))
         except MemoryError:
-            verdict = Verdict(False, -1.0, f"MemoryError: needs more than reward.memory_mb {settings['memory_mb']}")
+            verdict = Verdict(
+                False,
+                -1.0,
+                f"MemoryError: needs more than reward.memory_mb {settings['memory_mb']}",
+            )
         except Exception as e:
             verdict = Verdict(False, -1.0, one_line(e))
         if os.getpid() != worker:  # the function has forked: the child must not answer too
@@ -561,9 +667,13 @@ def _load_judge(settings: dict) -> Callable[[Problem, str, int], object]:
     if settings["verifier"] == "custom":
         return load_function(settings["function"], settings["allowed_modules"], settings["source"])
     try:
-        lenient_verify(r"Answer: $\frac{1}{3}$", "1/2")  # loads and compiles what the first answer would wait for
+        lenient_verify(
+            r"Answer: $\frac{1}{3}$", "1/2"
+        )  # loads and compiles what the first answer would wait for
     except ImportError as e:
-        raise InputError(f"reward.verifier: lenient needs math-verify ({one_line(e)}); pip install math-verify, or use strict") from None
+        raise InputError(
+            f"reward.verifier: lenient needs math-verify ({one_line(e)}); pip install math-verify, or use strict"
+        ) from None
     return _judge_lenient
 
 
@@ -573,7 +683,10 @@ def _judge_lenient(problem: Problem, text: str, response_len: int) -> Verdict:
 
 
 def _limit_memory(extra_mb: int) -> None:
-    """Allows this process so much address space beyond what it has. Where there is no /proc, it stays unlimited."""
+    """Allows this process so much address space beyond what it has.
+
+    Where there is no /proc, it stays unlimited.
+    """
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:

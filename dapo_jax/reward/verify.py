@@ -1,7 +1,10 @@
-r"""Is a response's answer right? The released string rule, math-verify, or a function of the user's.
+r"""Is a response's answer right?
 
-The strict rule is that of DAPO's released recipe (verl, `math_dapo`), which takes its normalisation from Minerva
-(arXiv 2206.14858, appendix D): it compares strings, so `42.0` is not `42`. `lenient_verify` compares values.
+The released string rule, math-verify, or a function of the user's.
+
+The strict rule is that of DAPO's released recipe (verl, `math_dapo`), which takes its normalisation
+from Minerva (arXiv 2206.14858, appendix D): it compares strings, so `42.0` is not `42`.
+`lenient_verify` compares values.
 """
 
 import importlib
@@ -25,10 +28,14 @@ from dapo_jax.types import InputError, Problem, Verdict, canonical_answer
 # fn(problem, response_text, response_len) -> (correct, score), or a Verdict
 RewardFunction = Callable[[Problem, str, int], Verdict | tuple[bool, float]]
 
-STRICT_TAIL = 300  # characters at the end of a response in which the strict rule looks for the answer
+STRICT_TAIL = (
+    300  # characters at the end of a response in which the strict rule looks for the answer
+)
 LENIENT_TAIL = 2000  # the same for math-verify, which also takes longer forms
 
-_MAX_ANSWER_CHARS = 4096  # a longer text cannot normalise to what 300 characters hold, and is left as it is
+_MAX_ANSWER_CHARS = (
+    4096  # a longer text cannot normalise to what 300 characters hold, and is left as it is
+)
 _MAX_ERROR_CHARS = 200
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -73,10 +80,11 @@ _REWRITES = tuple(
 
 
 def normalize_answer(text: str) -> str:
-    r"""The form in which answers are compared as strings: `x = \boxed{1{,}024} \text{ cm}` is `1024`.
+    r"""The form in which answers are compared as strings: `x = \boxed{1{,}024} \text{ cm}` is
+    `1024`.
 
-    Takes what follows the last `=`; drops articles, blanks, units and TeX wrappers; writes out `\frac12` and `\sqrt3`;
-    drops thousands commas.
+    Takes what follows the last `=`; drops articles, blanks, units and TeX wrappers; writes out
+    `\frac12` and `\sqrt3`; drops thousands commas.
 
     >>> normalize_answer(r"x = \boxed{1{,}024} \text{ cm}"), normalize_answer(r"\frac12")
     ('1024', '\\frac{1}{2}')
@@ -90,7 +98,9 @@ def normalize_answer(text: str) -> str:
         text = text.replace(expression, "")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    digits = text.replace(",", "")  # of negative numbers too, from which the released rule takes none
+    digits = text.replace(
+        ",", ""
+    )  # of negative numbers too, from which the released rule takes none
     return digits if digits.removeprefix("-").isdigit() else text.strip()
 
 
@@ -101,16 +111,20 @@ def _answer_line(text: str) -> str | None:
 
 
 def extract_answer(response: str) -> str | None:
-    """The normalised answer of a response, or None if its last 300 characters hold no `Answer:` line."""
+    """The normalised answer of a response, or None if its last 300 characters hold no `Answer:`
+    line.
+    """
     line = _answer_line(response[-STRICT_TAIL:])
     return None if line is None else normalize_answer(line)
 
 
 def strict_verify(response: str, ground_truth: str) -> bool:
-    r"""Whether the last `Answer:` line in the last 300 characters normalises to the same string as the ground truth.
+    r"""Whether the last `Answer:` line in the last 300 characters normalises to the same string as
+    the ground truth.
 
-    >>> strict_verify("Answer: 41\nAnswer: $42$", "42"), strict_verify("Answer: 42.0", "42"), strict_verify("It is 42", "42")
-    (True, False, False)
+    >>> responses = "Answer: 41\nAnswer: $42$", "Answer: 42.0", "It is 42"
+    >>> [strict_verify(response, "42") for response in responses]
+    [True, False, False]
     """
     return extract_answer(response) == normalize_answer(canonical_answer(ground_truth))
 
@@ -124,7 +138,9 @@ _MARKUP = re.compile(r"[\\^_]")
 _CONJUNCTION = re.compile(r"\s*,?(?:\s+(?:and|or)\s+|\s*\\(?:text|mbox)\{\s*(?:and|or)\s*\}\s*)")
 _WORD = re.compile(r"(?!and\b|or\b)\b[A-Za-z]{2,}")
 _GROUPED = re.compile(r"(?<![\d.,] )(?<![\w.,])\d{1,3}(?: \d{3})+(?![\w ]*\d)")  # 1 000 000
-_EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(?:[eE]\+?(-?\d+)(?![\w.]*\d)|\s*[x×]\s*10\^(?:(-?\d+)|\{(-?\d+)\}))")
+_EXPONENT = re.compile(
+    r"(?<![\w.])(\d+(?:\.\d+)?)(?:[eE]\+?(-?\d+)(?![\w.]*\d)|\s*[x×]\s*10\^(?:(-?\d+)|\{(-?\d+)\}))"
+)
 
 _MAX_DECIMALS = 10_000  # to which numbers are compared, however small
 
@@ -132,22 +148,28 @@ _MAX_DECIMALS = 10_000  # to which numbers are compared, however small
 def lenient_verify(response: str, ground_truth: str) -> bool:
     r"""Whether the value of the response's answer equals that of the ground truth, by math-verify.
 
-    The answer is looked for in the last 2,000 characters: in the last `<answer>` tag, after the last `Answer:` (markdown around it, on
-    its line, or in display math below), or else wherever math-verify finds one, such as the last `\boxed{}`. It must be the whole
-    answer: of `$48$, $384$` neither part is right. Lists of values are compared as sets. Numbers agree to six decimals, and small ones to
-    four significant digits at least.
+    The answer is looked for in the last 2,000 characters: in the last `<answer>` tag, after the
+    last `Answer:` (markdown around it, on its line, or in display math below), or else wherever
+    math-verify finds one, such as the last `\boxed{}`. It must be the whole answer: of `$48$,
+    $384$` neither part is right. Lists of values are compared as sets. Numbers agree to six
+    decimals, and small ones to four significant digits at least.
 
-    Time and memory are unbounded for an adversarial answer (`9^{9^{9^9}}`): call it where it can be killed, as RewardPool does. Raises
-    ImportError without math-verify, MemoryError if an answer needs more than there is.
+    Time and memory are unbounded for an adversarial answer (`9^{9^{9^9}}`): call it where it can be
+    killed, as RewardPool does. Raises ImportError without math-verify, MemoryError if an answer
+    needs more than there is.
     """
     return lenient_judgement(response, ground_truth)[0]
 
 
 def lenient_judgement(response: str, ground_truth: str) -> tuple[bool, bool]:
-    """`lenient_verify`, and whether there is an answer at all: one that is marked, or that math-verify finds."""
+    """`lenient_verify`, and whether there is an answer at all: one that is marked, or that
+    math-verify finds.
+    """
     from math_verify import parse
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # it warns that its own timeouts are off
     gold_text = _list(_plain_numbers(canonical_answer(ground_truth)))
     tail = _plain_numbers(response[-LENIENT_TAIL:])
     marked = _marked_answer(tail)
@@ -175,13 +197,20 @@ def _readings(marked: str, tail: str) -> list[str]:
     labelled = f"Answer: {marked}"
     if _DELIMITER.search(marked) or "\\boxed" in marked:
         return [labelled, tail]
-    # math-verify reads TeX only between delimiters: from a bare `2\sqrt{3}` it would take the 2, from `3,2,1` the 3.2.
+    # math-verify reads TeX only between delimiters: from a bare `2\sqrt{3}` it would take the 2,
+    # from `3,2,1` the 3.2.
     as_tex = f"${marked}$"
-    return [labelled, as_tex, tail] if _WORD.search(marked) and not _MARKUP.search(marked) else [as_tex, labelled, tail]
+    return (
+        [labelled, as_tex, tail]
+        if _WORD.search(marked) and not _MARKUP.search(marked)
+        else [as_tex, labelled, tail]
+    )
 
 
 def _marked_answer(tail: str) -> str | None:
-    """The text of the last answer that a tag or a label marks, or that is all there is; None if there is none."""
+    """The text of the last answer that a tag or a label marks, or that is all there is; None if
+    there is none.
+    """
     tags = list(_TAGGED.finditer(tail))
     if tags and not _LABEL.search(tail, tags[-1].end()):
         tail = tags[-1][1]
@@ -195,11 +224,15 @@ def _marked_answer(tail: str) -> str | None:
 
 
 def _list(text: str) -> str:
-    return _CONJUNCTION.sub(", ", " ".join(text.split())).rstrip(" .")  # one space each: the pattern is cubic in a run of them
+    return _CONJUNCTION.sub(", ", " ".join(text.split())).rstrip(
+        " ."
+    )  # one space each: the pattern is cubic in a run of them
 
 
 def _plain_numbers(text: str) -> str:
-    r"""A text with its numbers as math-verify reads them: `4.5e33` as `4.5 \times 10^{33}`, `1 000` and `\$1000` as `1000`."""
+    r"""A text with its numbers as math-verify reads them: `4.5e33` as `4.5 \times 10^{33}`, `1 000`
+    and `\$1000` as `1000`.
+    """
     text = _GROUPED.sub(lambda number: number[0].replace(" ", ""), text.replace(r"\$", ""))
     return _EXPONENT.sub(lambda n: rf"{n[1]} \times 10^{{{n[2] or n[3] or n[4]}}}", text)
 
@@ -209,7 +242,10 @@ def _undelimited(text: str) -> str:
 
 
 def _same_value(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
-    """Whether a reading of the ground truth equals one of the answer. One that math-verify cannot compare stops none of the others."""
+    """Whether a reading of the ground truth equals one of the answer.
+
+    One that math-verify cannot compare stops none of the others.
+    """
     from math_verify import verify
 
     settings: dict[str, Any] = {"timeout_seconds": None, "raise_on_error": True}
@@ -218,7 +254,9 @@ def _same_value(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
             if not verify(a, b, **settings):
                 equal = _same_number(a, b)
             elif more := max(_further_decimals(a), _further_decimals(b)):
-                equal = verify(a, b, float_rounding=6 + more, numeric_precision=15 + more, **settings)
+                equal = verify(
+                    a, b, float_rounding=6 + more, numeric_precision=15 + more, **settings
+                )
             else:
                 equal = True
         except MemoryError:
@@ -231,7 +269,9 @@ def _same_value(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
 
 
 def _further_decimals(value: Any) -> int:
-    """How many decimals beyond six the smallest number in a value needs, to be compared to four significant digits."""
+    """How many decimals beyond six the smallest number in a value needs, to be compared to four
+    significant digits.
+    """
     import sympy
 
     most = 0.0
@@ -246,10 +286,16 @@ def _further_decimals(value: Any) -> int:
 
 
 def _same_number(a: Any, b: Any) -> bool:
-    """Whether two numbers, one of them a floating-point one, differ by rounding errors alone: `8.7 \\times 10^8` is 870000000."""
+    """Whether two numbers, one of them a floating-point one, differ by rounding errors alone: `8.7
+    \\times 10^8` is 870000000.
+    """
     from sympy import Float
 
-    if isinstance(a, str) or isinstance(b, str) or not (a.is_number and b.is_number and (a - b).has(Float)):
+    if (
+        isinstance(a, str)
+        or isinstance(b, str)
+        or not (a.is_number and b.is_number and (a - b).has(Float))
+    ):
         return False
     return bool(abs((a - b).evalf()) <= 1e-14 * abs(a.evalf()))
 
@@ -261,33 +307,52 @@ def one_line(error: BaseException | str) -> str:
 
 
 def function_source(spec: str | None) -> str | None:
-    """The text of the file that `file.py:function` names, not run; None for anything else. Raises InputError if it cannot be read."""
+    """The text of the file that `file.py:function` names, not run; None for anything else.
+
+    Raises InputError if it cannot be read.
+    """
     path = (spec or "").rpartition(":")[0]
-    return read_text(path, f"reward.function: {path}", "reward", "Python") if path.endswith(".py") else None
+    return (
+        read_text(path, f"reward.function: {path}", "reward", "Python")
+        if path.endswith(".py")
+        else None
+    )
 
 
-def load_function(spec: str, allowed_modules: Sequence[str], source: str | None = None) -> RewardFunction:
-    """A custom verifier, `package.module:function` or `file.py:function`, from one of the allowed modules or files.
+def load_function(
+    spec: str, allowed_modules: Sequence[str], source: str | None = None
+) -> RewardFunction:
+    """A custom verifier, `package.module:function` or `file.py:function`, from one of the allowed
+    modules or files.
 
-    It is called as `fn(problem, response_text, response_len)`, with the length in tokens, and returns `(correct, score)`:
-    groups are filtered on `correct`, learning is from `score`. source: of the file, as `function_source` read it. Raises
-    InputError if it is not allowed, cannot be imported or cannot be called.
+    It is called as `fn(problem, response_text, response_len)`, with the length in tokens, and
+    returns `(correct, score)`: groups are filtered on `correct`, learning is from `score`. source:
+    of the file, as `function_source` read it. Raises InputError if it is not allowed, cannot be
+    imported or cannot be called.
     """
     name, colon, attribute = spec.rpartition(":")
     if not (colon and name and attribute.isidentifier()):
-        raise InputError(f"reward.function: expected package.module:function or file.py:function, got {spec!r}")
+        raise InputError(
+            f"reward.function: expected package.module:function or file.py:function, got {spec!r}"
+        )
     kind = "module" if source is None else "file"
     if name not in allowed_modules:
-        raise InputError(f"reward.function: {kind} {name!r} is not in reward.allowed_modules; add it if you trust it")
+        raise InputError(
+            f"reward.function: {kind} {name!r} is not in reward.allowed_modules; add it if you trust it"
+        )
     try:
         module = importlib.import_module(name) if source is None else _import_text(name, source)
     except Exception as e:
-        raise InputError(f"reward.function: cannot import {name!r} ({one_line(e)}); correct the name, or mend the {kind}") from None
+        raise InputError(
+            f"reward.function: cannot import {name!r} ({one_line(e)}); correct the name, or mend the {kind}"
+        ) from None
     function = getattr(module, attribute, None)
     if function is None:
         raise InputError(f"reward.function: {kind} {name!r} has no {attribute!r}; correct the name")
     if not callable(function):
-        raise InputError(f"reward.function: {spec!r} is a {type(function).__name__}; name a function(problem, text, length)")
+        raise InputError(
+            f"reward.function: {spec!r} is a {type(function).__name__}; name a function(problem, text, length)"
+        )
     return function
 
 
@@ -315,7 +380,9 @@ def _import_text(path: str, source: str) -> types.ModuleType:
 
 
 def check_verdict(value: object) -> Verdict:
-    """What a custom verifier returned, as a Verdict. Raises ValueError that says what is wrong with it.
+    """What a custom verifier returned, as a Verdict.
+
+    Raises ValueError that says what is wrong with it.
 
     >>> check_verdict((True, 1))
     Verdict(correct=True, score=1.0, error=None, answered=True)
@@ -323,9 +390,13 @@ def check_verdict(value: object) -> Verdict:
     Traceback (most recent call last):
     ValueError: correct must be True or False, not int
     """
-    if not isinstance(value, tuple) or len(value) != (len(Verdict._fields) if isinstance(value, Verdict) else 2):
+    if not isinstance(value, tuple) or len(value) != (
+        len(Verdict._fields) if isinstance(value, Verdict) else 2
+    ):
         length = f" of {len(value)}" if isinstance(value, tuple) else ""
-        raise ValueError(f"the reward function must return (correct, score), not {type(value).__name__}{length}")
+        raise ValueError(
+            f"the reward function must return (correct, score), not {type(value).__name__}{length}"
+        )
     correct, score, error, answered = value if isinstance(value, Verdict) else (*value, None, True)
     if not isinstance(correct, bool | np.bool_):
         raise ValueError(f"correct must be True or False, not {type(correct).__name__}")
@@ -339,4 +410,6 @@ def check_verdict(value: object) -> Verdict:
         number = math.inf
     if not abs(number) <= _FLOAT32_MAX:
         raise ValueError(f"score must be finite in float32, got {number}")
-    return Verdict(bool(correct), number, None if error is None else one_line(error), bool(answered))
+    return Verdict(
+        bool(correct), number, None if error is None else one_line(error), bool(answered)
+    )

@@ -12,12 +12,16 @@ class Chip(NamedTuple):
     flops: float  # bfloat16 FLOP/s
     hbm_bytes: float
     hbm_bandwidth: float  # bytes/s
-    ici_bandwidth: float  # bytes/s that a chip sends over all its links; it receives as many at the same time
+    ici_bandwidth: (
+        float  # bytes/s that a chip sends over all its links; it receives as many at the same time
+    )
     dcn_bandwidth: float  # bytes/s that a chip sends to other slices, its share of the host's network; inf where none is published
 
     @property
     def ridge(self) -> float:
-        """FLOPs a byte from HBM at which arithmetic, not memory, is the limit: tokens a weight must meet, at 2 bytes a weight."""
+        """FLOPs a byte from HBM at which arithmetic, not memory, is the limit: tokens a weight must
+        meet, at 2 bytes a weight.
+        """
         return self.flops / self.hbm_bandwidth
 
 
@@ -50,8 +54,8 @@ def chip_name(device_kind: str) -> str | None:
 def loss_chunk(mesh: Mesh) -> int:
     """Tokens a device whose logits exist at a time: what `linear_loss` takes as its chunk_size.
 
-    A chunk reads the head and adds to its gradient once, which arithmetic hides from twice the ridge on; more only costs memory.
-    On a CPU 512 measured fastest (BENCHMARKS.md).
+    A chunk reads the head and adds to its gradient once, which arithmetic hides from twice the
+    ridge on; more only costs memory. On a CPU 512 measured fastest (BENCHMARKS.md).
     """
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
@@ -63,7 +67,8 @@ def loss_chunk(mesh: Mesh) -> int:
 def prefill_tokens(mesh: Mesh) -> int:
     """Prompt tokens that a row shard reads at a time, or one prompt.
 
-    512 are past the ridge of most chips: arithmetic takes longer than reading the weights. A GPU spends longer on starting so small a
-    program than on running it; of 512 prompts of 160 tokens, an H100 samples 2.5 times as fast with 8192 (BENCHMARKS.md).
+    512 are past the ridge of most chips: arithmetic takes longer than reading the weights. A GPU
+    spends longer on starting so small a program than on running it; of 512 prompts of 160 tokens,
+    an H100 samples 2.5 times as fast with 8192 (BENCHMARKS.md).
     """
     return 8192 if mesh.devices.flat[0].platform == "gpu" else 512

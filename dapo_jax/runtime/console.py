@@ -15,7 +15,8 @@ from tqdm import tqdm
 _REPEAT = 20  # lines of the table under one header
 _LOG_COLUMNS = 120  # where output is no terminal
 
-# title, key, width, factor to the unit shown, format; what stands on a terminal of fewer than _LOG_COLUMNS columns
+# title, key, width, factor to the unit shown, format; what stands on a terminal of fewer than
+# _LOG_COLUMNS columns
 _COLUMNS = (
     ("acc%", "reward/accuracy", 5, 100, ".1f", True),
     ("reward", "reward/mean", 6, 1, "+.3f", True),
@@ -40,7 +41,9 @@ _NOT_OF_BARS = rf"(?![\r\x1b]){_CONTROLS}|\x1b(?!\[A)"  # what progress bars do 
 
 
 class _Escaped:
-    """A text stream that writes control characters as escapes: file names, keys of files and quoted texts may hold any."""
+    """A text stream that writes control characters as escapes: file names, keys of files and quoted
+    texts may hold any.
+    """
 
     def __init__(self, stream: Any, controls: str):
         self._stream, self._controls = stream, re.compile(controls)
@@ -82,29 +85,56 @@ def make_console(*, main: bool, quiet: bool = False) -> Console:
     def line_out(line: str) -> None:
         print(line, flush=True)
 
-    return Console(line_out if main and not quiet else nothing, line_out if main else nothing, main and not quiet)
+    return Console(
+        line_out if main and not quiet else nothing,
+        line_out if main else nothing,
+        main and not quiet,
+    )
 
 
 class StepTable:
-    """The lines of a run's steps, under titles that come again now and then. steps: of the whole run. columns: of the output."""
+    """The lines of a run's steps, under titles that come again now and then. steps: of the whole
+    run. columns: of the output.
+    """
 
     def __init__(self, steps: int, columns: int | None = None):
-        columns = columns or (shutil.get_terminal_size().columns if sys.stdout.isatty() else _LOG_COLUMNS)
+        columns = columns or (
+            shutil.get_terminal_size().columns if sys.stdout.isatty() else _LOG_COLUMNS
+        )
         self._steps, self._lines = steps, 0
         self._columns = [column for column in _COLUMNS if columns >= _LOG_COLUMNS or column[-1]]
 
     def line(self, step: int, metrics: Mapping[str, float]) -> str:
         """The step's numbers, `-` where there is none; with the titles above them where it is time."""
         titles = self._joined("step", [title for title, *_ in self._columns])
-        cells = [format(metrics[key] * factor, form) if key in metrics else "-" for _, key, _, factor, form, _ in self._columns]
+        cells = [
+            format(metrics[key] * factor, form) if key in metrics else "-"
+            for _, key, _, factor, form, _ in self._columns
+        ]
         line = self._joined(f"{step}/{self._steps}", cells)
         self._lines += 1
         return f"{titles}\n{line}" if self._lines % _REPEAT == 1 else line
 
     def _joined(self, first: str, cells: list[str]) -> str:
-        return " ".join([f"{first:>9}", *(f"{cell:>{column[2]}}" for cell, column in zip(cells, self._columns, strict=True))])
+        return " ".join(
+            [
+                f"{first:>9}",
+                *(
+                    f"{cell:>{column[2]}}"
+                    for cell, column in zip(cells, self._columns, strict=True)
+                ),
+            ]
+        )
 
 
 def progress(total: int | None, description: str, *, enabled: bool = True) -> tqdm:
-    """A progress bar, to be used as a context manager with `.update(n)`: shown on a terminal, nothing elsewhere."""
-    return tqdm(total=total, desc=description, leave=False, dynamic_ncols=True, disable=not (enabled and sys.stderr.isatty()))
+    """A progress bar, to be used as a context manager with `.update(n)`: shown on a terminal,
+    nothing elsewhere.
+    """
+    return tqdm(
+        total=total,
+        desc=description,
+        leave=False,
+        dynamic_ncols=True,
+        disable=not (enabled and sys.stderr.isatty()),
+    )

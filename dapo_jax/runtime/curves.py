@@ -1,4 +1,6 @@
-"""The curves of a run as one PNG: held-out accuracy, reward, length, entropy, dynamic sampling, clipping."""
+"""The curves of a run as one PNG: held-out accuracy, reward, length, entropy, dynamic sampling,
+clipping.
+"""
 
 import io
 from collections.abc import Sequence
@@ -87,8 +89,9 @@ _PANELS = (
 def plot_curves(run_dir: str | Folder) -> Folder:
     """Draws <run>/curves.png from <run>/metrics.jsonl, 1800 x 960 pixels. Returns its path.
 
-    A thin line is what a step measured, a thick one its running mean. Metrics that the run does not have are left out.
-    Raises InputError if there are no metrics, or the file cannot be written (RunError in a bucket).
+    A thin line is what a step measured, a thick one its running mean. Metrics that the run does not
+    have are left out. Raises InputError if there are no metrics, or the file cannot be written
+    (RunError in a bucket).
     """
     folder = as_path(run_dir)
     records = read_metrics(folder)
@@ -98,7 +101,9 @@ def plot_curves(run_dir: str | Folder) -> Folder:
 
     path, image = folder / "curves.png", io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        _draw(records, folder.name if is_bucket(folder) else folder.resolve().name).savefig(image, dpi=150)
+        _draw(records, folder.name if is_bucket(folder) else folder.resolve().name).savefig(
+            image, dpi=150
+        )
     with writing(path):
         write_whole(path, image.getvalue())
     return path
@@ -112,7 +117,9 @@ def _draw(records: Sequence[dict[str, Any]], name: str) -> Any:
     last = max(record["step"] for record in records)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.06)
     figure = Figure(figsize=(12, 6.4), facecolor="white", layout=layout)
-    figure.suptitle(f"{name}, {last} rollout steps", x=0.012, ha="left", fontsize=13, fontweight="bold")
+    figure.suptitle(
+        f"{name}, {last} rollout steps", x=0.012, ha="left", fontsize=13, fontweight="bold"
+    )
     for axes, (title, lines) in zip(figure.subplots(2, 3).ravel(), _PANELS, strict=True):
         axes.set_title(title)
         drawn = _held_out(axes, records) if title.startswith("Accuracy") else []
@@ -133,7 +140,9 @@ def _draw(records: Sequence[dict[str, Any]], name: str) -> Any:
         if title.startswith("Groups"):
             axes.set_ylim(0, 100)
         if right is not None and title.startswith("Response"):
-            right.set_ylim(0, max(1.0, right.get_ylim()[1]))  # less than 1% truncated is little, and looks it
+            right.set_ylim(
+                0, max(1.0, right.get_ylim()[1])
+            )  # less than 1% truncated is little, and looks it
         if drawn:
             _legend(axes, drawn)
         else:
@@ -145,7 +154,9 @@ def _draw(records: Sequence[dict[str, Any]], name: str) -> Any:
 
 def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(record["step"], record[key]) for record in records if key in record]
-    return np.array([step for step, _ in points], np.float64), np.array([value for _, value in points], np.float64)
+    return np.array([step for step, _ in points], np.float64), np.array(
+        [value for _, value in points], np.float64
+    )
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -162,25 +173,55 @@ def _curve(axes: Any, records: Sequence[dict[str, Any]], line: _Line) -> list[An
         axes.plot(steps, values, color=line.color, alpha=0.25, linewidth=0.8)
         values = running_mean(values, window)
     alone = len(steps) == 1
-    return axes.plot(steps, values, color=line.color, label=line.label, marker="o" if alone else "", markersize=4, clip_on=not alone)
+    return axes.plot(
+        steps,
+        values,
+        color=line.color,
+        label=line.label,
+        marker="o" if alone else "",
+        markersize=4,
+        clip_on=not alone,
+    )
 
 
 def _held_out(axes: Any, records: Sequence[dict[str, Any]]) -> list[Any]:
     """avg@k of each evaluation set, with a band of one standard error on each side."""
-    keys = sorted({key for record in records for key in record if key.startswith("eval/") and key.endswith("/avg")})
+    keys = sorted(
+        {
+            key
+            for record in records
+            for key in record
+            if key.startswith("eval/") and key.endswith("/avg")
+        }
+    )
     drawn = []
     for number, key in enumerate(keys):
         color, name = _HELD_OUT[number % len(_HELD_OUT)], key.split("/")[1]
         label = "held-out" if name in ("heldout", "held_out", "held-out") else f"held-out: {name}"
         steps, mean = _series(records, key)
         error = np.array([record.get(f"{key}_se", 0.0) for record in records if key in record])
-        axes.fill_between(steps, 100 * (mean - error), 100 * (mean + error), color=color, alpha=0.15, linewidth=0)
-        drawn += axes.plot(steps, 100 * mean, color=color, label=label, marker="o", markersize=3, clip_on=False)
+        axes.fill_between(
+            steps, 100 * (mean - error), 100 * (mean + error), color=color, alpha=0.15, linewidth=0
+        )
+        drawn += axes.plot(
+            steps, 100 * mean, color=color, label=label, marker="o", markersize=3, clip_on=False
+        )
     return drawn
 
 
 def _legend(axes: Any, lines: Sequence[Any]) -> None:
     """Names the lines in their colours between title and panel, where no data can be covered."""
-    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2, "borderpad": 0.0}
-    look = {"frameon": False, "labelcolor": "linecolor", "handlelength": 0.9, "handletextpad": 0.4, "columnspacing": 1.1}
+    place = {
+        "loc": "lower left",
+        "bbox_to_anchor": (0.0, 1.0),
+        "borderaxespad": 0.2,
+        "borderpad": 0.0,
+    }
+    look = {
+        "frameon": False,
+        "labelcolor": "linecolor",
+        "handlelength": 0.9,
+        "handletextpad": 0.4,
+        "columnspacing": 1.1,
+    }
     axes.legend(handles=lines, ncols=5, fontsize=9 if len(lines) < 4 else 7, **look, **place)

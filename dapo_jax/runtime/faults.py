@@ -1,8 +1,11 @@
-"""Faults on demand, for tests of what a run survives. Nothing here acts unless DAPO_JAX_FAULTS is set.
+"""Faults on demand, for tests of what a run survives.
+
+Nothing here acts unless DAPO_JAX_FAULTS is set.
 
 DAPO_JAX_FAULTS="update:3=kill, rollout:7=raise@1"    SIGKILL at the third `update`; an exception at the seventh `rollout` of process 1
 
-Actions: `term` and `int` send this process the signal, `kill` ends it without a word, `raise` raises, `hang` sleeps for ever.
+Actions: `term` and `int` send this process the signal, `kill` ends it without a word, `raise`
+raises, `hang` sleeps for ever.
 """
 
 import os
@@ -22,7 +25,9 @@ class InjectedFault(RuntimeError):
 
 
 class Faults:
-    """Counts how often each place is reached, and acts where `plan` says so. process: index of this process."""
+    """Counts how often each place is reached, and acts where `plan` says so. process: index of this
+    process.
+    """
 
     def __init__(self, plan: str, process: int):
         self._actions: dict[tuple[str, int], str] = {}
@@ -31,7 +36,9 @@ class Faults:
             found = re.fullmatch(r"([a-z-]+):(\d+)=([a-z]+)(?:@(\d+))?", entry)
             if not found or found[3] not in _ACTIONS:
                 form = f"PLACE:COUNT=ACTION[@PROCESS] with ACTION of {', '.join(_ACTIONS)}"
-                raise InputError(f"{VARIABLE}: {entry!r} is not {form}; correct it, or unset the variable")
+                raise InputError(
+                    f"{VARIABLE}: {entry!r} is not {form}; correct it, or unset the variable"
+                )
             if found[4] is None or int(found[4]) == process:
                 self._actions[found[1], int(found[2])] = found[3]
 

@@ -1,8 +1,10 @@
-"""Where a run lives: a folder of this machine, or gs://bucket/folder, which every host of a pod reaches.
+"""Where a run lives: a folder of this machine, or gs://bucket/folder, which every host of a pod
+reaches.
 
-Both are paths with pathlib's methods. Google Cloud Storage keeps objects: one appears whole, takes the place of another at once,
-and cannot be appended to; a folder is there as soon as something is in it. So a file that grows is sent whole with every line
-(`Growing`), and a writer that knows local files only gets a local folder, whose files are sent (`Staged`).
+Both are paths with pathlib's methods. Google Cloud Storage keeps objects: one appears whole, takes
+the place of another at once, and cannot be appended to; a folder is there as soon as something is
+in it. So a file that grows is sent whole with every line (`Growing`), and a writer that knows local
+files only gets a local folder, whose files are sent (`Staged`).
 """
 
 import contextlib
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from etils import epath
 
-from dapo_jax.paths import Folder, as_path, errors, is_bucket, names_objects, reason
+from dapo_jax.runtime.paths import Folder, as_path, errors, is_bucket, names_objects, reason
 from dapo_jax.types import InputError, RunError
 
 _ASK_S = 30.0  # for a bucket, again and again
@@ -23,10 +25,15 @@ _GIVE = 'pip install "dapo_jax[tpu]", and give the machine the bucket: its objec
 
 
 def run_folder(where: str) -> Folder:
-    """The folder that a --run-dir names. Raises InputError if it is a URL that cannot be one, or its bucket cannot be reached."""
+    """The folder that a --run-dir names.
+
+    Raises InputError if it is a URL that cannot be one, or its bucket cannot be reached.
+    """
     if not is_bucket(where):
         if "://" in where:
-            raise InputError(f"{where}: cannot be used as a run folder (not gs://); give a local folder or gs://bucket/folder")
+            raise InputError(
+                f"{where}: cannot be used as a run folder (not gs://); give a local folder or gs://bucket/folder"
+            )
         return Path(where)
     check_bucket_folder(where, "a run folder")
     path = as_path(where)
@@ -34,18 +41,27 @@ def run_folder(where: str) -> Folder:
         _ask(path.parts[2])
         path.exists()
     except Exception as e:  # of google-cloud-storage, gcsfs, aiohttp, google-auth
-        raise InputError(f"{where}: cannot be used as a run folder ({reason(e)}); {_GIVE}") from None
+        raise InputError(
+            f"{where}: cannot be used as a run folder ({reason(e)}); {_GIVE}"
+        ) from None
     return path
 
 
 def check_bucket_folder(where: str, use: str) -> None:
-    """Raises InputError unless it is of the form gs://bucket/folder. use: as what it was given, in words."""
+    """Raises InputError unless it is of the form gs://bucket/folder. use: as what it was given, in
+    words.
+    """
     if not names_objects(where):
-        raise InputError(f"{where}: cannot be used as {use} (not of the form gs://bucket/folder, without *?#[]); name one")
+        raise InputError(
+            f"{where}: cannot be used as {use} (not of the form gs://bucket/folder, without *?#[]); name one"
+        )
 
 
 def _ask(bucket: str) -> None:
-    """Raises unless there is such a bucket. So asks orbax, but of a run that resumes only; and gcsfs would make one that is missing."""
+    """Raises unless there is such a bucket.
+
+    So asks orbax, but of a run that resumes only; and gcsfs would make one that is missing.
+    """
     from google.cloud import storage
     from google.cloud.storage.retry import DEFAULT_RETRY
 
@@ -54,26 +70,38 @@ def _ask(bucket: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: Folder) -> Iterator[None]:
-    """Around a write, and no more. Raises InputError if it fails; RunError in a bucket, which may answer in a minute."""
+    """Around a write, and no more.
+
+    Raises InputError if it fails; RunError in a bucket, which may answer in a minute.
+    """
     try:
         yield
     except (InputError, RunError):
         raise
     except errors(path) as e:
         if is_bucket(path):
-            raise RunError(f"{path}: cannot be written ({reason(e)}); start the same command again") from None
-        raise InputError(f"{path}: cannot be written ({reason(e)}); free the disk or choose another --run-dir") from None
+            raise RunError(
+                f"{path}: cannot be written ({reason(e)}); start the same command again"
+            ) from None
+        raise InputError(
+            f"{path}: cannot be written ({reason(e)}); free the disk or choose another --run-dir"
+        ) from None
 
 
 def read(path: Folder) -> bytes | None:
-    """The content, or None where there is no such file. Raises InputError if it cannot be read, RunError in a bucket."""
+    """The content, or None where there is no such file.
+
+    Raises InputError if it cannot be read, RunError in a bucket.
+    """
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except errors(path) as e:
         if is_bucket(path):
-            raise RunError(f"{path}: cannot be read ({reason(e)}); start the same command again") from None
+            raise RunError(
+                f"{path}: cannot be read ({reason(e)}); start the same command again"
+            ) from None
         raise InputError(f"{path}: cannot be read ({reason(e)}); give access") from None
 
 
@@ -104,7 +132,9 @@ def write_whole(path: Folder, content: bytes) -> None:
 
 
 def _open(path: Folder, flags: int) -> io.FileIO:
-    """Opens a file for writing, and no link; unbuffered, so that what a full disk refuses is not tried again later."""
+    """Opens a file for writing, and no link; unbuffered, so that what a full disk refuses is not
+    tried again later.
+    """
     return io.FileIO(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666), "wb")
 
 
@@ -147,7 +177,9 @@ def local_file(path: Folder) -> Iterator[Path]:
 
 
 class Growing:
-    """A file that starts with `content` and grows by lines; an object is sent whole with each of them."""
+    """A file that starts with `content` and grows by lines; an object is sent whole with each of
+    them.
+    """
 
     def __init__(self, path: Folder, content: bytes):
         write_whole(path, content)
@@ -167,7 +199,10 @@ class Growing:
 
 
 class Staged:
-    """A folder for writers of local files. They write to `local`, which is the folder itself or stands in for one in a bucket."""
+    """A folder for writers of local files.
+
+    They write to `local`, which is the folder itself or stands in for one in a bucket.
+    """
 
     def __init__(self, folder: Folder):
         self._folder = folder
@@ -179,7 +214,9 @@ class Staged:
         if self._temporary:
             for file in sorted(self.local.rglob("*")):
                 if file.is_file():
-                    (self._folder / file.relative_to(self.local).as_posix()).write_bytes(file.read_bytes())
+                    (self._folder / file.relative_to(self.local).as_posix()).write_bytes(
+                        file.read_bytes()
+                    )
 
     def close(self) -> None:
         if self._temporary:

@@ -1,12 +1,15 @@
 """Between two pieces of work: has somebody asked to stop, and does the run still move?
 
-`Guard.reach(place)` stands wherever a run may be left: after a segment of decoding, an update, a set of verdicts. There
+`Guard.reach(place)` stands wherever a run may be left: after a segment of decoding, an update, a
+set of verdicts. There
 
 * a signal that any process has received stops all of them, at the same place, by raising Stopped;
-* the watchdog hears that the run moves. If it hears nothing for too long, it prints every thread's stack and ends the process,
-  for a host that sleeps or is gone leaves the others waiting in a collective, without any error.
+* the watchdog hears that the run moves. If it hears nothing for too long, it prints every thread's
+  stack and ends the process, for a host that sleeps or is gone leaves the others waiting in a
+  collective, without any error.
 
-Before the first such place there is nothing to save: there, a signal ends the process at once (`signals_end`).
+Before the first such place there is nothing to save: there, a signal ends the process at once
+(`signals_end`).
 """
 
 import contextlib
@@ -36,7 +39,10 @@ _UNWIND_S = 3.0  # from a signal that ends the process to the end of it
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came while nothing could be saved. Exit status 128 + its number. No Exception, so that nobody takes it for an error."""
+    """A signal came while nothing could be saved.
+
+    Exit status 128 + its number. No Exception, so that nobody takes it for an error.
+    """
 
     def __init__(self, number: int):
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -45,11 +51,15 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def signals_end() -> Iterator[None]:
-    """While inside, and until a Guard has its first place, SIGTERM or SIGINT raises Interrupted in the main thread.
+    """While inside, and until a Guard has its first place, SIGTERM or SIGINT raises Interrupted in
+    the main thread.
 
-    That thread may be in C++ code that returns late: waiting for other processes, compiling. The process then ends after `_UNWIND_S`.
+    That thread may be in C++ code that returns late: waiting for other processes, compiling. The
+    process then ends after `_UNWIND_S`.
     """
-    if threading.current_thread() is not threading.main_thread():  # elsewhere Python sets no handlers
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # elsewhere Python sets no handlers
         yield
         return
     heard: list[int] = []
@@ -64,7 +74,9 @@ def signals_end() -> Iterator[None]:
         with contextlib.suppress(OSError):  # closed: the verb has ended
             while number := awake.recv(1):
                 if signal.getsignal(number[0]) is interrupt and not ended.wait(_UNWIND_S):
-                    os.write(2, f"dapo_jax: interrupted by {signal.Signals(number[0]).name}\n".encode())
+                    os.write(
+                        2, f"dapo_jax: interrupted by {signal.Signals(number[0]).name}\n".encode()
+                    )
                     os._exit(128 + number[0])
 
     ended = threading.Event()
@@ -86,11 +98,11 @@ def signals_end() -> Iterator[None]:
 class Guard:
     """Context manager around a run. To be made and used in the main thread, on every process alike.
 
-    stall_timeout_s: seconds without a `reach` that end the process with status 1; None never does. Starts with the first `reach`, as
-    does the heeding of signals.
+    stall_timeout_s: seconds without a `reach` that end the process with status 1; None never does.
+    Starts with the first `reach`, as does the heeding of signals.
 
-    Attributes:
-      doing: what the run is at, for the watchdog's message. asked: the signal that this process has received, or 0.
+    Attributes: doing: what the run is at, for the watchdog's message. asked: the signal that this
+      process has received, or 0.
     """
 
     def __init__(self, stall_timeout_s: float | None):
@@ -115,10 +127,15 @@ class Guard:
             signal.signal(number, handler)
 
     def reach(self, place: str) -> None:
-        """The run has come to a place where it may be left. Raises Stopped, on every process, if any has been asked to stop."""
+        """The run has come to a place where it may be left.
+
+        Raises Stopped, on every process, if any has been asked to stop.
+        """
         if self._moved is None and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
-            self._wakeup = signal.set_wakeup_fd(-1)  # the thread of `signals_end` is not to see what this one handles
+            self._wakeup = signal.set_wakeup_fd(
+                -1
+            )  # the thread of `signals_end` is not to see what this one handles
         self._moved = time.monotonic()
         if self._timeout is not None:
             faulthandler.dump_traceback_later(self._timeout + _GRACE_S, exit=True, file=_STDERR)
@@ -127,7 +144,9 @@ class Guard:
             raise Stopped(asked)
 
     def wait(self, done: Callable[[float], bool], place: str) -> None:
-        """Waits until `done(seconds)`, which waits so long at most, or until this process is asked to stop; then `reach`."""
+        """Waits until `done(seconds)`, which waits so long at most, or until this process is asked
+        to stop; then `reach`.
+        """
         while not self.asked and not done(_LOOK_S):
             pass
         self.reach(place)

@@ -1,11 +1,14 @@
 """One run folder, one job.
 
-A local folder is locked by the kernel, which lets go when the process ends, however it does. A bucket has no such locks. There the
-object `lock` names its holder and changes every few seconds while that lives. A job that finds one waits: if it changes, the folder is
-in use; if it does not for `_PATIENCE_S`, its holder is gone (killed, preempted) and the job takes it over. No clocks are compared. A
-holder that was cut off and comes back finds another's name, and ends at once without saving: up to a beat long both may have written.
-A checkpoint that two jobs mixed up is noticed by its digests. Before all this, every process of a job has to find the folder that the
-first one writes to: a folder of each host's own disk would be found out by the first save. Reading (`evaluate`, `export`) asks for no lock.
+A local folder is locked by the kernel, which lets go when the process ends, however it does. A
+bucket has no such locks. There the object `lock` names its holder and changes every few seconds
+while that lives. A job that finds one waits: if it changes, the folder is in use; if it does not
+for `_PATIENCE_S`, its holder is gone (killed, preempted) and the job takes it over. No clocks are
+compared. A holder that was cut off and comes back finds another's name, and ends at once without
+saving: up to a beat long both may have written. A checkpoint that two jobs mixed up is noticed by
+its digests. Before all this, every process of a job has to find the folder that the first one
+writes to: a folder of each host's own disk would be found out by the first save. Reading
+(`evaluate`, `export`) asks for no lock.
 """
 
 import contextlib
@@ -32,8 +35,8 @@ _PATIENCE_S = 20.0  # below the 30 s that collectives on CPUs wait for the first
 def locked(run_dir: Folder) -> Iterator[None]:
     """Holds `run_dir/lock` while inside.
 
-    The first process locks for all of the job. Raises InputError, on every process, if another job has the folder, or if the processes
-    do not share it.
+    The first process locks for all of the job. Raises InputError, on every process, if another job
+    has the folder, or if the processes do not share it.
     """
     check_shared(run_dir)
     with contextlib.ExitStack() as stack:
@@ -45,7 +48,9 @@ def locked(run_dir: Folder) -> Iterator[None]:
 
 
 def check_shared(run_dir: Folder) -> None:
-    """Raises InputError, on every process, unless each finds in the folder what the first has just written there."""
+    """Raises InputError, on every process, unless each finds in the folder what the first has just
+    written there.
+    """
     if not multihost.is_distributed():
         return
     nonce, refusal, made = secrets.token_hex(8), "", False
@@ -60,7 +65,9 @@ def check_shared(run_dir: Folder) -> None:
     if refusal:
         raise InputError(refusal)
     file = run_dir / f"nonce-{nonce}"
-    lost = next(filter(None, multihost.gather_texts("" if _appears(file) else multihost.who())), None)
+    lost = next(
+        filter(None, multihost.gather_texts("" if _appears(file) else multihost.who())), None
+    )
     if multihost.is_main():
         with contextlib.suppress(Exception):  # of a bucket that lets nothing be deleted
             file.unlink()
@@ -87,8 +94,10 @@ def _appears(file: Folder) -> bool:
 
 
 def _revalidate(file: Folder) -> None:
-    """Opens the folders above the file: an NFS client may hold it for up to a minute that one it has looked for before is missing
-    (acdirmax, lookupcache of nfs(5)), but asks the server when the folder above is opened."""
+    """Opens the folders above the file: an NFS client may hold it for up to a minute that one it
+    has looked for before is missing (acdirmax, lookupcache of nfs(5)), but asks the server when the
+    folder above is opened.
+    """
     if is_bucket(file):
         return
     for folder in reversed(file.parents):
@@ -100,7 +109,11 @@ def _lock(path: Folder, stack: contextlib.ExitStack) -> str:
     """Locks, and returns nothing; or why it cannot."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink() or path.exists() and not (path.is_file() and path.stat().st_nlink == 1):
+        if (
+            path.is_symlink()
+            or path.exists()
+            and not (path.is_file() and path.stat().st_nlink == 1)
+        ):
             return f"{path}: is not a regular file; remove it"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         stack.callback(os.close, file)
@@ -115,11 +128,17 @@ def _lock(path: Folder, stack: contextlib.ExitStack) -> str:
 
 
 def _lease(path: Folder, stack: contextlib.ExitStack) -> str:
-    """As `_lock`, for an object: two lines, the holder and a word that is its own, then a count of beats."""
+    """As `_lock`, for an object: two lines, the holder and a word that is its own, then a count of
+    beats.
+    """
     try:
         before, until = read(path), time.monotonic() + _PATIENCE_S
         if before is not None:
-            print(f"{path}: left by {_holder(before)}; waiting {_PATIENCE_S:g} s for its heartbeat", file=sys.stderr, flush=True)
+            print(
+                f"{path}: left by {_holder(before)}; waiting {_PATIENCE_S:g} s for its heartbeat",
+                file=sys.stderr,
+                flush=True,
+            )
         while before is not None and time.monotonic() < until:
             time.sleep(_BEAT_S / 5)
             now = read(path)
@@ -143,12 +162,17 @@ def _beat(path: Folder, mine: bytes, released: threading.Event) -> None:
         beats += 1
         with contextlib.suppress(Exception):  # a bucket that does not answer is no reason to end
             if not (read(path) or mine).startswith(mine):
-                print(f"dapo_jax: {path.parent}: another job has taken this run over; leaving without saving", file=sys.stderr)
+                print(
+                    f"dapo_jax: {path.parent}: another job has taken this run over; leaving without saving",
+                    file=sys.stderr,
+                )
                 multihost.leave(2)
             path.write_bytes(mine + f"{beats}\n".encode())
 
 
-def _release(path: Folder, mine: bytes, released: threading.Event, beating: threading.Thread) -> None:
+def _release(
+    path: Folder, mine: bytes, released: threading.Event, beating: threading.Thread
+) -> None:
     released.set()
     beating.join(_BEAT_S)
     with contextlib.suppress(Exception):  # it will be taken for what it is

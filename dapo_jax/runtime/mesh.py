@@ -40,8 +40,8 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
 def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     """A mesh over all devices. InputError if the axes do not multiply to their number.
 
-    Of several TPU slices, `data` goes over them, and the other axes stay inside one: between slices lies the data centre network.
-    InputError if the slices do not divide `data`.
+    Of several TPU slices, `data` goes over them, and the other axes stay inside one: between slices
+    lies the data centre network. InputError if the slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [section.data, section.fsdp, section.tensor]
@@ -49,8 +49,13 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices) or 0 in sizes:
-        shape = " x ".join(f"{a} {s}" for a, s in zip(AXES, (section.data, section.fsdp, section.tensor), strict=True))
-        raise InputError(f"mesh: {shape} does not cover {len(devices)} devices; change the mesh section")
+        shape = " x ".join(
+            f"{a} {s}"
+            for a, s in zip(AXES, (section.data, section.fsdp, section.tensor), strict=True)
+        )
+        raise InputError(
+            f"mesh: {shape} does not cover {len(devices)} devices; change the mesh section"
+        )
     slices = slice_count(devices)
     if sizes[0] % slices:
         raise InputError(
@@ -58,17 +63,22 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
             f"set mesh.data to {slices} or a multiple, mesh.fsdp and mesh.tensor to the devices of a slice ({len(devices) // slices})"
         )
     inside = [sizes[0] // slices, *sizes[1:]]
-    # An axis may take part of a side of the torus: fsdp 32 x tensor 8 fits 16x16 chips in no other way.
+    # An axis may take part of a side of the torus: fsdp 32 x tensor 8 fits 16x16 chips in no other
+    # way.
     if slices == 1:
         laid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     else:
-        laid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        laid = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def slice_count(devices: Sequence[Any]) -> int:
     """How many TPU slices the devices belong to; 1 for devices of other kinds."""
-    return len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    return (
+        len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    )
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -84,22 +94,36 @@ def partition_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     for pattern, spec in PARTITION_RULES:
         if re.fullmatch(pattern, path):
             if len(spec) != len(shape):
-                raise ValueError(f"parameter {path} has shape {shape}; its partition rule {spec} is of another rank")
-            return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)))
-    raise ValueError(f"parameter {path} {shape} matches no rule of PARTITION_RULES in runtime/mesh.py; add one")
+                raise ValueError(
+                    f"parameter {path} has shape {shape}; its partition rule {spec} is of another rank"
+                )
+            return P(
+                *(
+                    axis if axis and size % mesh.shape[axis] == 0 else None
+                    for axis, size in zip(spec, shape, strict=True)
+                )
+            )
+    raise ValueError(
+        f"parameter {path} {shape} matches no rule of PARTITION_RULES in runtime/mesh.py; add one"
+    )
 
 
 def _join(path) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )
 
 
 def params_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
     """A NamedSharding for every parameter (arrays or shapes)."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, partition_of(_join(path), leaf.shape, mesh)), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, partition_of(_join(path), leaf.shape, mesh)), params
+    )
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
-    """Shardings of a TrainState: optimizer moments lie like the parameters they belong to, scalars everywhere.
+    """Shardings of a TrainState: optimizer moments lie like the parameters they belong to, scalars
+    everywhere.
 
     The moments' paths end like their parameters' paths, which is how they find their rule.
     """
@@ -108,7 +132,9 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
         if not leaf.shape:
             return NamedSharding(mesh, P())
         keys = _join(path).split("/")
-        start = next((i for i, key in enumerate(keys) if key in ("embed", "head", "layers", "final_norm")), 0)
+        start = next(
+            (i for i, key in enumerate(keys) if key in ("embed", "head", "layers", "final_norm")), 0
+        )
         return NamedSharding(mesh, partition_of("/".join(keys[start:]), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, state)
@@ -125,46 +151,66 @@ def rollout_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
 
 
 def rollout_dtype(path: Any, dtype: str) -> str:
-    """Dtype of a parameter in rollouts: what it is cast to for every use anyway. Norms compute in float32, in sampler and trainer alike."""
+    """Dtype of a parameter in rollouts: what it is cast to for every use anyway.
+
+    Norms compute in float32, in sampler and trainer alike.
+    """
     return "float32" if path[-1].key == "scale" else dtype
 
 
 def publisher(
-    params: Mapping[str, Any], mesh: Mesh, dtype: str, merge_layer: Callable[[Any], Any] = lambda layer: layer
+    params: Mapping[str, Any],
+    mesh: Mesh,
+    dtype: str,
+    merge_layer: Callable[[Any], Any] = lambda layer: layer,
 ) -> Callable[[Any], Any]:
-    """A jitted function from master weights to rollout weights: cast (`rollout_dtype`), and gathered from the fsdp shards once a step.
+    """A jitted function from master weights to rollout weights: cast (`rollout_dtype`), and
+    gathered from the fsdp shards once a step.
 
-    params: those of rollouts (arrays or shapes); `merge_layer` makes a layer of theirs of a trained one.
-    A layer at a time: the compiler gathers into other memory than the result's, which for all layers would take as much again.
+    params: those of rollouts (arrays or shapes); `merge_layer` makes a layer of theirs of a trained
+    one. A layer at a time: the compiler gathers into other memory than the result's, which for all
+    layers would take as much again.
     """
     shardings = rollout_sharding(params, mesh)
 
     def place(path: Any, leaf: Array, sharding: NamedSharding) -> Array:
         spec = sharding.spec[len(sharding.spec) - leaf.ndim :]  # without the axis of the layers
-        return jax.lax.with_sharding_constraint(leaf.astype(rollout_dtype(path, dtype)), NamedSharding(mesh, P(*spec)))
+        return jax.lax.with_sharding_constraint(
+            leaf.astype(rollout_dtype(path, dtype)), NamedSharding(mesh, P(*spec))
+        )
 
     def placed(part: Any, name: str) -> Any:
         return jax.tree_util.tree_map_with_path(place, part, shardings[name])
 
     def publish(params: Any) -> Any:
         layers = jax.lax.map(lambda layer: placed(merge_layer(layer), "layers"), params["layers"])
-        return {**{name: placed(part, name) for name, part in params.items() if name != "layers"}, "layers": layers}
+        return {
+            **{name: placed(part, name) for name, part in params.items() if name != "layers"},
+            "layers": layers,
+        }
 
     return jax.jit(publish, out_shardings=shardings)
 
 
 def published_as_it_is(params: Mapping[str, Any], mesh: Mesh, dtype: str) -> bool:
-    """Whether rollout weights are the master weights: the same dtype, on the same devices. Publishing then copies nothing."""
+    """Whether rollout weights are the master weights: the same dtype, on the same devices.
+
+    Publishing then copies nothing.
+    """
 
     def same(path: Any, leaf: Any, master: NamedSharding, rollout: NamedSharding) -> bool:
-        return leaf.dtype == rollout_dtype(path, dtype) and master.is_equivalent_to(rollout, len(leaf.shape))
+        return leaf.dtype == rollout_dtype(path, dtype) and master.is_equivalent_to(
+            rollout, len(leaf.shape)
+        )
 
     places = params_sharding(params, mesh), rollout_sharding(params, mesh)
     return all(jax.tree.leaves(jax.tree_util.tree_map_with_path(same, params, *places)))
 
 
 def put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A global array from a numpy array that every process holds alike; each gives only its own shards to its devices."""
+    """A global array from a numpy array that every process holds alike; each gives only its own
+    shards to its devices.
+    """
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 

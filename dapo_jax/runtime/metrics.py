@@ -4,8 +4,8 @@
 <run>/tensorboard/              the same scalars
 <run>/samples/step_000012.jsonl some responses of a step
 
-`runtime/tracker.py` may have a copy of the scalars. In a bucket metrics.jsonl and the TensorBoard file are sent whole with every line
-(`runtime/folder.py`).
+`runtime/tracker.py` may have a copy of the scalars. In a bucket metrics.jsonl and the TensorBoard
+file are sent whole with every line (`runtime/folder.py`).
 """
 
 import contextlib
@@ -31,11 +31,15 @@ from dapo_jax.runtime.console import warn
 from dapo_jax.runtime.folder import Folder, Growing, as_path, writing
 from dapo_jax.types import InputError
 
-VOLATILE = ("time/", "throughput/", "memory/")  # areas of metrics that depend on the clock and the machine; no other does
+VOLATILE = (
+    "time/",
+    "throughput/",
+    "memory/",
+)  # areas of metrics that depend on the clock and the machine; no other does
 
 METRICS: Mapping[str, str] = {
-    # Judged responses; those without a verdict are in no metric but the counts of them.
-    # A group is completed in the step that draws it, or, with dapo.partial_rollouts, perhaps in a later one
+    # Judged responses; those without a verdict are in no metric but the counts of them. A group is
+    # completed in the step that draws it, or, with dapo.partial_rollouts, perhaps in a later one
     "reward/mean": "mean of score + overlong penalty over the responses of the groups completed in this step",
     "reward/accuracy": "share of correct responses among those of all groups completed in this step, before filtering",
     "reward/accuracy_kept": "share of correct responses among those trained on, after filtering",
@@ -115,9 +119,9 @@ METRICS: Mapping[str, str] = {
 class MetricsLog:
     """Context manager that appends a run's metrics to metrics.jsonl and TensorBoard.
 
-    resume_step: the run goes on after this step, so lines of later steps are cut off; None starts afresh and cuts off
-    all that an earlier attempt left. enabled: False does nothing, for processes other than the first. copy: gets (step, the numbers of
-    its line) too.
+    resume_step: the run goes on after this step, so lines of later steps are cut off; None starts
+    afresh and cuts off all that an earlier attempt left. enabled: False does nothing, for processes
+    other than the first. copy: gets (step, the numbers of its line) too.
 
     Raises InputError where the folder cannot be written, RunError where a bucket cannot.
     """
@@ -138,10 +142,19 @@ class MetricsLog:
     def _open(self, last: int) -> None:
         with writing(self._path):
             self._lines = Growing(self._path, _until(self._path, last))
-        self._board = self._path.parent / "tensorboard" / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
-        restart = SessionLog(status=SessionLog.START)  # hides the steps from here on of the files before
+        self._board = (
+            self._path.parent
+            / "tensorboard"
+            / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        )
+        restart = SessionLog(
+            status=SessionLog.START
+        )  # hides the steps from here on of the files before
         with writing(self._board):
-            self._events = Growing(self._board, _event(file_version="brain.Event:2") + _event(step=last + 1, session_log=restart))
+            self._events = Growing(
+                self._board,
+                _event(file_version="brain.Event:2") + _event(step=last + 1, session_log=restart),
+            )
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -158,14 +171,18 @@ class MetricsLog:
             self._events.close()
 
     def write(self, step: int, updates: int, draws: int, metrics: Mapping[str, Any]) -> None:
-        """Appends a line. Values are numbers, scalar arrays, or texts, which are in the line alone; those that are not finite are left out,
-        with a message.
+        """Appends a line.
+
+        Values are numbers, scalar arrays, or texts, which are in the line alone; those that are not
+        finite are left out, with a message.
 
         Raises ValueError for a key that METRICS does not define.
         """
         unknown = [key for key in metrics if definition(key) is None]
         if unknown:
-            raise ValueError(f"metric {unknown[0]!r} is not in dapo_jax.runtime.metrics.METRICS; define it there")
+            raise ValueError(
+                f"metric {unknown[0]!r} is not in dapo_jax.runtime.metrics.METRICS; define it there"
+            )
         if self._lines is None:
             return
         texts = {key: value for key, value in metrics.items() if isinstance(value, str)}
@@ -184,7 +201,9 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: str | Folder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in order. A half last line, of a run that died or goes on, is left out.
+    """The lines of metrics.jsonl in order.
+
+    A half last line, of a run that died or goes on, is left out.
 
     Raises InputError if the file is missing, or damaged elsewhere.
     """
@@ -192,23 +211,34 @@ def read_metrics(run_dir: str | Folder) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except folder.errors(path) as e:
-        raise InputError(f"{path}: cannot read metrics ({folder.reason(e)}); give the folder of a run as --run-dir") from None
+        raise InputError(
+            f"{path}: cannot read metrics ({folder.reason(e)}); give the folder of a run as --run-dir"
+        ) from None
     if lines[-1] == b"":
         lines.pop()
     records = [_record(line) for line in lines]
     if records and records[-1] is None:
         records.pop()
     if None in records:
-        raise InputError(f"{path}: line {records.index(None) + 1} is not a JSON object with a step; remove the line")
+        raise InputError(
+            f"{path}: line {records.index(None) + 1} is not a JSON object with a step; remove the line"
+        )
     return [record for record in records if record is not None]
 
 
 def write_samples(run_dir: str | Folder, step: int, rows: Sequence[Mapping[str, Any]]) -> Folder:
-    """Writes samples/step_<step>.jsonl, a JSON object a response, whole or not at all. Raises as MetricsLog if it cannot."""
+    """Writes samples/step_<step>.jsonl, a JSON object a response, whole or not at all.
+
+    Raises as MetricsLog if it cannot.
+    """
     path = as_path(run_dir) / "samples" / f"step_{step:06d}.jsonl"
-    text = "".join(json.dumps(dict(row), ensure_ascii=False, default=np.generic.item) + "\n" for row in rows)
+    text = "".join(
+        json.dumps(dict(row), ensure_ascii=False, default=np.generic.item) + "\n" for row in rows
+    )
     with writing(path):
-        folder.write_whole(path, text.encode("utf-8", errors="backslashreplace"))  # a lone surrogate becomes its JSON escape
+        folder.write_whole(
+            path, text.encode("utf-8", errors="backslashreplace")
+        )  # a lone surrogate becomes its JSON escape
     return path
 
 
@@ -216,7 +246,11 @@ def definition(key: str) -> str | None:
     """What METRICS says of a key, None if it does not know it."""
     parts = key.split("/")
     if parts[0] == "eval" and len(parts) == 3:
-        key = f"eval/<set>/{re.sub(r'_at_[1-9][0-9]*', '_at_<k>', parts[2])}" if "<" not in parts[2] else ""
+        key = (
+            f"eval/<set>/{re.sub(r'_at_[1-9][0-9]*', '_at_<k>', parts[2])}"
+            if "<" not in parts[2]
+            else ""
+        )
     return METRICS.get(key)
 
 
@@ -224,7 +258,14 @@ def _event(**fields: Any) -> bytes:
     """An event of now, as a file of TensorBoard's holds it: length, its CRC, content, its CRC."""
     content = Event(wall_time=time.time(), **fields).SerializeToString()
     length = struct.pack("<Q", len(content))
-    return b"".join((length, struct.pack("<I", masked_crc32c(length)), content, struct.pack("<I", masked_crc32c(content))))
+    return b"".join(
+        (
+            length,
+            struct.pack("<I", masked_crc32c(length)),
+            content,
+            struct.pack("<I", masked_crc32c(content)),
+        )
+    )
 
 
 def _number(value: Any) -> int | float:
@@ -243,17 +284,26 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _until(path: Folder, last: int) -> bytes:
-    """The whole lines of steps up to `last`. Says which are missing; with damaged lines the file as it was is kept beside it."""
+    """The whole lines of steps up to `last`.
+
+    Says which are missing; with damaged lines the file as it was is kept beside it.
+    """
     content = folder.read(path) or b""
     lines = content.split(b"\n")[:-1]  # behind the last line end there is nothing, or half a line
     steps = [record["step"] if (record := _record(line)) else None for line in lines]
     if damaged := [n for n, step in enumerate(steps, start=1) if step is None]:
         folder.write_whole(copy := folder.free_name(path.with_name(f"bad-{path.name}")), content)
-        warn(f"{path}: {len(damaged)} damaged lines are left out, the first is line {damaged[0]}; the file as it was is {copy.name}")
+        warn(
+            f"{path}: {len(damaged)} damaged lines are left out, the first is line {damaged[0]}; the file as it was is {copy.name}"
+        )
     if missing := sorted({*range(1, last + 1)} - {*steps}):
         shown = f"step {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         warn(f"{path}: has no line of {shown} of the {last} steps that are done")
-    return b"".join(line + b"\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= last)
+    return b"".join(
+        line + b"\n"
+        for line, step in zip(lines, steps, strict=True)
+        if step is not None and step <= last
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -262,7 +312,9 @@ def _until(path: Folder, last: int) -> bytes:
 
 
 def peak_memory() -> int:
-    """Most bytes in use so far on the fullest local device, or in this process where devices do not tell."""
+    """Most bytes in use so far on the fullest local device, or in this process where devices do not
+    tell.
+    """
     used = [stats["peak_bytes_in_use"] for d in jax.local_devices() if (stats := d.memory_stats())]
     if used:
         return max(used)
@@ -272,12 +324,19 @@ def peak_memory() -> int:
 
 
 def process_memory(field: str) -> int | None:
-    """Bytes of host memory that this process uses, `VmRSS`, or used at most, `VmHWM`. None where the system does not tell."""
+    """Bytes of host memory that this process uses, `VmRSS`, or used at most, `VmHWM`.
+
+    None where the system does not tell.
+    """
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return None
-    return 1024 * int(found[1]) if (found := re.search(rf"^{field}:\s*(\d+) kB$", status, re.M)) else None
+    return (
+        1024 * int(found[1])
+        if (found := re.search(rf"^{field}:\s*(\d+) kB$", status, re.M))
+        else None
+    )
 
 
 @contextlib.contextmanager

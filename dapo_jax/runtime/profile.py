@@ -7,13 +7,17 @@ from dapo_jax.runtime.folder import Folder, Staged, errors, reason
 
 
 class Profiler:
-    """Context manager: traces the steps `first` to `first + count - 1` into `folder`; none if `first` is None.
+    """Context manager: traces the steps `first` to `first + count - 1` into `folder`; none if
+    `first` is None.
 
     A trace that cannot be sent to a bucket is lost with a message; it ends no run.
     """
 
     def __init__(self, folder: Folder, first: int | None, count: int):
-        self._folder, self._steps = folder, range(0) if first is None else range(first, first + count)
+        self._folder, self._steps = (
+            folder,
+            range(0) if first is None else range(first, first + count),
+        )
         self._trace: Staged | None = None
 
     def __enter__(self) -> "Profiler":

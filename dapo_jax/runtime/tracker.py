@@ -3,10 +3,11 @@
     train.tracker: wandb      <run>/wandb/, to be sent with `wandb sync --append`; at once where WANDB_MODE is online
     train.tracker: mlflow     <run>/mlflow.db; the server that MLFLOW_TRACKING_URI names where it is set
 
-A thread of its own hands the lines on, so that a tracker that hangs does not slow the run, and one that fails does not stop it: that is
-said once. A run that goes on continues its tracker run, whose id lies in <run>/tracker.json. Steps that are done again are sent again,
-as a run replays them: the same numbers, unless it was taken back by optim.rollback_steps. Keys of a tracker come from the environment,
-and none is written anywhere.
+A thread of its own hands the lines on, so that a tracker that hangs does not slow the run, and one
+that fails does not stop it: that is said once. A run that goes on continues its tracker run, whose
+id lies in <run>/tracker.json. Steps that are done again are sent again, as a run replays them: the
+same numbers, unless it was taken back by optim.rollback_steps. Keys of a tracker come from the
+environment, and none is written anywhere.
 """
 
 import contextlib
@@ -38,23 +39,36 @@ _VALUE = 500  # characters of a parameter that every MLflow takes
 
 
 def check_tracker(kind: Kind | None, run_dir: Folder) -> None:
-    """Raises InputError for a tracker that is not installed, or keeps files where the run folder cannot hold them. Imports nothing."""
+    """Raises InputError for a tracker that is not installed, or keeps files where the run folder
+    cannot hold them. Imports nothing.
+    """
     if kind is None:
         return
     if importlib.util.find_spec(kind) is None:
-        raise InputError(f"train.tracker: {kind} is not installed; pip install 'dapo_jax[{kind}]', or set train.tracker to null")
+        raise InputError(
+            f"train.tracker: {kind} is not installed; pip install 'dapo_jax[{kind}]', or set train.tracker to null"
+        )
     if is_bucket(run_dir) and _is_local(kind):
         needed = "WANDB_MODE=online" if kind == "wandb" else "MLFLOW_TRACKING_URI"
-        raise InputError(f"train.tracker: {kind} would keep files in {run_dir}, and a bucket cannot hold them; set {needed}")
+        raise InputError(
+            f"train.tracker: {kind} would keep files in {run_dir}, and a bucket cannot hold them; set {needed}"
+        )
 
 
 class Tracker:
     """Context manager around a run. `send` takes its lines.
 
-    kind: None does nothing. config: flat, what the tracker shows of the run. say: told once if the tracker fails.
+    kind: None does nothing. config: flat, what the tracker shows of the run. say: told once if the
+    tracker fails.
     """
 
-    def __init__(self, kind: Kind | None, run_dir: Folder, config: Mapping[str, Any], say: Callable[[str], None]):
+    def __init__(
+        self,
+        kind: Kind | None,
+        run_dir: Folder,
+        config: Mapping[str, Any],
+        say: Callable[[str], None],
+    ):
         self._kind, self._run_dir, self._config, self._say = kind, run_dir, config, say
         self._lines: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(_WAITING)
         self._thread: threading.Thread | None = None
@@ -62,7 +76,9 @@ class Tracker:
 
     def __enter__(self) -> "Tracker":
         if self._kind is not None:
-            self._thread = threading.Thread(target=self._work, name=f"{self._kind} tracker", daemon=True)
+            self._thread = threading.Thread(
+                target=self._work, name=f"{self._kind} tracker", daemon=True
+            )
             self._thread.start()
         return self
 
@@ -95,7 +111,9 @@ class Tracker:
     def _complain(self, what: str) -> None:
         if not self._lost:
             self._lost = True
-            self._say(f"train.tracker: {self._kind} {what}; the run goes on, and metrics.jsonl has them all")
+            self._say(
+                f"train.tracker: {self._kind} {what}; the run goes on, and metrics.jsonl has them all"
+            )
 
 
 @contextlib.contextmanager
@@ -136,12 +154,17 @@ def _mlflow(run_dir: Folder, config: Mapping[str, Any]) -> Iterator[Send]:
     import mlflow
     from mlflow.entities import Metric, Param, RunStatus
 
-    client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(run_dir).resolve() / 'mlflow.db'}")
+    client = mlflow.MlflowClient(
+        os.environ.get("MLFLOW_TRACKING_URI")
+        or f"sqlite:///{Path(run_dir).resolve() / 'mlflow.db'}"
+    )
     run = _known(run_dir).get("mlflow")
     if run is None:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "dapo_jax")
         found = client.get_experiment_by_name(name)
-        run = client.create_run(found.experiment_id if found else client.create_experiment(name), run_name=run_dir.name).info.run_id
+        run = client.create_run(
+            found.experiment_id if found else client.create_experiment(name), run_name=run_dir.name
+        ).info.run_id
         _remember(run_dir, "mlflow", run)
         params = [Param(key, str(value)[:_VALUE]) for key, value in config.items()]
         for at in range(0, len(params), _PARAMS):
@@ -151,7 +174,9 @@ def _mlflow(run_dir: Folder, config: Mapping[str, Any]) -> Iterator[Send]:
 
     def send(step: int, numbers: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
-        client.log_batch(run, metrics=[Metric(key, float(value), now, step) for key, value in numbers.items()])
+        client.log_batch(
+            run, metrics=[Metric(key, float(value), now, step) for key, value in numbers.items()]
+        )
 
     yield send
     client.set_terminated(run)
@@ -159,7 +184,11 @@ def _mlflow(run_dir: Folder, config: Mapping[str, Any]) -> Iterator[Send]:
 
 def _is_local(kind: Kind) -> bool:
     """Whether the tracker writes files, and reaches no server."""
-    return os.environ.get("WANDB_MODE", "offline") == "offline" if kind == "wandb" else not os.environ.get("MLFLOW_TRACKING_URI")
+    return (
+        os.environ.get("WANDB_MODE", "offline") == "offline"
+        if kind == "wandb"
+        else not os.environ.get("MLFLOW_TRACKING_URI")
+    )
 
 
 def _known(run_dir: Folder) -> dict[str, str]:
@@ -168,11 +197,17 @@ def _known(run_dir: Folder) -> dict[str, str]:
         found = json.loads(read(run_dir / "tracker.json") or b"{}")
     except (ValueError, RecursionError):
         return {}
-    return {kind: name for kind, name in found.items() if isinstance(name, str)} if isinstance(found, dict) else {}
+    return (
+        {kind: name for kind, name in found.items() if isinstance(name, str)}
+        if isinstance(found, dict)
+        else {}
+    )
 
 
 def _remember(run_dir: Folder, kind: Kind, name: str) -> None:
-    write_whole(run_dir / "tracker.json", (json.dumps(_known(run_dir) | {kind: name}) + "\n").encode())
+    write_whole(
+        run_dir / "tracker.json", (json.dumps(_known(run_dir) | {kind: name}) + "\n").encode()
+    )
 
 
 def _words(error: BaseException) -> str:

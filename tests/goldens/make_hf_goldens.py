@@ -1,11 +1,13 @@
-"""Makes tiny random Hugging Face models with what they answer, for the parity tests. Needs PyTorch and transformers 5.
+"""Makes tiny random Hugging Face models with what they answer, for the parity tests.
+
+Needs PyTorch and transformers 5.
 
     python tests/goldens/make_hf_goldens.py [output folder]
 
-Each sub-folder holds config.json and model.safetensors as `save_pretrained` writes them, and golden.npz:
-    tokens [2,24], logits [2,24,V], logprobs [2,23] of tokens[:, 1:]
-    padded_tokens [3,10], padded_mask [3,10] (left-padded), padded_logits [3,10,V] (meaningful where the mask is 1)
-    prompt_0 [5], continuation_0 [12], prompt_1 [8], continuation_1 [12]: greedy generation
+Each sub-folder holds config.json and model.safetensors as `save_pretrained` writes them, and
+    golden.npz: tokens [2,24], logits [2,24,V], logprobs [2,23] of tokens[:, 1:] padded_tokens
+    [3,10], padded_mask [3,10] (left-padded), padded_logits [3,10,V] (meaningful where the mask is
+    1) prompt_0 [5], continuation_0 [12], prompt_1 [8], continuation_1 [12]: greedy generation
 """
 
 import sys
@@ -36,26 +38,53 @@ SHARED = dict(
     eos_token_id=None,
     pad_token_id=None,
 )
-# With head_dim 16 and theta 1e4 the wavelengths are 2 pi 10^(j/2) = 6, 20, 63, 199, ...: the first is kept, the next two are
-# interpolated (between 64 / 4 and 64 / 1), the others stretched.
+# With head_dim 16 and theta 1e4 the wavelengths are 2 pi 10^(j/2) = 6, 20, 63, 199, ...: the first
+# is kept, the next two are interpolated (between 64 / 4 and 64 / 1), the others stretched.
 LLAMA3 = dict(
-    rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    rope_type="llama3",
+    rope_theta=1e4,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
 )
 LLAMA = (LlamaForCausalLM, LlamaConfig, dict(rms_norm_eps=1e-5))
-QWEN2 = (Qwen2ForCausalLM, Qwen2Config, dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)))
-QWEN3 = (Qwen3ForCausalLM, Qwen3Config, dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)))
-# A window of 5, much shorter than the sequences of 24; scores divided by something else than head_dim, as in Gemma 3 27B.
+QWEN2 = (
+    Qwen2ForCausalLM,
+    Qwen2Config,
+    dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+)
+QWEN3 = (
+    Qwen3ForCausalLM,
+    Qwen3Config,
+    dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+)
+# A window of 5, much shorter than the sequences of 24; scores divided by something else than
+# head_dim, as in Gemma 3 27B.
 NEAR = dict(rope_type="default", rope_theta=1e2)
-GEMMA3 = (Gemma3ForCausalLM, Gemma3TextConfig, dict(head_dim=16, query_pre_attn_scalar=24, sliding_window=5))
+GEMMA3 = (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    dict(head_dim=16, query_pre_attn_scalar=24, sliding_window=5),
+)
 
 
 def gemma_layers(*kinds: str, **scaling: float | str) -> dict:
-    ropes = dict(full_attention=dict(rope_type="default", rope_theta=1e4) | scaling, sliding_attention=NEAR)
-    return dict(num_hidden_layers=len(kinds), layer_types=[f"{kind}_attention" for kind in kinds], rope_parameters=ropes)
+    ropes = dict(
+        full_attention=dict(rope_type="default", rope_theta=1e4) | scaling, sliding_attention=NEAR
+    )
+    return dict(
+        num_hidden_layers=len(kinds),
+        layer_types=[f"{kind}_attention" for kind in kinds],
+        rope_parameters=ropes,
+    )
 
 
 MODELS = {
-    "llama_scaled_untied": (*LLAMA, dict(num_hidden_layers=2, head_dim=16, rope_parameters=LLAMA3, tie_word_embeddings=False)),
+    "llama_scaled_untied": (
+        *LLAMA,
+        dict(num_hidden_layers=2, head_dim=16, rope_parameters=LLAMA3, tie_word_embeddings=False),
+    ),
     "llama_tied": (*LLAMA, dict(num_hidden_layers=3, tie_word_embeddings=True)),
     "qwen2_tied": (*QWEN2, dict(num_hidden_layers=2, tie_word_embeddings=True)),
     "qwen2_untied": (*QWEN2, dict(num_hidden_layers=3, tie_word_embeddings=False)),
@@ -64,13 +93,16 @@ MODELS = {
     "gemma3_tied": (*GEMMA3, gemma_layers("sliding", "full", "sliding")),
     "gemma3_scaled_untied": (
         *GEMMA3,
-        gemma_layers("sliding", "sliding", "full", rope_type="linear", factor=8.0) | dict(tie_word_embeddings=False),
+        gemma_layers("sliding", "sliding", "full", rope_type="linear", factor=8.0)
+        | dict(tie_word_embeddings=False),
     ),
 }
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Weights large enough that logits are far from uniform; norm scales and biases that cannot be mistaken for 1 and 0."""
+    """Weights large enough that logits are far from uniform; norm scales and biases that cannot be
+    mistaken for 1 and 0.
+    """
     for name, p in model.named_parameters():
         noise = torch.randn_like(p)
         if "norm" in name:  # Gemma adds 1 itself
@@ -98,13 +130,20 @@ def answers(model: torch.nn.Module) -> dict[str, np.ndarray]:
     for i, length in enumerate((5, 8)):
         prompt = torch.randint(VOCAB, (1, length))
         found[f"prompt_{i}"] = prompt[0]
-        whole = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12)
+        whole = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12
+        )
         found[f"continuation_{i}"] = whole[0, length:]
-    return {k: v.numpy().astype(np.float32 if v.is_floating_point() else np.int32) for k, v in found.items()}
+    return {
+        k: v.numpy().astype(np.float32 if v.is_floating_point() else np.int32)
+        for k, v in found.items()
+    }
 
 
 def main(out: Path) -> None:
-    for seed, (name, (model_class, config_class, family, own)) in enumerate(MODELS.items(), start=10):
+    for seed, (name, (model_class, config_class, family, own)) in enumerate(
+        MODELS.items(), start=10
+    ):
         torch.manual_seed(seed)
         model = model_class(config_class(**SHARED, **family, **own)).eval()
         randomize(model)

@@ -1,4 +1,5 @@
-"""Writes math_verify.json: the table of math-verify's own tests, as [gold, prediction, whether they are equal].
+"""Writes math_verify.json: the table of math-verify's own tests, as [gold, prediction, whether they
+are equal].
 
     pip download --no-deps --no-binary :all: math-verify==0.9.0 && tar xzf math_verify-0.9.0.tar.gz
     python tests/goldens/make_math_verify_goldens.py math_verify-0.9.0
@@ -11,19 +12,32 @@ import json
 import sys
 from pathlib import Path
 
-MODULES = ("test_all", "test_boxed", "test_numina_cases", "test_open_thoughts", "test_strict", "test_yujianll")
+MODULES = (
+    "test_all",
+    "test_boxed",
+    "test_numina_cases",
+    "test_open_thoughts",
+    "test_strict",
+    "test_yujianll",
+)
 VALUES = {"gold", "pred"}
 
 
 def rows(module):
-    """The arguments of the module's tests that compare a gold with a prediction, and the verdict that each expects."""
+    """The arguments of the module's tests that compare a gold with a prediction, and the verdict
+    that each expects.
+    """
     for name, test in vars(module).items():
         for mark in getattr(test, "pytestmark", []) if name.startswith("test_") else []:
             names = [part.strip() for part in mark.args[0].split(",")]
             if VALUES <= set(names):
                 for values in mark.args[1]:
                     given = dict(zip(names, values, strict=True))
-                    yield [given["gold"], given["pred"], bool(given.get("expected", given.get("result")))]
+                    yield [
+                        given["gold"],
+                        given["pred"],
+                        bool(given.get("expected", given.get("result"))),
+                    ]
 
 
 def main(folder):

@@ -1,11 +1,12 @@
-"""Makes smollm2.json: what transformers says of a paragraph with the model that make_real_inputs.py writes. For test_real.py.
+"""Makes smollm2.json: what transformers says of a paragraph with the model that make_real_inputs.py
+writes. For test_real.py.
 
 pip install torch==2.13.0 transformers==5.23.0
 python tests/make_real_inputs.py --out real/
 python tests/goldens/make_smollm2_goldens.py real/smollm2-135m [output file]
 
-tokens [n] of the text · logprobs [n-1] of tokens[1:] · top [n], the most likely next token after each
-prompt_tokens of the prompt · answer_token, the most likely next one, and its logprob
+tokens [n] of the text · logprobs [n-1] of tokens[1:] · top [n], the most likely next token after
+each prompt_tokens of the prompt · answer_token, the most likely next one, and its logprob
 """
 
 import importlib.metadata
@@ -49,9 +50,15 @@ def main(folder: str, out: Path) -> None:
         "answer_token": answer,
         "answer_logprob": round(float(after_prompt[answer]), 6),
     }
-    lines = (f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in golden.items())
+    lines = (
+        f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
+        for key, value in golden.items()
+    )
     out.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent / "smollm2.json")
+    main(
+        sys.argv[1],
+        Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent / "smollm2.json",
+    )

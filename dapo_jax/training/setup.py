@@ -24,7 +24,14 @@ from dapo_jax.config import (
 from dapo_jax.data.prompts import check_embedded, load_tokenizer, prompts_digest, stop_tokens
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.model.lora import join, merge, split
-from dapo_jax.model.weights import DESCRIPTION_FILES, WEIGHT_FILES, check_pretrained, file_digests, load_model_config, load_pretrained
+from dapo_jax.model.weights import (
+    DESCRIPTION_FILES,
+    WEIGHT_FILES,
+    check_pretrained,
+    file_digests,
+    load_model_config,
+    load_pretrained,
+)
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import checkpoint, multihost
@@ -42,15 +49,22 @@ class Policy(NamedTuple):
     model: ModelConfig  # as it samples: without adapters
     tokenizer: Any  # a transformers tokenizer
     stop: tuple[int, ...]  # token ids that end a response
-    source: str | None = None  # of weights and tokenizer, as `local_model` takes it, a commit where it is of the hub; None: made here
+    source: str | None = (
+        None  # of weights and tokenizer, as `local_model` takes it, a commit where it is of the hub; None: made here
+    )
     folder: str | None = None  # on this machine: all of the source's files but weights
 
 
 def with_computation(config: Config, model: Architecture) -> ModelConfig:
-    """The architecture with how the config wants it computed, once its context is known to hold the config's lengths."""
+    """The architecture with how the config wants it computed, once its context is known to hold the
+    config's lengths.
+    """
     check_context(config, model)
     c = config.model
-    return ModelConfig(**vars(model) | {"compute_dtype": c.compute_dtype, "remat": c.remat, "attention_block": c.attention_block})
+    return ModelConfig(
+        **vars(model)
+        | {"compute_dtype": c.compute_dtype, "remat": c.remat, "attention_block": c.attention_block}
+    )
 
 
 def adapted(model: ModelConfig, lora: LoraConfig | None) -> ModelConfig:
@@ -59,7 +73,8 @@ def adapted(model: ModelConfig, lora: LoraConfig | None) -> ModelConfig:
 
 
 def with_commit(config: Config, run_dir: Folder | None = None) -> Config:
-    """The config with `model.folder` as ID@COMMIT where that is an id of the hub: the commit of the run that `run_dir` holds, or today's.
+    """The config with `model.folder` as ID@COMMIT where that is an id of the hub: the commit of the
+    run that `run_dir` holds, or today's.
 
     An id with a revision has the commit that the revision has today. Anything else stays as it is.
     """
@@ -75,7 +90,9 @@ def with_commit(config: Config, run_dir: Folder | None = None) -> Config:
 
 
 def load_policy(config: Config, source: str | None = None) -> Policy:
-    """Architecture and tokenizer of `model.folder` (or of `source`, if given), or of `model.architecture`. No device is touched."""
+    """Architecture and tokenizer of `model.folder` (or of `source`, if given), or of
+    `model.architecture`. No device is touched.
+    """
     source, folder = source or config.model.folder, None
     if source:
         source, folder = local_model(source, DESCRIPTION_FILES)
@@ -84,17 +101,29 @@ def load_policy(config: Config, source: str | None = None) -> Policy:
     model = with_computation(config, model)
     tokenizer = load_tokenizer(folder)
     stop = stop_tokens(tokenizer, folder, config.data, config.rollout.stop_tokens)
-    check_embedded(stop, model.vocab_size, tokenizer, f"{folder or 'model.architecture'}: stop tokens")
+    check_embedded(
+        stop, model.vocab_size, tokenizer, f"{folder or 'model.architecture'}: stop tokens"
+    )
     return Policy(model, tokenizer, stop, source, folder)
 
 
-def check_started_alike(config: Config, policy: Policy, sets: Mapping[str, Sequence[Prompt]], facts: Mapping[str, Any]) -> None:
-    """Raises InputError, on every process, unless all have the same config, software, description of the model (tokenizer and chat
-    template included), problems and prompt tokens, and the same further `facts`. sets: by their config keys."""
+def check_started_alike(
+    config: Config, policy: Policy, sets: Mapping[str, Sequence[Prompt]], facts: Mapping[str, Any]
+) -> None:
+    """Raises InputError, on every process, unless all have the same config, software, description
+    of the model (tokenizer and chat template included), problems and prompt tokens, and the same
+    further `facts`. sets: by their config keys.
+    """
 
     def all_facts() -> dict[str, Any]:
-        modules = importlib.metadata.packages_distributions() if config.reward.allowed_modules else {}
-        packages = {package for module in config.reward.allowed_modules for package in modules.get(module.partition(".")[0], ())}
+        modules = (
+            importlib.metadata.packages_distributions() if config.reward.allowed_modules else {}
+        )
+        packages = {
+            package
+            for module in config.reward.allowed_modules
+            for package in modules.get(module.partition(".")[0], ())
+        }
         return (
             multihost.software()
             | {package: multihost.version(package) for package in packages}
@@ -109,7 +138,9 @@ def check_started_alike(config: Config, policy: Policy, sets: Mapping[str, Seque
 
 
 def check_weights(folder: str) -> None:
-    """Raises InputError unless the folder's weights can be loaded and are the same for every process."""
+    """Raises InputError unless the folder's weights can be loaded and are the same for every
+    process.
+    """
     check_pretrained(folder)
     multihost.check_alike(lambda: _file_facts(folder, WEIGHT_FILES))
 
@@ -120,12 +151,22 @@ def _file_facts(folder: str | None, patterns: tuple[str, ...]) -> dict[str, str]
 
 
 def weights_folder(policy: Policy) -> str | None:
-    """The folder on this machine that holds the weights, fetched if need be; None where they are random."""
-    return local_model(policy.source, (*DESCRIPTION_FILES, *WEIGHT_FILES)).folder if policy.source else None
+    """The folder on this machine that holds the weights, fetched if need be; None where they are
+    random.
+    """
+    return (
+        local_model(policy.source, (*DESCRIPTION_FILES, *WEIGHT_FILES)).folder
+        if policy.source
+        else None
+    )
 
 
-def load_params(config: Config, policy: Policy, mesh: Mesh, *, lora: LoraConfig | None = None) -> Params:
-    """Weights on the mesh, the policy's own or random from `seed`: float32, or with new adapters and as training then holds them."""
+def load_params(
+    config: Config, policy: Policy, mesh: Mesh, *, lora: LoraConfig | None = None
+) -> Params:
+    """Weights on the mesh, the policy's own or random from `seed`: float32, or with new adapters
+    and as training then holds them.
+    """
     model, key = adapted(policy.model, lora), jax.random.key(config.seed)
     abstract = abstract_params(model)
     shardings = params_sharding(abstract, mesh)
@@ -138,11 +179,18 @@ def load_params(config: Config, policy: Policy, mesh: Mesh, *, lora: LoraConfig 
     places, frozen_places = split(shardings, lora)
     adapters = jax.jit(lambda k: split(init(model, k), lora)[0], out_shardings=places)(key)
     dtypes = jax.tree.map(lambda a: a.dtype, split(abstract, lora)[1])
-    return join(adapters, jax.tree.map(lambda value, dtype, s: put(value.astype(dtype), s), loaded, dtypes, frozen_places))
+    return join(
+        adapters,
+        jax.tree.map(
+            lambda value, dtype, s: put(value.astype(dtype), s), loaded, dtypes, frozen_places
+        ),
+    )
 
 
 def merged(params: Params, policy: Policy, lora: LoraConfig | None, mesh: Mesh) -> Params:
-    """Trained weights as those of a model without adapters, on the mesh; themselves if they have none."""
+    """Trained weights as those of a model without adapters, on the mesh; themselves if they have
+    none.
+    """
     if lora is None:
         return params
     shardings = params_sharding(abstract_params(policy.model), mesh)
@@ -152,17 +200,24 @@ def merged(params: Params, policy: Policy, lora: LoraConfig | None, mesh: Mesh) 
 def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Params]:
     """Step and weights of the newest usable checkpoint of a run folder, its adapters merged.
 
-    Raises NoCheckpointError if there is none, ConfigError if the policy is not the one that the run trains.
+    Raises NoCheckpointError if there is none, ConfigError if the policy is not the one that the run
+    trains.
     """
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
-        raise NoCheckpointError(f"{run_dir}: holds no checkpoints; give the --run-dir of a training run")
+        raise NoCheckpointError(
+            f"{run_dir}: holds no checkpoints; give the --run-dir of a training run"
+        )
     run = run_model(run_dir)
     if run is not None:
         check_same_model(run, policy, run_dir)
     lora = run.lora if run else None  # no other config knows the adapters' alpha
     abstract = abstract_params(adapted(policy.model, lora))
-    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, params_sharding(abstract, mesh))
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        abstract,
+        params_sharding(abstract, mesh),
+    )
     restored = checkpoint.restore_params(folder, target)
     return restored.step, merged(restored.params, policy, lora, mesh)
 
@@ -176,11 +231,25 @@ def run_model(run_dir: Folder) -> ModelSection | None:
 
 
 def check_same_model(run: ModelSection, policy: Policy, run_dir: Folder) -> None:
-    """Raises ConfigError if the run's weights are not those of the policy's architecture. A model's folder may have moved."""
-    found = [("model.folder", run.folder, policy.source)] if (run.folder is None) != (policy.source is None) else []
+    """Raises ConfigError if the run's weights are not those of the policy's architecture.
+
+    A model's folder may have moved.
+    """
+    found = (
+        [("model.folder", run.folder, policy.source)]
+        if (run.folder is None) != (policy.source is None)
+        else []
+    )
     if run.architecture is not None:
         fields = [field.name for field in dataclasses.fields(Architecture)]
-        found += [(f"model.architecture.{name}", getattr(run.architecture, name), getattr(policy.model, name)) for name in fields]
+        found += [
+            (
+                f"model.architecture.{name}",
+                getattr(run.architecture, name),
+                getattr(policy.model, name),
+            )
+            for name in fields
+        ]
     for key, was, now in found:
         if was != now:
             raise ConfigError(
@@ -203,7 +272,10 @@ def row_len(config: Config) -> int:
 
 
 def check_divides(config: Config, mesh: Mesh, *, rows: bool = False, slots: bool = False) -> None:
-    """Training rows and decode slots are split over the mesh, so those that are used must divide. ConfigError if not."""
+    """Training rows and decode slots are split over the mesh, so those that are used must divide.
+
+    ConfigError if not.
+    """
     shards = row_shards(mesh)
     for used, key, size in (
         (rows, "train.rows_per_microbatch", config.train.rows_per_microbatch),
@@ -241,7 +313,11 @@ def describe(policy: Policy, mesh: Mesh, lora: LoraConfig | None = None) -> str:
     device = jax.devices()[0]
     origin = f" of {policy.source}" if policy.source else ""
     stop = ", ".join(map(str, policy.tokenizer.convert_ids_to_tokens(list(policy.stop))))
-    trained = f" trained through {millions(split(abstract_params(adapted(m, lora)), lora)[0])} of adapters" if lora else ""
+    trained = (
+        f" trained through {millions(split(abstract_params(adapted(m, lora)), lora)[0])} of adapters"
+        if lora
+        else ""
+    )
     return (
         f"{m.family}{origin}, {millions(abstract_params(m))}{trained}, {m.layers} layers, D {m.model_dim}, V {m.vocab_size}, "
         f"{m.compute_dtype}; responses end with {stop}; {len(jax.devices())} {device.platform} devices ({device.device_kind}) as {shape}"

@@ -7,9 +7,9 @@ from test_buffer import MIXED, PROBLEMS, make_group
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor
-from dapo_jax.drawing import OpenGroup
-from dapo_jax.resume import DataDigests, Progress, Run, UnderWay, restore, save
 from dapo_jax.runtime.checkpoint import Restored
+from dapo_jax.training.dynamic_sampling import OpenGroup
+from dapo_jax.training.state import DataDigests, Progress, Run, UnderWay, restore, save
 from dapo_jax.types import InputError, NoCheckpointError, Prompt
 
 DATA = DataDigests("loaded", "trained on", "tokens")
@@ -32,7 +32,9 @@ class Folder:
         self.whole[step] = Restored(f"checkpoints/{step}", step, state, self._host(host), groups)
 
     def save_interrupted(self, step, state, host, groups):
-        self.interrupted.append(Restored(f"checkpoints/{step}", step, state, self._host(host), groups))
+        self.interrupted.append(
+            Restored(f"checkpoints/{step}", step, state, self._host(host), groups)
+        )
 
     def restore(self, abstract_state, *, at_most=None):
         if at_most is None and self.interrupted:
@@ -44,7 +46,12 @@ class Folder:
 
 
 def make_run(at=None):
-    return Run(DynamicSamplingBuffer(2, True, True), PassMemory(len(PROMPTS), 1, 1), at or Progress(begun=True), state="weights")
+    return Run(
+        DynamicSamplingBuffer(2, True, True),
+        PassMemory(len(PROMPTS), 1, 1),
+        at or Progress(begun=True),
+        state="weights",
+    )
 
 
 def taken_up(folder, run, data=DATA, **options):
@@ -75,7 +82,9 @@ def test_a_rollback_is_written_once_and_taken_up():
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
-    """Groups drawn, groups left open, updates under way and problems that rest: none stays, also where the data set is another by now."""
+    """Groups drawn, groups left open, updates under way and problems that rest: none stays, also
+    where the data set is another by now.
+    """
     folder, run = Folder(), make_run(Progress(step=1, draws=1, begun=True))
     run.buffer.add([make_group(0, MIXED)])
     write(run, folder)
@@ -85,12 +94,20 @@ def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
     run.left_open = [OpenGroup(5, PROMPTS[0], 2)]
     run.under_way = UnderWay({}, [{"loss": np.nan}])
     run.at = run.at._replace(step=2, draws=6)
-    taken_up(folder, run, DataDigests("other", "other", "other") if changed else DATA, allow_change=changed, at_most=1)
+    taken_up(
+        folder,
+        run,
+        DataDigests("other", "other", "other") if changed else DATA,
+        allow_change=changed,
+        at_most=1,
+    )
     assert (run.at.step, run.buffer.missing(), run.memory.resting(0)) == (1, 2 if changed else 1, 0)
     assert not run.left_open and run.under_way is None
     run.buffer.add([make_group(draw, MIXED) for draw in (6, 7)])
     groups, counts = run.buffer.take()
-    assert [g.draw for g in groups] == ([6, 7] if changed else [0, 6]) and counts.drawn == (2 if changed else 3)
+    assert [g.draw for g in groups] == ([6, 7] if changed else [0, 6]) and counts.drawn == (
+        2 if changed else 3
+    )
 
 
 def test_prompts_of_other_tokens_are_other_data():
@@ -100,7 +117,8 @@ def test_prompts_of_other_tokens_are_other_data():
     write(run, folder)
     others = DATA._replace(tokens="others")
     with pytest.raises(
-        InputError, match="^model.folder: its tokenizer or chat template makes other prompts than when the run was started; "
+        InputError,
+        match="^model.folder: its tokenizer or chat template makes other prompts than when the run was started; ",
     ):
         taken_up(folder, make_run(), others)
     again = taken_up(folder, make_run(), others, allow_change=True)
@@ -134,7 +152,9 @@ UNDER_WAY = UnderWay({"rollout/tokens": 7.0}, [{"loss": 0.5, "skipped": 0.0}])
         lambda host, arrays: arrays.update(counters=np.zeros(99)),
         lambda host, arrays: arrays.update(correct_len=np.array([9])),
         lambda host, arrays: arrays.update(memory_streak=np.zeros(1, np.int32)),
-        lambda host, arrays: arrays.update(open_groups=np.array([[0, 99, 0]]), open_lengths=np.array([1])),
+        lambda host, arrays: arrays.update(
+            open_groups=np.array([[0, 99, 0]]), open_lengths=np.array([1])
+        ),
     ],
 )
 def test_what_a_forged_checkpoint_says_is_one_line(change):
@@ -146,6 +166,9 @@ def test_what_a_forged_checkpoint_says_is_one_line(change):
     (forged,) = folder.interrupted
     assert taken_up(folder, make_run()).under_way == UNDER_WAY
     change(forged.host, forged.groups)
-    with pytest.raises(NoCheckpointError, match="^checkpoints/1: its digests hold, but what it says of the run cannot be ") as e:
+    with pytest.raises(
+        NoCheckpointError,
+        match="^checkpoints/1: its digests hold, but what it says of the run cannot be ",
+    ) as e:
         taken_up(folder, make_run())
     assert "\n" not in str(e.value)

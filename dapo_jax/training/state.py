@@ -1,8 +1,9 @@
 """Where a run stands: all that it needs to go on, as one checkpoint holds it.
 
-A run may be left at three kinds of places. Between two steps, and while a step draws, it stands at the end of the last step: what a
-step has drawn so far is drawn again, bit for bit the same. While a step updates and evaluates it stands `under way`: the groups it
-drew, the updates it made. And before the first step, in the midst of supervised warm-up.
+A run may be left at three kinds of places. Between two steps, and while a step draws, it stands at
+the end of the last step: what a step has drawn so far is drawn again, bit for bit the same. While a
+step updates and evaluates it stands `under way`: the groups it drew, the updates it made. And
+before the first step, in the midst of supervised warm-up.
 """
 
 import dataclasses
@@ -15,15 +16,24 @@ import numpy as np
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor
-from dapo_jax.drawing import Drawn, OpenGroup, keep_rate_after, open_state, restore_open
 from dapo_jax.runtime.checkpoint import Checkpoints, Restored
 from dapo_jax.runtime.folder import reason
 from dapo_jax.runtime.metrics import definition
+from dapo_jax.training.dynamic_sampling import (
+    Drawn,
+    OpenGroup,
+    keep_rate_after,
+    open_state,
+    restore_open,
+)
 from dapo_jax.types import Group, InputError, NoCheckpointError, Prompt
 
 
 class Progress(NamedTuple):
-    """How far a run is. Steps, updates and prompts are counted apart, because they are three things."""
+    """How far a run is.
+
+    Steps, updates and prompts are counted apart, because they are three things.
+    """
 
     step: int = 0  # rollout steps done
     updates: int = 0  # gradient updates applied
@@ -66,33 +76,55 @@ class Run:
     @property
     def where(self) -> str:
         """In words."""
-        return f"step {self.at.step}" + (f" and {len(self.under_way.sums)} updates of the next" if self.under_way else "")
+        return f"step {self.at.step}" + (
+            f" and {len(self.under_way.sums)} updates of the next" if self.under_way else ""
+        )
 
     def stand_after(self, drawn: Drawn, groups: Sequence[Group], *, at_least: int) -> None:
         """A step has drawn. groups: those of `drawn`, with log π_old.
 
-        Raises StarvedError, and stands where it stood, if there are fewer than `at_least` groups to train on: the step is then drawn
-        anew when the run goes on, under the limits and from the problems that it has by then.
+        Raises StarvedError, and stands where it stood, if there are fewer than `at_least` groups to
+        train on: the step is then drawn anew when the run goes on, under the limits and from the
+        problems that it has by then.
         """
         self.buffer.add(groups, at_least=at_least)
         self.left_open = drawn.open
         for outcome in drawn.outcomes:
             self.memory.record(*outcome)
         at = self.at
-        self.at = at._replace(draws=at.draws + drawn.draws, cursor=drawn.cursor, keep_rate=keep_rate_after(at.keep_rate, groups))
+        self.at = at._replace(
+            draws=at.draws + drawn.draws,
+            cursor=drawn.cursor,
+            keep_rate=keep_rate_after(at.keep_rate, groups),
+        )
 
 
-def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data: DataDigests, function: str | None) -> None:
-    """Writes a checkpoint, of a whole step or of one under way. Nothing to do where there is one of just this progress.
+def save(
+    run: Run,
+    checkpoints: Checkpoints,
+    *,
+    config: Mapping[str, Any],
+    data: DataDigests,
+    function: str | None,
+) -> None:
+    """Writes a checkpoint, of a whole step or of one under way.
+
+    Nothing to do where there is one of just this progress.
 
     function: digest of the file of reward.function, where there is one.
 
-    After a rollback a whole step is there already, with less draws and rollbacks: it is then written as one under way is.
+    After a rollback a whole step is there already, with less draws and rollbacks: it is then
+    written as one under way is.
     """
     whole = run.at.begun and run.under_way is None
     if whole and run.at == run.saved:
         return
-    host: dict[str, Any] = {"progress": run.at, "config": config, "data_digest": data.trained_on, "loaded_digest": data.loaded}
+    host: dict[str, Any] = {
+        "progress": run.at,
+        "config": config,
+        "data_digest": data.trained_on,
+        "loaded_digest": data.loaded,
+    }
     host["tokens_digest"] = data.tokens
     host["function_digest"] = function
     arrays = run.buffer.state() | run.memory.state() | open_state(run.left_open)
@@ -104,7 +136,9 @@ def save(run: Run, checkpoints: Checkpoints, *, config: Mapping[str, Any], data:
         sums = fetched(run.under_way.sums)
         host |= {"drawn": run.under_way.drawn, "sums": sorted(sums[0]) if sums else []}
         if sums:  # arrays, for what a skipped update summed up may be no number that JSON knows
-            arrays["under_way_sums"] = np.array([[s[name] for name in sorted(s)] for s in sums], np.float64)
+            arrays["under_way_sums"] = np.array(
+                [[s[name] for name in sorted(s)] for s in sums], np.float64
+            )
     checkpoints.save_interrupted(run.at.step, run.state, host, arrays)
     run.saved = run.at if whole else None
 
@@ -119,12 +153,14 @@ def restore(
     allow_change: bool = False,
     at_most: int | None = None,
 ) -> bool:
-    """Takes up the newest usable checkpoint, of a step no later than `at_most`; False if there is none.
+    """Takes up the newest usable checkpoint, of a step no later than `at_most`; False if there is
+    none.
 
-    prompts: of the whole data set. allow_change: goes on although the data set is another one: at its start, and without the groups
-    that were drawn from the old one. Raises InputError if the data set is another one otherwise; it is also where evaluation sets have
-    come to hold other problems of it, and where its prompts have become other tokens. Raises NoCheckpointError if
-    the digests of the checkpoint hold, but not what it says of the run.
+    prompts: of the whole data set. allow_change: goes on although the data set is another one: at
+    its start, and without the groups that were drawn from the old one. Raises InputError if the
+    data set is another one otherwise; it is also where evaluation sets have come to hold other
+    problems of it, and where its prompts have become other tokens. Raises NoCheckpointError if the
+    digests of the checkpoint hold, but not what it says of the run.
     """
     if at_most is not None and min(checkpoints.steps(), default=at_most + 1) > at_most:
         return False
@@ -142,7 +178,9 @@ def restore(
     return True
 
 
-def _take_up(run: Run, restored: Restored, prompts: Sequence[Prompt], data: DataDigests, allow_change: bool) -> None:
+def _take_up(
+    run: Run, restored: Restored, prompts: Sequence[Prompt], data: DataDigests, allow_change: bool
+) -> None:
     host, arrays = restored.host, restored.groups
     at = _progress(host["progress"], restored.step)
     changed, before = "data.train: is not the data set that the run was started with", "that one"
@@ -152,7 +190,9 @@ def _take_up(run: Run, restored: Restored, prompts: Sequence[Prompt], data: Data
             "model.folder: its tokenizer or chat template makes other prompts than when the run was started",
             "the files it had",
         )
-        same = host.get("tokens_digest", data.tokens) == data.tokens  # absent where an earlier version saved
+        same = (
+            host.get("tokens_digest", data.tokens) == data.tokens
+        )  # absent where an earlier version saved
     elif host.get("loaded_digest") == data.loaded:
         changed = "eval.sets: hold other prompts of data.train than when the run was started, and what they hold is not trained on"
         before = "the sets that it had (python -m dapo_jax.evaluate measures any other)"
@@ -166,7 +206,9 @@ def _take_up(run: Run, restored: Restored, prompts: Sequence[Prompt], data: Data
             f"{changed}; use {before}, or set data.allow_change to go on from the start of what there is now, or give another --run-dir"
         )
     elif "drawn" in host:
-        raise InputError(f"{changed}, and the run was stopped in the midst of step {at.step + 1}; finish that with {before}")
+        raise InputError(
+            f"{changed}, and the run was stopped in the midst of step {at.step + 1}; finish that with {before}"
+        )
     else:
         at = at._replace(cursor=Cursor())
         run.buffer.clear()
@@ -179,7 +221,9 @@ def _progress(found: Sequence[Any], step: int) -> Progress:
     """Raises TypeError or ValueError unless a record holds what `save` writes."""
     at = Progress(*found)
     at = at._replace(cursor=Cursor(*at.cursor))
-    if [type(value) for value in (*at, *at.cursor)] != [type(value) for value in (*Progress(), *Cursor())]:
+    if [type(value) for value in (*at, *at.cursor)] != [
+        type(value) for value in (*Progress(), *Cursor())
+    ]:
         raise TypeError("progress of other types")
     if at.step != step or min(at[:3] + at.cursor) < 0 or not 0 <= at.keep_rate <= 1:
         raise ValueError("progress that cannot be")
@@ -200,4 +244,6 @@ def fetched(sums: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 
 def _sums(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    return [dict(zip(names, map(float, row), strict=True)) for row in arrays.get("under_way_sums", ())]
+    return [
+        dict(zip(names, map(float, row), strict=True)) for row in arrays.get("under_way_sums", ())
+    ]

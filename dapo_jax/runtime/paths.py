@@ -1,4 +1,6 @@
-"""Paths of this machine and of Google Cloud Storage, with pathlib's methods both: what every room may use of them."""
+"""Paths of this machine and of Google Cloud Storage, with pathlib's methods both: what every room
+may use of them.
+"""
 
 import logging
 import os
@@ -11,7 +13,8 @@ from etils import epath
 
 Folder: TypeAlias = Path | epath.Path
 
-# gcsfs would remember for good what it has listed, but tensorstore and other hosts write to the same folders.
+# gcsfs would remember for good what it has listed, but tensorstore and other hosts write to the
+# same folders.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 # It logs tracebacks of what it then raises.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)

@@ -1,15 +1,20 @@
-"""Dynamic sampling while decoding goes on: prompts are drawn until enough groups are informative, and judged as they finish.
+"""Dynamic sampling while decoding goes on: prompts are drawn until enough groups are informative,
+and judged as they finish.
 
-    prompts ─▶ stream of the engine ─▶ finished responses ─▶ reward workers ─▶ verdicts ─▶ enough informative groups? draw more
+    prompts ─▶ stream of the engine ─▶ finished responses ─▶ reward workers ─▶ verdicts ─▶ enough
+    informative groups? draw more
 
-Every drawn group is sampled to its end, and a step trains on the first informative ones in draw order: what was drawn first is
-used first, however long it took. "First finished wins" would favour short responses.
+Every drawn group is sampled to its end, and a step trains on the first informative ones in draw
+order: what was drawn first is used first, however long it took. "First finished wins" would favour
+short responses.
 
-With partial rollouts a step ends as soon as the first groups in draw order suffice. Later groups stay open, and the next step goes
-on with their responses where they stand: under new weights, each token with the log-prob of the policy that drew it.
+With partial rollouts a step ends as soon as the first groups in draw order suffice. Later groups
+stay open, and the next step goes on with their responses where they stand: under new weights, each
+token with the log-prob of the policy that drew it.
 
-Time is logical. A verdict on a response of segment k is used from segment k + VERDICT_DELAY on, waited for if need be, and never
-earlier, so that two runs, and all hosts, draw the same prompts whatever the clock does.
+Time is logical. A verdict on a response of segment k is used from segment k + VERDICT_DELAY on,
+waited for if need be, and never earlier, so that two runs, and all hosts, draw the same prompts
+whatever the clock does.
 """
 
 import collections
@@ -25,13 +30,13 @@ from dapo_jax.dapo.groups import is_informative
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor
 from dapo_jax.data.prompts import decode
-from dapo_jax.policy import Policy
 from dapo_jax.reward.overlong import overlong_penalty
 from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool, check_errors
 from dapo_jax.rollout.engine import Stream
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.metrics import timed
+from dapo_jax.training.setup import Policy
 from dapo_jax.types import Group, Prompt, Request, Response, Verdict
 
 VERDICT_DELAY = 2  # segments that workers have before decoding waits for them
@@ -48,7 +53,9 @@ class Drawn(NamedTuple):
     draws: int  # prompts drawn, those of groups that are left open included
     tokens: int  # response tokens sampled, those of groups that are left open included
     open: list["OpenGroup"]  # left to the next step, in draw order
-    outcomes: list[tuple[int, bool, int]]  # of each group: its problem, whether every response was right, the epoch it was drawn in
+    outcomes: list[
+        tuple[int, bool, int]
+    ]  # of each group: its problem, whether every response was right, the epoch it was drawn in
 
 
 class OpenGroup:
@@ -56,15 +63,24 @@ class OpenGroup:
 
     def __init__(self, draw: int, prompt: Prompt, size: int, problem: int = 0, epoch: int = 0):
         self.draw, self.prompt = draw, prompt
-        self.problem, self.epoch = problem, epoch  # which problem of the data set, drawn in which epoch
+        self.problem, self.epoch = (
+            problem,
+            epoch,
+        )  # which problem of the data set, drawn in which epoch
         self.responses: list[Response | None] = [None] * size
         self.verdicts: list[Verdict | None] = [None] * size
-        self.begun: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # tokens and log-probs of responses that an earlier step began
+        self.begun: dict[
+            int, tuple[np.ndarray, np.ndarray]
+        ] = {}  # tokens and log-probs of responses that an earlier step began
 
     def copy(self) -> "OpenGroup":
         """Another of the same standing."""
         other = OpenGroup(self.draw, self.prompt, len(self.responses), self.problem, self.epoch)
-        other.responses, other.verdicts, other.begun = list(self.responses), list(self.verdicts), dict(self.begun)
+        other.responses, other.verdicts, other.begun = (
+            list(self.responses),
+            list(self.verdicts),
+            dict(self.begun),
+        )
         return other
 
     def requests(self) -> list[Request]:
@@ -77,8 +93,13 @@ class OpenGroup:
 
     def tokens(self) -> int:
         """Response tokens that are there so far."""
-        begun = (len(self.begun[n][0]) if n in self.begun else 0 for n in range(len(self.responses)))
-        return sum(here if r is None else len(r.tokens) for r, here in zip(self.responses, begun, strict=True))
+        begun = (
+            len(self.begun[n][0]) if n in self.begun else 0 for n in range(len(self.responses))
+        )
+        return sum(
+            here if r is None else len(r.tokens)
+            for r, here in zip(self.responses, begun, strict=True)
+        )
 
     def is_judged(self) -> bool:
         return None not in self.verdicts
@@ -88,7 +109,10 @@ class OpenGroup:
         return self.outcomes() == {True, False}
 
     def outcomes(self) -> set[bool]:
-        """What verdicts say so far. An answer without one says nothing, for whether it is in time depends on the clock."""
+        """What verdicts say so far.
+
+        An answer without one says nothing, for whether it is in time depends on the clock.
+        """
         return {v.correct for v in self.verdicts if v is not None and v.error is None}
 
 
@@ -102,8 +126,8 @@ def keep_rate_after(rate: float, groups: Sequence[Group]) -> float:
 def prompts_wanted(missing: int, groups: Sequence[OpenGroup], rate: float) -> int:
     """How many further prompts the step needs, by what is known of the groups drawn so far.
 
-    (missing - informative ones - p x undecided ones) / p, rounded up. p, the keep rate, is the mean of `rate`, which counts as
-    a few groups, and of the groups decided so far.
+    (missing - informative ones - p x undecided ones) / p, rounded up. p, the keep rate, is the mean
+    of `rate`, which counts as a few groups, and of the groups decided so far.
 
     >>> prompts_wanted(6, [], 0.5), prompts_wanted(6, [], 0.25)
     (12, 24)
@@ -142,17 +166,20 @@ def draw_groups(
     times: dict[str, float],
     on_done: Callable[[int, int], None],
 ) -> Drawn:
-    """Draws until `missing` groups are informative, or the cap on draws is reached; without dynamic sampling until so many have a verdict.
+    """Draws until `missing` groups are informative, or the cap on draws is reached; without dynamic
+    sampling until so many have a verdict.
 
-    Prompts are drawn when the engine runs short of requests, and only as many as the keep rate calls for.
+    Prompts are drawn when the engine runs short of requests, and only as many as the keep rate
+    calls for.
 
-    Args:
-      keep_rate: expected share of informative groups. left_open: groups of the step before that are still under way.
-      memory: which problems rest. guard: reached after each segment, as `rollout`, and before verdicts are
+    Args: keep_rate: expected share of informative groups. left_open: groups of the step before that
+      are still under way. memory: which problems rest. guard: reached after each segment, as
+      `rollout`, and before verdicts are
         used, as `reward`. times: gets time/rollout_s and time/reward_s.
       on_done: told how many responses have ended, and how many were drawn in all.
 
-    Raises InputError if too many answers get no verdict, and Stopped; nothing that was given has changed then.
+    Raises InputError if too many answers get no verdict, and Stopped; nothing that was given has
+    changed then.
     """
     algo = config.dapo
     size = algo.responses_per_prompt
@@ -161,19 +188,27 @@ def draw_groups(
     keep_rate = max(keep_rate, missing / cap)
     groups, draws = [group.copy() for group in left_open], 0  # in draw order
     by_draw = {group.draw: group for group in groups}
-    judging: collections.deque[tuple[int, list[tuple[Request, Response]], PendingVerdicts]] = collections.deque()
+    judging: collections.deque[tuple[int, list[tuple[Request, Response]], PendingVerdicts]] = (
+        collections.deque()
+    )
     judged: list[Verdict] = []
     ended = 0
     stream.submit([request for group in groups for request in group.requests()])
     while True:
         if algo.dynamic_sampling:
-            room = -(-(2 * config.rollout.decode_slots - stream.live - stream.pending) // size)  # enough to fill all slots once more
+            room = -(
+                -(2 * config.rollout.decode_slots - stream.live - stream.pending) // size
+            )  # enough to fill all slots once more
             wanted = min(prompts_wanted(missing, groups, keep_rate), room, cap - draws)
         else:
-            wanted = min(missing - sum(bool(g.outcomes()) or not g.is_judged() for g in groups), cap - draws)
+            wanted = min(
+                missing - sum(bool(g.outcomes()) or not g.is_judged() for g in groups), cap - draws
+            )
         if wanted > 0:
             indices, epochs, cursor = memory.take(cursor, wanted, seed=config.seed)
-            taken = enumerate(zip(indices.tolist(), epochs.tolist(), strict=True), first_draw + draws)
+            taken = enumerate(
+                zip(indices.tolist(), epochs.tolist(), strict=True), first_draw + draws
+            )
             new = [OpenGroup(draw, prompts[i], size, i, epoch) for draw, (i, epoch) in taken]
             groups, draws = groups + new, draws + wanted
             by_draw |= {group.draw: group for group in new}
@@ -187,7 +222,11 @@ def draw_groups(
                 for request, response in finished:
                     by_draw[request.draw].responses[request.sample] = response
                 items = [
-                    RewardItem(by_draw[q.draw].prompt.problem, decode(policy.tokenizer, r.tokens, policy.stop), len(r.tokens))
+                    RewardItem(
+                        by_draw[q.draw].prompt.problem,
+                        decode(policy.tokenizer, r.tokens, policy.stop),
+                        len(r.tokens),
+                    )
                     for q, r in multihost.share(finished, ended)
                 ]
                 ended += len(finished)
@@ -199,25 +238,39 @@ def draw_groups(
             _, finished, pending = judging.popleft()
             with timed(times, "time/reward_s"):
                 guard.wait(pending.wait, "reward")
-                verdicts = multihost.gather_verdicts(pending.result(), len(finished), before=len(judged))
+                verdicts = multihost.gather_verdicts(
+                    pending.result(), len(finished), before=len(judged)
+                )
             for (request, _), verdict in zip(finished, verdicts, strict=True):
                 by_draw[request.draw].verdicts[request.sample] = verdict
             judged += verdicts
             if len(judged) >= size * algo.prompts_per_step:
                 check_errors(judged, config.reward)
-            # What is still being judged is waited for: it belongs to this step or, whole, to the next.
+            # What is still being judged is waited for: it belongs to this step or, whole, to the
+            # next.
             idle = idle or (algo.partial_rollouts and enough(groups, missing))
         if algo.partial_rollouts and not judging and enough(groups, missing):
             break
     for request, response in stream.unfinished():
         if len(response.tokens):
-            by_draw[request.draw].begun[request.sample] = (response.tokens, response.behavior_logprobs)
+            by_draw[request.draw].begun[request.sample] = (
+                response.tokens,
+                response.behavior_logprobs,
+            )
     stream.close()
     check_errors(judged, config.reward)
     done = settled(groups)
     outcomes = [(group.problem, group.outcomes() == {True}, group.epoch) for group in done]
     tokens = sum(map(OpenGroup.tokens, groups)) - sum(map(OpenGroup.tokens, left_open))
-    return Drawn([_reward(group, config) for group in done], judged, cursor, draws, tokens, groups[len(done) :], outcomes)
+    return Drawn(
+        [_reward(group, config) for group in done],
+        judged,
+        cursor,
+        draws,
+        tokens,
+        groups[len(done) :],
+        outcomes,
+    )
 
 
 def open_state(groups: Sequence[OpenGroup]) -> dict[str, np.ndarray]:
@@ -225,7 +278,9 @@ def open_state(groups: Sequence[OpenGroup]) -> dict[str, np.ndarray]:
     if not groups:
         return {}
     samples = [(group, sample) for group in groups for sample in range(len(group.responses))]
-    begun = [group.responses[n] or Response(*group.begun.get(n, _NOTHING), False) for group, n in samples]
+    begun = [
+        group.responses[n] or Response(*group.begun.get(n, _NOTHING), False) for group, n in samples
+    ]
     verdicts = [group.verdicts[n] for group, n in samples]
     arrays = {
         "open_groups": np.array([(g.draw, g.problem, g.epoch) for g in groups], np.int64),
@@ -235,19 +290,27 @@ def open_state(groups: Sequence[OpenGroup]) -> dict[str, np.ndarray]:
         "open_tokens": np.concatenate([response.tokens for response in begun]),
         "open_logprobs": np.concatenate([response.behavior_logprobs for response in begun]),
         "open_judged": np.array([verdict is not None for verdict in verdicts]),
-        "open_errors": np.array([verdict is not None and verdict.error is not None for verdict in verdicts]),
+        "open_errors": np.array(
+            [verdict is not None and verdict.error is not None for verdict in verdicts]
+        ),
         "open_correct": np.array([verdict is not None and verdict.correct for verdict in verdicts]),
-        "open_scores": np.array([0.0 if verdict is None else verdict.score for verdict in verdicts], np.float64),
+        "open_scores": np.array(
+            [0.0 if verdict is None else verdict.score for verdict in verdicts], np.float64
+        ),
     }
     return {name: array for name, array in arrays.items() if array.size}
 
 
 def restore_open(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[OpenGroup]:
-    """What `open_state` gave. prompts: of the whole data set. (Why an answer got no verdict is forgotten.)"""
+    """What `open_state` gave. prompts: of the whole data set. (Why an answer got no verdict is
+    forgotten.)
+    """
     if "open_groups" not in arrays:
         return []
     ends = np.cumsum(arrays["open_lengths"])
-    tokens, logprobs = (np.split(arrays.get(name, np.zeros(0, kind)), ends)[:-1] for name, kind in _FLAT)
+    tokens, logprobs = (
+        np.split(arrays.get(name, np.zeros(0, kind)), ends)[:-1] for name, kind in _FLAT
+    )
     size = len(ends) // len(arrays["open_groups"])
     errors = arrays.get("open_errors", np.zeros(len(ends), bool))
     groups = []
@@ -256,12 +319,16 @@ def restore_open(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) ->
         for sample in range(size):
             at = number * size + sample
             if arrays["open_ended"][at]:
-                group.responses[sample] = Response(tokens[at], logprobs[at], bool(arrays["open_truncated"][at]))
+                group.responses[sample] = Response(
+                    tokens[at], logprobs[at], bool(arrays["open_truncated"][at])
+                )
             elif len(tokens[at]):
                 group.begun[sample] = (tokens[at], logprobs[at])
             if arrays["open_judged"][at]:
                 error = "no verdict" if errors[at] else None
-                group.verdicts[sample] = Verdict(bool(arrays["open_correct"][at]), float(arrays["open_scores"][at]), error)
+                group.verdicts[sample] = Verdict(
+                    bool(arrays["open_correct"][at]), float(arrays["open_scores"][at]), error
+                )
         groups.append(group)
     return groups
 
@@ -271,7 +338,10 @@ _FLAT = (("open_tokens", np.int32), ("open_logprobs", np.float32))
 
 
 def _reward(group: OpenGroup, config: Config) -> Group:
-    """The group with its rewards: score + overlong penalty. An answer without a verdict is left out, as if it had not been sampled."""
+    """The group with its rewards: score + overlong penalty.
+
+    An answer without a verdict is left out, as if it had not been sampled.
+    """
     sampled = zip(group.responses, group.verdicts, strict=True)
     judged = [(r, v) for r, v in sampled if r is not None and v is not None and v.error is None]
     responses, verdicts = tuple(r for r, _ in judged), [v for _, v in judged]

@@ -12,9 +12,16 @@ from dapo_jax.config import Config, DapoSection, RewardSection, RolloutSection
 from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import load_tokenizer
-from dapo_jax.drawing import OpenGroup, draw_groups, keep_rate_after, open_state, prompts_wanted, restore_open
-from dapo_jax.policy import Policy
 from dapo_jax.runtime.guard import Guard
+from dapo_jax.training.dynamic_sampling import (
+    OpenGroup,
+    draw_groups,
+    keep_rate_after,
+    open_state,
+    prompts_wanted,
+    restore_open,
+)
+from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError, Problem, Prompt, Response, Verdict
 
 TOKENIZER = load_tokenizer(None)
@@ -24,14 +31,24 @@ G = 4
 
 
 def config(**algo) -> Config:
-    sizes = {"prompts_per_step": 8, "responses_per_prompt": G, "responses_per_update": G, "prompts_per_draw": 16}
+    sizes = {
+        "prompts_per_step": 8,
+        "responses_per_prompt": G,
+        "responses_per_update": G,
+        "prompts_per_draw": 16,
+    }
     rollout = RolloutSection(decode_slots=32, max_response_len=200)
     reward = RewardSection(overlong_buffer_len=100, max_error_fraction=0.9)
-    return dataclasses.replace(Config(), dapo=DapoSection(**(sizes | algo)), rollout=rollout, reward=reward)
+    return dataclasses.replace(
+        Config(), dapo=DapoSection(**(sizes | algo)), rollout=rollout, reward=reward
+    )
 
 
 class FakeStream:
-    """Slots that are refilled, a segment ending with the shortest response in them. `outcome(draw, sample)` → (length, correct)."""
+    """Slots that are refilled, a segment ending with the shortest response in them.
+
+    `outcome(draw, sample)` → (length, correct).
+    """
 
     def __init__(self, outcome, slots=32):
         self._outcome, self._slots = outcome, slots
@@ -50,7 +67,10 @@ class FakeStream:
         while self._queue and len(self._left) < self._slots:
             request = self._queue.popleft()
             begun = 0 if request.prefix is None else len(request.prefix[0])
-            self._left[request.draw, request.sample] = (self._outcome(request.draw, request.sample)[0] - begun, request)
+            self._left[request.draw, request.sample] = (
+                self._outcome(request.draw, request.sample)[0] - begun,
+                request,
+            )
         steps = min(left for left, _ in self._left.values())
         self.sampled += steps * len(self._left)
         self._left = {key: (left - steps, request) for key, (left, request) in self._left.items()}
@@ -61,15 +81,27 @@ class FakeStream:
     def _response(self, draw, sample):
         length, correct = self._outcome(draw, sample)
         text = b"1" if correct else b"0"
-        return Response(np.array([*text.ljust(length, b"x")], np.int32) + 2, np.zeros(length, np.float32), False)
+        return Response(
+            np.array([*text.ljust(length, b"x")], np.int32) + 2, np.zeros(length, np.float32), False
+        )
 
     def unfinished(self):
         """The tokens so far, of the whole response."""
-        running = [(request, self._response(*key), left) for key, (left, request) in self._left.items()]
-        queued = [
-            (r, self._response(r.draw, r.sample), self._outcome(r.draw, r.sample)[0] - len((r.prefix or [()])[0])) for r in self._queue
+        running = [
+            (request, self._response(*key), left) for key, (left, request) in self._left.items()
         ]
-        cut = [(r, Response(w.tokens[:-left], w.behavior_logprobs[:-left], False)) for r, w, left in running + queued]
+        queued = [
+            (
+                r,
+                self._response(r.draw, r.sample),
+                self._outcome(r.draw, r.sample)[0] - len((r.prefix or [()])[0]),
+            )
+            for r in self._queue
+        ]
+        cut = [
+            (r, Response(w.tokens[:-left], w.behavior_logprobs[:-left], False))
+            for r, w, left in running + queued
+        ]
         return sorted(cut, key=lambda item: (item[0].draw, item[0].sample))
 
     def close(self):
@@ -85,9 +117,15 @@ class FakePool:
 
     def submit(self, items):
         self.judged += len(items)
-        verdicts = [Verdict(item.text[0] == "1", 1.0 if item.text[0] == "1" else -1.0, self._error) for item in items]
+        verdicts = [
+            Verdict(item.text[0] == "1", 1.0 if item.text[0] == "1" else -1.0, self._error)
+            for item in items
+        ]
         if self._late:
-            verdicts = [self._late if item.response_len == 3 else v for item, v in zip(items, verdicts, strict=True)]
+            verdicts = [
+                self._late if item.response_len == 3 else v
+                for item, v in zip(items, verdicts, strict=True)
+            ]
 
         class Pending:
             def wait(pending, seconds):
@@ -101,7 +139,18 @@ class FakePool:
         return Pending()
 
 
-def drawn(outcome, missing=8, keep_rate=0.5, pool=None, first_draw=0, memory=None, left_open=(), slots=32, settings=None, **algo):
+def drawn(
+    outcome,
+    missing=8,
+    keep_rate=0.5,
+    pool=None,
+    first_draw=0,
+    memory=None,
+    left_open=(),
+    slots=32,
+    settings=None,
+    **algo,
+):
     stream, settings = FakeStream(outcome, slots), settings or config(**algo)
     found = draw_groups(
         stream,
@@ -112,7 +161,9 @@ def drawn(outcome, missing=8, keep_rate=0.5, pool=None, first_draw=0, memory=Non
         left_open=left_open,
         cursor=Cursor(),
         memory=memory or PassMemory(len(PROMPTS), None, 1),
-        config=dataclasses.replace(settings, rollout=dataclasses.replace(settings.rollout, decode_slots=slots)),
+        config=dataclasses.replace(
+            settings, rollout=dataclasses.replace(settings.rollout, decode_slots=slots)
+        ),
         policy=POLICY,
         pool=pool or FakePool(),
         guard=Guard(None),
@@ -136,17 +187,29 @@ def is_informative(group):
 
 def test_as_many_prompts_are_drawn_as_the_keep_rate_calls_for():
     found, _ = drawn(mixed, missing=8, keep_rate=1.0)
-    assert [g.draw for g in found.groups] == list(range(8)) and all(map(is_informative, found.groups))
-    assert len(found.verdicts) == 8 * G and found.cursor == advance(Cursor(), len(PROMPTS), 8, seed=0)[1]
+    assert [g.draw for g in found.groups] == list(range(8)) and all(
+        map(is_informative, found.groups)
+    )
+    assert (
+        len(found.verdicts) == 8 * G
+        and found.cursor == advance(Cursor(), len(PROMPTS), 8, seed=0)[1]
+    )
     # Half of them thought to be dropped: twice as many are drawn at first, and no more.
     assert len(drawn(mixed, missing=8, keep_rate=0.5)[0].groups) == 16
-    assert [g.draw for g in drawn(mixed, missing=2, keep_rate=1.0, first_draw=7)[0].groups] == [7, 8]
+    assert [g.draw for g in drawn(mixed, missing=2, keep_rate=1.0, first_draw=7)[0].groups] == [
+        7,
+        8,
+    ]
 
 
 def test_a_group_is_what_was_sampled_and_judged():
-    group = drawn(lambda draw, sample: (150 + 25 * sample, sample % 2 == 0), missing=1, keep_rate=1.0)[0].groups[0]
+    group = drawn(
+        lambda draw, sample: (150 + 25 * sample, sample % 2 == 0), missing=1, keep_rate=1.0
+    )[0].groups[0]
     assert [len(r.tokens) for r in group.responses] == [150, 175, 200, 225]
-    assert group.correct.tolist() == [True, False, True, False] and [chr(r.tokens[0] - 2) for r in group.responses] == ["1", "0", "1", "0"]
+    assert group.correct.tolist() == [True, False, True, False] and [
+        chr(r.tokens[0] - 2) for r in group.responses
+    ] == ["1", "0", "1", "0"]
     # L_max 200, L_cache 100
     assert group.penalty.tolist() == [-0.5, -0.75, -1.0, -1.0]
     assert group.reward.tolist() == [0.5, -1.75, 0.0, -2.0]
@@ -163,7 +226,9 @@ def test_enough_groups_are_drawn_whatever_the_keep_rate_and_few_too_many(kept):
             good = rng.random() < kept
             return 1 + int(rng.expovariate(1 / 40)) + sample, good and sample == 0
 
-        assert sum(map(is_informative, drawn(outcome, keep_rate=0.5)[0].groups)) >= 8  # expected wrongly
+        assert (
+            sum(map(is_informative, drawn(outcome, keep_rate=0.5)[0].groups)) >= 8
+        )  # expected wrongly
         informative = [g for g in drawn(outcome, keep_rate=kept)[0].groups if is_informative(g)]
         assert len(informative) >= 8
         surplus.append(len(informative) - 8)
@@ -191,8 +256,12 @@ def test_the_clock_decides_nothing():
     for seed in range(3):
         again, other = drawn(outcome, pool=FakePool(delays=random.Random(seed)))
         assert other.submitted == stream.submitted and other.segment == stream.segment
-        assert [g.draw for g in again.groups] == [g.draw for g in whole.groups] and again.verdicts == whole.verdicts
-    assert len({segment for segment, _, _ in stream.submitted}) > 1  # prompts were drawn while decoding went on
+        assert [g.draw for g in again.groups] == [
+            g.draw for g in whole.groups
+        ] and again.verdicts == whole.verdicts
+    assert (
+        len({segment for segment, _, _ in stream.submitted}) > 1
+    )  # prompts were drawn while decoding went on
 
 
 def test_slots_change_how_many_are_drawn_and_not_what_a_draw_gives():
@@ -210,8 +279,10 @@ def test_slots_change_how_many_are_drawn_and_not_what_a_draw_gives():
 
 
 def test_kept_lengths_are_distributed_like_all_lengths_and_first_finished_wins_would_not_be():
-    """Whether a group is informative has nothing to do with its length. The mean of 300 x 8 groups of mean length 40 has a standard
-    error of about 0.8."""
+    """Whether a group is informative has nothing to do with its length.
+
+    The mean of 300 x 8 groups of mean length 40 has a standard error of about 0.8.
+    """
     kept, first_finished, everything = [], [], []
     for seed in range(300):
 
@@ -224,7 +295,9 @@ def test_kept_lengths_are_distributed_like_all_lengths_and_first_finished_wins_w
         found, _ = drawn(outcome, keep_rate=0.4)
         informative = [g for g in found.groups if is_informative(g)]
         kept += [len(g.responses[0].tokens) for g in informative[:8]]
-        first_finished += sorted(len(g.responses[0].tokens) for g in informative)[:8]  # all start at about the same time
+        first_finished += sorted(len(g.responses[0].tokens) for g in informative)[
+            :8
+        ]  # all start at about the same time
         everything += [length(draw) for draw in range(40)]
     expected = np.mean(everything)
     assert abs(np.mean(kept) - expected) < 4 * np.std(kept) / np.sqrt(len(kept))
@@ -239,7 +312,9 @@ def test_answers_without_a_verdict_stop_the_run_before_the_cap():
 
 
 def sometimes_late(draw, sample):
-    """Some answers have no verdict, and all answers of draw 5; groups are mixed, all right or all wrong."""
+    """Some answers have no verdict, and all answers of draw 5; groups are mixed, all right or all
+    wrong.
+    """
     rng = random.Random(f"{draw} {sample}")
     late = rng.random() < 0.15 or draw == 5
     return 3 if late else 10 + sample, (rng.random() < 0.5, True, False)[draw % 3]
@@ -247,23 +322,39 @@ def sometimes_late(draw, sample):
 
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_an_answer_without_a_verdict_is_as_if_it_had_not_been_sampled(dynamic):
-    """Whatever it is said to score: its group is trained on without it, counts without it as mixed, all right or all wrong, and a
-    group without any verdict is replaced."""
+    """Whatever it is said to score: its group is trained on without it, counts without it as mixed,
+    all right or all wrong, and a group without any verdict is replaced.
+    """
     steps = []
-    for late in (Verdict(False, -1.0, "timed out after 1 s"), Verdict(True, 9.0, "timed out after 1 s")):
+    for late in (
+        Verdict(False, -1.0, "timed out after 1 s"),
+        Verdict(True, 9.0, "timed out after 1 s"),
+    ):
         step, stream = drawn(sometimes_late, pool=FakePool(late=late), dynamic_sampling=dynamic)
         steps.append((step, stream.submitted))
     (found, submitted), (other, as_submitted) = steps
-    assert submitted == as_submitted and found.outcomes == other.outcomes and found.cursor == other.cursor
+    assert (
+        submitted == as_submitted
+        and found.outcomes == other.outcomes
+        and found.cursor == other.cursor
+    )
     for a, b in zip(found.groups, other.groups, strict=True):
-        assert a.draw == b.draw and a.correct.tolist() == b.correct.tolist() and a.reward.tolist() == b.reward.tolist()
+        assert (
+            a.draw == b.draw
+            and a.correct.tolist() == b.correct.tolist()
+            and a.reward.tolist() == b.reward.tolist()
+        )
         in_time = [sometimes_late(a.draw, n) for n in range(G) if sometimes_late(a.draw, n)[0] != 3]
-        assert [(len(r.tokens), bool(c)) for r, c in zip(a.responses, a.correct, strict=True)] == in_time
+        assert [
+            (len(r.tokens), bool(c)) for r, c in zip(a.responses, a.correct, strict=True)
+        ] == in_time
         assert len(a.penalty) == len(a.old_logprobs) == len(in_time)
     sizes = {g.draw: len(g.correct) for g in found.groups}
     assert sizes[5] == 0 and {3, 4} <= set(sizes.values())
     assert sum(v.error is not None for v in found.verdicts) == sum(G - n for n in sizes.values())
-    assert [right for _, right, _ in found.outcomes] == [set(g.correct.tolist()) == {True} for g in found.groups]
+    assert [right for _, right, _ in found.outcomes] == [
+        set(g.correct.tolist()) == {True} for g in found.groups
+    ]
     assert keep_rate_after(0.5, found.groups) == keep_rate_after(0.5, other.groups)
     if not dynamic:
         assert len(found.groups) == 8 + 1  # of which 8 are trained on
@@ -271,14 +362,25 @@ def test_an_answer_without_a_verdict_is_as_if_it_had_not_been_sampled(dynamic):
 
 def test_draws_are_bounded_also_where_no_answer_gets_a_verdict():
     settings = config(dynamic_sampling=False, max_generation_batches=3)
-    settings = dataclasses.replace(settings, reward=RewardSection(overlong_buffer_len=100, max_error_fraction=1.0))
-    found, _ = drawn(lambda draw, sample: (3, True), pool=FakePool(late=Verdict(False, 0.0, "x")), settings=settings)
+    settings = dataclasses.replace(
+        settings, reward=RewardSection(overlong_buffer_len=100, max_error_fraction=1.0)
+    )
+    found, _ = drawn(
+        lambda draw, sample: (3, True),
+        pool=FakePool(late=Verdict(False, 0.0, "x")),
+        settings=settings,
+    )
     assert len(found.groups) == 3 * 16 and not any(g.responses for g in found.groups)
 
 
 def test_the_memory_is_told_what_became_of_each_problem():
     memory = PassMemory(len(PROMPTS), 1, 1)
-    found, _ = drawn(lambda draw, sample: (5, draw % 2 == 0 or sample == 0), missing=6, keep_rate=0.5, memory=memory)
+    found, _ = drawn(
+        lambda draw, sample: (5, draw % 2 == 0 or sample == 0),
+        missing=6,
+        keep_rate=0.5,
+        memory=memory,
+    )
     for outcome in found.outcomes:
         memory.record(*outcome)
     right = {g.prompt.problem.id for g in found.groups if g.correct.all()}
@@ -305,11 +407,13 @@ def test_partial_rollouts_leave_later_groups_to_the_next_step_and_lose_nothing()
     groups = [g for step in partial for g in step.groups]
     assert [g.draw for g in groups] == list(range(len(groups)))  # each draw once, in order
     assert all(sum(map(is_informative, step.groups)) >= 8 for step in partial)
-    assert any(step.open for step in partial) and any(g.begun for step in partial for g in step.open)
+    assert any(step.open for step in partial) and any(
+        g.begun for step in partial for g in step.open
+    )
     for group in groups:  # whole responses, whichever steps they were sampled in
-        assert [(len(r.tokens), bool(c)) for r, c in zip(group.responses, group.correct, strict=True)] == [
-            long_tailed(group.draw, sample) for sample in range(G)
-        ]
+        assert [
+            (len(r.tokens), bool(c)) for r, c in zip(group.responses, group.correct, strict=True)
+        ] == [long_tailed(group.draw, sample) for sample in range(G)]
     whole = [g for step in steps(6) for g in step.groups]
     for a, b in zip(groups, whole, strict=False):
         assert a.draw == b.draw and said(a) == said(b) and a.reward.tolist() == b.reward.tolist()
@@ -318,7 +422,9 @@ def test_partial_rollouts_leave_later_groups_to_the_next_step_and_lose_nothing()
 def test_tokens_are_counted_in_the_step_that_samples_them():
     left_open, draws, settled = [], 0, 0
     for _ in range(6):
-        step, stream = drawn(long_tailed, first_draw=draws, left_open=left_open, partial_rollouts=True)
+        step, stream = drawn(
+            long_tailed, first_draw=draws, left_open=left_open, partial_rollouts=True
+        )
         assert step.tokens == stream.sampled > 0
         left_open, draws, settled = step.open, draws + step.draws, settled + len(step.groups)
         assert draws == settled + len(left_open)
@@ -340,10 +446,20 @@ def test_open_groups_survive_a_checkpoint():
         length, correct = long_tailed(draw, sample)
         return 3 if length % 5 == 0 else length, correct
 
-    options = {"outcome": some_late, "pool": FakePool(late=Verdict(True, 9.0, "timed out after 1 s")), "partial_rollouts": True}
-    plain, restored = (steps(6, save, **options) for save in (lambda groups: groups, through_a_file))
+    options = {
+        "outcome": some_late,
+        "pool": FakePool(late=Verdict(True, 9.0, "timed out after 1 s")),
+        "partial_rollouts": True,
+    }
+    plain, restored = (
+        steps(6, save, **options) for save in (lambda groups: groups, through_a_file)
+    )
     for a, b in zip(plain, restored, strict=True):
-        assert [g.draw for g in a.groups] == [g.draw for g in b.groups] and a.verdicts == b.verdicts and a.cursor == b.cursor
+        assert (
+            [g.draw for g in a.groups] == [g.draw for g in b.groups]
+            and a.verdicts == b.verdicts
+            and a.cursor == b.cursor
+        )
         assert list(map(said, a.groups)) == list(map(said, b.groups))
     assert any(step.open for step in plain)
     assert any(v and v.error for step in plain for g in step.open for v in g.verdicts)
@@ -364,7 +480,12 @@ def opened(*outcomes):
         (8, [], 0.5, 16),
         (8, [], 1.0, 8),
         (2, ["10??", "0001"], 0.5, 0),  # informative already, though not finished
-        (2, ["10??", "????"], 0.5, 1),  # p = (8 x 0.5 + 1) / 9 = 5/9: short of (1 - 5/9) / (5/9) = 0.8
+        (
+            2,
+            ["10??", "????"],
+            0.5,
+            1,
+        ),  # p = (8 x 0.5 + 1) / 9 = 5/9: short of (1 - 5/9) / (5/9) = 0.8
         (3, ["10??", "1111", "0000", "11??"], 0.5, 4),  # p = 5/11: (2 - 5/11) / (5/11) = 3.4
     ],
 )
@@ -373,7 +494,9 @@ def test_prompts_wanted_by_hand(missing, groups, rate, expected):
 
 
 def test_the_expected_keep_rate_follows_what_was_drawn():
-    found, _ = drawn(lambda draw, sample: (5, draw % 4 == 0 and sample == 0), missing=2, keep_rate=0.5)
+    found, _ = drawn(
+        lambda draw, sample: (5, draw % 4 == 0 and sample == 0), missing=2, keep_rate=0.5
+    )
     share = np.mean([is_informative(g) for g in found.groups])
     assert keep_rate_after(0.5, found.groups) == pytest.approx(0.25 + share / 2)
     assert keep_rate_after(0.5, []) == 0.5
