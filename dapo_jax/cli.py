@@ -52,39 +52,39 @@ def _run(main: Callable[[list[str] | None], int], argv: list[str] | None) -> typ
         status = main(argv)
         sys.stdout.flush()
     except InputError as e:
-        status = _say(e, 2)
+        status = _info(e, 2)
     except NoCheckpointError as e:
-        status = _say(e, 3)
+        status = _info(e, 3)
     except RunError as e:
-        status = _say(e, 1)
+        status = _info(e, 1)
     except Stopped as e:
-        _say(e, 0)
+        _info(e, 0)
         sys.exit(128 + e.number)  # all processes leave together
     except KeyboardInterrupt as e:
-        status = _say(str(e) or "interrupted", 128 + getattr(e, "number", signal.SIGINT))
+        status = _info(str(e) or "interrupted", 128 + getattr(e, "number", signal.SIGINT))
     except BrokenPipeError:  # `| head` closed our output
         sys.stderr.close()
         status = 0
     except Exception as e:
         if out_of_memory(e):
             what = f"out of memory ({reason(e)}); lower rollout.decode_slots (sampling) or train.rows_per_microbatch (updates)"
-            status = _say(
+            status = _info(
                 f"{what}, set model.remat: full, or use more devices; `python -m dapo_jax.plan` says what fits a TPU",
                 2,
             )
         elif why := no_device(e):
-            status = _say(why, 2)
+            status = _info(why, 2)
         elif isinstance(e, OSError) and e.errno in _REFUSED:
             os.dup2(
                 os.open(os.devnull, os.O_WRONLY), 1
             )  # what it refused may be the output, and is written again at the end
-            status = _say(
+            status = _info(
                 f"{e.filename or 'output'}: cannot be written ({e.strerror}); free the disk, then start the same command again",
                 2,
             )
         elif multihost.is_distributed():
             traceback.print_exc()
-            status = _say("ended by the error above", 1)
+            status = _info("ended by the error above", 1)
         else:
             raise
     if status and multihost.is_distributed():
@@ -144,7 +144,7 @@ def no_device(e: Exception) -> str | None:
     return f"JAX_PLATFORMS: is {asked!r}, but jax finds no such device{said}; install jax for this device, or unset JAX_PLATFORMS"
 
 
-def _say(what: object, status: int) -> int:
+def _info(what: object, status: int) -> int:
     where = f" {multihost.who()}:" if multihost.is_distributed() else ""
     line = printable(" ".join(str(what).split()))  # it may quote files that anyone wrote
     print(f"dapo_jax:{where} {line}", file=sys.stderr, flush=True)

@@ -236,7 +236,7 @@ def evaluate_sets(
     policy: Policy,
     pool: RewardPool,
     guard: Guard,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
     bars: bool = False,
 ) -> dict[str, tuple[dict[str, Any], list[Answer]]]:
     """`evaluate_set` on each set, with a line for people.
@@ -262,7 +262,7 @@ def evaluate_sets(
             if m["no_answer_fraction"] > 0.1
             else ""
         )
-        say(
+        info(
             f"eval {name}: avg@{k} {m['avg']:.3f} ± {m['avg_se']:.3f}, pass@{k} {m['pass']:.3f}, {cons}"
             f"{m['response_len_mean']:.0f} tokens, {m['truncated_fraction']:.1%} truncated{unread}"
             + (
@@ -284,7 +284,7 @@ def accuracies(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def load_sets(
-    config: Config, policy: Policy, say: Callable[[str], None]
+    config: Config, policy: Policy, info: Callable[[str], None]
 ) -> dict[str, list[Prompt]]:
     """The evaluation sets of a config, rendered to prompts."""
     sets = {}
@@ -298,12 +298,14 @@ def load_sets(
             problems, policy.tokenizer, config.data, policy.model.vocab_size
         )
         left_out = "".join(f", {count} skipped: {reason}" for reason, count in skipped.items())
-        say(f"eval/{name}: {report.summary()}; {len(sets[name])} used{left_out}")
+        info(f"eval/{name}: {report.summary()}; {len(sets[name])} used{left_out}")
     return sets
 
 
 def not_held_out(
-    prompts: Sequence[Prompt], eval_sets: Mapping[str, Sequence[Prompt]], say: Callable[[str], None]
+    prompts: Sequence[Prompt],
+    eval_sets: Mapping[str, Sequence[Prompt]],
+    info: Callable[[str], None],
 ) -> list[Prompt]:
     """The prompts that may be trained on: those that no evaluation set holds.
 
@@ -311,7 +313,7 @@ def not_held_out(
     """
     kept = without(prompts, itertools.chain(*eval_sets.values()))
     if held := len(prompts) - len(kept):
-        say(f"problems: {held} of the prompts are in eval.sets too, and left out of training")
+        info(f"problems: {held} of the prompts are in eval.sets too, and left out of training")
     return kept
 
 
@@ -331,7 +333,7 @@ def checked_pool(
             for line in check_data(
                 name, [p.problem for p in prompts], config.data.template, config.reward, judge
             ):
-                (console.tell if line.startswith("warning") else console.say)(line)
+                (console.result if line.startswith("warning") else console.info)(line)
         yield pool
 
 
@@ -386,8 +388,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     multihost.initialize()
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
-    say = console.say
-    sets = load_sets(config, policy, say)
+    info = console.info
+    sets = load_sets(config, policy, info)
     source = function_source(config.reward.function)
     checkpoints = records_digest(run_dir / "checkpoints") if run_dir else None
     facts = {
@@ -398,11 +400,11 @@ def main(argv: list[str] | None = None) -> int:
     check_started_alike(config, policy, named, facts)
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh, slots=True)
-    say(describe(policy, mesh))
+    info(describe(policy, mesh))
     with checked_pool(config, source, named, console) as pool:
         if run_dir:
             step, params = restore_params(run_dir, policy, mesh)
-            say(f"checkpoint of step {step}")
+            info(f"checkpoint of step {step}")
         else:
             step, params = None, load_params(config, policy, mesh)
         weights = publisher(params, mesh, policy.model.compute_dtype)(params)
@@ -416,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
                 policy=policy,
                 pool=pool,
                 guard=guard,
-                say=console.tell,
+                info=console.result,
                 bars=console.bars,
             )
     results = {

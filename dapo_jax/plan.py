@@ -446,7 +446,7 @@ def compile_all(
     pod: Pod,
     lengths: Lengths,
     only: Sequence[str] = (),
-    say: Callable[[str], None] = print,
+    info: Callable[[str], None] = print,
     known: Mapping[Any, Compiled] | None = None,
 ) -> list[Result]:
     """Compiles the programs of a config (those named, or all), one after the other, but for those
@@ -457,7 +457,7 @@ def compile_all(
     for program in programs(config, load_model(config), mesh, lengths):
         if program.name in only or (not only and program.name != PLAIN):
             if (compiled := (known or {}).get(program.key)) is None:
-                say(f"compiling {program.name} ...")
+                info(f"compiling {program.name} ...")
                 compiled = compile_program(
                     program.lower(), device_bytes(program.arguments), program.trips
                 )
@@ -619,7 +619,7 @@ def suggest(
     pod: Pod,
     lengths: Lengths,
     results: Sequence[Result],
-    say: Callable[[str], None],
+    info: Callable[[str], None],
 ) -> list[str]:
     """Decode slots and rows of a micro-batch, the largest that fit in 90% of HBM. results: of the
     config as it is.
@@ -642,7 +642,7 @@ def suggest(
                 config, **{section: dataclasses.replace(getattr(config, section), **{key: n})}
             )
             found = compile_all(
-                changed, pod, lengths, names, lambda line: say(f"{key} {n}: {line}"), known
+                changed, pod, lengths, names, lambda line: info(f"{key} {n}: {line}"), known
             )
             known.update({r.program.key: r.compiled for r in found})
             return [r.peak_bytes for r in found]

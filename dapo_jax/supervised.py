@@ -78,7 +78,7 @@ def warm_up(
     state: TrainState,
     items: Sequence[TrainItem],
     mesh: Mesh,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
     done: int = 0,
     skipped: int = 0,
 ) -> Iterator[tuple[int, int, TrainState]]:
@@ -136,7 +136,7 @@ def warm_up(
         batch = next(coming, None)
         skipped = skipped + 1 if float(sums["skipped"]) else 0  # waits
         if u % max(1, section.updates // 5) == 0 or u == section.updates:
-            say(f"warm-up {u:>5}/{section.updates}  cross-entropy {float(sums['loss']):.4f}")
+            info(f"warm-up {u:>5}/{section.updates}  cross-entropy {float(sums['loss']):.4f}")
         if skipped >= config.optim.max_nonfinite_updates:
             trouble = f"{skipped} updates in a row had a loss or gradient that is not finite and were skipped"
             raise InputError(
@@ -177,12 +177,12 @@ def main(argv: list[str] | None = None) -> int:
     policy = load_policy(config)
     multihost.initialize()
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
-    say = console.say
+    info = console.info
     problems, reports = load_training(config.data)
     for report in reports:
-        say(report.summary())
+        info(report.summary())
     prompts, _ = make_prompts(problems, policy.tokenizer, config.data, policy.model.vocab_size)
-    unseen = not_held_out(prompts, load_sets(config, policy, say), say)
+    unseen = not_held_out(prompts, load_sets(config, policy, info), info)
     if not unseen:
         raise InputError(
             f"data.train: all {len(prompts)} prompts are in eval.sets too, and nothing is left to train on; give more problems"
@@ -191,12 +191,12 @@ def main(argv: list[str] | None = None) -> int:
     items = solution_items(unseen, policy, config.rollout.max_response_len)
     mesh, lora = make_mesh(config.mesh), config.model.lora
     check_divides(config, mesh, rows=True)
-    say(describe(policy, mesh, lora))
+    info(describe(policy, mesh, lora))
     state = supervised_programs(config, policy.model, mesh)[0](
         load_params(config, policy, mesh, lora=lora)
     )
     with Guard(config.train.stall_timeout_s) as guard:
-        for _, _, warmed in warm_up(config, policy, state, items, mesh, say):  # noqa: B007 - the last one is used
+        for _, _, warmed in warm_up(config, policy, state, items, mesh, info):  # noqa: B007 - the last one is used
             guard.reach("warm-up")
     host_params = multihost.fetch(merged(warmed.params, policy, lora, mesh))
     if multihost.is_main():
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
             source_folder=policy.folder,
             tokenizer=policy.tokenizer,
         )
-    console.tell(f"wrote {args.out}")
+    console.result(f"wrote {args.out}")
     return 0
 
 

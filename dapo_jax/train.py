@@ -85,7 +85,7 @@ from dapo_jax.training.setup import (
     weights_folder,
     with_commit,
 )
-from dapo_jax.training.state import DataDigests, Progress, Run, UnderWay, fetched, restore, save
+from dapo_jax.training.state import DataDigests, PartialStep, Progress, Run, fetched, restore, save
 from dapo_jax.types import (
     Group,
     InputError,
@@ -144,7 +144,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     config = with_commit(config, run_dir)
     d, algo = config.data, config.dapo
     console = make_console(main=multihost.is_main(), quiet=quiet)
-    say = console.say
+    info = console.info
 
     # ---- Problems, prompts and policy: all that can be wrong is found before a device works -------------------------
     check_tracker(config.train.tracker, run_dir)
@@ -153,13 +153,13 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     problems, reports = load_training(d)
     prompts, skipped = make_prompts(problems, policy.tokenizer, d, policy.model.vocab_size)
     loaded = "; ".join(report.summary() for report in reports)
-    say(
+    info(
         f"problems: {loaded}; {len(prompts)} prompts"
         + "".join(f", {n} skipped: {why}" for why, n in skipped.items())
     )
-    eval_sets = load_sets(config, policy, say)
+    eval_sets = load_sets(config, policy, info)
     loaded_digest = problems_digest(p.problem for p in prompts)
-    prompts = fit_to_train_on(prompts, eval_sets, config, say)
+    prompts = fit_to_train_on(prompts, eval_sets, config, info)
     solutions = (
         solution_items(prompts, policy, config.rollout.max_response_len)
         if config.supervised.updates
@@ -167,7 +167,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     )
     mixture = mix(d.train, [p.problem for p in prompts])
     if several := mixture.summary():
-        say(f"mixture: {several}")
+        info(f"mixture: {several}")
     data_digests = DataDigests(
         loaded_digest, mixture_digest([p.problem for p in prompts], mixture), tokens_digest(prompts)
     )
@@ -178,14 +178,14 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     check_started_alike(config, policy, sets, {"the reward function": source})
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh, rows=True, slots=True)
-    refuse_other_run(config, run_dir, source)
+    check_same_run(config, run_dir, source)
     if function_changed(source, run_dir):
-        say(
+        info(
             "reward.function: its file has changed since the run was started, which reward.allow_change allows"
         )
     check_first_weights(policy, run_dir)
-    say(f"policy: {describe(policy, mesh, config.model.lora)}")
-    say(
+    info(f"policy: {describe(policy, mesh, config.model.lora)}")
+    info(
         f"step: {algo.prompts_per_step} prompts x {algo.responses_per_prompt} responses, "
         f"{algo.prompts_per_step * algo.responses_per_prompt // algo.responses_per_update} updates; {config.reward.verifier} verifier; "
         f"clip [{1 - algo.clip_eps_low:g}, {1 + algo.clip_eps_high:g}]; {algo.loss_normalizer} loss; "
@@ -222,7 +222,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
             run_dir / "profile", config.train.profile_start, config.train.profile_steps
         ) as profiler,
     ):
-        refuse_other_run(config, run_dir, source)  # a job that has ended since may have begun it
+        check_same_run(config, run_dir, source)  # a job that has ended since may have begun it
         check_steps(config.train.steps, max(checkpoints.steps(), default=0), run_dir)
         write_config(config, run_dir, source)
         function = digest_of(source)
@@ -251,7 +251,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 policy=policy,
                 pool=pool,
                 guard=guard,
-                say=say,
+                info=info,
                 bars=console.bars,
             )
             return {
@@ -262,7 +262,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
 
         # ---- Where the run stands: a checkpoint, or the start -------------------------------------------------------
         if restore_run(run):
-            say(
+            info(
                 f"resumed from the checkpoint of {run.where}: {run.at.updates} updates, {run.at.draws} draws before it"
             )
         else:
@@ -271,7 +271,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
             config.train.tracker if multihost.is_main() else None,
             run_dir,
             flatten(to_dict(config)),
-            console.tell,
+            console.result,
         )
         log = MetricsLog(
             run_dir,
@@ -282,7 +282,14 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         with tracker, log, saving_at_an_end(run, save_run):
             if (warm := config.supervised.updates) > run.at.warmed:
                 for updates, in_a_row, state in warm_up(
-                    config, policy, run.state, solutions, mesh, say, run.at.warmed, run.at.nonfinite
+                    config,
+                    policy,
+                    run.state,
+                    solutions,
+                    mesh,
+                    info,
+                    run.at.warmed,
+                    run.at.nonfinite,
                 ):
                     run.state = state if updates < warm else programs.init_optimizer(state.params)
                     run.at = run.at._replace(
@@ -302,7 +309,13 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
 
             # ---- Rollout steps --------------------------------------------------------------------------------------
             rolling_back = functools.partial(
-                rolled_back_if_diverged, run, config.optim, restore_run, save_run, log, console.tell
+                rolled_back_if_diverged,
+                run,
+                config.optim,
+                restore_run,
+                save_run,
+                log,
+                console.result,
             )
             seed = jax.random.key(config.seed)
             saving: dict[str, float] = {}
@@ -317,7 +330,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 annotation = jax.profiler.StepTraceAnnotation("rollout step", step_num=step)
                 with rolling_back() as rolled_back, timed(times, "time/step_s"), annotation:
                     # Draw until the buffer holds a step's worth of informative groups.
-                    if run.under_way is None:
+                    if run.partial is None:
                         drawn = Drawn([], [], run.at.cursor, 0, 0, list(run.left_open), [])
                         if missing := run.buffer.missing():
                             with progress(None, f"rollout {step}", enabled=console.bars) as bar:
@@ -352,16 +365,16 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                                     drawn.groups, config.train.samples_per_step, algo, policy
                                 ),
                             )
-                        run.stand_after(
+                        run.commit(
                             drawn,
                             groups,
                             at_least=algo.prompts_per_step if algo.on_cap == "error" else 1,
                         )
-                        run.under_way = UnderWay(draw_metrics(drawn, config), [])
-                    drawn_metrics, done = run.under_way
+                        run.partial = PartialStep(draw_metrics(drawn, config), [])
+                    drawn_metrics, done = run.partial
                     kept, counts = run.buffer.ready()
                     if counts.kept < algo.prompts_per_step:
-                        say(f"step {step}: {underfilled(counts.kept, algo)}")
+                        info(f"step {step}: {underfilled(counts.kept, algo)}")
                     first_draw = run.at.draws - int(
                         drawn_metrics["rollout/prompts"]
                     )  # of this step
@@ -416,10 +429,10 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 }
                 metrics |= times | throughput(drawn_metrics, packed[already:], times)
                 last = step == config.train.steps
-                say(table.line(step, metrics))
+                info(table.line(step, metrics))
                 if (unread := metrics.get("reward/no_answer_fraction", 0.0)) > 0.5:
                     verifier = config.reward.verifier
-                    say(
+                    info(
                         f"step {step}: {unread:.0%} of the responses hold no answer that the {verifier} verifier reads; see samples/"
                     )
                 if eval_sets and config.eval.every and (step % config.eval.every == 0 or last):
@@ -430,7 +443,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                         continue
                 run.buffer.take()
                 run.at = run.at._replace(step=step, updates=applied, nonfinite=nonfinite)
-                run.under_way = None
+                run.partial = None
                 check_agreement(run, metrics)
                 # The line goes before the checkpoint, so that a resumed run lacks no line; the time
                 # of saving is on the next one.
@@ -448,8 +461,8 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
             checkpoints.wait()
 
     if multihost.is_main():
-        say(f"curves: {plot_curves(run_dir)}")
-        console.tell(
+        info(f"curves: {plot_curves(run_dir)}")
+        console.result(
             f"done: {run.at.step} steps, {run.at.updates} updates, {run.at.draws} draws in {run_dir}{held_out(run_dir)}"
         )
 
@@ -653,7 +666,7 @@ def rolled_back_if_diverged(
     restore_run: Callable[..., bool],
     save_run: Callable[[Run], None],
     log: MetricsLog,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
 ) -> Iterator[list[int]]:
     """Where NonFiniteError ends what is inside, rolls the run back `optim.rollback_steps` or more,
     past the draws since, and saves that.
@@ -682,12 +695,14 @@ def rolled_back_if_diverged(
             f"{trouble}, and there is no checkpoint {back} steps back; lower train.save_every or optim.rollback_steps"
         )
     run.at = run.at._replace(draws=at.draws, cursor=at.cursor, rollbacks=at.rollbacks + 1)
-    log.go_back(run.at.step)
+    log.rollback(run.at.step)
     save_run(
         run
     )  # whatever ends the run next: it must not draw these problems again, nor forget how often it was rolled back
     rolled_back.append(run.at.step)
-    say(f"{trouble}: rolled back to step {run.at.step}, without the problems that were drawn since")
+    info(
+        f"{trouble}: rolled back to step {run.at.step}, without the problems that were drawn since"
+    )
 
 
 def draw_metrics(step: Drawn, config: Config) -> dict[str, float]:
@@ -813,10 +828,10 @@ def fit_to_train_on(
     prompts: Sequence[Prompt],
     eval_sets: Mapping[str, Sequence[Prompt]],
     config: Config,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
 ) -> list[Prompt]:
     """The prompts that no evaluation set holds. InputError if they are too few for a step."""
-    kept = not_held_out(prompts, eval_sets, say)
+    kept = not_held_out(prompts, eval_sets, info)
     if len(kept) < (wanted := config.dapo.prompts_per_step):
         held = len(prompts) - len(kept)
         few = f"{len(kept)} prompts to train on" + (
@@ -874,7 +889,7 @@ def stored_configs(run_dir: Folder) -> list[Config]:
     return found
 
 
-def refuse_other_run(config: Config, run_dir: Folder, source: str | None) -> None:
+def check_same_run(config: Config, run_dir: Folder, source: str | None) -> None:
     """Raises ConfigError for a folder whose run was another one, with another config or another
     `source` of its reward function.
     """

@@ -19,7 +19,7 @@ from test_train import compile_once, config, reward_module, run_train, steady, v
 from dapo_jax import evaluate, export
 from dapo_jax.runtime import faults, folder, lock, multihost
 from dapo_jax.runtime.checkpoint import Checkpoints, restore_params
-from dapo_jax.runtime.folder import Growing, as_path, run_folder
+from dapo_jax.runtime.folder import AppendFile, as_path, run_folder
 from dapo_jax.runtime.lock import locked
 from dapo_jax.runtime.metrics import MetricsLog, read_metrics
 from dapo_jax.runtime.profile import Profiler
@@ -206,7 +206,7 @@ def test_metrics_are_whole_after_every_line_and_cut_on_resume(empty):
                 }
                 assert empty.names("m/tensorboard/")
             if begin is None:
-                log.go_back(1)
+                log.rollback(1)
                 log.write(2, 0, 0, {"reward/mean": 0.5})
     assert [record["step"] for record in read_metrics("gs://bucket/m")] == [1, 2, 3, 4]
     assert {name.split("/")[1] for name in empty.names("m/")} == {"metrics.jsonl", "tensorboard"}
@@ -226,7 +226,7 @@ def test_a_trace_goes_to_the_bucket(empty, capsys):
 
 def test_a_file_that_grows_is_the_same_in_a_bucket(empty, tmp_path):
     for path in (as_path("gs://bucket/g/lines"), tmp_path / "g" / "lines"):
-        lines = Growing(path, b"one\n")
+        lines = AppendFile(path, b"one\n")
         lines.add(b"two\n")
         assert folder.read(path) == b"one\ntwo\n"
         lines.close()

@@ -67,7 +67,7 @@ def test_titles_come_again():
 
 def test_a_log_file_has_the_wide_table_and_no_control_characters(capsys):
     said = make_console(main=True)
-    said.say(StepTable(3).line(1, VALUES))
+    said.info(StepTable(3).line(1, VALUES))
     with progress(3, "rollout 1", enabled=said.bars) as bar:
         bar.update(2)
     out, err = capsys.readouterr()
@@ -82,8 +82,8 @@ def test_a_quiet_run_tells_results_and_other_processes_tell_nothing(capsys):
         (False, True, ""),
     ):
         said = make_console(main=main, quiet=quiet)
-        said.say("going")
-        said.tell("done")
+        said.info("going")
+        said.result("done")
         assert capsys.readouterr().out == expected
         assert said.bars == (main and not quiet)
 

@@ -164,6 +164,6 @@ def evaluated(text, judge, reward):
         policy=Policy(config.model.architecture, byte_tokenizer(), (1,)),
         pool=SimpleNamespace(submit=submit),
         guard=SimpleNamespace(reach=lambda place: None, wait=lambda done, place: None),
-        say=said.append,
+        info=said.append,
     )
     return *found["a"], said[0]

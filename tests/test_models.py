@@ -207,13 +207,13 @@ def test_a_run_goes_on_with_the_commit_it_was_started_with(hub, tmp_path):
     hub["main"] = "e" * 40
     assert with_commit(settings(ID)).model.folder == f"{ID}@{'e' * 40}"
     assert with_commit(settings(ID), tmp_path) == begun
-    train.refuse_other_run(with_commit(settings(ID), tmp_path), tmp_path, None)
+    train.check_same_run(with_commit(settings(ID), tmp_path), tmp_path, None)
     for other in ("main", "v1", "e" * 40):
         with pytest.raises(
             ConfigError,
             match=f"model.folder: is '{ID}@[be]{{40}}', but .* was started with '{ID}@a{{40}}'",
         ):
-            train.refuse_other_run(with_commit(settings(f"{ID}@{other}"), tmp_path), tmp_path, None)
+            train.check_same_run(with_commit(settings(f"{ID}@{other}"), tmp_path), tmp_path, None)
 
 
 def test_what_is_no_id_of_the_hub_stays_as_it_is(tmp_path, folder):

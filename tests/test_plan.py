@@ -223,7 +223,7 @@ def test_suggestions_are_the_largest_that_fit_and_known_programs_are_not_compile
     monkeypatch.setattr(plan, "make_mesh", lambda section, devices: make_mesh(MeshSection(1, 4, 2)))
     monkeypatch.setattr(plan, "compile_program", compile_program)
     lengths = Lengths(10, 100, 0.5)
-    results = plan.compile_all(config, pod, lengths, say=lambda line: None)
+    results = plan.compile_all(config, pod, lengths, info=lambda line: None)
     lines = plan.suggest(config, pod, lengths, results, lambda line: None)
     assert lines == [
         "rollout.decode_slots: 8; at most 80 fit in 90% of HBM",

@@ -9,7 +9,7 @@ from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor
 from dapo_jax.runtime.checkpoint import Restored
 from dapo_jax.training.dynamic_sampling import OpenGroup
-from dapo_jax.training.state import DataDigests, Progress, Run, UnderWay, restore, save
+from dapo_jax.training.state import DataDigests, PartialStep, Progress, Run, restore, save
 from dapo_jax.types import InputError, NoCheckpointError, Prompt
 
 DATA = DataDigests("loaded", "trained on", "tokens")
@@ -92,7 +92,7 @@ def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
     run.buffer.add([make_group(draw, MIXED) for draw in (3, 4)])
     run.memory.record(2, True, 0)
     run.left_open = [OpenGroup(5, PROMPTS[0], 2)]
-    run.under_way = UnderWay({}, [{"loss": np.nan}])
+    run.partial = PartialStep({}, [{"loss": np.nan}])
     run.at = run.at._replace(step=2, draws=6)
     taken_up(
         folder,
@@ -102,7 +102,7 @@ def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
         at_most=1,
     )
     assert (run.at.step, run.buffer.missing(), run.memory.resting(0)) == (1, 2 if changed else 1, 0)
-    assert not run.left_open and run.under_way is None
+    assert not run.left_open and run.partial is None
     run.buffer.add([make_group(draw, MIXED) for draw in (6, 7)])
     groups, counts = run.buffer.take()
     assert [g.draw for g in groups] == ([6, 7] if changed else [0, 6]) and counts.drawn == (
@@ -127,7 +127,7 @@ def test_prompts_of_other_tokens_are_other_data():
     assert taken_up(folder, make_run(), others).buffer.missing() == 1
 
 
-UNDER_WAY = UnderWay({"rollout/tokens": 7.0}, [{"loss": 0.5, "skipped": 0.0}])
+UNDER_WAY = PartialStep({"rollout/tokens": 7.0}, [{"loss": 0.5, "skipped": 0.0}])
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,10 @@ def test_what_a_forged_checkpoint_says_is_one_line(change):
     """Its digests hold, so that it is this module that sees what cannot be."""
     folder, run = Folder(), make_run(Progress(step=1, draws=1, begun=True))
     run.buffer.add([make_group(0, MIXED)])
-    run.under_way = UNDER_WAY
+    run.partial = UNDER_WAY
     write(run, folder)
     (forged,) = folder.interrupted
-    assert taken_up(folder, make_run()).under_way == UNDER_WAY
+    assert taken_up(folder, make_run()).partial == UNDER_WAY
     change(forged.host, forged.groups)
     with pytest.raises(
         NoCheckpointError,

@@ -319,13 +319,13 @@ def test_a_run_goes_on_with_the_task_it_was_started_with(config, here, capfd):
     assert (run / "reward_function.py").read_text() == original
 
     allowed = load_config(config, ["reward.allow_change=true"])
-    train.refuse_other_run(allowed, run, original + "# another\n")
+    train.check_same_run(allowed, run, original + "# another\n")
     assert train.function_changed(original + "# another\n", run) and not train.function_changed(
         original, run
     )
     train.write_config(allowed, run, original + "# another\n")
     assert (run / "reward_function.py").read_text() == original + "# another\n"
-    train.refuse_other_run(
+    train.check_same_run(
         load_config(config), run, original + "# another\n"
     )  # what it goes on with from now on
 

@@ -568,7 +568,7 @@ def test_a_run_folder_takes_its_data_from_anywhere(config, tmp_path):
 
     def refusal(*overrides):
         try:
-            train.refuse_other_run(load_config(config, (*two, *overrides)), tmp_path / "run", None)
+            train.check_same_run(load_config(config, (*two, *overrides)), tmp_path / "run", None)
         except InputError as e:
             return str(e)
 

@@ -109,7 +109,7 @@ def prepare(args: argparse.Namespace) -> None:
             name=args.name,
             columns=named_columns(args.columns),
             watch=bar.update,
-            say=bar.write,
+            info=bar.write,
         )
     print(f"wrote {folder}")
 

@@ -97,13 +97,13 @@ def prepare(
     name: str = "problems",
     columns: ColumnsConfig = AS_USUAL,
     watch: Watch | None = None,
-    say: Callable[[str], Any] | None = None,
+    info: Callable[[str], Any] | None = None,
 ) -> Folder:
     """Writes the distinct problems of a data set to `folder`/`name`/1.0.0, as split `train`; those
     of `test`, another one, as `test`.
 
     Returns the prepared folder, which data.train and eval.sets may name; `folder` may be in a
-    bucket. say: is told what became of the rows of each source, as dataset_info.json is. Raises
+    bucket. info: is told what became of the rows of each source, as dataset_info.json is. Raises
     InputError if a source is unusable, or if `folder` already holds such problems or cannot be
     written.
     """
@@ -120,8 +120,8 @@ def prepare(
                 path, ArithmeticConfig(), columns=columns, heldout=split == "test", watch=watch
             )
             said.append(report.summary())
-            if say is not None:
-                say(said[-1])
+            if info is not None:
+                info(said[-1])
     if not is_bucket(folder):
         return _write(name, splits, "\n".join(said), folder)
     with tempfile.TemporaryDirectory() as temporary:

@@ -71,8 +71,8 @@ def warn(message: str) -> None:
 class Console(NamedTuple):
     """How one process speaks; only the first of a job does."""
 
-    say: Callable[[str], None]  # what goes on
-    tell: Callable[[str], None]  # results, and what a person should know even of a quiet run
+    info: Callable[[str], None]  # what goes on
+    result: Callable[[str], None]  # results, and what a person should know even of a quiet run
     bars: bool  # progress bars
 
 

@@ -3,7 +3,7 @@ reaches.
 
 Both are paths with pathlib's methods. Google Cloud Storage keeps objects: one appears whole, takes
 the place of another at once, and cannot be appended to; a folder is there as soon as something is
-in it. So a file that grows is sent whole with every line (`Growing`), and a writer that knows local
+in it. So a file that grows is sent whole with every line (`AppendFile`), and a writer that knows local
 files only gets a local folder, whose files are sent (`Staged`).
 """
 
@@ -176,7 +176,7 @@ def local_file(path: Folder) -> Iterator[Path]:
         yield copy
 
 
-class Growing:
+class AppendFile:
     """A file that starts with `content` and grows by lines; an object is sent whole with each of
     them.
     """

@@ -28,7 +28,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from dapo_jax.runtime import folder
 from dapo_jax.runtime.console import warn
-from dapo_jax.runtime.folder import Folder, Growing, as_path, writing
+from dapo_jax.runtime.folder import AppendFile, Folder, as_path, writing
 from dapo_jax.types import InputError
 
 VOLATILE = (
@@ -135,13 +135,13 @@ class MetricsLog:
         copy: Callable[[int, Mapping[str, float]], None] = lambda step, numbers: None,
     ):
         self._path, self._copy = as_path(run_dir) / "metrics.jsonl", copy
-        self._lines: Growing | None = None
+        self._lines: AppendFile | None = None
         if enabled:
             self._open(-1 if resume_step is None else resume_step)
 
     def _open(self, last: int) -> None:
         with writing(self._path):
-            self._lines = Growing(self._path, _until(self._path, last))
+            self._lines = AppendFile(self._path, _until(self._path, last))
         self._board = (
             self._path.parent
             / "tensorboard"
@@ -151,7 +151,7 @@ class MetricsLog:
             status=SessionLog.START
         )  # hides the steps from here on of the files before
         with writing(self._board):
-            self._events = Growing(
+            self._events = AppendFile(
                 self._board,
                 _event(file_version="brain.Event:2") + _event(step=last + 1, session_log=restart),
             )
@@ -159,7 +159,7 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def go_back(self, step: int) -> None:
+    def rollback(self, step: int) -> None:
         """Cuts off the lines of later steps."""
         if self._lines is not None:
             self.__exit__()

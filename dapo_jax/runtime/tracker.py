@@ -58,7 +58,7 @@ def check_tracker(kind: Kind | None, run_dir: Folder) -> None:
 class Tracker:
     """Context manager around a run. `send` takes its lines.
 
-    kind: None does nothing. config: flat, what the tracker shows of the run. say: told once if the
+    kind: None does nothing. config: flat, what the tracker shows of the run. info: told once if the
     tracker fails.
     """
 
@@ -67,9 +67,9 @@ class Tracker:
         kind: Kind | None,
         run_dir: Folder,
         config: Mapping[str, Any],
-        say: Callable[[str], None],
+        info: Callable[[str], None],
     ):
-        self._kind, self._run_dir, self._config, self._say = kind, run_dir, config, say
+        self._kind, self._run_dir, self._config, self._info = kind, run_dir, config, info
         self._lines: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(_WAITING)
         self._thread: threading.Thread | None = None
         self._lost = False
@@ -111,7 +111,7 @@ class Tracker:
     def _complain(self, what: str) -> None:
         if not self._lost:
             self._lost = True
-            self._say(
+            self._info(
                 f"train.tracker: {self._kind} {what}; the run goes on, and metrics.jsonl has them all"
             )
 

@@ -46,7 +46,7 @@ class Progress(NamedTuple):
     rollbacks: int = 0  # times that the run went back to an earlier step
 
 
-class UnderWay(NamedTuple):
+class PartialStep(NamedTuple):
     """A step between its drawing and its line."""
 
     drawn: dict[str, float]  # metrics of what it drew
@@ -70,17 +70,17 @@ class Run:
     at: Progress
     state: Any = None  # a TrainState
     left_open: Sequence[OpenGroup] = ()  # by partial rollouts, for the next step
-    under_way: UnderWay | None = None
+    partial: PartialStep | None = None
     saved: Progress | None = None  # what the newest checkpoint of a whole step says
 
     @property
     def where(self) -> str:
         """In words."""
         return f"step {self.at.step}" + (
-            f" and {len(self.under_way.sums)} updates of the next" if self.under_way else ""
+            f" and {len(self.partial.sums)} updates of the next" if self.partial else ""
         )
 
-    def stand_after(self, drawn: Drawn, groups: Sequence[Group], *, at_least: int) -> None:
+    def commit(self, drawn: Drawn, groups: Sequence[Group], *, at_least: int) -> None:
         """A step has drawn. groups: those of `drawn`, with log π_old.
 
         Raises StarvedError, and stands where it stood, if there are fewer than `at_least` groups to
@@ -116,7 +116,7 @@ def save(
     After a rollback a whole step is there already, with less draws and rollbacks: it is then
     written as one under way is.
     """
-    whole = run.at.begun and run.under_way is None
+    whole = run.at.begun and run.partial is None
     if whole and run.at == run.saved:
         return
     host: dict[str, Any] = {
@@ -132,11 +132,11 @@ def save(
         checkpoints.save(run.at.step, run.state, host, arrays)
         run.saved = run.at
         return
-    if run.under_way is not None:
-        sums = fetched(run.under_way.sums)
-        host |= {"drawn": run.under_way.drawn, "sums": sorted(sums[0]) if sums else []}
+    if run.partial is not None:
+        sums = fetched(run.partial.sums)
+        host |= {"drawn": run.partial.drawn, "sums": sorted(sums[0]) if sums else []}
         if sums:  # arrays, for what a skipped update summed up may be no number that JSON knows
-            arrays["under_way_sums"] = np.array(
+            arrays["partial_sums"] = np.array(
                 [[s[name] for name in sorted(s)] for s in sums], np.float64
             )
     checkpoints.save_interrupted(run.at.step, run.state, host, arrays)
@@ -200,7 +200,7 @@ def _take_up(
         run.buffer.restore(arrays, {p.problem.id: p.problem for p in prompts})
         run.memory.restore(arrays)
         run.left_open = restore_open(arrays, prompts)
-        run.under_way = _under_way(host, arrays) if "drawn" in host else None
+        run.partial = _partial_step(host, arrays) if "drawn" in host else None
     elif not allow_change:
         raise InputError(
             f"{changed}; use {before}, or set data.allow_change to go on from the start of what there is now, or give another --run-dir"
@@ -213,8 +213,8 @@ def _take_up(
         at = at._replace(cursor=Cursor())
         run.buffer.clear()
         run.memory.clear()
-        run.left_open, run.under_way = (), None
-    run.at, run.state, run.saved = at, restored.state, at if run.under_way is None else None
+        run.left_open, run.partial = (), None
+    run.at, run.state, run.saved = at, restored.state, at if run.partial is None else None
 
 
 def _progress(found: Sequence[Any], step: int) -> Progress:
@@ -230,12 +230,12 @@ def _progress(found: Sequence[Any], step: int) -> Progress:
     return at
 
 
-def _under_way(host: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> UnderWay:
+def _partial_step(host: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> PartialStep:
     """Raises as `_progress`."""
     drawn = host["drawn"]
     if not all(definition(key) and isinstance(value, int | float) for key, value in drawn.items()):
         raise TypeError("metrics of other names or types")
-    return UnderWay(drawn, _sums(host["sums"], arrays))
+    return PartialStep(drawn, _sums(host["sums"], arrays))
 
 
 def fetched(sums: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -245,5 +245,5 @@ def fetched(sums: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 def _sums(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     return [
-        dict(zip(names, map(float, row), strict=True)) for row in arrays.get("under_way_sums", ())
+        dict(zip(names, map(float, row), strict=True)) for row in arrays.get("partial_sums", ())
     ]
