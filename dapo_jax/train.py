@@ -42,7 +42,6 @@ from dapo_jax.dapo.packing import (
     normalizer_weights,
 )
 from dapo_jax.dapo.update import learning_rate, summarize
-from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.mixture import load_training, mix, mixture_digest
 from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import make_prompts, tokens_digest
@@ -206,7 +205,6 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
 
     run = Run(
         DynamicSamplingBuffer(algo.prompts_per_step, algo.dynamic_sampling, algo.carry_surplus),
-        PassMemory(len(prompts), algo.rest_after, algo.rest_epochs, mixture),
         Progress(keep_rate=min(1.0, algo.prompts_per_step / algo.prompts_per_draw)),
     )
     with (
@@ -331,7 +329,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 with rolling_back() as rolled_back, timed(times, "time/step_s"), annotation:
                     # Draw until the buffer holds a step's worth of informative groups.
                     if run.partial is None:
-                        drawn = Drawn([], [], run.at.cursor, 0, 0, list(run.left_open), [])
+                        drawn = Drawn([], [], run.at.cursor, 0, 0, list(run.left_open))
                         if missing := run.buffer.missing():
                             with progress(None, f"rollout {step}", enabled=console.bars) as bar:
                                 drawn = draw_groups(
@@ -342,7 +340,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                                     first_draw=run.at.draws,
                                     left_open=run.left_open,
                                     cursor=run.at.cursor,
-                                    memory=run.memory,
+                                    mixture=mixture,
                                     config=config,
                                     policy=policy,
                                     pool=pool,
@@ -423,7 +421,6 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                     | {"optim/lr": rate}
                 )
                 metrics |= {
-                    "filter/resting_problems": run.memory.resting(run.at.cursor.epoch),
                     "filter/open_groups": len(run.left_open),
                     "optim/rollbacks": run.at.rollbacks,
                 }

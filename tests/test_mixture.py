@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_jax.config import ArithmeticConfig, ColumnsConfig, DataSection, TrainSet
-from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.mixture import (
     Mixture,
     drawn_of_each,
@@ -20,6 +19,7 @@ from dapo_jax.data.mixture import (
     mix,
     mixture_digest,
     mixture_order,
+    next_problems,
 )
 from dapo_jax.data.problems import Cursor, advance, epoch_order, problems_digest
 from dapo_jax.types import InputError, Problem
@@ -44,10 +44,7 @@ def owners(mixture, draws):
 
 
 def draw(mixture, take, seed, cursor=Cursor()):  # noqa: B008
-    taken, _, after = PassMemory(sum(mixture.counts), None, 1, mixture).take(
-        cursor, take, seed=seed
-    )
-    return taken, after
+    return next_problems(mixture, cursor, take, seed=seed)
 
 
 # Draws
@@ -131,15 +128,6 @@ def test_data_sets_of_one_size_are_shuffled_apart():
     mixture = Mixture(("a", "b"), (20, 20), (1.0, 1.0))
     whose, which = owners(mixture, draw(mixture, 40, 0)[0])
     assert which[whose == 0].tolist() != which[whose == 1].tolist()
-
-
-def test_resting_problems_are_skipped_in_the_order_of_the_mixture():
-    mixture = Mixture(("a", "b"), (3, 5), (3.0, 1.0))
-    memory = PassMemory(8, 1, 2, mixture)
-    memory.record(1, True, 0)
-    plain, _ = draw(mixture, 24, 5)
-    taken, *_ = memory.take(Cursor(), 10, seed=5)
-    assert taken.tolist() == [i for i in plain if i != 1][:10]
 
 
 # Loading

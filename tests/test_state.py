@@ -5,7 +5,6 @@ import pytest
 from test_buffer import MIXED, PROBLEMS, make_group
 
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
-from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor
 from dapo_jax.runtime.checkpoint import Restored
 from dapo_jax.training.dynamic_sampling import OpenGroup
@@ -48,7 +47,6 @@ class Folder:
 def make_run(at=None):
     return Run(
         DynamicSamplingBuffer(2, True, True),
-        PassMemory(len(PROMPTS), 1, 1),
         at or Progress(begun=True),
         state="weights",
     )
@@ -82,15 +80,14 @@ def test_a_rollback_is_written_once_and_taken_up():
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
-    """Groups drawn, groups left open, updates under way and problems that rest: none stays, also
-    where the data set is another by now.
+    """Groups drawn, groups left open and updates under way: none stays, also where the data set is
+    another by now.
     """
     folder, run = Folder(), make_run(Progress(step=1, draws=1, begun=True))
     run.buffer.add([make_group(0, MIXED)])
     write(run, folder)
 
     run.buffer.add([make_group(draw, MIXED) for draw in (3, 4)])
-    run.memory.record(2, True, 0)
     run.left_open = [OpenGroup(5, PROMPTS[0], 2)]
     run.partial = PartialStep({}, [{"loss": np.nan}])
     run.at = run.at._replace(step=2, draws=6)
@@ -101,7 +98,7 @@ def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
         allow_change=changed,
         at_most=1,
     )
-    assert (run.at.step, run.buffer.missing(), run.memory.resting(0)) == (1, 2 if changed else 1, 0)
+    assert (run.at.step, run.buffer.missing()) == (1, 2 if changed else 1)
     assert not run.left_open and run.partial is None
     run.buffer.add([make_group(draw, MIXED) for draw in (6, 7)])
     groups, counts = run.buffer.take()
@@ -151,9 +148,8 @@ UNDER_WAY = PartialStep({"rollout/tokens": 7.0}, [{"loss": 0.5, "skipped": 0.0}]
         lambda host, arrays: arrays.pop("counters"),
         lambda host, arrays: arrays.update(counters=np.zeros(99)),
         lambda host, arrays: arrays.update(correct_len=np.array([9])),
-        lambda host, arrays: arrays.update(memory_streak=np.zeros(1, np.int32)),
         lambda host, arrays: arrays.update(
-            open_groups=np.array([[0, 99, 0]]), open_lengths=np.array([1])
+            open_groups=np.array([[0, 99]]), open_lengths=np.array([1])
         ),
     ],
 )

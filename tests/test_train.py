@@ -347,7 +347,6 @@ def test_partial_rollouts_resume_bit_for_bit(config, tmp_path):
     settings = (
         "dapo.partial_rollouts=true",
         "dapo.prompts_per_draw=24",
-        "dapo.rest_after=2",
         "rollout.decode_slots=8",
         "eval.every=0",
         "supervised.updates=0",

@@ -14,7 +14,7 @@ import numpy as np
 
 from dapo_jax.benchmark.measure import Sizes, device, random_model, report, speed, timed
 from dapo_jax.config import Config, DapoSection, ModelConfig, RewardSection, RolloutSection
-from dapo_jax.data.memory import PassMemory
+from dapo_jax.data.mixture import Mixture
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import load_tokenizer
 from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool
@@ -97,7 +97,7 @@ def _streaming(
         first_draw=0,
         left_open=[],
         cursor=Cursor(),
-        memory=PassMemory(len(prompts), None, 1),
+        mixture=Mixture(("imposed",), (len(prompts),), (1.0,)),
         config=config,
         policy=Policy(model, tokenizer, (tokenizer.eos_token_id,)),
         pool=ImposedVerdicts(sizes.keep_rate),

@@ -26,7 +26,7 @@ from dapo_jax.config import (
     RolloutSection,
     TrainSection,
 )
-from dapo_jax.data.memory import PassMemory
+from dapo_jax.data.mixture import Mixture
 from dapo_jax.data.problems import Cursor
 from dapo_jax.data.prompts import load_tokenizer
 from dapo_jax.reward.pool import RewardPool
@@ -201,7 +201,7 @@ def benchmark_host(sizes: Sizes) -> dict[str, Any]:
         first_draw=0,
         left_open=(),
         cursor=Cursor(),
-        memory=PassMemory(groups, None, 1),
+        mixture=Mixture(("imposed",), (groups,), (1.0,)),
         config=config,
         policy=Policy(model, tokenizer, stop),
         times=defaultdict(float),

@@ -278,10 +278,6 @@ class DapoSection:
     partial_rollouts: bool = field(
         False, "end a step once its first groups suffice; unfinished responses continue in the next"
     )
-    rest_after: int | None = field(
-        None, "skip a problem for a while after so many all-correct groups in a row", ge=1
-    )
-    rest_epochs: int = field(1, "for so many further passes over the data", ge=1)
     overlong_filtering: bool = field(False, "give truncated responses weight 0 in the loss")
     old_logprobs: Literal["recompute", "sampler"] = field(
         "recompute", "of pi_old: by the trainer, or as sampled"

@@ -143,6 +143,14 @@ def mixture_order(mixture: Mixture, *, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
+def next_problems(
+    mixture: Mixture, cursor: Cursor, wanted: int, *, seed: int
+) -> tuple[np.ndarray, Cursor]:
+    """The next `wanted` draws as indices of problems, int64 [wanted], and the cursor after them."""
+    order = functools.partial(mixture_order, mixture, seed=seed)
+    return advance(cursor, sum(mixture.counts), wanted, seed=seed, order=order)
+
+
 def mixture_digest(problems: Sequence[Problem], mixture: Mixture) -> str:
     """Equal if and only if problems and weights are. Of one data set: `problems_digest`."""
     digest = problems_digest(problems)

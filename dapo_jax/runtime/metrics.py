@@ -54,7 +54,6 @@ METRICS: Mapping[str, str] = {
     "filter/carried_groups": "groups trained on that earlier steps had left over",
     "filter/surplus_groups": "informative groups beyond what this step needs",
     "filter/open_groups": "groups that dapo.partial_rollouts leaves to the next step, unfinished or after an unfinished one",
-    "filter/resting_problems": "problems that dapo.rest_after has skipped in this epoch",
     "filter/trained_informative": "share of the groups trained on that are neither all correct nor all wrong: the batch that teaches",
     "filter/wasted_tokens": "response tokens of groups that are never trained on",
     # Sampling

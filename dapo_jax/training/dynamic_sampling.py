@@ -27,7 +27,7 @@ import numpy as np
 
 from dapo_jax.config import Config
 from dapo_jax.dapo.groups import is_informative
-from dapo_jax.data.memory import PassMemory
+from dapo_jax.data.mixture import Mixture, next_problems
 from dapo_jax.data.problems import Cursor
 from dapo_jax.data.prompts import decode
 from dapo_jax.reward.overlong import overlong_penalty
@@ -53,20 +53,14 @@ class Drawn(NamedTuple):
     draws: int  # prompts drawn, those of groups that are left open included
     tokens: int  # response tokens sampled, those of groups that are left open included
     open: list["OpenGroup"]  # left to the next step, in draw order
-    outcomes: list[
-        tuple[int, bool, int]
-    ]  # of each group: its problem, whether every response was right, the epoch it was drawn in
 
 
 class OpenGroup:
     """A group under way."""
 
-    def __init__(self, draw: int, prompt: Prompt, size: int, problem: int = 0, epoch: int = 0):
+    def __init__(self, draw: int, prompt: Prompt, size: int, problem: int = 0):
         self.draw, self.prompt = draw, prompt
-        self.problem, self.epoch = (
-            problem,
-            epoch,
-        )  # which problem of the data set, drawn in which epoch
+        self.problem = problem  # index in the data set
         self.responses: list[Response | None] = [None] * size
         self.verdicts: list[Verdict | None] = [None] * size
         self.begun: dict[
@@ -75,7 +69,7 @@ class OpenGroup:
 
     def copy(self) -> "OpenGroup":
         """Another of the same standing."""
-        other = OpenGroup(self.draw, self.prompt, len(self.responses), self.problem, self.epoch)
+        other = OpenGroup(self.draw, self.prompt, len(self.responses), self.problem)
         other.responses, other.verdicts, other.begun = (
             list(self.responses),
             list(self.verdicts),
@@ -158,7 +152,7 @@ def draw_groups(
     first_draw: int,
     left_open: Sequence[OpenGroup],
     cursor: Cursor,
-    memory: PassMemory,
+    mixture: Mixture,
     config: Config,
     policy: Policy,
     pool: RewardPool,
@@ -173,7 +167,7 @@ def draw_groups(
     calls for.
 
     Args: keep_rate: expected share of informative groups. left_open: groups of the step before that
-      are still under way. memory: which problems rest. guard: reached after each segment, as
+      are still under way. mixture: of the prompts. guard: reached after each segment, as
       `rollout`, and before verdicts are
         used, as `reward`. times: gets time/rollout_s and time/reward_s.
       on_done: told how many responses have ended, and how many were drawn in all.
@@ -205,11 +199,9 @@ def draw_groups(
                 missing - sum(bool(g.outcomes()) or not g.is_judged() for g in groups), cap - draws
             )
         if wanted > 0:
-            indices, epochs, cursor = memory.take(cursor, wanted, seed=config.seed)
-            taken = enumerate(
-                zip(indices.tolist(), epochs.tolist(), strict=True), first_draw + draws
-            )
-            new = [OpenGroup(draw, prompts[i], size, i, epoch) for draw, (i, epoch) in taken]
+            taken, cursor = next_problems(mixture, cursor, wanted, seed=config.seed)
+            numbered = enumerate(taken.tolist(), first_draw + draws)
+            new = [OpenGroup(draw, prompts[i], size, i) for draw, i in numbered]
             groups, draws = groups + new, draws + wanted
             by_draw |= {group.draw: group for group in new}
             stream.submit([request for group in new for request in group.requests()])
@@ -260,7 +252,6 @@ def draw_groups(
     stream.close()
     check_errors(judged, config.reward)
     done = settled(groups)
-    outcomes = [(group.problem, group.outcomes() == {True}, group.epoch) for group in done]
     tokens = sum(map(OpenGroup.tokens, groups)) - sum(map(OpenGroup.tokens, left_open))
     return Drawn(
         [_reward(group, config) for group in done],
@@ -269,7 +260,6 @@ def draw_groups(
         draws,
         tokens,
         groups[len(done) :],
-        outcomes,
     )
 
 
@@ -283,7 +273,7 @@ def open_state(groups: Sequence[OpenGroup]) -> dict[str, np.ndarray]:
     ]
     verdicts = [group.verdicts[n] for group, n in samples]
     arrays = {
-        "open_groups": np.array([(g.draw, g.problem, g.epoch) for g in groups], np.int64),
+        "open_groups": np.array([(g.draw, g.problem) for g in groups], np.int64),
         "open_ended": np.array([group.responses[n] is not None for group, n in samples]),
         "open_truncated": np.array([response.truncated for response in begun]),
         "open_lengths": np.array([len(response.tokens) for response in begun], np.int64),
@@ -314,8 +304,8 @@ def restore_open(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) ->
     size = len(ends) // len(arrays["open_groups"])
     errors = arrays.get("open_errors", np.zeros(len(ends), bool))
     groups = []
-    for number, (draw, problem, epoch) in enumerate(arrays["open_groups"].tolist()):
-        group = OpenGroup(draw, prompts[problem], size, problem, epoch)
+    for number, (draw, problem) in enumerate(arrays["open_groups"].tolist()):
+        group = OpenGroup(draw, prompts[problem], size, problem)
         for sample in range(size):
             at = number * size + sample
             if arrays["open_ended"][at]:

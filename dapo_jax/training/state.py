@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
-from dapo_jax.data.memory import PassMemory
 from dapo_jax.data.problems import Cursor
 from dapo_jax.runtime.checkpoint import Checkpoints, Restored
 from dapo_jax.runtime.folder import reason
@@ -66,7 +65,6 @@ class Run:
     """A run at this moment."""
 
     buffer: DynamicSamplingBuffer
-    memory: PassMemory
     at: Progress
     state: Any = None  # a TrainState
     left_open: Sequence[OpenGroup] = ()  # by partial rollouts, for the next step
@@ -89,8 +87,6 @@ class Run:
         """
         self.buffer.add(groups, at_least=at_least)
         self.left_open = drawn.open
-        for outcome in drawn.outcomes:
-            self.memory.record(*outcome)
         at = self.at
         self.at = at._replace(
             draws=at.draws + drawn.draws,
@@ -127,7 +123,7 @@ def save(
     }
     host["tokens_digest"] = data.tokens
     host["function_digest"] = function
-    arrays = run.buffer.state() | run.memory.state() | open_state(run.left_open)
+    arrays = run.buffer.state() | open_state(run.left_open)
     if whole and checkpoints.latest_step() != run.at.step:
         checkpoints.save(run.at.step, run.state, host, arrays)
         run.saved = run.at
@@ -198,7 +194,6 @@ def _take_up(
         before = "the sets that it had (python -m dapo_jax.evaluate measures any other)"
     if same:
         run.buffer.restore(arrays, {p.problem.id: p.problem for p in prompts})
-        run.memory.restore(arrays)
         run.left_open = restore_open(arrays, prompts)
         run.partial = _partial_step(host, arrays) if "drawn" in host else None
     elif not allow_change:
@@ -212,7 +207,6 @@ def _take_up(
     else:
         at = at._replace(cursor=Cursor())
         run.buffer.clear()
-        run.memory.clear()
         run.left_open, run.partial = (), None
     run.at, run.state, run.saved = at, restored.state, at if run.partial is None else None
 
