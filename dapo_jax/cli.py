@@ -16,7 +16,7 @@ from dapo_jax import __version__
 from dapo_jax.config import printable
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.console import escaped_output
-from dapo_jax.runtime.folder import reason
+from dapo_jax.runtime.files import reason
 from dapo_jax.runtime.guard import signals_end
 from dapo_jax.types import InputError, NoCheckpointError, RunError, Stopped
 

@@ -35,7 +35,7 @@ from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import records_digest
 from dapo_jax.runtime.console import Console, make_console, progress
-from dapo_jax.runtime.folder import run_folder, write_result
+from dapo_jax.runtime.files import run_folder, write_result
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.training.setup import (

@@ -7,7 +7,7 @@ import argparse
 
 from dapo_jax.config import MeshSection, load_config
 from dapo_jax.model.weights import check_new, save_pretrained
-from dapo_jax.runtime.folder import local_file, run_folder
+from dapo_jax.runtime.files import local_copy, run_folder
 from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.training.setup import describe, load_policy, restore_params
 from dapo_jax.types import InputError
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{args.out}: is no local folder; give --out one, and copy it with `gcloud storage cp -r`"
         )
     run_dir = run_folder(args.run_dir)
-    with local_file(run_dir / "config.yaml") as file:
+    with local_copy(run_dir / "config.yaml") as file:
         config = load_config(file)
     check_new(args.out)
     policy = load_policy(config)

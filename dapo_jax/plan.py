@@ -38,9 +38,8 @@ from dapo_jax.model.weights import load_model_config
 from dapo_jax.rollout.sampler import Arrivals
 from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
 from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, compile_program, device_bytes
-from dapo_jax.runtime.folder import write_result
+from dapo_jax.runtime.files import local_model, write_result
 from dapo_jax.runtime.mesh import make_mesh, rollout_dtype, rollout_sharding, row_shards
-from dapo_jax.runtime.models import local_model
 from dapo_jax.training.programs import (
     TrainPrograms,
     abstract_batch,

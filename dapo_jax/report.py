@@ -17,12 +17,12 @@ import numpy as np
 
 from dapo_jax import __version__
 from dapo_jax.config import ConfigError, flatten, load_config, to_dict
-from dapo_jax.runtime import folder
+from dapo_jax.runtime import files
 from dapo_jax.runtime.curves import running_mean
-from dapo_jax.runtime.folder import (
+from dapo_jax.runtime.files import (
     Folder,
     as_path,
-    local_file,
+    local_copy,
     read,
     run_folder,
     write_whole,
@@ -240,7 +240,7 @@ def read_config(run_dir: Folder) -> tuple[str, dict[str, Any] | None, str]:
         return "", None, "no config.yaml in this folder"
     text = raw[:200_000].decode("utf-8", "replace")
     try:
-        with local_file(path) as file:
+        with local_copy(path) as file:
             return text, flatten(to_dict(load_config(file))), ""
     except ConfigError as e:
         return text, None, f"not read by this version: {str(e).removeprefix(f'{path}: ')}"
@@ -273,8 +273,8 @@ def read_samples(run_dir: Folder, most_bytes: int) -> tuple[list[list[Any]], str
         names = [file.name for file in path.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return [], "This run has written no samples."
-    except folder.errors(path) as e:
-        raise InputError(f"{path}: cannot be read ({folder.reason(e)}); give access") from None
+    except files.errors(path) as e:
+        raise InputError(f"{path}: cannot be read ({files.reason(e)}); give access") from None
     steps = sorted(
         int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d{6,12})\.jsonl", name))
     )
@@ -392,7 +392,7 @@ def run_names(run_dirs: Sequence[Folder]) -> list[str]:
 
     Raises InputError for a folder given twice.
     """
-    paths = [run_dir if folder.is_bucket(run_dir) else run_dir.resolve() for run_dir in run_dirs]
+    paths = [run_dir if files.is_bucket(run_dir) else run_dir.resolve() for run_dir in run_dirs]
     if again := next((path for i, path in enumerate(paths) if path in paths[:i]), None):
         raise InputError(f"{again}: given twice; give each --run-dir once")
     for depth in range(1, max(len(path.parts) for path in paths)):

@@ -49,7 +49,7 @@ from dapo_jax.config import (
 from dapo_jax.config.checks import build
 from dapo_jax.config.schema import STRICT, field
 from dapo_jax.runtime.curves import STYLE, running_mean
-from dapo_jax.runtime.folder import remove, write_whole, writing
+from dapo_jax.runtime.files import remove, write_whole, writing
 from dapo_jax.runtime.metrics import definition, read_metrics
 from dapo_jax.train import MAY_CHANGE, difference, train
 from dapo_jax.types import InputError

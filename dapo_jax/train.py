@@ -52,7 +52,7 @@ from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import Checkpoints, newest_host
 from dapo_jax.runtime.console import StepTable, make_console, progress
 from dapo_jax.runtime.curves import plot_curves
-from dapo_jax.runtime.folder import Folder, local_file, read, run_folder, write_whole, writing
+from dapo_jax.runtime.files import Folder, local_copy, read, run_folder, write_whole, writing
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.lock import locked
 from dapo_jax.runtime.mesh import make_mesh, published_as_it_is, put_rows, row_shards
@@ -874,7 +874,7 @@ def stored_configs(run_dir: Folder) -> list[Config]:
     """
     found, file = [], run_dir / "config.yaml"
     if read(file) is not None:
-        with local_file(file) as stored:
+        with local_copy(file) as stored:
             found.append(load_config(stored))
     host = newest_host(run_dir / "checkpoints") or {}
     if isinstance(host.get("config"), dict):

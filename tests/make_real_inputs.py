@@ -32,7 +32,7 @@ sys.path.insert(
 )  # so that it runs from a checkout that is not installed
 
 from dapo_jax.cli import run
-from dapo_jax.runtime.folder import write_whole
+from dapo_jax.runtime.files import write_whole
 from dapo_jax.types import InputError
 
 

@@ -17,9 +17,9 @@ from test_checkpoint import GROUPS, HOST, abstract, bits, make_state
 from test_train import compile_once, config, reward_module, run_train, steady, verb  # noqa: F401 - fixtures
 
 from dapo_jax import evaluate, export
-from dapo_jax.runtime import faults, folder, lock, multihost
+from dapo_jax.runtime import faults, files, lock, multihost
 from dapo_jax.runtime.checkpoint import Checkpoints, restore_params
-from dapo_jax.runtime.folder import AppendFile, as_path, run_folder
+from dapo_jax.runtime.files import AppendFile, as_path, run_folder
 from dapo_jax.runtime.lock import locked
 from dapo_jax.runtime.metrics import MetricsLog, read_metrics
 from dapo_jax.runtime.profile import Profiler
@@ -58,7 +58,7 @@ def empty(bucket, monkeypatch):
 
     bucket.objects.clear()
     monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=sleep))
-    monkeypatch.setattr(folder, "_ASK_S", 0.1)
+    monkeypatch.setattr(files, "_ASK_S", 0.1)
     yield bucket
     bucket.failing, bucket.fails_at = 0, ""
 
@@ -228,7 +228,7 @@ def test_a_file_that_grows_is_the_same_in_a_bucket(empty, tmp_path):
     for path in (as_path("gs://bucket/g/lines"), tmp_path / "g" / "lines"):
         lines = AppendFile(path, b"one\n")
         lines.add(b"two\n")
-        assert folder.read(path) == b"one\ntwo\n"
+        assert files.read(path) == b"one\ntwo\n"
         lines.close()
 
 
@@ -238,7 +238,7 @@ def test_what_other_hosts_write_is_seen(empty):
         empty.put(f"h/{count}", b"x" * count)
         assert [p.name for p in path.iterdir()] == ["1", "2", "3"][:count]
         empty.put("h/1", b"y" * count)
-        assert folder.read(path / "1") == b"y" * count
+        assert files.read(path / "1") == b"y" * count
 
 
 def test_one_job_at_a_time_and_what_is_left_of_a_dead_one_is_taken_over(empty, monkeypatch, capsys):
@@ -289,9 +289,9 @@ def test_a_job_whose_folder_was_taken_over_leaves(empty, monkeypatch, capsys):
     "where, said",
     {
         "s3://bucket/run": "(not gs://); give a local folder or gs://bucket/folder",
-        "gs://bucket": "(not of the form gs://bucket/folder",
-        "gs:///run": "(not of the form gs://bucket/folder",
-        "gs://bucket/a?b": "(not of the form gs://bucket/folder",
+        "gs://bucket": "(not of the form gs://bucket/name",
+        "gs:///run": "(not of the form gs://bucket/name",
+        "gs://bucket/a?b": "(not of the form gs://bucket/name",
         "gs://other/run": "(404 GET ",
     }.items(),
 )
@@ -327,7 +327,7 @@ def test_without_network_it_is_one_line_and_status_2(empty, config, monkeypatch,
 
 
 def test_without_gcsfs_it_is_one_line():
-    code = f"import sys; sys.modules['gcsfs'] = None; from dapo_jax.runtime import folder; folder.run_folder({RUN!r})"
+    code = f"import sys; sys.modules['gcsfs'] = None; from dapo_jax.runtime import files; files.run_folder({RUN!r})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -6,6 +6,7 @@ The bucket is `fake_gcs.py`.
 import gzip
 import json
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -82,9 +83,10 @@ def test_the_verb_reads_from_a_bucket_and_prepares_in_it(
     "source, said",
     {
         "gs://bucket/gone.jsonl": "no such file; correct the path",
-        "gs://bucket/gone": "ends in none of .parquet, .jsonl, .jsonl.gz, .json, .csv, .arrow, and holds no dataset_info.json",
-        "gs://bucket": "not of the form gs://bucket/name",
-        "gs://bucket/*.jsonl": "not of the form gs://bucket/name",
+        "gs://bucket/gone": "no such file; correct the path",
+        "gs://bucket/texts": "holds none of *.parquet, *.jsonl, *.jsonl.gz, *.json, *.csv, *.arrow",
+        "gs://bucket": "cannot be used as input (not of the form gs://bucket/name",
+        "gs://bucket/*.jsonl": "cannot be used as input (not of the form gs://bucket/name",
         "gs://bucket/half.parquet": "corrupt Parquet after row 0",
         "gs://bucket/bad.jsonl": "0 problems from 1 rows (1 skipped: not JSON (row 1))",
     }.items(),
@@ -92,6 +94,7 @@ def test_the_verb_reads_from_a_bucket_and_prepares_in_it(
 def test_what_is_no_data_set_is_one_line(empty, source, said):  # noqa: F811
     empty.put("half.parquet", b"PAR1")
     empty.put("bad.jsonl", b"{")
+    empty.put("texts/a.txt", b"a")
     with pytest.raises(InputError) as e:
         load(source)
     assert str(e.value).startswith(f"{source}: {said}") and "\n" not in str(e.value)
@@ -114,14 +117,13 @@ def test_a_bucket_that_refuses_is_one_line(empty, tmp_path):  # noqa: F811
 
 def test_an_object_that_changes_while_it_is_read(empty, monkeypatch):  # noqa: F811
     empty.put("a.jsonl", b'{"prompt": "a", "answer": 1}\n')
-    copy = data.bucket.shutil.copyfileobj
+    system = fsspec.filesystem("gs")
+    get = system.get
 
-    def copy_while_another_program_writes(source, target, length):
-        copy(source, target, length)
+    def get_while_another_program_writes(names, targets):
+        get(names, targets)
         empty.put("a.jsonl", b'{"prompt": "a", "answer": 1}\n{"prompt": "b", "answer": 1}\n')
 
-    monkeypatch.setattr(
-        "dapo_jax.data.bucket.shutil.copyfileobj", copy_while_another_program_writes
-    )
+    monkeypatch.setattr(system, "get", get_while_another_program_writes)
     with pytest.raises(InputError, match=r"^gs://bucket/a.jsonl: changed while it was read"):
         load("gs://bucket/a.jsonl")

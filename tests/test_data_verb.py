@@ -229,7 +229,7 @@ def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
         ),
         (
             "prepare --source a.jsonl --out gs://bucket",
-            "gs://bucket: not of the form gs://bucket/name",
+            "gs://bucket: cannot be used as a folder to write (not of the form gs://bucket/name",
         ),
         ("prepare --source a.jsonl --out a.jsonl", "a.jsonl: cannot be written"),
     ],

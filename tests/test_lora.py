@@ -31,7 +31,7 @@ from dapo_jax.model import flops
 from dapo_jax.model.decoder import abstract_params, apply, init
 from dapo_jax.model.lora import join, merge, split
 from dapo_jax.model.weights import load_pretrained, save_pretrained
-from dapo_jax.runtime.folder import run_folder
+from dapo_jax.runtime.files import run_folder
 from dapo_jax.runtime.mesh import make_mesh, params_sharding, put, put_rows
 from dapo_jax.runtime.metrics import read_metrics
 from dapo_jax.training.programs import train_programs

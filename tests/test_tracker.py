@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from dapo_jax.runtime import tracker
-from dapo_jax.runtime.folder import as_path
+from dapo_jax.runtime.files import as_path
 from dapo_jax.runtime.tracker import Tracker, check_tracker
 from dapo_jax.types import InputError
 

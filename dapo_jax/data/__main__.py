@@ -27,7 +27,7 @@ from dapo_jax.data.stats import length_stats, set_stats, table
 from dapo_jax.reward.golds import check_data
 from dapo_jax.reward.pool import RewardPool
 from dapo_jax.runtime.console import progress
-from dapo_jax.runtime.folder import write_result
+from dapo_jax.runtime.files import write_result
 from dapo_jax.types import InputError, Problem
 
 Found = dict[

@@ -1,8 +1,8 @@
 """Problems from files: read row by row, checked, de-duplicated, and put in an order that a restart
 can repeat.
 
-`files.py` reads the rows of files, `tfds_builder.py` those of prepared folders, `bucket.py` fetches
-both. `rows.py` says what a row may look like.
+`files.py` reads the rows of files, `tfds_builder.py` those of prepared folders.
+`rows.py` says what a row may look like.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ import numpy as np
 
 from dapo_jax.config import ArithmeticConfig, ColumnsConfig, printable
 from dapo_jax.data.arithmetic import arithmetic_problems
-from dapo_jax.data.bucket import local_copy
-from dapo_jax.data.files import files_of, is_prepared, prepared_rows, rows_of
+from dapo_jax.data.files import ENDINGS, files_of, is_prepared, prepared_rows, rows_of
 from dapo_jax.data.rows import AS_USUAL, BadRow, column_names, problem_from_row
+from dapo_jax.runtime.files import local_copy
 from dapo_jax.types import InputError, Message, Problem
 
 _WATCHED = 1000  # rows between two words on how far the reading is
@@ -106,8 +106,8 @@ def load_problems(
             source, len(problems), len(problems), duplicates=0, conflicts=0, skipped={}
         )
     else:
-        with local_copy(source) as path:
-            problems, report = _load(source, path, columns, heldout, watch)
+        with local_copy(source, [f"*{ending}" for ending in ENDINGS]) as path:
+            problems, report = _load(source, str(path), columns, heldout, watch)
     return [dataclasses.replace(p, source=source) for p in problems], report
 
 

@@ -14,11 +14,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dapo_jax.config import ArithmeticConfig, ColumnsConfig
-from dapo_jax.data import bucket
 from dapo_jax.data.files import MAX_ROW_BYTES, choose_split
 from dapo_jax.data.problems import Watch, load_problems
 from dapo_jax.data.rows import AS_USUAL
-from dapo_jax.runtime.paths import Folder, as_path, is_bucket
+from dapo_jax.runtime.files import Folder, as_path, check_url, errors_as, is_bucket, upload
 from dapo_jax.types import InputError, Problem
 
 _BATCH = 64  # records
@@ -112,7 +111,7 @@ def prepare(
             f"{name!r}: cannot name a data set; use small letters, digits and '_', a letter first"
         )
     if is_bucket(folder):
-        bucket.check_name(folder)
+        check_url(folder, "a folder to write")
     splits, said = {}, []
     for split, path in {"train": source, "test": test}.items():
         if path is not None:
@@ -127,7 +126,12 @@ def prepare(
     with tempfile.TemporaryDirectory() as temporary:
         prepared = _write(name, splits, "\n".join(said), temporary)
         target = as_path(folder) / prepared.relative_to(temporary).as_posix()
-        bucket.send(prepared, str(target))
+        fix = 'pip install "dapo_jax[tpu]", and give this machine access to the bucket'
+        with errors_as(InputError, target, "cannot be written", fix):
+            if (target / "dataset_info.json").exists():
+                taken = "already holds a prepared data set; remove it or choose another folder"
+                raise InputError(f"{target}: {taken}")
+            upload(prepared, target, last="dataset_info.json")
     return target
 
 

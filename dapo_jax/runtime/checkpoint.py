@@ -40,10 +40,9 @@ import tensorstore as ts
 from jax.experimental import multihost_utils
 
 from dapo_jax.config import printable
-from dapo_jax.runtime import folder as folders
-from dapo_jax.runtime import multihost
+from dapo_jax.runtime import files, multihost
 from dapo_jax.runtime.console import warn
-from dapo_jax.runtime.folder import Folder, as_path, is_bucket, reason
+from dapo_jax.runtime.files import Folder, as_path, is_bucket, reason
 from dapo_jax.types import Array, InputError, NoCheckpointError, Params, RunError, TrainState
 
 _FORMAT = 2
@@ -99,7 +98,7 @@ class Checkpoints:
             if not is_bucket(self._folder) and not os.access(self._folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             self._manager = _manager(self._folder, keep)
-        except folders.errors(self._folder) as e:
+        except files.errors(self._folder) as e:
             raise InputError(
                 f"{self._folder}: cannot hold checkpoints ({reason(e)}); choose another --run-dir"
             ) from None
@@ -222,7 +221,7 @@ class Checkpoints:
         with self._writing():
             self._manager.wait_until_finished()
         if self._superseded and jax.process_index() == 0:
-            folders.remove(self._folder / _INTERRUPTED)
+            files.remove(self._folder / _INTERRUPTED)
         self._superseded = False
 
     def restore(self, abstract_state: TrainState, *, at_most: int | None = None) -> Restored | None:
@@ -271,8 +270,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             for path in newer:
                 name = path.name if path.parent == self._folder else f"{_INTERRUPTED}-{path.name}"
-                target = folders.free_name(self._folder / f"bad-{name}")
-                with folders.writing(target):
+                target = files.free_name(self._folder / f"bad-{name}")
+                with files.writing(target):
                     path.rename(target)
                 warn(f"{path}: moved to {target.name}; the run goes on from step {step}")
         multihost.sync("checkpoints moved aside")
@@ -301,7 +300,7 @@ def records_digest(folder: str | Folder) -> str:
     """
     digest = hashlib.sha256()
     for path in _stored(_absolute(folder)):
-        digest.update(path.name.encode() + b"\n" + (folders.read(path / _RECORD) or b""))
+        digest.update(path.name.encode() + b"\n" + (files.read(path / _RECORD) or b""))
     return digest.hexdigest()
 
 
@@ -348,7 +347,7 @@ def _manager(folder: Folder, keep: int) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             for path in _numbered(folder):
                 if not _is_whole(path):
-                    folders.remove(path)
+                    files.remove(path)
         multihost.sync("half-written checkpoints removed")
     # Where a background thread makes the folders and fails, others wait for it for five minutes and
     # keep the interpreter alive.
@@ -374,7 +373,7 @@ def _numbered(folder: Folder) -> list[Folder]:
         return [p for p in folder.iterdir() if re.fullmatch(r"0|[1-9]\d*", p.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except folders.errors(folder) as e:  # not the same as holding none
+    except files.errors(folder) as e:  # not the same as holding none
         raise RunError(
             f"{folder}: cannot be listed ({reason(e)}); give access, then start the same command again"
         ) from None
@@ -382,7 +381,7 @@ def _numbered(folder: Folder) -> list[Folder]:
 
 def _is_whole(path: Folder) -> bool:
     """False for a step in a bucket that is being written, or was when its process died."""
-    return not is_bucket(path) or folders.read(path / _WHOLE) is not None
+    return not is_bucket(path) or files.read(path / _WHOLE) is not None
 
 
 def _check_whole(path: Folder) -> None:
@@ -470,7 +469,7 @@ def newest_host(folder: str | Folder) -> dict[str, Any] | None:
 
 
 def _read_record(path: Folder) -> dict[str, Any]:
-    content = folders.read(path / _RECORD)
+    content = files.read(path / _RECORD)
     if content is None:
         raise _Unusable("incomplete")
     record = json.loads(content)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dapo_jax.runtime.folder import Folder, as_path, is_bucket, write_whole, writing
+from dapo_jax.runtime.files import Folder, as_path, is_bucket, write_whole, writing
 from dapo_jax.runtime.metrics import read_metrics
 from dapo_jax.types import InputError
 

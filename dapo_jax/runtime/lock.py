@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 
 from dapo_jax.runtime import multihost
-from dapo_jax.runtime.folder import Folder, is_bucket, read, reason, write_whole, writing
+from dapo_jax.runtime.files import Folder, is_bucket, read, reason, write_whole, writing
 from dapo_jax.types import InputError, RunError
 
 _BEAT_S = 5.0

@@ -5,7 +5,7 @@
 <run>/samples/step_000012.jsonl some responses of a step
 
 `runtime/tracker.py` may have a copy of the scalars. In a bucket metrics.jsonl and the TensorBoard
-file are sent whole with every line (`runtime/folder.py`).
+file are sent whole with every line (`runtime/files.py`).
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
-from dapo_jax.runtime import folder
+from dapo_jax.runtime import files
 from dapo_jax.runtime.console import warn
-from dapo_jax.runtime.folder import AppendFile, Folder, as_path, writing
+from dapo_jax.runtime.files import AppendFile, Folder, as_path, writing
 from dapo_jax.types import InputError
 
 VOLATILE = (
@@ -209,9 +209,9 @@ def read_metrics(run_dir: str | Folder) -> list[dict[str, Any]]:
     path = as_path(run_dir) / "metrics.jsonl"
     try:
         lines = path.read_bytes().split(b"\n")
-    except folder.errors(path) as e:
+    except files.errors(path) as e:
         raise InputError(
-            f"{path}: cannot read metrics ({folder.reason(e)}); give the folder of a run as --run-dir"
+            f"{path}: cannot read metrics ({files.reason(e)}); give the folder of a run as --run-dir"
         ) from None
     if lines[-1] == b"":
         lines.pop()
@@ -235,7 +235,7 @@ def write_samples(run_dir: str | Folder, step: int, rows: Sequence[Mapping[str, 
         json.dumps(dict(row), ensure_ascii=False, default=np.generic.item) + "\n" for row in rows
     )
     with writing(path):
-        folder.write_whole(
+        files.write_whole(
             path, text.encode("utf-8", errors="backslashreplace")
         )  # a lone surrogate becomes its JSON escape
     return path
@@ -287,11 +287,11 @@ def _until(path: Folder, last: int) -> bytes:
 
     Says which are missing; with damaged lines the file as it was is kept beside it.
     """
-    content = folder.read(path) or b""
+    content = files.read(path) or b""
     lines = content.split(b"\n")[:-1]  # behind the last line end there is nothing, or half a line
     steps = [record["step"] if (record := _record(line)) else None for line in lines]
     if damaged := [n for n, step in enumerate(steps, start=1) if step is None]:
-        folder.write_whole(copy := folder.free_name(path.with_name(f"bad-{path.name}")), content)
+        files.write_whole(copy := files.free_name(path.with_name(f"bad-{path.name}")), content)
         warn(
             f"{path}: {len(damaged)} damaged lines are left out, the first is line {damaged[0]}; the file as it was is {copy.name}"
         )

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dapo_jax.runtime.folder import reason
+from dapo_jax.runtime.files import reason
 from dapo_jax.types import InputError, RunError, Verdict
 
 _T = TypeVar("_T")

@@ -3,7 +3,7 @@
 import jax
 
 from dapo_jax.runtime.console import warn
-from dapo_jax.runtime.folder import Folder, Staged, errors, reason
+from dapo_jax.runtime.files import Folder, Staged, errors, reason
 
 
 class Profiler:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dapo_jax.config import printable
-from dapo_jax.runtime.folder import Folder, is_bucket, read, reason, write_whole
+from dapo_jax.runtime.files import Folder, is_bucket, read, reason, write_whole
 from dapo_jax.types import InputError
 
 Kind = Literal["wandb", "mlflow"]

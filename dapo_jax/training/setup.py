@@ -36,9 +36,8 @@ from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import checkpoint, multihost
 from dapo_jax.runtime.chips import prefill_tokens
-from dapo_jax.runtime.folder import Folder, local_file, read
+from dapo_jax.runtime.files import Folder, is_id, local_copy, local_model, read, same_commit
 from dapo_jax.runtime.mesh import params_sharding, put, row_shards
-from dapo_jax.runtime.models import is_id, local_model, same_commit
 from dapo_jax.runtime.multihost import fetch
 from dapo_jax.types import NoCheckpointError, Params, Prompt
 
@@ -83,7 +82,7 @@ def with_commit(config: Config, run_dir: Folder | None = None) -> Config:
         return config
     stored = run_dir / "config.yaml" if run_dir else None
     if stored is not None and read(stored) is not None:
-        with local_file(stored) as file:
+        with local_copy(stored) as file:
             name = same_commit(name, load_config(file).model.folder)
     name = local_model(name, DESCRIPTION_FILES).name
     return dataclasses.replace(config, model=dataclasses.replace(config.model, folder=name))
@@ -226,7 +225,7 @@ def run_model(run_dir: Folder) -> ModelSection | None:
     """The model of a run, by its own config."""
     if read(run_dir / "config.yaml") is None:
         return None
-    with local_file(run_dir / "config.yaml") as file:
+    with local_copy(run_dir / "config.yaml") as file:
         return load_config(file).model
 
 

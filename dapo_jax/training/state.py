@@ -16,7 +16,7 @@ import numpy as np
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.problems import Cursor
 from dapo_jax.runtime.checkpoint import Checkpoints, Restored
-from dapo_jax.runtime.folder import reason
+from dapo_jax.runtime.files import reason
 from dapo_jax.runtime.metrics import definition
 from dapo_jax.training.dynamic_sampling import (
     Drawn,

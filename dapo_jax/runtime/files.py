@@ -1,0 +1,371 @@
+"""Files of this machine and of Google Cloud Storage: run folders, data sets, models.
+
+Both kinds of path have pathlib's methods (`as_path`). An object in a bucket appears whole, replaces
+another at once and cannot be appended to; a folder exists as soon as it holds something.
+"""
+
+import contextlib
+import fcntl
+import fnmatch
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import fsspec
+import fsspec.config
+from etils import epath
+
+from dapo_jax.types import InputError, RunError
+
+Folder: TypeAlias = Path | epath.Path
+Objects: TypeAlias = Mapping[str, Mapping[str, Any]]  # gcsfs's entry by the last part of the name
+
+_ASK_S = 30.0  # time limit of retries when a bucket is looked up
+_ACCESS = (
+    'pip install "dapo_jax[tpu]", and give this machine access to the bucket (its objects, and '
+    "storage.buckets.get on itself) and room on the local disk"
+)
+_MODEL = "give a model folder, gs://bucket/folder, or a hub id such as Qwen/Qwen2.5-1.5B"
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@\w[\w.-]*(?:/\w[\w.-]*)*)?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# gcsfs would cache listings for good, but tensorstore and other hosts write to the same folders.
+fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it then raises
+
+
+# ----------------------------------------------------------------------------------------- paths
+
+
+def as_path(where: str | os.PathLike[str]) -> Folder:
+    """The path object for a local path or a gs:// URL."""
+    return epath.Path(where) if is_bucket(where) else Path(where)
+
+
+def is_bucket(where: str | os.PathLike[str]) -> bool:
+    """Whether the path is in a bucket: objects instead of files."""
+    return os.fspath(where).startswith("gs://")
+
+
+def check_url(url: str, use: str) -> None:
+    """Raises InputError unless it is of the form gs://bucket/name, without what listings expand."""
+    if not re.fullmatch(r"gs://[^/*?#\[\]]+(/+[^/*?#\[\]]+)+/*", url):
+        form = "not of the form gs://bucket/name, without *?#[]"
+        raise InputError(f"{url}: cannot be used as {use} ({form}); correct it")
+
+
+def run_folder(where: str) -> Folder:
+    """The folder that a --run-dir names. Raises InputError if it cannot be one or be reached."""
+    if not is_bucket(where):
+        if "://" in where:
+            why = "not gs://); give a local folder or gs://bucket/folder"
+            raise InputError(f"{where}: cannot be used as a run folder ({why}")
+        return Path(where)
+    check_url(where, "a run folder")
+    path = as_path(where)
+    with errors_as(InputError, where, "cannot be used as a run folder", _ACCESS):
+        from google.cloud import storage
+        from google.cloud.storage.retry import DEFAULT_RETRY
+
+        # orbax asks too, but only on resume; and gcsfs would create a bucket that is missing.
+        retry = DEFAULT_RETRY.with_timeout(_ASK_S)
+        storage.Client().get_bucket(path.parts[2], retry=retry)
+        path.exists()
+    return path
+
+
+# ---------------------------------------------------------------------------------------- errors
+
+
+def reason(error: BaseException) -> str:
+    """The operating system's text for an error, or the first line of its message."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, FileNotFoundError):
+        return "not found"
+    line = (str(error).splitlines() or [""])[0]
+    if number := re.search(r"\[os_error_code='(\d+)'\]", line):  # of tensorstore
+        return os.strerror(int(number[1]))
+    return line.split(" [")[0][:200] or type(error).__name__
+
+
+def errors(where: str | Folder) -> type[Exception]:
+    """What reading or writing there may raise. Clients of a bucket raise all sorts."""
+    return Exception if is_bucket(where) else OSError
+
+
+@contextlib.contextmanager
+def errors_as(kind: type[Exception], where: str | Folder, what: str, fix: str) -> Iterator[None]:
+    """Raises an error of reading or writing inside as one line of `kind`."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except errors(where) as e:
+        raise kind(f"{where}: {what} ({reason(e)}); {fix}") from None
+
+
+def writing(path: Folder, what: str = "cannot be written") -> AbstractContextManager[None]:
+    """Around a write to a run folder. Raises InputError if it fails; RunError in a bucket, which may
+    answer later."""
+    if is_bucket(path):
+        return errors_as(RunError, path, what, "start the same command again")
+    fix = "free the disk, give access or choose another --run-dir"
+    return errors_as(InputError, path, what, fix)
+
+
+def read(path: Folder) -> bytes | None:
+    """The content, or None if there is no such file. Raises as `writing` does."""
+    with writing(path, "cannot be read"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return path.read_bytes()
+    return None
+
+
+def write_result(path: str, text: str) -> None:
+    """Writes a file that a flag names. Raises InputError if it cannot."""
+    with errors_as(InputError, Path(path), "cannot write", "give a writable path"):
+        Path(path).write_text(text)
+
+
+def write_whole(path: Folder, content: bytes) -> None:
+    """Writes a file atomically, and creates its folder."""
+    if is_bucket(path):
+        path.write_bytes(content)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # of a killed process, or a link to somewhere else
+    try:
+        with _open(temporary, os.O_CREAT | os.O_EXCL) as file:
+            _write(file, content)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _open(path: Folder, flags: int) -> io.FileIO:
+    """Opens a file for writing, no link; unbuffered, so that a full disk is noticed once."""
+    flags |= os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    return io.FileIO(os.open(path, flags, 0o666), "wb")
+
+
+def _write(file: io.FileIO, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+class AppendFile:
+    """A file of `content` that grows by lines; an object is sent whole with each of them."""
+
+    def __init__(self, path: Folder, content: bytes):
+        write_whole(path, content)
+        self._path, self._content = path, content
+        self._file = None if is_bucket(path) else _open(path, os.O_APPEND)
+
+    def add(self, line: bytes) -> None:
+        if self._file is None:
+            self._content += line
+            self._path.write_bytes(self._content)
+        else:
+            _write(self._file, line)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def free_name(path: Folder) -> Folder:
+    """The path, with a number appended if it exists."""
+    name, n = path, 1
+    while name.exists():
+        name, n = path.with_name(f"{path.name}-{n}"), n + 1
+    return name
+
+
+def remove(folder: Folder) -> None:
+    """Removes a folder as far as possible."""
+    if is_bucket(folder):
+        with contextlib.suppress(Exception):
+            epath.Path(folder).rmtree()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --------------------------------------------------------------------- copies from and to a bucket
+
+
+class Staged:
+    """A folder for writers of local files: they write to `local`, which is the folder itself or is
+    sent to the one in a bucket."""
+
+    def __init__(self, folder: Folder):
+        self._folder = folder
+        self._temporary = tempfile.TemporaryDirectory() if is_bucket(folder) else None
+        self.local = Path(self._temporary.name) if self._temporary else Path(folder)
+
+    def send(self) -> None:
+        """Sends every file as it is now."""
+        if self._temporary:
+            upload(self.local, self._folder)
+
+    def close(self) -> None:
+        if self._temporary:
+            self._temporary.cleanup()
+
+
+def upload(folder: Path, target: Folder, last: str = "") -> None:
+    """Copies the files of a local folder to one in a bucket, the file named `last` at the end."""
+    for file in sorted(folder.rglob("*"), key=lambda file: (file.name == last, file)):
+        if file.is_file():
+            copy = target / file.relative_to(folder).as_posix()
+            with file.open("rb") as content, copy.open("wb") as stream:
+                shutil.copyfileobj(content, stream, 1 << 20)
+
+
+def _objects(url: str) -> Objects:
+    """The object of this name, or those of the folder; empty if there is neither."""
+    system, path = fsspec.url_to_fs(url.rstrip("/"))
+    try:
+        entries = system.ls(path, detail=True)
+    except FileNotFoundError:
+        return {}
+    return {Path(one["name"]).name: one for one in entries if one["type"] == "file"}
+
+
+def _download(objects: Objects, folder: Path) -> None:
+    """Copies objects into a folder; each file appears whole. Raises InputError if one changes."""
+    system = fsspec.filesystem("gs")
+    names = [one["name"] for one in objects.values()]
+    partial = [folder / f".{name}.partial" for name in objects]
+    system.get(names, [str(file) for file in partial])
+    for file, (name, before) in zip(partial, objects.items(), strict=True):
+        now = system.info(before["name"])
+        version = before.get("generation"), before["size"]
+        if (now.get("generation"), file.stat().st_size) != version:
+            again = "changed while it was read; start again when it is complete"
+            raise InputError(f"gs://{before['name']}: {again}")
+        os.replace(file, folder / name)
+
+
+@contextlib.contextmanager
+def local_copy(where: str | Folder, holds: Sequence[str] = ("*",)) -> Iterator[Path]:
+    """The path itself, or while inside a local copy of an object, or of a folder's objects.
+
+    Raises InputError if it cannot be read, or the name, or none in the folder, matches `holds`.
+    """
+    url = os.fspath(where)
+    if not is_bucket(url):
+        yield Path(url)
+        return
+    check_url(url, "input")
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary, Path(url).name)
+        with errors_as(InputError, url, "cannot be read", _ACCESS):
+            objects = _objects(url)
+            if not any(fnmatch.fnmatchcase(name, one) for name in objects for one in holds):
+                what = f"holds none of {', '.join(holds)}" if objects else "no such file"
+                raise InputError(f"{url}: {what}; correct the path")
+            whole = [one["name"] for one in objects.values()] == [url.removeprefix("gs://")]
+            if not whole:
+                copy.mkdir()
+            _download(objects, copy.parent if whole else copy)
+        yield copy
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+class LocalModel(NamedTuple):
+    """Where a model's files are."""
+
+    name: str  # as given; a hub id with the commit, ID@COMMIT, which names the same files for ever
+    folder: str  # on this machine
+
+
+def local_model(name: str, files: Sequence[str]) -> LocalModel:
+    """A model as a folder of this machine, with those of the `files` (patterns) that it has.
+
+        models/qwen                          an existing folder, used as it is
+        gs://bucket/models/qwen              copied to $XDG_CACHE_HOME/dapo_jax (~/.cache/dapo_jax)
+        Qwen/Qwen2.5-1.5B, or ID@REVISION    downloaded by huggingface_hub into its own cache
+
+    Every process fetches for its machine; those of one machine wait for each other. Raises
+    InputError if there is no such model or it cannot be fetched.
+    """
+    if os.path.isdir(name):
+        return LocalModel(name, name)
+    if is_bucket(name):
+        return LocalModel(name, str(_cached(name, files)))
+    if is_id(name):
+        return _from_hub(name, files)
+    raise InputError(f"{name}: no such folder; {_MODEL}")
+
+
+def is_id(name: str) -> bool:
+    """Whether this may be a model of the hub."""
+    return bool(_ID.fullmatch(name)) and not os.path.isdir(name)
+
+
+def same_commit(asked: str, started: str | None) -> str:
+    """The model of a resumed run: `started`, if that is a commit of the id `asked`."""
+    repo, _, commit = (started or "").rpartition("@")
+    return f"{repo}@{commit}" if repo == asked and _COMMIT.fullmatch(commit) else asked
+
+
+def _from_hub(name: str, files: Sequence[str]) -> LocalModel:
+    import huggingface_hub  # not at the top: takes a second
+
+    repo, _, revision = name.partition("@")
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE  # releases below 2 list a commit regardless
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision or None, allow_patterns=list(files), local_files_only=offline
+        )
+    except Exception as e:  # of huggingface_hub, its HTTP client, the file system
+        why = " ".join(f"{type(e).__name__}: {e}".split())
+        why = re.sub(r"hf_\w+|Bearer .*", "***", why)[:300]  # no token in messages
+        fix = f"correct the name, set HF_TOKEN, or give the folder of `hf download {repo}`"
+        raise InputError(f"{name}: no such folder, and no download ({why}); {fix}") from None
+    return LocalModel(f"{repo}@{Path(folder).name}", folder)  # the cache's folder is the commit
+
+
+def _cached(url: str, files: Sequence[str]) -> Path:
+    """The cache's folder with what is asked for. Changed objects get a new folder."""
+    check_url(url, "a model folder")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dapo_jax", "models")
+    with errors_as(InputError, url, f"cannot be copied to {cache} (XDG_CACHE_HOME)", _ACCESS):
+        objects = _objects(url)
+        if not {"config.json", "adapter_config.json"} & objects.keys():
+            raise InputError(f"{url}: no such model folder, it holds no config.json; correct it")
+        versions = [(name, one["size"], one.get("generation")) for name, one in objects.items()]
+        state = json.dumps([url.rstrip("/"), sorted(versions)])
+        folder = cache / hashlib.sha256(state.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            missing = {
+                name: one
+                for name, one in objects.items()
+                if any(fnmatch.fnmatchcase(name, pattern) for pattern in files)
+                and not (folder / name).exists()
+            }
+            if missing:
+                size = sum(one["size"] for one in missing.values()) / 1e9
+                what = f"copying {len(missing)} files, {size:,.2f} GB, from {url} to {folder}"
+                print(what, file=sys.stderr, flush=True)
+                _download(missing, folder)
+    return folder
