@@ -402,7 +402,7 @@ def _rollout(
     evaluated = [
         (
             "eval decode step",
-            make_engine(config, Policy(model, None, (0,)), mesh, eval_sampling(config)),
+            make_engine(config, Policy(model, None, (0,)), mesh, eval_sampling(config.eval)),
             0.0,
         )
     ]

@@ -1,5 +1,4 @@
-"""Supervised warm-up: cross-entropy on worked solutions, through the same model, packing and update
-as DAPO.
+"""Supervised warm-up: cross-entropy on worked solutions, with the same packing and update as DAPO.
 
 python -m dapo_jax.supervised --config C --out FOLDER        writes a Hugging Face folder
 """
@@ -21,160 +20,111 @@ from dapo_jax.runtime import multihost
 from dapo_jax.runtime.console import make_console
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, put_rows, row_shards
+from dapo_jax.training import setup
 from dapo_jax.training.programs import supervised_programs
-from dapo_jax.training.setup import (
-    Policy,
-    check_adapters,
-    check_divides,
-    check_started_alike,
-    describe,
-    load_params,
-    load_policy,
-    merged,
-    row_len,
-)
+from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError, Prompt, TrainBatch, TrainState
 
 
 def solution_items(
     prompts: Sequence[Prompt], policy: Policy, max_response_len: int
 ) -> list[TrainItem]:
-    """Prompts with their worked solutions, ended by the end token.
-
-    Solutions over the response limit are left out.
-    """
-    with_solution = [p for p in prompts if p.problem.solution]
-    if not with_solution:
-        raise InputError(
-            "data.train: no problem has a `solution`, which supervised warm-up needs; add them or set supervised.updates to 0"
-        )
-    encoded = policy.tokenizer(
-        [p.problem.solution for p in with_solution], add_special_tokens=False
-    )["input_ids"]
+    """Prompts with their worked solutions, ended by the end token, if not too long."""
+    solved = [prompt for prompt in prompts if prompt.problem.solution]
+    if not solved:
+        do = "add them or set supervised.updates to 0"
+        needs = "no problem has a `solution`, which supervised warm-up needs"
+        raise InputError(f"data.train: {needs}; {do}")
+    tokenizer, vocab_size = policy.tokenizer, policy.model.vocab_size
+    solutions = [prompt.problem.solution for prompt in solved]
     items = []
-    for prompt, ids in zip(with_solution, encoded, strict=True):
-        check_embedded(
-            ids,
-            policy.model.vocab_size,
-            policy.tokenizer,
-            f"the solution of problem {prompt.problem.id}",
-        )
-        response = np.array([*ids, policy.tokenizer.eos_token_id], np.int32)
+    for prompt, ids in zip(
+        solved, tokenizer(solutions, add_special_tokens=False)["input_ids"], strict=True
+    ):
+        where = f"the solution of problem {prompt.problem.id}"
+        check_embedded(ids, vocab_size, tokenizer, where)
+        response = np.array([*ids, tokenizer.eos_token_id], np.int32)
         zeros = np.zeros(len(response), np.float32)
         if len(response) <= max_response_len:
-            items.append(
-                TrainItem(prompt.tokens, response, zeros, zeros, advantage=0.0, weight=0.0)
-            )
+            items.append(TrainItem(prompt.tokens, response, zeros, zeros, 0.0, 0.0))
     if not items:
-        raise InputError(
-            f"data.train: every solution is longer than rollout.max_response_len {max_response_len}; raise it"
-        )
+        limit = f"rollout.max_response_len {max_response_len}"
+        raise InputError(f"data.train: every solution is longer than {limit}; raise it")
     return items
 
 
 def warm_up(
     config: Config,
     policy: Policy,
-    state: TrainState,
-    items: Sequence[TrainItem],
     mesh: Mesh,
+    items: Sequence[TrainItem],
+    state: TrainState,
     info: Callable[[str], None],
-    done: int = 0,
-    skipped: int = 0,
+    done: tuple[int, int] = (0, 0),
 ) -> Iterator[tuple[int, int, TrainState]]:
-    """`supervised.updates` of AdamW on the mean token cross-entropy of solutions, in the order of
-    the seed.
+    """`supervised.updates` AdamW updates on the mean token cross-entropy of solutions.
 
-    Every solution comes once an epoch, whatever the weights of the data set that it is of.
+    Each solution is used once an epoch, in the order of the seed. The batch of the next update is
+    built while the device works; each update is awaited, so that a signal waits for one at most.
 
-    Each update is waited for, so that a stop waits for no more than one; the next one's rows are
-    made meanwhile.
-
-    Args: items: of `solution_items`. state: fresh, or after the first `done` of the updates, the
-      last `skipped` of which had a loss or
-        gradient that is not finite; donated.
-
-    Yields (updates done, how many in a row were skipped up to this one, state) after each. Raises
-    InputError at `optim.max_nonfinite_updates` in a row.
+    Args:
+      items: of `solution_items`.
+      state: fresh, or after `done`: updates, and how many of the last ones in a row were skipped
+        because their loss or gradient was non-finite. Donated.
+    Yields (updates done, skipped in a row, state) after each update.
+    Raises InputError at `optim.max_nonfinite_updates` skipped in a row.
     """
-    section = config.supervised
-    longest = max(len(item.prompt) + len(item.response) for item in items)
-    rows = config.train.rows_per_microbatch
-    microbatches = max_microbatches(
-        section.responses_per_update,
-        row_len=row_len(config),
-        max_item_len=longest,
-        rows_per_microbatch=rows,
-    )
+    section, (updates, skipped) = config.supervised, done
+    batches = _batches(config, mesh, items, updates)
     _, update = supervised_programs(config, policy.model, mesh)
-
-    def batches() -> Iterator[TrainBatch]:
-        _, cursor = advance(
-            Cursor(), len(items), done * section.responses_per_update, seed=config.seed
-        )
-        for _ in range(done, section.updates):
-            chosen, cursor = advance(
-                cursor, len(items), section.responses_per_update, seed=config.seed
-            )
-            mine = [items[i] for i in chosen]
-            weight = 1.0 / sum(len(item.response) for item in mine)
-            mine = [item._replace(weight=weight) for item in mine]
-            batch, _ = build_batch(
-                mine,
-                row_len=row_len(config),
-                rows_per_microbatch=rows,
-                microbatches=microbatches,
-                row_shards=row_shards(mesh),
-            )
-            yield put_rows(batch, mesh, axis=1)
-
-    coming = batches()
-    batch = next(coming, None)
-    for u in range(done + 1, section.updates + 1):
+    batch = next(batches, None)
+    for u in range(updates + 1, section.updates + 1):
         rate = section.learning_rate * min(1.0, u / max(1, section.warmup_updates))
         state, sums = update(state, batch, np.float32(rate))
-        batch = next(coming, None)
+        batch = next(batches, None)
         skipped = skipped + 1 if float(sums["skipped"]) else 0  # waits
         if u % max(1, section.updates // 5) == 0 or u == section.updates:
             info(f"warm-up {u:>5}/{section.updates}  cross-entropy {float(sums['loss']):.4f}")
         if skipped >= config.optim.max_nonfinite_updates:
-            trouble = f"{skipped} updates in a row had a loss or gradient that is not finite and were skipped"
-            raise InputError(
-                f"warm-up update {u}: {trouble}; lower supervised.learning_rate, or look at the solutions"
-            )
+            what = f"{skipped} updates in a row had a non-finite loss or gradient and were skipped"
+            do = "lower supervised.learning_rate, or check the solutions"
+            raise InputError(f"warm-up update {u}: {what}; {do}")
         yield u, skipped, state
+
+
+def _batches(
+    config: Config, mesh: Mesh, items: Sequence[TrainItem], done: int
+) -> Iterator[TrainBatch]:
+    """The batches of the updates after `done`, on the mesh."""
+    size, rows = config.supervised.responses_per_update, config.train.rows_per_microbatch
+    longest = max(len(item.prompt) + len(item.response) for item in items)
+    lengths = {"row_len": setup.row_len(config), "rows_per_microbatch": rows}
+    microbatches = max_microbatches(size, max_item_len=longest, **lengths)
+    shape = lengths | {"microbatches": microbatches, "row_shards": row_shards(mesh)}
+    _, cursor = advance(Cursor(), len(items), done * size, seed=config.seed)
+    for _ in range(done, config.supervised.updates):
+        chosen, cursor = advance(cursor, len(items), size, seed=config.seed)
+        weight = 1.0 / sum(len(items[i].response) for i in chosen)
+        weighted = [items[i]._replace(weight=weight) for i in chosen]
+        yield put_rows(build_batch(weighted, **shape)[0], mesh, axis=1)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Trains on worked solutions (`supervised` section) and writes a Hugging Face folder."""
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.supervised", description=main.__doc__)
-    parser.add_argument(
-        "--config",
-        required=True,
-        help="YAML config; its `supervised`, `data` and `model` sections are used; problems of `eval.sets` are left out",
-    )
-    parser.add_argument(
-        "--out", required=True, help="folder to write: config, safetensors, tokenizer"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override, e.g. supervised.updates=500",
-    )
-    parser.add_argument(
-        "--quiet", action="store_true", help="only warnings, errors and the last line"
-    )
+    add, override = parser.add_argument, "override, e.g. supervised.updates=500"
+    used = "YAML config; its supervised, data and model sections are used, without eval.sets"
+    add("--config", required=True, help=used)
+    add("--out", required=True, help="folder to write: config, safetensors, tokenizer")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
+    add("--quiet", action="store_true", help="only warnings, errors and the last line")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     if not config.supervised.updates:
-        raise InputError(
-            f"{args.config}: supervised.updates: is 0, so there is nothing to do; set it"
-        )
+        raise InputError(f"{args.config}: supervised.updates: is 0; set how many")
     check_new(args.out)
-    check_adapters(config.model)
-    policy = load_policy(config)
+    setup.check_adapters(config.model)
+    policy = setup.load_policy(config)
     multihost.initialize()
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
     info = console.info
@@ -182,31 +132,26 @@ def main(argv: list[str] | None = None) -> int:
     for report in reports:
         info(report.summary())
     prompts, _ = make_prompts(problems, policy.tokenizer, config.data, policy.model.vocab_size)
-    unseen = not_held_out(prompts, load_sets(config, policy, info), info)
+    unseen = not_held_out(prompts, load_sets(config.eval, config.data, policy, info), info)
     if not unseen:
         raise InputError(
-            f"data.train: all {len(prompts)} prompts are in eval.sets too, and nothing is left to train on; give more problems"
+            f"data.train: all {len(prompts)} prompts are in eval.sets too, and nothing is left to "
+            "train on; give more problems"
         )
-    check_started_alike(config, policy, {"data.train": unseen}, {})
+    setup.check_started_alike(config, policy, {"data.train": unseen}, {})
     items = solution_items(unseen, policy, config.rollout.max_response_len)
     mesh, lora = make_mesh(config.mesh), config.model.lora
-    check_divides(config, mesh, rows=True)
-    info(describe(policy, mesh, lora))
-    state = supervised_programs(config, policy.model, mesh)[0](
-        load_params(config, policy, mesh, lora=lora)
-    )
+    setup.check_divides(config, mesh, rows=True)
+    info(setup.describe(policy, mesh, lora))
+    init_optimizer, _ = supervised_programs(config, policy.model, mesh)
+    state = init_optimizer(setup.load_params(config, policy, mesh, lora=lora))
     with Guard(config.train.stall_timeout_s) as guard:
-        for _, _, warmed in warm_up(config, policy, state, items, mesh, info):  # noqa: B007 - the last one is used
+        for _, _, warmed in warm_up(config, policy, mesh, items, state, info):  # noqa: B007
             guard.reach("warm-up")
-    host_params = multihost.fetch(merged(warmed.params, policy, lora, mesh))
+    params = multihost.fetch(setup.merged(warmed.params, policy, lora, mesh))
     if multihost.is_main():
-        save_pretrained(
-            args.out,
-            policy.model,
-            host_params,
-            source_folder=policy.folder,
-            tokenizer=policy.tokenizer,
-        )
+        copied = {"source_folder": policy.folder, "tokenizer": policy.tokenizer}
+        save_pretrained(args.out, policy.model, params, **copied)
     console.result(f"wrote {args.out}")
     return 0
 

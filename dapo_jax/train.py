@@ -45,7 +45,7 @@ from dapo_jax.dapo.update import learning_rate, summarize
 from dapo_jax.data.mixture import load_training, mix, mixture_digest
 from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import make_prompts, tokens_digest
-from dapo_jax.evaluate import checked_pool, eval_sampling, evaluate_sets, load_sets, not_held_out
+from dapo_jax.evaluate import Evaluator, checked_pool, eval_sampling, load_sets, not_held_out
 from dapo_jax.reward.pool import error_counts, no_answer_fraction
 from dapo_jax.reward.verify import function_source
 from dapo_jax.runtime import multihost
@@ -156,7 +156,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         f"problems: {loaded}; {len(prompts)} prompts"
         + "".join(f", {n} skipped: {why}" for why, n in skipped.items())
     )
-    eval_sets = load_sets(config, policy, info)
+    eval_sets = load_sets(config.eval, d, policy, info)
     loaded_digest = problems_digest(p.problem for p in prompts)
     prompts = fit_to_train_on(prompts, eval_sets, config, info)
     solutions = (
@@ -201,7 +201,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         (lambda params: params) if as_it_is else programs.publish
     )  # an update ends the life of what was published before it
     engine = make_engine(config, policy, mesh, train_sampling(config))
-    eval_engine = make_engine(config, policy, mesh, eval_sampling(config))
+    eval_engine = make_engine(config, policy, mesh, eval_sampling(config.eval))
 
     run = Run(
         DynamicSamplingBuffer(algo.prompts_per_step, algo.dynamic_sampling, algo.carry_surplus),
@@ -209,7 +209,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     )
     with (
         checked_pool(
-            config, source, sets, console
+            config.reward, d.template, source, sets, console
         ) as pool,  # first: what it refuses leaves no folder behind
         Guard(
             config.train.stall_timeout_s
@@ -240,18 +240,11 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
             allow_change=d.allow_change,
         )
 
+        shared = (config.eval, config.reward, config.seed, policy)
+        evaluator = Evaluator(*shared, eval_engine, pool, guard)
+
         def evaluate(weights: Any) -> dict[str, float]:
-            found = evaluate_sets(
-                eval_sets,
-                config,
-                engine=eval_engine,
-                params=weights,
-                policy=policy,
-                pool=pool,
-                guard=guard,
-                info=info,
-                bars=console.bars,
-            )
+            found = evaluator.evaluate_sets(eval_sets, weights, info, console.bars)
             return {
                 f"eval/{name}/{key}": value
                 for name, (result, _) in found.items()
@@ -282,12 +275,11 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 for updates, in_a_row, state in warm_up(
                     config,
                     policy,
-                    run.state,
-                    solutions,
                     mesh,
+                    solutions,
+                    run.state,
                     info,
-                    run.at.warmed,
-                    run.at.nonfinite,
+                    (run.at.warmed, run.at.nonfinite),
                 ):
                     run.state = state if updates < warm else programs.init_optimizer(state.params)
                     run.at = run.at._replace(

@@ -10,7 +10,7 @@ import pytest
 from dapo_jax.config import config_from_dict
 from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import byte_tokenizer
-from dapo_jax.evaluate import answer_row, consensus, estimates, evaluate_sets, pass_at_k
+from dapo_jax.evaluate import Evaluator, answer_row, consensus, estimates, pass_at_k
 from dapo_jax.reward.verify import lenient_verify, strict_verify
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import Problem, Prompt, Response, Verdict
@@ -156,14 +156,15 @@ def evaluated(text, judge, reward):
         verdicts = [judge(item) for item in items]
         return SimpleNamespace(wait=lambda seconds: True, result=lambda: verdicts)
 
-    found = evaluate_sets(
-        {"a": [Prompt(Problem(name, "6*7", "42"), np.array([5], np.int32)) for name in "yx"]},
-        config,
-        engine=SimpleNamespace(generate=generate),
-        params={},
-        policy=Policy(config.model.architecture, byte_tokenizer(), (1,)),
-        pool=SimpleNamespace(submit=submit),
-        guard=SimpleNamespace(reach=lambda place: None, wait=lambda done, place: None),
-        info=said.append,
+    evaluator = Evaluator(
+        config.eval,
+        config.reward,
+        config.seed,
+        Policy(config.model.architecture, byte_tokenizer(), (1,)),
+        SimpleNamespace(generate=generate),
+        SimpleNamespace(submit=submit),
+        SimpleNamespace(reach=lambda place: None, wait=lambda done, place: None),
     )
+    prompts = [Prompt(Problem(name, "6*7", "42"), np.array([5], np.int32)) for name in "yx"]
+    found = evaluator.evaluate_sets({"a": prompts}, {}, said.append)
     return *found["a"], said[0]

@@ -66,7 +66,7 @@ def warm_up(monkeypatch):
             make_mesh(MeshSection(1, 1, 1), jax.devices()[:1]),
         )
         for updates, in_a_row, state in supervised.warm_up(
-            config, policy, done, ITEMS, mesh, print, done, skipped
+            config, policy, mesh, ITEMS, done, print, (done, skipped)
         ):
             assert updates == state
             happened.append(f"{in_a_row} skipped")
@@ -76,7 +76,7 @@ def warm_up(monkeypatch):
 
 
 def test_an_update_has_ended_before_the_place_where_a_run_may_be_left(warm_up):
-    """One update is under way at a time, and the next one's rows are made meanwhile."""
+    """One update runs at a time, while the rows of the next are built."""
     first, second, third = (
         ["update 1", "rows", "end 1"],
         ["update 2", "rows", "end 2"],
@@ -91,7 +91,7 @@ def test_skipped_updates_in_a_row_end_a_warm_up(warm_up):
     assert counts == [f"{n} skipped" for n in (1, 2, 0, 1, 0, 1, 2)]
     with pytest.raises(
         InputError,
-        match="^warm-up update 5: 3 updates in a row had a loss or gradient that is not finite and were skipped; ",
+        match="^warm-up update 5: 3 updates in a row had a non-finite loss or gradient and were skipped; ",
     ):
         warm_up([1, 0, 1, 1, 1, 0])
     with pytest.raises(
