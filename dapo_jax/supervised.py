@@ -15,7 +15,8 @@ from dapo_jax.data.mixture import load_training
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import check_embedded, make_prompts
 from dapo_jax.evaluate import load_sets, not_held_out
-from dapo_jax.model.weights import check_new, save_pretrained
+from dapo_jax.export import save_policy
+from dapo_jax.model.weights import check_new
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.console import make_console
 from dapo_jax.runtime.guard import Guard
@@ -150,8 +151,7 @@ def main(argv: list[str] | None = None) -> int:
             guard.reach("warm-up")
     params = multihost.fetch(setup.merged(warmed.params, policy, lora, mesh))
     if multihost.is_main():
-        copied = {"source_folder": policy.folder, "tokenizer": policy.tokenizer}
-        save_pretrained(args.out, policy.model, params, **copied)
+        save_policy(args.out, policy, params, config.rollout)
     console.result(f"wrote {args.out}")
     return 0
 

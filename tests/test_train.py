@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 from test_tracker import install
+from transformers import GenerationConfig
 
 from dapo_jax import cli, evaluate, export, supervised, train
 from dapo_jax.config import Config, load_config
@@ -366,6 +367,14 @@ def test_partial_rollouts_resume_bit_for_bit(config, tmp_path):
 def test_evaluation_of_run_and_of_its_export_agree(finished, tmp_path, capsys):
     config, run = finished
     assert verb(export, "--run-dir", run, "--out", tmp_path / "hf") == 0
+    generation = GenerationConfig.from_pretrained(tmp_path / "hf")  # of the byte tokenizer
+    assert (generation.eos_token_id, generation.pad_token_id, generation.bos_token_id) == (
+        1,
+        0,
+        None,
+    )
+    sampling = (generation.do_sample, generation.temperature, generation.top_p, generation.top_k)
+    assert sampling == (True, 1.0, 1.0, 0)
     assert verb(evaluate, "--config", config, "--run-dir", run, "--json", tmp_path / "a.json") == 0
     assert (
         verb(

@@ -290,6 +290,7 @@ def save_pretrained(
     *,
     source_folder: str | Path | None = None,
     tokenizer: Any = None,
+    generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a float32 Hugging Face folder.
@@ -303,6 +304,7 @@ def save_pretrained(
       but for the dtype, its generation_config.json
         and tokenizer files are copied.
       tokenizer: a transformers tokenizer, saved where there is no source folder.
+      generation: content of generation_config.json where the source folder has none.
       max_shard_bytes: larger models are split into files of at most this size and an index.
 
     Raises: InputError: the folder exists and is not empty, cannot be written, or the source is
@@ -321,6 +323,8 @@ def save_pretrained(
                         shutil.copyfile(source / name, partial / name)
             elif tokenizer is not None:
                 tokenizer.save_pretrained(str(partial))
+            if generation and not (partial / "generation_config.json").exists():
+                _write_json(partial / "generation_config.json", generation)
             _write_weights(partial, config, params, max_shard_bytes)
     except OSError as e:
         raise InputError(
