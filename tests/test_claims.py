@@ -9,7 +9,7 @@ import pytest
 TESTS = Path(__file__).parent
 PAGES = [
     TESTS / "README.md",
-    TESTS.parent / "README.md",
+    *sorted(TESTS.parent.glob("*.md")),
     *sorted((TESTS.parent / "docs").glob("*.md")),
 ]
 NAMED = sorted(
