@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 import unicodedata
 from collections import deque
@@ -48,7 +49,7 @@ from dapo_jax.reward.verify import (
     normalize_answer,
     strict_verify,
 )
-from dapo_jax.runtime import checkpoint
+from dapo_jax.runtime import checkpoint, sandbox
 from dapo_jax.runtime.checkpoint import Checkpoints, restore_params
 from dapo_jax.types import InputError, NoCheckpointError, Problem, TrainState, Verdict
 
@@ -489,52 +490,50 @@ def test_what_a_custom_verifier_returns(value):
     )
 
 
-class Listening(pool._Manager):
-    """The caller's side of a worker that is not there."""
+class Absent(sandbox.Process):
+    """A process that is not there, but says a line."""
 
-    def __init__(self):
-        super().__init__(RewardSection(verifier="lenient"), None)
+    def __init__(self, line):
+        self._deadline_s, self._max_line_bytes = 1.0, pool._MAX_LINE_BYTES
+        self._inbox = bytearray(line + b"\n")
+        self._channel, self._other = socket.socketpair()
 
-    def _discard(self, worker):
-        return None
-
-    def hear(self, line):
-        pending = pool.PendingVerdicts(1)
-        task = pool._Task(pending, 0, pool.RewardItem(Problem("p", "a", "1"), "1", 1))
-        worker = pool._Worker(None, "", None, deadline=0.0, ready=True, tasks=deque([task]))
-        kept = self._hear(worker, bytearray(line))
-        if self._queue:  # out of memory: another worker is asked
-            self._queue.clear()
-            return None
-        return kept, *pending.result()
+    def kill(self):
+        self._channel.close()
+        self._other.close()
 
 
-@pytest.fixture(scope="module")
-def listening():
-    manager = Listening()
-    yield manager
-    for resource in (manager._selector, manager._wake, manager._woken):
-        resource.close()
+def verdict_of(line):
+    pending = pool.PendingVerdicts(1)
+    task = pool._Task(pending, 0, pool.RewardItem(Problem("p", "a", "1"), "1", 1))
+    worker = pool._Worker(pool._Queue(1), RewardSection(verifier="lenient"), None)
+    worker._process = Absent(line)
+    worker._judge(deque([task]))
+    worker._discard()
+    [verdict] = pending.result()
+    return verdict
 
 
 @examples(100)
 @given(
-    mutations([b"[true, 1.0, null]", b'[false, -1, "ValueError: x"]'], JSON_PIECES)
+    mutations(
+        [b'["result", [true, 1.0, null]]', b'["result", [false, -1, "ValueError: x"]]'], JSON_PIECES
+    )
+    | st.tuples(st.just("result"), JSON).map(json.dumps).map(str.encode)
     | JSON.map(json.dumps).map(str.encode)
 )
-@example(b"[true, 1e999, null]")
+@example(b'["result", [true, 1e999, null]]')
 @example(b"[" * 100_000)
 @example(b"7")
-@example(b'{"correct": true, "score": 1, "error": null}')
-def test_what_a_worker_says(listening, line):
-    """A custom function has the worker's socket within reach: the caller gets a verdict whatever
-    comes.
-    """
-    heard = within(0.5, listening.hear, line.replace(b"\n", b""))
-    if heard is not None:
-        kept, verdict = heard
-        assert type(verdict.correct) is bool and np.isfinite(np.float32(verdict.score))
-        assert kept or (verdict.error is not None and not verdict.correct)
+@example(b'["refused", "no"]')
+@example(b'["done", null]')
+@example(b'["result", {"correct": true, "score": 1, "error": null}]')
+def test_what_a_worker_says(line):
+    """A custom function can reach the worker's socket: the caller gets a verdict whatever comes."""
+    verdict = within(0.5, verdict_of, line.replace(b"\n", b""))
+    assert type(verdict.correct) is bool and np.isfinite(np.float32(verdict.score))
+    if not line.startswith(b'["result"'):
+        assert verdict.error is not None and not verdict.correct
 
 
 # ------------------------------------------------------------------------------------------------------- model folders

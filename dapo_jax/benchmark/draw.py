@@ -74,7 +74,7 @@ class ImposedVerdicts(RewardPool):
                 and _random(item.problem.id).random() < self._keep_rate
             )
             self._seen.add(item.problem.id)
-            pending._settle(place, Verdict(right, 1.0 if right else -1.0))
+            pending.settle(place, Verdict(right, 1.0 if right else -1.0))
         return pending
 
 

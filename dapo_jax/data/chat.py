@@ -1,18 +1,19 @@
-"""Chat templates: programs that come with a model, rendered in a process that can be stopped.
+"""Chat templates: programs that come with a model, rendered in a sandboxed process.
 
-transformers' sandbox keeps a template from the interpreter's insides, but not from loops without
-end, `9**9**9**9` (which holds the interpreter's lock, so that no thread could watch it) or
-gigabytes of text.
+transformers' own sandbox does not stop endless loops, `9**9**9**9` (which holds the interpreter's
+lock, so that no thread could watch it) or gigabytes of text.
 """
 
 import datetime
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dapo_jax.runtime.sandbox import ConfinedError, results
+from dapo_jax.runtime.sandbox import ConfinedError, Process
 
 DEADLINE_S = 10.0  # for one conversation
 _MEMORY_BYTES = 1 << 30
+_BATCH = 64  # conversations sent together
 
 Conversation = Sequence[Mapping[str, str]]
 
@@ -26,25 +27,31 @@ def render(
     max_chars: int,
     add_generation_prompt: bool = True,
 ) -> Iterator[str | None]:
-    """Each conversation through a chat template, with the header of the assistant's turn at the end
-    unless told otherwise.
+    """Each conversation as text, with the header of the assistant's turn at the end.
 
-    Where the last turn is the assistant's, it is left open instead, and the response continues it.
+    If the last turn is the assistant's, it is left open instead and the response continues it.
 
-    Args: variables: JSON-able, as the special tokens are. date: YYYY-MM-DD, what the template takes
-      for today: the clock would make another prompt of the same problem every day. max_chars: a
-      longer text is None.
+    Args:
+      variables: JSON-able, as the special tokens are.
+      date: YYYY-MM-DD, the template's today: by the clock, prompts would change every day.
+      max_chars: a longer text is None.
 
     Raises ConfinedError if the template fails, or takes too much time or memory for a conversation.
     """
-    orders = [[template, dict(variables), date, max_chars, add_generation_prompt], *conversations]
-    if len(orders) > 1:
-        for text, error in results(
-            f"{__name__}:work", orders, deadline_s=DEADLINE_S, memory_bytes=_MEMORY_BYTES
-        ):
-            if error is not None:
-                raise ConfinedError(error)
-            yield text
+    turns = iter(conversations)
+    if not (batch := [*itertools.islice(turns, _BATCH)]):
+        return
+    with Process(f"{__name__}:work", deadline_s=DEADLINE_S, memory_bytes=_MEMORY_BYTES) as process:
+        process.wait_ready()
+        process.send([template, dict(variables), date, max_chars, add_generation_prompt])
+        while batch:
+            process.send(batch)
+            for _ in batch:
+                text, error = process.receive()
+                if error is not None:
+                    raise ConfinedError(error)
+                yield text
+            batch = [*itertools.islice(turns, _BATCH)]
 
 
 def work(orders: Iterator[Any]) -> Iterator[Any]:
@@ -60,17 +67,17 @@ def work(orders: Iterator[Any]) -> Iterator[Any]:
             return cls.fromisoformat(date)
 
     chat_template_utils.datetime = FixedDate  # type: ignore[misc]  # of strftime_now
-    for turns in orders:
-        open_turn = add_generation_prompt and turns[-1]["role"] == "assistant"
+    for turns in itertools.chain.from_iterable(orders):
+        is_open = add_generation_prompt and turns[-1]["role"] == "assistant"
         try:
             texts: Any = chat_template_utils.render_jinja_template(
                 [turns],
                 chat_template=template,
-                add_generation_prompt=add_generation_prompt and not open_turn,
-                continue_final_message=open_turn,
+                add_generation_prompt=add_generation_prompt and not is_open,
+                continue_final_message=is_open,
                 **variables,
             )[0]
             yield [texts[0] if len(texts[0]) <= max_chars else None, None]
         except Exception as e:  # a template is a program: it may raise anything
-            what = "cannot continue the assistant's last turn: " if open_turn else ""
+            what = "cannot continue the assistant's last turn: " if is_open else ""
             yield [None, what + (" ".join(str(e).split())[:200] or type(e).__name__)]

@@ -1,169 +1,303 @@
-"""Work on files that anyone may have written, in a process that can be stopped: with a memory
-limit, and a deadline for each result.
+"""One bounded, killable process for work on untrusted input: tables, chat templates, model output.
 
-Neither loops without end in native code, nor gigabytes of memory, nor crashes reach this process.
-The other one is a fresh interpreter with an environment of a few harmless variables. Both ways go
-lines of JSON. It ends with its caller, or soon after.
+Endless loops, crashes, gigabytes of memory and forked children stay in the process: a fresh
+interpreter with a memory limit, a deadline for each result and a few harmless variables of the
+environment. Both directions carry lines of JSON; nothing is unpickled. It dies with its caller.
 """
 
 import contextlib
+import ctypes
 import decimal
 import importlib
 import json
 import os
 import resource
-import select
+import secrets
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dapo_jax.types import InputError
 
 START_S = 120.0  # for the process to import what it needs
-_NO_MEMORY = 3  # exit status
-_ALARM_S = 2.0  # beyond the deadline, when a process whose caller is gone ends itself
-
-_ENVIRONMENT = (
-    "PATH",
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "LC_CTYPE",
-    "LD_LIBRARY_PATH",
-    "PYTHONHOME",
-    "TZ",
-)  # the rest may hold secrets
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from dapo_jax.runtime.sandbox import serve; serve(*json.loads(sys.argv[2]))"
-
-
-_END = object()
+_ALARM_S = 2.0  # beyond the deadline, when a process ends itself
+_MAX_LINE_BYTES = 1 << 28  # of one result
+_MARK = "DAPO_JAX_SANDBOX"  # environment variable: which sandbox a process comes from
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+_BOOT = """
+import json, sys
+channel, sys.path[:], *limits = json.loads(sys.argv[1])
+from dapo_jax.runtime.sandbox import serve
+serve(channel, *limits)
+"""
+# What the process keeps of the caller's environment; the rest may hold secrets.
+_ENVIRONMENT = """
+    PATH HOME LANG LC_ALL LC_CTYPE LD_LIBRARY_PATH PYTHONHOME PYTHONPATH TMPDIR TZ VIRTUAL_ENV
+""".split()
+# BLAS threads count against the memory limit; results must not depend on the order of a set.
+_SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+}
 
 
 class ConfinedError(Exception):
     """Why the process gave no result; half a sentence."""
 
 
+class OverTimeError(ConfinedError):
+    """A result missed its deadline."""
+
+
+class OverMemoryError(ConfinedError):
+    """A result needed more memory than the limit."""
+
+
+class Process:
+    """A sandboxed process that runs `work`, a context manager that kills it at the end.
+
+    One thread uses it; only `interrupt` may be called from another.
+
+    Args:
+      work: "module:function" of a generator function of an iterator of orders. Its first yield
+        means that it is ready, the others are results, JSON-able (a decimal becomes text).
+      deadline_s: for one result. memory_bytes: address space beyond what it has when it is ready.
+      environment: additional variables.
+
+    Raises OSError if no process can be started.
+    """
+
+    def __init__(
+        self,
+        work: str,
+        *,
+        deadline_s: float,
+        memory_bytes: int,
+        environment: Mapping[str, str] | None = None,
+        max_line_bytes: int = _MAX_LINE_BYTES,
+    ):
+        self._deadline_s, self._max_line_bytes = deadline_s, max_line_bytes
+        self._mark = secrets.token_hex(8)
+        self._inbox = bytearray()
+        kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        path = [os.path.abspath(entry) for entry in [*sys.path, os.getcwd()]]
+        self._channel, theirs = socket.socketpair()
+        with theirs:
+            order = [theirs.fileno(), path, work, deadline_s, memory_bytes]
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _BOOT, json.dumps(order)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**kept, **(environment or {}), **_SETTINGS, _MARK: self._mark},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # no Ctrl-C, and a process group to kill
+            )
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+
+    def send(self, order: Any) -> None:
+        """Sends a JSON-able order. Raises ConfinedError if the process does not take it."""
+        self._channel.settimeout(START_S)
+        try:  # ASCII, so that lone surrogates survive too
+            self._channel.sendall(json.dumps(order).encode() + b"\n")
+        except OSError:
+            raise self._ended() from None
+
+    def wait_ready(self) -> None:
+        """Waits until the process has imported what it needs. Raises as `receive` does."""
+        self._receive(START_S)
+
+    def receive(self) -> Any:
+        """Waits for the next result.
+
+        Raises InputError if `work` does, EOFError if it is done, else ConfinedError; kill it then.
+        """
+        return self._receive(self._deadline_s)
+
+    def _receive(self, seconds: float) -> Any:
+        try:
+            kind, value = json.loads(self._line(seconds))
+        except (ValueError, TypeError, RecursionError):
+            raise ConfinedError("worker sent malformed data") from None
+        match kind:
+            case "result":
+                return value
+            case "refused":
+                raise InputError(" ".join(str(value).split()))
+            case "memory":
+                raise OverMemoryError("out of memory")
+            case "done":
+                raise EOFError("worker is done")
+        raise ConfinedError("worker sent malformed data")
+
+    def _line(self, seconds: float) -> bytes:
+        deadline, searched = time.monotonic() + seconds, 0
+        while (end := self._inbox.find(b"\n", searched)) < 0:
+            if (searched := len(self._inbox)) > self._max_line_bytes:
+                raise ConfinedError("worker sent malformed data")
+            self._channel.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                data = self._channel.recv(1 << 18)
+            except TimeoutError:
+                raise OverTimeError(f"timed out after {seconds:g} s") from None
+            except OSError:
+                data = b""
+            if not data:
+                raise self._ended()
+            self._inbox += data
+        line = bytes(self._inbox[:end])
+        del self._inbox[: end + 1]
+        return line
+
+    def is_quiet(self) -> bool:
+        """Whether the process lives and has sent nothing that was not received."""
+        try:
+            self._channel.settimeout(0)
+            self._channel.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return not self._inbox
+        except OSError:
+            pass
+        return False
+
+    def interrupt(self) -> None:
+        """Makes a `send` or `receive` of another thread raise at once."""
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
+
+    def kill(self) -> int | None:
+        """Kills it and all that it started; its exit status, negative for a signal."""
+        self._channel.close()
+        if self._process.returncode is None:  # not reaped, so the group is still its own
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        _kill_marked(self._mark)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1.0)
+        return self._process.returncode
+
+    def _ended(self) -> ConfinedError:
+        status = self.kill()
+        if status == -signal.SIGALRM:  # its own alarm: this process was stopped meanwhile
+            return OverTimeError(f"timed out after {self._deadline_s:g} s")
+        if status is None or status >= 0:
+            return ConfinedError(f"worker exited with status {status}")
+        names = {number.value: number.name for number in signal.Signals}
+        return ConfinedError(f"worker killed by {names.get(-status, f'signal {-status}')}")
+
+
+def _kill_marked(mark: str) -> None:
+    """Kills processes that left the process group: their environment still has the mark (/proc)."""
+    entry = f"{_MARK}={mark}\0".encode()
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or gone
+            if entry in file.read_bytes():
+                os.kill(int(file.parent.name), signal.SIGKILL)
+
+
 def results(
     work: str, orders: Iterable[Any], *, deadline_s: float, memory_bytes: int
 ) -> Iterator[Any]:
-    """What `work` yields, in a process of its own.
+    """The results of `work` on a few orders, which are all sent first (see `Process`).
 
-    Args: work: "module:function" of a generator function. It is given an iterator of the orders.
-      The first thing that it yields says that
-        it has imported what it needs, and is dropped. Orders and results are JSON-able; what in a
-        result is not becomes {}, a decimal text.
-      deadline_s: for one result. memory_bytes: of address space, beyond what the process has by
-      then.
-
-    Raises InputError if `work` does, and ConfinedError if the process takes longer, or ends before
-    `work` does.
+    Raises InputError if `work` does, and ConfinedError if the process fails.
     """
-    with tempfile.TemporaryFile() as file:
+    with Process(work, deadline_s=deadline_s, memory_bytes=memory_bytes) as process:
+        process.wait_ready()
         for order in orders:
-            file.write(json.dumps(order).encode() + b"\n")
-        file.seek(0)
-        path = [os.path.abspath(entry) for entry in sys.path]
-        with subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-c",
-                _BOOT,
-                json.dumps(path),
-                json.dumps([work, deadline_s, memory_bytes]),
-            ],
-            stdin=file,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-            start_new_session=True,  # Ctrl-C is the caller's
-        ) as process:
-            try:
-                lines = _lines(process, deadline_s)
-                next(lines)  # it has started
-                for result, refusal in map(json.loads, lines):
-                    if refusal is not None:
-                        raise InputError(refusal)
-                    yield result
-            finally:
-                process.kill()
+            process.send(order)
+        with contextlib.suppress(EOFError):
+            while True:
+                yield process.receive()
 
 
-def _lines(process: subprocess.Popen, deadline_s: float) -> Iterator[bytes]:
-    """The lines that the process writes until it ends, each within its time."""
-    assert process.stdout is not None
-    heard = select.poll()
-    heard.register(process.stdout, select.POLLIN)
-    limit, begun = START_S, b""
-    while True:
-        deadline, parts = time.monotonic() + limit, [begun]
-        while b"\n" not in parts[-1]:
-            if not heard.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise ConfinedError(f"no result within {limit:g} s")
-            parts.append(os.read(process.stdout.fileno(), 1 << 16))
-            if not parts[-1]:
-                if status := process.wait():
-                    ended = (
-                        "wanted too much memory"
-                        if status == _NO_MEMORY
-                        else f"ended with status {status}"
-                    )
-                    raise ConfinedError(f"its process {ended}")
-                return
-        *lines, begun = b"".join(parts).split(b"\n")
-        limit = deadline_s
-        yield from lines
+# ------------------------------------------------------------------------------ inside the process
+
+
+def serve(descriptor: int, work: str, deadline_s: float, memory_bytes: int) -> None:
+    """Runs `work` to the end of the process, which closes the socket."""
+    channel, status = socket.socket(fileno=descriptor), 1
+    try:
+        _serve(channel, work, deadline_s, memory_bytes)
+        status = 0
+    except SystemExit as e:  # a custom function may call sys.exit
+        status = e.code if isinstance(e.code, int) else int(e.code is not None)
+    finally:
+        os._exit(status & 0xFF)
+
+
+def _serve(channel: socket.socket, work: str, deadline_s: float, memory_bytes: int) -> None:
+    # Only the caller ends it, also where a scheduler signals every process of a job.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # dispositions and mask are inherited
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if sys.platform == "linux":  # the kernel kills it when its caller dies
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    channel.set_inheritable(False)
+    process, limit = os.getpid(), START_S
+
+    def alarm(seconds: float) -> None:  # for where nobody enforces the deadline any more
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def orders() -> Iterator[Any]:
+        with channel.makefile("rb") as lines:
+            while True:
+                alarm(0)
+                if not (line := lines.readline()):
+                    return
+                alarm(limit + _ALARM_S)
+                yield json.loads(line)
+
+    def send(kind: str, value: Any = None) -> None:
+        alarm(0)  # the caller may take its time
+        channel.sendall(json.dumps([kind, value], default=_plain).encode() + b"\n")
+
+    try:
+        module, _, name = work.partition(":")
+        for n, result in enumerate(getattr(importlib.import_module(module), name)(orders())):
+            if os.getpid() != process:  # a forked child must not answer
+                os._exit(0)
+            if n == 0:
+                _limit_memory(memory_bytes)
+                limit = deadline_s
+            send("result", result)
+            alarm(limit + _ALARM_S)
+        send("done")
+    except InputError as e:
+        send("refused", str(e))
+    except MemoryError:
+        send("memory")
 
 
 def _plain(value: Any) -> Any:
-    """A decimal as text, without zeros at its end; {} for what else JSON does not have."""
-    if (
-        not isinstance(value, decimal.Decimal)
-        or not value.is_finite()
-        or not -100 < int(value.as_tuple().exponent) < 100
-    ):
+    """A decimal as text, without trailing zeros; {} for what else JSON does not have."""
+    if not isinstance(value, decimal.Decimal) or not value.is_finite():
+        return {}
+    if not -100 < int(value.as_tuple().exponent) < 100:
         return {}
     text = f"{value:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def serve(work: str, deadline_s: float, memory_bytes: int) -> None:
-    """The life of the process."""
-    with open(os.dup(1), "wb") as out, open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 1)  # whatever a library may print
-        signal.signal(
-            signal.SIGALRM, signal.SIG_DFL
-        )  # the caller's disposition and mask are inherited
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        module, _, name = work.partition(":")
-        worked = getattr(importlib.import_module(module), name)(map(json.loads, sys.stdin.buffer))
-        result = next(worked)
-        with contextlib.suppress(
-            ValueError, OSError
-        ):  # where there is no /proc, or a lower limit already
-            limit = (
-                int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                + memory_bytes
-            )
-            resource.setrlimit(
-                resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1])
-            )
-        try:
-            while True:
-                out.write(json.dumps([result, None], default=_plain).encode() + b"\n")
-                out.flush()
-                signal.setitimer(
-                    signal.ITIMER_REAL, deadline_s + _ALARM_S
-                )  # the caller decides; this is for one that is gone
-                if (result := next(worked, _END)) is _END:
-                    return
-                signal.setitimer(signal.ITIMER_REAL, 0)  # the caller may take its time
-        except InputError as e:
-            out.write(json.dumps([None, str(e)]).encode() + b"\n")
-        except MemoryError:
-            os._exit(_NO_MEMORY)
+def _limit_memory(extra_bytes: int) -> None:
+    """Limits the address space to what it is and so much more; needs /proc."""
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + extra_bytes
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
