@@ -26,7 +26,7 @@ VERBS = {
     "compare": "two results of evaluate, paired bootstrap",
     "supervised": "only the warm-up on worked solutions, to a model folder",
     "plan": "compiles a config for a TPU pod, with no TPU: does it fit",
-    "benchmark": "speed and memory of loss, rollout, draw, update",
+    "benchmark": "speed and memory of loss, rollout, update",
     "study": "the paper's ablation in miniature: rows, seeds, one table and one figure",
     "export": "a run's newest checkpoint as a Hugging Face folder",
     "report": "one HTML page about one run or several",

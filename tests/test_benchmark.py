@@ -3,7 +3,6 @@
 Speeds are never judged, only that they are there.
 """
 
-import argparse
 import json
 import math
 import os
@@ -12,37 +11,41 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import measure_sampling
 import numpy as np
 import pytest
 
 import dapo_jax
 from dapo_jax.benchmark import main
-from dapo_jax.benchmark.rollout import response_lengths
-from dapo_jax.benchmark.update import padded_rows, train_items
+from dapo_jax.benchmark.rollout import RolloutSizes, response_lengths
+from dapo_jax.benchmark.update import UpdateSizes, padded_rows, train_items
 from dapo_jax.types import InputError
 
+SAMPLING = ({}, [measure_sampling.__file__])
 MODEL = (
     "--layers 1 --model-dim 16 --heads 4 --kv-heads 2 --head-dim 8 --ffn 32 --vocab 64 --repeats 2"
 )
 SPEED = ("tokens_per_s", "median_tokens_per_s", "seconds", "cpu_seconds")
 
 
-def command(arguments: str, more: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
+def command(
+    arguments: str, more: Mapping[str, str] | None = None, program=("-m", "dapo_jax.benchmark")
+) -> subprocess.CompletedProcess:
     path = os.pathsep.join(
         [str(Path(dapo_jax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     )
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | (more or {})
     return subprocess.run(
-        [sys.executable, "-m", "dapo_jax.benchmark", *arguments.split()],
+        [sys.executable, *program, *arguments.split()],
         env=env,
         capture_output=True,
         text=True,
     )
 
 
-def run(arguments: str, more: Mapping[str, str] | None = None) -> tuple[list[str], dict]:
+def run(arguments: str, *options) -> tuple[list[str], dict]:
     """The lines for people, and the JSON object under them."""
-    done = command(arguments, more)
+    done = command(arguments, *options)
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     return lines, json.loads(last)
@@ -114,9 +117,7 @@ def test_rollout():
 
 
 def test_rollout_of_responses_of_different_lengths():
-    sizes = argparse.Namespace(
-        lengths="lognormal", median=3, sigma=1.0, requests=12, max_response_len=20
-    )
+    sizes = RolloutSizes(lengths="lognormal", median=3, sigma=1.0, requests=12, max_response_len=20)
     lengths = response_lengths(sizes).tolist()
     options = (
         "--lengths lognormal --median 3 --top-p 0.7 --top-k 9 --kv-cache int8 --dtype bfloat16"
@@ -134,7 +135,7 @@ def test_rollout_of_responses_of_different_lengths():
 
 
 def test_imposed_lengths():
-    sizes = argparse.Namespace(
+    sizes = RolloutSizes(
         lengths="lognormal", median=21, sigma=1.0, requests=4000, max_response_len=128
     )
     drawn = response_lengths(sizes)
@@ -180,7 +181,8 @@ def test_draw():
     three times the groups wanted.
     """
     _, result = run(
-        f"draw --slots 4 --groups 3 --group 2 --prompt-len 4 --max-response-len 8 --median 3 --keep-rate 0.3 {MODEL}"
+        f"draw --slots 4 --groups 3 --group 2 --prompt-len 4 --max-response-len 8 --median 3 --keep-rate 0.3 {MODEL}",
+        *SAMPLING,
     )
     batches, streaming = result["modes"]["generate_then_filter"], result["modes"]["streaming"]
     assert (
@@ -202,7 +204,7 @@ def test_host():
     half of the groups are packed.
     """
     sizes = "--processes 4 --responses 64 --group 4 --slots 16 --prompt-len 4 --max-response-len 200 --median 30"
-    lines, result = run(f"host {sizes}")
+    lines, result = run(f"host {sizes}", *SAMPLING)
     parts, segments = result["parts"], result["segments"]
     assert list(parts) == ["fetch", "decode", "judge", "group", "pack"] and len(lines) == 7
     assert (
@@ -217,7 +219,7 @@ def test_host():
 
 
 def test_padded_rows_hold_the_items_one_by_one():
-    sizes = argparse.Namespace(
+    sizes = UpdateSizes(
         responses=5, prompt_len=4, max_response_len=12, vocab=64, lengths="lognormal"
     )
     items = train_items(sizes)
@@ -251,7 +253,7 @@ def test_loss_over_several_devices():
 
 @pytest.mark.parametrize("lengths, median", [("equal", 120), ("lognormal", 20)])
 def test_lengths_of_responses(lengths, median):
-    sizes = argparse.Namespace(
+    sizes = UpdateSizes(
         responses=999, prompt_len=4, max_response_len=120, vocab=64, lengths=lengths
     )
     drawn = np.array([len(item.response) for item in train_items(sizes)])
@@ -274,7 +276,6 @@ def test_lengths_of_responses(lengths, median):
         ("rollout --slots 3", "--slots: 3 is no multiple of the 8 devices"),
         ("update --mesh 2x4", "--mesh: expected DATAxFSDPxTENSOR"),
         ("update --mesh 3x1x1", "mesh: data 3 x fsdp 1 x tensor 1 does not cover 8 devices"),
-        ("draw --group 1", "--group: a group needs at least 2 responses"),
         ("update --rows 9", "--rows: 9 is no multiple of the 8 devices"),
         (
             "update --row-len 511",
@@ -288,6 +289,11 @@ def test_bad_sizes_are_named_in_one_line(arguments, said):
     assert str(e.value).startswith(said) and "\n" not in str(e.value)
 
 
+def test_a_group_of_one_is_refused():
+    with pytest.raises(InputError, match="--group: a group needs at least 2 responses"):
+        measure_sampling.main(["draw", "--group", "1"])
+
+
 def test_bad_sizes_exit_with_2():
     done = command("update --layers 0")
     assert done.returncode == 2 and done.stdout == ""
@@ -298,8 +304,9 @@ def test_bad_sizes_exit_with_2():
 
 @pytest.mark.parametrize("verb", ["loss", "rollout", "draw", "update", "host"])
 def test_help_gives_every_default(verb, capsys):
+    program = measure_sampling.main if verb in ("draw", "host") else main
     with pytest.raises(SystemExit) as e:
-        main([verb, "--help"])
+        program([verb, "--help"])
     assert e.value.code == 0
     shown = capsys.readouterr().out
     assert shown.count("(default") == shown.count("\n  --")

@@ -1,7 +1,10 @@
-"""Timing, memory, a random model and the report: what every benchmark needs."""
+"""Shared by all benchmarks: flags, timing, memory, a random model, table and JSON line."""
 
 import argparse
+import dataclasses
 import functools
+import json
+import math
 import re
 import statistics
 import time
@@ -12,13 +15,120 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from dapo_jax.cli import out_of_memory
 from dapo_jax.config import MeshSection, ModelConfig, check_model
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.runtime.mesh import make_mesh, params_sharding, row_shards
 from dapo_jax.runtime.metrics import process_memory
 from dapo_jax.types import InputError, Params
 
-Sizes = argparse.Namespace  # the flags
+Row = Mapping[str, Any]
+Report = tuple[list[dict[str, Any]], dict[str, Any]]  # the table's rows, and the JSON object
+Times = list[tuple[float, float]]  # seconds and processor seconds of each call
+
+# ---- Sizes: a dataclass a benchmark, a flag a field ----------------------------------------------
+
+
+def flag(default: Any, text: str, **limits: Any) -> Any:
+    """A field with its help. limits: low and high of a number, or the choices of a text."""
+    return dataclasses.field(default=default, metadata={"text": text, **limits})
+
+
+@dataclasses.dataclass(kw_only=True)
+class Sizes:
+    """Flags of every benchmark that runs on devices."""
+
+    repeats: int = flag(3, "timed calls, after one warm-up call")
+    dtype: str = flag("float32", "of the matmuls", choices=("float32", "bfloat16"))
+    mesh: str = flag("1x-1x1", "data x fsdp x tensor over all devices; -1: all that are left")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelSizes(Sizes):
+    """Flags of the benchmarks that run a model."""
+
+    prompt_len: int = flag(64, "tokens of a prompt")
+    max_response_len: int = flag(128, "tokens of the longest response")
+    layers: int = flag(4, "decoder layers")
+    model_dim: int = flag(256, "D, width of the residual stream")
+    heads: int = flag(8, "query heads")
+    kv_heads: int = flag(4, "key/value heads; divides --heads")
+    head_dim: int = flag(32, "width of a head; even")
+    ffn: int = flag(1024, "hidden width of the feed-forward")
+    vocab: int = flag(32768, "V, vocabulary entries")
+    family: str = flag("qwen3", "of the model", choices=("llama", "qwen2", "qwen3"))
+    remat: str = flag("none", "as in the config", choices=("none", "dots", "full"))
+
+
+def _number(name: str, kind: type, low: float, high: float, text: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise InputError(
+            f"{name}: expected {what} from {low} to {high}, got {text[:20]!r}; correct it"
+        )
+    return value
+
+
+def _add_flags(parser: argparse.ArgumentParser, defaults: Any) -> None:
+    for field in dataclasses.fields(defaults):
+        name, default = "--" + field.name.replace("_", "-"), getattr(defaults, field.name)
+        kind, limits = type(default), dict(field.metadata)
+        text = f"{limits.pop('text')} (default {default})"
+        if kind in (int, float):
+            low = limits.get("low", 1 if kind is int else 1e-6)
+            high = limits.get("high", 2**31 - 1 if kind is int else 1)
+            limits = {"type": functools.partial(_number, name, kind, low, high), "metavar": "N"}
+        parser.add_argument(name, default=default, help=text, **limits)
+
+
+def run_benchmark(
+    parser: argparse.ArgumentParser,
+    benchmarks: Mapping[str, tuple[Callable[[Any], Report], Any]],
+    argv: Sequence[str] | None,
+) -> int:
+    """Runs the benchmark that argv names. benchmarks: name → function of sizes, default sizes."""
+    verbs = parser.add_subparsers(dest="benchmark", required=True, metavar="|".join(benchmarks))
+    for name, (run, defaults) in benchmarks.items():
+        usage = "%(prog)s [--flag value ...], or --help"
+        verb = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, usage=usage)
+        _add_flags(verb, defaults)
+    flags = vars(parser.parse_args(argv))
+    name = flags.pop("benchmark")
+    run, defaults = benchmarks[name]
+    try:
+        rows, result = run(dataclasses.replace(defaults, **flags))
+    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        raise InputError(f"{name}: out of memory; lower the sizes") from None
+    _print_table({**flags, **result}, rows)
+    print(json.dumps({"benchmark": name, **flags, **result}))
+    return 0
+
+
+def _print_table(facts: Row, rows: Sequence[Row]) -> None:
+    """One line of the facts that are no column, then the rows; bytes as MB."""
+
+    def cell(key: str, value: Any) -> str:
+        if not isinstance(value, int | float):
+            return "n/a" if value is None else str(value)
+        value = value / 1e6 if key.endswith("_bytes") else value
+        return f"{value:,.0f}" if abs(value) >= 100 or isinstance(value, int) else f"{value:.3g}"
+
+    alone = {k: v for k, v in facts.items() if k not in rows[0] and not isinstance(v, dict)}
+    print("  ".join(f"{key}={cell(key, value)}" for key, value in alone.items()))
+    lines = [[key.replace("_bytes", "_MB") for key in rows[0]]]
+    lines += [[cell(*item) for item in row.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+
+
+# ---- Timing and memory ---------------------------------------------------------------------------
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, float]:
@@ -28,9 +138,18 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def speed(
-    tokens: int, times: Sequence[tuple[float, float]], unit: str = "tokens"
-) -> dict[str, float]:
+def time_in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
+    """Times of each call after one warm-up, interleaved, so that a slower minute slows down all."""
+    times: dict[str, Times] = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            taken = timed(call)
+            if repeat:
+                times[name].append(taken)
+    return times
+
+
+def speed(tokens: int, times: Times, unit: str = "tokens") -> dict[str, float]:
     seconds, cpu_seconds = zip(*times, strict=True)
     rates = {
         f"{unit}_per_s": tokens / min(seconds),
@@ -39,21 +158,19 @@ def speed(
     return rates | {"seconds": min(seconds), "cpu_seconds": min(cpu_seconds)}
 
 
-def device() -> dict[str, str]:
-    return {
-        "device": f"{jax.devices()[0].platform} {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-    }
+def peak_bytes(call: Callable[[], Any]) -> int | None:
+    """How much a call raises the peak above the memory in use before it; None where unknown.
 
-
-def memory(*, peak: bool) -> int | None:
-    """Bytes in use now, or at most since the last call that was not for the peak.
-
-    None where neither device nor system tells.
+    An accelerator's peak is that of the whole process.
     """
-    if stats := jax.devices()[
-        0
-    ].memory_stats():  # an accelerator's peak is that of the whole process
+    before = _memory(peak=False)
+    jax.block_until_ready(call())
+    after = _memory(peak=True)
+    return None if before is None or after is None else after - before
+
+
+def _memory(*, peak: bool) -> int | None:
+    if stats := jax.devices()[0].memory_stats():
         return stats["peak_bytes_in_use" if peak else "bytes_in_use"]
     try:
         if not peak:
@@ -63,96 +180,53 @@ def memory(*, peak: bool) -> int | None:
     return process_memory("VmHWM" if peak else "VmRSS")
 
 
+def temp_bytes(program: Any) -> int:
+    return program.memory_analysis().temp_size_in_bytes
+
+
+# ---- Device, mesh and model ----------------------------------------------------------------------
+
+
+def device() -> dict[str, str]:
+    first = jax.devices()[0]
+    return {"device": f"{first.platform} {first.device_kind}", "jax": jax.__version__}
+
+
 def mesh_of(sizes: Sizes) -> Mesh:
-    """The mesh of `--mesh`, data x fsdp x tensor over all devices."""
+    """The mesh of `--mesh`."""
     axes = sizes.mesh.split("x")
-    if (
-        len(axes) != 3
-        or not all(re.fullmatch(r"-1|[1-9]\d*", axis) for axis in axes)
-        or axes.count("-1") > 1
-    ):
+    numbers = all(re.fullmatch(r"-1|[1-9]\d*", axis) for axis in axes)
+    if len(axes) != 3 or not numbers or axes.count("-1") > 1:
         raise InputError(
-            f"--mesh: expected DATAxFSDPxTENSOR, as in 1x8x1, one of them -1 for what is left; got {sizes.mesh[:20]!r}"
+            "--mesh: expected DATAxFSDPxTENSOR, as in 1x8x1, one of them -1 for all that are left; "
+            f"got {sizes.mesh[:20]!r}"
         )
     data, fsdp, tensor = map(int, axes)
     return make_mesh(MeshSection(data, fsdp, tensor))
 
 
-def random_model(sizes: Sizes, split_flag: str, split: int) -> tuple[ModelConfig, Mesh, Params]:
+def check_split(name: str, number: int, mesh: Mesh) -> None:
+    """InputError unless the row shards of the mesh divide the number."""
+    if number % (shards := row_shards(mesh)):
+        raise InputError(
+            f"{name}: {number} is no multiple of the {shards} devices it is split over; give one"
+        )
+
+
+def random_model(sizes: ModelSizes, split: str) -> tuple[ModelConfig, Mesh, Params]:
     """A tied model with random float32 weights over all devices, which must divide `split`."""
-    model = ModelConfig(
-        family=sizes.family,
-        vocab_size=sizes.vocab,
-        model_dim=sizes.model_dim,
-        layers=sizes.layers,
-        heads=sizes.heads,
-        kv_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        ffn_dim=sizes.ffn,
-        max_position=sizes.prompt_len + sizes.max_response_len,
-        compute_dtype=sizes.dtype,
-        remat=sizes.remat,
-    )
+    s = sizes
+    shape = (s.vocab, s.model_dim, s.layers, s.heads, s.kv_heads, s.head_dim, s.ffn)
+    computation = {"compute_dtype": s.dtype, "remat": s.remat}
+    longest = s.prompt_len + s.max_response_len
+    model = ModelConfig(s.family, *shape, max_position=longest, **computation)  # type: ignore[arg-type]
 
     def fail(key: str, message: str) -> None:
         raise InputError(f"--{key.replace('_', '-')}: {message}")
 
     check_model(model, fail)
     mesh = mesh_of(sizes)
-    if split % row_shards(mesh):
-        raise InputError(
-            f"{split_flag}: {split} is no multiple of the {row_shards(mesh)} devices it is split over; give one"
-        )
+    check_split(f"--{split}", getattr(sizes, split), mesh)
     shardings = params_sharding(abstract_params(model), mesh)
-    return (
-        model,
-        mesh,
-        jax.jit(functools.partial(init, model), out_shardings=shardings)(jax.random.key(0)),
-    )
-
-
-def temp_bytes(program: Any) -> int:
-    return program.memory_analysis().temp_size_in_bytes
-
-
-def report(
-    sizes: Sizes,
-    table: Sequence[Mapping[str, Any]],
-    result: Mapping[str, Any],
-    device: Mapping[str, str],
-) -> dict[str, Any]:
-    """Prints sizes, the table (bytes as MB) and what single results are not in it; returns the JSON
-    object.
-    """
-
-    def cell(key: str, value: Any) -> str:
-        if isinstance(value, int | float):
-            value = value / 1e6 if key.endswith("_bytes") else value
-            return (
-                f"{value:,.0f}" if abs(value) >= 100 or isinstance(value, int) else f"{value:.3g}"
-            )
-        return "n/a" if value is None else str(value)
-
-    flags = {name: value for name, value in vars(sizes).items() if name not in ("run", "what")}
-    alone = {
-        key: value
-        for key, value in result.items()
-        if key not in table[0] and not isinstance(value, dict)
-    }
-    print(
-        "  ".join(
-            f"{key}={cell(key, value)}" for key, value in {**flags, **alone, **device}.items()
-        )
-    )
-    lines = [
-        [key.replace("_bytes", "_MB") for key in table[0]],
-        *([cell(*item) for item in row.items()] for row in table),
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print(
-        "\n".join(
-            "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
-            for line in lines
-        )
-    )
-    return {"benchmark": sizes.what, **flags, **result, **device}
+    make = jax.jit(functools.partial(init, model), out_shardings=shardings)
+    return model, mesh, make(jax.random.key(0))

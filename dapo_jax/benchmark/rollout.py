@@ -1,5 +1,6 @@
-"""Sampling through the rollout engine: slots refilled as responses end, against lock-step batches."""
+"""Sampling through the rollout engine: slots refilled as responses end, or lock-step batches."""
 
+import dataclasses
 import functools
 import math
 import time
@@ -9,8 +10,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from dapo_jax.benchmark.measure import Sizes, device, random_model, report, speed, timed
+from dapo_jax.benchmark.measure import (
+    ModelSizes,
+    Report,
+    device,
+    flag,
+    random_model,
+    speed,
+    time_in_turn,
+    timed,
+)
+from dapo_jax.config import ModelConfig
 from dapo_jax.rollout.engine import Engine, Programs
 from dapo_jax.rollout.sampler import sample_on_mesh
 from dapo_jax.rollout.token_sampling import Sampling
@@ -20,15 +32,41 @@ from dapo_jax.runtime.multihost import fetch
 from dapo_jax.types import Params, Request
 
 
-def response_lengths(sizes: Sizes) -> np.ndarray:
-    """Lengths to impose [requests]: all the longest, or log-normal around the median and cut; the
-    same at every call.
-    """
+@dataclasses.dataclass(kw_only=True)
+class RolloutSizes(ModelSizes):
+    slots: int = flag(16, "sequences decoded at a time")
+    requests: int = flag(16, "responses to sample")
+    lengths: str = flag("equal", "of responses, imposed", choices=("equal", "lognormal"))
+    median: int = flag(21, "of log-normal lengths, before they are clipped")
+    sigma: float = flag(1.0, "of the logarithm of log-normal lengths", high=9)
+    top_k: int = flag(0, "sample among so many tokens; 0: all", low=0)
+    top_p: float = flag(1.0, "nucleus mass; 1: off")
+    kv_cache: str = flag("compute", "as in the config", choices=("compute", "int8"))
+
+
+def response_lengths(sizes: RolloutSizes) -> np.ndarray:
+    """Lengths to impose [requests]: all the longest, or log-normal and clipped; always the same."""
     if sizes.lengths == "equal":
         return np.full(sizes.requests, sizes.max_response_len)
-    # Of this draw lock-step takes 3.3 times the bound, as most do.
+    # With this seed lock-step takes 3.3 times the bound, which is typical.
     drawn = np.random.default_rng(6).lognormal(math.log(sizes.median), sizes.sigma, sizes.requests)
     return np.clip(drawn.round(), 1, sizes.max_response_len).astype(int)
+
+
+def rollout_engine(sizes: Any, model: ModelConfig, mesh: Mesh, **options: Any) -> Engine:
+    """An engine of the sizes' slots and lengths that no token stops."""
+    return Engine(
+        model,
+        options.pop("sampling", Sampling()),
+        (),
+        slots=sizes.slots,
+        max_prompt_len=sizes.prompt_len,
+        max_response_len=sizes.max_response_len,
+        mesh=mesh,
+        fetch=fetch,
+        prefill_tokens=prefill_tokens(mesh),
+        **options,
+    )
 
 
 def _sample(
@@ -58,90 +96,67 @@ def _time_in_programs(engine: Engine, run: Callable[[], None]) -> tuple[float, d
         return call
 
     before = engine.programs
-    engine.programs = Programs(
-        **{name: watched(name, program) for name, program in before._asdict().items()}
-    )
+    engine.programs = Programs(*map(watched, Programs._fields, before))
     seconds = timed(run)[0]
     engine.programs = before
     return seconds, spent
 
 
-def benchmark_rollout(sizes: Sizes) -> dict[str, Any]:
-    """Sampling through the rollout engine, lengths imposed.
-
-    `lockstep`: batches of all slots, each until its longest response ends. `refill`: a slot gets
-    the next request when its response ends, and the last ones are decoded in fewer slots. Shares
-    are of the time of one more run; sampling is timed by itself, on logits of all slots, and taken
-    out of decode.
-    """
-    model, mesh, params = random_model(sizes, "--slots", sizes.slots)
-    limits = {
-        "slots": sizes.slots,
-        "max_prompt_len": sizes.prompt_len,
-        "max_response_len": sizes.max_response_len,
-    }
-    sampling = Sampling(top_p=sizes.top_p, top_k=sizes.top_k)
-    make = functools.partial(
-        Engine,
-        model,
-        sampling,
-        (),
-        **limits,
-        mesh=mesh,
-        fetch=fetch,
-        prefill_tokens=prefill_tokens(mesh),
-        int8=sizes.kv_cache == "int8",
-    )
-    weights = publisher(params, mesh, sizes.dtype)(params)
-    prompts = np.random.default_rng(0).integers(
-        0, sizes.vocab, (sizes.requests, sizes.prompt_len), np.int32
-    )
-    lengths = response_lengths(sizes)
-    requests = [
-        Request(i, 0, prompt, limit=int(n))
-        for i, (prompt, n) in enumerate(zip(prompts, lengths, strict=True))
-    ]
-    in_turn = [requests[at : at + sizes.slots] for at in range(0, len(requests), sizes.slots)]
-
-    engines = {"lockstep": make(compact=False), "refill": make()}
-    batches = {"lockstep": in_turn, "refill": [requests]}
-    counts: dict[str, Counter] = {name: Counter() for name in engines}
-    runs = {
-        name: functools.partial(_sample, engines[name], weights, batches[name], counts[name])
-        for name in engines
-    }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
-    for repeat in range(sizes.repeats + 1):
-        for name, run in runs.items():
-            taken = timed(run)
-            if repeat:  # the first compiles
-                times[name].append(taken)
-
+def _sampling_seconds(sizes: RolloutSizes, sampling: Sampling, mesh: Mesh) -> float:
+    """Seconds of drawing a token for every slot, the best of 20."""
     draw = jax.jit(functools.partial(sample_on_mesh, sampling=sampling, mesh=mesh))
     logits = jax.random.normal(jax.random.key(0), (sizes.slots, sizes.vocab))
     keys = jax.random.split(jax.random.key(0), sizes.slots)
     draw(logits, keys)
-    draw_seconds = min(timed(lambda: draw(logits, keys))[0] for _ in range(20))
+    return min(timed(lambda: draw(logits, keys))[0] for _ in range(20))
 
-    modes, bound = {}, float(lengths.sum() / sizes.slots)
-    for name, engine in engines.items():
-        seconds, spent = _time_in_programs(engine, runs[name])
-        drawing = min(draw_seconds * counts[name]["steps"], spent["decode"])
-        parts = {
-            "prefill": spent["prefill"] + spent["insert"],
-            "decode": spent["decode"] - drawing,
-            "sampling": drawing,
-        }
-        parts["host"] = seconds - spent["prefill"] - spent["insert"] - spent["decode"]
-        shares = {f"{part}_share": part_seconds / seconds for part, part_seconds in parts.items()}
-        modes[name] = (
-            speed(counts[name]["tokens"], times[name])
-            | {"decode_steps": counts[name]["steps"]}
-            | shares
-        )
-    table = [{"mode": name, **mode, "bound": bound} for name, mode in modes.items()]
-    ratios = {
-        f"lockstep/refill_{key}": modes["lockstep"][key] / modes["refill"][key]
-        for key in ("seconds", "cpu_seconds")
+
+def benchmark_rollout(sizes: RolloutSizes) -> Report:
+    """Sampling through the rollout engine, lengths imposed.
+
+    `lockstep`: batches of all slots, each until its longest response ends. `refill`: a slot gets
+    the next request when its response ends, and the last ones are decoded in fewer slots. Shares
+    are of the time of one more run; sampling is timed by itself, on logits of all slots, and
+    subtracted from decode.
+    """
+    model, mesh, params = random_model(sizes, "slots")
+    weights = publisher(params, mesh, sizes.dtype)(params)
+    shape, lengths = (sizes.requests, sizes.prompt_len), response_lengths(sizes)
+    prompts = np.random.default_rng(0).integers(0, sizes.vocab, shape, np.int32)
+    requests = [Request(i, 0, prompts[i], limit=int(n)) for i, n in enumerate(lengths)]
+    in_turn = [requests[at : at + sizes.slots] for at in range(0, len(requests), sizes.slots)]
+
+    sampling = Sampling(top_p=sizes.top_p, top_k=sizes.top_k)
+    make = functools.partial(
+        rollout_engine, sizes, model, mesh, sampling=sampling, int8=sizes.kv_cache == "int8"
+    )
+    engines = {"lockstep": make(compact=False), "refill": make()}
+    batches = {"lockstep": in_turn, "refill": [requests]}
+    counts: dict[str, Counter] = {name: Counter() for name in engines}
+    runs = {
+        name: functools.partial(_sample, engine, weights, batches[name], counts[name])
+        for name, engine in engines.items()
     }
-    return report(sizes, table, {"modes": modes, "bound_decode_steps": bound} | ratios, device())
+    times = time_in_turn(runs, sizes.repeats)
+    draw_seconds = _sampling_seconds(sizes, sampling, mesh)
+
+    modes = {}
+    for name, engine in engines.items():
+        steps = counts[name]["steps"]
+        seconds, spent = _time_in_programs(engine, runs[name])
+        drawing = min(draw_seconds * steps, spent["decode"])
+        prefill, decode = spent["prefill"] + spent["insert"], spent["decode"]
+        modes[name] = speed(counts[name]["tokens"], times[name]) | {
+            "decode_steps": steps,
+            "prefill_share": prefill / seconds,
+            "decode_share": (decode - drawing) / seconds,
+            "sampling_share": drawing / seconds,
+            "host_share": (seconds - prefill - decode) / seconds,
+        }
+    result: dict[str, Any] = {
+        "modes": modes,
+        "bound_decode_steps": float(lengths.sum() / sizes.slots),
+    }
+    for key in ("seconds", "cpu_seconds"):
+        result[f"lockstep/refill_{key}"] = modes["lockstep"][key] / modes["refill"][key]
+    return [{"mode": name, **mode} for name, mode in modes.items()], result | device()

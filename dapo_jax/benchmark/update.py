@@ -1,5 +1,6 @@
 """One optimizer update, on packed and on padded rows."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -9,14 +10,15 @@ import jax
 import numpy as np
 
 from dapo_jax.benchmark.measure import (
-    Sizes,
+    ModelSizes,
+    Report,
     device,
-    memory,
+    flag,
+    peak_bytes,
     random_model,
-    report,
     speed,
     temp_bytes,
-    timed,
+    time_in_turn,
 )
 from dapo_jax.config import Config
 from dapo_jax.dapo.packing import TrainItem, build_batch
@@ -25,32 +27,38 @@ from dapo_jax.training.programs import train_programs
 from dapo_jax.types import InputError, TrainBatch
 
 
-def train_items(sizes: Sizes) -> list[TrainItem]:
-    """Random responses, all of the full length or log-normal with a median of a sixth of it; each
-    token weighs the same.
-    """
+@dataclasses.dataclass(kw_only=True)
+class UpdateSizes(ModelSizes):
+    rows: int = flag(8, "rows of a micro-batch")
+    row_len: int = flag(512, "tokens of a row")
+    responses: int = flag(8, "responses in the update")
+    lengths: str = flag(
+        "equal",
+        "of responses: all the longest, or log-normal with a median of a sixth of it",
+        choices=("equal", "lognormal"),
+    )
+    prompt_len: int = flag(128, "tokens of a prompt")
+    max_response_len: int = flag(384, "tokens of the longest response")
+    heads: int = flag(4, "query heads")
+    kv_heads: int = flag(2, "key/value heads; divides --heads")
+    head_dim: int = flag(64, "width of a head; even")
+    vocab: int = flag(32000, "V, vocabulary entries")
+
+
+def train_items(sizes: UpdateSizes) -> list[TrainItem]:
+    """Random responses, all of the longest length or log-normal; each token has the same weight."""
     rng = np.random.default_rng(0)
     lengths = np.full(sizes.responses, sizes.max_response_len)
     if sizes.lengths == "lognormal":
-        lengths = np.clip(
-            np.rint(lengths / 6 * np.exp(rng.standard_normal(sizes.responses))), 1, lengths
-        ).astype(int)
+        drawn = np.rint(lengths / 6 * np.exp(rng.standard_normal(sizes.responses)))
+        lengths = np.clip(drawn, 1, lengths).astype(int)
     items = []
     for length in lengths:
-        prompt, response = (
-            rng.integers(0, sizes.vocab, n, np.int32) for n in (sizes.prompt_len, length)
-        )
+        prompt = rng.integers(0, sizes.vocab, sizes.prompt_len, np.int32)
+        response = rng.integers(0, sizes.vocab, length, np.int32)
         old = np.full(length, -math.log(sizes.vocab), np.float32)
-        items.append(
-            TrainItem(
-                prompt,
-                response,
-                old,
-                old,
-                advantage=float(rng.standard_normal()),
-                weight=1.0 / int(lengths.sum()),
-            )
-        )
+        advantage, weight = float(rng.standard_normal()), 1.0 / int(lengths.sum())
+        items.append(TrainItem(prompt, response, old, old, advantage=advantage, weight=weight))
     return items
 
 
@@ -65,17 +73,17 @@ def padded_rows(items: Sequence[TrainItem], row_len: int, rows: int) -> TrainBat
     return jax.tree.map(stack, *alone)
 
 
-def benchmark_update(sizes: Sizes) -> dict[str, Any]:
-    """One AdamW update of the DAPO loss, forward, backward and optimizer over all micro-batches: on
-    packed rows, and on padded ones (one response a row, about as many tokens in a micro-batch) for
-    comparison.
+def benchmark_update(sizes: UpdateSizes) -> Report:
+    """One AdamW update of the DAPO loss, forward, backward and optimizer over all micro-batches.
+
+    On packed rows, and for comparison on padded ones: one response a row, about as many tokens in a
+    micro-batch.
     """
     longest = sizes.prompt_len + sizes.max_response_len
     if longest > sizes.row_len:
-        raise InputError(
-            f"--row-len: {sizes.row_len} does not hold --prompt-len + --max-response-len = {longest}; raise it"
-        )
-    model, mesh, params = random_model(sizes, "--rows", sizes.rows)
+        what = f"does not hold --prompt-len + --max-response-len = {longest}"
+        raise InputError(f"--row-len: {sizes.row_len} {what}; raise it")
+    model, mesh, params = random_model(sizes, "rows")
     items, shards = train_items(sizes), row_shards(mesh)
     packed, stats = build_batch(
         items, row_len=sizes.row_len, rows_per_microbatch=sizes.rows, row_shards=shards
@@ -91,33 +99,25 @@ def benchmark_update(sizes: Sizes) -> dict[str, Any]:
         state, sums = program(state, *inputs)
         return state, sums
 
-    runs, peaks = {}, {}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in batches}
+    modes, calls = {}, {}
     for name, batch in batches.items():
         inputs = put_rows(batch, mesh, axis=1), np.float32(1e-6)
-        runs[name] = programs.update.lower(state, *inputs).compile(), inputs  # type: ignore[attr-defined]
-    for name, run in runs.items():
-        before = memory(peak=False)
-        jax.block_until_ready(update(*run))
-        after = memory(peak=True)
-        peaks[name] = None if before is None or after is None else after - before
-    for _ in range(sizes.repeats):
-        for name, run in runs.items():
-            times[name].append(timed(functools.partial(update, *run)))
-    modes = {
-        name: speed(stats.target_tokens, times[name], "trained_tokens")
-        | {
+        program = programs.update.lower(state, *inputs).compile()  # type: ignore[attr-defined]
+        calls[name] = functools.partial(update, program, inputs)
+        modes[name] = {
             "microbatches": len(batch.tokens),
             "filled": stats.tokens / batch.tokens.size,
-            "temp_bytes": temp_bytes(runs[name][0]),
-            "peak_bytes": peaks[name],
+            "temp_bytes": temp_bytes(program),
         }
-        for name, batch in batches.items()
-    }
+    peaks = {name: peak_bytes(call) for name, call in calls.items()}
+    times = time_in_turn(calls, sizes.repeats)
+    for name, mode in modes.items():
+        rates = speed(stats.target_tokens, times[name], "trained_tokens")
+        modes[name] = rates | mode | {"peak_bytes": peaks[name]}
     result = {
         "trained_tokens": stats.target_tokens,
         "packing_efficiency": stats.efficiency,
         "packed_rows": stats.rows,
         "modes": modes,
     }
-    return report(sizes, [{"mode": name, **mode} for name, mode in modes.items()], result, device())
+    return [{"mode": name, **mode} for name, mode in modes.items()], result | device()

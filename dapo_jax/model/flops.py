@@ -1,17 +1,14 @@
-"""Work that a model takes, counted from its architecture.
+"""FLOPs, weights and cache bytes of a model, counted from its architecture.
 
-A multiplication and an addition are two FLOPs.
-
-The compiler's own count sees the body of a loop over layers once and no kernel at all.
+A multiplication and an addition are two FLOPs. XLA's own count sees the body of the scan over
+layers once, and nothing of a custom kernel.
 """
 
 from dapo_jax.config import ModelConfig
 
 
 def layer_weights(c: ModelConfig) -> int:
-    """Weights in the matmuls of all layers: D(H + 2K)h + HhD of attention and 3DF of the
-    feed-forward, each.
-    """
+    """Matmul weights of all layers, D(2H + 2K)h + 3DF each."""
     attention = c.model_dim * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
     return c.layers * (attention + 3 * c.model_dim * c.ffn_dim)
 
@@ -22,91 +19,66 @@ def head_weights(c: ModelConfig) -> int:
 
 
 def adapter_weights(c: ModelConfig) -> int:
-    """Weights of the adapters of all layers: r · (inputs + outputs) of each adapted projection; 0
-    without LoRA.
-    """
+    """LoRA weights of all layers, r · (inputs + outputs) of each adapted projection; else 0."""
     if c.lora is None:
         return 0
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    other = {
-        "q": queries,
-        "k": keys,
-        "v": keys,
-        "o": queries,
-        "gate": c.ffn_dim,
-        "up": c.ffn_dim,
-        "down": c.ffn_dim,
-    }
-    return c.layers * c.lora.rank * sum(c.model_dim + other[name] for name in c.lora.targets)
+    attention = {"q": queries, "k": keys, "v": keys, "o": queries}
+    widths = [c.model_dim + attention.get(name, c.ffn_dim) for name in c.lora.targets]
+    return c.layers * c.lora.rank * sum(widths)
 
 
 def weights(c: ModelConfig) -> int:
-    """Weights of all matrices, embedding and head once if tied.
-
-    Norms and biases, below a thousandth of it, are left out.
-    """
+    """Weights of all matrices; norms and biases, below a thousandth of them, are left out."""
     return layer_weights(c) + head_weights(c) * (1 if c.tie_embeddings else 2)
 
 
-def _mean_over_layers(c: ModelConfig, near: float, whole: float) -> float:
-    """`near` in layers with a window, `whole` in the others."""
-    share = 0.0 if c.windows is None else (c.layers - c.layers // c.windows.every) / c.layers
-    return share * near + (1 - share) * whole
+def _mean_over_layers(c: ModelConfig, windowed: float, full: float) -> float:
+    share = (c.layers - c.layers // c.windows.every) / c.layers if c.windows else 0.0
+    return share * windowed + (1 - share) * full
 
 
 def visible_keys(c: ModelConfig, length: float) -> float:
-    """Keys that the last of n tokens sees, n, or W with a window. Mean over layers."""
+    """Keys that the last of n tokens sees: n, or W with a window. Mean over layers."""
     return _mean_over_layers(c, min(length, c.windows.size) if c.windows else length, length)
 
 
 def visible_pairs(c: ModelConfig, length: float) -> float:
-    """Pairs of query and key in a causal segment: n(n + 1) / 2; with a window W(W + 1) / 2 + (n -
-    W)W. Mean over layers.
+    """Pairs of query and key in a causal segment of n tokens. Mean over layers.
+
+    n(n + 1) / 2, or W(W + 1) / 2 + (n - W)W with a window.
     """
     w = min(length, c.windows.size) if c.windows else length
     return _mean_over_layers(c, w * (w + 1) / 2 + (length - w) * w, length * (length + 1) / 2)
 
 
 def forward_flops(c: ModelConfig, tokens: float, pairs: float, targets: float) -> float:
-    """2 a weight and token, 4Hh a layer and pair of query and key (scores and their sum of values),
-    2DV a target.
-    """
-    return (
-        2 * (layer_weights(c) + adapter_weights(c)) * tokens
-        + 4 * c.layers * c.heads * c.head_dim * pairs
-        + 2 * head_weights(c) * targets
-    )
+    """2 a weight and token, 4LHh a pair of query and key (scores and values), 2DV a target."""
+    attention = 4 * c.layers * c.heads * c.head_dim * pairs
+    layers = 2 * (layer_weights(c) + adapter_weights(c)) * tokens
+    return layers + attention + 2 * head_weights(c) * targets
 
 
 def backward_flops(c: ModelConfig, tokens: float, pairs: float, targets: float) -> float:
-    """Twice the forward pass; with LoRA without the gradient of frozen weights, which for them is
-    once.
-    """
-    frozen = (
-        0.0 if c.lora is None else 2 * layer_weights(c) * tokens + 2 * head_weights(c) * targets
-    )
-    return 2 * forward_flops(c, tokens, pairs, targets) - frozen
+    """Twice the forward pass; with LoRA frozen weights get no gradient and count once."""
+    both = 2 * forward_flops(c, tokens, pairs, targets)
+    frozen = 2 * layer_weights(c) * tokens + 2 * head_weights(c) * targets
+    return both - frozen if c.lora else both
 
 
 def train_flops(c: ModelConfig, tokens: float, pairs: float, targets: float) -> float:
-    """Forward and backward. What remat computes again is no work of the model's."""
+    """Forward and backward, without what remat recomputes."""
     return forward_flops(c, tokens, pairs, targets) + backward_flops(c, tokens, pairs, targets)
 
 
 def recomputed_flops(c: ModelConfig, tokens: float, pairs: float) -> float:
-    """What the backward pass does over: with remat "full" the layers, with "dots" what is no matmul
-    with weights.
-    """
-    return {
-        "none": 0.0,
-        "dots": forward_flops(c, 0, pairs, 0),
-        "full": forward_flops(c, tokens, pairs, 0),
-    }[c.remat]
+    """Work of remat in the backward pass: all of the layers with "full", attention with "dots"."""
+    if c.remat == "none":
+        return 0.0
+    return forward_flops(c, tokens if c.remat == "full" else 0, pairs, 0)
 
 
 def cache_bytes(c: ModelConfig, *, int8: bool) -> int:
-    """Keys and values of one token, in bytes: int8 with a float32 scale a head, or in compute
-    dtype.
-    """
+    """Bytes of one token's keys and values; int8 has a float32 scale a head."""
     head = c.head_dim + 4 if int8 else c.head_dim * (2 if c.compute_dtype == "bfloat16" else 4)
     return 2 * c.layers * c.kv_heads * head

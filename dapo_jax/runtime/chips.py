@@ -1,4 +1,4 @@
-"""What a chip can do: one table, and the numbers that follow from it."""
+"""Published peaks of TPU chips, and the chunk sizes that follow from them."""
 
 import math
 from typing import NamedTuple
@@ -7,20 +7,18 @@ from jax.sharding import Mesh
 
 
 class Chip(NamedTuple):
-    """Published peaks of one chip. TPU: cloud.google.com/tpu/docs/<name>, read November 2026."""
+    """Peaks of one chip. Source: cloud.google.com/tpu/docs/<name>, read November 2026."""
 
     flops: float  # bfloat16 FLOP/s
     hbm_bytes: float
     hbm_bandwidth: float  # bytes/s
-    ici_bandwidth: (
-        float  # bytes/s that a chip sends over all its links; it receives as many at the same time
-    )
-    dcn_bandwidth: float  # bytes/s that a chip sends to other slices, its share of the host's network; inf where none is published
+    ici_bandwidth: float  # bytes/s sent over all links of a chip; as many received meanwhile
+    dcn_bandwidth: float  # bytes/s a chip to other slices, of its host's; inf: not published
 
     @property
     def ridge(self) -> float:
-        """FLOPs a byte from HBM at which arithmetic, not memory, is the limit: tokens a weight must
-        meet, at 2 bytes a weight.
+        """FLOPs a byte of HBM traffic where compute becomes the limit; of a bfloat16 weight's two
+        bytes, the tokens it must meet.
         """
         return self.flops / self.hbm_bandwidth
 
@@ -32,43 +30,28 @@ CHIPS = {
     "v6e": Chip(918e12, 32e9, 1638e9, 400e9, 12.5e9),
     "tpu7x": Chip(2307e12, 192e9, 7380e9, 600e9, 12.5e9),
 }
-
-# What jax calls them, `device.device_kind`.
-_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "tpu7x",
-}
-
-
-def chip_name(device_kind: str) -> str | None:
-    """The name of a TPU in `CHIPS`, None for other devices."""
-    return _KINDS.get(device_kind)
+# By jax's `device.device_kind`; newer versions of jax rename some.
+_BY_KIND = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p"}
+_BY_KIND |= {"TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}
 
 
 def loss_chunk(mesh: Mesh) -> int:
-    """Tokens a device whose logits exist at a time: what `linear_loss` takes as its chunk_size.
+    """Tokens a device whose logits exist at a time: the chunk_size of `linear_loss`.
 
-    A chunk reads the head and adds to its gradient once, which arithmetic hides from twice the
-    ridge on; more only costs memory. On a CPU 512 measured fastest (BENCHMARKS.md).
+    A chunk reads the head and adds to its gradient once. From twice the ridge on, compute hides
+    that; more only costs memory. On a CPU 512 measured fastest (BENCHMARKS.md).
     """
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return 512
-    name = chip_name(device.device_kind)
+    name = _BY_KIND.get(device.device_kind)
     return 2048 if name is None else 512 * math.ceil(2 * CHIPS[name].ridge / 512)
 
 
 def prefill_tokens(mesh: Mesh) -> int:
-    """Prompt tokens that a row shard reads at a time, or one prompt.
+    """Prompt tokens that a row shard prefills at a time, or one prompt.
 
-    512 are past the ridge of most chips: arithmetic takes longer than reading the weights. A GPU
-    spends longer on starting so small a program than on running it; of 512 prompts of 160 tokens,
-    an H100 samples 2.5 times as fast with 8192 (BENCHMARKS.md).
+    512 are past the ridge of most chips. A GPU takes longer to launch so small a program than to
+    run it: with 512 prompts of 160 tokens an H100 samples 2.5x as fast with 8192 (BENCHMARKS.md).
     """
     return 8192 if mesh.devices.flat[0].platform == "gpu" else 512

@@ -1,204 +1,131 @@
-"""What a compiled program says of itself: memory a device, and what it sends to other devices."""
+"""Memory and communication of a compiled program, from the compiler's own reports."""
 
 import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-_BITS = {
-    "pred": 8,
-    "s4": 4,
-    "u4": 4,
-    "s8": 8,
-    "u8": 8,
-    "f8": 8,
-    "s16": 16,
-    "u16": 16,
-    "f16": 16,
-    "bf16": 16,
-}
-_BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64}
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
+BETWEEN_SLICES = "between slices"  # sent over the data centre network; other kinds: inside a slice
 
-_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\w*\[([\d,]*)\]")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
+_SHAPE = re.compile(r"\b(?:pred|(?:bf|[suf])(\d+))\w*\[([\d,]*)\]")  # bits, sizes
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
 _SLICE_SEND = re.compile(
-    r'= (.*?) send\(.*_xla_megascale_target="\{([^}]*)\}.*_xla_megascale_transfer_type="(\w+)"'
+    r'= (.*?) send\(.*_xla_megascale_target="\{([^}]*)\}'
+    r'.*_xla_megascale_transfer_type="(\w+)"'
 )
 _WHILE = re.compile(r" while\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_LIMIT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
 _CALLED = re.compile(
-    r"(?:calls|to_apply|called_computation|true_computation|false_computation)=%?([\w.\-]+)|(?:branch_computations|called_computations|calls)=\{([^}]*)\}"
+    r"(?:calls|to_apply|(?:called|true|false)_computation|(?:branch|called)_computations)"
+    r"=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _PIECE = re.compile(r"fused_computation|async_collective_fusion")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-
-BETWEEN_SLICES = "between slices"  # what goes over the data centre network, beside the kinds of collectives inside a slice
+_BUFFER = re.compile(r"^ +[\d.]+\wi?B\([^)]*\); +([\d.]+\wi?B); +\d+; +\d+; (.*)$", re.MULTILINE)
 
 
 class Compiled(NamedTuple):
-    """Bytes on each device, and bytes that each device sends in one call, by kind of collective."""
+    """Bytes on each device, and bytes that each device sends in one call."""
 
     argument_bytes: int
     temp_bytes: int
     peak_bytes: int  # arguments, temporaries, code, and results that reuse no argument
     fits: bool  # for the compiler, with nothing else on the device
-    collectives: Mapping[str, float]
-    largest: tuple[str, ...]  # what takes most of the temporaries, as the compiler lists it
+    collectives: Mapping[str, float]  # bytes sent, by kind
+    largest: tuple[str, ...]  # size and shapes of the largest temporaries
 
 
 def compile_program(lowered: Any, argument_bytes: int, trips: Sequence[int] = ()) -> Compiled:
-    """Compiles.
-
-    A program that does not fit the device's memory is an answer, not an error: what it would have
-    needed.
+    """Compiles; a program that does not fit returns what it would need.
 
     argument_bytes: of its arguments on each device (`device_bytes`). trips: see `sent_bytes`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        try:  # the dump, not as_text(): jaxlib may be too old to read back what a newer libtpu wrote
+        try:  # the dump, not as_text(): jaxlib may be too old to parse what a newer libtpu writes
             program = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as e:
             if (temp := refused_bytes(str(e))) is None:
                 raise
-            return Compiled(
-                argument_bytes,
-                temp,
-                argument_bytes + temp,
-                False,
-                {},
-                _largest(_dumped(folder, "memory-usage-report")),
-            )
-        largest, sent = (
-            _largest(_dumped(folder, "memory-usage-report")),
-            sent_bytes(_dumped(folder, "after_optimizations"), trips),
-        )
+            largest = _largest(folder)
+            return Compiled(argument_bytes, temp, argument_bytes + temp, False, {}, largest)
+        sent, largest = sent_bytes(_dumped(folder, "after_optimizations"), trips), _largest(folder)
     m = program.memory_analysis()
-    own = (
-        m.temp_size_in_bytes
-        + m.generated_code_size_in_bytes
-        + m.output_size_in_bytes
-        - m.alias_size_in_bytes
-    )
-    return Compiled(
-        m.argument_size_in_bytes,
-        m.temp_size_in_bytes,
-        m.argument_size_in_bytes + own,
-        True,
-        sent,
-        largest,
-    )
+    arguments, temp = m.argument_size_in_bytes, m.temp_size_in_bytes
+    results = m.output_size_in_bytes - m.alias_size_in_bytes
+    peak = arguments + temp + m.generated_code_size_in_bytes + results
+    return Compiled(arguments, temp, peak, True, sent, largest)
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes on each device of arrays, or of shapes with shardings; what has no sharding is whole on
-    each.
-    """
+    """Bytes on each device of arrays or shapes; without a sharding they are replicated."""
 
     def size(leaf: Any) -> int:
-        shape = (
-            leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
-        )
+        sharding = getattr(leaf, "sharding", None)
+        shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
         return math.prod(shape) * leaf.dtype.itemsize
 
     return sum(map(size, jax.tree.leaves(tree)))
 
 
 def refused_bytes(message: str) -> int | None:
-    """Temporaries that a program would have needed, from the compiler's refusal; None if it failed
-    for another reason.
-    """
-    found = re.search(r"CompileTimeHbmOom.*?\(([\d.]+[KMGTP]?)\)", message)
-    return _bytes(found[1]) if found else None
+    """Temporaries that a program needs, from the compiler's refusal; None for other errors."""
+    found = re.search(r"CompileTimeHbmOom.*?\(([\d.]+)([KMGTP]?)\)", message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
 def _dumped(folder: str, kind: str) -> str:
-    """The text that the compiler left of its main module."""
-    return max(
-        (path.read_text() for path in Path(folder).glob(f"*{kind}.txt")), key=len, default=""
-    )
+    """The compiler's dump of its main module."""
+    texts = (path.read_text() for path in Path(folder).glob(f"*{kind}.txt"))
+    return max(texts, key=len, default="")
 
 
-def _bytes(text: str) -> int:
-    number, unit = re.fullmatch(r"([\d.]+)([KMGTP]?)", text).groups()  # type: ignore[union-attr]
-    return int(float(number) * _UNITS[unit])
-
-
-def _largest(report: str) -> tuple[str, ...]:
-    """The first lines of the compiler's memory report: size and shapes of the largest buffers."""
-    found = re.findall(
-        r"^ +[\d.]+\wi?B\([^)]*\); +([\d.]+\wi?B); +\d+; +\d+; (.*)$", report, re.MULTILINE
-    )
+def _largest(folder: str) -> tuple[str, ...]:
+    found = _BUFFER.findall(_dumped(folder, "memory-usage-report"))
     return tuple(f"{size} {shapes[:80]}" for size, shapes in found[:3])
 
 
 def sent_bytes(text: str, trips: Sequence[int] = ()) -> dict[str, float]:
-    """Bytes that each device sends in one call, by kind of collective, from the compiled program's
-    text.
+    """Bytes that each device sends in one call, by kind of collective, from a compiled program.
 
     A ring over g devices sends (g-1)/g of an all-gather's result and of a reduce-scatter's or
-    all-to-all's input, twice that of an all-reduce's. Loops count as often as they go round: where
-    their condition compares with one constant, that many times (a scan); else trips[0] times, or
-    trips[1] if inside one such loop, and so on; beyond `trips` once. A collective that runs beside
-    several fusions is written in each of them, with one channel, and is one. A collective of
-    several slices is compiled into those inside a slice and what each device exchanges with its
-    like in the other slices: that counts as BETWEEN_SLICES.
+    all-to-all's input, and twice that of an all-reduce's. A loop whose condition compares with one
+    constant (a scan) runs so often; any other trips[0] times, trips[1] times inside one such loop,
+    and so on; beyond `trips` once. A collective that overlaps several fusions is written in each
+    of them, with one channel, and counts once. One over several slices is compiled into those
+    inside a slice, and sends between devices of different slices: these are BETWEEN_SLICES.
     """
-    entry, computations = _computations(text)
-    devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", text)) else 1
-    total: dict[str, float] = {}
-    walked: set[str] = set()
+    found = re.search(r"num_partitions=(\d+)", text)
+    devices = int(found[1]) if found else 1
+    total: dict[str, float] = defaultdict(float)
     pieces: set[tuple[str, ...]] = set()
-
-    def walk(name: str, times: float, depth: int) -> None:
-        if name in walked:  # an asynchronous one is called by its start and by its end
-            return
-        walked.add(name)
-        for line in computations.get(name, ()):
-            if found := _SLICE_SEND.search(line):
-                total[BETWEEN_SLICES] = total.get(BETWEEN_SLICES, 0.0) + times * _sent_between(
-                    found[3], found[1], found[2].count(",") + 1
-                )
-            elif found := _COLLECTIVE.search(line):
-                if _PIECE.match(name):
-                    piece = (
-                        found[2],
-                        *re.findall(r"channel_id=\d+", line),
-                        *(dims for _, dims in _SHAPE.findall(found[1])),
-                    )
-                    if piece in pieces:
-                        continue
-                    pieces.add(piece)
-                kind = (
-                    "reduce-scatter"
-                    if found[2] == "all-reduce" and name.startswith("all-reduce-scatter")
-                    else found[2]
-                )
-                size = _sent(found[2], kind, found[1], bool(found[3]), line, devices)
-                total[kind] = total.get(kind, 0.0) + times * size
-            elif found := _WHILE.search(line):
-                constants = re.findall(
-                    r"= [su]\d+\[\]\S* constant\((\d+)\)", "\n".join(computations.get(found[1], ()))
-                )
-                if len(set(constants)) == 1:
-                    walk(found[2], times * int(constants[0]), depth)
-                else:
-                    walk(found[2], times * (trips[depth] if depth < len(trips) else 1), depth + 1)
-            else:
-                for one, several in _CALLED.findall(line):
-                    for called in [one] if one else re.findall(r"[\w.\-]+", several):
-                        walk(called, times, depth)
-
-    walk(entry, 1.0, 0)
-    return total
+    for computation, line, times in _executed(text, trips):
+        if found := _SLICE_SEND.search(line):
+            total[BETWEEN_SLICES] += times * _sent_between(*found.groups())
+        elif found := _COLLECTIVE.search(line):
+            result, kind, started = found.groups()
+            if _PIECE.match(computation):
+                sizes = (dims for _, dims in _SHAPE.findall(result))
+                piece = (kind, *re.findall(r"channel_id=\d+", line), *sizes)
+                if piece in pieces:
+                    continue
+                pieces.add(piece)
+            size = _sent(kind, _sizes(result), bool(started), _group_size(line, devices))
+            if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+                kind, size = "reduce-scatter", size / 2  # fused with a slice of its result
+            total[kind] += times * size
+    return dict(total)
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
+def _executed(text: str, trips: Sequence[int]) -> Iterator[tuple[str, str, float]]:
+    """Every operation that a call runs: its computation, its line, and how often it runs."""
     entry, name = "", ""
     computations: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -208,42 +135,55 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
             entry = name if header[1] else entry
         elif line.startswith("  ") and name:
             computations[name].append(line)
-    return entry, computations
+    walked: set[str] = set()
+
+    def walk(name: str, times: float, depth: int) -> Iterator[tuple[str, str, float]]:
+        if name in walked:  # an asynchronous one is called by its start and by its end
+            return
+        walked.add(name)
+        for line in computations.get(name, ()):
+            yield name, line, times
+            if loop := _WHILE.search(line):
+                limits = set(_LIMIT.findall("\n".join(computations.get(loop[1], ()))))
+                if len(limits) == 1:
+                    yield from walk(loop[2], times * int(limits.pop()), depth)
+                else:
+                    again = trips[depth] if depth < len(trips) else 1
+                    yield from walk(loop[2], times * again, depth + 1)
+                continue
+            for names in _CALLED.findall(line):
+                for called in re.findall(r"[\w.\-]+", names):
+                    yield from walk(called, times, depth)
+
+    return walk(entry, 1.0, 0)
 
 
 def _sizes(result: str) -> list[float]:
-    """Bytes of the arrays in an operation's type."""
-    arrays = ((dtype, dims.split(",")) for dtype, dims in _SHAPE.findall(result) if dims)
-    return [math.prod(map(int, dims)) * _BITS.get(dtype, 8) / 8 for dtype, dims in arrays] or [0.0]
+    """Bytes of the arrays in an operation's type, scalars left out."""
+    arrays = ((int(bits or 8), dims) for bits, dims in _SHAPE.findall(result) if dims)
+    return [math.prod(map(int, dims.split(","))) * bits / 8 for bits, dims in arrays] or [0.0]
 
 
-def _sent_between(transfer: str, result: str, slices: int) -> float:
-    """Bytes that a device sends to other slices, from what it hands to the host: a ring over the
-    slices.
+def _sent_between(operand: str, targets: str, transfer: str) -> float:
+    """Bytes that a device sends to other slices, in a ring over them, from what it sends one."""
+    n = targets.count(",") + 1
+    shares = {"ALL_GATHER": n - 1, "ALL_REDUCE": 2 * (n - 1) / n, "REDUCE_SCATTER": (n - 1) / n}
+    return _sizes(operand)[0] * shares.get(transfer, 1)
+
+
+def _sent(kind: str, sizes: Sequence[float], started: bool, g: int) -> float:
+    """Bytes that each of g devices sends. sizes: of the result; of an asynchronous one's start
+    also of the operand.
     """
-    size = _sizes(result)[0]
-    others = {
-        "ALL_GATHER": slices - 1,
-        "ALL_REDUCE": 2 * (slices - 1) / slices,
-        "REDUCE_SCATTER": (slices - 1) / slices,
-    }
-    return size * others.get(transfer, 1)
-
-
-def _sent(operation: str, kind: str, result: str, started: bool, line: str, devices: int) -> float:
-    sizes = _sizes(result)
-    if operation == "collective-permute":
+    if kind == "collective-permute":
         return sizes[0]
-    size = max(sizes) if started and operation == "all-gather" else sum(sizes)
-    g = _group_size(line, devices)
-    if operation == "reduce-scatter":
-        return size * (g - 1)
-    if operation == "all-reduce":
-        return size * (g - 1) / g * (1 if kind == "reduce-scatter" else 2)
-    return size * (g - 1) / g
+    size = max(sizes) if started and kind == "all-gather" else sum(sizes)
+    shares = {"all-reduce": 2 * (g - 1) / g, "reduce-scatter": g - 1}
+    return size * shares.get(kind, (g - 1) / g)
 
 
 def _group_size(line: str, devices: int) -> int:
+    """Devices that take part in a collective, of the three forms of `replica_groups`."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
