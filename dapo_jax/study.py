@@ -2,7 +2,7 @@
 
     python -m dapo_jax.study --config configs/study_arithmetic_cpu.yaml --out runs/study
 
-A study is a loop over configs and a summary. Its YAML file holds
+The YAML file holds
 
     base: {...}              a config, as for dapo_jax.train
     warm_up: {...}           overrides of the base for the supervised warm-up that all rows share
@@ -11,25 +11,20 @@ A study is a loop over configs and a summary. Its YAML file holds
     ladder:                  each row's `set` is merged into the config of the row above
       - {name: naive GRPO, set: {dapo: {...}}, watch: [policy/entropy]}
 
-and <out> gets
-
-    warm/<seed>/             the warmed-up policy, a Hugging Face folder that the rows start from
-    runs/<row>/<seed>/       a run folder, for `dapo_jax.report` as any other
-    table.md, figure.png     means over seeds with standard errors
-
-Complete runs are kept and interrupted ones resume, so the same command continues a study. Several
-commands may share the seeds between them. Rows, seeds and train.steps may be added to; what was
-trained with another config is refused.
+<out>/warm/<seed>/ gets the warmed-up policy, <out>/runs/<row>/<seed>/ a run folder as any other,
+<out>/table.md and figure.png means over seeds with standard errors. The same command resumes: it
+skips complete runs. Several commands may share the seeds between them. Rows, seeds and train.steps
+may be added; a run of another config is refused.
 """
 
 import argparse
-import dataclasses
+import functools
 import io
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -43,7 +38,6 @@ from dapo_jax.config import (
     dump_yaml,
     load_config,
     merge,
-    printable,
     read_mapping,
 )
 from dapo_jax.config.checks import build
@@ -59,7 +53,7 @@ _RUN_MAY_CHANGE = tuple(key for key in MAY_CHANGE if not key.startswith(("dapo."
 _WARM_UP_MAY_CHANGE = (*_RUN_MAY_CHANGE, "dapo.", "eval.", "reward.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class LadderRow:
     """A row as the file has it."""
 
@@ -68,7 +62,7 @@ class LadderRow:
     watch: tuple[str, ...] = field((), "metrics to draw beside those of the row above")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class StudyFile:
     """A study as the file has it."""
 
@@ -91,22 +85,19 @@ class Row(NamedTuple):
     watch: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Study:
-    """warm_up: its config, None where every row starts from the base's model.folder."""
-
-    warm_up: Config | None
+    warm_up: Config | None  # None: the rows start from the base's model.folder
     seeds: tuple[int, ...]
     target_accuracy: float
     rows: tuple[Row, ...]
 
 
 def load_study(path: str) -> Study:
-    """Reads and checks a study. Raises ConfigError for anything wrong with it."""
-    where = printable(path)
+    """Reads and checks a study. Raises ConfigError."""
 
     def fail(key: str, message: str) -> NoReturn:
-        raise ConfigError(f"{where}: {key}: {message}")
+        raise ConfigError(f"{path}: {key}: {message}")
 
     file: StudyFile = build(StudyFile, read_mapping(path), fail)
     if len(set(file.seeds)) < len(file.seeds) or min(file.seeds) < 0:
@@ -115,13 +106,13 @@ def load_study(path: str) -> Study:
         fail("base.seed", "comes from `seeds`; remove it")
     rows: list[Row] = []
     for number, row in enumerate(file.ladder):
-        key = f"ladder.{number}"
         for metric in row.watch:
             if metric.startswith("eval/") or definition(metric) is None:
-                fail(f"{key}.watch", f"{printable(metric)[:60]} is no metric of a training step")
+                what = f"{metric[:60]} is no metric of a training step"
+                fail(f"ladder.{number}.watch", f"{what}; correct it")
         tree = merge(rows[-1].tree if rows else file.base, row.set)
         short = re.sub(r"[^a-z0-9]+", "_", row.name.lower()).strip("_")
-        config = config_from_dict(tree, f"{where}: {key}")
+        config = config_from_dict(tree, f"{path}: ladder.{number}")
         rows.append(Row(row.name, f"{number}_{short}", tree, config, row.watch))
     first, warm_up = rows[0].config, None
     if (file.warm_up is None) == (first.model.folder is None):
@@ -129,74 +120,63 @@ def load_study(path: str) -> Study:
     if not first.eval.sets or not first.eval.every:
         fail("base.eval", "has no sets, or `every: 0`; a study compares held-out accuracy")
     if file.warm_up is not None:
-        warm_up = config_from_dict(merge(file.base, file.warm_up), f"{where}: warm_up")
+        warm_up = config_from_dict(merge(file.base, file.warm_up), f"{path}: warm_up")
         if not warm_up.supervised.updates:
             fail("base.supervised.updates", "is 0; rows start from a warm-up")
     return Study(warm_up, file.seeds, file.target_accuracy, tuple(rows))
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+class Job(NamedTuple):
+    """A warm-up or a run: its config, the file that records it, and the folder that it fills."""
+
+    title: str
+    config: Config
+    file: Path
+    folder: Path
+    may_change: tuple[str, ...]
 
 
-def run_config(study: Study, row: Row, seed: int, out: Path) -> Config:
-    """The config of one run."""
-    model = row.config.model
-    if study.warm_up is not None:
-        folder = str(out / "warm" / str(seed))
-        model = dataclasses.replace(model, folder=folder, architecture=None)
-    warmed = dataclasses.replace(row.config.supervised, updates=0)
-    return dataclasses.replace(row.config, seed=seed, model=model, supervised=warmed)
+def jobs(study: Study, out: Path) -> Iterator[Job]:
+    """Of each seed the warm-up, then every row."""
+    for seed in study.seeds:
+        warm = out / "warm" / str(seed)
+        if study.warm_up is not None:
+            config = replace(study.warm_up, seed=seed)
+            yield Job("warm-up", config, warm.with_suffix(".yaml"), warm, _WARM_UP_MAY_CHANGE)
+        for row in study.rows:
+            model, folder = row.config.model, out / "runs" / row.key / str(seed)
+            if study.warm_up is not None:
+                model = replace(model, folder=str(warm), architecture=None)
+            supervised = replace(row.config.supervised, updates=0)
+            config = replace(row.config, seed=seed, model=model, supervised=supervised)
+            yield Job(row.name, config, folder / "config.yaml", folder, _RUN_MAY_CHANGE)
 
 
 def train_all(study: Study, out: Path, info: Callable[[str], None]) -> None:
-    """Trains what is not complete: all rows of the first seed, then of the next.
+    """Trains what is not complete.
 
-    Raises ConfigError, before anything is trained, if `out` has runs of another config; and what
-    `train` raises.
+    Raises ConfigError, before anything is trained, if `out` has runs of another config.
     """
-    check_same_study(study, out)
-    for seed in study.seeds:
-        if study.warm_up is not None and not (folder := out / "warm" / str(seed)).is_dir():
-            info(f"seed {seed}: warm-up")
-            part, file = folder.with_name(f".{seed}.part"), out / "warm" / f"{seed}.yaml"
-            remove(part)
-            with writing(file):
-                write_whole(file, dump_yaml(_warm_up_config(study, seed)).encode())
-            supervised.main(["--config", str(file), "--out", str(part), "--quiet"])
-            os.rename(part, folder)
-        for row in study.rows:
-            config, folder = run_config(study, row, seed, out), out / "runs" / row.key / str(seed)
-            if last_step(folder) != config.train.steps:
-                info(f"seed {seed}: {row.name}")
-                train(config, folder, quiet=True)
-
-
-def _warm_up_config(study: Study, seed: int) -> Config:
-    assert study.warm_up is not None
-    return dataclasses.replace(study.warm_up, seed=seed)
-
-
-def check_same_study(study: Study, out: Path) -> None:
-    """Raises ConfigError if something in `out` was trained with another config than the study's."""
-    files = [
-        (out / "runs" / row.key / str(seed) / "config.yaml", run_config(study, row, seed, out))
-        for row in study.rows
-        for seed in study.seeds
-    ]
-    known = [(file, config, _RUN_MAY_CHANGE) for file, config in files]
-    if study.warm_up is not None:
-        known += [
-            (out / "warm" / f"{seed}.yaml", _warm_up_config(study, seed), _WARM_UP_MAY_CHANGE)
-            for seed in study.seeds
-        ]
-    for file, config, may_change in known:
-        if file.is_file() and (changed := difference(load_config(file), config, may_change)):
+    for job in jobs(study, out):
+        found = load_config(job.file) if job.file.is_file() else job.config
+        if changed := difference(found, job.config, job.may_change):
             key, was, now = changed
-            raise ConfigError(
-                f"{file}: {key}: was {was!r} when this was trained, and is {now!r} in the study; give another --out, or change it back"
-            )
+            what = f"was {was!r} when this was trained, and is {now!r} in the study"
+            raise ConfigError(f"{job.file}: {key}: {what}; give another --out, or change it back")
+    for job in jobs(study, out):
+        is_run, folder = job.file.parent == job.folder, job.folder
+        if last_step(folder) == job.config.train.steps if is_run else folder.is_dir():
+            continue
+        info(f"seed {job.config.seed}: {job.title}")
+        if is_run:
+            train(job.config, folder, quiet=True)
+            continue
+        part = folder.with_name(f".{folder.name}.part")
+        remove(part)
+        with writing(job.file):
+            write_whole(job.file, dump_yaml(job.config).encode())
+        supervised.main(["--config", str(job.file), "--out", str(part), "--quiet"])
+        os.rename(part, folder)
 
 
 def last_step(folder: Path) -> int:
@@ -205,19 +185,9 @@ def last_step(folder: Path) -> int:
     return records[-1]["step"] if records else 0
 
 
-# --------------------------------------------------------------------------------------------------
-# Summary
-# --------------------------------------------------------------------------------------------------
-
-
-class Curves(NamedTuple):
-    """A run over its rollout steps 1 to n; held-out values over its evaluations."""
-
-    metrics: Mapping[str, np.ndarray]  # [n] each, NaN where a step has none
-    tokens: np.ndarray  # [n], response tokens sampled so far, those of dropped groups included
-    eval_steps: np.ndarray  # [e]
-    eval_tokens: np.ndarray  # [e]
-    evals: Mapping[str, np.ndarray]  # [e] each: avg, response_len_mean, truncated_fraction
+Curves = Mapping[
+    str, np.ndarray
+]  # a run over its records, step 0 first; NaN where one has no value
 
 
 class Estimate(NamedTuple):
@@ -229,70 +199,67 @@ class Estimate(NamedTuple):
 
 
 def read_curves(folder: Path) -> Curves:
-    """The curves of a run folder; of several evaluation sets the first by name."""
+    """The metrics of a run, held-out ones of the first set by name without `eval/<set>/`, and
+    `tokens`: response tokens sampled so far, those of dropped groups included."""
     records = read_metrics(folder)
-    train = [r for r in records if r["step"] > 0]
-    name = min(k.split("/")[1] for r in records for k in r if k.startswith("eval/"))
-    held_out = [r for r in records if f"eval/{name}/avg" in r]
+    keys = {key for record in records for key in record}
+    name = min(key.split("/")[1] for key in keys if key.startswith("eval/"))
+    run = {}
+    for key in keys:
+        values = [record.get(key, math.nan) for record in records]
+        if definition(key) or key == "step":
+            run[key.removeprefix(f"eval/{name}/")] = np.array(values, np.float64)
+    return run | {"tokens": np.nancumsum(run["rollout/tokens"])}
 
-    def column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-        return np.array([row.get(key, math.nan) for row in rows], np.float64)
 
-    tokens = np.cumsum(column(train, "rollout/tokens"))
-    steps = np.array([r["step"] for r in held_out])
-    parts = ("avg", "response_len_mean", "truncated_fraction")
-    return Curves(
-        {key: column(train, key) for key in {k for r in train for k in r}},
-        tokens,
-        steps,
-        np.concatenate([[0], tokens])[steps],
-        {part: column(held_out, f"eval/{name}/{part}") for part in parts},
-    )
+def evaluated(run: Curves, key: str) -> np.ndarray:
+    """The values of a metric at the run's evaluations."""
+    return run[key][np.isfinite(run["avg"])]
 
 
 def read_runs(study: Study, out: Path) -> list[dict[int, Curves]]:
     """The complete runs of each row by seed."""
-    folders = [{s: out / "runs" / row.key / str(s) for s in study.seeds} for row in study.rows]
-    return [
-        {s: read_curves(f) for s, f in found.items() if last_step(f) == row.config.train.steps}
-        for row, found in zip(study.rows, folders, strict=True)
-    ]
+    rows = []
+    for row in study.rows:
+        folders = {seed: out / "runs" / row.key / str(seed) for seed in study.seeds}
+        done = {s: f for s, f in folders.items() if last_step(f) == row.config.train.steps}
+        rows.append({seed: read_curves(folder) for seed, folder in done.items()})
+    return rows
 
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Over the finite values."""
-    finite = np.array([v for v in values if math.isfinite(v)])
-    if not finite.size:
+    x = np.array([v for v in values if math.isfinite(v)])
+    if not x.size:
         return Estimate(math.nan, math.nan, 0)
-    error = finite.std(ddof=1) / math.sqrt(finite.size) if finite.size > 1 else math.nan
-    return Estimate(float(finite.mean()), float(error), finite.size)
+    error = x.std(ddof=1) / math.sqrt(x.size) if x.size > 1 else math.nan
+    return Estimate(float(x.mean()), float(error), x.size)
 
 
 def late(run: Curves, metric: str) -> float:
     """Mean of a metric over the last fifth of the steps; NaN without a value there."""
-    values = run.metrics.get(metric, np.full(len(run.tokens), math.nan))
-    tail = values[-max(1, round(0.2 * len(values))) :]
+    tail = run.get(metric, np.array([math.nan]))[-max(1, round(0.2 * (len(run["tokens"]) - 1))) :]
     return float(np.nanmean(tail)) if np.isfinite(tail).any() else math.nan
 
 
-def at_tokens(run: Curves, tokens: float) -> float:
+def at_tokens(run: Curves, tokens: Any) -> Any:
     """Held-out accuracy after so many sampled tokens, interpolated between evaluations."""
-    return float(np.interp(tokens, run.eval_tokens, run.evals["avg"]))
+    return np.interp(tokens, evaluated(run, "tokens"), evaluated(run, "avg"))
 
 
 def steps_to(run: Curves, target: float) -> float:
-    """Step at which held-out accuracy first reaches a target, interpolated; NaN if it never does."""
-    accuracy, steps = run.evals["avg"], run.eval_steps
+    """First step, interpolated, with a held-out accuracy of at least `target`; NaN if none."""
+    accuracy, steps = evaluated(run, "avg"), evaluated(run, "step")
     reached = np.flatnonzero(accuracy >= target)
-    if not reached.size or reached[0] == 0:
-        return float(steps[0]) if reached.size else math.nan
-    around = slice(reached[0] - 1, reached[0] + 1)
+    if not reached.size:
+        return math.nan
+    around = slice(max(0, reached[0] - 1), reached[0] + 1)
     return float(np.interp(target, accuracy[around], steps[around]))
 
 
 def budget(rows: Sequence[Mapping[int, Curves]]) -> float:
     """Tokens that every run has sampled: the fewest of any."""
-    return float(min(run.tokens[-1] for row in rows for run in row.values()))
+    return float(min(run["tokens"][-1] for row in rows for run in row.values()))
 
 
 # Columns of the table: heading, factor, digits; values as `columns` gives them.
@@ -313,19 +280,17 @@ def columns(study: Study, rows: Sequence[Mapping[int, Curves]], number: int) -> 
 
     The gain is paired by seed with the row above: both start from the same warm-up.
     """
-    runs, above = rows[number], rows[number - 1] if number else {}
-    tokens = budget(rows)
-    values = (
-        [run.evals["avg"][-1] for run in runs.values()],
-        [run.evals["avg"][-1] - above[s].evals["avg"][-1] for s, run in runs.items() if s in above],
-        [at_tokens(run, tokens) for run in runs.values()],
-        [steps_to(run, study.target_accuracy) for run in runs.values()],
-        [late(run, "policy/entropy") for run in runs.values()],
-        [run.evals["response_len_mean"][-1] for run in runs.values()],
-        [run.evals["truncated_fraction"][-1] for run in runs.values()],
-        [late(run, "filter/kept_fraction") for run in runs.values()],
-    )
-    return [estimate(v) for v in values]
+    above, tokens, table = rows[number - 1] if number else {}, budget(rows), []
+    for seed, run in rows[number].items():
+        final = evaluated(run, "avg")[-1]
+        before = evaluated(above[seed], "avg")[-1] if seed in above else math.nan
+        held_out = (final, final - before, at_tokens(run, tokens))
+        length = evaluated(run, "response_len_mean")[-1]
+        truncated = evaluated(run, "truncated_fraction")[-1]
+        entropy, kept = late(run, "policy/entropy"), late(run, "filter/kept_fraction")
+        target = steps_to(run, study.target_accuracy)
+        table.append((*held_out, target, entropy, length, truncated, kept))
+    return [estimate(values) for values in zip(*table, strict=True)]
 
 
 def as_markdown(study: Study, rows: Sequence[Mapping[int, Curves]]) -> str:
@@ -333,13 +298,13 @@ def as_markdown(study: Study, rows: Sequence[Mapping[int, Curves]]) -> str:
     lines = ["| row | " + " | ".join(heading for heading, *_ in COLUMNS) + " |"]
     lines.append("|---" * (len(COLUMNS) + 1) + "|")
     for number, (row, runs) in enumerate(zip(study.rows, rows, strict=True)):
-        cells = []
-        for value, (_, factor, digits) in zip(columns(study, rows, number), COLUMNS, strict=True):
+        cells = [row.name]
+        for value, (_, factor, digits) in zip(columns(study, rows, number), COLUMNS, strict=False):
             text = f"{factor * value.mean:.{digits}f}" if value.seeds else "-"
             text += f" ± {factor * value.error:.{digits}f}" if math.isfinite(value.error) else ""
             partly = 0 < value.seeds < len(runs)
             cells.append(text + (f" ({value.seeds} of {len(runs)})" if partly else ""))
-        lines += [f"| {row.name} | " + " | ".join(cells) + " |"] if runs else []
+        lines += [f"| {' | '.join(cells)} |"] if runs else []
     return "\n".join(lines) + "\n"
 
 
@@ -356,23 +321,25 @@ def draw(study: Study, rows: Sequence[Mapping[int, Curves]]) -> bytes:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13.5, 3.4 * height), layout="constrained")
         panels = figure.subplots(height, 3, squeeze=False).ravel()
-        for number, runs in enumerate(rows):
-            if runs:
-                steps = set.intersection(*({*run.eval_steps} for run in runs.values()))
-                at = [np.isin(run.eval_steps, list(steps)) for run in runs.values()]
-                curves = [run.evals["avg"][i] for run, i in zip(runs.values(), at, strict=True)]
-                _band(panels[0], np.array(sorted(steps)), curves, study, number)
-                tokens = np.linspace(0, min(run.tokens[-1] for run in runs.values()), 50)
-                along = [[at_tokens(run, t) for t in tokens] for run in runs.values()]
-                _band(panels[1], tokens / 1e6, along, study, number)
-        for panel, (number, metric) in zip(panels[2:], watched, strict=False):
-            for i in range(max(0, number - 1), number + 1):
-                values = [running_mean(r.metrics[metric], 9) for r in rows[i].values()]
-                if values:
-                    _band(panel, np.arange(1, 1 + len(values[0])), values, study, i)
-            panel.set(title=metric, xlabel="rollout step")
         panels[0].set(title="Held-out accuracy, equal updates", xlabel="rollout step")
         panels[1].set(title="Held-out accuracy, equal tokens", xlabel="response tokens (millions)")
+        for number, runs in enumerate(rows):
+            if not (every := list(runs.values())):
+                continue
+            times = [evaluated(run, "step") for run in every]
+            steps = functools.reduce(np.intersect1d, times)
+            accuracy = [
+                evaluated(run, "avg")[np.isin(at, steps)]
+                for run, at in zip(every, times, strict=True)
+            ]
+            _band(panels[0], steps, accuracy, study, number)
+            tokens = np.linspace(0, min(run["tokens"][-1] for run in every), 50)
+            _band(panels[1], tokens / 1e6, [at_tokens(r, tokens) for r in every], study, number)
+            for panel, (added, metric) in zip(panels[2:], watched, strict=False):
+                panel.set(title=metric, xlabel="rollout step")
+                if number in (added - 1, added):
+                    values = [running_mean(run[metric][1:], 9) for run in every]
+                    _band(panel, np.arange(1, 1 + len(values[0])), values, study, number)
         for panel in panels:
             if panel.lines:
                 panel.legend(fontsize=7.5, frameon=False, labelcolor="linecolor")
@@ -386,9 +353,8 @@ def draw(study: Study, rows: Sequence[Mapping[int, Curves]]) -> bytes:
 def _band(panel: Any, x: np.ndarray, curves: Any, study: Study, number: int) -> None:
     """Mean and standard error of curves [seeds, n]."""
     curves = np.asarray(curves)
-    mean, error = curves.mean(axis=0), np.zeros(curves.shape[1])
-    if len(curves) > 1:
-        error = curves.std(axis=0, ddof=1) / math.sqrt(len(curves))
+    mean, scale = curves.mean(axis=0), math.sqrt(len(curves))
+    error = curves.std(axis=0, ddof=1) / scale if len(curves) > 1 else 0 * mean
     look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
     panel.plot(x, mean, label=study.rows[number].name, **look)
     panel.fill_between(x, mean - error, mean + error, color=look["color"], alpha=0.15, linewidth=0)
@@ -406,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.seeds is not None:
         if unknown := sorted(set(args.seeds) - set(study.seeds)):
             raise InputError(f"--seeds: {unknown} are not among {list(study.seeds)}; correct them")
-        study = dataclasses.replace(study, seeds=tuple(args.seeds))
+        study = replace(study, seeds=tuple(args.seeds))
     if not args.summary:
         train_all(study, out, lambda line: print(line, flush=True))
     rows = read_runs(study, out)

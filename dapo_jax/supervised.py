@@ -33,9 +33,10 @@ def solution_items(
     """Prompts with their worked solutions, ended by the end token, if not too long."""
     solved = [prompt for prompt in prompts if prompt.problem.solution]
     if not solved:
-        do = "add them or set supervised.updates to 0"
-        needs = "no problem has a `solution`, which supervised warm-up needs"
-        raise InputError(f"data.train: {needs}; {do}")
+        raise InputError(
+            "data.train: no problem has a `solution`, which supervised warm-up needs; add them or "
+            "set supervised.updates to 0"
+        )
     tokenizer, vocab_size = policy.tokenizer, policy.model.vocab_size
     solutions = [prompt.problem.solution for prompt in solved]
     items = []

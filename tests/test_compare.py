@@ -1,6 +1,7 @@
 """Paired bootstrap of two evaluations."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -113,3 +114,9 @@ def test_a_file_that_cannot_be_compared_is_named(tmp_path, content, said):
     with pytest.raises(InputError, match=said) as e:
         compare.main([str(good), str(bad)])
     assert str(e.value).startswith(str(bad)) and "\n" not in str(e.value)
+
+
+def test_a_fifo_is_refused_without_waiting_for_its_writer(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InputError, match="fifo: cannot read .not a regular file"):
+        compare.main([str(tmp_path / "fifo"), str(tmp_path / "fifo")])

@@ -13,7 +13,6 @@ import yaml
 
 from dapo_jax.config import ConfigError, config_from_dict, dump_yaml, flatten, to_dict
 from dapo_jax.study import (
-    Curves,
     as_markdown,
     at_tokens,
     budget,
@@ -272,7 +271,7 @@ def test_every_row_starts_from_its_seeds_warm_up_and_nothing_is_done_twice(start
     [
         (
             put("base", "optim", "learning_rate", 0.5),
-            "runs/0_naive/3/config",
+            "warm/3",
             "optim.learning_rate: was 1e-06 .*, and is 0.5 in the study",
         ),
         (
@@ -355,20 +354,12 @@ def test_rows_of_a_pretrained_model_need_no_warm_up(study, monkeypatch, tmp_path
 
 
 def curve(accuracies, tokens=(10, 20, 40, 80), every=2, **metrics):
-    eval_steps = every * np.arange(len(accuracies))
-    along = np.concatenate([[0], tokens])[eval_steps]
-    evals = {
-        "avg": np.array(accuracies),
-        "response_len_mean": np.full(len(accuracies), 9.0),
-        "truncated_fraction": np.zeros(len(accuracies)),
-    }
-    return Curves(
-        {k: np.array(v, float) for k, v in metrics.items()},
-        np.array(tokens),
-        eval_steps,
-        along,
-        evals,
-    )
+    run = {key: np.array([math.nan, *values], float) for key, values in metrics.items()}
+    held_out = {"avg": accuracies, "response_len_mean": 9.0, "truncated_fraction": 0.0}
+    for key, values in held_out.items():
+        run[key] = np.full(len(tokens) + 1, math.nan)
+        run[key][: every * len(accuracies) : every] = values
+    return run | {"step": np.arange(len(tokens) + 1), "tokens": np.array([0, *tokens], float)}
 
 
 def test_accuracy_at_equal_tokens_lies_between_evaluations():
