@@ -519,7 +519,7 @@ def test_a_data_set_that_names_code_is_refused_and_its_code_not_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` does
     said, _ = refused(train, *train_args(config, "run", f"data.train={folder}"))
-    assert "features.json names 'hostile.evil.X', which is no feature" in said
+    assert "features.json: 'hostile.evil.X' is no feature" in said
     assert not (tmp_path / "ran").exists()
 
 

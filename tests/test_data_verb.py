@@ -225,7 +225,7 @@ def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
         ),
         (
             "prepare --source a.jsonl --out out --name No/Name",
-            "'No/Name': cannot name a data set; use small letters",
+            "'No/Name': no name of a data set; use a-z",
         ),
         (
             "prepare --source a.jsonl --out gs://bucket",

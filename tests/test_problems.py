@@ -132,6 +132,8 @@ def test_every_row_is_accounted_for(tmp_path):
         {"prompt": "a", "answer": "1"},
         {"prompt": "b", "answer": "1"},
         {"prompt": "a", "answer": " 1"},  # the same answer but for spaces
+        {"prompt": "d", "answer": "-1,234.5"},
+        {"prompt": "d", "answer": "-1234.5"},  # the same answer but for commas
         {"prompt": "b", "answer": "2"},  # conflict
         {"prompt": "b", "answer": "1"},  # agrees with the first, but the prompt is out
         {"prompt": "c"},
@@ -144,11 +146,12 @@ def test_every_row_is_accounted_for(tmp_path):
     loaded, report = load(write_jsonl(tmp_path / "a.jsonl", rows))
     assert [(p.prompt, p.answer) for p in loaded] == [
         ("a", "1"),
+        ("d", "-1,234.5"),
         ("c", "3"),
         ((Message("user", "a"),), "9"),
     ]
-    assert (report.rows, report.problems, report.duplicates, report.conflicts) == (8, 3, 3, 1)
-    assert report.skipped == {"no answer": Skip(count=1, first_row=6)}
+    assert (report.rows, report.problems, report.duplicates, report.conflicts) == (10, 4, 4, 1)
+    assert report.skipped == {"no answer": Skip(count=1, first_row=8)}
     assert report.rows == report.problems + report.duplicates + report.conflicts + sum(
         s.count for s in report.skipped.values()
     )

@@ -183,6 +183,27 @@ PUBLISHED = {
         },
         Problem("", (Message("user", AIME),), "70", "\\boxed{70} it is.\nAnswer: 70"),
     ),
+    "conversations of ShareGPT": (
+        {
+            "conversations": [
+                {"from": "human", "value": AIME},
+                {"from": "gpt", "value": r"\boxed{70} it is."},
+            ]
+        },
+        Problem("", (Message("user", AIME),), "70", "\\boxed{70} it is.\nAnswer: 70"),
+    ),
+    "parts of a content": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "Solve."}, {"type": "text", "text": AIME}],
+                }
+            ],
+            "answer": "70",
+        },
+        Problem("", (Message("user", f"Solve.\n{AIME}"),), "70"),
+    ),
     "an open turn": (
         {
             "prompt": [{"role": "user", "content": AIME}, {"role": "assistant", "content": ""}],

@@ -213,7 +213,7 @@ def test_splits(tmp_path):
     ] == ["train", "test"]
     del records["train"]
     folder = prepare_other(tmp_path / "two", {"prompt": text, "answer": text}, records)
-    assert "none of the splits train" in error_of(read_problems, folder)
+    assert "no split train among test, other" in error_of(read_problems, folder)
 
 
 def test_no_usable_record(tmp_path):

@@ -1,21 +1,22 @@
-"""Rows of files: JSON lines, a JSON array, CSV, Parquet and Arrow; one file, or the shards of a
-folder or pattern.
+"""Rows of JSON lines, JSON arrays, CSV, Parquet and Arrow; of files, folders and patterns.
 
 Tables and prepared folders are read in a process of their own (`runtime/sandbox.py`): their readers
-are native code, which believes what a file says of its sizes. A row of more than 16 MB is a bad
-row, and a file that grows to a thousand times its size is refused.
+are native code that trusts the sizes a file states. A row above 16 MB is a bad row, and a file that
+decodes to a thousand times its size is refused.
 """
 
+import contextlib
 import csv
 import functools
 import glob
 import gzip
 import io
+import itertools
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,100 +32,74 @@ _BATCH = 4096  # rows of a table
 _PIECE_BYTES = 1 << 20  # of its rows that become Python objects together
 _DEADLINE_S = 120.0  # for the next piece
 _MEMORY_BYTES = 2 << 30  # of the process that reads a table, and four times its size
-_MAX_BLANK = 1_000_000  # lines together
-# What a file may grow to when it is read: so many times its size, or the least. A row counts as a
-# kilobyte more than its text.
+# A file may decode to so many times its size, or to the least. A row counts 1 kB besides its text.
 _MAX_RATIO, _LEAST_BYTES, _ROW_BYTES = 1000, 1 << 30, 1000
+_KINDS = f"{', '.join(ENDINGS)}, a folder or pattern of such, a prepared folder, or `arithmetic`"
+_BOM = b"\xef\xbb\xbf"
+_JSON = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) <= MAX_ANSWER_CHARS else n)
+_WRAPPED = re.compile(rb'\{\s*"(data|rows|examples|train|test)"\s*:\s*\[')
 
 Rows = Iterator[tuple[int, Any]]  # numbered from 1; a row that cannot be read is a BadRow
 
 
 def is_prepared(folder: str) -> bool:
-    """Whether tensorflow-datasets prepared a folder.
-
-    Hugging Face's datasets too writes a dataset_info.json, and state.json beside it.
-    """
-    return os.path.isfile(f"{folder}/dataset_info.json") and not os.path.isfile(
-        f"{folder}/state.json"
-    )
+    """Whether tensorflow-datasets prepared a folder; `datasets` writes a state.json too."""
+    has_info, has_state = (os.path.isfile(f"{folder}/{n}.json") for n in ("dataset_info", "state"))
+    return has_info and not has_state
 
 
 def files_of(source: str, path: str, heldout: bool) -> list[str]:
-    """The files of a data set in their order.
+    """The files, in order, of a local file, folder or pattern `path`; messages name `source`.
 
-    Messages call `path`, a file, folder or pattern (`*`) of this machine, `source`.
-
-    A folder is one that `datasets.save_to_disk` wrote, or holds shards of one kind; where these or
-    their names (`train-*.parquet`) tell splits apart, they are those of one split. Raises
-    InputError if there is no such file, or its kind is not known.
+    A folder is one that `datasets.save_to_disk` wrote, or holds shards of one kind. If it has
+    splits, or names like `train-*.parquet`, the files are those of one split.
     """
     if os.path.isfile(f"{path}/dataset_dict.json"):
-        path = os.path.join(
-            path,
-            choose_split(source, _listed(source, path, "dataset_dict.json", "splits"), heldout),
-        )
+        splits = _listed(source, path, "dataset_dict.json", "splits", str)
+        path = os.path.join(path, choose_split(source, splits, heldout))
     if os.path.isfile(f"{path}/state.json"):
-        names = [
-            shard.get("filename") for shard in _listed(source, path, "state.json", "_data_files")
-        ]
-        return [os.path.join(path, os.path.basename(str(name))) for name in names]
+        shards = _listed(source, path, "state.json", "_data_files", dict)
+        return [os.path.join(path, os.path.basename(str(s.get("filename")))) for s in shards]
     if os.path.isdir(path):
-        return [
-            os.path.join(path, name) for name in _shards(source, sorted(os.listdir(path)), heldout)
-        ]
-    found = (
-        sorted(glob.glob(path, recursive=True))
-        if glob.has_magic(path) and not os.path.exists(path)
-        else [path]
-    )
+        names = _shards(source, sorted(os.listdir(path)), heldout)
+        return [os.path.join(path, name) for name in names]
+    is_pattern = glob.has_magic(path) and not os.path.exists(path)
+    found = sorted(glob.glob(path, recursive=True)) if is_pattern else [path]
     if not found:
         raise InputError(f"{source}: no file has such a name; correct the pattern")
     if not all(file.endswith(ENDINGS) for file in found):
-        raise InputError(
-            f"{source}: not a known kind of data set; give {', '.join(ENDINGS)}, a folder or pattern of such, a prepared folder, "
-            "or `arithmetic`"
-        )
+        raise InputError(f"{source}: not a known kind of data set; give {_KINDS}")
     return found
 
 
 def choose_split(source: str, splits: list[str], heldout: bool) -> str:
-    """The only split, or where there are several `train`, and for `heldout` problems `test` or
-    `validation`.
-    """
+    """The only split, else `train`, or `test` or `validation` for `heldout` problems."""
     wanted = ("test", "validation") if heldout else ("train",)
     found = splits if len(splits) == 1 else [name for name in wanted if name in splits]
     if not found:
-        raise InputError(
-            f"{source}: has none of the splits {', '.join(wanted)} among {', '.join(splits)}; prepare one of them alone"
-        )
+        there = f"no split {' or '.join(wanted)} among {', '.join(splits)}"
+        raise InputError(f"{source}: {there}; prepare one of them alone")
     return found[0]
 
 
-def _listed(source: str, folder: str, name: str, key: str) -> list[Any]:
+def _listed(source: str, folder: str, name: str, key: str, kind: type) -> list[Any]:
+    """A list that `datasets.save_to_disk` wrote."""
     try:
         found = json.loads(Path(folder, name).read_bytes())[key]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         found = None
-    if (
-        not isinstance(found, list)
-        or not found
-        or not all(isinstance(one, str if key == "splits" else dict) for one in found)
-    ):
-        raise InputError(
-            f"{source}: {name}: {key}: not a list that datasets.save_to_disk wrote; save it again"
-        )
-    return found
+    if isinstance(found, list) and found and all(isinstance(one, kind) for one in found):
+        return found
+    raise InputError(f"{source}: {name}: {key}: not as save_to_disk writes it; save it again")
 
 
 def _shards(source: str, names: list[str], heldout: bool) -> list[str]:
     names = [name for name in names if name != "features.json"]  # of a prepared folder
     kind = next((ending for ending in ENDINGS for name in names if name.endswith(ending)), None)
     if kind is None:
-        raise InputError(
-            f"{source}: holds no dataset_info.json, and no {', '.join(ENDINGS)}; give a data set's file or folder"
-        )
-    names = [name for name in names if name.endswith(kind)]
+        raise InputError(f"{source}: holds no dataset_info.json and no data; give {_KINDS}")
     splits: dict[str, list[str]] = {}
+    names = [name for name in names if name.endswith(kind)]
     for name in names:
         if split := re.match(r"(train|test|validation)(?![a-z])", name):
             splits.setdefault(split[0], []).append(name)
@@ -132,120 +107,81 @@ def _shards(source: str, names: list[str], heldout: bool) -> list[str]:
 
 
 def rows_of(source: str, files: list[str], columns: list[str]) -> Rows:
-    """The rows of files one after the other. columns: all that are needed, `a.b` for field b of a;
-    more of them may be there.
+    """The rows of files in order; of tables only the named `columns`, `a.b` for field b of a.
 
     Raises InputError for a damaged file, and OSError.
     """
-    number = before = 0
+    before = number = 0
     for file in files:
         where = source if len(files) == 1 else f"{source}: {os.path.basename(file)}"
-        for number, row in _reader(file)(where, file, columns):
+        if file.endswith((".parquet", ".arrow")):
+            rows = _table(f"{__name__}:table_rows", where, [where, file, columns], [file])
+        elif file.endswith(".csv"):
+            rows = _csv(where, file)
+        else:
+            rows = _json(where, file) if file.endswith(".json") else _json_lines(where, file)
+        for number, row in rows:
             yield before + number, row
-        before += number
-        number = 0
+        before, number = before + number, 0
 
 
 def prepared_rows(source: str, folder: str, heldout: bool) -> Rows:
-    """The records of a folder that tensorflow-datasets prepared: of its only split, or as
-    `choose_split` says.
-    """
-    return _table(
-        "dapo_jax.data.tfds_builder:records",
-        source,
-        [source, folder, heldout],
-        [entry.path for entry in os.scandir(folder) if not entry.is_dir()],
-    )
+    """The records of the split that `choose_split` selects in a prepared folder."""
+    files = [entry.path for entry in os.scandir(folder) if not entry.is_dir()]
+    work = "dapo_jax.data.tfds_builder:records"
+    return _table(work, source, [source, folder, heldout], files)
 
 
 def _table(work: str, where: str, order: list[Any], files: list[str]) -> Rows:
-    """The rows that `work`, in a process of its own, makes of an order.
+    """The rows that `work` yields of an order in a process of its own, as [bytes, rows].
 
-    It yields [bytes, rows], a row that cannot be read as its reason.
-
-    files: that it will open.
+    A row that cannot be read is its reason. files: those that it opens.
     """
     for file in files:
         open_regular(file).close()
     size = sum(map(os.path.getsize, files))
+    limits: Any = {"deadline_s": _DEADLINE_S, "memory_bytes": _MEMORY_BYTES + 4 * size}
     number = read = 0
     try:
-        for more, rows in results(
-            work, [order], deadline_s=_DEADLINE_S, memory_bytes=_MEMORY_BYTES + 4 * size
-        ):
-            for row in rows:
-                number += 1
+        for more, rows in results(work, [order], **limits):
+            for number, row in enumerate(rows, number + 1):  # noqa: B020
                 yield number, BadRow(row) if isinstance(row, str) else row
             read += more + _ROW_BYTES * len(rows)
             _check_growth(where, number, read, size)
     except ConfinedError as e:
-        raise InputError(
-            f"{where}: cannot be read after row {number} ({e}); write its rows as .jsonl, or in smaller files"
-        ) from None
+        where = f"{where}: cannot be read after row {number}"
+        raise InputError(f"{where} ({e}); write .jsonl, or smaller files") from None
 
 
 def _check_growth(where: str, number: int, read: int, size: int) -> None:
     if read > max(_LEAST_BYTES, _MAX_RATIO * size):
-        raise InputError(
-            f"{where}: row {number}: the rows so far are over {_MAX_RATIO} times the file's {size:,} bytes; leave out repeated ones"
-        )
+        much = f"the rows so far are over {_MAX_RATIO} times the file's {size:,} bytes"
+        raise InputError(f"{where}: row {number}: {much}; leave out repeated ones")
 
 
-def _reader(file: str) -> Callable[[str, str, list[str]], Rows]:
-    if file.endswith((".parquet", ".arrow")):
-        return lambda where, path, columns: _table(
-            f"{__name__}:table_rows", where, [where, path, columns], [path]
-        )
-    if file.endswith(".csv"):
-        return _csv
-    return _json if file.endswith(".json") else _json_lines
+# ------------------------------------------------------------------------------------------- text
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Text
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _json_lines(where: str, path: str, columns: list[str]) -> Rows:
-    """Lines that are not blank, without byte-order mark.
-
-    Of an overlong line only the start is kept.
-    """
-    number = blank = read = 0
+def _json_lines(where: str, path: str) -> Rows:
+    """Lines that are not blank, without byte-order mark."""
+    number = read = 0
     try:
-        with (
-            open_regular(path) as file,
-            gzip.open(file) if path.endswith(".gz") else file as stream,
-        ):
+        unzip: Any = gzip.open if path.endswith(".gz") else contextlib.nullcontext
+        with open_regular(path) as file, unzip(file) as stream:
             size = os.fstat(file.fileno()).st_size
-            while line := _line(stream, where, number):
-                number += 1
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
+            while line := stream.readline(MAX_ROW_BYTES + 1):
+                number, read, rest = number + 1, read + _ROW_BYTES + len(line), line
+                while len(rest) > MAX_ROW_BYTES and not rest.endswith(b"\n"):  # keep the start
+                    rest = stream.readline(MAX_ROW_BYTES + 1)
+                    read += len(rest)
+                    _check_growth(where, number, read, size)
+                _check_growth(where, number, read, size)
+                line = line.removeprefix(_BOM) if number == 1 else line
                 if line.strip():
                     yield number, _row_of_line(line)
-                    blank, read = 0, read + len(line) + _ROW_BYTES
-                    _check_growth(where, number, read, size)
-                elif (blank := blank + 1) > _MAX_BLANK:
-                    raise InputError(
-                        f"{where}: {_MAX_BLANK:,} blank lines up to line {number:,}; remove them"
-                    )
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise InputError(
-            f"{where}: corrupt gzip after row {number} ({e}); fetch the file again"
-        ) from None
-
-
-def _line(stream: Any, where: str, number: int) -> bytes:
-    line = rest = stream.readline(MAX_ROW_BYTES + 1)
-    length = 0
-    while len(rest) > MAX_ROW_BYTES and not rest.endswith(b"\n"):
-        rest = stream.readline(MAX_ROW_BYTES + 1)
-        if (length := length + len(rest)) > _LEAST_BYTES:
-            raise InputError(
-                f"{where}: row {number + 1} has over {_LEAST_BYTES >> 30} GB; give a file of JSON lines, a row a line"
-            )
-    return line
+        where = f"{where}: corrupt gzip after row {number}"
+        raise InputError(f"{where} ({e}); fetch the file again") from None
 
 
 def _row_of_line(line: bytes) -> Any:
@@ -259,129 +195,96 @@ def _row_of_line(line: bytes) -> Any:
         return BadRow("not JSON")
 
 
-def _whole_number(digits: str) -> int | str:
-    return (
-        int(digits) if len(digits) <= MAX_ANSWER_CHARS else digits
-    )  # int() refuses, or takes long over, thousands of digits
-
-
-_JSON = json.JSONDecoder(parse_int=_whole_number)
-
-
-def _json(where: str, path: str, columns: list[str]) -> Rows:
-    """An array of rows, or lines as in .jsonl."""
+def _json(where: str, path: str) -> Rows:
+    """An array of rows, also as {"data": [...]}, or lines as in .jsonl."""
     with open_regular(path) as stream:
-        start = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if start.partition(b"\n")[0].rstrip() == b"{":
-            raise InputError(
-                f"{where}: a JSON object over several lines; give an array of rows, or .jsonl with a row a line"
-            )
-        if not start.startswith(b"["):
-            yield from _json_lines(where, path, columns)
+        start = stream.read(1 << 16).removeprefix(_BOM).lstrip()
+        wrapped = _WRAPPED.match(start)
+        if start.partition(b"\n")[0].rstrip() == b"{" and not wrapped:
+            raise InputError(f"{where}: a JSON object over several lines; give an array of rows")
+        if not wrapped and not start.startswith(b"["):
+            yield from _json_lines(where, path)
             return
         if os.fstat(stream.fileno()).st_size > _MAX_ARRAY_BYTES:
-            raise InputError(
-                f"{where}: a JSON array larger than {_MAX_ARRAY_BYTES >> 20} MB; write it as .jsonl, a row a line"
-            )
+            much = f"a JSON array over {_MAX_ARRAY_BYTES >> 20} MB"
+            raise InputError(f"{where}: {much}; write it as .jsonl, a row a line")
         stream.seek(0)
         try:
             rows = _JSON.decode(stream.read().decode("utf-8-sig"))
+            rows = rows[wrapped[1].decode()] if wrapped else rows
+            if not isinstance(rows, list):
+                raise ValueError("several values of one key")
         except (ValueError, RecursionError) as e:
-            raise InputError(
-                f"{where}: not a JSON array ({_first_line(e)}); fetch the file again, or write it as .jsonl"
-            ) from None
+            where = f"{where}: not a JSON array ({_first_line(e)})"
+            raise InputError(f"{where}; fetch the file again, or write it as .jsonl") from None
     yield from enumerate(rows, 1)
 
 
-def _csv(where: str, path: str, columns: list[str]) -> Rows:
-    """Rows under the names of the first one; empty cells are None.
+def _csv(where: str, path: str) -> Rows:
+    """Rows under the names of the first one, separated by `,`, `;` or tabs; empty cells are None.
 
     Lone surrogates stand for bytes that are not UTF-8.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
-    number = 0
-    with io.TextIOWrapper(
-        open_regular(path), newline="", encoding="utf-8-sig", errors="surrogateescape"
-    ) as stream:
-        reader = csv.DictReader(
-            iter(functools.partial(stream.readline, MAX_ROW_BYTES), ""), strict=True
-        )
+    number, file = 0, open_regular(path)
+    with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as stream:
+        lines = iter(functools.partial(stream.readline, MAX_ROW_BYTES), "")
+        names = next(lines, "")
+        separator = max(",;\t", key=names.count)
+        reader = csv.DictReader(itertools.chain([names], lines), strict=True, delimiter=separator)
         try:
             for number, row in enumerate(reader, 1):
-                more: Any = row.pop(
-                    None, ()
-                )  # cells beyond those of the first row, such as the 001 of an unquoted 1,001
-                yield (
-                    number,
-                    BadRow("more cells than columns")
-                    if any(more)
-                    else {name: value or None for name, value in row.items()},
-                )
+                more: Any = row.pop(None, ())  # beyond the names, such as 001 of an unquoted 1,001
+                cells = {name: value or None for name, value in row.items()}
+                yield number, BadRow("more cells than columns") if any(more) else cells
         except csv.Error as e:
-            raise InputError(
-                f"{where}: not CSV after row {number} ({e}); correct the quotes there"
-            ) from None
+            where = f"{where}: not CSV after row {number}"
+            raise InputError(f"{where} ({e}); correct the quotes there") from None
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Tables
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- tables
 
 
 def table_rows(orders: Iterator[Any]) -> Iterator[Any]:
-    """The rows of a Parquet or Arrow file, in the process of `_table`: [where, path, columns] →
-    [bytes, rows].
-    """
+    """Reads Parquet or Arrow in the process of `_table`: [where, path, columns] → [bytes, rows]."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow.parquet  # noqa: F401
 
     pa.set_cpu_count(1)  # stacks and heaps of threads are address space
     yield
     where, path, columns = next(orders)
     number = 0
     try:
-        for names, batch in (
-            _parquet(pq, path, columns) if path.endswith(".parquet") else _arrow(pa, path, columns)
-        ):
-            unread = dict.fromkeys(names) | dict.fromkeys(
-                batch.schema.names
-            )  # so that a row says what it has
+        for names, batch in (_parquet if path.endswith(".parquet") else _arrow)(pa, path, columns):
+            every = dict.fromkeys([*names, *batch.schema.names])  # so that a row shows its columns
             for size, rows in _pieces(batch):
                 number += len(rows)
-                yield [size, [row if isinstance(row, str) else unread | row for row in rows]]
+                yield [size, [row if isinstance(row, str) else every | row for row in rows]]
     except MemoryError:  # an ArrowException too
         raise
-    except (
-        pa.ArrowException,
-        OSError,
-        ValueError,
-    ) as e:  # ValueError: names of columns that are not UTF-8
+    except (pa.ArrowException, OSError, ValueError) as e:  # ValueError: column names not UTF-8
         kind = "Parquet" if path.endswith(".parquet") else "Arrow"
-        raise InputError(
-            f"{where}: corrupt {kind} after row {number} ({_first_line(e)}); fetch the file again"
-        ) from None
+        where = f"{where}: corrupt {kind} after row {number}"
+        raise InputError(f"{where} ({_first_line(e)}); fetch the file again") from None
 
 
-def _parquet(pq: Any, path: str, columns: list[str]) -> Iterator[tuple[list[str], Any]]:
+def _parquet(pa: Any, path: str, columns: list[str]) -> Iterator[tuple[list[str], Any]]:
     """The names of all columns, and record batches of those that are needed."""
-    with pq.ParquetFile(path, pre_buffer=False) as file:
+    with pa.parquet.ParquetFile(path, pre_buffer=False) as file:
         for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
             yield file.schema_arrow.names, batch
 
 
 def _arrow(pa: Any, path: str, columns: list[str]) -> Iterator[tuple[list[str], Any]]:
     with pa.OSFile(path) as file, pa.ipc.open_stream(file) as reader:
-        names = reader.schema.names
         needed = {column.partition(".")[0] for column in columns} | {*columns}
+        chosen = [i for i, name in enumerate(reader.schema.names) if name in needed]
         for batch in reader:
-            yield names, batch.select([i for i, name in enumerate(names) if name in needed])
+            yield reader.schema.names, batch.select(chosen)
 
 
 def _pieces(batch: Any) -> Iterator[tuple[int, list[Any]]]:
-    """Rows of a record batch as plain Python objects, few at a time, and their bytes.
-
-    A row that cannot be one is the reason.
-    """
+    """A few rows as Python objects, or why a row cannot be one, and their bytes in front."""
     bad = None
     if batch.nbytes <= _PIECE_BYTES or len(batch) == 1:
         try:
@@ -389,19 +292,17 @@ def _pieces(batch: Any) -> Iterator[tuple[int, list[Any]]]:
             if batch.nbytes <= MAX_ROW_BYTES:
                 yield batch.nbytes, batch.to_pylist()
                 return
-        except (
-            UnicodeDecodeError
-        ):  # writers may store any bytes as text; find the rows that hold them
+        except UnicodeDecodeError:  # writers may store any bytes as text
             bad = "prompt is not valid Unicode"
         except (
             ArithmeticError,
             LookupError,
             ValueError,
-        ):  # a date beyond the year 9999, a time zone that nobody knows
+        ):  # a date after 9999, a bad time zone
             bad = "answer is neither text nor a finite number"
-        if len(batch) == 1:
-            yield batch.nbytes, [bad]
-            return
+    if bad and len(batch) == 1:
+        yield batch.nbytes, [bad]
+        return
     half = len(batch) // 2
     yield from _pieces(batch.slice(0, half))
     yield from _pieces(batch.slice(half))

@@ -1,13 +1,10 @@
-"""Training problems of one data set or several: with weights, every data set goes through shuffled
-epochs of its own.
+"""Training problems of one data set, or of several with weights.
 
-With weights w, a share w / Σw of all draws is of each data set. An epoch is as many draws as there
-are problems, of all data sets together: N. In E epochs a data set is drawn w / Σw x N x E times, to
-within one draw, and where in an epoch its draws stand is drawn at random. Which of its problems
-they are goes on from epoch to epoch: all of them in random order, then all of them in another.
+With weights w, a data set gets a share w / Σw of the draws and goes through shuffled epochs of its
+own. An epoch of the mixture is N draws for N problems in all. In E epochs a data set is drawn
+w / Σw · N · E times, to within one draw, at random places.
 
-Draws are a function of the seed and the cursor. They do not depend on how many hosts there are or
-how a run was cut.
+Draws are a function of the seed and the cursor, whatever the number of hosts and of resumes.
 """
 
 import dataclasses
@@ -23,22 +20,14 @@ from typing import NamedTuple
 import numpy as np
 
 from dapo_jax.config import DataSection, TrainSet
-from dapo_jax.data.problems import (
-    Cursor,
-    LoadReport,
-    Watch,
-    advance,
-    epoch_order,
-    load_problems,
-    problems_digest,
-    with_unique_ids,
-)
+from dapo_jax.data import problems as single
+from dapo_jax.data.problems import Cursor, LoadReport, Watch, advance, load_problems
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.types import InputError, Message, Problem
 
 
 class Mixture(NamedTuple):
-    """Data sets that are drawn from together. Their problems lie one data set after the other."""
+    """Data sets whose problems, one data set after the other, are drawn with weights."""
 
     sources: tuple[str, ...]
     counts: tuple[int, ...]  # problems of each
@@ -50,47 +39,42 @@ class Mixture(NamedTuple):
         return [weight / sum(weights) for weight in weights]
 
     def summary(self) -> str:
-        """Who is drawn how often, for people; empty for a single data set."""
-        if len(self.sources) == 1:
-            return ""
-        total = sum(self.counts)
-        return ", ".join(
-            f"{float(share):.1%} {source} ({count:,} prompts, each drawn {float(share) * total / count:.2g} times an epoch)"
-            for source, count, share in zip(self.sources, self.counts, self.shares(), strict=True)
-        )
+        """The shares, for people; empty for a single data set."""
+        parts = []
+        for source, count, share in zip(self.sources, self.counts, self.shares(), strict=True):
+            times = f"{float(share) * sum(self.counts) / count:.2g} times an epoch"
+            parts.append(f"{float(share):.1%} {source} ({count:,} prompts, each drawn {times})")
+        return ", ".join(parts) if len(parts) > 1 else ""
 
 
 def load_training(
     section: DataSection, watch: Watch | None = None
 ) -> tuple[list[Problem], list[LoadReport]]:
-    """The distinct problems of data.train, one data set after the other, and what became of the
-    rows of each.
+    """The distinct problems of data.train, one data set after the other, and a report of each.
 
-    A prompt that several data sets have is the first one's, and its answer too.
-    Raises InputError if a data set cannot be read, or has no problem of its own.
+    A prompt of several data sets belongs to the first of them, with its answer there. Raises
+    InputError if a data set cannot be read, or has no problem of its own.
     """
     found: dict[str | tuple[Message, ...], Problem] = {}
     reports = []
     for one in section.train:
         columns = one.columns or AS_USUAL
         problems, report = load_problems(one.path, section.arithmetic, columns=columns, watch=watch)
-        own = [p for p in problems if p.prompt not in found]
+        own = {p.prompt: p for p in problems if p.prompt not in found}
         if not own:
-            raise InputError(
-                f"{one.path}: every problem is in an earlier data set of data.train; leave this one out"
-            )
-        found |= {p.prompt: p for p in own}
-        reports.append(
-            dataclasses.replace(report, problems=len(own), elsewhere=len(problems) - len(own))
-        )
-    return (with_unique_ids([*found.values()]) if len(reports) > 1 else [*found.values()]), reports
+            where = f"{one.path}: every problem is in an earlier data set of data.train"
+            raise InputError(f"{where}; leave this one out")
+        found |= own
+        elsewhere = len(problems) - len(own)
+        reports.append(dataclasses.replace(report, problems=len(own), elsewhere=elsewhere))
+    mixed = [*found.values()]
+    return single.with_unique_ids(mixed) if len(reports) > 1 else mixed, reports
 
 
 def mix(train: Sequence[TrainSet], problems: Sequence[Problem]) -> Mixture:
     """The mixture of those problems of `load_training` that are to be drawn.
 
-    Raises InputError if a data set has none among them, or too small a weight to be drawn in every
-    epoch.
+    Raises InputError if a data set has no problem, or less than one draw an epoch.
     """
     sources = tuple(one.path for one in train)
     counts = tuple(sum(p.source == source for p in problems) for source in sources)
@@ -99,21 +83,17 @@ def mix(train: Sequence[TrainSet], problems: Sequence[Problem]) -> Mixture:
         if not count:
             raise InputError(f"{source}: has no prompt to train on; leave it out of data.train")
         if share * len(problems) < 1:
-            raise InputError(
-                f"data.train: {source}: weight {float(share):.2g} of the whole is less than one draw in an epoch of {len(problems):,}; "
-                "raise it, or leave it out"
-            )
+            less = f"less than one draw in an epoch of {len(problems):,}; raise it, or leave it out"
+            where = f"data.train: {source}: weight {float(share):.2g} of the whole"
+            raise InputError(f"{where} is {less}")
     return mixture
 
 
 def drawn_of_each(mixture: Mixture, epochs: int) -> list[int]:
-    """How many draws of each data set the first `epochs` epochs hold: within one of its share, and
-    N x epochs together.
-    """
+    """Draws of each data set in the first `epochs` epochs: within one of its share, N x epochs in
+    all."""
     draws = sum(mixture.counts) * epochs
-    edges = [
-        math.floor(draws * share) for share in accumulate(mixture.shares(), initial=Fraction(0))
-    ]
+    edges = [math.floor(draws * s) for s in accumulate(mixture.shares(), initial=Fraction(0))]
     return [end - begin for begin, end in pairwise(edges)]
 
 
@@ -123,23 +103,17 @@ def mixture_order(mixture: Mixture, *, seed: int, epoch: int) -> np.ndarray:
 
     Of one data set: `epoch_order`.
     """
+    counts = mixture.counts
     begins, ends = (drawn_of_each(mixture, e) for e in (epoch, epoch + 1))
-    owners = np.repeat(np.arange(len(mixture.counts)), np.subtract(ends, begins))
-    owners = owners[epoch_order(len(owners), seed=seed, epoch=epoch, stream=len(mixture.counts))]
+    owners = np.repeat(np.arange(len(counts)), np.subtract(ends, begins))
+    owners = owners[single.epoch_order(len(owners), seed=seed, epoch=epoch, stream=len(counts))]
     order = np.empty(len(owners), np.int64)
-    first = 0
-    for n, count in enumerate(mixture.counts):
-        own_order = functools.partial(epoch_order, count, seed=seed, stream=n)
-        own, _ = advance(
-            Cursor(*divmod(begins[n], count)),
-            count,
-            ends[n] - begins[n],
-            seed=seed,
-            order=own_order,
-        )
-        order[owners == n] = first + own
-        first += count
-    order.flags.writeable = False  # it is shared by all who ask
+    for n, (count, begin, end) in enumerate(zip(counts, begins, ends, strict=True)):
+        own_order = functools.partial(single.epoch_order, count, seed=seed, stream=n)
+        start = Cursor(*divmod(begin, count))
+        own, _ = advance(start, count, end - begin, seed=seed, order=own_order)
+        order[owners == n] = sum(counts[:n]) + own
+    order.flags.writeable = False  # the cache shares it
     return order
 
 
@@ -153,9 +127,8 @@ def next_problems(
 
 def mixture_digest(problems: Sequence[Problem], mixture: Mixture) -> str:
     """Equal if and only if problems and weights are. Of one data set: `problems_digest`."""
-    digest = problems_digest(problems)
+    digest = single.problems_digest(problems)
     if len(mixture.counts) == 1:
         return digest
-    return hashlib.sha256(
-        json.dumps([digest, mixture.counts, mixture.weights]).encode()
-    ).hexdigest()
+    text = json.dumps([digest, mixture.counts, mixture.weights])
+    return hashlib.sha256(text.encode()).hexdigest()

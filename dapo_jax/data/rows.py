@@ -1,15 +1,14 @@
-r"""What a row of a data set states: its prompt, answer, solution and identifier, under the names
-that data sets are published with.
+r"""A row of a data set as a problem: prompt, answer, solution and id, under the usual column names.
 
-    {"prompt": "What is 6 x 7?", "answer": 42}                       and, if there, "id" and "solution"
-    {"prompt": [{"role": "user", "content": "..."}], "reward_model": {"ground_truth": "42"}, "extra_info": {"index": 7}}
-    {"problem": "What is 6 x 7?", "answer": "42"}                    or "question", "expected_answer"
+    {"prompt": "What is 6 x 7?", "answer": 42}                  and perhaps "id" and "solution"
+    {"prompt": [{"role": "user", "content": "..."}], "reward_model": {"ground_truth": "42"}}
+    {"problem": "What is 6 x 7?", "answer": "42"}               or "question", "expected_answer"
     {"question": "What is 6 x 7?", "answer": "6 x 7 = 42\n#### 42"}
     {"problem": "What is 6 x 7?", "solution": "It is $\\boxed{42}$."}
 
-The second is that of DAPO-Math-17k and its AIME 2024, the third of most other AIME files, the
-fourth of GSM8K, the last of MATH. `ColumnsConfig` says what is what in any other. Chat turns are
-used as they are.
+The second is DAPO-Math-17k and its AIME 2024, the third most other AIME files, the fourth GSM8K,
+the last MATH. `messages` and ShareGPT's `conversations` may end in the response. `ColumnsConfig`
+names the columns of any other data set.
 """
 
 import contextlib
@@ -25,42 +24,34 @@ from dapo_jax.types import Message, Problem, canonical_answer
 
 MAX_ANSWER_CHARS = 1000
 AS_USUAL = ColumnsConfig()  # every part of a problem under one of its usual names
-_USUAL: Mapping[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "problem", "question", "Problem", "messages", "instruction"),
-    "answer": (
-        "answer",
-        "reward_model.ground_truth",
-        "expected_answer",
-        "ground_truth",
-        "Answer",
-        "final_answer",
-    ),
-    "solution": ("solution", "Solution"),
-    "id": ("id", "extra_info.index", "ID"),
+_CONVERSATIONS = ("messages", "conversations")  # may end in the response
+_USUAL: Mapping[str, str] = {
+    "prompt": "prompt problem question Problem messages conversations instruction",
+    "answer": "answer reward_model.ground_truth expected_answer ground_truth Answer final_answer",
+    "solution": "solution Solution",
+    "id": "id extra_info.index ID",
 }
-# What a question may need, and would not be understood without. A `prompt` is whole.
+# Columns without which a question may make no sense. A `prompt` is complete.
 _BEFORE = ("body", "passage", "context")
-_AFTER = ("options", "choices", "input")
-_GSM8K = "####"  # stands before the answer
-_BOXED = "\\boxed"  # holds the answer
+_AFTER = ("options", "choices")
+_ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
+_GSM8K = "####"  # before the answer
+_BOXED = "\\boxed"  # around the answer
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # of GSM8K: <<900+5=905>>
-_UNIT = re.compile(
+_NUMBER_WITH_UNIT = re.compile(  # of ASDiv: 5 (apples)
     r"([+-]?[0-9][0-9,]*(?:\.[0-9]+)?) \((?!mod|base)[A-Za-z][A-Za-z ]*\)"
-)  # of ASDiv: 5 (apples)
+)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _QUOTED = r"'((?:[^'\\]|\\\\)*)'"
-_PRINTED_LIST = re.compile(
-    rf"\[{_QUOTED}(?:,?\s+{_QUOTED})*\]"
-)  # of texts, as Python and NumPy print it
-_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]""")
+_PRINTED_LIST = re.compile(rf"\[{_QUOTED}(?:,?\s+{_QUOTED})*\]")  # by Python or NumPy
+_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]""")
 _LABEL = re.compile(r"\(?[A-Za-z1-9]\s?[).:]")
 
 
 class BadRow(Exception):
-    """A row that cannot be used; its text is the reason under which such rows are counted. columns:
-    of the row, where one is missing.
-    """
+    """A row that cannot be used: the reason that it is counted under, and its columns if one is
+    missing."""
 
     def __init__(self, reason: str, row: Any = ()):
         super().__init__(reason)
@@ -69,44 +60,39 @@ class BadRow(Exception):
 
 def column_names(columns: ColumnsConfig) -> list[str]:
     """Every column that `problem_from_row` may look at: a reader may leave out the others."""
-    names = [*_BEFORE, *_AFTER]
+    names = [*_BEFORE, *_AFTER, "input"]
     for part, usual in _USUAL.items():
         named = getattr(columns, part)
-        names += list(usual) if named is None else _FIELD.findall(named) or [named]
+        names += usual.split() if named is None else _FIELD.findall(named) or [named]
     return names
 
 
 def problem_from_row(
     row: Any, columns: ColumnsConfig = AS_USUAL, notes: list[str] | None = None
 ) -> Problem:
-    r"""The problem that a decoded row states; its id is empty if the row has none.
+    r"""The problem of a decoded row; its id is empty if the row has none.
 
-    Raises BadRow with the reason if it states none.
-
-    An answer that stands at the end of its solution (`columns.answer_after`, or as GSM8K has it),
-    or in its last `\boxed{}`, is taken from there, and the solution then ends in an `Answer:` line,
-    as the strict verifier wants it of a response. Answers are canonical (`types.canonical_answer`).
-    notes: gets an entry for each way in which the problem differs from the text of its row.
+    An answer at the end of its solution (after `columns.answer_after`, or `####` in GSM8K) or in
+    its last `\boxed{}` is extracted, and the solution then ends in the `Answer:` line that the
+    strict verifier reads. `notes` gets an entry for each way in which the problem differs from its
+    row.
+    Raises BadRow with the reason if the row is no problem.
     """
     if not isinstance(row, Mapping):
         raise BadRow("not a JSON object")
     notes = [] if notes is None else notes
-    prompt, called = _found(row, "prompt", columns.prompt)
-    answer, _ = _found(row, "answer", columns.answer)
-    solution, _ = _found(row, "solution", columns.solution)
-    identifier, _ = _found(row, "id", columns.id)
+    parts = {part: _found(row, part, getattr(columns, part)) for part in _USUAL}
+    (prompt, called), answer, solution = parts["prompt"], parts["answer"][0], parts["solution"][0]
     if not called:
         raise BadRow("no prompt", row)
     prompt = _prompt(prompt, notes)
     if isinstance(solution, list):  # several ways to the same answer
         solution = next(filter(None, solution), None)
-    if (
-        called == "messages" and not isinstance(prompt, str) and prompt[-1].role == "assistant"
-    ):  # a conversation with its response
-        solution = prompt[-1].content if _missing(solution) else solution
-        prompt = prompt[:-1]
-        if not prompt:
+    if called in _CONVERSATIONS and not isinstance(prompt, str) and prompt[-1].role == "assistant":
+        *turns, response = prompt
+        if not turns:
             raise BadRow("empty prompt")
+        prompt, solution = tuple(turns), response.content if _missing(solution) else solution
     if _missing(answer) and isinstance(solution, str) and _BOXED in solution:
         answer = solution
     if _missing(answer):
@@ -114,20 +100,21 @@ def problem_from_row(
     answer = _only(answer, notes)
     if columns.prompt is None and called != "prompt" and isinstance(prompt, str):
         prompt = _joined(row, prompt, answer, called, notes)
-    gsm8k = columns.prompt is None and called == "question"
-    answer, solution = _answer_and_solution(answer, solution, columns.answer_after, gsm8k, notes)
-    return Problem(
-        "" if _missing(identifier) else _scalar_text(identifier, "id"), prompt, answer, solution
-    )
+    after = columns.answer_after
+    if after is None and isinstance(answer, str):
+        gsm8k = columns.prompt is None and called == "question" and _GSM8K in answer
+        after = _GSM8K if gsm8k else _BOXED if _BOXED in answer else None
+    answer, solution = _answer_and_solution(answer, solution, after, notes)
+    identifier = parts["id"][0]
+    identifier = "" if _missing(identifier) else _scalar_text(identifier, "id")
+    return Problem(identifier, prompt, answer, solution)
 
 
 def _found(row: Mapping[str, Any], part: str, named: str | None) -> tuple[Any, str]:
-    """The value that a row has for a part of a problem, and the name of its column; (None, "") if
-    it has none.
-    """
+    """A part of a problem and the name of its column; (None, "") if the row has none."""
     if named is not None and _FIELD.search(named):
         return _FIELD.sub(lambda field: _filled(row, field[1]), named), named
-    for path in _USUAL[part] if named is None else (named,):
+    for path in _USUAL[part].split() if named is None else (named,):
         if not _missing(value := _at(row, path)):
             return value, path
     if named is not None and part in ("prompt", "answer"):
@@ -150,9 +137,7 @@ def _filled(row: Mapping[str, Any], path: str) -> str:
     return _scalar_text(value, path)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Prompts
-# --------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------- prompts
 
 
 def _prompt(value: Any, notes: list[str]) -> str | tuple[Message, ...]:
@@ -168,10 +153,7 @@ def _prompt(value: Any, notes: list[str]) -> str | tuple[Message, ...]:
         notes.append("prompts that were chat turns as JSON text")
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
         raise BadRow("prompt is neither text nor chat turns")
-    turns = [
-        Message(_text(turn.get("role"), "chat role"), _text(turn.get("content"), "chat content"))
-        for turn in value
-    ]
+    turns = [_turn(turn) for turn in value]
     if not any(turn.content.strip() for turn in turns):
         raise BadRow("empty prompt")
     if turns[-1].role == "assistant" and not turns[-1].content.strip():  # where the response goes
@@ -179,29 +161,30 @@ def _prompt(value: Any, notes: list[str]) -> str | tuple[Message, ...]:
     return tuple(turns)
 
 
-def _joined(
-    row: Mapping[str, Any], question: str, answer: Any, called: str, notes: list[str]
-) -> str:
-    """A question with what stands beside it in columns of their own."""
-    for name in (*_BEFORE, *_AFTER):
+def _turn(turn: Mapping[str, Any]) -> Message:
+    """A turn as {role, content} or, in ShareGPT, {from, value}; content may be OpenAI's parts."""
+    role = turn.get("role", turn.get("from"))
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        content = "\n".join(_text(part.get("text"), "chat content") for part in content)
+    role = _ROLES.get(role, role) if isinstance(role, str) and "from" in turn else role
+    return Message(_text(role, "chat role"), _text(content, "chat content"))
+
+
+def _joined(row: Mapping[str, Any], text: str, answer: Any, called: str, notes: list[str]) -> str:
+    """The text of a question with that of the columns beside it."""
+    for name in (*_BEFORE, *_AFTER, *(["input"] if called == "instruction" else [])):
         value = row.get(name)
-        if (
-            _missing(value)
-            or value in ("", [], {})
-            or (name == "input" and called != "instruction")
-        ):
+        if _missing(value) or value in ("", [], {}):
             continue
-        text = _options(value, answer) if name in ("options", "choices") else _lines(value)
-        if text is None:
+        more = _options(value, answer) if name in _AFTER else _lines(value)
+        if more is None:
             raise BadRow(f"{called} with {name} of an unknown form; make one column of both")
-        if text.strip() and text.strip() not in question:
-            question = (
-                f"{_text(text, name)}\n\n{question}"
-                if name in _BEFORE
-                else f"{question}\n\n{_text(text, name)}"
-            )
+        if more.strip() and more.strip() not in text:
+            pair = (_text(more, name), text)
+            text = "\n\n".join(pair if name in _BEFORE else pair[::-1])
             notes.append(f"prompts joined from {called} and {name}")
-    return question
+    return text
 
 
 def _lines(value: Any) -> str | None:
@@ -212,44 +195,32 @@ def _lines(value: Any) -> str | None:
 
 
 def _options(value: Any, answer: Any) -> str | None:
-    """The choices of a question as text; None where `answer` is neither one of them nor the letter
-    of one.
-    """
+    """The choices of a question as text; None if `answer` is neither a choice nor its letter."""
     if isinstance(value, Mapping):  # {"A": "4", "B": "7"}
-        value = [
-            f"{letter}) {text}"
-            for letter, text in value.items()
-            if len(letter) == 1 and isinstance(text, str)
-        ]
-    if not isinstance(value, list):
-        return _lines(value)
-    letters = string.ascii_uppercase[: len(value)]
-    if (text := _lines(value)) is None or not isinstance(answer, str) or answer in value:
+        value = [f"{k}) {text}" for k, text in value.items() if len(k) == 1 and _lines(text)]
+    text = _lines(value)
+    if text is None or isinstance(value, str):
+        return text
+    if not isinstance(answer, str) or answer in value:
         return text if isinstance(answer, str) else None
-    if not answer.strip(" ().") or answer.strip(" ().") not in letters:
+    letters, letter = string.ascii_uppercase[: len(value)], answer.strip(" ().")
+    if not letter or letter not in letters or len(letters) < len(value):
         return None
-    return (
-        text
-        if _LABEL.match(value[0])
-        else "\n".join(f"{letter}) {option}" for letter, option in zip(letters, value, strict=True))
-    )
+    if _LABEL.match(value[0]):
+        return text
+    return "\n".join(f"{name}) {option}" for name, option in zip(letters, value, strict=True))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Answers and solutions
-# --------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------- answers and solutions
 
 
 def _only(answer: Any, notes: list[str]) -> Any:
-    """The answer of a list of one, which may be JSON text, or `['34']` as tables of text hold it."""
+    """The answer of a list of one, which may be JSON text, or `['34']` as printed by Python."""
     if isinstance(answer, str) and answer.lstrip()[:1] == "[" and '"' in answer:
         with contextlib.suppress(ValueError, RecursionError):
             listed = json.loads(answer)
-            answer = (
-                listed
-                if isinstance(listed, list) and all(isinstance(one, str) for one in listed)
-                else answer
-            )
+            if isinstance(listed, list) and all(isinstance(one, str) for one in listed):
+                answer = listed
     elif isinstance(answer, str) and _PRINTED_LIST.fullmatch(answer.strip()):
         answer = [one.replace("\\\\", "\\") for one in re.findall(_QUOTED, answer)]
     if not isinstance(answer, list):
@@ -261,18 +232,15 @@ def _only(answer: Any, notes: list[str]) -> Any:
 
 
 def _answer_and_solution(
-    answer: Any, solution: Any, after: str | None, gsm8k: bool, notes: list[str]
+    answer: Any, solution: Any, after: str | None, notes: list[str]
 ) -> tuple[str, str | None]:
-    whole = answer
-    if after is None and isinstance(answer, str):
-        after = _GSM8K if gsm8k and _GSM8K in answer else _BOXED if _BOXED in answer else None
+    whole, worked = answer, None
     if after is not None:
         answer, worked = _split(_text(answer, "answer"), after, notes)
     answer = _answer(answer, notes)
-    if after is not None and (_missing(solution) or solution == whole):
-        return answer, f"{worked}\nAnswer: {answer}" if worked and not _repeats(
-            worked, answer
-        ) else None
+    if worked is not None and (_missing(solution) or solution == whole):
+        useful = worked and not _repeats(worked, answer)
+        return answer, f"{worked}\nAnswer: {answer}" if useful else None
     if _missing(solution) or not _text(solution, "solution"):
         return answer, None
     if _repeats(solution, answer):
@@ -282,23 +250,22 @@ def _answer_and_solution(
 
 
 def _split(text: str, after: str, notes: list[str]) -> tuple[str, str]:
-    r"""The answer that stands after the last `after`, and what solves it: the text before, or the
-    whole with `\boxed{answer}`.
-    """
+    r"""The answer behind the last `after`, and the solution: the text before, or all of the text
+    that holds `\boxed{answer}`."""
     if after.rstrip("{ ").endswith("boxed"):
         notes.append(r"answers taken from \boxed{}")
         return _boxed(text), text.rstrip()
     before, found, answer = text.rpartition(after)
     if not found:
         raise BadRow(f"answer without {after}")
-    worked, found_any = _ANNOTATION.subn("", before)
-    if found_any:
+    worked, count = _ANNOTATION.subn("", before)
+    if count:
         notes.append("solutions without their <<...>> annotations")
     return answer, worked.rstrip()
 
 
 def _boxed(text: str) -> str:
-    r"""What is in the last `\boxed{}`."""
+    r"""The content of the last `\boxed{}`."""
     _, found, rest = text.rpartition(_BOXED)
     if not found:
         raise BadRow(f"answer without {_BOXED}")
@@ -315,27 +282,20 @@ def _boxed(text: str) -> str:
 
 def _repeats(solution: str, answer: str) -> bool:
     """Whether a solution says no more than the answer."""
-    if len(solution) > len(answer) + 20:
-        return False
     text = solution.strip(" \n$.")
-    return (
-        canonical_answer(
-            _boxed(text) if text.startswith(_BOXED + "{") and text.endswith("}") else text
-        )
-        == answer
-    )
+    if text.startswith(_BOXED + "{") and text.endswith("}"):
+        text = _boxed(text)
+    return len(solution) <= len(answer) + 20 and canonical_answer(text) == answer
 
 
 def _answer(value: Any, notes: list[str]) -> str:
-    if _missing(value):
-        raise BadRow("no answer")
-    text = _scalar_text(value, "answer").strip()
+    text = "" if _missing(value) else _scalar_text(value, "answer").strip()
     if not text:
         raise BadRow("no answer")
     if len(text) > MAX_ANSWER_CHARS:
         raise BadRow(f"answer over {MAX_ANSWER_CHARS} characters")
-    if unit := _UNIT.fullmatch(text):
-        text = unit[1]
+    if number := _NUMBER_WITH_UNIT.fullmatch(text):
+        text = number[1]
         notes.append("numbers without the unit in brackets behind them")
     if (canonical := canonical_answer(text)) != text:
         notes.append("integer answers without their leading zeros")
@@ -343,16 +303,12 @@ def _answer(value: Any, notes: list[str]) -> str:
 
 
 def _missing(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, float) and math.isnan(value)
-    )  # NaN is how data frames write null
+    return value is None or value != value  # NaN is how data frames write null
 
 
 def _scalar_text(value: Any, name: str) -> str:
     if isinstance(value, float) and math.isfinite(value):
-        return (
-            str(int(value)) if value.is_integer() else repr(value)
-        )  # 42.0: a whole number in a float column
+        return str(int(value)) if value.is_integer() else repr(value)  # 42.0 of a float column
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str):

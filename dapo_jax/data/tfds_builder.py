@@ -1,6 +1,5 @@
 """Problems as a prepared tensorflow-datasets folder (array_record), written and read by random
-access without TensorFlow.
-"""
+access without TensorFlow."""
 
 import contextlib
 import io
@@ -24,13 +23,9 @@ _BATCH = 64  # records
 
 
 def _registered_feature(cls: Any, name: str) -> Any:
-    """The feature class of that name. tensorflow-datasets' own way imports whatever module a data
-    set's features.json names.
-    """
+    """The feature class of a name. tfds itself would import any module that features.json names."""
     if name not in cls._registered_features:
-        raise ValueError(
-            f"features.json names {name!r}, which is no feature of tensorflow-datasets"
-        )
+        raise ValueError(f"features.json: {name!r} is no feature of tensorflow-datasets")
     return cls._registered_features[name]
 
 
@@ -38,54 +33,31 @@ tfds.features.FeatureConnector.cls_from_name = classmethod(_registered_feature)
 
 
 class Problems(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Distinct problems in their order, by split.
-
-    A chat prompt is in `turns`, and `prompt` is then empty.
-    """
+    """Distinct problems in order, by split. A chat prompt is in `turns`, and `prompt` is empty."""
 
     VERSION = tfds.core.Version("1.0.0")
-    url_infos = None  # nothing is downloaded; looking for checksums would need importlib_resources, which may not be installed
+    url_infos = None  # no downloads: looking for checksums needs importlib_resources
 
-    def __init__(
-        self, name: str, splits: Mapping[str, list[Problem]], description: str, **kwargs: Any
-    ):
-        self.name, self._splits, self._description = name, splits, description
+    def __init__(self, name: str, splits: Mapping[str, list[Problem]], about: str, **kwargs: Any):
+        self.name, self._splits, self._about = name, splits, about
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
         turns = tfds.features.Sequence({"role": text, "content": text})
-        features = {"id": text, "prompt": text, "turns": turns, "answer": text, "solution": text}
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self._description,
-            features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,
-        )
+        columns = {"id": text, "prompt": text, "turns": turns, "answer": text, "solution": text}
+        features = tfds.features.FeaturesDict(columns)
+        info = {"builder": self, "description": self._about, "features": features}
+        return tfds.core.DatasetInfo(**info, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        return {
-            split: self._generate_examples(problems) for split, problems in self._splits.items()
-        }
+        return {split: self._generate_examples(split) for split in self._splits}
 
-    def _generate_examples(self, problems: list[Problem]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, p in enumerate(problems):
-            plain = isinstance(p.prompt, str)
-            turns = (
-                []
-                if isinstance(p.prompt, str)
-                else [{"role": t.role, "content": t.content} for t in p.prompt]
-            )
-            yield (
-                number,
-                {
-                    "id": p.id,
-                    "prompt": p.prompt if plain else "",
-                    "turns": turns,
-                    "answer": p.answer,
-                    "solution": p.solution or "",
-                },
-            )
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, p in enumerate(self._splits[split]):
+            text, turns = (p.prompt, []) if isinstance(p.prompt, str) else ("", map(vars, p.prompt))
+            row = {"id": p.id, "prompt": text, "turns": [*turns], "answer": p.answer}
+            yield number, row | {"solution": p.solution or ""}
 
 
 def prepare(
@@ -96,35 +68,30 @@ def prepare(
     name: str = "problems",
     columns: ColumnsConfig = AS_USUAL,
     watch: Watch | None = None,
-    info: Callable[[str], Any] | None = None,
+    info: Callable[[str], Any] = lambda summary: None,
 ) -> Folder:
-    """Writes the distinct problems of a data set to `folder`/`name`/1.0.0, as split `train`; those
-    of `test`, another one, as `test`.
+    """Writes the distinct problems of a data set, those of `test` as a split of that name, and
+    returns the folder: `folder`/`name`/1.0.0, local or in a bucket.
 
-    Returns the prepared folder, which data.train and eval.sets may name; `folder` may be in a
-    bucket. info: is told what became of the rows of each source, as dataset_info.json is. Raises
-    InputError if a source is unusable, or if `folder` already holds such problems or cannot be
-    written.
+    info: receives the summary of each source, which goes into dataset_info.json too. Raises
+    InputError if a source is unusable, or the folder exists or cannot be written.
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise InputError(
-            f"{name!r}: cannot name a data set; use small letters, digits and '_', a letter first"
-        )
+        raise InputError(f"{name!r}: no name of a data set; use a-z, 0-9 and _, a letter first")
     if is_bucket(folder):
         check_url(folder, "a folder to write")
-    splits, said = {}, []
+    splits, summaries = {}, []
     for split, path in {"train": source, "test": test}.items():
-        if path is not None:
-            splits[split], report = load_problems(
-                path, ArithmeticConfig(), columns=columns, heldout=split == "test", watch=watch
-            )
-            said.append(report.summary())
-            if info is not None:
-                info(said[-1])
+        if path is None:
+            continue
+        how: Any = {"columns": columns, "heldout": split == "test", "watch": watch}
+        splits[split], report = load_problems(path, ArithmeticConfig(), **how)
+        summaries.append(report.summary())
+        info(summaries[-1])
     if not is_bucket(folder):
-        return _write(name, splits, "\n".join(said), folder)
+        return _write(name, splits, "\n".join(summaries), folder)
     with tempfile.TemporaryDirectory() as temporary:
-        prepared = _write(name, splits, "\n".join(said), temporary)
+        prepared = _write(name, splits, "\n".join(summaries), temporary)
         target = as_path(folder) / prepared.relative_to(temporary).as_posix()
         fix = 'pip install "dapo_jax[tpu]", and give this machine access to the bucket'
         with errors_as(InputError, target, "cannot be written", fix):
@@ -135,86 +102,64 @@ def prepare(
     return target
 
 
-def _write(name: str, splits: Mapping[str, list[Problem]], description: str, folder: str) -> Path:
+def _write(name: str, splits: Mapping[str, list[Problem]], about: str, folder: str) -> Path:
+    tfds.disable_progress_bar()
+    no_gcs = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        builder = Problems(name, splits, description, data_dir=folder, file_format="array_record")
+        builder = Problems(name, splits, about, data_dir=folder, file_format="array_record")
         if Path(builder.data_dir).exists():
-            raise InputError(
-                f"{builder.data_dir}: already holds a prepared data set; remove it or choose another folder"
-            )
-        tfds.disable_progress_bar()
-        with (
-            tempfile.TemporaryDirectory() as nothing_to_download,
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            builder.download_and_prepare(
-                download_dir=nothing_to_download,
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-            )
+            where = f"{builder.data_dir}: already holds a prepared data set"
+            raise InputError(f"{where}; choose another folder")
+        with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(download_dir=empty, download_config=no_gcs)
     except OSError as e:
-        raise InputError(
-            f"{folder}: cannot be written ({e.strerror or e}); choose another folder"
-        ) from None
+        reason = e.strerror or e
+        raise InputError(f"{folder}: cannot be written ({reason}); choose another folder") from None
     return Path(builder.data_dir)
 
 
 def records(orders: Iterator[Any]) -> Iterator[Any]:
-    """The records of a prepared folder, in the process of `files.prepared_rows`: [source, folder,
-    heldout] → [bytes, rows].
-
-    Raises InputError if the folder is damaged, or has no such split.
-    """
+    """Reads a prepared folder in the process of `files.prepared_rows`: [source, folder, heldout] →
+    [bytes, rows]. Raises InputError if the folder is damaged, or has no such split."""
     yield
     source, folder, heldout = next(orders)
+    raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
     try:
         builder = tfds.builder_from_directory(folder)
         split = choose_split(source, list(builder.info.splits), heldout)
-        raw = builder.as_data_source(
-            split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-        )
+        raw = builder.as_data_source(split=split, deserialize_method=raw_bytes)
         for start in range(0, len(raw), _BATCH):
             batch = raw.__getitems__(list(range(start, min(start + _BATCH, len(raw)))))
-            if not all(
-                batch
-            ):  # a file that was cut short may read as empty records, without an error
+            if not all(batch):  # a shortened file may read as empty records, without an error
                 raise ValueError(f"empty record {start + batch.index(b'') + 1}")
             for record in batch:
                 yield [len(record), [_row(builder.info.features, record)]]
     except (InputError, MemoryError):
         raise
-    except Exception as e:  # the many kinds that tensorflow-datasets, protobuf and array_record raise on damaged files
-        raise _corrupt(source, e) from None
-
-
-def _corrupt(source: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return InputError(
-        f"{source}: not a readable data set ({reason}); prepare it again as array_record"
-    )
+    except Exception as e:  # tfds, protobuf and array_record raise many kinds on damaged files
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        where = f"{source}: not a readable data set ({reason})"
+        raise InputError(f"{where}; prepare it again as array_record") from None
 
 
 def _row(features: Any, record: bytes) -> dict[str, Any] | str:
     if len(record) > MAX_ROW_BYTES:
         return f"longer than {MAX_ROW_BYTES >> 20} MB"
-    row = {name: _plain(value) for name, value in features.deserialize_example_np(record).items()}
+    row = {name: _plain(v) for name, v in features.deserialize_example_np(record).items()}
     return row | {"prompt": row["turns"]} if row.get("turns") else row
 
 
 def _plain(value: Any) -> Any:
+    """Arrays and bytes as lists and text; a dict of lists of roles and contents as chat turns."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, dict):
         fields = {key: _plain(item) for key, item in value.items()}
-        role, content = fields.get("role"), fields.get("content")
-        if isinstance(role, list) and isinstance(
-            content, list
-        ):  # tensorflow-datasets makes a sequence of dicts a dict of sequences
-            return [{"role": r, "content": c} for r, c in zip(role, content, strict=True)]
+        if isinstance(fields.get("role"), list) and isinstance(fields.get("content"), list):
+            pairs = zip(fields["role"], fields["content"], strict=True)
+            return [{"role": role, "content": content} for role, content in pairs]
         return fields
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    if isinstance(value, bytes):
-        return value.decode(
-            "utf-8", "surrogateescape"
-        )  # lone surrogates stand for undecodable bytes: a counted skip
-    return value
+    # Lone surrogates stand for bytes that are not UTF-8: a counted skip.
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
