@@ -11,13 +11,14 @@ import threading
 import time
 from types import SimpleNamespace
 
+import faults
 import jax
 import pytest
 from test_checkpoint import GROUPS, HOST, abstract, bits, make_state
 from test_train import compile_once, config, reward_module, run_train, steady, verb  # noqa: F401 - fixtures
 
 from dapo_jax import evaluate, export
-from dapo_jax.runtime import faults, files, lock, multihost
+from dapo_jax.runtime import files, lock, multihost
 from dapo_jax.runtime.checkpoint import Checkpoints, restore_params
 from dapo_jax.runtime.files import AppendFile, as_path, run_folder
 from dapo_jax.runtime.lock import locked
@@ -76,12 +77,12 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, config, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     settings = ("train.steps=2", "train.save_every=1", "supervised.updates=0")
     assert run_train(config, "local", *settings) == 0
-    monkeypatch.setenv(faults.VARIABLE, "update:4=term")
+    faults.inject("update:4=term", monkeypatch.setattr)
     assert run_train(config, RUN, *settings) == 143
     assert bucket.names("deep/run/checkpoints/interrupted/1/host/metadata") and not bucket.names(
         "deep/run/lock"
     )
-    monkeypatch.delenv(faults.VARIABLE)
+    faults.inject("", monkeypatch.setattr)
     assert run_train(config, RUN, *settings) == 0
     assert (
         "resumed from the checkpoint of step 1 and 1 updates of the next" in capfd.readouterr().out

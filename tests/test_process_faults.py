@@ -16,7 +16,6 @@ from test_processes import free_port
 from test_train import CONFIG, TESTS, VOLATILE, record, steady
 
 import dapo_jax
-from dapo_jax.runtime import faults
 from dapo_jax.runtime.metrics import read_metrics
 
 SECONDS = 60  # within which all have to have ended once one has
@@ -71,9 +70,8 @@ class Job:
                     os.environ.get("PYTHONPATH", ""),
                 ]
             ),
-            faults.VARIABLE: plan,
         }
-        verb = ["-c", program] if program else ["-m", "dapo_jax.train"]
+        verb = ["-c", program] if program else [TESTS / "faults.py", plan, "dapo_jax.train"]
         command = [
             sys.executable,
             *verb,

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dapo_jax.runtime import faults
 from dapo_jax.runtime.metrics import VOLATILE, read_metrics
 
 TESTS = Path(__file__).parent
@@ -80,11 +79,11 @@ class Bench:
         name: str,
         *overrides: str,
         plan: str = "",
-        program: tuple[str, ...] = ("-m", "dapo_jax.train"),
+        program: tuple[str, ...] = (),
     ) -> subprocess.Popen:
         command = [
             sys.executable,
-            *program,
+            *(program or (str(TESTS / "faults.py"), plan, "dapo_jax.train")),
             "--config",
             self.folder / "tiny.yaml",
             "--run-dir",
@@ -92,9 +91,7 @@ class Bench:
         ]
         command += [x for o in overrides for x in ("--set", o)]
         log = (self.folder / f"{name}.log").open("a")
-        return subprocess.Popen(
-            command, env=self.env | {faults.VARIABLE: plan}, stdout=log, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
 
     def end(self, name: str) -> tuple[list, dict]:
         """Lines without what the clock decides, and the digests of the last checkpoint."""

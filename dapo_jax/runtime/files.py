@@ -116,8 +116,7 @@ def errors_as(kind: type[Exception], where: str | Folder, what: str, fix: str) -
 
 
 def writing(path: Folder, what: str = "cannot be written") -> AbstractContextManager[None]:
-    """Around a write to a run folder. Raises InputError if it fails; RunError in a bucket, which may
-    answer later."""
+    """Around a write to a run folder. Raises InputError if it fails; RunError in a bucket."""
     if is_bucket(path):
         return errors_as(RunError, path, what, "start the same command again")
     fix = "free the disk, give access or choose another --run-dir"

@@ -1,15 +1,11 @@
-"""Between two pieces of work: has somebody asked to stop, and does the run still move?
+"""Signals and the watchdog of a run.
 
-`Guard.reach(place)` stands wherever a run may be left: after a segment of decoding, an update, a
-set of verdicts. There
-
-* a signal that any process has received stops all of them, at the same place, by raising Stopped;
-* the watchdog hears that the run moves. If it hears nothing for too long, it prints every thread's
-  stack and ends the process, for a host that sleeps or is gone leaves the others waiting in a
-  collective, without any error.
-
-Before the first such place there is nothing to save: there, a signal ends the process at once
-(`signals_end`).
+A run calls `Guard.reach(place)` wherever it may be stopped: after a segment of decoding, an update,
+a set of verdicts. There a signal that any process has received stops all of them, at the same
+place, by raising Stopped; and the watchdog notes progress. Without progress for too long it prints
+every thread's stack and ends the process, since a host that hangs or has died leaves the others
+waiting in a collective. Before the first place there is nothing to save, and a signal ends the
+process at once (`signals_end`).
 """
 
 import contextlib
@@ -28,21 +24,18 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dapo_jax.runtime import faults, multihost
+from dapo_jax.runtime import multihost
 from dapo_jax.types import Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STDERR = 2  # the file descriptor: sys.stderr may be replaced
-_LOOK_S = 0.2  # between looks for a signal while the run waits
-_GRACE_S = 10.0  # beyond the time-out, when the interpreter itself is stuck and cannot say what
-_UNWIND_S = 3.0  # from a signal that ends the process to the end of it
+_POLL_S = 0.2  # between checks for a signal while the run waits
+_GRACE_S = 10.0  # beyond the time-out, if the interpreter itself hangs and cannot print a message
+_UNWIND_S = 3.0  # from a signal that ends the process to its end
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came while nothing could be saved.
-
-    Exit status 128 + its number. No Exception, so that nobody takes it for an error.
-    """
+    """A signal came while nothing could be saved. No Exception: nobody handles it as an error."""
 
     def __init__(self, number: int):
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -51,32 +44,28 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def signals_end() -> Iterator[None]:
-    """While inside, and until a Guard has its first place, SIGTERM or SIGINT raises Interrupted in
-    the main thread.
+    """SIGTERM or SIGINT raises Interrupted in the main thread, until a Guard takes over.
 
-    That thread may be in C++ code that returns late: waiting for other processes, compiling. The
-    process then ends after `_UNWIND_S`.
+    That thread may be in C++ code that returns late (waiting for other processes, compiling), or
+    in a library that swallows the exception: the process then ends after `_UNWIND_S`.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # elsewhere Python sets no handlers
+    if threading.current_thread() is not threading.main_thread():  # Python sets no handlers there
         yield
         return
-    heard: list[int] = []
+    received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if heard:
+        if received:
             os._exit(128 + number)
-        heard.append(number)
+        received.append(number)
         raise Interrupted(number)
 
     def watch() -> None:
         with contextlib.suppress(OSError):  # closed: the verb has ended
             while number := awake.recv(1):
                 if signal.getsignal(number[0]) is interrupt and not ended.wait(_UNWIND_S):
-                    os.write(
-                        2, f"dapo_jax: interrupted by {signal.Signals(number[0]).name}\n".encode()
-                    )
+                    name = signal.Signals(number[0]).name
+                    os.write(_STDERR, f"dapo_jax: interrupted by {name}\n".encode())
                     os._exit(128 + number[0])
 
     ended = threading.Event()
@@ -96,22 +85,19 @@ def signals_end() -> Iterator[None]:
 
 
 class Guard:
-    """Context manager around a run. To be made and used in the main thread, on every process alike.
+    """Context manager around a run, for the main thread, on every process alike.
 
-    stall_timeout_s: seconds without a `reach` that end the process with status 1; None never does.
-    Starts with the first `reach`, as does the heeding of signals.
-
-    Attributes: doing: what the run is at, for the watchdog's message. asked: the signal that this
-      process has received, or 0.
+    stall_timeout_s: seconds without progress after which the process ends with status 1; None is
+    no limit. Watchdog and signal handling start at the first `reach`.
     """
 
     def __init__(self, stall_timeout_s: float | None):
-        self.doing, self.asked = "start", 0
-        self._timeout = stall_timeout_s
-        self._moved: float | None = None
+        self.doing = "start"  # for the watchdog's message
+        self.asked = 0  # the signal that this process has received
+        self._timeout, self._place = stall_timeout_s, ""
+        self._reached: float | None = None
         self._done = threading.Event()
         self._before: dict[int, Any] = {}
-        self._fault = faults.from_environment(jax.process_index())
 
     def __enter__(self) -> "Guard":
         if self._timeout is not None:
@@ -127,47 +113,46 @@ class Guard:
             signal.signal(number, handler)
 
     def reach(self, place: str) -> None:
-        """The run has come to a place where it may be left.
-
-        Raises Stopped, on every process, if any has been asked to stop.
-        """
-        if self._moved is None and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
-            self._wakeup = signal.set_wakeup_fd(
-                -1
-            )  # the thread of `signals_end` is not to see what this one handles
-        self._moved = time.monotonic()
-        if self._timeout is not None:
-            faulthandler.dump_traceback_later(self._timeout + _GRACE_S, exit=True, file=_STDERR)
-        self._fault(place)
+        """The run may be stopped here. Raises Stopped, on every process, if one got a signal."""
+        self._note(place)
         if asked := _most(self.asked):
             raise Stopped(asked)
 
     def wait(self, done: Callable[[float], bool], place: str) -> None:
-        """Waits until `done(seconds)`, which waits so long at most, or until this process is asked
-        to stop; then `reach`.
-        """
-        while not self.asked and not done(_LOOK_S):
+        """Waits until `done(seconds)`, which waits at most so long, or a signal; then `reach`."""
+        while not self.asked and not done(_POLL_S):
             pass
         self.reach(place)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        """The first signal is heeded at the next `reach`; the second ends the process here and now."""
+    def _note(self, place: str) -> None:
+        """Notes progress; at the first place, takes the signals over."""
+        if self._reached is None and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            self._wakeup = signal.set_wakeup_fd(-1)  # hides them from the thread of `signals_end`
+        self._place, self._reached = place, time.monotonic()
+        if self._timeout is not None:
+            faulthandler.dump_traceback_later(self._timeout + _GRACE_S, exit=True, file=_STDERR)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        """The first signal stops the run at its next place; the second ends the process."""
         name = signal.Signals(number).name
         if self.asked:
-            os.write(2, f"\ndapo_jax: {name} again: leaving at once, without saving\n".encode())
+            os.write(_STDERR, f"\ndapo_jax: {name} again: exiting without saving\n".encode())
             os._exit(128 + number)
         self.asked = number
-        what = "saving a checkpoint after this segment or update, then exiting; signal again to exit immediately"
-        os.write(2, f"\ndapo_jax: {name}: {what}\n".encode())
+        what = "saving a checkpoint after this segment or update, then exiting"
+        more = "signal again to exit immediately"
+        os.write(_STDERR, f"\ndapo_jax: {name}: {what}; {more}\n".encode())
 
     def _watch(self) -> None:
         assert self._timeout is not None
         while not self._done.wait(min(1.0, self._timeout / 4)):
-            if self._moved is not None and time.monotonic() - self._moved > self._timeout:
+            if self._reached is not None and time.monotonic() - self._reached > self._timeout:
                 print(
-                    f"dapo_jax: {multihost.who()}: no progress for {self._timeout:g} s in {self.doing} (train.stall_timeout_s): another "
-                    "process has gone, or a device hangs. Stacks follow; the same command goes on from the last checkpoint",
+                    f"dapo_jax: {multihost.who()}: no progress for {self._timeout:g} s in "
+                    f"{self.doing} after {self._place} (train.stall_timeout_s): another process "
+                    "has died, or a device hangs. Stacks follow; the same command resumes from "
+                    "the last checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )
