@@ -5,12 +5,13 @@ python -m dapo_jax.report --run-dir D [D ...] [--out FILE]
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import importlib.resources
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,67 +20,42 @@ from dapo_jax import __version__
 from dapo_jax.config import ConfigError, flatten, load_config, to_dict
 from dapo_jax.runtime import files
 from dapo_jax.runtime.curves import running_mean
-from dapo_jax.runtime.files import (
-    Folder,
-    as_path,
-    local_copy,
-    read,
-    run_folder,
-    write_whole,
-    writing,
-)
+from dapo_jax.runtime.files import Folder, read, run_folder, writing
 from dapo_jax.runtime.metrics import METRICS, definition, read_metrics
 from dapo_jax.types import InputError
 
 _POINTS = 1000  # of a curve
-_STRETCHES = 200  # of the stacked seconds, which are means over so many stretches of steps
-_SAMPLE_STEPS = 100  # of a run, and fewer where they do not fit
+_BARS = 200  # of the stacked times of a step
+_SAMPLE_STEPS = 100  # of a run, fewer where they do not fit
 _SAMPLE_BYTES = 14_000_000  # of all runs together
-_SPLIT = (
-    "time/rollout_s",
-    "time/reward_s",
-    "time/old_logprobs_s",
-    "time/update_s",
-    "time/eval_s",
-    "time/save_s",
-)
-_NUMBERS = ("draw", "group_correct", "group_size", "reward", "penalty", "advantage", "length")
-_GROUPS = ("kept", "all_correct", "all_wrong")
+_SPLIT = [f"time/{part}_s" for part in "rollout reward old_logprobs update eval save".split()]
 
+Record = Mapping[str, Any]  # a line of metrics.jsonl
 
-# --------------------------------------------------------------------------------------------------------------------
-# What the page is told of a run
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------ curves
 
 
 def read_run(run_dir: Folder, name: str, sample_bytes: int) -> dict[str, Any]:
-    """A run as the page wants it: `{name, config, ..., series, split, evals, samples}`, plain JSON.
-
-    Raises InputError if the folder holds no metrics, or files that cannot be read.
-    """
-    by_step = {
-        record["step"]: record for record in read_metrics(run_dir) if abs(record["step"]) < 2**53
-    }
+    """A run as the page reads it, plain JSON. Raises InputError for missing or damaged files."""
+    by_step = {record["step"]: record for record in read_metrics(run_dir)}
     records = [by_step[step] for step in sorted(by_step)]
     if not records:
         raise InputError(f"{run_dir / 'metrics.jsonl'}: holds no steps yet; let the run finish one")
-    points = {
-        key: points_of(records, key)
-        for key in sorted({key for record in records for key in record})
-        if definition(key)
-    }
-    points = {key: (steps, values) for key, (steps, values) in points.items() if steps.size}
-    text, options, trouble = read_config(run_dir)
+    keys = sorted({key for record in records for key in record if definition(key)})
+    found = {key: points(records, key) for key in keys}
+    counts = {key: points(records, key)[1].tolist() for key in ("updates", "draws")}
+    text, options, config_note = read_config(run_dir)
     samples, sample_note = read_samples(run_dir, sample_bytes)
     return {
         "name": name,
+        "step": records[-1]["step"],
+        **{key: int(values[-1]) if values else None for key, values in counts.items()},
         "config": text,
-        "config_note": trouble,
+        "config_note": config_note,
         "options": options,
         "planned": options and options["train.steps"],
         "dynamic_sampling": options and options["dapo.dynamic_sampling"],
-        **{key: counter(records, key) for key in ("step", "updates", "draws")},
-        "series": {key: series(key, *found) for key, found in points.items()},
+        "series": {key: series(key, *xy) for key, xy in found.items() if xy[0].size},
         "split": split(records),
         "evals": evals(records),
         "samples": samples,
@@ -87,11 +63,10 @@ def read_run(run_dir: Folder, name: str, sample_bytes: int) -> dict[str, Any]:
     }
 
 
-def points_of(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the records that have a finite number there."""
-    points = [(record["step"], record[key]) for record in records if is_number(record.get(key))]
-    steps, values = zip(*points, strict=True) if points else ((), ())
-    return np.array(steps, np.int64), np.array(values, np.float64)
+def points(records: Sequence[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the records with a finite number at the key."""
+    found = [(record["step"], record[key]) for record in records if is_number(record.get(key))]
+    return np.array([x for x, _ in found], np.int64), np.array([y for _, y in found], np.float64)
 
 
 def is_number(value: Any) -> bool:
@@ -99,37 +74,23 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and -1e300 < value < 1e300
 
 
-def counter(records: Sequence[Mapping[str, Any]], key: str) -> int | None:
-    """The last value of a counter."""
-    return next(
-        (int(record[key]) for record in reversed(records) if is_number(record.get(key))), None
-    )
-
-
 def series(key: str, steps: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-    """A curve of at most _POINTS points, with its running mean there where it is long, and its
-    extremes and end.
-
-    The mean is over about a 25th of all values, as in curves.png. Evaluations have none: they are
-    few.
-    """
-    n = len(values)
-    window = 1 if key.startswith("eval/") else 1 + 2 * (n // 50)
-    at = even(n, _POINTS) if key.startswith("eval/") else peaks(values, _POINTS)
-    low, high = int(values.argmin()), int(values.argmax())
+    """A curve of at most _POINTS points with its running mean over a 25th of all values, as in
+    curves.png, its extremes and ends. Evaluations, which are few, have no running mean."""
+    n, is_eval = len(values), key.startswith("eval/")
+    window = 1 if is_eval else 1 + 2 * (n // 50)
+    at = even(n, _POINTS) if is_eval else peaks(values, _POINTS)
+    marks = {"first": 0, "last": n - 1, "low": int(values.argmin()), "high": int(values.argmax())}
     return {
         "steps": steps[at].tolist(),
         "values": short(values[at]),
         "means": short(running_mean(values, window)[at]) if window > 1 else None,
-        **{
-            name: [int(steps[i]), short(values[i : i + 1])[0]]
-            for name, i in (("first", 0), ("last", n - 1), ("low", low), ("high", high))
-        },
+        **{name: [int(steps[i]), *short(values[i : i + 1])] for name, i in marks.items()},
     }
 
 
 def short(values: np.ndarray) -> list[float]:
-    """Numbers to six digits, as few characters as that takes."""
+    """Numbers to six digits."""
     return [float(f"{value:.6g}") for value in values.tolist()]
 
 
@@ -139,9 +100,7 @@ def even(n: int, most: int) -> np.ndarray:
 
 
 def peaks(values: np.ndarray, most: int) -> np.ndarray:
-    """Indices of at most so many values, the least and the greatest of every stretch among them:
-    thinning keeps spikes.
-    """
+    """Indices of at most so many values, the least and greatest of each stretch: keeps spikes."""
     n = len(values)
     if n <= most:
         return np.arange(n)
@@ -150,251 +109,194 @@ def peaks(values: np.ndarray, most: int) -> np.ndarray:
     return np.unique([0, *ends, n - 1])
 
 
-def split(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Seconds of the parts of each rollout step, or their means over every `each` steps where there
-    are many; steps by their last.
-    """
+def split(records: Sequence[Record]) -> dict[str, Any]:
+    """Seconds of the parts of a step, as means over every `each` steps; `steps` is the last of
+    each mean."""
     timed = [record for record in records if is_number(record.get("time/step_s"))]
-    each = max(1, math.ceil(len(timed) / _STRETCHES))
-    stretches = [timed[i : i + each] for i in range(0, len(timed), each)]
-    seconds = {
-        key: [
-            np.mean([r[key] if is_number(r.get(key)) else 0.0 for r in stretch])
-            for stretch in stretches
-        ]
-        for key in _SPLIT
-    }
-    return {
-        "each": each,
-        "steps": [stretch[-1]["step"] for stretch in stretches],
-        "seconds": {key: short(np.array(values)) for key, values in seconds.items()},
-    }
+    each = max(1, math.ceil(len(timed) / _BARS))
+    starts = np.arange(0, len(timed), each)
+    counts = np.diff([*starts, len(timed)])
+    seconds = {}
+    for key in _SPLIT:
+        values = np.array([r[key] if is_number(r.get(key)) else 0.0 for r in timed])
+        seconds[key] = short(np.add.reduceat(values, starts) / counts) if timed else []
+    steps = [timed[i]["step"] for i in starts + counts - 1]
+    return {"each": each, "steps": steps, "seconds": seconds}
 
 
-def evals(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+# --------------------------------------------------------------------------------------- comparison
+
+
+def evals(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """First, best and last avg@k of each held-out set as [step, avg, standard error or None], and
-    last - first with its own.
+    the difference of last and first.
 
-    A set that came to hold other problems counts from then on. `digest` is of its problems, None
-    where an earlier version wrote none.
+    A set whose problems changed, by digest, counts from then on.
     """
     found = {}
-    for key in sorted(
-        {key for record in records for key in record if re.fullmatch(r"eval/[^/]+/avg", key)}
-    ):
-        name = key.split("/")[1]
-        measured = [record for record in records if is_number(record.get(key))]
-        digests = [record.get(f"eval/{name}/digest") for record in measured]
-        digest = digests[-1] if digests and isinstance(digests[-1], str) else None
-        steps, values = points_of(
-            [
-                r
-                for r, d in zip(measured, digests, strict=True)
-                if digest is None or d in (digest, None)
-            ],
-            key,
-        )
-        if not steps.size:
+    named = {re.fullmatch(r"eval/([^/]+)/avg", key) for record in records for key in record}
+    for name in sorted(match[1] for match in named if match):
+        avg, se, digest_key = (f"eval/{name}/{key}" for key in ("avg", "avg_se", "digest"))
+        measured = [record for record in records if is_number(record.get(avg))]
+        if not measured:
             continue
-        errors = dict(zip(*(a.tolist() for a in points_of(records, f"{key}_se")), strict=True))
-        rows = [
-            [step, value, errors.get(step)]
-            for step, value in zip(steps.tolist(), values.tolist(), strict=True)
-        ]
-        best = rows[int(values.argmax())]
-        found[name] = {
-            "first": rows[0],
-            "best": best,
-            "last": rows[-1],
-            "gain": difference(rows[-1], rows[0]),
-            "digest": digest,
-        }
+        digest = measured[-1].get(digest_key)
+        same = [r for r in measured if digest is None or r.get(digest_key) in (digest, None)]
+        rows = [[r["step"], r[avg], r[se] if is_number(r.get(se)) else None] for r in same]
+        marks = {"first": rows[0], "best": max(rows, key=lambda row: row[1]), "last": rows[-1]}
+        found[name] = {**marks, "gain": difference(rows[-1], rows[0]), "digest": digest}
     return found
 
 
-def mark_comparable(runs: Sequence[Mapping[str, Any]]) -> None:
-    """Sets `comparable` of each held-out set of each run: whether its problems are those of the
-    first run that has a set of that name.
-    """
-    for name in {name for run in runs for name in run["evals"]}:
-        having = [run["evals"][name] for run in runs if name in run["evals"]]
-        for found in having:
-            found["comparable"] = (
-                None in (found["digest"], having[0]["digest"])
-                or found["digest"] == having[0]["digest"]
-            )
-
-
 def difference(a: Sequence[Any], b: Sequence[Any]) -> list[float | None]:
-    """a - b of two evaluations [step, avg, standard error], and its standard error √(se_a² + se_b²)
-    as if they were independent.
-    """
+    """a - b of two evaluations, and its standard error √(se_a² + se_b²) as if independent."""
     return [a[1] - b[1], None if a[2] is None or b[2] is None else math.hypot(a[2], b[2])]
 
 
+def compare_evals(runs: Sequence[Record]) -> None:
+    """Sets of each held-out set whether its problems are those of the first run that has one of
+    that name (`comparable`), and the difference of their last evaluations (`versus`)."""
+    bases: dict[str, Any] = {}
+    for run in runs:
+        for name, one in run["evals"].items():
+            base = bases.setdefault(name, one)
+            one["comparable"] = None in (one["digest"], base["digest"]) or (
+                one["digest"] == base["digest"]
+            )
+            one["versus"] = None if one is base else difference(one["last"], base["last"])
+
+
 def read_config(run_dir: Folder) -> tuple[str, dict[str, Any] | None, str]:
-    """The text of config.yaml, its options if this version reads it, and what hinders that."""
+    """The text of config.yaml, its options if this version reads it, and why not."""
     path = run_dir / "config.yaml"
     raw = read(path)
     if raw is None:
         return "", None, "no config.yaml in this folder"
     text = raw[:200_000].decode("utf-8", "replace")
     try:
-        with local_copy(path) as file:
+        with files.local_copy(path) as file:
             return text, flatten(to_dict(load_config(file))), ""
     except ConfigError as e:
         return text, None, f"not read by this version: {str(e).removeprefix(f'{path}: ')}"
 
 
-def differing(runs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+def differing(runs: Sequence[Record]) -> list[list[Any]]:
     """`[option, value of each run]` where runs with a readable config differ."""
-    read_ones = [run["options"] for run in runs if run["options"] is not None]
-    keys = sorted({key for options in read_ones for key in options})
-    shown = {
-        key: [
-            None if run["options"] is None else json.dumps(run["options"].get(key)) for run in runs
-        ]
-        for key in keys
-    }
-    return [[key, *values] for key, values in shown.items() if len(set(values) - {None}) > 1]
+    options = [run["options"] for run in runs]
+    keys = sorted({key for found in options for key in found or ()})
+    rows = [[key, *(o and json.dumps(o.get(key)) for o in options)] for key in keys]
+    return [row for row in rows if len({*row[1:]} - {None}) > 1]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Samples
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- samples
 
 
 def read_samples(run_dir: Folder, most_bytes: int) -> tuple[list[list[Any]], str]:
-    """`[step, rows]` of evenly spaced steps, the last among them, as many as fit; and what is not
-    shown.
-    """
-    path = run_dir / "samples"
-    try:
-        names = [file.name for file in path.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
+    """`[step, rows]` of evenly spaced steps, the last among them, as many as fit; and a note on
+    what is left out."""
+    path, names = run_dir / "samples", None
+    with writing(path, "cannot be read"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            names = [file.name for file in path.iterdir()]
+    if names is None:
         return [], "This run has written no samples."
-    except files.errors(path) as e:
-        raise InputError(f"{path}: cannot be read ({files.reason(e)}); give access") from None
-    steps = sorted(
-        int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d{6,12})\.jsonl", name))
-    )
-    read_steps = [steps[i] for i in even(len(steps), _SAMPLE_STEPS)]
-    raw = {step: read(path / f"step_{step:06d}.jsonl") or b"" for step in read_steps}
+    matches = [re.fullmatch(r"step_(\d{6,12})\.jsonl", name) for name in names]
+    steps = sorted(int(match[1]) for match in matches if match)
+    shown = [steps[i] for i in even(len(steps), _SAMPLE_STEPS)]
+    raw = {step: read(path / f"step_{step:06d}.jsonl") or b"" for step in shown}
     size = {
-        step: len(content) + 5 * sum(map(content.count, (b"<", b">", b"&")))
-        for step, content in raw.items()
-    }  # see json_in_html
-    shown = list(raw)
+        s: len(b) + 5 * sum(map(b.count, (b"<", b">", b"&"))) for s, b in raw.items()
+    }  # as JSON
     while shown and sum(size[step] for step in shown) > most_bytes:
         shown = [shown[i] for i in even(len(shown), len(shown) * 3 // 4)]
-    rows = [
-        [step, [sample(line) for line in raw[step].split(b"\n") if line.strip()]] for step in shown
-    ]
-    damaged = sum(row is None for _, found in rows for row in found)
-    notes = (
-        [f"Samples of {len(shown)} of {len(steps)} steps are on this page, evenly spaced."]
-        if len(shown) < len(steps)
-        else []
-    )
-    notes += [f"{damaged} damaged samples are left out."] if damaged else []
-    return [[step, [row for row in found if row is not None]] for step, found in rows], " ".join(
-        notes
-    )
+    found, damaged = [], 0
+    for step in shown:
+        rows = [sample(line) for line in raw[step].split(b"\n") if line.strip()]
+        damaged += rows.count(None)
+        found.append([step, [row for row in rows if row is not None]])
+    few = f"Samples of {len(shown)} of {len(steps)} steps are on this page, evenly spaced."
+    notes = [few] * (len(shown) < len(steps))
+    notes += [f"{damaged} damaged samples are left out."] * (damaged > 0)
+    return found, " ".join(notes)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_NUMBERS = "draw group_correct group_size reward penalty advantage length".split()
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(_NUMBERS, is_number),
+    **dict.fromkeys(("id", "answer"), _is_text),
+    **dict.fromkeys(("correct", "truncated"), _is_flag),
+    "group": lambda value: value in ("kept", "all_correct", "all_wrong"),
+}
 
 
 def sample(line: bytes) -> dict[str, Any] | None:
-    """The known fields of a sample, of the type they should have; None if it is no JSON object with
-    a response.
+    """The valid known fields of a sample; None if it is no JSON object with a response.
 
-    `tokens` is left out unless its texts make up the response; where it is there, `response` is
-    not, since the page can join them.
+    Either `tokens`, if their texts make up the response, or else `response`. `turns`: the problem
+    as [role, text], without a role for plain text.
     """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("response"), str):
+    if not isinstance(row, dict) or not _is_text(row.get("response")):
         return None
-    found = {key: row[key] for key in _NUMBERS if is_number(row.get(key))}
-    found |= {key: row[key] for key in ("id", "answer") if isinstance(row.get(key), str)}
-    found |= {key: row[key] for key in ("correct", "truncated") if isinstance(row.get(key), bool)}
-    found |= {"group": row["group"]} if row.get("group") in _GROUPS else {}
-    found["turns"] = turns(row.get("prompt"))
-    tokens = row.get("tokens")
-    if (
-        isinstance(tokens, list)
-        and all(map(is_scored_text, tokens))
-        and "".join(text for text, *_ in tokens) == row["response"]
-    ):
-        return found | {"tokens": tokens}
+    found = {key: row[key] for key, valid in _FIELDS.items() if valid(row.get(key))}
+    prompt, tokens = row.get("prompt"), row.get("tokens")
+    turns = [turn for turn in prompt if isinstance(turn, dict)] if isinstance(prompt, list) else []
+    found["turns"] = [[str(turn.get("role", "")), str(turn.get("content", ""))] for turn in turns]
+    if isinstance(prompt, str):
+        found["turns"] = [["", prompt]]
+    if isinstance(tokens, list) and all(map(_is_token, tokens)):
+        if "".join(text for text, _ in tokens) == row["response"]:
+            return found | {"tokens": tokens}
     return found | {"response": row["response"]}
 
 
-def is_scored_text(entry: Any) -> bool:
+def _is_token(entry: Any) -> bool:
     """[text, log-prob], or [text, None] for the middle of a long response."""
-    text_first = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
-    return text_first and (entry[1] is None or is_number(entry[1]))
+    pair = isinstance(entry, list) and len(entry) == 2 and _is_text(entry[0])
+    return pair and (entry[1] is None or is_number(entry[1]))
 
 
-def turns(prompt: Any) -> list[list[str]]:
-    """A problem as [role, text], with no role for plain text."""
-    if isinstance(prompt, str):
-        return [["", prompt]]
-    chat = prompt if isinstance(prompt, list) else []
-    return [
-        [str(turn.get("role", "")), str(turn.get("content", ""))]
-        for turn in chat
-        if isinstance(turn, dict)
-    ]
+# ------------------------------------------------------------------------------------------- page
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The page
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def render(runs: Sequence[Mapping[str, Any]]) -> bytes:
-    """The template with its data and the hashes of its own style and script: a browser takes no
-    other of either.
-    """
+def render(runs: Sequence[dict[str, Any]]) -> bytes:
+    """The template with its data, and the hashes of its style and script for the CSP: a browser
+    accepts no other."""
     page = importlib.resources.files("dapo_jax").joinpath("report_page.html").read_text("utf-8")
     for tag in ("style", "script"):
         (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        page = page.replace(
-            f"@{tag}@", base64.b64encode(hashlib.sha256(content.encode()).digest()).decode(), 1
-        )
-    mark_comparable(runs)
-    told = [{key: value for key, value in run.items() if key != "options"} for run in runs]
-    data = {
-        "version": __version__,
-        "metrics": dict(METRICS),
-        "runs": told,
-        "differing": differing(runs),
-        "parts": _SPLIT,
-    }
-    return page.replace("@data@", json_in_html(data), 1).encode(
-        "utf-8", errors="backslashreplace"
-    )  # a lone surrogate: its JSON escape
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        page = page.replace(f"@{tag}@", digest, 1)
+    compare_evals(runs)
+    data: dict[str, Any] = {"version": __version__, "metrics": dict(METRICS), "parts": _SPLIT}
+    data |= {"differing": differing(runs), "runs": [run | {"options": None} for run in runs]}
+    # A lone surrogate becomes its JSON escape.
+    return page.replace("@data@", json_in_html(data), 1).encode("utf-8", "backslashreplace")
 
 
 def json_in_html(data: Any) -> str:
-    """JSON that no text in it can end: `</script>` and `<!--` have no `<`, and the line ends that
-    JavaScript alone knows are escaped.
-    """
+    """JSON without characters that end a script element or a line of JavaScript."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for char in "<>&\u2028\u2029":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
+    return re.sub("[<>&\u2028\u2029]", lambda char: f"\\u{ord(char[0]):04x}", text)
 
 
 def run_names(run_dirs: Sequence[Folder]) -> list[str]:
-    """The last part of each path, and as many before it as tell them apart.
-
-    Raises InputError for a folder given twice.
-    """
-    paths = [run_dir if files.is_bucket(run_dir) else run_dir.resolve() for run_dir in run_dirs]
-    if again := next((path for i, path in enumerate(paths) if path in paths[:i]), None):
-        raise InputError(f"{again}: given twice; give each --run-dir once")
+    """The last parts of each path, as many as make them differ. Raises InputError for a folder
+    given twice."""
+    paths = [path if files.is_bucket(path) else path.resolve() for path in run_dirs]
+    if again := [path for i, path in enumerate(paths) if path in paths[:i]]:
+        raise InputError(f"{again[0]}: given twice; give each --run-dir once")
     for depth in range(1, max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
@@ -404,33 +306,22 @@ def run_names(run_dirs: Sequence[Folder]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Writes one HTML page about one run or several: curves, samples with the probability of each
-    token, comparison.
-    """
+    token, comparison."""
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.report", description=main.__doc__)
-    parser.add_argument(
-        "--run-dir",
-        required=True,
-        nargs="+",
-        help="run folders of dapo_jax.train; may still be at work",
-    )
-    parser.add_argument(
-        "--out", help="file to write; report.html in the first run folder if not given"
-    )
+    given = "run folders of dapo_jax.train; may be running"
+    parser.add_argument("--run-dir", required=True, nargs="+", help=given)
+    parser.add_argument("--out", help="file to write; default report.html in the first run folder")
     args = parser.parse_args(argv)
-    if args.out is not None and ("://" in args.out or not args.out or as_path(args.out).is_dir()):
-        raise InputError(
-            f"{args.out or '--out'}: is no file of this machine; give --out one, e.g. report.html"
-        )
+    if args.out is not None and ("://" in args.out or files.as_path(args.out).is_dir()):
+        raise InputError(f"--out: {args.out} is no local file; give one, e.g. report.html")
     run_dirs = [run_folder(where) for where in args.run_dir]
-    names = run_names(run_dirs)
-    runs = [
-        read_run(run_dir, name, _SAMPLE_BYTES // len(run_dirs))
-        for run_dir, name in zip(run_dirs, names, strict=True)
-    ]
-    page, out = render(runs), as_path(args.out) if args.out else run_dirs[0] / "report.html"
+    size = _SAMPLE_BYTES // len(run_dirs)
+    names = zip(run_dirs, run_names(run_dirs), strict=True)
+    page = render([read_run(run_dir, name, size) for run_dir, name in names])
+    out = files.as_path(args.out) if args.out else run_dirs[0] / "report.html"
     with writing(out):
-        write_whole(out, page)
-    print(f"wrote {out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {len(page) / 1e6:.1f} MB")
+        files.write_whole(out, page)
+    print(f"wrote {out}: {len(run_dirs)} runs, {len(page) / 1e6:.1f} MB")
     return 0
 
 

@@ -161,8 +161,10 @@ def train_all(study: Study, out: Path, info: Callable[[str], None]) -> None:
         found = load_config(job.file) if job.file.is_file() else job.config
         if changed := difference(found, job.config, job.may_change):
             key, was, now = changed
-            what = f"was {was!r} when this was trained, and is {now!r} in the study"
-            raise ConfigError(f"{job.file}: {key}: {what}; give another --out, or change it back")
+            raise ConfigError(
+                f"{job.file}: {key}: was {was!r} when this was trained, and is {now!r} in the study; "
+                "give another --out, or change it back"
+            )
     for job in jobs(study, out):
         is_run, folder = job.file.parent == job.folder, job.folder
         if last_step(folder) == job.config.train.steps if is_run else folder.is_dir():
