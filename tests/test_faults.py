@@ -177,11 +177,8 @@ def test_a_run_of_an_earlier_version_is_resumed_once_its_config_is_edited(
     """Its newest checkpoint holds the old keys too, and nobody can edit that: its digest would not
     match.
     """
-    monkeypatch.setattr(
-        train,
-        "newest_host",
-        lambda folder: {"config": {"data": {"train": "arithmetic", "columns": {}}}},
-    )
+    old = {"data": {"train": "arithmetic", "columns": {"arithmetic": {"prompt": "p"}}}}
+    monkeypatch.setattr(train, "newest_host", lambda folder: {"config": old})
     with pytest.raises(
         InputError,
         match=f"the newest checkpoint of {tmp_path}: data.columns: belongs to a data set",
@@ -189,6 +186,10 @@ def test_a_run_of_an_earlier_version_is_resumed_once_its_config_is_edited(
         train.stored_configs(tmp_path)
     (tmp_path / "config.yaml").write_text(config.read_text())
     assert [found.train.steps for found in train.stored_configs(tmp_path)] == [4]
+    old["data"]["columns"] = {}  # as every earlier config.yaml has it, where no column was named
+    old["eval"] = {"sets": {"heldout": "arithmetic"}}
+    old["model"] = {"folder": "m"}
+    assert len(train.stored_configs(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,6 @@ def shown(key: object) -> str:
     return key if re.fullmatch(r"[\w.-]{1,60}", key) else printable(repr(key))[:60]
 
 
-# ---------------------------------------------------------------------------------------- a tree
-
-
 def check_texts(value: Any, key: str, fail: Fail) -> None:
     """Refuses text that no file or tokenizer takes, and secrets: a run folder gets the config."""
     if isinstance(value, Mapping | list):
@@ -115,9 +112,6 @@ def _in_words(cls: type, error: Mapping[str, Any]) -> str:
     one_of = f"one of {error['ctx']['expected']}" if kind == "literal_error" else ""
     expected = one_of or _TYPES[kind.removesuffix("_type")]
     return f"expected {expected}, got {got}; correct the value"
-
-
-# ------------------------------------------------------------------------------------- a section
 
 
 def check_model(model: Architecture, fail: Fail) -> None:

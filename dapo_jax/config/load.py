@@ -19,8 +19,6 @@ _MAX_DEPTH = 16
 _MAX_BYTES = 1 << 20
 _MAX_NODES = 10_000  # keys and values: 1 MB of them take PyYAML half a minute
 
-# ------------------------------------------------------------------------------------------ YAML
-
 _FLOAT = re.compile(
     r"[-+]?(?=\.?[0-9])(?:0|[1-9][0-9]*)?(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
@@ -38,13 +36,11 @@ def _parse_yaml(text: str, where: str) -> Any:
     try:
         events = _events(text)
         trees = [_tree(event, events) for event in events if isinstance(event, yaml.NodeEvent)]
-    except yaml.MarkedYAMLError as e:
-        line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
-        reason = printable(str(e.problem or e.context))[:200]
-        raise ConfigError(f"{where}{line}: {reason}; correct the YAML") from None
-    except (yaml.YAMLError, ValueError) as e:  # unreadable characters, too long a number
-        reason = printable((str(e).splitlines() or ["unreadable"])[0])[:200]
-        raise ConfigError(f"{where}: not valid YAML ({reason}); correct the file") from None
+    except (yaml.YAMLError, ValueError) as e:
+        mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = problem or f"not valid YAML ({(str(e) or 'unreadable').splitlines()[0]})"
+        raise ConfigError(f"{where}{line}: {printable(problem)[:200]}; correct the file") from None
     if len(trees) > 1:
         raise ConfigError(f"{where}: holds more than one YAML document; keep one")
     return trees[0] if trees else None
@@ -106,9 +102,6 @@ def dump_yaml(config: Config) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-# ----------------------------------------------------------------------------------------- trees
-
-
 def merge(base: Mapping[str, Any], top: Mapping[str, Any], *path: str) -> dict[str, Any]:
     """`base` with the keys of `top` in it; `path` is where in a config they are.
 
@@ -129,25 +122,26 @@ def _override(tree: Mapping[str, Any], assignment: str) -> dict[str, Any]:
     if not equals or not all(path) or len(path) > _MAX_DEPTH:
         raise ConfigError(f"--set {printable(assignment)[:60]}: expected section.key=value")
     where = f"--set {shown(key.strip())}"
-    return _put(tree, path, _parse_yaml(text, where), where)
+    value = _parse_yaml(text, where)
 
+    def put(tree: Any, depth: int) -> Any:
+        """The tree with the value at path[depth:], keys and, in lists, indices."""
+        name, last = path[depth], depth + 1 == len(path)
+        index = int(name) if re.fullmatch("[0-9]{1,4}", name) else None
+        if isinstance(tree, str):  # a data set by its path alone
+            tree = {"path": tree} if index is None else [tree]
+        if isinstance(tree, list):
+            if index is None or index > len(tree):
+                raise ConfigError(f"{where}: expected 0 to {len(tree)}, got {shown(name)}")
+            below = tree[index] if index < len(tree) else None
+            entry = value if last else put(below, depth + 1)
+            return [*tree[:index], entry, *tree[index + 1 :]]
+        tree = tree if isinstance(tree, Mapping) else {}
+        if last:
+            return merge(tree, {name: value}, *path[:depth])
+        return {**tree, name: put(tree.get(name), depth + 1)}
 
-def _put(tree: Any, path: Sequence[str], value: Any, where: str, done: tuple[str, ...] = ()) -> Any:
-    """The tree with a value at a path of keys and, in lists, indices."""
-    name, rest = path[0], path[1:]
-    index = int(name) if re.fullmatch("[0-9]{1,4}", name) else None
-    if isinstance(tree, str):  # a data set by its path alone
-        tree = {"path": tree} if index is None else [tree]
-    if isinstance(tree, list):
-        if index is None or index > len(tree):
-            raise ConfigError(f"{where}: expected 0 to {len(tree)}, got {shown(name)}")
-        below = tree[index] if index < len(tree) else None
-        entry = _put(below, rest, value, where, (*done, name)) if rest else value
-        return [*tree[:index], entry, *tree[index + 1 :]]
-    tree = tree if isinstance(tree, Mapping) else {}
-    if not rest:
-        return merge(tree, {name: value}, *done)
-    return {**tree, name: _put(tree.get(name), rest, value, where, (*done, name))}
+    return put(tree, 0)
 
 
 def _data_sets(tree: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -157,27 +151,27 @@ def _data_sets(tree: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         return {"path": one} if isinstance(one, str) else one
 
     data, evaluation = tree.get("data"), tree.get("eval")
-    if isinstance(data, Mapping) and "train" in data:
-        train = [data["train"]] if isinstance(data["train"], str) else data["train"]
+    if isinstance(data, Mapping):
+        if data.get("columns") == {}:  # in config.yaml of an earlier version
+            data = {key: value for key, value in data.items() if key != "columns"}
+        train = data.get("train", [])
+        train = [train] if isinstance(train, str) else train
         if not isinstance(train, list):
             got = "null" if train is None else printable(repr(train))[:60]
+            form = "[{path: a.jsonl, weight: 1, columns: {prompt: question}}, ...]"
             raise ConfigError(
-                f"{where}: data.train: expected text or a list, got {got}; "
-                "write [{path: a.jsonl, weight: 1, columns: {prompt: question}}, ...]"
+                f"{where}: data.train: expected text or a list, got {got}; write {form}"
             )
-        tree = {**tree, "data": {**data, "train": [entry(one) for one in train]}}
+        train = {"train": [entry(one) for one in train]} if "train" in data else {}
+        tree = {**tree, "data": {**data, **train}}
     if isinstance(evaluation, Mapping) and isinstance(sets := evaluation.get("sets"), Mapping):
         sets = {name: entry(one) for name, one in sets.items()}
         tree = {**tree, "eval": {**evaluation, "sets": sets}}
     return tree
 
 
-# ----------------------------------------------------------------------------------------- tasks
-
-
 def open_regular(path: str | Path) -> BinaryIO:
-    """Opens a regular file to read its bytes. Raises OSError; for a FIFO, a device or a socket too,
-    which may block or have no end."""
+    """Opens a regular file for reading. Raises OSError, for a FIFO, device or socket too."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -186,26 +180,22 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_text(path: str | Path, where: str, what: str, kind: str) -> str:
-    """The text of a UTF-8 file of at most 1 MB. Raises ConfigError, in the words `where`, `what`
-    and `kind`, if it cannot be read."""
+    """The text of a UTF-8 file of at most 1 MB. Raises ConfigError, in these words, otherwise."""
     try:
         with open_regular(path) as file:
             raw = file.read(_MAX_BYTES + 1)
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or str(e)
-        do = f"give the path of a {kind} file"
-        raise ConfigError(f"{where}: cannot read {what} ({reason}); {do}") from None
-    if len(raw) > _MAX_BYTES:
-        raise ConfigError(f"{where}: larger than 1 MB; this is no {what} file")
-    try:
+        if len(raw) > _MAX_BYTES:
+            raise ConfigError(f"{where}: larger than 1 MB; this is no {what} file")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"{where}: not UTF-8 text; save the file as UTF-8") from None
+    except (OSError, ValueError) as e:
+        reason, fix = getattr(e, "strerror", None) or str(e), f"give the path of a {kind} file"
+        raise ConfigError(f"{where}: cannot read {what} ({reason}); {fix}") from None
 
 
 def _task_settings(path: str, data: Any, where: str) -> dict[str, Any]:
-    """What a task file sets beneath the config's own keys. A resolved config has a template, and
-    needs the file no more."""
+    """What a task file sets beneath the config's own keys; a resolved config has its template."""
     if not path.endswith(".py"):
         raise ConfigError(f"{where}: expected a Python file, name.py, got {shown(path)}")
     settings: dict[str, Any] = {"reward": {"verifier": "custom", "function": f"{path}:reward"}}
@@ -232,9 +222,6 @@ def _task_template(path: str, where: str) -> str:
         needs = 'needs TEMPLATE = "... {prompt} ...": one text in quotes with {prompt} exactly once'
         raise ConfigError(f"{where}: {needs}, as the file is not run; or set data.template")
     return template
-
-
-# --------------------------------------------------------------------------------------- configs
 
 
 def config_from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
@@ -268,8 +255,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `section.key=value` overrides, and checks the result.
 
-    An override of a section is merged into it, any other replaces what was there; a number is an
-    index into a list: `data.train.0.weight=2`. Raises ConfigError, and nothing else.
+    An override of a section is merged into it; a number is an index into a list:
+    `data.train.0.weight=2`. Raises ConfigError, and nothing else.
 
     >>> overrides = ["dapo.clip_eps_high=0.2", "optim.learning_rate=1e-5"]
     >>> config = load_config("configs/tiny_cpu.yaml", overrides)

@@ -30,12 +30,8 @@ class RopeScaling:
     """Llama-3 frequency scaling of rotary embeddings."""
 
     factor: float = field(8.0, "how much the context was stretched", ge=1)
-    low_freq_factor: float = field(
-        1.0, "wavelengths above original_max_position / this are stretched", gt=0
-    )
-    high_freq_factor: float = field(
-        4.0, "wavelengths below original_max_position / this are not", gt=0
-    )
+    low_freq_factor: float = field(1.0, "longer than original_max_position / this: stretched", gt=0)
+    high_freq_factor: float = field(4.0, "shorter than original_max_position / this: kept", gt=0)
     original_max_position: int = field(8192, "context length before stretching, tokens", ge=1)
 
 
@@ -86,9 +82,7 @@ class Architecture:
     rope_scaling: RopeScaling | None = field(None, "Llama 3.x only")
     rope_factor: float = field(1.0, "Gemma 3: divides positions in layers without a window", ge=1)
     windows: Windows | None = field(None, "Gemma 3 only, and required there")
-    query_scalar: int | None = field(
-        None, "Gemma 3: scores are divided by its square root; null is head_dim", ge=1
-    )
+    query_scalar: int | None = field(None, "Gemma 3: scores / its root; null: head_dim", ge=1)
     norm_eps: float = field(1e-6, "epsilon of the RMS norms", gt=0)
     tie_embeddings: bool = field(True, "the output head is the embedding transposed")
     max_position: int = field(40960, "context limit, prompt and response, tokens", ge=1)
@@ -108,12 +102,8 @@ class ModelConfig(Architecture):
 class ModelSection:
     """Where the policy comes from: a Hugging Face model, or random weights of an architecture."""
 
-    folder: str | None = field(
-        None, "Hugging Face model: folder, gs://bucket/folder, or hub id, ID or ID@REVISION"
-    )
-    architecture: Architecture | None = field(
-        None, "instead of a folder: random weights with a byte-level tokenizer"
-    )
+    folder: str | None = field(None, "folder, gs://bucket/folder, hub ID or ID@REVISION")
+    architecture: Architecture | None = field(None, "instead: random weights, byte tokenizer")
     compute_dtype: Dtype = field("bfloat16", "of matmuls; master weights are float32")
     remat: Remat = field("full", "what the backward pass keeps: all, matmul results, block inputs")
     attention_block: int = field(512, "positions that training attention works on at a time", ge=1)
@@ -129,12 +119,8 @@ class ArithmeticConfig:
     min_steps: int = field(1, "fewest operations in a problem", ge=1)
     max_steps: int = field(4, "most operations in a problem", ge=1)
     max_operand: int = field(20, "operands are drawn from 1 to this", ge=1)
-    mistake_rate: float = field(
-        0.0, "chance that a step of a training solution is wrong", ge=0, le=1
-    )
-    check_rate: float = field(
-        0.0, "chance that a step of a training solution is followed by its check", ge=0, le=1
-    )
+    mistake_rate: float = field(0.0, "chance of a wrong step in a training solution", ge=0, le=1)
+    check_rate: float = field(0.0, "chance that a step is followed by its check", ge=0, le=1)
     seed: int = field(0, "which problems are generated", ge=0)
 
 
@@ -142,16 +128,12 @@ class ArithmeticConfig:
 class ColumnsConfig:
     """Which columns hold what. `a.b` is field b of column a. null: what has a usual name."""
 
-    prompt: str | None = field(
-        None, 'text or chat turns, or several columns: "{passage} {question}"', pattern=r"\S"
-    )
+    prompt: str | None = field(None, 'text, chat turns, or "{passage} {question}"', pattern=r"\S")
     answer: str | None = field(None, "text or a number", pattern=r"\S")
     solution: str | None = field(None, "text", pattern=r"\S")
     id: str | None = field(None, "text or a number", pattern=r"\S")
     answer_after: str | None = field(
-        None,
-        'the answer follows the last of these, e.g. "####"; before is the solution',
-        pattern=r"\S",
+        None, '"####": solution before, answer after it', pattern=r"\S"
     )
 
 
@@ -174,9 +156,7 @@ class TrainSet(EvalSet):
 class DataSection:
     """Training problems and how they become prompts."""
 
-    train: tuple[TrainSet, ...] = field(
-        (TrainSet("arithmetic"),), "a data set, or a list of several", min_length=1
-    )
+    train: tuple[TrainSet, ...] = field((TrainSet("arithmetic"),), "data sets", min_length=1)
     template: str = field(DAPO_TEMPLATE, "wraps a plain-text problem, which replaces {prompt}")
     allow_change: bool = field(False, "resume with another data set, from its start")
     chat: bool = field(True, "render through the tokenizer's chat template")
@@ -190,9 +170,7 @@ class EvalSection:
     """Held-out problems and how they are sampled."""
 
     sets: Mapping[str, EvalSet] = field(dict, "data sets by name")
-    every: int = field(
-        10, "rollout steps between evaluations; also before training and after; 0 is never", ge=0
-    )
+    every: int = field(10, "rollout steps between evaluations; 0: never", ge=0)
     samples_per_problem: int = field(32, "k of avg@k, pass@k, cons@k", ge=1)
     temperature: float = field(1.0, "sampling temperature; 0 is greedy", ge=0)
     top_p: float = field(0.7, "nucleus mass", gt=0, le=1)
@@ -207,13 +185,9 @@ class RolloutSection:
     temperature: float = field(1.0, "sampling temperature, also of the loss's log-probs", gt=0)
     top_p: float = field(1.0, "nucleus mass", gt=0, le=1)
     top_k: int = field(0, "sample among the k most probable tokens; 0 is all", ge=0)
-    stop_tokens: tuple[str, ...] = field(
-        (), "tokens, by text, that end a response beside the model's own"
-    )
+    stop_tokens: tuple[str, ...] = field((), "texts of further end tokens")
     decode_slots: int = field(512, "B, sequences decoded at a time, over all devices", ge=1)
-    kv_cache: Literal["compute", "int8"] = field(
-        "compute", "keys and values: as computed, or 8 bits with a scale a token and head"
-    )
+    kv_cache: Literal["compute", "int8"] = field("compute", "or 8 bits and a scale")
 
 
 Verifier = Literal["strict", "lenient", "custom"]
@@ -224,24 +198,16 @@ class RewardSection:
     """Correctness and overlong penalty."""
 
     verifier: Verifier = field("strict", "last `Answer:` line; math-verify; your function")
-    function: str | None = field(
-        None, "custom verifier, `package.module:function` or `path/file.py:function`"
-    )
+    function: str | None = field(None, "custom: package.module:name or file.py:name")
     allowed_modules: tuple[str, ...] = field((), "modules and files that `function` may be in")
     allow_change: bool = field(False, "resume although the file of `function` has changed")
-    environment: tuple[str, ...] = field(
-        (), "names of variables that workers get, such as API keys"
-    )
+    environment: tuple[str, ...] = field((), "variables that workers get, e.g. API keys")
     workers: int = field(4, "processes that judge answers (lenient and custom)", ge=1)
     timeout_s: float = field(10.0, "seconds for one answer; then the worker is replaced", gt=0)
     memory_mb: int = field(2048, "address space a worker may add to what it starts with, MB", ge=1)
-    max_error_fraction: float = field(
-        0.1, "stop if more of a generation batch than this has no verdict", ge=0, le=1
-    )
+    max_error_fraction: float = field(0.1, "stop if more have no verdict", ge=0, le=1)
     overlong_penalty: bool = field(True, "soft overlong penalty, added to the score")
-    overlong_buffer_len: int = field(
-        4096, "L_cache, last tokens before max_response_len; there the penalty grows to -1", ge=0
-    )
+    overlong_buffer_len: int = field(4096, "L_cache: penalty 0 to -1 over these tokens", ge=0)
 
 
 Normalizer = Literal["token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
@@ -256,35 +222,21 @@ class DapoSection:
     responses_per_update: int = field(512, "mini-batch; whole groups", ge=1)
     clip_eps_low: float = field(0.2, "ratio is clipped below 1 - this", ge=0, lt=1)
     clip_eps_high: float = field(0.28, "ratio is clipped above 1 + this (clip-higher)", ge=0)
-    dual_clip: float | None = field(
-        None, "caps the loss of A < 0 at this times |A|; null is off", gt=1
-    )
+    dual_clip: float | None = field(None, "caps the loss of A < 0 at this times |A|", gt=1)
     loss_normalizer: Normalizer = field(
-        "token-mean", "over tokens of the mini-batch; per group (Eq. 8); per response (naive GRPO)"
+        "token-mean", "group-token-mean: Eq. 8; the third: naive GRPO"
     )
     advantage_ddof: int = field(1, "std divides by G - this", ge=0)
     advantage_eps: float = field(1e-6, "added to the std", ge=0)
     dynamic_sampling: bool = field(True, "train only on groups with accuracy neither 0 nor 1")
-    prompts_per_draw: int = field(
-        1536, "a generation batch: prompts expected to give the groups of a step", ge=1
-    )
+    prompts_per_draw: int = field(1536, "generation batch: prompts expected to fill a step", ge=1)
     max_generation_batches: int = field(10, "limit of generation batches in a rollout step", ge=1)
-    on_cap: Literal["error", "train"] = field(
-        "error", "if they yield too few groups: stop, or train with what there is"
-    )
-    carry_surplus: bool = field(
-        True, "use surplus groups in the next step, with the log-probs of the policy that drew them"
-    )
-    partial_rollouts: bool = field(
-        False, "end a step once its first groups suffice; unfinished responses continue in the next"
-    )
+    on_cap: Literal["error", "train"] = field("error", "or train on fewer groups")
+    carry_surplus: bool = field(True, "use surplus groups next step, with their log-probs")
+    partial_rollouts: bool = field(False, "continue unfinished responses in the next step")
     overlong_filtering: bool = field(False, "give truncated responses weight 0 in the loss")
-    old_logprobs: Literal["recompute", "sampler"] = field(
-        "recompute", "of pi_old: by the trainer, or as sampled"
-    )
-    importance_cap: float | None = field(
-        None, "truncated importance sampling: cap on the weight of the sampler's mismatch"
-    )
+    old_logprobs: Literal["recompute", "sampler"] = field("recompute", "of pi_old")
+    importance_cap: float | None = field(None, "truncated importance sampling: cap of its weight")
 
 
 @dataclass(frozen=True)
@@ -292,18 +244,14 @@ class OptimSection:
     """AdamW with linear warm-up counted in rollout steps, then constant."""
 
     learning_rate: float = field(1e-6, "after warm-up", ge=0)
-    warmup_steps: int = field(
-        20, "rollout steps; at step s the rate is min(1, s / this) of the above", ge=0
-    )
+    warmup_steps: int = field(20, "rollout steps; rate is min(1, step / this) of the above", ge=0)
     weight_decay: float = field(0.1, "decoupled", ge=0)
     grad_clip: float = field(1.0, "global norm", gt=0)
     b1: float = field(0.9, "decay of the first moment", ge=0, lt=1)
     b2: float = field(0.999, "decay of the second moment", ge=0, lt=1)
     eps: float = field(1e-8, "added to the root of the second moment", gt=0)
     max_nonfinite_updates: int = field(3, "stop after so many skipped updates in a row", ge=1)
-    rollback_steps: int | None = field(
-        None, "then, or on non-finite logits: roll back so many steps, past the draws since", ge=1
-    )
+    rollback_steps: int | None = field(None, "then, or on bad logits: roll back so far", ge=1)
 
 
 @dataclass(frozen=True)
@@ -324,9 +272,7 @@ class MeshSection:
     data: int = field(1, "replicas", ge=-1)
     fsdp: int = field(-1, "shards of parameters, optimizer state and rows", ge=-1)
     tensor: int = field(1, "shards of heads, feed-forward and vocabulary", ge=-1)
-    topology: str | None = field(
-        None, "chips that dapo_jax.plan compiles for, e.g. v5p:4x4x8; a run takes what it finds"
-    )
+    topology: str | None = field(None, "chips that dapo_jax.plan compiles for, e.g. v5p:4x4x8")
 
 
 @dataclass(frozen=True)
@@ -334,19 +280,13 @@ class TrainSection:
     """Length of the run, shape of the training rows, what is kept."""
 
     steps: int = field(320, "rollout steps", ge=1)
-    row_len: int | None = field(
-        None, "T, tokens of a packed row; null is prompt limit + response limit", ge=1
-    )
+    row_len: int | None = field(None, "T, tokens of a packed row; null: longest", ge=1)
     rows_per_microbatch: int = field(64, "rows in a forward and backward pass, all devices", ge=1)
     save_every: int = field(10, "rollout steps between checkpoints; also after the last", ge=1)
     keep_checkpoints: int = field(3, "how many, the newest", ge=1)
     samples_per_step: int = field(8, "responses written to samples/ each step", ge=0)
-    tracker: Literal["wandb", "mlflow"] | None = field(
-        None, "also send metrics there; null is TensorBoard alone"
-    )
-    stall_timeout_s: float | None = field(
-        1800.0, "exit after so many seconds without a segment, update or save; null never", ge=1
-    )
+    tracker: Literal["wandb", "mlflow"] | None = field(None, "metrics go there too")
+    stall_timeout_s: float | None = field(1800.0, "watchdog: seconds without progress", ge=1)
     profile_start: int | None = field(None, "first rollout step to trace into profile/", ge=1)
     profile_steps: int = field(1, "how many are traced", ge=1)
 
@@ -356,12 +296,8 @@ class Config:
     """A whole run."""
 
     __pydantic_config__ = STRICT
-    preset: Literal["paper", "verl"] | None = field(
-        None, "where the paper and its released code differ"
-    )
-    task: str | None = field(
-        None, "a Python file: TEMPLATE is data.template, `reward` the verifier (docs/tasks.md)"
-    )
+    preset: Literal["paper", "verl"] | None = field(None, "where these two differ")
+    task: str | None = field(None, "Python file with TEMPLATE and `reward` (docs/tasks.md)")
     seed: int = field(0, "of initial weights, data order and sampling", ge=0)
     model: ModelSection = field(ModelSection(), "the policy")
     data: DataSection = field(DataSection(), "training problems")
