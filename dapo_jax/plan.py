@@ -43,17 +43,16 @@ from dapo_jax.runtime.mesh import make_mesh, rollout_dtype, rollout_sharding, ro
 from dapo_jax.training.programs import (
     TrainPrograms,
     abstract_batch,
-    microbatches,
+    state_programs,
     train_programs,
-    train_sampling,
-    update_program,
 )
 from dapo_jax.training.setup import (
     Policy,
     adapted,
+    batch_shape,
     check_divides,
     make_engine,
-    row_len,
+    train_sampling,
     with_computation,
 )
 from dapo_jax.types import Array, InputError, Params, TrainBatch
@@ -209,12 +208,13 @@ def programs(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths) -
     no run has, for comparison.
     """
     check_divides(config, mesh, rows=True, slots=True)
-    train = train_programs(config, model, mesh)
+    trained = adapted(model, config.model.lora)
+    train = train_programs(trained, mesh, config.dapo, config.optim, config.rollout.temperature)
     training = _training(config, model, mesh, lengths, train)
     update = next(p for p in training if p.name == "update")
-    trained = adapted(model, config.model.lora)
     loss = functools.partial(plain_loss, model=trained, algo=config.dapo, mesh=mesh)
-    plain = functools.partial(update_program(loss, config, trained, mesh).lower, *update.arguments)  # type: ignore[attr-defined]
+    plain_update = state_programs(loss, trained, mesh, config.optim).update
+    plain = functools.partial(plain_update.lower, *update.arguments)  # type: ignore[attr-defined]
     return [
         *_rollout(config, model, mesh, lengths, train),
         *training,
@@ -245,17 +245,16 @@ def _training(
     config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms
 ) -> list[Program]:
     d, tensor = config.dapo, mesh.shape["tensor"]
+    shape = batch_shape(config, mesh)
     batch, state, trained = (
-        abstract_batch(config, mesh),
+        abstract_batch(shape, mesh),
         train.state,
         adapted(model, config.model.lora),
     )
     responses, segment = d.responses_per_update, lengths.prompt + lengths.response
-    rows = max(1.0, responses * segment / row_len(config))
-    used = min(microbatches(config), math.ceil(rows / config.train.rows_per_microbatch))
-    computed = (
-        used * config.train.rows_per_microbatch * row_len(config)
-    )  # positions, padding among them
+    rows = max(1.0, responses * segment / shape.row_len)
+    used = min(shape.microbatches, math.ceil(rows / shape.rows_per_microbatch))
+    computed = used * shape.rows_per_microbatch * shape.row_len  # positions, padding among them
     tokens, pairs, targets = (
         responses * segment,
         responses * flops.visible_pairs(model, segment),

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dapo_jax.config import Config, load_config
-from dapo_jax.dapo.packing import TrainItem, build_batch, max_microbatches
+from dapo_jax.dapo.packing import TrainItem, build_batch
 from dapo_jax.data.mixture import load_training
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import check_embedded, make_prompts
@@ -20,7 +20,7 @@ from dapo_jax.model.weights import check_new
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.console import make_console
 from dapo_jax.runtime.guard import Guard
-from dapo_jax.runtime.mesh import make_mesh, put_rows, row_shards
+from dapo_jax.runtime.mesh import make_mesh, put_rows
 from dapo_jax.training import setup
 from dapo_jax.training.programs import supervised_programs
 from dapo_jax.training.setup import Policy
@@ -78,7 +78,8 @@ def warm_up(
     """
     section, (updates, skipped) = config.supervised, done
     batches = _batches(config, mesh, items, updates)
-    _, update = supervised_programs(config, policy.model, mesh)
+    model = setup.adapted(policy.model, config.model.lora)
+    update = supervised_programs(model, mesh, config.optim).update
     batch = next(batches, None)
     for u in range(updates + 1, section.updates + 1):
         rate = section.learning_rate * min(1.0, u / max(1, section.warmup_updates))
@@ -98,17 +99,15 @@ def _batches(
     config: Config, mesh: Mesh, items: Sequence[TrainItem], done: int
 ) -> Iterator[TrainBatch]:
     """The batches of the updates after `done`, on the mesh."""
-    size, rows = config.supervised.responses_per_update, config.train.rows_per_microbatch
+    size = config.supervised.responses_per_update
     longest = max(len(item.prompt) + len(item.response) for item in items)
-    lengths = {"row_len": setup.row_len(config), "rows_per_microbatch": rows}
-    microbatches = max_microbatches(size, max_item_len=longest, **lengths)
-    shape = lengths | {"microbatches": microbatches, "row_shards": row_shards(mesh)}
+    shape = setup.batch_shape(config, mesh, size, longest)
     _, cursor = advance(Cursor(), len(items), done * size, seed=config.seed)
     for _ in range(done, config.supervised.updates):
         chosen, cursor = advance(cursor, len(items), size, seed=config.seed)
         weight = 1.0 / sum(len(items[i].response) for i in chosen)
         weighted = [items[i]._replace(weight=weight) for i in chosen]
-        yield put_rows(build_batch(weighted, **shape)[0], mesh, axis=1)
+        yield put_rows(build_batch(weighted, **shape._asdict())[0], mesh, axis=1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,7 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     mesh, lora = make_mesh(config.mesh), config.model.lora
     setup.check_divides(config, mesh, rows=True)
     info(setup.describe(policy, mesh, lora))
-    init_optimizer, _ = supervised_programs(config, policy.model, mesh)
+    model = setup.adapted(policy.model, lora)
+    init_optimizer = supervised_programs(model, mesh, config.optim).init_optimizer
     state = init_optimizer(setup.load_params(config, policy, mesh, lora=lora))
     with Guard(config.train.stall_timeout_s) as guard:
         for _, _, warmed in warm_up(config, policy, mesh, items, state, info):  # noqa: B007

@@ -55,7 +55,7 @@ from dapo_jax.runtime.curves import plot_curves
 from dapo_jax.runtime.files import Folder, local_copy, read, run_folder, write_whole, writing
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.lock import locked
-from dapo_jax.runtime.mesh import make_mesh, published_as_it_is, put_rows, row_shards
+from dapo_jax.runtime.mesh import make_mesh, published_as_it_is, put_rows
 from dapo_jax.runtime.metrics import (
     VOLATILE,
     MetricsLog,
@@ -68,10 +68,13 @@ from dapo_jax.runtime.profile import Profiler
 from dapo_jax.runtime.tracker import Tracker, check_tracker
 from dapo_jax.supervised import solution_items, warm_up
 from dapo_jax.training.dynamic_sampling import Drawn, draw_groups
-from dapo_jax.training.programs import microbatches, train_programs, train_sampling
+from dapo_jax.training.programs import train_programs
 from dapo_jax.training.samples import sample_rows
 from dapo_jax.training.setup import (
+    BatchShape,
     Policy,
+    adapted,
+    batch_shape,
     check_adapters,
     check_divides,
     check_started_alike,
@@ -80,7 +83,7 @@ from dapo_jax.training.setup import (
     load_params,
     load_policy,
     make_engine,
-    row_len,
+    train_sampling,
     weights_folder,
     with_commit,
 )
@@ -177,6 +180,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     check_started_alike(config, policy, sets, {"the reward function": source})
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh, rows=True, slots=True)
+    shape = batch_shape(config, mesh)
     check_same_run(config, run_dir, source)
     if function_changed(source, run_dir):
         info(
@@ -192,8 +196,10 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     )
 
     # ---- Programs: each is compiled once for the whole run ----------------------------------------------------------
-    programs = train_programs(config, policy.model, mesh)
     lora = config.model.lora
+    programs = train_programs(
+        adapted(policy.model, lora), mesh, algo, config.optim, config.rollout.temperature
+    )
     as_it_is = lora is None and published_as_it_is(
         programs.state.params, mesh, policy.model.compute_dtype
     )
@@ -381,7 +387,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                     ):
                         packed = []
                         for n, (batch, stats) in enumerate(
-                            minibatches(kept, config, row_shards(mesh), first_draw)
+                            minibatches(kept, algo, shape, first_draw)
                         ):
                             packed.append(stats)
                             bar.update(algo.responses_per_update // algo.responses_per_prompt)
@@ -467,20 +473,6 @@ def show_progress(bar: Any, ended: int, drawn: int) -> None:
     bar.update(ended)
 
 
-def pack(items: Sequence[TrainItem], config: Config, shards: int) -> tuple[TrainBatch, PackStats]:
-    """Items of one mini-batch as [M, N, T], the same shape every time, its rows balanced over so
-    many row shards.
-    """
-    rows = config.train.rows_per_microbatch
-    return build_batch(
-        items,
-        row_len=row_len(config),
-        rows_per_microbatch=rows,
-        microbatches=microbatches(config),
-        row_shards=shards,
-    )
-
-
 @contextlib.contextmanager
 def saving_at_an_end(run: Run, save_run: Callable[[Run], None]) -> Iterator[None]:
     """Saves where the run stands when it ends inside by a signal, or by what every process finds
@@ -556,13 +548,14 @@ def score_responses(
 ) -> list[np.ndarray]:
     """The trainer's log-prob of every token of each response, float32 [R] each."""
     scored: list[np.ndarray] = []
+    shape = batch_shape(config, mesh)
     for at in range(0, len(responses), config.dapo.responses_per_update):
         items = [
             TrainItem(prompt.tokens, r.tokens, r.behavior_logprobs, r.behavior_logprobs, 0.0, 0.0)
             for prompt, r in responses[at : at + config.dapo.responses_per_update]
         ]
         guard.reach("score")
-        batch, stats = pack(items, config, row_shards(mesh))
+        batch, stats = build_batch(items, **shape._asdict())
         scored += gather_targets(
             multihost.fetch(score_rows(put_rows(batch, mesh, axis=1))), stats.placement
         )
@@ -595,7 +588,7 @@ def underfilled(kept: int, algo: DapoSection) -> str:
 
 
 def minibatches(
-    groups: Sequence[Group], config: Config, shards: int, first_draw: int = 0
+    groups: Sequence[Group], algo: DapoSection, shape: BatchShape, first_draw: int = 0
 ) -> Iterator[tuple[TrainBatch, PackStats]]:
     """Yields the packed batch of each update: whole groups in draw order (`groups_of_updates`),
     advantages and normaliser written in.
@@ -603,7 +596,6 @@ def minibatches(
     first_draw: of the step. Of the groups before it the sampler's log-probs, if they are in the
     ratio, are left out of the metrics.
     """
-    algo = config.dapo
     for part in groups_of_updates(len(groups), algo):
         mine = groups[part]
         responses = [r for group in mine for r in group.responses]
@@ -634,7 +626,7 @@ def minibatches(
                 owners, responses, old, old_only, advantages, weights, strict=True
             )
         ]
-        yield pack(items, config, shards)
+        yield build_batch(items, **shape._asdict())
 
 
 def skipped_in_a_row(before: int, sums: Sequence[Mapping[str, float]]) -> tuple[int, int]:

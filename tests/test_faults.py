@@ -241,9 +241,9 @@ def poison(monkeypatch, draws):
     """Makes the loss of every mini-batch that holds one of the draws not a number."""
     plain = train.minibatches
 
-    def poisoned(groups, config, *args):
-        size = config.dapo.responses_per_update // config.dapo.responses_per_prompt
-        for n, (batch, stats) in enumerate(plain(groups, config, *args)):
+    def poisoned(groups, algo, *args):
+        size = algo.responses_per_update // algo.responses_per_prompt
+        for n, (batch, stats) in enumerate(plain(groups, algo, *args)):
             bad = any(group.draw in draws for group in groups[n * size : (n + 1) * size])
             yield (
                 (batch._replace(weight=batch.weight * np.float32(np.nan)) if bad else batch),

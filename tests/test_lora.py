@@ -283,7 +283,7 @@ def test_frozen_weights_cost_neither_moments_nor_gradients():
         config_from_dict({"model": {"architecture": {}, "lora": lora}, "eval": {"every": 0}})
         for lora in (None, {"rank": 2})
     ]
-    state = train_programs(configs[1], base, ONE).state
+    state = programs_of(configs[1], base, ONE).state
     adapters = 2 * 2 * (64 + 64 + 2 * (64 + 32) + 64 + 64 + 3 * (64 + 128))  # rank 2, 2 layers
     model = dataclasses.replace(base, lora=configs[1].model.lora)
     assert flops.adapter_weights(model) == adapters
@@ -320,6 +320,11 @@ def test_flops_by_hand():
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def programs_of(config, base, mesh):
+    model = dataclasses.replace(base, lora=config.model.lora)
+    return train_programs(model, mesh, config.dapo, config.optim, config.rollout.temperature)
+
+
 def test_rollouts_get_merged_weights():
     """Cast from float32: not rounded before the product is added."""
     mesh, model = (
@@ -329,7 +334,7 @@ def test_rollouts_get_merged_weights():
     config = config_from_dict(
         {"model": {"architecture": {}, "lora": {"rank": 3, "alpha": 6}}, "eval": {"every": 0}}
     )
-    programs = train_programs(config, dataclasses.replace(BASE, compute_dtype="bfloat16"), mesh)
+    programs = programs_of(config, dataclasses.replace(BASE, compute_dtype="bfloat16"), mesh)
     params = trained_params(model, scale=0.02)
     params = jax.tree.map(
         lambda p, a: put(np.asarray(p).astype(a.dtype), a.sharding), params, programs.state.params

@@ -13,6 +13,7 @@ from dapo_jax.dapo.packing import PackStats
 from dapo_jax.data.problems import Cursor
 from dapo_jax.train import draw_metrics, minibatches, throughput, update_metrics
 from dapo_jax.training.dynamic_sampling import Drawn
+from dapo_jax.training.setup import BatchShape
 from dapo_jax.types import Group, Problem, Prompt, Response, Verdict
 
 
@@ -82,6 +83,9 @@ SUMS = [
 ]
 SUMS.append(dict.fromkeys(SUMS[0], np.nan) | {"skipped": 1.0})
 PACKED = [PackStats(2, 1, 30, 10, 0.75, 0.5, ()), PackStats(1, 1, 14, 8, 0.25, 0.3, ())]
+
+
+SHAPE = BatchShape(row_len=64, rows_per_microbatch=2, microbatches=2, row_shards=1)
 
 
 def metrics(sums=SUMS, left=(CARRIED,), **algo):
@@ -229,7 +233,9 @@ def test_a_mini_batch_holds_the_answers_that_got_a_verdict():
     config = dataclasses.replace(
         Config(), dapo=DapoSection(responses_per_prompt=2, responses_per_update=4)
     )
-    batch, _ = next(minibatches([CARRIED, group(6, [1], [4], [False], [0], gap=0)], config, 1))
+    batch, _ = next(
+        minibatches([CARRIED, group(6, [1], [4], [False], [0], gap=0)], config.dapo, SHAPE)
+    )
     assert batch.weight[batch.target_mask].tolist() == [np.float32(1 / 8)] * 8
     assert (
         sorted(batch.advantages[batch.target_mask].round(4).tolist())
@@ -241,8 +247,7 @@ def test_mini_batches_hide_the_samplers_log_probs_of_groups_of_earlier_steps():
     """Only where they are in the ratio, and nowhere else than for the metric."""
     for mode, hidden in (("sampler", 4), ("recompute", 0)):
         algo = DapoSection(responses_per_prompt=2, responses_per_update=4, old_logprobs=mode)
-        config = dataclasses.replace(Config(), dapo=algo)
-        batch, _ = next(minibatches([CARRIED, DRAWN[0]], config, 1, 6))
+        batch, _ = next(minibatches([CARRIED, DRAWN[0]], algo, SHAPE, 6))
         unknown = np.isnan(batch.behavior_logprobs)
         assert (
             unknown.sum() == hidden

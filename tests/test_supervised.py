@@ -3,6 +3,8 @@
 The update is a stand-in that notes what is asked of it.
 """
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -49,7 +51,9 @@ def warm_up(monkeypatch):
             happened.append(f"update {number}")
             return number, {"skipped": OnDevice(skips[state], wait), "loss": OnDevice(1, wait)}
 
-        monkeypatch.setattr(supervised, "supervised_programs", lambda *args: (None, update))
+        monkeypatch.setattr(
+            supervised, "supervised_programs", lambda *args: SimpleNamespace(update=update)
+        )
         monkeypatch.setattr(
             supervised, "put_rows", lambda batch, mesh, axis: happened.append("rows")
         )

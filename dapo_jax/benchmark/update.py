@@ -91,7 +91,8 @@ def benchmark_update(sizes: UpdateSizes) -> Report:
     rows = max(1, sizes.rows * sizes.row_len // longest // shards) * shards
     batches = {"packed": packed, "padded": padded_rows(items, longest, rows)}
 
-    programs = train_programs(Config(), model, mesh)
+    config = Config()
+    programs = train_programs(model, mesh, config.dapo, config.optim, config.rollout.temperature)
     state = programs.init_optimizer(params)
 
     def update(program: Any, inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""From config to a policy on a mesh: architecture, tokenizer, weights. Shared by the verbs."""
+"""From a config to a policy on a mesh: architecture, tokenizer, weights. Shared by the verbs."""
 
 import dataclasses
 import functools
@@ -21,6 +21,7 @@ from dapo_jax.config import (
     load_config,
     to_dict,
 )
+from dapo_jax.dapo.packing import max_microbatches
 from dapo_jax.data.prompts import check_embedded, load_tokenizer, prompts_digest, stop_tokens
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.model.lora import join, merge, split
@@ -38,7 +39,6 @@ from dapo_jax.runtime import checkpoint, multihost
 from dapo_jax.runtime.chips import prefill_tokens
 from dapo_jax.runtime.files import Folder, is_id, local_copy, local_model, read, same_commit
 from dapo_jax.runtime.mesh import params_sharding, put, row_shards
-from dapo_jax.runtime.multihost import fetch
 from dapo_jax.types import NoCheckpointError, Params, Prompt
 
 
@@ -48,22 +48,44 @@ class Policy(NamedTuple):
     model: ModelConfig  # as it samples: without adapters
     tokenizer: Any  # a transformers tokenizer
     stop: tuple[int, ...]  # token ids that end a response
-    source: str | None = (
-        None  # of weights and tokenizer, as `local_model` takes it, a commit where it is of the hub; None: made here
+    source: str | None = None  # of weights and tokenizer, as `local_model` takes it; None: random
+    folder: str | None = None  # on this machine: all files of the source but weights
+
+
+class BatchShape(NamedTuple):
+    """Static shape of every mini-batch, as `build_batch` takes it: [M, N, T]."""
+
+    row_len: int  # T
+    rows_per_microbatch: int  # N
+    microbatches: int  # M: enough for responses of any length
+    row_shards: int  # devices that each micro-batch's rows are split over
+
+
+def batch_shape(
+    config: Config, mesh: Mesh, responses: int | None = None, longest: int | None = None
+) -> BatchShape:
+    """The shape that holds `responses` (default: of a DAPO update) of at most `longest` tokens,
+    prompt included.
+    """
+    limit = config.data.max_prompt_len + config.rollout.max_response_len
+    row_len, rows = config.train.row_len or limit, config.train.rows_per_microbatch
+    microbatches = max_microbatches(
+        responses or config.dapo.responses_per_update,
+        row_len=row_len,
+        max_item_len=longest or limit,
+        rows_per_microbatch=rows,
     )
-    folder: str | None = None  # on this machine: all of the source's files but weights
+    return BatchShape(row_len, rows, microbatches, row_shards(mesh))
 
 
 def with_computation(config: Config, model: Architecture) -> ModelConfig:
-    """The architecture with how the config wants it computed, once its context is known to hold the
-    config's lengths.
+    """The architecture with the config's compute options. Raises ConfigError if the context is
+    shorter than the config's length limits.
     """
     check_context(config, model)
     c = config.model
-    return ModelConfig(
-        **vars(model)
-        | {"compute_dtype": c.compute_dtype, "remat": c.remat, "attention_block": c.attention_block}
-    )
+    options = {"compute_dtype": c.compute_dtype, "remat": c.remat}
+    return ModelConfig(**vars(model) | options | {"attention_block": c.attention_block})
 
 
 def adapted(model: ModelConfig, lora: LoraConfig | None) -> ModelConfig:
@@ -71,26 +93,31 @@ def adapted(model: ModelConfig, lora: LoraConfig | None) -> ModelConfig:
     return dataclasses.replace(model, lora=lora)
 
 
-def with_commit(config: Config, run_dir: Folder | None = None) -> Config:
-    """The config with `model.folder` as ID@COMMIT where that is an id of the hub: the commit of the
-    run that `run_dir` holds, or today's.
+def stored_config(run_dir: Folder) -> Config | None:
+    """The config.yaml of a run folder, if there is one."""
+    if read(run_dir / "config.yaml") is None:
+        return None
+    with local_copy(run_dir / "config.yaml") as file:
+        return load_config(file)
 
-    An id with a revision has the commit that the revision has today. Anything else stays as it is.
+
+def with_commit(config: Config, run_dir: Folder | None = None) -> Config:
+    """Pins a hub id in `model.folder` to ID@COMMIT: the commit of the run in `run_dir`, or today's.
+
+    An id with a revision gets the commit that the revision has today. Other folders are unchanged.
     """
     name = config.model.folder
     if name is None or not is_id(name):
         return config
-    stored = run_dir / "config.yaml" if run_dir else None
-    if stored is not None and read(stored) is not None:
-        with local_copy(stored) as file:
-            name = same_commit(name, load_config(file).model.folder)
+    if run_dir is not None and (stored := stored_config(run_dir)):
+        name = same_commit(name, stored.model.folder)
     name = local_model(name, DESCRIPTION_FILES).name
     return dataclasses.replace(config, model=dataclasses.replace(config.model, folder=name))
 
 
 def load_policy(config: Config, source: str | None = None) -> Policy:
-    """Architecture and tokenizer of `model.folder` (or of `source`, if given), or of
-    `model.architecture`. No device is touched.
+    """Architecture and tokenizer of `source`, `model.folder` or `model.architecture`. No device is
+    touched.
     """
     source, folder = source or config.model.folder, None
     if source:
@@ -100,29 +127,24 @@ def load_policy(config: Config, source: str | None = None) -> Policy:
     model = with_computation(config, model)
     tokenizer = load_tokenizer(folder)
     stop = stop_tokens(tokenizer, folder, config.data, config.rollout.stop_tokens)
-    check_embedded(
-        stop, model.vocab_size, tokenizer, f"{folder or 'model.architecture'}: stop tokens"
-    )
+    where = f"{folder or 'model.architecture'}: stop tokens"
+    check_embedded(stop, model.vocab_size, tokenizer, where)
     return Policy(model, tokenizer, stop, source, folder)
 
 
 def check_started_alike(
     config: Config, policy: Policy, sets: Mapping[str, Sequence[Prompt]], facts: Mapping[str, Any]
 ) -> None:
-    """Raises InputError, on every process, unless all have the same config, software, description
-    of the model (tokenizer and chat template included), problems and prompt tokens, and the same
-    further `facts`. sets: by their config keys.
+    """Raises InputError, on every process, unless all have the same config, software, model
+    description (tokenizer and chat template included), prompts and further `facts`.
+
+    sets: prompts by config key.
     """
 
     def all_facts() -> dict[str, Any]:
-        modules = (
-            importlib.metadata.packages_distributions() if config.reward.allowed_modules else {}
-        )
-        packages = {
-            package
-            for module in config.reward.allowed_modules
-            for package in modules.get(module.partition(".")[0], ())
-        }
+        allowed = config.reward.allowed_modules
+        modules = importlib.metadata.packages_distributions() if allowed else {}
+        packages = {p for module in allowed for p in modules.get(module.partition(".")[0], ())}
         return (
             multihost.software()
             | {package: multihost.version(package) for package in packages}
@@ -137,9 +159,7 @@ def check_started_alike(
 
 
 def check_weights(folder: str) -> None:
-    """Raises InputError unless the folder's weights can be loaded and are the same for every
-    process.
-    """
+    """Raises InputError unless the folder's weights are readable and the same on every process."""
     check_pretrained(folder)
     multihost.check_alike(lambda: _file_facts(folder, WEIGHT_FILES))
 
@@ -150,21 +170,16 @@ def _file_facts(folder: str | None, patterns: tuple[str, ...]) -> dict[str, str]
 
 
 def weights_folder(policy: Policy) -> str | None:
-    """The folder on this machine that holds the weights, fetched if need be; None where they are
-    random.
-    """
-    return (
-        local_model(policy.source, (*DESCRIPTION_FILES, *WEIGHT_FILES)).folder
-        if policy.source
-        else None
-    )
+    """The local folder of the weights, downloaded if needed; None for random weights."""
+    files = (*DESCRIPTION_FILES, *WEIGHT_FILES)
+    return local_model(policy.source, files).folder if policy.source else None
 
 
 def load_params(
     config: Config, policy: Policy, mesh: Mesh, *, lora: LoraConfig | None = None
 ) -> Params:
-    """Weights on the mesh, the policy's own or random from `seed`: float32, or with new adapters
-    and as training then holds them.
+    """Weights on the mesh, of the policy's folder or random from `seed`: float32. With `lora`, new
+    float32 adapters beside frozen weights in compute dtype.
     """
     model, key = adapted(policy.model, lora), jax.random.key(config.seed)
     abstract = abstract_params(model)
@@ -177,19 +192,15 @@ def load_params(
         return jax.tree.map(put, loaded, shardings)
     places, frozen_places = split(shardings, lora)
     adapters = jax.jit(lambda k: split(init(model, k), lora)[0], out_shardings=places)(key)
-    dtypes = jax.tree.map(lambda a: a.dtype, split(abstract, lora)[1])
+    frozen = split(abstract, lora)[1]
     return join(
         adapters,
-        jax.tree.map(
-            lambda value, dtype, s: put(value.astype(dtype), s), loaded, dtypes, frozen_places
-        ),
+        jax.tree.map(lambda v, a, s: put(v.astype(a.dtype), s), loaded, frozen, frozen_places),
     )
 
 
 def merged(params: Params, policy: Policy, lora: LoraConfig | None, mesh: Mesh) -> Params:
-    """Trained weights as those of a model without adapters, on the mesh; themselves if they have
-    none.
-    """
+    """Trained weights with their adapters merged, on the mesh."""
     if lora is None:
         return params
     shardings = params_sharding(abstract_params(policy.model), mesh)
@@ -197,20 +208,18 @@ def merged(params: Params, policy: Policy, lora: LoraConfig | None, mesh: Mesh) 
 
 
 def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Params]:
-    """Step and weights of the newest usable checkpoint of a run folder, its adapters merged.
+    """Step and weights of the newest usable checkpoint of a run folder, adapters merged.
 
-    Raises NoCheckpointError if there is none, ConfigError if the policy is not the one that the run
-    trains.
+    Raises NoCheckpointError if there is none, ConfigError if the run trains another model.
     """
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
-        raise NoCheckpointError(
-            f"{run_dir}: holds no checkpoints; give the --run-dir of a training run"
-        )
-    run = run_model(run_dir)
-    if run is not None:
-        check_same_model(run, policy, run_dir)
-    lora = run.lora if run else None  # no other config knows the adapters' alpha
+        none = "holds no checkpoints; give the --run-dir of a training run"
+        raise NoCheckpointError(f"{run_dir}: {none}")
+    lora = None
+    if run := stored_config(run_dir):
+        check_same_model(run.model, policy, run_dir)
+        lora = run.model.lora  # no other config knows the adapters' alpha
     abstract = abstract_params(adapted(policy.model, lora))
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
@@ -221,60 +230,35 @@ def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Pa
     return restored.step, merged(restored.params, policy, lora, mesh)
 
 
-def run_model(run_dir: Folder) -> ModelSection | None:
-    """The model of a run, by its own config."""
-    if read(run_dir / "config.yaml") is None:
-        return None
-    with local_copy(run_dir / "config.yaml") as file:
-        return load_config(file).model
-
-
 def check_same_model(run: ModelSection, policy: Policy, run_dir: Folder) -> None:
-    """Raises ConfigError if the run's weights are not those of the policy's architecture.
-
-    A model's folder may have moved.
-    """
-    found = (
-        [("model.folder", run.folder, policy.source)]
-        if (run.folder is None) != (policy.source is None)
-        else []
-    )
+    """Raises ConfigError unless the policy has the run's architecture. Its folder may have moved."""
+    differing = []
+    if (run.folder is None) != (policy.source is None):
+        differing.append(("model.folder", run.folder, policy.source))
     if run.architecture is not None:
-        fields = [field.name for field in dataclasses.fields(Architecture)]
-        found += [
-            (
-                f"model.architecture.{name}",
-                getattr(run.architecture, name),
-                getattr(policy.model, name),
-            )
-            for name in fields
-        ]
-    for key, was, now in found:
-        if was != now:
-            raise ConfigError(
-                f"{key}: is {now!r}, but {run_dir} was trained with {was!r}; set it back, or give --config {run_dir}/config.yaml"
-            )
-
-
-def check_adapters(section: ModelSection) -> None:
-    """Raises ConfigError for adapters beside random weights, which stay as they are."""
-    if section.lora is not None and section.folder is None:
+        for field in dataclasses.fields(Architecture):
+            was, now = (getattr(m, field.name) for m in (run.architecture, policy.model))
+            if was != now:
+                differing.append((f"model.architecture.{field.name}", was, now))
+    for key, was, now in differing:
         raise ConfigError(
-            "model.lora: adapters are trained beside frozen weights, and those of model.architecture are random; set model.folder to a "
-            "trained model, such as one that `python -m dapo_jax.supervised` wrote, or set model.lora to null"
+            f"{key}: is {now!r}, but {run_dir} was trained with {was!r}; "
+            f"set it back, or give --config {run_dir}/config.yaml"
         )
 
 
-def row_len(config: Config) -> int:
-    """T, tokens of a training row."""
-    return config.train.row_len or config.data.max_prompt_len + config.rollout.max_response_len
+def check_adapters(section: ModelSection) -> None:
+    """Raises ConfigError for adapters beside random weights, which would stay random."""
+    if section.lora is not None and section.folder is None:
+        raise ConfigError(
+            "model.lora: adapters are trained beside frozen weights, and those of "
+            "model.architecture are random; set model.folder to a trained model, such as one that "
+            "`python -m dapo_jax.supervised` wrote, or set model.lora to null"
+        )
 
 
 def check_divides(config: Config, mesh: Mesh, *, rows: bool = False, slots: bool = False) -> None:
-    """Training rows and decode slots are split over the mesh, so those that are used must divide.
-
-    ConfigError if not.
-    """
+    """Raises ConfigError unless the training rows or decode slots in use divide over the mesh."""
     shards = row_shards(mesh)
     for used, key, size in (
         (rows, "train.rows_per_microbatch", config.train.rows_per_microbatch),
@@ -282,8 +266,14 @@ def check_divides(config: Config, mesh: Mesh, *, rows: bool = False, slots: bool
     ):
         if used and size % shards:
             raise ConfigError(
-                f"{key}: {size} does not divide over the mesh's {shards} row shards (data x fsdp); use a multiple of {shards}"
+                f"{key}: {size} does not divide over the mesh's {shards} row shards "
+                f"(data x fsdp); use a multiple of {shards}"
             )
+
+
+def train_sampling(config: Config) -> Sampling:
+    """How training responses are sampled."""
+    return Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
 
 
 def make_engine(config: Config, policy: Policy, mesh: Mesh, sampling: Sampling) -> Engine:
@@ -296,7 +286,7 @@ def make_engine(config: Config, policy: Policy, mesh: Mesh, sampling: Sampling) 
         max_prompt_len=config.data.max_prompt_len,
         max_response_len=config.rollout.max_response_len,
         mesh=mesh,
-        fetch=fetch,
+        fetch=multihost.fetch,
         prefill_tokens=prefill_tokens(mesh),
         int8=config.rollout.kv_cache == "int8",
     )
@@ -309,15 +299,15 @@ def describe(policy: Policy, mesh: Mesh, lora: LoraConfig | None = None) -> str:
         return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:,.1f} M parameters"
 
     m, shape = policy.model, " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    device = jax.devices()[0]
-    origin = f" of {policy.source}" if policy.source else ""
     stop = ", ".join(map(str, policy.tokenizer.convert_ids_to_tokens(list(policy.stop))))
-    trained = (
-        f" trained through {millions(split(abstract_params(adapted(m, lora)), lora)[0])} of adapters"
-        if lora
-        else ""
-    )
+    text = m.family + (f" of {policy.source}" if policy.source else "")
+    text += f", {millions(abstract_params(m))}"
+    if lora:
+        adapters = split(abstract_params(adapted(m, lora)), lora)[0]
+        text += f" trained through {millions(adapters)} of adapters"
+    device, count = jax.devices()[0], len(jax.devices())
     return (
-        f"{m.family}{origin}, {millions(abstract_params(m))}{trained}, {m.layers} layers, D {m.model_dim}, V {m.vocab_size}, "
-        f"{m.compute_dtype}; responses end with {stop}; {len(jax.devices())} {device.platform} devices ({device.device_kind}) as {shape}"
+        f"{text}, {m.layers} layers, D {m.model_dim}, V {m.vocab_size}, {m.compute_dtype}; "
+        f"responses end with {stop}; {count} {device.platform} devices ({device.device_kind}) "
+        f"as {shape}"
     )
