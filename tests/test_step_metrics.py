@@ -101,7 +101,7 @@ def metrics(sums=SUMS, left=(CARRIED,), **algo):
     buffer.add(DRAWN)
     kept, counts = buffer.take()
     config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2, **algo))
-    drawn = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 3, 40, [], []), config)
+    drawn = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 3, 40, []), config)
     return drawn | update_metrics(kept, 6, counts, sums, PACKED, config)
 
 
@@ -161,7 +161,6 @@ def test_groups_without_a_verdict_on_some_or_all_answers():
             5,
             55,
             [],
-            [],
         ),
         config,
     )
@@ -173,7 +172,7 @@ def test_groups_without_a_verdict_on_some_or_all_answers():
         found["filter/all_correct"],
         found["filter/all_wrong"],
     ) == (1 / 5, 2 / 5, 2 / 5)
-    assert set(draw_metrics(Drawn([empty], VERDICTS, Cursor(), 1, 9, [], []), config)) == {
+    assert set(draw_metrics(Drawn([empty], VERDICTS, Cursor(), 1, 9, []), config)) == {
         "reward/timeouts",
         "reward/errors",
         "reward/no_answer_fraction",
@@ -186,7 +185,7 @@ def test_groups_without_a_verdict_on_some_or_all_answers():
 def test_what_a_step_draws_and_samples_counts_in_it_wherever_its_groups_are_completed():
     """Two prompts more than the groups completed, left open after 15 tokens."""
     config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2))
-    found = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 5, 55, [], []), config)
+    found = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 5, 55, []), config)
     assert (
         found["rollout/prompts"],
         found["rollout/generation_batches"],
