@@ -13,7 +13,7 @@ from dapo_jax import supervised
 from dapo_jax.config import MeshSection, config_from_dict
 from dapo_jax.dapo.packing import TrainItem
 from dapo_jax.runtime.mesh import make_mesh
-from dapo_jax.training.setup import Policy
+from dapo_jax.training.setup import Policy, with_computation
 from dapo_jax.types import InputError
 
 ZEROS = np.zeros(3, np.float32)
@@ -66,7 +66,7 @@ def warm_up(monkeypatch):
         }
         config = config_from_dict(changes)
         policy, mesh = (
-            Policy(config.model.architecture, None, ()),
+            Policy(with_computation(config, config.model.architecture), None, ()),
             make_mesh(MeshSection(1, 1, 1), jax.devices()[:1]),
         )
         for updates, in_a_row, state in supervised.warm_up(
