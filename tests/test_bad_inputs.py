@@ -346,7 +346,7 @@ BAD_DATA = {
     ),
     "control tokens": (
         rows({"prompt": "<|end|>", "answer": 1}),
-        "no usable prompt (1 control tokens (<|end|>)); write the markup",
+        "no usable prompt (1 control tokens (<|end|>)); write these prompts as chat turns",
     ),
     "corrupt gzip": (corrupt_gzip, "d.jsonl.gz: corrupt gzip after row"),
     "corrupt parquet": (corrupt_parquet, "d.parquet: corrupt Parquet after row 0"),

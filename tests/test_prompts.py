@@ -364,7 +364,7 @@ def test_a_tokenizer_that_panics_over_a_response_is_one_line():
     tokenizer.backend_tokenizer.decoder = decoders.Strip("a", 0, 2)
     with pytest.raises(
         InputError,
-        match="the tokenizer fails on a response .index out of bounds.*; use another one$",
+        match="the tokenizer fails on a response .index out of bounds.*; use another tokenizer$",
     ):
         decode(tokenizer, tokenizer.convert_tokens_to_ids(["a"]), ())
 
@@ -377,7 +377,7 @@ def test_a_tokenizer_that_takes_for_ever_over_a_prompt_is_one_line(monkeypatch):
         Regex("(a|aa)+[bc]"), "isolated"
     )
     with pytest.raises(
-        InputError, match="the tokenizer takes over 0.3 s for a prompt; use another one$"
+        InputError, match="the tokenizer takes over 0.3 s for a prompt; use another tokenizer$"
     ):
         make_prompts([problem(("a" * 28 + " ") * 10)], tokenizer, BARE)
 
@@ -398,7 +398,7 @@ def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path, other):
     (tmp_path / other).write_text("{}")
     with pytest.raises(
         InputError,
-        match=f"^{tmp_path}: no tokenizer.json, only {other}; make one, .*AutoTokenizer.*save_pretrained",
+        match=f"^{tmp_path}: no tokenizer.json; .*convert its tokenizer: AutoTokenizer.*save_pretrained",
     ):
         load_tokenizer(str(tmp_path))
 
@@ -636,8 +636,7 @@ def test_prompts_that_hold_markup_are_told_which_and_what_to_do(byte_level):
     with pytest.raises(InputError) as caught:
         make_prompts(marked, byte_level, BARE)
     assert str(caught.value) == (
-        "data: no usable prompt (3 control tokens (<|end|>, <|pad|>)); write the markup of these prompts as chat turns (role, content), "
-        "to which the chat template adds it"
+        "data: no usable prompt (3 control tokens (<|end|>, <|pad|>)); write these prompts as chat turns (role, content), without the markup"
     )
     many = byte_tokenizer()
     many.add_special_tokens(
@@ -855,7 +854,7 @@ def test_a_last_turn_of_the_assistant_is_continued(chatty, byte_level):
     )
     with pytest.raises(
         InputError,
-        match="^chat template of .*: cannot continue the assistant's last turn: continue_final_message is set",
+        match="^chat template of .*: it fails .cannot continue the assistant's last turn: continue_final_message is",
     ):
         make_prompts([prefill], silent, BARE)
 
