@@ -898,7 +898,7 @@ def check_first_weights(policy: Policy, run_dir: Folder) -> None:
 
     Process 0 says which it is: in a folder that the processes do not share they may find different
     things, and what follows is a collective. That they do not share it is found after this
-    (`lock.check_shared`).
+    (`lock.locked`).
     """
     resumed = multihost.from_main("" if read(run_dir / "config.yaml") is None else "resumed")
     if not resumed and (folder := weights_folder(policy)):

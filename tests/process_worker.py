@@ -57,11 +57,12 @@ def refusals(run_dir: str) -> list[str]:
     """
     mine, said = jax.process_index(), []
     multihost.check_alike(lambda: {"a": 1, "b": 2})
-    lock.check_shared(Path(run_dir))
+    with lock.locked(Path(run_dir)):
+        pass
     lock._SHOWN_S = 0.5
     for attempt in (
         lambda: multihost.check_alike(lambda: {"z": "same", "weights": mine, "a": mine}),
-        lambda: lock.check_shared(Path(f"{run_dir}.{mine}")),
+        lambda: lock.locked(Path(f"{run_dir}.{mine}")).__enter__(),
     ):
         try:
             attempt()

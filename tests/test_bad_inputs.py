@@ -910,7 +910,7 @@ def test_a_run_whose_only_checkpoint_is_of_another_model_is_not_begun_anew(confi
     assert (
         done.value.code == 3
         and "of another model" in said
-        and "start anew in another --run-dir" in said
+        and "start over in another --run-dir" in said
     )
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["1"]
 

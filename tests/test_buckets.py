@@ -79,7 +79,7 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, config, tmp_path, monk
     assert run_train(config, "local", *settings) == 0
     faults.inject("update:4=term", monkeypatch.setattr)
     assert run_train(config, RUN, *settings) == 143
-    assert bucket.names("deep/run/checkpoints/interrupted/1/host/metadata") and not bucket.names(
+    assert bucket.names("deep/run/checkpoints/1.1/host/metadata") and not bucket.names(
         "deep/run/lock"
     )
     faults.inject("", monkeypatch.setattr)
@@ -143,10 +143,10 @@ def test_only_whole_steps_count_and_what_is_no_step_stays(empty, capsys):
         if name != "c/3/commit_success.txt":
             empty.put(name.replace("c/3/", "c/4/"), empty[name])
     empty.put("c/bad-9/host/metadata", b"{}")
-    assert bits(restore_params("gs://bucket/c", target).params) == bits(make_state(3).params)
+    assert bits(restore_params("gs://bucket/c", target)[1]) == bits(make_state(3).params)
     assert "gs://bucket/c/4: checkpoint not used: incomplete" in capsys.readouterr().err
     with Checkpoints("gs://bucket/c", keep=9) as checkpoints:
-        checkpoints.save_interrupted(3, make_state(7), HOST, GROUPS)
+        checkpoints.save(3, make_state(7), HOST, GROUPS, partial=True)
     assert not empty.names("c/4/")
     with Checkpoints("gs://bucket/c", keep=2) as checkpoints:
         back = checkpoints.restore(abstract(make_state(0)))
@@ -158,12 +158,11 @@ def test_only_whole_steps_count_and_what_is_no_step_stays(empty, capsys):
         assert {name.split("/")[1] for name in empty.names("c/")} == {"4", "5", "bad-9"}
         damage(empty, "c/5/params/")
         damaged = empty.names("c/5/")
-        assert (
-            bits(checkpoints.restore(abstract(make_state(0))).state) == bits(make_state(4))
-            and checkpoints.latest_step() == 4
-        )
+        assert bits(checkpoints.restore(abstract(make_state(0))).state) == bits(
+            make_state(4)
+        ) and checkpoints.steps() == [4]
         checkpoints.save(5, make_state(5), HOST, GROUPS)
-    assert "gs://bucket/c/5: moved to bad-5; the run goes on from step 4" in capsys.readouterr().err
+    assert "gs://bucket/c/5: moved to bad-5; the run resumes from step 4" in capsys.readouterr().err
     assert {name.split("/")[1] for name in empty.names("c/")} == {"4", "5", "bad-5", "bad-9"}
     assert [name.replace("c/bad-5/", "c/5/") for name in empty.names("c/bad-5/")] == damaged
 
@@ -244,7 +243,7 @@ def test_what_other_hosts_write_is_seen(empty):
 
 def test_one_job_at_a_time_and_what_is_left_of_a_dead_one_is_taken_over(empty, monkeypatch, capsys):
     monkeypatch.setattr(lock, "_BEAT_S", 0.1)
-    monkeypatch.setattr(lock, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(lock, "_LEASE_S", 1.0)
     run = as_path(RUN)
     with locked(run):
         assert b"process" in empty["deep/run/lock"]
@@ -265,7 +264,7 @@ def test_one_job_at_a_time_and_what_is_left_of_a_dead_one_is_taken_over(empty, m
             time.monotonic() - began >= 1.0
             and f"process {os.getpid()} ".encode() in empty["deep/run/lock"]
         )
-    assert not empty.names() and "left by process 1 on gone; waiting 1 s" in capsys.readouterr().err
+    assert not empty.names() and "held by process 1 on gone; waiting 1 s" in capsys.readouterr().err
 
 
 def test_a_job_whose_folder_was_taken_over_leaves(empty, monkeypatch, capsys):

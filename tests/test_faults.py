@@ -87,7 +87,7 @@ def test_signals_in_every_phase_lose_nothing(config, whole, tmp_path, monkeypatc
     assert {key: record(run, 2)[key] for key in ("leaves", "groups")} == {
         key: record(whole, 2)[key] for key in ("leaves", "groups")
     }
-    assert not (run / "checkpoints" / "interrupted").exists()
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"1", "2"}
 
 
 def test_a_second_signal_leaves_at_once_and_the_watchdog_ends_a_run_that_hangs(tmp_path):
@@ -214,17 +214,17 @@ def test_a_shared_folder_that_a_client_has_looked_for_too_early_is_found(tmp_pat
     """An NFS client that has not found a folder says so again, for up to a minute, until the one
     above is opened (simulated).
     """
-    shown, open_ = set(), os.open
+    shown, scandir = set(), os.scandir
 
-    def opened(path, *args, **more):
+    def opened(path):
         shown.add(Path(path))
-        return open_(path, *args, **more)
+        return scandir(path)
 
-    monkeypatch.setattr(lock.os, "open", opened)
-    monkeypatch.setattr(lock, "read", lambda path: b"" if {*path.parents} <= shown else None)
+    monkeypatch.setattr(lock.os, "scandir", opened)
+    monkeypatch.setattr(lock, "read", lambda path: b"mine" if {*path.parents} <= shown else None)
     monkeypatch.setattr(lock, "_SHOWN_S", 0.1)
     (tmp_path / "run").mkdir()
-    assert lock._appears(tmp_path / "run" / "nonce-1")
+    assert lock._shows(tmp_path / "run" / "lock", b"mine")
 
 
 def test_two_jobs_on_one_run_folder(whole, config, capfd):

@@ -560,7 +560,7 @@ def saved_params(run, model):
     from dapo_jax.runtime.checkpoint import restore_params as restore
 
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), abstract_params(model))
-    return restore(run / "checkpoints", target).params
+    return restore(run / "checkpoints", target)[1]
 
 
 def test_run_and_exported_folder_evaluate_alike(finished, exported, tmp_path):

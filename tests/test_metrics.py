@@ -87,7 +87,7 @@ def test_floats_come_back_exactly(tmp_path):
     assert [record["policy/loss"] for record in read_metrics(tmp_path)] == values
 
 
-def test_values_that_are_not_finite_are_left_out_and_said(tmp_path, capsys):
+def test_non_finite_values_are_left_out_with_a_message(tmp_path, capsys):
     with MetricsLog(tmp_path) as log:
         log.write(
             2,

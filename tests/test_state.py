@@ -19,29 +19,21 @@ class Folder:
     """Checkpoints that remember what was written."""
 
     def __init__(self):
-        self.whole, self.interrupted = {}, []
-
-    def latest_step(self):
-        return max(self.whole, default=None)
+        self.saved, self.whole = [], {}
 
     def steps(self):
         return list(self.whole)
 
-    def save(self, step, state, host, groups):
-        self.whole[step] = Restored(f"checkpoints/{step}", step, state, self._host(host), groups)
-
-    def save_interrupted(self, step, state, host, groups):
-        self.interrupted.append(
-            Restored(f"checkpoints/{step}", step, state, self._host(host), groups)
-        )
+    def save(self, step, state, host, groups, *, partial):
+        host = {**host, "progress": list(host["progress"])}
+        self.saved.append(Restored(f"checkpoints/{step}", step, state, host, groups))
+        if not partial:
+            self.whole.setdefault(step, self.saved[-1])
 
     def restore(self, abstract_state, *, at_most=None):
-        if at_most is None and self.interrupted:
-            return self.interrupted[-1]
-        return self.whole[max(step for step in self.whole if at_most is None or step <= at_most)]
-
-    def _host(self, host):
-        return {**host, "progress": list(host["progress"])}
+        if at_most is None:
+            return self.saved[-1]
+        return self.whole[max(step for step in self.whole if step <= at_most)]
 
 
 def make_run(at=None):
@@ -66,16 +58,16 @@ def test_a_rollback_is_written_once_and_taken_up():
     folder, run = Folder(), make_run(Progress(step=1, draws=8, begun=True))
     write(run, folder)
     write(run, folder)
-    assert list(folder.whole) == [1] and not folder.interrupted
+    assert len(folder.saved) == 1
     back = Progress(step=1, draws=24, cursor=Cursor(2, 3), begun=True, rollbacks=1)
     run.at = back
     write(run, folder)
     write(run, folder)
-    assert list(folder.whole) == [1] and len(folder.interrupted) == 1
+    assert list(folder.whole) == [1] and len(folder.saved) == 2
     again = taken_up(folder, make_run())
     assert again.at == back
     write(again, folder)
-    assert len(folder.interrupted) == 1  # nothing has happened since
+    assert len(folder.saved) == 2  # nothing has happened since
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -159,7 +151,7 @@ def test_what_a_forged_checkpoint_says_is_one_line(change):
     run.buffer.add([make_group(0, MIXED)])
     run.partial = UNDER_WAY
     write(run, folder)
-    (forged,) = folder.interrupted
+    (forged,) = folder.saved
     assert taken_up(folder, make_run()).partial == UNDER_WAY
     change(forged.host, forged.groups)
     with pytest.raises(

@@ -226,7 +226,7 @@ def test_a_tracker_that_cannot_begin_does_not_stop_the_run(tmp_path, monkeypatch
 
     install(monkeypatch, "wandb", init=init, Settings=dict)
     (line,) = track("wandb", tmp_path, [(1, numbers(1))])
-    assert error.__name__ in line and "the run goes on" in line
+    assert error.__name__ in line and "the run continues" in line
 
 
 def test_a_tracker_that_hangs_slows_nothing(tmp_path, wandb, monkeypatch):

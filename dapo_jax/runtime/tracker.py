@@ -1,13 +1,12 @@
-"""A run's metrics in Weights & Biases or MLflow: a copy of metrics.jsonl, which stays the record.
+"""A copy of a run's metrics in Weights & Biases or MLflow; metrics.jsonl stays the record.
 
-    train.tracker: wandb      <run>/wandb/, to be sent with `wandb sync --append`; at once where WANDB_MODE is online
-    train.tracker: mlflow     <run>/mlflow.db; the server that MLFLOW_TRACKING_URI names where it is set
+    train.tracker: wandb   <run>/wandb/ for `wandb sync --append`; at once if WANDB_MODE is online
+    train.tracker: mlflow  <run>/mlflow.db, or the server that MLFLOW_TRACKING_URI names
 
-A thread of its own hands the lines on, so that a tracker that hangs does not slow the run, and one
-that fails does not stop it: that is said once. A run that goes on continues its tracker run, whose
-id lies in <run>/tracker.json. Steps that are done again are sent again, as a run replays them: the
-same numbers, unless it was taken back by optim.rollback_steps. Keys of a tracker come from the
-environment, and none is written anywhere.
+A thread sends the lines, so a tracker that hangs does not slow the run, and one that fails does not
+stop it; a failure is reported once. A resumed run continues its tracker run, whose id is in
+<run>/tracker.json, and sends repeated steps again. API keys come from the environment and are
+written nowhere.
 """
 
 import contextlib
@@ -32,87 +31,86 @@ Kind = Literal["wandb", "mlflow"]
 Send = Callable[[int, Mapping[str, float]], None]  # (step, numbers)
 
 _WAITING = 1000  # lines at most; a tracker that falls further behind loses some
-_PATIENCE_S = 30.0  # at the end of a run, for lines that are under way; all is saved by then
+_PATIENCE_S = 30.0  # for the last lines, at the end of a run
 _KEYS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
-_PARAMS = 100  # that MLflow takes at a time
-_VALUE = 500  # characters of a parameter that every MLflow takes
+_PARAMS = 100  # of MLflow: parameters per call
+_VALUE = 500  # of MLflow: characters of a parameter
 
 
 def check_tracker(kind: Kind | None, run_dir: Folder) -> None:
-    """Raises InputError for a tracker that is not installed, or keeps files where the run folder
-    cannot hold them. Imports nothing.
+    """Raises InputError for a tracker that is not installed, or that would write local files where
+    the run folder is in a bucket. Imports nothing.
     """
     if kind is None:
         return
     if importlib.util.find_spec(kind) is None:
         raise InputError(
-            f"train.tracker: {kind} is not installed; pip install 'dapo_jax[{kind}]', or set train.tracker to null"
+            f"train.tracker: {kind} is not installed; pip install 'dapo_jax[{kind}]', or set "
+            "train.tracker to null"
         )
-    if is_bucket(run_dir) and _is_local(kind):
-        needed = "WANDB_MODE=online" if kind == "wandb" else "MLFLOW_TRACKING_URI"
+    needed = "WANDB_MODE=online" if kind == "wandb" else "MLFLOW_TRACKING_URI"
+    name, _, value = needed.partition("=")
+    if is_bucket(run_dir) and os.environ.get(name, "") in ("", "offline"):
         raise InputError(
-            f"train.tracker: {kind} would keep files in {run_dir}, and a bucket cannot hold them; set {needed}"
+            f"train.tracker: {kind} would keep files in {run_dir}, and a bucket cannot hold them; "
+            f"set {needed}"
         )
 
 
 class Tracker:
     """Context manager around a run. `send` takes its lines.
 
-    kind: None does nothing. config: flat, what the tracker shows of the run. info: told once if the
+    kind: None does nothing. config: flat, shown by the tracker. info: gets a message once if the
     tracker fails.
     """
 
     def __init__(
-        self,
-        kind: Kind | None,
-        run_dir: Folder,
-        config: Mapping[str, Any],
-        info: Callable[[str], None],
+        self, kind: Kind | None, run_dir: Folder, config: Mapping[str, Any], info: Callable
     ):
         self._kind, self._run_dir, self._config, self._info = kind, run_dir, config, info
         self._lines: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(_WAITING)
-        self._thread: threading.Thread | None = None
-        self._lost = False
+        self._thread = threading.Thread(target=self._work, name=f"{kind} tracker", daemon=True)
+        self._failed = False
 
     def __enter__(self) -> "Tracker":
         if self._kind is not None:
-            self._thread = threading.Thread(
-                target=self._work, name=f"{self._kind} tracker", daemon=True
-            )
             self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._thread is not None:
+        if self._thread.is_alive():
             with contextlib.suppress(queue.Full):
                 self._lines.put_nowait(None)
             self._thread.join(_PATIENCE_S)
             if self._thread.is_alive():
-                self._complain(f"has not taken the last lines within {_PATIENCE_S:g} s")
+                self._report(f"has not taken the last lines within {_PATIENCE_S:g} s")
 
     def send(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Hands on a line, and waits for nothing."""
-        if self._thread is not None and self._thread.is_alive():
+        """Queues a line; never blocks."""
+        if self._thread.is_alive():
             try:
                 self._lines.put_nowait((step, numbers))
             except queue.Full:
-                self._complain("is too slow and loses lines")
+                self._report("is too slow and loses lines")
 
     def _work(self) -> None:
-        assert self._kind is not None
         opened = _wandb if self._kind == "wandb" else _mlflow
         try:
             with opened(self._run_dir, self._config) as send:
                 while (line := self._lines.get()) is not None:
                     send(*line)
-        except BaseException as e:  # a stranger's code, which may do anything
-            self._complain(f"has failed ({_words(e)}) and gets no more lines")
+        except BaseException as e:  # foreign code may raise anything
+            words = printable(reason(e))
+            for name in _KEYS:
+                words = words.replace(os.environ.get(name) or name, name)
+            self._report(f"has failed ({words}) and gets no more lines")
 
-    def _complain(self, what: str) -> None:
-        if not self._lost:
-            self._lost = True
+    def _report(self, what: str) -> None:
+        if not self._failed:
+            self._failed = True
             self._info(
-                f"train.tracker: {self._kind} {what}; the run goes on, and metrics.jsonl has them all"
+                f"train.tracker: {self._kind} {what}; the run continues, and metrics.jsonl has "
+                "every line"
             )
 
 
@@ -123,26 +121,21 @@ def _wandb(run_dir: Folder, config: Mapping[str, Any]) -> Iterator[Send]:
 
     name = _known(run_dir).get("wandb") or uuid.uuid4().hex[:8]
     _remember(run_dir, "wandb", name)
+    # Nothing about the machine, its command line, its code, its console.
+    private = (
+        "silent disable_code disable_git x_disable_machine_info x_disable_meta x_disable_stats"
+    )
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "dapo_jax"),
         id=name,
-        name=run_dir.name if is_bucket(run_dir) else Path(run_dir).resolve().name,
+        name=_name(run_dir),
         resume="allow",
         mode=os.environ.get("WANDB_MODE", "offline"),
         dir=tempfile.gettempdir() if is_bucket(run_dir) else str(run_dir),
         config=dict(config),
-        # Nothing of the machine, its command line, its code, its console.
-        settings=wandb.Settings(
-            silent=True,
-            console="off",
-            disable_code=True,
-            disable_git=True,
-            x_disable_machine_info=True,
-            x_disable_meta=True,
-            x_disable_stats=True,
-        ),
+        settings=wandb.Settings(console="off", **dict.fromkeys(private.split(), True)),
     )
-    run.define_metric("*", step_metric="step")  # its own counter refuses to go back
+    run.define_metric("*", step_metric="step")  # wandb's own step cannot go back
     yield lambda step, numbers: run.log({"step": step, **numbers})
     run.finish()
 
@@ -154,66 +147,41 @@ def _mlflow(run_dir: Folder, config: Mapping[str, Any]) -> Iterator[Send]:
     import mlflow
     from mlflow.entities import Metric, Param, RunStatus
 
-    client = mlflow.MlflowClient(
-        os.environ.get("MLFLOW_TRACKING_URI")
-        or f"sqlite:///{Path(run_dir).resolve() / 'mlflow.db'}"
-    )
-    run = _known(run_dir).get("mlflow")
-    if run is None:
+    local = f"sqlite:///{Path(run_dir).resolve() / 'mlflow.db'}"
+    client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or local)
+    if run := _known(run_dir).get("mlflow"):
+        client.update_run(run, status=RunStatus.to_string(RunStatus.RUNNING))
+    else:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "dapo_jax")
         found = client.get_experiment_by_name(name)
-        run = client.create_run(
-            found.experiment_id if found else client.create_experiment(name), run_name=run_dir.name
-        ).info.run_id
+        experiment = found.experiment_id if found else client.create_experiment(name)
+        run = client.create_run(experiment, run_name=_name(run_dir)).info.run_id
         _remember(run_dir, "mlflow", run)
         params = [Param(key, str(value)[:_VALUE]) for key, value in config.items()]
         for at in range(0, len(params), _PARAMS):
             client.log_batch(run, params=params[at : at + _PARAMS])
-    else:
-        client.update_run(run, status=RunStatus.to_string(RunStatus.RUNNING))
 
     def send(step: int, numbers: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
-        client.log_batch(
-            run, metrics=[Metric(key, float(value), now, step) for key, value in numbers.items()]
-        )
+        metrics = [Metric(key, float(value), now, step) for key, value in numbers.items()]
+        client.log_batch(run, metrics=metrics)
 
     yield send
     client.set_terminated(run)
 
 
-def _is_local(kind: Kind) -> bool:
-    """Whether the tracker writes files, and reaches no server."""
-    return (
-        os.environ.get("WANDB_MODE", "offline") == "offline"
-        if kind == "wandb"
-        else not os.environ.get("MLFLOW_TRACKING_URI")
-    )
+def _name(run_dir: Folder) -> str:
+    return run_dir.name if is_bucket(run_dir) else Path(run_dir).resolve().name
 
 
 def _known(run_dir: Folder) -> dict[str, str]:
-    """Ids of the tracker runs that this run has begun. What cannot be read counts as none."""
-    try:
+    """Ids of the run's tracker runs; none if they cannot be read."""
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
         found = json.loads(read(run_dir / "tracker.json") or b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    return (
-        {kind: name for kind, name in found.items() if isinstance(name, str)}
-        if isinstance(found, dict)
-        else {}
-    )
+        return {kind: name for kind, name in found.items() if isinstance(name, str)}
+    return {}
 
 
 def _remember(run_dir: Folder, kind: Kind, name: str) -> None:
-    write_whole(
-        run_dir / "tracker.json", (json.dumps(_known(run_dir) | {kind: name}) + "\n").encode()
-    )
-
-
-def _words(error: BaseException) -> str:
-    """What an error says, without the keys of a tracker."""
-    words = printable(reason(error) if isinstance(error, Exception) else type(error).__name__)
-    for name in _KEYS:
-        if value := os.environ.get(name):
-            words = words.replace(value, name)
-    return words
+    ids = json.dumps(_known(run_dir) | {kind: name})
+    write_whole(run_dir / "tracker.json", f"{ids}\n".encode())

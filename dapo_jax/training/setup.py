@@ -226,8 +226,8 @@ def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Pa
         abstract,
         params_sharding(abstract, mesh),
     )
-    restored = checkpoint.restore_params(folder, target)
-    return restored.step, merged(restored.params, policy, lora, mesh)
+    step, params = checkpoint.restore_params(folder, target)
+    return step, merged(params, policy, lora, mesh)
 
 
 def check_same_model(run: ModelSection, policy: Policy, run_dir: Folder) -> None:

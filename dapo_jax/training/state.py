@@ -103,14 +103,9 @@ def save(
     data: DataDigests,
     function: str | None,
 ) -> None:
-    """Writes a checkpoint, of a whole step or of one under way.
+    """Saves a checkpoint unless the newest one is of this progress.
 
-    Nothing to do where there is one of just this progress.
-
-    function: digest of the file of reward.function, where there is one.
-
-    After a rollback a whole step is there already, with less draws and rollbacks: it is then
-    written as one under way is.
+    function: digest of the file of reward.function, if there is one.
     """
     whole = run.at.begun and run.partial is None
     if whole and run.at == run.saved:
@@ -124,10 +119,6 @@ def save(
     host["tokens_digest"] = data.tokens
     host["function_digest"] = function
     arrays = run.buffer.state() | open_state(run.left_open)
-    if whole and checkpoints.latest_step() != run.at.step:
-        checkpoints.save(run.at.step, run.state, host, arrays)
-        run.saved = run.at
-        return
     if run.partial is not None:
         sums = fetched(run.partial.sums)
         host |= {"drawn": run.partial.drawn, "sums": sorted(sums[0]) if sums else []}
@@ -135,7 +126,7 @@ def save(
             arrays["partial_sums"] = np.array(
                 [[s[name] for name in sorted(s)] for s in sums], np.float64
             )
-    checkpoints.save_interrupted(run.at.step, run.state, host, arrays)
+    checkpoints.save(run.at.step, run.state, host, arrays, partial=not whole)
     run.saved = run.at if whole else None
 
 
