@@ -1,6 +1,4 @@
-"""Groups of responses to one prompt: which teach something, and how much better each response is
-than its group.
-"""
+"""Informative groups and group-relative advantages."""
 
 import numpy as np
 
@@ -8,10 +6,9 @@ from dapo_jax.config import DapoSection
 
 
 def informative_groups(correct: np.ndarray) -> np.ndarray:
-    """Which groups hold right and wrong responses: 0 < #correct < G (arXiv 2503.14476, Eq. 8). bool
-    [Q, G] -> bool [Q].
+    """Groups with correct and incorrect responses: 0 < #correct < G (arXiv 2503.14476, Eq. 8).
 
-    Raises ValueError for an array that is not [Q, G].
+    bool [Q, G] -> bool [Q]. Raises ValueError for other shapes.
 
     >>> print(informative_groups([[True, False, False], [True, True, True], [False, False, False]]))
     [ True False False]
@@ -23,19 +20,15 @@ def informative_groups(correct: np.ndarray) -> np.ndarray:
 
 
 def is_informative(correct: np.ndarray) -> bool:
-    """`informative_groups` of one group, bool [G]; groups may differ in G where answers got no
-    verdict.
-    """
+    """`informative_groups` of one group, bool [G]; G is smaller where answers got no verdict."""
     return bool(informative_groups(np.asarray(correct)[None])[0])
 
 
 def group_advantages(reward: np.ndarray, *, ddof: int = 1, eps: float = 1e-6) -> np.ndarray:
-    """A = (R - mean(R)) / (std(R) + eps) in each group (arXiv 2503.14476, Eq. 9). [Q, G] -> float32
-    [Q, G].
+    """A = (R - mean(R)) / (std(R) + eps) in each group (arXiv 2503.14476, Eq. 9).
 
-    The std divides by G - ddof. A group whose rewards are all equal gives exactly 0. Raises
-    ValueError for an array that is not [Q, G], for ddof outside 0..G-1, and for rewards that are
-    not finite.
+    [Q, G] -> float32 [Q, G]. The std divides by G - ddof; equal rewards give exactly 0. Raises
+    ValueError for other shapes, ddof outside 0..G-1 and non-finite rewards.
 
     >>> print(group_advantages([[1, 1, -1, -1], [0.1, 0.1, 0.1, 0.1]]).round(4))
     [[ 0.866  0.866 -0.866 -0.866]
@@ -47,9 +40,8 @@ def group_advantages(reward: np.ndarray, *, ddof: int = 1, eps: float = 1e-6) ->
     if not 0 <= ddof < reward.shape[1]:
         raise ValueError(f"ddof must be at least 0 and below G = {reward.shape[1]}, got {ddof}")
     if not np.isfinite(reward).all():
-        raise ValueError("reward holds values that are not finite")
-    # The std of equal rewards need not round to 0 (0.1, 0.1, 0.1), so equality is asked of the
-    # rewards themselves.
+        raise ValueError("reward holds non-finite values")
+    # The std of equal rewards need not round to 0 (0.1, 0.1, 0.1), so the rewards are compared.
     constant = reward.max(axis=1, keepdims=True) == reward.min(axis=1, keepdims=True)
     scale = reward.std(axis=1, ddof=ddof, keepdims=True) + eps
     centred = reward - reward.mean(axis=1, keepdims=True)
@@ -57,10 +49,6 @@ def group_advantages(reward: np.ndarray, *, ddof: int = 1, eps: float = 1e-6) ->
 
 
 def advantages_of(reward: np.ndarray, algo: DapoSection) -> np.ndarray:
-    """`group_advantages` of one group, float32 [G].
-
-    Where fewer answers got a verdict than ddof needs, ddof is as large as it can be.
-    """
-    return group_advantages(
-        reward[None], ddof=min(algo.advantage_ddof, len(reward) - 1), eps=algo.advantage_eps
-    )[0]
+    """`group_advantages` of one group, float32 [G]; ddof is smaller where G is too small for it."""
+    ddof = min(algo.advantage_ddof, len(reward) - 1)
+    return group_advantages(reward[None], ddof=ddof, eps=algo.advantage_eps)[0]

@@ -1,4 +1,4 @@
-"""One gradient update: gradients of micro-batches added up, AdamW, nothing divided."""
+"""One optimizer step: gradients summed over micro-batches, then AdamW. Nothing is divided."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,10 +13,8 @@ from dapo_jax.types import Array, Params, TrainBatch, TrainState
 
 
 def make_optimizer(section: OptimSection) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW without its learning rate, which `update_step` applies.
-
-    The rate follows rollout steps, not updates, so it is an input of each update and no state of
-    the optimizer.
+    """Global-norm clipping, then AdamW without its learning rate, which `update_step` applies:
+    the rate follows rollout steps, not updates, so it is no state of the optimizer.
     """
     return optax.chain(
         optax.clip_by_global_norm(section.grad_clip),
@@ -26,8 +24,7 @@ def make_optimizer(section: OptimSection) -> optax.GradientTransformation:
 
 
 def learning_rate(section: OptimSection, rollout_step: int) -> float:
-    """Learning rate of every update of a rollout step (from 1): min(1, s / warmup_steps) ·
-    learning_rate.
+    """The rate of all updates of rollout step s (from 1): learning_rate · min(1, s / warmup_steps).
 
     >>> section = OptimSection(learning_rate=1.0, warmup_steps=20)
     >>> [learning_rate(section, step) for step in (1, 10, 20, 320)]
@@ -39,16 +36,12 @@ def learning_rate(section: OptimSection, rollout_step: int) -> float:
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, lora: LoraConfig | None = None
 ) -> TrainState:
-    """A state before any update. float32 moments, shaped like the parameters; with LoRA, like the
-    adapters.
-    """
+    """A state before any update; float32 moments of the parameters, or of the LoRA adapters."""
     return TrainState(params, optimizer.init(split(params, lora)[0]), jnp.zeros((), jnp.int32))
 
 
 def used_microbatches(batch: TrainBatch) -> Array:
-    """How many leading micro-batches of [M, N, T] hold a target; the rest is padding to a static
-    shape.
-    """
+    """How many leading micro-batches of [M, N, T] hold a target; the others are padding."""
     holds = batch.target_mask.any(axis=(1, 2))
     return jnp.max(jnp.where(holds, jnp.arange(1, holds.shape[0] + 1), 0))
 
@@ -56,10 +49,9 @@ def used_microbatches(batch: TrainBatch) -> Array:
 def accumulate(
     params: Params, batch: TrainBatch, loss_fn: LossFn
 ) -> tuple[Array, dict[str, Array], Params]:
-    """Loss, metric sums and float32 gradient, each the plain sum over the micro-batches of [M, N,
-    T].
+    """Loss, metric sums and float32 gradient: each the sum over the micro-batches of [M, N, T].
 
-    Empty micro-batches at the end are not computed, so a static shape costs no time.
+    Empty micro-batches at the end are not computed.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -76,16 +68,13 @@ def accumulate(
 def map_microbatches(
     params: Params, batch: TrainBatch, *, function: Callable[[Params, TrainBatch], Array]
 ) -> Array:
-    """function(params, [N, T] batch) → [N, T] over the micro-batches of [M, N, T]; 0 on the empty
-    ones at the end.
-    """
+    """function(params, [N, T] batch) → [N, T] of each micro-batch of [M, N, T]; 0 where empty."""
 
     def body(i, out):
         return out.at[i].set(function(params, jax.tree.map(lambda a: a[i], batch)))
 
-    return jax.lax.fori_loop(
-        0, used_microbatches(batch), body, jnp.zeros(batch.tokens.shape, jnp.float32)
-    )
+    empty = jnp.zeros(batch.tokens.shape, jnp.float32)
+    return jax.lax.fori_loop(0, used_microbatches(batch), body, empty)
 
 
 def update_step(
@@ -97,19 +86,15 @@ def update_step(
     optimizer: optax.GradientTransformation,
     lora: LoraConfig | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """θ ← θ - lr · AdamW(clip(Σ over micro-batches of ∇loss)).
+    """θ ← θ - lr · AdamW(clip(Σ over micro-batches of ∇loss)); with LoRA, θ are the adapters.
 
-    With LoRA, θ are the adapters; no gradient in other weights is taken.
+    A non-finite loss or gradient leaves parameters and optimizer state bitwise unchanged.
 
-    An update whose loss or gradient is not finite leaves parameters and optimizer state bitwise as
-    they were.
+    Args:
+      state: donated by the caller's jit. batch: [M, N, T], M micro-batches of N rows.
+      loss_fn: (params, [N, T] batch) → (loss, metric sums), a sum over tokens.
 
-    Args: state: donated by the caller's jit. batch: [M, N, T], M micro-batches of N rows.
-      learning_rate: scalar. loss_fn: (params, [N, T] batch) → (loss, metric sums), a sum over
-      tokens.
-
-    Returns: (new state, {"loss", "grad_norm", "skipped" (0 or 1), and the loss's metric sums}),
-      float32 scalars on device.
+    Returns: (new state, {"loss", "grad_norm", "skipped" (0 or 1), the loss's metric sums}).
     """
     before, frozen = split(state.params, lora)
     loss, sums, grads = accumulate(before, batch, lambda p, rows: loss_fn(join(p, frozen), rows))
@@ -120,31 +105,26 @@ def update_step(
     changed = TrainState(params, opt_state, state.updates + 1)
     unchanged = state._replace(params=before)
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, unchanged)
-    return kept._replace(params=join(kept.params, frozen)), {
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "skipped": 1.0 - finite,
-        **sums,
-    }
+    metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - finite, **sums}
+    return kept._replace(params=join(kept.params, frozen)), metrics
 
 
 def summarize(sums: Mapping[str, float]) -> dict[str, float]:
-    """`policy/` metrics from metric sums: each a mean over target tokens, or over the clipped ones,
-    and left out where there are none.
+    """`policy/` metrics from metric sums: means over target tokens.
+
+    `upclipped_prob_mean` is the mean over the tokens clipped at 1 + ε_high, absent without any.
     """
     tokens = max(sums["tokens"], 1.0)
-    means = {f"policy/{name}": sums[name] / tokens for name in ("entropy", "approx_kl")}
-    if "clipped_high" not in sums:
-        return means
-    means |= {
-        "policy/token_prob_mean": sums["token_prob"] / tokens,
-        "policy/clip_fraction_low": sums["clipped_low"] / tokens,
-        "policy/clip_fraction_high": sums["clipped_high"] / tokens,
-        "policy/clip_fraction_dual": sums.get("clipped_dual", 0.0) / tokens,
-        "policy/importance_capped_fraction": sums.get("importance_capped", 0.0) / tokens,
-    }
-    return means | (
-        {"policy/upclipped_prob_mean": sums["upclipped_prob"] / clipped}
-        if (clipped := sums["clipped_high"])
-        else {}
-    )
+    names = {"entropy": "entropy", "approx_kl": "approx_kl"}
+    if "clipped_high" in sums:
+        names |= {
+            "token_prob_mean": "token_prob",
+            "clip_fraction_low": "clipped_low",
+            "clip_fraction_high": "clipped_high",
+            "clip_fraction_dual": "clipped_dual",
+            "importance_capped_fraction": "importance_capped",
+        }
+    means = {f"policy/{name}": sums.get(key, 0.0) / tokens for name, key in names.items()}
+    if clipped := sums.get("clipped_high"):
+        means["policy/upclipped_prob_mean"] = sums["upclipped_prob"] / clipped
+    return means
