@@ -247,7 +247,7 @@ def test_the_message_at_the_cap_counts_and_advises():
     assert "\n" not in text and text.startswith("dapo.max_generation_batches: ")
     for part in (
         "1 of 8 groups",
-        "drew 6: 2 all right, 3 all wrong, 1 mixed",
+        "drew 6: 2 all-correct, 3 all-incorrect, 1 informative",
         "easier",
         "responses_per_prompt",
         "on_cap: train",
@@ -255,7 +255,7 @@ def test_the_message_at_the_cap_counts_and_advises():
         assert part in text
     with pytest.raises(
         StarvedError,
-        match="1 of 8 groups .* drew 10: 6 all right, 3 all wrong, 1 mixed; use harder",
+        match="1 of 8 groups .* drew 10: 6 all-correct, 3 all-incorrect, 1 informative; use harder",
     ):
         buffer.add(
             [make_group(d, c) for d, c in enumerate([WRONG] * 3 + [RIGHT] * 6 + [MIXED])],

@@ -560,7 +560,7 @@ def test_a_step_that_keeps_no_group_leaves_a_run_that_goes_on(config, tmp_path, 
         )
         limit = f"dapo.max_generation_batches={batches}"
         assert run_train(config, tmp_path / "run", *settings, limit, *changes) == status
-        drew = f"0 of 6 groups to train on; this step carried in 0 and drew {2 * batches}: 0 all right, {2 * batches} all wrong, "
+        drew = f"0 of 6 groups to train on; this step carried in 0 and drew {2 * batches}: 0 all-correct, {2 * batches} all-incorrect, "
         assert (drew in capfd.readouterr().err) == (status == 2)
     (line,) = read_metrics(tmp_path / "run")
     assert line["rollout/prompts"] == line["draws"] == 4

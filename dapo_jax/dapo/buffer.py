@@ -1,13 +1,12 @@
-"""Dynamic sampling: groups wait here until a rollout step has enough that are neither all right nor
-all wrong.
+"""Dynamic sampling: collects groups until a rollout step has enough informative ones.
 
-Groups are accepted in the order in which their prompts were drawn, never in the order in which they
-finished: first finished, first served would favour short responses. Decisions depend on nothing but
-the groups; there is no clock here.
+Groups are accepted in the order in which their prompts were drawn: the order in which they finish
+would favour short responses. Decisions depend on the groups alone, never on the clock.
 """
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,35 +17,30 @@ from dapo_jax.types import Group, InputError, Problem, Prompt, Response, SharedE
 
 
 class StarvedError(SharedError):
-    """The generation batches a step may take gave too few groups to train on."""
+    """A step reached its cap on generation batches with too few groups to train on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCounts:
     """What one rollout step drew and what became of it.
 
-    With dynamic sampling: drawn + carried_in == kept + all_correct + all_wrong + surplus; without
-    it, all-right and all-wrong groups are trained on too: drawn + carried_in == kept + surplus, but
-    for groups without a verdict.
+    With dynamic sampling: drawn + carried_in == kept + all_correct + all_wrong + surplus; without,
+    every group with a verdict is trained on: drawn + carried_in == kept + surplus.
     """
 
-    drawn: (
-        int  # groups drawn in this step, or completed in it where partial rollouts left them open
-    )
+    drawn: int  # groups completed in this step
     kept: int  # groups to train on; the first min(carried_in, kept) of them are carried ones
-    all_correct: int  # drawn groups without a wrong response
-    all_wrong: int  # drawn groups without a right response
+    all_correct: int  # drawn groups without an incorrect response
+    all_wrong: int  # drawn groups without a correct response
     surplus: int  # groups beyond what the step needs, carried to the next step or dropped
     carried_in: int  # groups that the previous step left over
     wasted_tokens: int  # response tokens of groups that will never be trained on
-    accuracy: (
-        float | None
-    )  # share of right responses among those of the drawn groups; None if there are none
-    accuracy_kept: float  # share of right responses among those to train on
+    accuracy: float | None  # share of correct responses in the drawn groups, None without any
+    accuracy_kept: float  # the same in the groups to train on
 
 
 class _Tally(NamedTuple):
-    """Running counts of the step under way."""
+    """Counts of the current step so far."""
 
     carried_in: int = 0
     drawn: int = 0
@@ -61,9 +55,8 @@ class DynamicSamplingBuffer:
     """Collects the groups of a rollout step.
 
     prompts_per_step: groups a step trains on. dynamic_sampling: accept informative groups only.
-    carry_surplus: keep what a step does not need for the next one, else drop it. If groups are
-    added only while `missing()` is above 0, the n groups that one step adds are trained on at most
-    ceil(n / prompts_per_step) steps later.
+    carry_surplus: keep surplus groups for the next step. If groups are added only while `missing()`
+    is above 0, n groups of one step are trained on at most ceil(n / prompts_per_step) steps later.
     """
 
     def __init__(self, prompts_per_step: int, dynamic_sampling: bool, carry_surplus: bool):
@@ -81,61 +74,51 @@ class DynamicSamplingBuffer:
         self._tally = _Tally()
 
     def add(self, groups: Sequence[Group], *, at_least: int = 0) -> None:
-        """Takes in judged groups, in draw order.
+        """Accepts judged groups in draw order; groups that the filter drops need no old log-probs.
 
-        Groups that the filter drops need no old log-probs.
-
-        Raises StarvedError, and takes none, if fewer than `at_least` groups to train on would be
-        there then. Raises ValueError, and takes none, unless draw indices increase, also from call
-        to call, and every group that passes the filter is complete: a text, a verdict and a reward
-        for each response, a log-prob of both kinds for each token.
+        Both errors leave the buffer unchanged. Raises StarvedError if it would have fewer than
+        `at_least` groups to train on. Raises ValueError unless draw indices increase, also from
+        call to call, and every accepted group is complete: a verdict and a reward for each
+        response, both log-probs for each token.
         """
         draws = [self._last_draw, *(group.draw for group in groups)]
         for before, after in itertools.pairwise(draws):
             if after <= before:
-                raise ValueError(
-                    f"groups must arrive in draw order, got draw {after} after draw {before}"
-                )
-        usable = [
-            is_informative(group.correct) if self._dynamic_sampling else bool(group.correct.size)
-            for group in groups
-        ]
-        for group, use in zip(groups, usable, strict=True):
-            if use:
-                _check_lengths(group)
-        accepted, t = [*self._accepted, *itertools.compress(groups, usable)], self._tally
-        for group, use in zip(groups, usable, strict=True):
-            size, right = len(group.correct), int(np.sum(group.correct))
-            t = _Tally(
-                carried_in=t.carried_in,
-                drawn=t.drawn + 1,
-                all_correct=t.all_correct + (right == size > 0),
-                all_wrong=t.all_wrong + (right == 0),
-                responses=t.responses + size,
-                right=t.right + right,
-                wasted_tokens=t.wasted_tokens + (0 if use else _response_tokens(group)),
-            )
+                found = f"draw {after} after draw {before}"
+                raise ValueError(f"groups must arrive in draw order, got {found}")
+        accepts = is_informative if self._dynamic_sampling else np.size
+        used = [group for group in groups if accepts(group.correct)]
+        for group in used:
+            _check_lengths(group)
+        sizes = [len(group.correct) for group in groups]
+        correct = [int(np.sum(group.correct)) for group in groups]
+        added = _Tally(
+            drawn=len(groups),
+            all_correct=sum(c == n > 0 for c, n in zip(correct, sizes, strict=True)),
+            all_wrong=correct.count(0),
+            responses=sum(sizes),
+            right=sum(correct),
+            wasted_tokens=sum(map(_response_tokens, groups)) - sum(map(_response_tokens, used)),
+        )
+        accepted, tally = [*self._accepted, *used], _Tally(*map(operator.add, self._tally, added))
         if len(accepted) < at_least:
-            raise StarvedError(_cap_message(len(accepted), self._prompts_per_step, t))
-        self._accepted, self._tally, self._last_draw = accepted, t, draws[-1]
+            raise StarvedError(_cap_message(len(accepted), self._prompts_per_step, tally))
+        self._accepted, self._tally, self._last_draw = accepted, tally, draws[-1]
 
     def missing(self) -> int:
         """Groups that the step still needs."""
         return max(0, self._prompts_per_step - len(self._accepted))
 
     def ready(self) -> tuple[list[Group], StepCounts]:
-        """What the step trains on, its first prompts_per_step accepted groups in draw order, fewer
-        if there are no more, and its counts.
+        """The groups to train on, the first prompts_per_step accepted ones or fewer, and counts.
 
-        Changes nothing: until `take`, `state` holds all of it. Raises StarvedError if there is no
-        group at all.
+        Changes nothing. Raises StarvedError if there is no group at all.
         """
         if not self._accepted:
             raise StarvedError(_cap_message(0, self._prompts_per_step, self._tally))
-        kept, surplus = (
-            self._accepted[: self._prompts_per_step],
-            self._accepted[self._prompts_per_step :],
-        )
+        needed = self._prompts_per_step
+        kept, surplus = self._accepted[:needed], self._accepted[needed:]
+        dropped = [] if self._carry_surplus else surplus
         t = self._tally
         return kept, StepCounts(
             drawn=t.drawn,
@@ -144,17 +127,13 @@ class DynamicSamplingBuffer:
             all_wrong=t.all_wrong,
             surplus=len(surplus),
             carried_in=t.carried_in,
-            wasted_tokens=t.wasted_tokens
-            + (0 if self._carry_surplus else sum(map(_response_tokens, surplus))),
+            wasted_tokens=t.wasted_tokens + sum(map(_response_tokens, dropped)),
             accuracy=t.right / t.responses if t.responses else None,
             accuracy_kept=float(np.mean(np.concatenate([group.correct for group in kept]))),
         )
 
     def take(self) -> tuple[list[Group], StepCounts]:
-        """Ends the step and returns what was `ready`.
-
-        Raises StarvedError, and leaves the step open, if that is nothing.
-        """
+        """Ends the step and returns what was `ready`; raises as it does."""
         kept, counts = self.ready()
         self._accepted = self._accepted[len(kept) :] if self._carry_surplus else []
         self._tally = _Tally(carried_in=len(self._accepted))
@@ -237,37 +216,29 @@ class DynamicSamplingBuffer:
 
 
 def _cap_message(accepted: int, needed: int, t: _Tally) -> str:
-    """One line for a step that may draw no more and has too few groups: what was drawn, and what to
-    do.
-    """
-    mixed = t.drawn - t.all_correct - t.all_wrong
-    problems = (
-        "easier problems or a supervised warm-up"
-        if t.all_wrong >= t.all_correct
-        else "harder problems"
-    )
+    """One line for a step with too few groups at its cap: what was drawn, and what to do."""
+    informative = t.drawn - t.all_correct - t.all_wrong
+    easier, harder = "easier problems or a supervised warm-up", "harder problems"
     train = " or set dapo.on_cap: train" if accepted else ""
     return (
-        f"dapo.max_generation_batches: used up with {accepted} of {needed} groups to train on; "
-        f"this step carried in {t.carried_in} and drew {t.drawn}: {t.all_correct} all right, {t.all_wrong} all wrong, {mixed} mixed; "
-        f"use {problems}, raise dapo.responses_per_prompt, raise dapo.max_generation_batches{train}"
+        f"dapo.max_generation_batches: reached with {accepted} of {needed} groups to train on; "
+        f"this step carried in {t.carried_in} and drew {t.drawn}: {t.all_correct} all-correct, "
+        f"{t.all_wrong} all-incorrect, {informative} informative; "
+        f"use {easier if t.all_wrong >= t.all_correct else harder}, "
+        f"raise dapo.responses_per_prompt, raise dapo.max_generation_batches{train}"
     )
 
 
 def _check_lengths(group: Group) -> None:
     lengths = [len(response.tokens) for response in group.responses]
-    behavior, old = (
-        [len(r.behavior_logprobs) for r in group.responses],
-        [len(logprobs) for logprobs in group.old_logprobs],
-    )
+    behavior = [len(response.behavior_logprobs) for response in group.responses]
+    old = [len(logprobs) for logprobs in group.old_logprobs]
+    where = f"draw {group.draw}: {len(lengths)} responses"
     if not lengths == behavior == old:
-        raise ValueError(
-            f"draw {group.draw}: responses of {lengths} tokens have {behavior} behavior and {old} old log-probs"
-        )
+        found = f"{behavior} behavior and {old} old log-probs"
+        raise ValueError(f"{where} of {lengths} tokens have {found}")
     if not len(lengths) == len(group.correct) == len(group.reward) == len(group.penalty):
-        raise ValueError(
-            f"draw {group.draw}: {len(lengths)} responses, but not as many verdicts, rewards and penalties"
-        )
+        raise ValueError(f"{where}, but not as many verdicts, rewards and penalties")
 
 
 def _response_tokens(group: Group) -> int:

@@ -1,8 +1,7 @@
-"""From responses to training rows: the loss normaliser, first-fit-decreasing packing, and the way
-back.
+"""Responses to training rows: the loss normaliser and first-fit-decreasing packing.
 
-A packed row holds several segments, each a prompt followed by its response. Entry t of a row speaks
-of predicting token t from what precedes it in its segment (`types.TrainBatch`).
+A packed row holds several segments, each a prompt followed by its response. Entry t of a row is
+about predicting token t from what precedes it in its segment (`types.TrainBatch`).
 """
 
 from collections.abc import Sequence
@@ -13,6 +12,10 @@ import numpy as np
 from dapo_jax.types import TrainBatch
 
 Normalizer = Literal["token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+
+
+# Of the fields of a TrainBatch.
+_DTYPES: list[type[np.generic]] = [np.int32] * 3 + [np.bool_] + [np.float32] * 4
 
 
 class TrainItem(NamedTuple):
@@ -27,7 +30,7 @@ class TrainItem(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where a response lies in a packed batch: entries [microbatch, row, start : start + length]."""
+    """Where a response is in a packed batch: [microbatch, row, start : start + length]."""
 
     microbatch: int
     row: int
@@ -50,17 +53,19 @@ class PackStats(NamedTuple):
 def normalizer_weights(
     group_of: np.ndarray, target_counts: np.ndarray, kept: np.ndarray, *, normalizer: Normalizer
 ) -> np.ndarray:
-    """Weight w_i of every token of response i, so that the loss of a mini-batch is sum_i w_i sum_t
-    loss_it. [n] each -> float32 [n].
+    """Weight w_i of each token of response i: the loss of a mini-batch is Σ_i w_i Σ_t loss_it.
 
         token-mean           1 / sum of |o|
-        group-token-mean     1 / (groups x sum of |o| in the group of i)       arXiv 2503.14476, Eq. 8
-        seq-mean-token-mean  1 / (responses x |o_i|)                           naive GRPO
+        group-token-mean     1 / (groups x sum of |o| in the group of i)   arXiv 2503.14476, Eq. 8
+        seq-mean-token-mean  1 / (responses x |o_i|)                       naive GRPO
         seq-mean-token-sum   1 / responses
 
-    group_of: which group a response is of (any integers). target_counts: |o_i|, tokens. kept: False
-    takes a response out of the loss and of all the sums above; so does having no tokens. These get
-    0. Raises ValueError for shapes that differ, negative counts and unknown normalisers.
+    Args, [n] each: group_of: the group of a response, any integers. target_counts: |o_i|, tokens.
+      kept: False takes a response out of the loss and of all sums; so does having no tokens.
+
+    Returns: float32 [n], 0 for responses without tokens or not kept.
+
+    Raises ValueError for shapes that differ, negative counts and unknown normalisers.
 
     >>> group_of, lengths, kept = [1, 1, 2, 2], [2, 4, 1, 3], [True] * 4
     >>> print(normalizer_weights(group_of, lengths, kept, normalizer="token-mean").round(4))
@@ -68,15 +73,11 @@ def normalizer_weights(
     >>> print(normalizer_weights(group_of, lengths, kept, normalizer="group-token-mean").round(4))
     [0.0833 0.0833 0.125  0.125 ]
     """
-    group_of, counts, kept = (
-        np.asarray(group_of),
-        np.asarray(target_counts, np.int64),
-        np.asarray(kept, bool),
-    )
-    if counts.ndim != 1 or not group_of.shape == counts.shape == kept.shape:
-        raise ValueError(
-            f"group_of, target_counts and kept must be [n], got {group_of.shape}, {counts.shape}, {kept.shape}"
-        )
+    group_of, kept = np.asarray(group_of), np.asarray(kept, bool)
+    counts = np.asarray(target_counts, np.int64)
+    shapes = group_of.shape, counts.shape, kept.shape
+    if counts.ndim != 1 or len({*shapes}) > 1:
+        raise ValueError(f"group_of, target_counts and kept must be [n], got {shapes}")
     if (counts < 0).any():
         raise ValueError("target_counts must not be negative")
     trained = kept & (counts > 0)
@@ -102,12 +103,10 @@ def normalizer_weights(
 def long_share(
     lengths: Sequence[int] | np.ndarray, weights: Sequence[float], advantages: Sequence[float]
 ) -> float:
-    """What share of sum_i |o_i| w_i |A_i| the longest quarter of the responses carries, in [0, 1];
-    0 where the sum is 0. [n] each.
+    """The share of Σ_i |o_i| w_i |A_i| in the longest quarter of the responses, 0 if the sum is 0.
 
-    At ratio 1 this is how the gradient's weight is shared out: a sample-level loss gives every
-    response of a group as much, however long; a token-level loss gives long ones more. Of equal
-    lengths the first ones count as long; the quarter is rounded up.
+    At ratio 1 this is their share of the gradient: a sample-level loss weighs the responses of a
+    group alike, a token-level loss gives long ones more. [n] each; the quarter is rounded up.
     """
     sizes = np.asarray(lengths, np.float64)
     carried = sizes * np.abs(np.asarray(weights, np.float64) * np.asarray(advantages, np.float64))
@@ -116,25 +115,19 @@ def long_share(
 
 
 def pack_rows(lengths: Sequence[int] | np.ndarray, row_len: int) -> list[list[int]]:
-    """First-fit-decreasing: which items share a row of row_len tokens.
-
-    Rows of indices into lengths, ascending in each row.
+    """First-fit-decreasing: rows of ascending indices into lengths, at most row_len tokens each.
 
     Longest first, equal lengths by index, each into the first row with room; at most 11/9 of the
-    fewest possible rows + 6/9 (Dósa 2007). Time is items x rows, in one vectorised scan an item.
-    Raises ValueError for a length outside 1..row_len.
+    fewest possible rows + 6/9 (Dósa 2007). Raises ValueError for a length outside 1..row_len.
     """
     sizes = np.asarray(lengths, np.int64)
     if sizes.size and not 1 <= sizes.min() <= sizes.max() <= row_len:
-        raise ValueError(
-            f"items of {sizes.min()} to {sizes.max()} tokens do not fit rows of {row_len}; lengths are from 1 to row_len"
-        )
+        found = f"items of {sizes.min()} to {sizes.max()} tokens"
+        raise ValueError(f"{found} do not fit rows of {row_len}; lengths are from 1 to row_len")
     room = np.full(sizes.size, row_len)
     rows: list[list[int]] = []
     for index in np.argsort(-sizes, kind="stable"):
-        row = int(
-            np.argmax(room[: len(rows) + 1] >= sizes[index])
-        )  # the row after the last is empty, so there is always one
+        row = int(np.argmax(room[: len(rows) + 1] >= sizes[index]))  # the last one is empty
         if row == len(rows):
             rows.append([])
         rows[row].append(int(index))
@@ -145,14 +138,12 @@ def pack_rows(lengths: Sequence[int] | np.ndarray, row_len: int) -> list[list[in
 def max_microbatches(
     n_items: int, *, row_len: int, max_item_len: int, rows_per_microbatch: int
 ) -> int:
-    """Micro-batches that suffice for any n_items of at most max_item_len tokens, packed by
-    `pack_rows`.
+    """Micro-batches that suffice for any n_items of at most max_item_len tokens.
 
-    Let k = floor(row_len / max_item_len). A row with fewer than k items has at most (k - 1)
-    max_item_len tokens taken, so at least max_item_len free, and takes any item. First-fit
-    therefore opens a row only once every earlier row has k items or more: all rows but the last
-    hold at least k, and there are at most ceil(n_items / k). Items that are all of max_item_len
-    attain it. Raises ValueError if an item may be longer than a row.
+    Let k = floor(row_len / max_item_len). A row with fewer than k items has max_item_len tokens
+    free and takes any item, so `pack_rows` opens a row only if all others have at least k: there
+    are at most ceil(n_items / k), attained by the longest items. Raises ValueError if an item may
+    be longer than a row.
     """
     if not 1 <= max_item_len <= row_len:
         raise ValueError(f"max_item_len must be from 1 to row_len {row_len}, got {max_item_len}")
@@ -167,56 +158,30 @@ def build_batch(
     microbatches: int | None = None,
     row_shards: int = 1,
 ) -> tuple[TrainBatch, PackStats]:
-    """Packs items into numpy rows [M, N, T] with T = row_len, N = rows_per_microbatch, M =
-    microbatches or the fewest that do.
+    """Packs items into numpy rows [M, N, T].
 
-    Each micro-batch is split over row_shards devices, N / row_shards successive rows each. Rows are
-    dealt to the devices' parts of the used micro-batches in descending order of attention cost (sum
-    of squared segment lengths), back and forth, so that the costs of any two parts differ by at
-    most the costliest row's, and their row counts by at most one. Micro-batches beyond the used
-    ones, and rows beyond the dealt ones, are empty. Raises ValueError for no items, an empty
-    prompt, log-probs that do not match the response, an item longer than a row, too few
-    microbatches, and rows that do not divide over the devices.
+    T = row_len, N = rows_per_microbatch, M = microbatches or the fewest that suffice. The N rows
+    of a micro-batch are split over row_shards devices. Rows go to the devices' parts of the used
+    micro-batches in descending order of attention cost (sum of squared segment lengths), back and
+    forth: the costs of any two parts differ by at most the costliest row's, their row counts by at
+    most one. The other rows and micro-batches, at the end, are empty.
+
+    Raises ValueError for no items, an empty prompt, log-probs that do not match the response, an
+    item longer than a row, too few microbatches, and rows that do not divide over the devices.
     """
     if rows_per_microbatch % row_shards:
         raise ValueError(f"{rows_per_microbatch} rows do not divide over {row_shards} devices")
-    if not items:
-        raise ValueError("there are no items to pack")
-    for i, item in enumerate(items):
-        if not len(item.prompt):
-            raise ValueError(
-                f"item {i} has an empty prompt; its first response token would have nothing to be predicted from"
-            )
-        tokens, old, behavior = (
-            len(item.response),
-            len(item.old_logprobs),
-            len(item.behavior_logprobs),
-        )
-        if not tokens == old == behavior:
-            raise ValueError(
-                f"item {i} has {tokens} response tokens, but {old} old and {behavior} behavior log-probs"
-            )
+    _check_items(items)
     lengths = np.array([len(item.prompt) + len(item.response) for item in items])
     rows = pack_rows(lengths, row_len)
     used = _ceil_div(len(rows), rows_per_microbatch)
-    if microbatches is None:
-        microbatches = used
+    microbatches = used if microbatches is None else microbatches
     if used > microbatches:
-        raise ValueError(
-            f"{len(rows)} rows need {used} micro-batches of {rows_per_microbatch} rows, got {microbatches}"
-        )
+        size = f"micro-batches of {rows_per_microbatch} rows"
+        raise ValueError(f"{len(rows)} rows need {used} {size}, got {microbatches}")
 
     shape = (microbatches, rows_per_microbatch, row_len)
-    batch = TrainBatch(
-        tokens=np.zeros(shape, np.int32),
-        segment_ids=np.zeros(shape, np.int32),
-        positions=np.zeros(shape, np.int32),
-        target_mask=np.zeros(shape, np.bool_),
-        old_logprobs=np.zeros(shape, np.float32),
-        behavior_logprobs=np.zeros(shape, np.float32),
-        advantages=np.zeros(shape, np.float32),
-        weight=np.zeros(shape, np.float32),
-    )
+    batch = TrainBatch(*(np.zeros(shape, dtype) for dtype in _DTYPES))
     costs = np.array([np.sum(lengths[row] ** 2) for row in rows])
     placement: dict[int, Placement] = {}
     parts = used * row_shards  # part p is of micro-batch p % used, device p // used
@@ -226,41 +191,53 @@ def build_batch(
         n = device * (rows_per_microbatch // row_shards) + turn
         start = 0
         for segment, i in enumerate(rows[r], start=1):
-            item = items[i]
-            middle, end = start + len(item.prompt), start + int(lengths[i])
-            batch.tokens[m, n, start:middle] = item.prompt
-            batch.tokens[m, n, middle:end] = item.response
-            batch.segment_ids[m, n, start:end] = segment
-            batch.positions[m, n, start:end] = np.arange(end - start)
-            batch.target_mask[m, n, middle:end] = True
-            batch.old_logprobs[m, n, middle:end] = item.old_logprobs
-            batch.behavior_logprobs[m, n, middle:end] = item.behavior_logprobs
-            batch.advantages[m, n, middle:end] = item.advantage
-            batch.weight[m, n, middle:end] = item.weight
-            placement[i] = Placement(m, n, middle, end - middle)
+            end = start + int(lengths[i])
+            _write(TrainBatch(*(field[m, n, start:end] for field in batch)), items[i], segment)
+            count = len(items[i].response)
+            placement[i] = Placement(m, n, end - count, count)
             start = end
+    sizes = np.array([len(item.response) for item in items])
     stats = PackStats(
         rows=len(rows),
         used_microbatches=used,
         tokens=int(lengths.sum()),
-        target_tokens=sum(len(item.response) for item in items),
+        target_tokens=int(sizes.sum()),
         efficiency=float(lengths.sum() / (len(rows) * row_len)),
-        long_share=long_share(
-            [len(i.response) for i in items],
-            [i.weight for i in items],
-            [i.advantage for i in items],
-        ),
+        long_share=long_share(sizes, [i.weight for i in items], [i.advantage for i in items]),
         placement=tuple(placement[i] for i in range(len(items))),
     )
     return batch, stats
 
 
+def _check_items(items: Sequence[TrainItem]) -> None:
+    if not items:
+        raise ValueError("there are no items to pack")
+    for i, item in enumerate(items):
+        if not len(item.prompt):
+            raise ValueError(f"item {i} has an empty prompt: nothing to predict its response from")
+        tokens, old, behavior = map(len, item[1:4])
+        if not tokens == old == behavior:
+            found = f"{old} old and {behavior} behavior log-probs"
+            raise ValueError(f"item {i} has {tokens} response tokens, but {found}")
+
+
+def _write(entries: TrainBatch, item: TrainItem, segment: int) -> None:
+    """Writes an item to its entries of a row."""
+    p = len(item.prompt)
+    entries.tokens[:p] = item.prompt
+    entries.tokens[p:] = item.response
+    entries.segment_ids[:] = segment
+    entries.positions[:] = np.arange(len(entries.positions))
+    entries.target_mask[p:] = True
+    entries.old_logprobs[p:] = item.old_logprobs
+    entries.behavior_logprobs[p:] = item.behavior_logprobs
+    entries.advantages[p:] = item.advantage
+    entries.weight[p:] = item.weight
+
+
 def gather_targets(values: np.ndarray, placement: Sequence[Placement]) -> list[np.ndarray]:
-    """The values [M, N, T] on each response's tokens, float32 [R] each, in the order of placement."""
-    return [
-        np.array(values[p.microbatch, p.row, p.start : p.start + p.length], np.float32)
-        for p in placement
-    ]
+    """The values [M, N, T] of each response's tokens, float32 [R], in the order of placement."""
+    return [np.array(values[m, n, start : start + r], np.float32) for m, n, start, r in placement]
 
 
 def _ceil_div(a: int, b: int) -> int:
