@@ -45,7 +45,8 @@ def test_ground_truths_that_can_be_reached(verifier):
 
 
 def test_ground_truths_that_cannot():
-    [line] = check(problems("42", "{4}$.", "5.", MATH, "x" * 400))
+    line, sentences = check(problems("42", "{4}$.", "5.", MATH, "x" * 400))
+    assert "1 of 5 ground truths are sentences, for example 'We have" in sentences
     whole = f"Answer: {MATH}"
     assert line == (
         "warning: data.train: 1 of 5 (20.0%) ground truths are correct by the strict verifier; not, for example, "
@@ -71,11 +72,11 @@ def test_ground_truths_with_a_label_of_their_own(verifier):
 def test_ground_truths_that_are_sentences(verifier):
     ways = "Adding both cases gives five. Therefore the number of ways is 12"
     lines = check(
-        problems("42", r"\text{the second of May}", ways),
+        problems("42", r"\text{the second of May}", ways, "The answer is 12"),
         RewardSection(verifier=verifier, workers=1),
     )
     assert lines[1:] == [
-        f"warning: data.train: 1 of 3 ground truths have 8 words or more, for example {ways[:60]!r} of p2; "
+        f"warning: data.train: 2 of 4 ground truths are sentences, for example {ways[:60]!r} of p2; "
         "an answer must repeat them, so give the bare answers"
     ]
 
@@ -131,7 +132,7 @@ def test_prompts_that_ask_for_another_form(prompt, form):
     asks, plain = Problem("a", prompt, "2"), Problem("b", "What is 1+1?", "2")
     [_, line] = check([asks, plain], template=DAPO_TEMPLATE)
     assert line == (
-        f"warning: data.train: 1 of 2 prompts hold {form}, but the strict verifier reads an `Answer:` line only; "
+        f"warning: data.train: 1 of 2 prompts contain {form}, but the strict verifier reads an `Answer:` line only; "
         "set reward.verifier: lenient, or let the prompts ask for `Answer:` alone"
     )
     assert len(check([asks] + [plain] * 9, template=DAPO_TEMPLATE)) == 1
@@ -140,6 +141,6 @@ def test_prompts_that_ask_for_another_form(prompt, form):
 
 def test_a_template_that_asks_for_another_form():
     assert (
-        r"2 of 2 prompts hold \boxed"
+        r"2 of 2 prompts contain \boxed"
         in check(problems("1", "2"), template=r"{prompt} End with \boxed{}.")[1]
     )

@@ -230,7 +230,7 @@ def item(text):
         ),
         (
             "def reward(:",
-            "reward.function: cannot import 'my.py' (SyntaxError: invalid syntax (my.py, line 1)); correct the name, or mend the file",
+            "reward.function: cannot import 'my.py' (SyntaxError: invalid syntax (my.py, line 1)); correct the name, or fix the file",
         ),
         ("1 / 0", "cannot import 'my.py' (ZeroDivisionError: division by zero)"),
         (

@@ -268,6 +268,8 @@ def test_lenient_refuses(response, truth):
         ("__Answer:__ 72", "72"),
         ("Answer: 41\nAnswer:", "41"),
         ("Answer: Monday.", "Monday"),
+        ("Answer: true", "True"),
+        (r"Answer: $False$", "false"),
         ("Answer: 5 km, 6 km", "5 km, 6 km"),
         # lists, with and without dollars
         *(
@@ -317,6 +319,7 @@ def test_lenient_finds_and_compares(response, truth):
         # another value
         ("Answer: (3,2,1)", "(1,2,3)"),
         ("Answer: 1:00", "12:00"),
+        ("Answer: false", "True"),
         (r"\boxed{6.6\times 10^{-34}}", r"9.1\times 10^{-31}"),
         (r"\boxed{0.0000001}", "0.0000002"),
         ("Answer: (0.0000001, 2)", "(0.0000002, 2)"),

@@ -94,8 +94,10 @@ class RewardPool:
         if section.verifier == "strict":
             return
         if missing := [name for name in section.environment if name not in os.environ]:
-            what_to_do = "set it before the start, or leave it out"
-            raise InputError(f"reward.environment: {missing[0]} is not set; {what_to_do}")
+            raise InputError(
+                f"reward.environment: {missing[0]} is not set; set it before the start, "
+                "or leave it out"
+            )
         self._queue = _Queue(section.workers)
         self._workers = [_Worker(self._queue, section, source) for _ in range(section.workers)]
         for worker in self._workers:
@@ -116,9 +118,7 @@ class RewardPool:
             self._queue.put([_Task(pending, place, item) for place, item in enumerate(items)])
             return pending
         for place, item in enumerate(items):
-            correct = strict_verify(item.text, item.problem.answer)
-            answered = correct or extract_answer(item.text) is not None
-            pending.settle(place, Verdict(correct, 1.0 if correct else -1.0, None, answered))
+            pending.settle(place, _judge_strict(*item))
         return pending
 
     def judge(self, items: Sequence[RewardItem]) -> list[Verdict]:
@@ -200,19 +200,20 @@ class _Queue:
         self._failed_starts = 0  # in a row
         self._changed = threading.Condition()  # guards all of this
 
-    def put(self, tasks: Sequence[_Task], *, first: bool = False) -> None:
-        """Appends tasks, or returns those that another worker should judge first."""
+    def put(self, tasks: Sequence[_Task]) -> None:
         with self._changed:
-            if self.closed is None:
-                (self._tasks.extendleft if first else self._tasks.extend)(
-                    reversed(tasks) if first else tasks
-                )
-                self._changed.notify_all()
-            elif not first:
+            if self.closed is not None:
                 raise RuntimeError("the reward pool is closed")
-            else:
-                for task in tasks:
-                    task.pending.fail(self.closed)
+            self._tasks.extend(tasks)
+            self._changed.notify_all()
+
+    def put_back(self, tasks: deque[_Task]) -> None:
+        """Returns taken tasks, which go first."""
+        with self._changed:
+            self._tasks.extendleft(reversed(tasks))
+            self._changed.notify_all()
+        if self.closed is not None:
+            self.close(self.closed)
 
     def wait(self) -> bool:
         """Waits for tasks; False if the pool is closed."""
@@ -308,14 +309,15 @@ class _Worker(threading.Thread):
         except InputError as e:
             error = _without_secrets(str(e), self._environment)
         except (sandbox.ConfinedError, EOFError) as e:
-            what_to_do = "check that what it imports works"
-            error = f"reward.{key}: its worker could not start ({e}); {what_to_do}"
+            error = (
+                f"reward.{key}: its worker could not start ({e}); check that what it imports works"
+            )
         self._discard()
         self._queue.start_failed(error)
         return False
 
     def _judge(self, tasks: deque[_Task]) -> None:
-        """Settles the tasks; after one without a verdict, the others go to another worker."""
+        """Settles the tasks, or the first without a verdict and returns the others."""
         assert self._process is not None
         error = "worker sent no verdict"
         try:
@@ -338,7 +340,7 @@ class _Worker(threading.Thread):
                 self._discard()
                 if self._queue.closed is None:
                     tasks.popleft().settle(Verdict(False, -1.0, error))
-                self._queue.put(tasks, first=True)
+                self._queue.put_back(tasks)
 
     def _discard(self) -> None:
         if self._process is not None:
@@ -402,4 +404,10 @@ def _load_judge(
 
 def _judge_lenient(problem: Problem, text: str, response_len: int) -> Verdict:
     correct, answered = lenient_judgement(text, problem.answer)
+    return Verdict(correct, 1.0 if correct else -1.0, None, answered)
+
+
+def _judge_strict(problem: Problem, text: str, response_len: int) -> Verdict:
+    correct = strict_verify(text, problem.answer)
+    answered = correct or extract_answer(text) is not None
     return Verdict(correct, 1.0 if correct else -1.0, None, answered)

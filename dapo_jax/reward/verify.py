@@ -1,10 +1,8 @@
-r"""Is a response's answer right?
+r"""Verifiers of a response's answer: DAPO's string rule, math-verify, or a custom function.
 
-The released string rule, math-verify, or a function of the user's.
-
-The strict rule is that of DAPO's released recipe (verl, `math_dapo`), which takes its normalisation
-from Minerva (arXiv 2206.14858, appendix D): it compares strings, so `42.0` is not `42`.
-`lenient_verify` compares values.
+The strict rule is that of DAPO's released recipe (verl, `math_dapo`), with the normalisation of
+Minerva (arXiv 2206.14858, appendix D). It compares strings, so `42.0` is not `42`; `lenient_verify`
+compares values.
 """
 
 import importlib
@@ -28,14 +26,10 @@ from dapo_jax.types import InputError, Problem, Verdict, canonical_answer
 # fn(problem, response_text, response_len) -> (correct, score), or a Verdict
 RewardFunction = Callable[[Problem, str, int], Verdict | tuple[bool, float]]
 
-STRICT_TAIL = (
-    300  # characters at the end of a response in which the strict rule looks for the answer
-)
-LENIENT_TAIL = 2000  # the same for math-verify, which also takes longer forms
+STRICT_TAIL = 300  # last characters of a response, where the strict rule looks for the answer
+LENIENT_TAIL = 2000  # the same for math-verify, which also reads longer forms
 
-_MAX_ANSWER_CHARS = (
-    4096  # a longer text cannot normalise to what 300 characters hold, and is left as it is
-)
+_MAX_ANSWER_CHARS = 4096  # a longer text cannot match one from 300 characters, and is left as it is
 _MAX_ERROR_CHARS = 200
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -54,16 +48,14 @@ _SUBSTITUTIONS = (
     (r"\text{and}", ","),
     (r"\text{m}", r"\text{}"),
 )
+# `@` is a line end.
 _REMOVED = (
-    *r"square ways integers dollars mph inches hours km units \ldots sue points feet minutes digits cents degrees cm gm".split(),
-    *r"pounds meters meals edges students childrentickets multiples \text{s} \text{.}".split(),
-    "\\text{\ns}",
-    *r"\text{}^2 \text{}^3".split(),
-    "\\text{\n}",
-    *r"\text{} \mathrm{th} ^\circ ^{\circ} \; ,\! {,}".split(),
-    '"',
-    r"\dots",
+    r"square ways integers dollars mph inches hours km units \ldots sue points feet minutes digits "
+    r"cents degrees cm gm pounds meters meals edges students childrentickets multiples \text{s} "
+    r"\text{.} \text{@s} \text{}^2 \text{}^3 \text{@} \text{} \mathrm{th} ^\circ ^{\circ} \; ,\! "
+    r'{,} " \dots'
 )
+_REMOVALS = tuple(text.replace("@", "\n") for text in _REMOVED.split())
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -80,11 +72,10 @@ _REWRITES = tuple(
 
 
 def normalize_answer(text: str) -> str:
-    r"""The form in which answers are compared as strings: `x = \boxed{1{,}024} \text{ cm}` is
-    `1024`.
+    r"""The form in which answers are compared as strings.
 
-    Takes what follows the last `=`; drops articles, blanks, units and TeX wrappers; writes out
-    `\frac12` and `\sqrt3`; drops thousands commas.
+    Takes what follows the last `=`; drops articles, blanks, units, TeX wrappers and thousands
+    commas; writes out `\frac12` and `\sqrt3`.
 
     >>> normalize_answer(r"x = \boxed{1{,}024} \text{ cm}"), normalize_answer(r"\frac12")
     ('1024', '\\frac{1}{2}')
@@ -94,33 +85,22 @@ def normalize_answer(text: str) -> str:
         return text
     for before, after in _SUBSTITUTIONS:
         text = text.replace(before, after)
-    for expression in _REMOVED:
+    for expression in _REMOVALS:
         text = text.replace(expression, "")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    digits = text.replace(
-        ",", ""
-    )  # of negative numbers too, from which the released rule takes none
+    digits = text.replace(",", "")  # the released rule keeps those of negative numbers
     return digits if digits.removeprefix("-").isdigit() else text.strip()
 
 
-def _answer_line(text: str) -> str | None:
-    """What follows the last `Answer:` of a text, to the end of its line."""
-    found = _ANSWER_LINE.findall(text)
-    return found[-1] if found else None
-
-
 def extract_answer(response: str) -> str | None:
-    """The normalised answer of a response, or None if its last 300 characters hold no `Answer:`
-    line.
-    """
-    line = _answer_line(response[-STRICT_TAIL:])
-    return None if line is None else normalize_answer(line)
+    """The normalised answer after the last `Answer:` in the last 300 characters, None without."""
+    found = _ANSWER_LINE.findall(response[-STRICT_TAIL:])
+    return normalize_answer(found[-1]) if found else None
 
 
 def strict_verify(response: str, ground_truth: str) -> bool:
-    r"""Whether the last `Answer:` line in the last 300 characters normalises to the same string as
-    the ground truth.
+    r"""Whether `extract_answer` is the ground truth in the same normal form.
 
     >>> responses = "Answer: 41\nAnswer: $42$", "Answer: 42.0", "It is 42"
     >>> [strict_verify(response, "42") for response in responses]
@@ -129,7 +109,7 @@ def strict_verify(response: str, ground_truth: str) -> bool:
     return extract_answer(response) == normalize_answer(canonical_answer(ground_truth))
 
 
-# Where a response marks its answer, and how it may write lists and numbers.
+# How a response may mark its answer, and write lists and numbers.
 _TAGGED = re.compile(r"(?is)<answer>(.*?)(?:</answer>|\Z)")
 _LABEL = re.compile(r"(?i)answer[*_]*\s*:[*_`\s]*")  # markdown around it or not
 _DISPLAY = re.compile(r"(?s)(?:\\\[.*?\\\]|\$\$.*?\$\$)[^\n]*")
@@ -148,32 +128,27 @@ _MAX_DECIMALS = 10_000  # to which numbers are compared, however small
 def lenient_verify(response: str, ground_truth: str) -> bool:
     r"""Whether the value of the response's answer equals that of the ground truth, by math-verify.
 
-    The answer is looked for in the last 2,000 characters: in the last `<answer>` tag, after the
-    last `Answer:` (markdown around it, on its line, or in display math below), or else wherever
-    math-verify finds one, such as the last `\boxed{}`. It must be the whole answer: of `$48$,
-    $384$` neither part is right. Lists of values are compared as sets. Numbers agree to six
-    decimals, and small ones to four significant digits at least.
+    The answer is searched in the last 2,000 characters: in the last `<answer>` tag, after the last
+    `Answer:` (markdown around it, on its line, or in display math below), else wherever math-verify
+    finds one, such as the last `\boxed{}`. It must be the whole answer: of `$48$, $384$` neither
+    part is correct. Lists of values are compared as sets. Numbers agree to six decimals, small ones
+    to at least four significant digits.
 
-    Time and memory are unbounded for an adversarial answer (`9^{9^{9^9}}`): call it where it can be
-    killed, as RewardPool does. Raises ImportError without math-verify, MemoryError if an answer
-    needs more than there is.
+    Unbounded in time and memory for an adversarial answer (`9^{9^{9^9}}`): run it in a RewardPool.
+    Raises ImportError without math-verify, MemoryError if there is not enough memory.
     """
     return lenient_judgement(response, ground_truth)[0]
 
 
 def lenient_judgement(response: str, ground_truth: str) -> tuple[bool, bool]:
-    """`lenient_verify`, and whether there is an answer at all: one that is marked, or that
-    math-verify finds.
-    """
+    """`lenient_verify`, and whether an answer is marked or math-verify finds one."""
     from math_verify import parse
 
-    logging.getLogger("math_verify").setLevel(
-        logging.ERROR
-    )  # it warns that its own timeouts are off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of timeouts that are off
     gold_text = _list(_plain_numbers(canonical_answer(ground_truth)))
     tail = _plain_numbers(response[-LENIENT_TAIL:])
     marked = _marked_answer(tail)
-    if marked is not None and _undelimited(marked) == _undelimited(gold_text) != "":
+    if marked is not None and _plain(marked) == _plain(gold_text) != "":
         return True, True
     answered = bool(marked)
     try:
@@ -193,24 +168,18 @@ def lenient_judgement(response: str, ground_truth: str) -> tuple[bool, bool]:
 
 
 def _readings(marked: str, tail: str) -> list[str]:
-    """Texts in which math-verify looks for the value of a marked answer, the likeliest first."""
+    """Texts in which math-verify looks for the value of a marked answer, the best first."""
     labelled = f"Answer: {marked}"
     if _DELIMITER.search(marked) or "\\boxed" in marked:
         return [labelled, tail]
-    # math-verify reads TeX only between delimiters: from a bare `2\sqrt{3}` it would take the 2,
-    # from `3,2,1` the 3.2.
+    # math-verify reads TeX only between delimiters: a bare `2\sqrt{3}` is 2, `3,2,1` is 3.2.
     as_tex = f"${marked}$"
-    return (
-        [labelled, as_tex, tail]
-        if _WORD.search(marked) and not _MARKUP.search(marked)
-        else [as_tex, labelled, tail]
-    )
+    is_text = _WORD.search(marked) and not _MARKUP.search(marked)
+    return [labelled, as_tex, tail] if is_text else [as_tex, labelled, tail]
 
 
 def _marked_answer(tail: str) -> str | None:
-    """The text of the last answer that a tag or a label marks, or that is all there is; None if
-    there is none.
-    """
+    """The text of the last answer that a tag or a label marks, or the whole tail if it is short."""
     tags = list(_TAGGED.finditer(tail))
     if tags and not _LABEL.search(tail, tags[-1].end()):
         tail = tags[-1][1]
@@ -224,39 +193,34 @@ def _marked_answer(tail: str) -> str | None:
 
 
 def _list(text: str) -> str:
-    return _CONJUNCTION.sub(", ", " ".join(text.split())).rstrip(
-        " ."
-    )  # one space each: the pattern is cubic in a run of them
+    """A list with commas. The pattern is cubic in a run of blanks, so each becomes one first."""
+    return _CONJUNCTION.sub(", ", " ".join(text.split())).rstrip(" .")
 
 
 def _plain_numbers(text: str) -> str:
-    r"""A text with its numbers as math-verify reads them: `4.5e33` as `4.5 \times 10^{33}`, `1 000`
-    and `\$1000` as `1000`.
-    """
+    r"""Numbers as math-verify reads them: `4.5e33` as `4.5 \times 10^{33}`, `1 000` as `1000`."""
     text = _GROUPED.sub(lambda number: number[0].replace(" ", ""), text.replace(r"\$", ""))
     return _EXPONENT.sub(lambda n: rf"{n[1]} \times 10^{{{n[2] or n[3] or n[4]}}}", text)
 
 
-def _undelimited(text: str) -> str:
-    return " ".join(_DELIMITER.sub(" ", text).split())
+def _plain(text: str) -> str:
+    """Without delimiters of math; words of truth in one case."""
+    text = " ".join(_DELIMITER.sub(" ", text).split())
+    return text.lower() if text.lower() in ("true", "false") else text
 
 
 def _same_value(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
-    """Whether a reading of the ground truth equals one of the answer.
-
-    One that math-verify cannot compare stops none of the others.
-    """
+    """Whether a reading of the ground truth equals one of the answer, as far as comparable."""
     from math_verify import verify
 
-    settings: dict[str, Any] = {"timeout_seconds": None, "raise_on_error": True}
+    options: dict[str, Any] = {"timeout_seconds": None, "raise_on_error": True}
     for a, b in itertools.product(gold, answer):
         try:
-            if not verify(a, b, **settings):
+            if not verify(a, b, **options):
                 equal = _same_number(a, b)
             elif more := max(_further_decimals(a), _further_decimals(b)):
-                equal = verify(
-                    a, b, float_rounding=6 + more, numeric_precision=15 + more, **settings
-                )
+                digits = {"float_rounding": 6 + more, "numeric_precision": 15 + more}
+                equal = verify(a, b, **digits, **options)
             else:
                 equal = True
         except MemoryError:
@@ -269,9 +233,7 @@ def _same_value(gold: Sequence[Any], answer: Sequence[Any]) -> bool:
 
 
 def _further_decimals(value: Any) -> int:
-    """How many decimals beyond six the smallest number in a value needs, to be compared to four
-    significant digits.
-    """
+    """Decimals beyond six that the smallest number in a value needs for four significant digits."""
     import sympy
 
     most = 0.0
@@ -286,78 +248,70 @@ def _further_decimals(value: Any) -> int:
 
 
 def _same_number(a: Any, b: Any) -> bool:
-    """Whether two numbers, one of them a floating-point one, differ by rounding errors alone: `8.7
-    \\times 10^8` is 870000000.
-    """
+    r"""Whether two numbers, one of them a float, differ by rounding errors alone."""
     from sympy import Float
 
-    if (
-        isinstance(a, str)
-        or isinstance(b, str)
-        or not (a.is_number and b.is_number and (a - b).has(Float))
-    ):
+    if isinstance(a, str) or isinstance(b, str) or not (a.is_number and b.is_number):
+        return False
+    if not (a - b).has(Float):
         return False
     return bool(abs((a - b).evalf()) <= 1e-14 * abs(a.evalf()))
 
 
 def one_line(error: BaseException | str) -> str:
-    """`ValueError: what it says`, or a text, on one line of at most 200 characters."""
+    """`ValueError: message`, or a text, on one line of at most 200 characters."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:_MAX_ERROR_CHARS]
 
 
 def function_source(spec: str | None) -> str | None:
-    """The text of the file that `file.py:function` names, not run; None for anything else.
+    """The text of the file in `file.py:function`, not run; None for anything else.
 
     Raises InputError if it cannot be read.
     """
     path = (spec or "").rpartition(":")[0]
-    return (
-        read_text(path, f"reward.function: {path}", "reward", "Python")
-        if path.endswith(".py")
-        else None
-    )
+    if not path.endswith(".py"):
+        return None
+    return read_text(path, f"reward.function: {path}", "reward", "Python")
 
 
 def load_function(
     spec: str, allowed_modules: Sequence[str], source: str | None = None
 ) -> RewardFunction:
-    """A custom verifier, `package.module:function` or `file.py:function`, from one of the allowed
-    modules or files.
+    """A custom verifier, `package.module:function` or `file.py:function`.
 
-    It is called as `fn(problem, response_text, response_len)`, with the length in tokens, and
-    returns `(correct, score)`: groups are filtered on `correct`, learning is from `score`. source:
-    of the file, as `function_source` read it. Raises InputError if it is not allowed, cannot be
-    imported or cannot be called.
+    It is called as `fn(problem, response_text, response_len)`, the length in tokens, and returns
+    `(correct, score)`: groups are filtered on `correct`, the reward is `score`.
+
+    source: of the file, from `function_source`. Raises InputError if it is not one of the allowed
+    modules or files, or cannot be imported or called.
     """
     name, colon, attribute = spec.rpartition(":")
     if not (colon and name and attribute.isidentifier()):
-        raise InputError(
-            f"reward.function: expected package.module:function or file.py:function, got {spec!r}"
-        )
+        forms = "package.module:function or file.py:function"
+        raise InputError(f"reward.function: expected {forms}, got {spec!r}")
     kind = "module" if source is None else "file"
+    where = f"reward.function: {kind} {name!r}"
     if name not in allowed_modules:
-        raise InputError(
-            f"reward.function: {kind} {name!r} is not in reward.allowed_modules; add it if you trust it"
-        )
+        raise InputError(f"{where} is not in reward.allowed_modules; add it if you trust it")
     try:
         module = importlib.import_module(name) if source is None else _import_text(name, source)
     except Exception as e:
         raise InputError(
-            f"reward.function: cannot import {name!r} ({one_line(e)}); correct the name, or mend the {kind}"
+            f"reward.function: cannot import {name!r} ({one_line(e)}); correct the name, "
+            f"or fix the {kind}"
         ) from None
     function = getattr(module, attribute, None)
     if function is None:
-        raise InputError(f"reward.function: {kind} {name!r} has no {attribute!r}; correct the name")
+        raise InputError(f"{where} has no {attribute!r}; correct the name")
     if not callable(function):
-        raise InputError(
-            f"reward.function: {spec!r} is a {type(function).__name__}; name a function(problem, text, length)"
-        )
+        found = f"{spec!r} is a {type(function).__name__}"
+        raise InputError(f"reward.function: {found}; name a function(problem, text, length)")
     return function
 
 
 class _Text(importlib.abc.ExecutionLoader):
-    """Imports what was read once, whatever the file holds by now."""
+    """Imports a text that was read from a file, whatever the file contains by now."""
 
     def __init__(self, path: str, source: str):
         self._path, self._source = path, source
@@ -370,19 +324,17 @@ class _Text(importlib.abc.ExecutionLoader):
 
 
 def _import_text(path: str, source: str) -> types.ModuleType:
-    """A module of the text of a file."""
-    spec = importlib.util.spec_from_loader("dapo_jax_task", _Text(path, source), is_package=False)
-    assert spec is not None and spec.loader is not None
+    loader = _Text(path, source)
+    spec = importlib.util.spec_from_loader("dapo_jax_task", loader, is_package=False)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # where dataclasses look for the module of a class
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     return module
 
 
 def check_verdict(value: object) -> Verdict:
-    """What a custom verifier returned, as a Verdict.
-
-    Raises ValueError that says what is wrong with it.
+    """What a custom verifier returned, as a Verdict. Raises ValueError if it is unusable.
 
     >>> check_verdict((True, 1))
     Verdict(correct=True, score=1.0, error=None, answered=True)
@@ -390,14 +342,12 @@ def check_verdict(value: object) -> Verdict:
     Traceback (most recent call last):
     ValueError: correct must be True or False, not int
     """
-    if not isinstance(value, tuple) or len(value) != (
-        len(Verdict._fields) if isinstance(value, Verdict) else 2
-    ):
-        length = f" of {len(value)}" if isinstance(value, tuple) else ""
-        raise ValueError(
-            f"the reward function must return (correct, score), not {type(value).__name__}{length}"
-        )
-    correct, score, error, answered = value if isinstance(value, Verdict) else (*value, None, True)
+    if isinstance(value, tuple) and not isinstance(value, Verdict) and len(value) == 2:
+        value = Verdict(*value)
+    if not isinstance(value, Verdict):
+        found = type(value).__name__ + (f" of {len(value)}" if isinstance(value, tuple) else "")
+        raise ValueError(f"the reward function must return (correct, score), not {found}")
+    correct, score, error, answered = value
     if not isinstance(correct, bool | np.bool_):
         raise ValueError(f"correct must be True or False, not {type(correct).__name__}")
     if isinstance(score, bool) or not isinstance(score, Real):
@@ -410,6 +360,4 @@ def check_verdict(value: object) -> Verdict:
         number = math.inf
     if not abs(number) <= _FLOAT32_MAX:
         raise ValueError(f"score must be finite in float32, got {number}")
-    return Verdict(
-        bool(correct), number, None if error is None else one_line(error), bool(answered)
-    )
+    return Verdict(bool(correct), number, error and one_line(error), bool(answered))

@@ -40,20 +40,12 @@ _ENVIRONMENT = """
     PATH HOME LANG LC_ALL LC_CTYPE LD_LIBRARY_PATH PYTHONHOME PYTHONPATH TMPDIR TZ VIRTUAL_ENV
 """.split()
 # BLAS threads count against the memory limit; results must not depend on the order of a set.
-_SETTINGS = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "PYTHONHASHSEED": "0",
-}
+_SETTINGS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_SETTINGS["PYTHONHASHSEED"] = "0"
 
 
 class ConfinedError(Exception):
     """Why the process gave no result; half a sentence."""
-
-
-class OverTimeError(ConfinedError):
-    """A result missed its deadline."""
 
 
 class OverMemoryError(ConfinedError):
@@ -61,15 +53,11 @@ class OverMemoryError(ConfinedError):
 
 
 class Process:
-    """A sandboxed process that runs `work`, a context manager that kills it at the end.
+    """A sandboxed process; a context manager that kills it. Of one thread, `interrupt` aside.
 
-    One thread uses it; only `interrupt` may be called from another.
-
-    Args:
-      work: "module:function" of a generator function of an iterator of orders. Its first yield
-        means that it is ready, the others are results, JSON-able (a decimal becomes text).
-      deadline_s: for one result. memory_bytes: address space beyond what it has when it is ready.
-      environment: additional variables.
+    work: "module:function" of a generator function of an iterator of orders. Its first yield means
+      that it is ready, the others are JSON-able results (a decimal becomes text).
+    deadline_s: for one result. memory_bytes: address space beyond what it has when it is ready.
 
     Raises OSError if no process can be started.
     """
@@ -116,21 +104,19 @@ class Process:
             raise self._ended() from None
 
     def wait_ready(self) -> None:
-        """Waits until the process has imported what it needs. Raises as `receive` does."""
-        self._receive(START_S)
+        """Waits until the process has imported what it needs; raises as `receive` does."""
+        self.receive(START_S)
 
-    def receive(self) -> Any:
-        """Waits for the next result.
+    def receive(self, seconds: float | None = None) -> Any:
+        """Waits for the next result, by default for deadline_s.
 
         Raises InputError if `work` does, EOFError if it is done, else ConfinedError; kill it then.
         """
-        return self._receive(self._deadline_s)
-
-    def _receive(self, seconds: float) -> Any:
+        line = self._line(self._deadline_s if seconds is None else seconds)
         try:
-            kind, value = json.loads(self._line(seconds))
+            kind, value = json.loads(line)
         except (ValueError, TypeError, RecursionError):
-            raise ConfinedError("worker sent malformed data") from None
+            kind = "malformed"
         match kind:
             case "result":
                 return value
@@ -151,7 +137,7 @@ class Process:
             try:
                 data = self._channel.recv(1 << 18)
             except TimeoutError:
-                raise OverTimeError(f"timed out after {seconds:g} s") from None
+                raise ConfinedError(f"timed out after {seconds:g} s") from None
             except OSError:
                 data = b""
             if not data:
@@ -191,7 +177,7 @@ class Process:
     def _ended(self) -> ConfinedError:
         status = self.kill()
         if status == -signal.SIGALRM:  # its own alarm: this process was stopped meanwhile
-            return OverTimeError(f"timed out after {self._deadline_s:g} s")
+            return ConfinedError(f"timed out after {self._deadline_s:g} s")
         if status is None or status >= 0:
             return ConfinedError(f"worker exited with status {status}")
         names = {number.value: number.name for number in signal.Signals}
