@@ -1,11 +1,13 @@
 """Informative groups and group-relative advantages."""
 
 import numpy as np
+from jaxtyping import Bool, Float32
+from numpy.typing import ArrayLike
 
 from dapo_jax.config import DapoSection
 
 
-def informative_groups(correct: np.ndarray) -> np.ndarray:
+def informative_groups(correct: ArrayLike) -> Bool[np.ndarray, " Q"]:
     """Groups with correct and incorrect responses: 0 < #correct < G (arXiv 2503.14476, Eq. 8).
 
     bool [Q, G] -> bool [Q]. Raises ValueError for other shapes.
@@ -19,12 +21,14 @@ def informative_groups(correct: np.ndarray) -> np.ndarray:
     return np.logical_and(correct.any(axis=1), ~correct.all(axis=1))
 
 
-def is_informative(correct: np.ndarray) -> bool:
+def is_informative(correct: ArrayLike) -> bool:
     """`informative_groups` of one group, bool [G]; G is smaller where answers got no verdict."""
     return bool(informative_groups(np.asarray(correct)[None])[0])
 
 
-def group_advantages(reward: np.ndarray, *, ddof: int = 1, eps: float = 1e-6) -> np.ndarray:
+def group_advantages(
+    reward: ArrayLike, *, ddof: int = 1, eps: float = 1e-6
+) -> Float32[np.ndarray, "Q G"]:
     """A = (R - mean(R)) / (std(R) + eps) in each group (arXiv 2503.14476, Eq. 9).
 
     [Q, G] -> float32 [Q, G]. The std divides by G - ddof; equal rewards give exactly 0. Raises
@@ -48,7 +52,9 @@ def group_advantages(reward: np.ndarray, *, ddof: int = 1, eps: float = 1e-6) ->
     return np.where(constant, 0.0, centred / np.where(constant, 1.0, scale)).astype(np.float32)
 
 
-def advantages_of(reward: np.ndarray, algo: DapoSection) -> np.ndarray:
+def advantages_of(
+    reward: Float32[np.ndarray, " G"], algo: DapoSection
+) -> Float32[np.ndarray, " G"]:
     """`group_advantages` of one group, float32 [G]; ddof is smaller where G is too small for it."""
     ddof = min(algo.advantage_ddof, len(reward) - 1)
     return group_advantages(reward[None], ddof=ddof, eps=algo.advantage_eps)[0]

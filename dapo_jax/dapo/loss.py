@@ -8,26 +8,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32
 
 from dapo_jax.config import DapoSection, ModelConfig
 from dapo_jax.model.decoder import head_kernel, hidden_states
 from dapo_jax.model.logprobs import linear_logprobs, linear_loss
-from dapo_jax.types import Array, Params, TrainBatch
+from dapo_jax.types import Params, TrainBatch
 
 LossFn = Callable[[Params, TrainBatch], tuple[jax.Array, dict[str, Any]]]
 _LOG_RATIO_CAP = 80.0  # exp overflows float32 at 88.7
 
 
 def dapo_token_loss(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
+    logprobs: Float[Any, "*S"],
+    old_logprobs: Float[Any, "*S"],
+    advantages: Float[Any, "*S"],
     *,
     clip_eps_low: float,
     clip_eps_high: float,
     dual_clip: float | None = None,
     ratio_cap: float | None = None,
-) -> Array:
+) -> Float[Array, "*S"]:
     """The clipped surrogate of each token, negated to be minimised.
 
         r = π_θ / π_old = exp(logprobs - old_logprobs)
@@ -68,8 +69,8 @@ def dapo_token_loss(
 
 
 def policy_metrics(
-    logprobs: Array, entropy: Array, args: TrainBatch, algo: DapoSection
-) -> dict[str, Array]:
+    logprobs: Float[Any, "*S"], entropy: Float[Any, "*S"], args: TrainBatch, algo: DapoSection
+) -> dict[str, Float32[Array, "*S"]]:
     """Quantities of each token whose sums give the `policy/` metrics (`update.summarize`)."""
     log_ratio = logprobs - args.old_logprobs
     ratio = jnp.exp(log_ratio)
@@ -99,7 +100,7 @@ def policy_metrics(
 
 def batch_hidden(
     params: Params, batch: TrainBatch, model: ModelConfig, mesh: Mesh | None = None
-) -> Array:
+) -> Float[Array, "_ D"]:
     """Hidden states [N * T, D], row-major: entry t has the state that predicts token t.
 
     The shift from t - 1 to t is here and nowhere else.
@@ -121,8 +122,8 @@ def _batch_loss(params, batch, terms, model, **options):
 
 
 def dapo_terms(
-    logprobs: Array, entropy: Array, args: TrainBatch, algo: DapoSection
-) -> tuple[Array, dict[str, Array]]:
+    logprobs: Float[Any, "*S"], entropy: Float[Any, "*S"], args: TrainBatch, algo: DapoSection
+) -> tuple[Float[Array, "*S"], dict[str, Float32[Array, "*S"]]]:
     """Each token's weight · `dapo_token_loss` and `policy_metrics`: a token loss of `linear_loss`.
 
     With an importance cap C, truncated importance sampling corrects for the sampler's numerics:
@@ -149,7 +150,7 @@ def dapo_terms(
     return weight * loss, policy_metrics(logprobs, entropy, args, algo)
 
 
-def _cross_entropy_terms(logprobs: Array, entropy: Array, args: TrainBatch):
+def _cross_entropy_terms(logprobs, entropy, args: TrainBatch):
     return -args.weight * logprobs, {"tokens": jnp.ones_like(logprobs), "entropy": entropy}
 
 
@@ -162,7 +163,7 @@ def loss_fn(
     temperature: float = 1.0,
     chunk_size: int = 1024,
     mesh: Mesh | None = None,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
     """Σ_t weight_t · dapo_token_loss_t over the response tokens of packed rows.
 
     Equals -J(θ) of DAPO (Eq. 8) if `batch.weight` is that of `packing.normalizer_weights`.
@@ -184,7 +185,7 @@ def cross_entropy_loss_fn(
     model: ModelConfig,
     chunk_size: int = 1024,
     mesh: Mesh | None = None,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
     """-Σ_t weight_t · log π_θ(token t), for the supervised warm-up. Returns as `loss_fn`."""
     options = {"temperature": 1.0, "chunk_size": chunk_size, "mesh": mesh}
     return _batch_loss(params, batch, _cross_entropy_terms, model, **options)
@@ -198,7 +199,7 @@ def batch_logprobs(
     temperature: float = 1.0,
     chunk_size: int = 1024,
     mesh: Mesh | None = None,
-) -> Array:
+) -> Float32[Array, "N T"]:
     """Log-prob of every response token, float32 [N, T], 0 elsewhere: the trainer's log π_old."""
     flat = _flat(batch)
     logprobs, _ = linear_logprobs(

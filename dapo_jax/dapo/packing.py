@@ -5,14 +5,13 @@ about predicting token t from what precedes it in its segment (`types.TrainBatch
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int32, Shaped
+from numpy.typing import ArrayLike
 
 from dapo_jax.types import TrainBatch
-
-Normalizer = Literal["token-mean", "group-token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
-
 
 # Of the fields of a TrainBatch.
 _DTYPES: list[type[np.generic]] = [np.int32] * 3 + [np.bool_] + [np.float32] * 4
@@ -21,10 +20,10 @@ _DTYPES: list[type[np.generic]] = [np.int32] * 3 + [np.bool_] + [np.float32] * 4
 class TrainItem(NamedTuple):
     """One response to train on."""
 
-    prompt: np.ndarray  # int32 [P], P >= 1
-    response: np.ndarray  # int32 [R]
-    old_logprobs: np.ndarray  # float32 [R]
-    behavior_logprobs: np.ndarray  # float32 [R]
+    prompt: Int32[np.ndarray, " P"]  # P >= 1
+    response: Int32[np.ndarray, " R"]
+    old_logprobs: Float32[np.ndarray, " R"]
+    behavior_logprobs: Float32[np.ndarray, " R"]
     advantage: float
     weight: float  # of each of its tokens in the loss, see `normalizer_weights`
 
@@ -51,8 +50,8 @@ class PackStats(NamedTuple):
 
 
 def normalizer_weights(
-    group_of: np.ndarray, target_counts: np.ndarray, kept: np.ndarray, *, normalizer: Normalizer
-) -> np.ndarray:
+    group_of: ArrayLike, target_counts: ArrayLike, kept: ArrayLike, *, normalizer: str
+) -> Float32[np.ndarray, " n"]:
     """Weight w_i of each token of response i: the loss of a mini-batch is Σ_i w_i Σ_t loss_it.
 
         token-mean           1 / sum of |o|
@@ -100,9 +99,7 @@ def normalizer_weights(
     return weights
 
 
-def long_share(
-    lengths: Sequence[int] | np.ndarray, weights: Sequence[float], advantages: Sequence[float]
-) -> float:
+def long_share(lengths: ArrayLike, weights: ArrayLike, advantages: ArrayLike) -> float:
     """The share of Σ_i |o_i| w_i |A_i| in the longest quarter of the responses, 0 if the sum is 0.
 
     At ratio 1 this is their share of the gradient: a sample-level loss weighs the responses of a
@@ -114,7 +111,7 @@ def long_share(
     return float(carried[longest].sum() / total) if (total := carried.sum()) else 0.0
 
 
-def pack_rows(lengths: Sequence[int] | np.ndarray, row_len: int) -> list[list[int]]:
+def pack_rows(lengths: ArrayLike, row_len: int) -> list[list[int]]:
     """First-fit-decreasing: rows of ascending indices into lengths, at most row_len tokens each.
 
     Longest first, equal lengths by index, each into the first row with room; at most 11/9 of the
@@ -235,7 +232,9 @@ def _write(entries: TrainBatch, item: TrainItem, segment: int) -> None:
     entries.weight[p:] = item.weight
 
 
-def gather_targets(values: np.ndarray, placement: Sequence[Placement]) -> list[np.ndarray]:
+def gather_targets(
+    values: Shaped[np.ndarray, "M N T"], placement: Sequence[Placement]
+) -> list[Float32[np.ndarray, " _"]]:
     """The values [M, N, T] of each response's tokens, float32 [R], in the order of placement."""
     return [np.array(values[m, n, start : start + r], np.float32) for m, n, start, r in placement]
 

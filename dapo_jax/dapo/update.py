@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float32, Int
 
 from dapo_jax.config import LoraConfig, OptimSection
 from dapo_jax.dapo.loss import LossFn
 from dapo_jax.model.lora import join, split
-from dapo_jax.types import Array, Params, TrainBatch, TrainState
+from dapo_jax.types import Params, TrainBatch, TrainState
 
 
 def make_optimizer(section: OptimSection) -> optax.GradientTransformation:
@@ -40,7 +41,7 @@ def init_state(
     return TrainState(params, optimizer.init(split(params, lora)[0]), jnp.zeros((), jnp.int32))
 
 
-def used_microbatches(batch: TrainBatch) -> Array:
+def used_microbatches(batch: TrainBatch) -> Int[Array, ""]:
     """How many leading micro-batches of [M, N, T] hold a target; the others are padding."""
     holds = batch.target_mask.any(axis=(1, 2))
     return jnp.max(jnp.where(holds, jnp.arange(1, holds.shape[0] + 1), 0))
@@ -48,7 +49,7 @@ def used_microbatches(batch: TrainBatch) -> Array:
 
 def accumulate(
     params: Params, batch: TrainBatch, loss_fn: LossFn
-) -> tuple[Array, dict[str, Array], Params]:
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]], Params]:
     """Loss, metric sums and float32 gradient: each the sum over the micro-batches of [M, N, T].
 
     Empty micro-batches at the end are not computed.
@@ -67,7 +68,7 @@ def accumulate(
 
 def map_microbatches(
     params: Params, batch: TrainBatch, *, function: Callable[[Params, TrainBatch], Array]
-) -> Array:
+) -> Float32[Array, "M N T"]:
     """function(params, [N, T] batch) → [N, T] of each micro-batch of [M, N, T]; 0 where empty."""
 
     def body(i, out):
@@ -80,12 +81,12 @@ def map_microbatches(
 def update_step(
     state: TrainState,
     batch: TrainBatch,
-    learning_rate: Array | float,
+    learning_rate: Float32[Array, ""] | float,
     *,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     lora: LoraConfig | None = None,
-) -> tuple[TrainState, dict[str, Array]]:
+) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
     """θ ← θ - lr · AdamW(clip(Σ over micro-batches of ∇loss)); with LoRA, θ are the adapters.
 
     A non-finite loss or gradient leaves parameters and optimizer state bitwise unchanged.
