@@ -87,7 +87,7 @@ def _normal(need: str) -> tuple[str, frozenset[str]]:
 
 
 def test_changelog_and_package_name_the_same_version():
-    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    newest = re.search(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
     assert newest == dapo_jax.__version__
 
 

@@ -242,7 +242,7 @@ IN_USE = "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use
             lambda: (_ for _ in ()).throw(RuntimeError(IN_USE)),
             "already in use by process with pid 4711",
         ),
-        (jax.devices, "this host has TPU chips, but jax came up with cpu"),
+        (jax.devices, "this host has TPU chips, but jax uses cpu: another process has them"),
     ],
 )
 def test_chips_that_another_process_holds_are_named(devices, said, monkeypatch):
@@ -289,7 +289,7 @@ cli.run(main, [])
         )
 
     with start(2) as waiting, start(1) as joined:
-        assert "the same command has to run on every host at a time" in waiting.stderr.readline()
+        assert "the same command must run on every host" in waiting.stderr.readline()
         assert joined.stderr.readline() == "joined\n"
         for process in (waiting, joined):
             process.terminate()

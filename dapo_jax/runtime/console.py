@@ -1,4 +1,4 @@
-"""What a run tells people while it goes: lines, a table of its steps, progress bars on a terminal.
+"""Output of a run: lines, a table of its steps, progress bars on a terminal.
 
 A log file gets the same lines, without control characters.
 """
@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 _REPEAT = 20  # lines of the table under one header
-_LOG_COLUMNS = 120  # where output is no terminal
+_WIDE = 120  # columns of the whole table; a log file gets it, a narrower terminal not
 
-# title, key, width, factor to the unit shown, format; what stands on a terminal of fewer than
-# _LOG_COLUMNS columns
+# title, key, width, factor to the unit shown, format, whether narrow terminals show it
 _COLUMNS = (
     ("acc%", "reward/accuracy", 5, 100, ".1f", True),
     ("reward", "reward/mean", 6, 1, "+.3f", True),
@@ -35,15 +34,13 @@ _COLUMNS = (
     ("step_s", "time/step_s", 6, 1, ".1f", True),
 )
 
-
-_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"  # surrogates too: they are undecodable bytes of file names
+# Surrogates too: they are undecodable bytes of file names.
+_CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 _NOT_OF_BARS = rf"(?![\r\x1b]){_CONTROLS}|\x1b(?!\[A)"  # what progress bars do not write
 
 
 class _Escaped:
-    """A text stream that writes control characters as escapes: file names, keys of files and quoted
-    texts may hold any.
-    """
+    """A text stream that escapes control characters, which names of files may hold."""
 
     def __init__(self, stream: Any, controls: str):
         self._stream, self._controls = stream, re.compile(controls)
@@ -69,72 +66,46 @@ def warn(message: str) -> None:
 
 
 class Console(NamedTuple):
-    """How one process speaks; only the first of a job does."""
+    """Output of one process; only the first of a job has any."""
 
-    info: Callable[[str], None]  # what goes on
-    result: Callable[[str], None]  # results, and what a person should know even of a quiet run
+    info: Callable[[str], None]  # progress
+    result: Callable[[str], None]  # results, and what a quiet run prints too
     bars: bool  # progress bars
 
 
 def make_console(*, main: bool, quiet: bool = False) -> Console:
-    """main: whether this is the first process. quiet: no `say`, no bars."""
+    """main: whether this is the first process. quiet: no `info`, no bars."""
 
-    def nothing(line: str) -> None:
+    def line(text: str) -> None:
+        print(text, flush=True)
+
+    def nothing(text: str) -> None:
         pass
 
-    def line_out(line: str) -> None:
-        print(line, flush=True)
-
-    return Console(
-        line_out if main and not quiet else nothing,
-        line_out if main else nothing,
-        main and not quiet,
-    )
+    loud = main and not quiet
+    return Console(line if loud else nothing, line if main else nothing, loud)
 
 
 class StepTable:
-    """The lines of a run's steps, under titles that come again now and then. steps: of the whole
-    run. columns: of the output.
-    """
+    """The lines of a run of `steps` steps, under titles that repeat, for so many columns."""
 
     def __init__(self, steps: int, columns: int | None = None):
-        columns = columns or (
-            shutil.get_terminal_size().columns if sys.stdout.isatty() else _LOG_COLUMNS
-        )
+        terminal = sys.stdout.isatty() and shutil.get_terminal_size().columns
         self._steps, self._lines = steps, 0
-        self._columns = [column for column in _COLUMNS if columns >= _LOG_COLUMNS or column[-1]]
+        wide = (columns or terminal or _WIDE) >= _WIDE
+        self._columns = [column for column in _COLUMNS if wide or column[-1]]
 
     def line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """The step's numbers, `-` where there is none; with the titles above them where it is time."""
-        titles = self._joined("step", [title for title, *_ in self._columns])
-        cells = [
-            format(metrics[key] * factor, form) if key in metrics else "-"
-            for _, key, _, factor, form, _ in self._columns
-        ]
-        line = self._joined(f"{step}/{self._steps}", cells)
+        """The step's numbers, `-` for a missing one; below the titles when it is time."""
+        titles, line = f"{'step':>9}", f"{f'{step}/{self._steps}':>9}"
+        for title, key, width, factor, form, _ in self._columns:
+            cell = format(metrics[key] * factor, form) if key in metrics else "-"
+            titles, line = f"{titles} {title:>{width}}", f"{line} {cell:>{width}}"
         self._lines += 1
         return f"{titles}\n{line}" if self._lines % _REPEAT == 1 else line
 
-    def _joined(self, first: str, cells: list[str]) -> str:
-        return " ".join(
-            [
-                f"{first:>9}",
-                *(
-                    f"{cell:>{column[2]}}"
-                    for cell, column in zip(cells, self._columns, strict=True)
-                ),
-            ]
-        )
-
 
 def progress(total: int | None, description: str, *, enabled: bool = True) -> tqdm:
-    """A progress bar, to be used as a context manager with `.update(n)`: shown on a terminal,
-    nothing elsewhere.
-    """
-    return tqdm(
-        total=total,
-        desc=description,
-        leave=False,
-        dynamic_ncols=True,
-        disable=not (enabled and sys.stderr.isatty()),
-    )
+    """A progress bar, a context manager with `.update(n)`: on a terminal; nothing elsewhere."""
+    disable = not (enabled and sys.stderr.isatty())
+    return tqdm(total=total, desc=description, leave=False, dynamic_ncols=True, disable=disable)

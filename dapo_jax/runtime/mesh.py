@@ -1,5 +1,6 @@
-"""The device mesh, and which axis of which array lies on which of its axes."""
+"""The device mesh, and the partition of every array over its axes."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr, tree_map_with_path
 
 from dapo_jax.config import MeshSection
 from dapo_jax.types import Array, InputError
@@ -35,126 +37,98 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"layers/(attn|mlp)(_post)?_norm/scale", P(None, None)),  # [L, D]
     (r"final_norm/scale", P(None)),  # [D]
 )
+_TOPS = ("embed", "head", "layers", "final_norm")
 
 
 def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
-    """A mesh over all devices. InputError if the axes do not multiply to their number.
+    """A mesh over all devices. Raises InputError if the axes do not multiply to their number.
 
-    Of several TPU slices, `data` goes over them, and the other axes stay inside one: between slices
-    lies the data centre network. InputError if the slices do not divide `data`.
+    Over several TPU slices only `data` is split, as the data centre network connects them. Raises
+    InputError if the slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [section.data, section.fsdp, section.tensor]
-    known = int(np.prod([s for s in sizes if s != -1]))
+    shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if int(np.prod(sizes)) != len(devices) or 0 in sizes:
-        shape = " x ".join(
-            f"{a} {s}"
-            for a, s in zip(AXES, (section.data, section.fsdp, section.tensor), strict=True)
-        )
+        sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
+    if math.prod(sizes) != len(devices):
         raise InputError(
             f"mesh: {shape} does not cover {len(devices)} devices; change the mesh section"
         )
     slices = slice_count(devices)
     if sizes[0] % slices:
         raise InputError(
-            f"mesh.data: {sizes[0]} cannot go over {slices} slices, and fsdp and tensor stay inside one; "
-            f"set mesh.data to {slices} or a multiple, mesh.fsdp and mesh.tensor to the devices of a slice ({len(devices) // slices})"
+            f"mesh.data: {sizes[0]} cannot go over {slices} slices, and fsdp and tensor stay "
+            f"inside one; set mesh.data to {slices} or a multiple, mesh.fsdp and mesh.tensor to "
+            f"the devices of a slice ({len(devices) // slices})"
         )
     inside = [sizes[0] // slices, *sizes[1:]]
-    # An axis may take part of a side of the torus: fsdp 32 x tensor 8 fits 16x16 chips in no other
-    # way.
+    # An axis may take part of a side of the torus: 16x16 chips cannot hold fsdp 32 x tensor 8 else.
     if slices == 1:
-        laid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     else:
-        laid = mesh_utils.create_hybrid_device_mesh(
+        grid = mesh_utils.create_hybrid_device_mesh(
             inside, (slices, 1, 1), devices, allow_split_physical_axes=True
         )
-    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def slice_count(devices: Sequence[Any]) -> int:
     """How many TPU slices the devices belong to; 1 for devices of other kinds."""
-    return (
-        len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
-    )
+    tpu = devices[0].platform == "tpu"
+    return len({getattr(d, "slice_index", 0) for d in devices}) if tpu else 1
 
 
 def row_shards(mesh: Mesh) -> int:
-    """How many pieces rows are split into."""
+    """How many shards rows are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def partition_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The partition of one parameter. An axis that its mesh axis does not divide is left whole.
+    """The partition of one parameter. An axis that its mesh axis does not divide is not split.
 
     Raises ValueError, naming the parameter, if no rule matches or the rule is of another rank.
     """
-    for pattern, spec in PARTITION_RULES:
-        if re.fullmatch(pattern, path):
-            if len(spec) != len(shape):
-                raise ValueError(
-                    f"parameter {path} has shape {shape}; its partition rule {spec} is of another rank"
-                )
-            return P(
-                *(
-                    axis if axis and size % mesh.shape[axis] == 0 else None
-                    for axis, size in zip(spec, shape, strict=True)
-                )
-            )
-    raise ValueError(
-        f"parameter {path} {shape} matches no rule of PARTITION_RULES in runtime/mesh.py; add one"
-    )
+    spec = next((rule for pattern, rule in PARTITION_RULES if re.fullmatch(pattern, path)), None)
+    if spec is None:
+        table = "PARTITION_RULES in runtime/mesh.py"
+        raise ValueError(f"parameter {path} {shape} matches no rule of {table}; add one")
+    if len(spec) != len(shape):
+        rank = f"its partition rule {spec} is of another rank"
+        raise ValueError(f"parameter {path} has shape {shape}; {rank}")
+    axes = zip(spec, shape, strict=True)
+    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in axes))
 
 
-def _join(path) -> str:
-    return "/".join(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-    )
+def _place(mesh: Mesh, path: Any, leaf: Any, kept: tuple[str, ...] = AXES) -> NamedSharding:
+    """The sharding of a parameter, of the axes in `kept`."""
+    spec = partition_of(keystr(path, simple=True, separator="/"), leaf.shape, mesh)
+    return NamedSharding(mesh, P(*(axis if axis in kept else None for axis in spec)))
 
 
 def params_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
     """A NamedSharding for every parameter (arrays or shapes)."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, partition_of(_join(path), leaf.shape, mesh)), params
-    )
+    return tree_map_with_path(lambda path, leaf: _place(mesh, path, leaf), params)
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
-    """Shardings of a TrainState: optimizer moments lie like the parameters they belong to, scalars
-    everywhere.
+    """Shardings of a TrainState: moments are split like their parameters, scalars replicated."""
 
-    The moments' paths end like their parameters' paths, which is how they find their rule.
-    """
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        names = [keystr((key,), simple=True) for key in path]  # ends like the parameter's path
+        tops = (i for i, name in enumerate(names) if name in _TOPS)
+        return _place(mesh, path[next(tops, 0) :], leaf) if leaf.shape else NamedSharding(mesh, P())
 
-    def place(path, leaf):
-        if not leaf.shape:
-            return NamedSharding(mesh, P())
-        keys = _join(path).split("/")
-        start = next(
-            (i for i, key in enumerate(keys) if key in ("embed", "head", "layers", "final_norm")), 0
-        )
-        return NamedSharding(mesh, partition_of("/".join(keys[start:]), leaf.shape, mesh))
-
-    return jax.tree_util.tree_map_with_path(place, state)
+    return tree_map_with_path(place, state)
 
 
 def rollout_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
-    """Where weights lie for rollouts: split over `tensor` only, whole on every row shard."""
-
-    def place(path, leaf):
-        spec = partition_of(_join(path), leaf.shape, mesh)
-        return NamedSharding(mesh, P(*("tensor" if axis == "tensor" else None for axis in spec)))
-
-    return jax.tree_util.tree_map_with_path(place, params)
+    """Shardings of rollout weights: split over `tensor` only, whole on every row shard."""
+    return tree_map_with_path(lambda path, leaf: _place(mesh, path, leaf, ("tensor",)), params)
 
 
 def rollout_dtype(path: Any, dtype: str) -> str:
-    """Dtype of a parameter in rollouts: what it is cast to for every use anyway.
-
-    Norms compute in float32, in sampler and trainer alike.
-    """
+    """Dtype of a parameter in rollouts, to which every use casts it; norms compute in float32."""
     return "float32" if path[-1].key == "scale" else dtype
 
 
@@ -167,50 +141,42 @@ def publisher(
     """A jitted function from master weights to rollout weights: cast (`rollout_dtype`), and
     gathered from the fsdp shards once a step.
 
-    params: those of rollouts (arrays or shapes); `merge_layer` makes a layer of theirs of a trained
-    one. A layer at a time: the compiler gathers into other memory than the result's, which for all
-    layers would take as much again.
+    params: of rollouts (arrays or shapes). merge_layer: from a trained layer to one of rollouts.
+    Works a layer at a time: XLA gathers into memory other than the result's, which for all layers
+    would take as much again.
     """
     shardings = rollout_sharding(params, mesh)
 
     def place(path: Any, leaf: Array, sharding: NamedSharding) -> Array:
         spec = sharding.spec[len(sharding.spec) - leaf.ndim :]  # without the axis of the layers
-        return jax.lax.with_sharding_constraint(
-            leaf.astype(rollout_dtype(path, dtype)), NamedSharding(mesh, P(*spec))
-        )
-
-    def placed(part: Any, name: str) -> Any:
-        return jax.tree_util.tree_map_with_path(place, part, shardings[name])
+        cast = leaf.astype(rollout_dtype(path, dtype))
+        return jax.lax.with_sharding_constraint(cast, NamedSharding(mesh, P(*spec)))
 
     def publish(params: Any) -> Any:
-        layers = jax.lax.map(lambda layer: placed(merge_layer(layer), "layers"), params["layers"])
-        return {
-            **{name: placed(part, name) for name, part in params.items() if name != "layers"},
-            "layers": layers,
-        }
+        whole = {name: part for name, part in params.items() if name != "layers"}
+        layers = jax.lax.map(
+            lambda layer: tree_map_with_path(place, merge_layer(layer), shardings["layers"]),
+            params["layers"],
+        )
+        rest = {name: shardings[name] for name in whole}
+        return {**tree_map_with_path(place, whole, rest), "layers": layers}
 
     return jax.jit(publish, out_shardings=shardings)
 
 
 def published_as_it_is(params: Mapping[str, Any], mesh: Mesh, dtype: str) -> bool:
-    """Whether rollout weights are the master weights: the same dtype, on the same devices.
-
-    Publishing then copies nothing.
-    """
+    """Whether rollout weights are the master weights, by dtype and devices."""
 
     def same(path: Any, leaf: Any, master: NamedSharding, rollout: NamedSharding) -> bool:
-        return leaf.dtype == rollout_dtype(path, dtype) and master.is_equivalent_to(
-            rollout, len(leaf.shape)
-        )
+        alike = master.is_equivalent_to(rollout, len(leaf.shape))
+        return alike and leaf.dtype == rollout_dtype(path, dtype)
 
     places = params_sharding(params, mesh), rollout_sharding(params, mesh)
-    return all(jax.tree.leaves(jax.tree_util.tree_map_with_path(same, params, *places)))
+    return all(jax.tree.leaves(tree_map_with_path(same, params, *places)))
 
 
 def put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A global array from a numpy array that every process holds alike; each gives only its own
-    shards to its devices.
-    """
+    """A global array from a numpy array that every process has; each sends its own shards."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 

@@ -7,17 +7,11 @@ from dapo_jax.runtime.files import Folder, Staged, errors, reason
 
 
 class Profiler:
-    """Context manager: traces the steps `first` to `first + count - 1` into `folder`; none if
-    `first` is None.
-
-    A trace that cannot be sent to a bucket is lost with a message; it ends no run.
-    """
+    """Context manager: traces `count` steps from `first` into `folder`; none if `first` is None."""
 
     def __init__(self, folder: Folder, first: int | None, count: int):
-        self._folder, self._steps = (
-            folder,
-            range(0) if first is None else range(first, first + count),
-        )
+        self._folder = folder
+        self._steps = range(0) if first is None else range(first, first + count)
         self._trace: Staged | None = None
 
     def __enter__(self) -> "Profiler":
@@ -28,19 +22,19 @@ class Profiler:
 
     def begin(self, step: int) -> None:
         """A step begins: the trace starts or ends here."""
-        if step in self._steps and self._trace is None:
+        if step not in self._steps:
+            self._stop()
+        elif self._trace is None:
             self._trace = Staged(self._folder)
             jax.profiler.start_trace(self._trace.local)
-        elif step not in self._steps:
-            self._stop()
 
     def _stop(self) -> None:
-        if self._trace is None:
+        trace, self._trace = self._trace, None
+        if trace is None:
             return
         jax.profiler.stop_trace()
         try:
-            self._trace.send()
-        except errors(self._folder) as e:
+            trace.send()
+        except errors(self._folder) as e:  # ends no run
             warn(f"{self._folder}: the trace could not be sent ({reason(e)})")
-        self._trace.close()
-        self._trace = None
+        trace.close()
