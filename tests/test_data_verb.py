@@ -73,7 +73,7 @@ def test_the_counts_of_a_file(capsys):
         "  duplicates                2  rows whose prompt an earlier row has",
         "  conflicts                 1  prompts with different answers, left out",
         "  skipped                   1  no answer (first in row 6: columns question)",
-        "  with a solution           1  25.0% of the problems",
+        "  with a solution           1  25.0% of them",
         "source: 4 of 4 (100.0%) ground truths are correct by the strict verifier",
         "source: 1 of 1 (100.0%) solutions are correct by the strict verifier",
     ]

@@ -171,7 +171,9 @@ def test_the_first_data_set_that_has_a_prompt_keeps_it(sources):
         ("z", "2", b),
         ("w", "1", b),
     ]
-    assert [(r.rows, r.problems, r.elsewhere, r.duplicates, r.conflicts) for r in reports] == [
+    assert [
+        (r.rows, r.problems, r.in_earlier_sets, r.duplicates, r.conflicts) for r in reports
+    ] == [
         (5, 2, 0, 2, 1),
         (3, 2, 1, 0, 0),
     ]

@@ -1,8 +1,8 @@
-"""Problems and prompts. `python -m dapo_jax.data` prepares data sets and says what is in them."""
+"""Problems and prompts. `python -m dapo_jax.data` prepares data sets and prints what is in them."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepares data sets, and says what is in them. Touches no device."""
+    """Prepares data sets, and prints what is in them. Uses no device."""
     from dapo_jax.data import __main__ as verb  # not at the top: the room is used without its verb
 
     return verb.main(argv)

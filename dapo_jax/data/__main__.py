@@ -1,8 +1,8 @@
-"""Prepares data sets, and says what is in them. Touches no device.
+"""Prepares data sets, and prints what is in them. Uses no device.
 
-python -m dapo_jax.data stats   --config C                               the training and evaluation sets of a config
-python -m dapo_jax.data stats   --source FILE [--tokenizer FOLDER]       any other data set
-python -m dapo_jax.data prepare --source FILE --out FOLDER --name NAME   a tensorflow-datasets folder, read by random access
+python -m dapo_jax.data stats   --config C                          the data sets of a config
+python -m dapo_jax.data stats   --source FILE [--tokenizer FOLDER]  any other data set
+python -m dapo_jax.data prepare --source FILE --out FOLDER          a tensorflow-datasets folder
 """
 
 import argparse
@@ -30,68 +30,38 @@ from dapo_jax.runtime.console import progress
 from dapo_jax.runtime.files import write_result
 from dapo_jax.types import InputError, Problem
 
-Found = dict[
-    str, tuple[dict[str, Any], list[Problem]]
-]  # numbers and problems, by what a data set is called
+Found = dict[str, tuple[dict[str, Any], list[Problem]]]  # numbers and problems, by name
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepares data sets, and says what is in them. Touches no device."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m dapo_jax.data", description=__doc__, formatter_class=raw
-    )
-    verbs = parser.add_subparsers(dest="what", required=True, metavar="prepare|stats")
+    """Prepares data sets, and prints what is in them. Uses no device."""
+    how: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m dapo_jax.data", description=__doc__, **how)
+    verbs = parser.add_subparsers(required=True, metavar="prepare|stats")
+    source = "a file, a folder or pattern of shards, here or at gs://bucket/..."
 
     sub = verbs.add_parser("prepare", help=prepare.__doc__, description=prepare.__doc__)
-    sub.add_argument(
-        "--source",
-        required=True,
-        help="a data set: a file, a folder or pattern of shards, here or at gs://bucket/...",
-    )
-    sub.add_argument(
-        "--test", metavar="SOURCE", help="problems to evaluate on, which become the split `test`"
-    )
-    sub.add_argument(
-        "--out",
-        required=True,
-        metavar="FOLDER",
-        help="where FOLDER/NAME/1.0.0 is to be, here or in a bucket",
-    )
-    sub.add_argument(
-        "--name", default="problems", help="of the data set, e.g. dapo_math_17k (default problems)"
-    )
+    sub.add_argument("--source", required=True, help=f"the problems of split `train`: {source}")
+    sub.add_argument("--test", metavar="SOURCE", help="the problems of split `test`")
+    sub.add_argument("--out", required=True, metavar="FOLDER", help="to hold NAME/1.0.0")
+    sub.add_argument("--name", default="problems", help="of the data set, e.g. dapo_math_17k")
     sub.set_defaults(run=prepare)
 
     sub = verbs.add_parser("stats", help=stats.__doc__, description=stats.__doc__)
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", help="YAML config: its data.train and eval.sets")
-    which.add_argument(
-        "--source", help="one data set: a file, a folder, a pattern, or `arithmetic`"
-    )
+    which.add_argument("--source", help=f"one data set: {source}, or `arithmetic`")
     sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override of the config, e.g. data.max_prompt_len=1024",
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of the config"
     )
-    sub.add_argument(
-        "--heldout",
-        action="store_true",
-        help="of a source that has both: the problems to evaluate on",
-    )
-    sub.add_argument(
-        "--tokenizer",
-        metavar="FOLDER",
-        help="measures prompts with the tokenizer of this model folder, not the config's",
-    )
+    sub.add_argument("--heldout", action="store_true", help="the test split of --source")
+    sub.add_argument("--tokenizer", metavar="FOLDER", help="a model folder, to measure prompts")
     sub.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
     sub.set_defaults(run=stats)
 
+    columns = "as in a config, e.g. prompt=problem.text answer=label"
     for sub in verbs.choices.values():
-        text = "what is in which column, as in `columns` of a data set in a config, e.g. prompt=problem.text answer=label"
-        sub.add_argument("--columns", nargs="+", default=[], metavar="PART=COLUMN", help=text)
+        sub.add_argument("--columns", nargs="+", default=[], metavar="PART=COLUMN", help=columns)
     args = parser.parse_args(argv)
     args.run(args)
     return 0
@@ -102,45 +72,32 @@ def prepare(args: argparse.Namespace) -> None:
     from dapo_jax.data import tfds_builder  # not at the top: slow to import
 
     with progress(None, "rows") as bar:
-        folder = tfds_builder.prepare(
-            args.source,
-            args.out,
-            test=args.test,
-            name=args.name,
-            columns=named_columns(args.columns),
-            watch=bar.update,
-            info=bar.write,
-        )
+        how: Any = {"columns": named_columns(args.columns), "watch": bar.update, "info": bar.write}
+        folder = tfds_builder.prepare(args.source, args.out, test=args.test, name=args.name, **how)
     print(f"wrote {folder}")
 
 
 def stats(args: argparse.Namespace) -> None:
-    """Says what is in the data sets of a config, or in one data set: rows, what became of them, and
-    how long the prompts are.
-    """
+    """Prints the rows, skips and prompt lengths of one data set, or of those of a config."""
     if args.config and (args.columns or args.heldout):
-        raise InputError(
-            "--columns, --heldout: go with --source; a config has `columns` in data.train and eval.sets"
-        )
+        fix = "a config has `columns` in data.train and eval.sets"
+        raise InputError(f"--columns, --heldout: go with --source; {fix}")
     if args.set and not args.config:
         raise InputError("--set: goes with --config")
     config = load_config(args.config, args.set) if args.config else None
-    section = config.data if config else DataSection()
+    section, reward = (config.data, config.reward) if config else (DataSection(), RewardSection())
     with progress(None, "rows") as bar:
         found = _of_config(config, bar.update) if config else _of_source(args, bar.update)
     if config or args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer or (config.model.folder if config else None))
-        for one, problems in found.values():
-            one["prompt_tokens"] = length_stats(
-                *prompt_lengths(problems, tokenizer, section), section.max_prompt_len
-            )
-    for name, (one, _) in found.items():
-        print("\n".join(printable(line) for line in table(name, one)))
+        for numbers, problems in found.values():
+            lengths = prompt_lengths(problems, tokenizer, section)
+            numbers["prompt_tokens"] = length_stats(*lengths, section.max_prompt_len)
+    for name, (numbers, _) in found.items():
+        print("\n".join(printable(line) for line in table(name, numbers)))
     if args.json:
-        write_result(
-            args.json, json.dumps({name: one for name, (one, _) in found.items()}, indent=2) + "\n"
-        )
-    reward = config.reward if config else RewardSection()
+        content = {name: numbers for name, (numbers, _) in found.items()}
+        write_result(args.json, json.dumps(content, indent=2) + "\n")
     with RewardPool(reward) as pool:
         for name, (_, problems) in found.items():
             try:
@@ -148,49 +105,42 @@ def stats(args: argparse.Namespace) -> None:
             except InputError as e:
                 if config:
                     raise
-                lines = [f"warning: {e}"]  # of a source alone, nothing says which verifier is meant
-            print("".join(f"{printable(line)}\n" for line in lines), end="")
+                lines = [f"warning: {e}"]  # no config names the verifier of a source
+            for line in lines:
+                print(printable(line))
 
 
 def _of_config(config: Config, watch: Watch) -> Found:
     section, found = config.data, {}
     problems, reports = load_training(section, watch)
     mixture = mix(section.train, problems)
-    for number, (report, weight, share) in enumerate(
-        zip(reports, mixture.weights, mixture.shares(), strict=True)
-    ):
+    for n, (report, weight) in enumerate(zip(reports, mixture.weights, strict=True)):
         own = [p for p in problems if p.source == report.source]
-        drawn = {"weight": weight, "share": float(share)} if len(reports) > 1 else {}
-        found[f"data.train.{number}" if drawn else "data.train"] = (
-            set_stats(report, own) | drawn,
-            own,
-        )
+        drawn = {"weight": weight, "share": float(mixture.shares()[n])}
+        several = len(reports) > 1
+        numbers = set_stats(report, own) | (drawn if several else {})
+        found[f"data.train.{n}" if several else "data.train"] = numbers, own
     for name, one in config.eval.sets.items():
-        columns = one.columns or AS_USUAL
-        own, report = load_problems(
-            one.path, section.arithmetic, columns=columns, heldout=True, watch=watch
-        )
+        how: Any = {"columns": one.columns or AS_USUAL, "heldout": True, "watch": watch}
+        own, report = load_problems(one.path, section.arithmetic, **how)
         found[f"eval.sets.{name}"] = set_stats(report, own), own
     return found
 
 
 def _of_source(args: argparse.Namespace, watch: Watch) -> Found:
-    columns = named_columns(args.columns)
-    problems, report = load_problems(
-        args.source, ArithmeticConfig(), columns=columns, heldout=args.heldout, watch=watch
-    )
+    how: Any = {"columns": named_columns(args.columns), "heldout": args.heldout, "watch": watch}
+    problems, report = load_problems(args.source, ArithmeticConfig(), **how)
     return {"source": (set_stats(report, problems), problems)}
 
 
 def named_columns(pairs: list[str]) -> ColumnsConfig:
-    """`["prompt=a.b", ...]` as a section of a config. Raises InputError for what is none."""
+    """`["prompt=a.b", ...]` as a section of a config. Raises InputError for an unknown part."""
     parts = [field.name for field in dataclasses.fields(ColumnsConfig)]
     given = dict(pair.partition("=")[::2] for pair in pairs)
     for part, column in given.items():
         if part not in parts or not column.strip():
-            raise InputError(
-                f"--columns {printable(part)[:60]}: expected PART=COLUMN, where PART is one of {', '.join(parts)}"
-            )
+            expected = f"expected PART=COLUMN, where PART is one of {', '.join(parts)}"
+            raise InputError(f"--columns {printable(part)[:60]}: {expected}")
     return dataclasses.replace(AS_USUAL, **given)
 
 

@@ -47,7 +47,7 @@ class Skip:
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """Counts of rows: rows == problems + elsewhere + duplicates + conflicts + skipped rows."""
+    """Counts of rows: rows == problems + in_earlier_sets + duplicates + conflicts + skipped rows."""
 
     source: str
     rows: int
@@ -55,7 +55,7 @@ class LoadReport:
     duplicates: int = 0  # rows whose prompt an earlier row had
     conflicts: int = 0  # distinct prompts that came with different answers, left out
     skipped: Mapping[str, Skip] = dataclasses.field(default_factory=dict)  # by reason
-    elsewhere: int = 0  # distinct prompts that an earlier data set of the mixture has
+    in_earlier_sets: int = 0  # distinct prompts that an earlier data set of the mixture has
     normalized: Mapping[str, int] = dataclasses.field(
         default_factory=dict
     )  # rows, by what was done
@@ -63,7 +63,7 @@ class LoadReport:
     def summary(self) -> str:
         """One line for the log."""
         counts = {"duplicates": self.duplicates, "conflicting prompts dropped": self.conflicts}
-        counts |= {"in an earlier data set": self.elsewhere}
+        counts |= {"in an earlier data set": self.in_earlier_sets}
         parts = [f"{count:,} {what}" for what, count in counts.items() if count]
         parts += [
             f"{s.count:,} skipped: {reason} ({s.where})" for reason, s in self.skipped.items()
@@ -153,7 +153,7 @@ def collect_problems(
     problems = with_unique_ids([p for p in found.values() if p is not None])
     conflicts = len(found) - len(problems)
     report = LoadReport(source, total, len(problems), duplicates, conflicts, skipped)
-    report = dataclasses.replace(report, normalized=normalized)
+    report = dataclasses.replace(report, normalized=dict(normalized))
     if not problems:
         recipe = f"{{path: {source}, columns: {{prompt: COLUMN, answer: COLUMN}}}}"
         remedy = f"give rows with a `prompt` and an `answer`, or name their columns: {recipe}"
