@@ -20,13 +20,12 @@ from dapo_jax.config import (
     printable,
 )
 from dapo_jax.data.mixture import load_training, mix
-from dapo_jax.data.problems import Watch, load_problems
+from dapo_jax.data.problems import load_problems
 from dapo_jax.data.prompts import load_tokenizer, prompt_lengths
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.data.stats import length_stats, set_stats, table
 from dapo_jax.reward.golds import check_data
 from dapo_jax.reward.pool import RewardPool
-from dapo_jax.runtime.console import progress
 from dapo_jax.runtime.files import write_result
 from dapo_jax.types import InputError, Problem
 
@@ -71,9 +70,8 @@ def prepare(args: argparse.Namespace) -> None:
     """Writes the distinct problems of a data set as a tensorflow-datasets folder (array_record)."""
     from dapo_jax.data import tfds_builder  # not at the top: slow to import
 
-    with progress(None, "rows") as bar:
-        how: Any = {"columns": named_columns(args.columns), "watch": bar.update, "info": bar.write}
-        folder = tfds_builder.prepare(args.source, args.out, test=args.test, name=args.name, **how)
+    how: Any = {"columns": named_columns(args.columns), "info": print}
+    folder = tfds_builder.prepare(args.source, args.out, test=args.test, name=args.name, **how)
     print(f"wrote {folder}")
 
 
@@ -86,8 +84,7 @@ def stats(args: argparse.Namespace) -> None:
         raise InputError("--set: goes with --config")
     config = load_config(args.config, args.set) if args.config else None
     section, reward = (config.data, config.reward) if config else (DataSection(), RewardSection())
-    with progress(None, "rows") as bar:
-        found = _of_config(config, bar.update) if config else _of_source(args, bar.update)
+    found = _of_config(config) if config else _of_source(args)
     if config or args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer or (config.model.folder if config else None))
         for numbers, problems in found.values():
@@ -110,9 +107,9 @@ def stats(args: argparse.Namespace) -> None:
                 print(printable(line))
 
 
-def _of_config(config: Config, watch: Watch) -> Found:
+def _of_config(config: Config) -> Found:
     section, found = config.data, {}
-    problems, reports = load_training(section, watch)
+    problems, reports = load_training(section)
     mixture = mix(section.train, problems)
     for n, (report, weight) in enumerate(zip(reports, mixture.weights, strict=True)):
         own = [p for p in problems if p.source == report.source]
@@ -121,14 +118,14 @@ def _of_config(config: Config, watch: Watch) -> Found:
         numbers = set_stats(report, own) | (drawn if several else {})
         found[f"data.train.{n}" if several else "data.train"] = numbers, own
     for name, one in config.eval.sets.items():
-        how: Any = {"columns": one.columns or AS_USUAL, "heldout": True, "watch": watch}
+        how: Any = {"columns": one.columns or AS_USUAL, "heldout": True}
         own, report = load_problems(one.path, section.arithmetic, **how)
         found[f"eval.sets.{name}"] = set_stats(report, own), own
     return found
 
 
-def _of_source(args: argparse.Namespace, watch: Watch) -> Found:
-    how: Any = {"columns": named_columns(args.columns), "heldout": args.heldout, "watch": watch}
+def _of_source(args: argparse.Namespace) -> Found:
+    how: Any = {"columns": named_columns(args.columns), "heldout": args.heldout}
     problems, report = load_problems(args.source, ArithmeticConfig(), **how)
     return {"source": (set_stats(report, problems), problems)}
 

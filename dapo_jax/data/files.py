@@ -10,7 +10,6 @@ import csv
 import functools
 import glob
 import gzip
-import io
 import itertools
 import json
 import os
@@ -35,6 +34,7 @@ _MEMORY_BYTES = 2 << 30  # of the process that reads a table, and four times its
 # A file may decode to so many times its size, or to the least. A row counts 1 kB besides its text.
 _MAX_RATIO, _LEAST_BYTES, _ROW_BYTES = 1000, 1 << 30, 1000
 _KINDS = f"{', '.join(ENDINGS)}, a folder or pattern of such, a prepared folder, or `arithmetic`"
+_TFDS = "dapo_jax.data.tfds_builder"
 _BOM = b"\xef\xbb\xbf"
 _JSON = json.JSONDecoder(parse_int=lambda n: int(n) if len(n) <= MAX_ANSWER_CHARS else n)
 _WRAPPED = re.compile(rb'\{\s*"(data|rows|examples|train|test)"\s*:\s*\[')
@@ -42,18 +42,43 @@ _WRAPPED = re.compile(rb'\{\s*"(data|rows|examples|train|test)"\s*:\s*\[')
 Rows = Iterator[tuple[int, Any]]  # numbered from 1; a row that cannot be read is a BadRow
 
 
-def is_prepared(folder: str) -> bool:
-    """Whether tensorflow-datasets prepared a folder; `datasets` writes a state.json too."""
-    has_info, has_state = (os.path.isfile(f"{folder}/{n}.json") for n in ("dataset_info", "state"))
-    return has_info and not has_state
+def rows_of(source: str, path: str, columns: list[str], heldout: bool) -> Rows:
+    """The rows of a local file, folder or pattern, which messages name `source`, shard after shard.
 
-
-def files_of(source: str, path: str, heldout: bool) -> list[str]:
-    """The files, in order, of a local file, folder or pattern `path`; messages name `source`.
-
-    A folder is one that `datasets.save_to_disk` wrote, or holds shards of one kind. If it has
-    splits, or names like `train-*.parquet`, the files are those of one split.
+    A folder is one that tensorflow-datasets or `datasets.save_to_disk` wrote, or holds shards of
+    one kind. If it has splits, or names like `train-*.parquet`, the rows are those of one split.
+    columns: those of tables that are read, `a.b` for field b of a. Raises InputError if there is no
+    such file, its kind is not known, or it is damaged or changes meanwhile.
     """
+    try:
+        prepared = os.path.isfile(f"{path}/dataset_info.json")
+        if prepared and not os.path.isfile(f"{path}/state.json"):  # `datasets` writes both
+            files = [entry.path for entry in os.scandir(path) if not entry.is_dir()]
+            before = [*map(_version, files)]
+            size = sum(size for size, _ in before)
+            yield from _table(f"{_TFDS}:records", source, [source, path, heldout], size)
+        else:
+            files = _files(source, path, heldout)
+            before = [*map(_version, files)]
+            yield from _rows_of_files(source, files, columns)
+        changed = before != [*map(_version, files)]
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such file; correct the path") from None
+    except OSError as e:
+        where = f"{source}: cannot be read ({e.strerror or e})"
+        raise InputError(f"{where}; check the file and its permissions") from None
+    if changed:
+        raise InputError(f"{source}: changed while it was read; run again when it is complete")
+
+
+def _version(file: str) -> tuple[int, int]:
+    """Size and time of the last change of a regular file. Raises OSError for any other."""
+    with open_regular(file) as stream:
+        found = os.fstat(stream.fileno())
+    return found.st_size, found.st_mtime_ns
+
+
+def _files(source: str, path: str, heldout: bool) -> list[str]:
     if os.path.isfile(f"{path}/dataset_dict.json"):
         splits = _listed(source, path, "dataset_dict.json", "splits", str)
         path = os.path.join(path, choose_split(source, splits, heldout))
@@ -61,8 +86,7 @@ def files_of(source: str, path: str, heldout: bool) -> list[str]:
         shards = _listed(source, path, "state.json", "_data_files", dict)
         return [os.path.join(path, os.path.basename(str(s.get("filename")))) for s in shards]
     if os.path.isdir(path):
-        names = _shards(source, sorted(os.listdir(path)), heldout)
-        return [os.path.join(path, name) for name in names]
+        return [os.path.join(path, name) for name in _shards(source, os.listdir(path), heldout)]
     is_pattern = glob.has_magic(path) and not os.path.exists(path)
     found = sorted(glob.glob(path, recursive=True)) if is_pattern else [path]
     if not found:
@@ -84,17 +108,15 @@ def choose_split(source: str, splits: list[str], heldout: bool) -> str:
 
 def _listed(source: str, folder: str, name: str, key: str, kind: type) -> list[Any]:
     """A list that `datasets.save_to_disk` wrote."""
-    try:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         found = json.loads(Path(folder, name).read_bytes())[key]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        found = None
-    if isinstance(found, list) and found and all(isinstance(one, kind) for one in found):
-        return found
+        if isinstance(found, list) and found and all(isinstance(one, kind) for one in found):
+            return found
     raise InputError(f"{source}: {name}: {key}: not as save_to_disk writes it; save it again")
 
 
 def _shards(source: str, names: list[str], heldout: bool) -> list[str]:
-    names = [name for name in names if name != "features.json"]  # of a prepared folder
+    names = sorted({*names} - {"features.json"})  # of a prepared folder
     kind = next((ending for ending in ENDINGS for name in names if name.endswith(ending)), None)
     if kind is None:
         raise InputError(f"{source}: holds no dataset_info.json and no data; give {_KINDS}")
@@ -106,16 +128,13 @@ def _shards(source: str, names: list[str], heldout: bool) -> list[str]:
     return splits[choose_split(source, [*splits], heldout)] if splits else names
 
 
-def rows_of(source: str, files: list[str], columns: list[str]) -> Rows:
-    """The rows of files in order; of tables only the named `columns`, `a.b` for field b of a.
-
-    Raises InputError for a damaged file, and OSError.
-    """
+def _rows_of_files(source: str, files: list[str], columns: list[str]) -> Rows:
     before = number = 0
     for file in files:
         where = source if len(files) == 1 else f"{source}: {os.path.basename(file)}"
         if file.endswith((".parquet", ".arrow")):
-            rows = _table(f"{__name__}:table_rows", where, [where, file, columns], [file])
+            order, size = [where, file, columns], os.path.getsize(file)
+            rows = _table(f"{__name__}:table_rows", where, order, size)
         elif file.endswith(".csv"):
             rows = _csv(where, file)
         else:
@@ -125,21 +144,9 @@ def rows_of(source: str, files: list[str], columns: list[str]) -> Rows:
         before, number = before + number, 0
 
 
-def prepared_rows(source: str, folder: str, heldout: bool) -> Rows:
-    """The records of the split that `choose_split` selects in a prepared folder."""
-    files = [entry.path for entry in os.scandir(folder) if not entry.is_dir()]
-    work = "dapo_jax.data.tfds_builder:records"
-    return _table(work, source, [source, folder, heldout], files)
-
-
-def _table(work: str, where: str, order: list[Any], files: list[str]) -> Rows:
-    """The rows that `work` yields of an order in a process of its own, as [bytes, rows].
-
-    A row that cannot be read is its reason. files: those that it opens.
-    """
-    for file in files:
-        open_regular(file).close()
-    size = sum(map(os.path.getsize, files))
+def _table(work: str, where: str, order: list[Any], size: int) -> Rows:
+    """The rows of files of `size` bytes that `work` yields of an order in a process of its own, as
+    [bytes, rows]; a row that cannot be read is its reason."""
     limits: Any = {"deadline_s": _DEADLINE_S, "memory_bytes": _MEMORY_BYTES + 4 * size}
     number = read = 0
     try:
@@ -167,7 +174,7 @@ def _json_lines(where: str, path: str) -> Rows:
     number = read = 0
     try:
         unzip: Any = gzip.open if path.endswith(".gz") else contextlib.nullcontext
-        with open_regular(path) as file, unzip(file) as stream:
+        with open(path, "rb") as file, unzip(file) as stream:
             size = os.fstat(file.fileno()).st_size
             while line := stream.readline(MAX_ROW_BYTES + 1):
                 number, read, rest = number + 1, read + _ROW_BYTES + len(line), line
@@ -197,7 +204,7 @@ def _row_of_line(line: bytes) -> Any:
 
 def _json(where: str, path: str) -> Rows:
     """An array of rows, also as {"data": [...]}, or lines as in .jsonl."""
-    with open_regular(path) as stream:
+    with open(path, "rb") as stream:
         start = stream.read(1 << 16).removeprefix(_BOM).lstrip()
         wrapped = _WRAPPED.match(start)
         if start.partition(b"\n")[0].rstrip() == b"{" and not wrapped:
@@ -226,8 +233,8 @@ def _csv(where: str, path: str) -> Rows:
     Lone surrogates stand for bytes that are not UTF-8.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
-    number, file = 0, open_regular(path)
-    with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as stream:
+    number, how = 0, {"newline": "", "encoding": "utf-8-sig", "errors": "surrogateescape"}
+    with open(path, **how) as stream:
         lines = iter(functools.partial(stream.readline, MAX_ROW_BYTES), "")
         names = next(lines, "")
         separator = max(",;\t", key=names.count)

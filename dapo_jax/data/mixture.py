@@ -21,7 +21,7 @@ import numpy as np
 
 from dapo_jax.config import DataSection, TrainSet
 from dapo_jax.data import problems as single
-from dapo_jax.data.problems import Cursor, LoadReport, Watch, advance, load_problems
+from dapo_jax.data.problems import Cursor, LoadReport, advance, load_problems
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.types import InputError, Message, Problem
 
@@ -47,9 +47,7 @@ class Mixture(NamedTuple):
         return ", ".join(parts) if len(parts) > 1 else ""
 
 
-def load_training(
-    section: DataSection, watch: Watch | None = None
-) -> tuple[list[Problem], list[LoadReport]]:
+def load_training(section: DataSection) -> tuple[list[Problem], list[LoadReport]]:
     """The distinct problems of data.train, one data set after the other, and a report of each.
 
     A prompt of several data sets belongs to the first of them, with its answer there. Raises
@@ -59,7 +57,7 @@ def load_training(
     reports = []
     for one in section.train:
         columns = one.columns or AS_USUAL
-        problems, report = load_problems(one.path, section.arithmetic, columns=columns, watch=watch)
+        problems, report = load_problems(one.path, section.arithmetic, columns=columns)
         own = {p.prompt: p for p in problems if p.prompt not in found}
         if not own:
             where = f"{one.path}: every problem is in an earlier data set of data.train"

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,16 +17,13 @@ import numpy as np
 
 from dapo_jax.config import ArithmeticConfig, ColumnsConfig, printable
 from dapo_jax.data.arithmetic import arithmetic_problems
-from dapo_jax.data.files import ENDINGS, files_of, is_prepared, prepared_rows, rows_of
+from dapo_jax.data.files import ENDINGS, rows_of
 from dapo_jax.data.rows import AS_USUAL, BadRow, column_names, problem_from_row
 from dapo_jax.runtime.files import local_copy
 from dapo_jax.types import InputError, Message, Problem
 
-_WATCHED = 1000  # rows between two calls of watch
 _SHOWN_COLUMNS = 12
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")  # 1,234 is the same gold as 1234
-
-Watch = Callable[[int], Any]  # called with the number of rows read since the last call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +43,10 @@ class Skip:
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """Counts of rows: rows == problems + in_earlier_sets + duplicates + conflicts + skipped rows."""
+    """What became of the rows of a data set."""
 
     source: str
-    rows: int
+    rows: int  # == problems + duplicates + conflicts + in_earlier_sets + skipped ones
     problems: int  # distinct prompts that are kept
     duplicates: int = 0  # rows whose prompt an earlier row had
     conflicts: int = 0  # distinct prompts that came with different answers, left out
@@ -64,15 +60,11 @@ class LoadReport:
         """One line for the log."""
         counts = {"duplicates": self.duplicates, "conflicting prompts dropped": self.conflicts}
         counts |= {"in an earlier data set": self.in_earlier_sets}
-        parts = [f"{count:,} {what}" for what, count in counts.items() if count]
-        parts += [
-            f"{s.count:,} skipped: {reason} ({s.where})" for reason, s in self.skipped.items()
-        ]
-        parts += [f"{count:,} {what}" for what, count in self.normalized.items()]
-        noted = f" ({', '.join(parts)})" if parts else ""
-        return printable(
-            f"{self.source}: {self.problems:,} problems from {self.rows:,} rows{noted}"
-        )
+        counts |= {f"skipped: {reason} ({s.where})": s.count for reason, s in self.skipped.items()}
+        counts |= self.normalized
+        noted = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        line = f"{self.source}: {self.problems:,} problems from {self.rows:,} rows"
+        return printable(f"{line} ({noted})" if noted else line)
 
 
 def load_problems(
@@ -81,7 +73,6 @@ def load_problems(
     *,
     columns: ColumnsConfig = AS_USUAL,
     heldout: bool = False,
-    watch: Watch | None = None,
 ) -> tuple[list[Problem], LoadReport]:
     """Distinct problems of a data set, in order of first appearance, and the counts of its rows.
 
@@ -94,33 +85,14 @@ def load_problems(
         problems = arithmetic_problems(arithmetic, heldout=heldout)
         report = LoadReport(source, len(problems), len(problems))
     else:
-        try:
-            with local_copy(source, [f"*{ending}" for ending in ENDINGS]) as copy:
-                path = str(copy)
-                files = [] if is_prepared(path) else files_of(source, path, heldout)
-                before = _versions(files)
-                if files:
-                    rows = rows_of(source, files, column_names(columns))
-                else:
-                    rows = prepared_rows(source, path, heldout)
-                problems, report = collect_problems(source, rows, columns, watch)
-                changed = before != _versions(files)
-        except FileNotFoundError:
-            raise InputError(f"{source}: no such file; correct the path") from None
-        except OSError as e:
-            where = f"{source}: cannot be read ({e.strerror or e})"
-            raise InputError(f"{where}; check the file and its permissions") from None
-        if changed:
-            raise InputError(f"{source}: changed while it was read; run again when it is complete")
+        with local_copy(source, [f"*{ending}" for ending in ENDINGS]) as path:
+            rows = rows_of(source, str(path), column_names(columns), heldout)
+            problems, report = collect_problems(source, rows, columns)
     return [dataclasses.replace(p, source=source) for p in problems], report
 
 
-def _versions(files: Sequence[str]) -> list[tuple[int, int]]:
-    return [(found.st_size, found.st_mtime_ns) for found in map(os.stat, files)]
-
-
 def collect_problems(
-    source: str, rows: Iterable[tuple[int, Any]], columns: ColumnsConfig, watch: Watch | None = None
+    source: str, rows: Iterable[tuple[int, Any]], columns: ColumnsConfig
 ) -> tuple[list[Problem], LoadReport]:
     """One problem for each distinct prompt of numbered rows, unless its answers conflict.
 
@@ -133,8 +105,6 @@ def collect_problems(
     total = duplicates = 0
     for number, row in rows:
         total += 1
-        if watch is not None and total % _WATCHED == 0:
-            watch(_WATCHED)
         notes: list[str] = []
         try:
             if isinstance(row, BadRow):

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from dapo_jax.config import ArithmeticConfig, ColumnsConfig
 from dapo_jax.data.files import MAX_ROW_BYTES, choose_split
-from dapo_jax.data.problems import Watch, load_problems
+from dapo_jax.data.problems import load_problems
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.runtime.files import Folder, as_path, check_url, errors_as, is_bucket, upload
 from dapo_jax.types import InputError, Problem
@@ -67,7 +67,6 @@ def prepare(
     test: str | None = None,
     name: str = "problems",
     columns: ColumnsConfig = AS_USUAL,
-    watch: Watch | None = None,
     info: Callable[[str], Any] = lambda summary: None,
 ) -> Folder:
     """Writes the distinct problems of a data set, those of `test` as a split of that name, and
@@ -84,7 +83,7 @@ def prepare(
     for split, path in {"train": source, "test": test}.items():
         if path is None:
             continue
-        how: Any = {"columns": columns, "heldout": split == "test", "watch": watch}
+        how: Any = {"columns": columns, "heldout": split == "test"}
         splits[split], report = load_problems(path, ArithmeticConfig(), **how)
         summaries.append(report.summary())
         info(summaries[-1])
