@@ -52,9 +52,7 @@ class LoadReport:
     conflicts: int = 0  # distinct prompts that came with different answers, left out
     skipped: Mapping[str, Skip] = dataclasses.field(default_factory=dict)  # by reason
     in_earlier_sets: int = 0  # distinct prompts that an earlier data set of the mixture has
-    normalized: Mapping[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # rows, by what was done
+    normalized: Mapping[str, int] = dataclasses.field(default_factory=dict)  # rows by change
 
     def summary(self) -> str:
         """One line for the log."""
