@@ -233,7 +233,8 @@ def _csv(where: str, path: str) -> Rows:
     Lone surrogates stand for bytes that are not UTF-8.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
-    number, how = 0, {"newline": "", "encoding": "utf-8-sig", "errors": "surrogateescape"}
+    number = 0
+    how: Any = {"newline": "", "encoding": "utf-8-sig", "errors": "surrogateescape"}
     with open(path, **how) as stream:
         lines = iter(functools.partial(stream.readline, MAX_ROW_BYTES), "")
         names = next(lines, "")

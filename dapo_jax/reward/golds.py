@@ -96,9 +96,10 @@ def check_data(
         _call_once(problems[0], section, judge)
         return []
     lines = []
+    sampled = "sampled " if section.verifier == "lenient" and len(problems) > _JUDGED else ""
     shares = judge_golds(problems, section.verifier, judge, not name.startswith("eval.sets."))
     for what, share in shares.items():
-        line = f"{name}: {share} {what} are correct by the {section.verifier} verifier"
+        line = f"{name}: {share} {sampled}{what} are correct by the {section.verifier} verifier"
         if share.failures:
             line = f"warning: {line}; not, for example, {'; '.join(share.failures)}"
         if what == "ground truths" and not share.correct:
