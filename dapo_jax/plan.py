@@ -1,21 +1,17 @@
-"""Know before paying: compiles a config's programs with the real TPU compiler and no TPU.
+"""Compiles a config's programs with the real TPU compiler, without a TPU: do they fit, and what
+does a step cost at least?
 
-Do they fit, and what can a step cost at best?
-
-    python -m dapo_jax.plan --config C [--topology v5p:4x4x8] [--json OUT] [--suggest] [--set section.key=value ...]
+    python -m dapo_jax.plan --config C [--topology v5p:4x4x8] [--json OUT] [--suggest] [--set K=V]
     python -m dapo_jax.plan --config C --topology "v5p:4x4x8*2" --set mesh.data=2     two slices
-    python -m dapo_jax.plan --config C --only update --only "plain update"            what the fused loss saves
 
 Memory and collectives are the compiler's. Times are a roofline, max(FLOPs / peak, HBM bytes /
 bandwidth, bytes sent in a slice / ICI bandwidth, bytes sent between slices / DCN bandwidth), from
-published peaks (`runtime/chips.py`): a bound that no run beats, not a forecast. The compiler proves
-fit and legality, never speed. Needs `pip install libtpu` on an x86-64 Linux machine. Exit status: 0
-all fits, 1 not, 2 bad input.
+published peaks (`runtime/chips.py`): a lower bound, not a forecast. Needs `pip install libtpu` on
+an x86-64 Linux machine. Exit status: 0 all fits, 1 not, 2 bad input.
 """
 
 import argparse
 import dataclasses
-import functools
 import importlib.util
 import json
 import math
@@ -27,43 +23,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from dapo_jax.config import Config, ConfigError, DapoSection, ModelConfig, load_config
-from dapo_jax.dapo.loss import batch_hidden, dapo_terms
+from dapo_jax.config import Config, ConfigError, ModelConfig, load_config
 from dapo_jax.evaluate import eval_sampling
 from dapo_jax.model import flops
-from dapo_jax.model.decoder import abstract_params, logits_of
 from dapo_jax.model.weights import load_model_config
 from dapo_jax.rollout.sampler import Arrivals
 from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
 from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, compile_program, device_bytes
 from dapo_jax.runtime.files import local_model, write_result
-from dapo_jax.runtime.mesh import make_mesh, rollout_dtype, rollout_sharding, row_shards
-from dapo_jax.training.programs import (
-    TrainPrograms,
-    abstract_batch,
-    state_programs,
-    train_programs,
-)
-from dapo_jax.training.setup import (
-    Policy,
-    adapted,
-    batch_shape,
-    check_divides,
-    make_engine,
-    train_sampling,
-    with_computation,
-)
-from dapo_jax.types import Array, InputError, Params, TrainBatch
+from dapo_jax.runtime.mesh import make_mesh, row_shards
+from dapo_jax.training import programs as training
+from dapo_jax.training import setup
+from dapo_jax.types import InputError
 
 _GIB = 2**30
 _COMFORT = 0.9  # share of HBM that --suggest fills
-PLAIN = "plain update"  # compiled only if asked for
+
+
+Info = Callable[[str], None]  # prints a line
 
 
 class Pod(NamedTuple):
-    """The chips that are compiled for."""
+    """The chips to compile for."""
 
     topology: str
     devices: list[Any]
@@ -72,42 +55,46 @@ class Pod(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """What a run's cost depends on and no config says. Means, in tokens."""
+    """Means that the cost of a run depends on and no config holds, in tokens."""
 
     prompt: float
     response: float
-    kept: float  # share of the drawn groups that are informative
+    kept: float  # share of sampled groups that are informative
 
 
 class Work(NamedTuple):
-    """Of one call, over all devices, but for the last."""
+    """Work of one call: over all devices, but for hbm_bytes."""
 
     flops: float  # the model's
-    computed: float  # with what is computed again, and padding
+    computed: float  # with recomputation and padding
     tokens: float
     hbm_bytes: float  # on each device
 
 
 class Program(NamedTuple):
-    """A jitted program, ready to compile."""
+    """A jitted function and the shapes, with shardings, that a run calls it with."""
 
     name: str
-    lower: Callable[[], Any]
-    arguments: Any  # shapes with shardings
-    resident_bytes: int  # that lie on each device meanwhile, and are no argument
+    function: Any
+    arguments: tuple[Any, ...]
+    resident_bytes: int  # in use on each device during a call, beside the arguments
     work: Work
     calls: float  # in a rollout step
-    trips: tuple[int, ...] = ()  # of loops that end by data, outermost first
+    trips: tuple[int, ...] = ()  # of loops with a data-dependent end, outermost first
     settings: str = ""  # what to change where it does not fit
+    static: Mapping[str, int] = {}
 
     @property
     def key(self) -> Any:
-        """The same for the same program, among configs that differ in sizes only."""
+        """Identifies the program among configs that differ in sizes only."""
         return self.name, *jax.tree.leaves(self.arguments)
+
+    def lower(self) -> Any:
+        return self.function.lower(*self.arguments, **self.static)
 
 
 class Result(NamedTuple):
-    """A program, compiled."""
+    """A compiled program."""
 
     program: Program
     compiled: Compiled
@@ -118,8 +105,12 @@ class Result(NamedTuple):
         return self.compiled.peak_bytes + self.program.resident_bytes
 
     @property
+    def hbm_fraction(self) -> float:
+        return self.peak_bytes / self.pod.chip.hbm_bytes
+
+    @property
     def fits(self) -> bool:
-        return self.compiled.fits and self.peak_bytes <= self.pod.chip.hbm_bytes
+        return self.compiled.fits and self.hbm_fraction <= 1
 
     @property
     def between_slices(self) -> float:
@@ -133,7 +124,7 @@ class Result(NamedTuple):
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds of a call that each limit allows at best."""
+        """Least seconds of a call by each limit."""
         chip, work = self.pod.chip, self.program.work
         return {
             "FLOPs": work.computed / len(self.pod.devices) / chip.flops,
@@ -147,296 +138,150 @@ class Result(NamedTuple):
         return max(self.times.values())
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Chips and model
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def load_pod(topology: str) -> Pod:
     """The devices of a topology such as v5p:4x4x8, or v5p:4x4x8*2 for two such slices.
 
-    InputError without libtpu, or if it knows no such topology.
+    InputError without libtpu, or if libtpu does not support the topology.
     """
     form = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*([1-9]\d*))?", topology)
     if form is None or form[1] not in CHIPS:
-        raise InputError(
-            f"topology {topology!r}: expected NAME:AxB or NAME:AxBxC with NAME one of {', '.join(CHIPS)}, e.g. v5p:4x4x8, "
-            "and *N after it for N slices"
-        )
+        what = f"expected NAME:AxB or NAME:AxBxC with NAME one of {', '.join(CHIPS)}"
+        raise InputError(f"topology {topology!r}: {what}, and *N after it for N slices")
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
-            "plan compiles with Google's TPU compiler, which is not installed; `pip install libtpu` (or dapo_jax[plan])"
-        )
+        what = "plan needs Google's TPU compiler, which is not installed"
+        raise InputError(f"{what}; `pip install libtpu` (or dapo_jax[plan])")
     name, shape, slices = form[1], form[2], int(form[3] or 1)
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    if name == "v4":
-        options["chip_config_name"] = (
-            "megacore"  # both cores of a v4 chip as one device, as training sees it
-        )
+    if name == "v4":  # both cores of a chip as one device, as in training
+        options["chip_config_name"] = "megacore"
     try:
-        devices: list[Any] = list(
-            topologies.get_topology_desc(
-                platform="tpu", topology_name=f"{name}:{shape}", **options
-            ).devices
-        )
-    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as e:
-        raise InputError(
-            f"topology {topology!r}: libtpu knows none ({(str(e).splitlines() or ['no reason'])[0][:200]})"
-        ) from None
+        found = topologies.get_topology_desc(f"{name}:{shape}", "tpu", **options)
+        devices: list[Any] = list(found.devices)
+    except (ValueError, RuntimeError, NotImplementedError) as e:
+        why = (str(e).splitlines() or ["no reason given"])[0][:200]
+        what = f"libtpu does not support it ({why}); give another"
+        raise InputError(f"topology {topology!r}: {what}") from None
     chips = slices * len({tuple(d.coords) for d in devices})
-    share, chip = chips / len(devices), CHIPS[name]
-    return Pod(topology, devices, chips, Chip(*(value * share for value in chip)))
+    return Pod(topology, devices, chips, Chip(*(n * chips / len(devices) for n in CHIPS[name])))
 
 
 def load_model(config: Config) -> ModelConfig:
-    """The architecture, from model.architecture or the config.json of model.folder: neither weights
-    nor a tokenizer are needed.
-    """
+    """The architecture, from model.architecture or the config.json of model.folder."""
     folder = config.model.folder and local_model(config.model.folder, ("config.json",)).folder
     model = load_model_config(folder) if folder else config.model.architecture
-    assert model is not None  # the config's own check
-    return with_computation(config, model)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The programs of a config
-# --------------------------------------------------------------------------------------------------------------------
+    assert model is not None  # load_config checks it
+    return setup.with_computation(config, model)
 
 
 def programs(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths) -> list[Program]:
-    """Every jitted program of a run of a size that matters, in the order of a step; last one that
-    no run has, for comparison.
-    """
-    check_divides(config, mesh, rows=True, slots=True)
-    trained = adapted(model, config.model.lora)
-    train = train_programs(trained, mesh, config.dapo, config.optim, config.rollout.temperature)
-    training = _training(config, model, mesh, lengths, train)
-    update = next(p for p in training if p.name == "update")
-    loss = functools.partial(plain_loss, model=trained, algo=config.dapo, mesh=mesh)
-    plain_update = state_programs(loss, trained, mesh, config.optim).update
-    plain = functools.partial(plain_update.lower, *update.arguments)  # type: ignore[attr-defined]
-    return [
-        *_rollout(config, model, mesh, lengths, train),
-        *training,
-        update._replace(name=PLAIN, lower=plain, calls=0),
-    ]
+    """The jitted programs of a run whose size matters, in the order of a step."""
+    setup.check_divides(config, mesh, rows=True, slots=True)
+    trained, temperature = setup.adapted(model, config.model.lora), config.rollout.temperature
+    train = training.train_programs(trained, mesh, config.dapo, config.optim, temperature)
+    arguments = config, model, mesh, lengths, train
+    return _rollout_programs(*arguments) + _training_programs(*arguments)
 
 
-def plain_loss(
-    params: Params, batch: TrainBatch, *, model: ModelConfig, algo: DapoSection, mesh: Mesh
-) -> tuple[Array, dict[str, Array]]:
-    """`dapo.loss.loss_fn` as it is mostly written: all logits [N * T, V] at a time.
-
-    What it would cost is worth knowing.
-    """
-    flat = TrainBatch(*(a.reshape(-1) for a in batch))
-    scores = jax.nn.log_softmax(logits_of(params, batch_hidden(params, batch, model, mesh)))
-    logprobs = jnp.take_along_axis(scores, flat.tokens[:, None], axis=-1)[:, 0]
-    entropy = -jnp.sum(jnp.exp(scores) * scores, axis=-1)
-    loss, metrics = dapo_terms(
-        jnp.where(flat.target_mask, logprobs, 0.0), jax.lax.stop_gradient(entropy), flat, algo
-    )
-    return jnp.where(flat.target_mask, loss, 0.0).sum(), {
-        k: jnp.where(flat.target_mask, v, 0.0).sum() for k, v in metrics.items()
-    }
+def _shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def _training(
-    config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms
+def _training_programs(
+    config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: training.TrainPrograms
 ) -> list[Program]:
-    d, tensor = config.dapo, mesh.shape["tensor"]
-    shape = batch_shape(config, mesh)
-    batch, state, trained = (
-        abstract_batch(shape, mesh),
-        train.state,
-        adapted(model, config.model.lora),
-    )
+    """Old log-probs and an update of one mini-batch, and publishing the rollout weights."""
+    d, shape = config.dapo, setup.batch_shape(config, mesh)
     responses, segment = d.responses_per_update, lengths.prompt + lengths.response
     rows = max(1.0, responses * segment / shape.row_len)
     used = min(shape.microbatches, math.ceil(rows / shape.rows_per_microbatch))
-    computed = used * shape.rows_per_microbatch * shape.row_len  # positions, padding among them
-    tokens, pairs, targets = (
-        responses * segment,
-        responses * flops.visible_pairs(model, segment),
-        responses * lengths.response,
-    )
-    forward = flops.forward_flops(trained, computed, pairs, targets)
-    backward = flops.backward_flops(trained, computed, pairs, targets) + flops.recomputed_flops(
-        trained, computed, pairs
-    )
-    read = used * 2 * flops.weights(model) / tensor  # bfloat16 weights, once a pass and micro-batch
-    chunks = math.ceil(targets / used / row_shards(mesh) / loss_chunk(mesh))
-    moments = device_bytes(state) - device_bytes(state.params)
-    published = device_bytes(_published(model, mesh))
+    tokens, padded = responses * segment, used * shape.rows_per_microbatch * shape.row_len
+
+    c = setup.adapted(model, config.model.lora)
+    pairs, targets = responses * flops.visible_pairs(model, segment), responses * lengths.response
+    forward = flops.forward_flops(c, padded, pairs, targets)
+    backward = flops.backward_flops(c, padded, pairs, targets)
+    backward += flops.recomputed_flops(c, padded, pairs)
+    weights = 2 * flops.weights(model) / mesh.shape["tensor"]  # bytes in bfloat16
+    read = used * weights  # once a pass and micro-batch
+
+    state, batch = train.state, training.abstract_batch(shape, mesh)
+    params, rate = state.params, _shape(dtype=jnp.float32)
+    moments = device_bytes(state) - device_bytes(params)
+    held = moments + device_bytes(jax.eval_shape(train.publish, params))
+    score = Work(flops.forward_flops(c, tokens, pairs, targets), forward, tokens, read)
+    useful, traffic = flops.train_flops(c, tokens, pairs, targets), 3 * read + 3 * moments
+    learn = Work(useful, forward + backward, tokens, traffic)
+    publish = Work(0, 0, 0, device_bytes(params) + weights)
     updates = d.prompts_per_step * d.responses_per_prompt / responses
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    scores = updates if d.old_logprobs == "recompute" else 0
+    loops = used, math.ceil(targets / used / row_shards(mesh) / loss_chunk(mesh))
+    fix = "train.rows_per_microbatch, mesh.tensor"
+    inputs, fix_update = (params, batch), f"{fix}, model.remat"
     return [
-        Program(
-            "old log-probs",
-            functools.partial(train.old_logprobs.lower, state.params, batch),  # type: ignore[attr-defined]
-            (state.params, batch),
-            moments + published,
-            Work(flops.forward_flops(trained, tokens, pairs, targets), forward, tokens, read),
-            updates if d.old_logprobs == "recompute" else 0,
-            (used, chunks),
-            "train.rows_per_microbatch, mesh.tensor",
-        ),
-        Program(
-            "update",
-            functools.partial(train.update.lower, state, batch, rate),  # type: ignore[attr-defined]
-            (state, batch, rate),
-            0,
-            Work(
-                flops.train_flops(trained, tokens, pairs, targets),
-                forward + backward,
-                tokens,
-                3 * read + 3 * moments,
-            ),
-            updates,
-            (used, chunks),
-            "train.rows_per_microbatch, mesh.tensor, model.remat",
-        ),
-        Program(
-            "publish",
-            functools.partial(train.publish.lower, state.params),  # type: ignore[attr-defined]
-            (state.params,),
-            moments,
-            Work(0, 0, 0, device_bytes(state.params) + 2 * flops.weights(model) / tensor),
-            1,
-            (),
-            "mesh.tensor",
-        ),
+        Program("old log-probs", train.old_logprobs, inputs, held, score, scores, loops, fix),
+        Program("update", train.update, (state, batch, rate), 0, learn, updates, loops, fix_update),
+        Program("publish", train.publish, (params,), moments, publish, 1, (), "mesh.tensor"),
     ]
 
 
-def _published(model: ModelConfig, mesh: Mesh) -> Any:
-    """Shapes of the rollout weights."""
-    shapes = abstract_params(model)
-
-    def published(path: Any, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            leaf.shape, jnp.dtype(rollout_dtype(path, model.compute_dtype)), sharding=sharding
-        )
-
-    return jax.tree_util.tree_map_with_path(published, shapes, rollout_sharding(shapes, mesh))
-
-
-def _rollout(
-    config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: TrainPrograms
+def _rollout_programs(
+    config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: training.TrainPrograms
 ) -> list[Program]:
-    """Reading prompts, putting them into slots, and a decode step, at the longest prompts and the
-    fullest cache.
-    """
-    d, tensor, shards, slots = (
-        config.dapo,
-        mesh.shape["tensor"],
-        row_shards(mesh),
-        config.rollout.decode_slots,
-    )
-    weights, resident = _published(model, mesh), device_bytes(train.state)
+    """Prefill, insertion into slots, and a decode step, at the longest prompts and a full cache."""
+    d, slots = config.dapo, config.rollout.decode_slots
+    tensor, shards = mesh.shape["tensor"], row_shards(mesh)
+    policy = setup.Policy(model, None, (0,))
+    engine = setup.make_engine(config, policy, mesh, setup.train_sampling(config))
+    functions, number = engine.programs, _shape()
+    weights = jax.eval_shape(train.publish, train.state.params)
+    state, resident = jax.eval_shape(functions.start), device_bytes(train.state)
+    fix = "rollout.decode_slots, rollout.kv_cache, mesh.tensor"
+    read = 2 * flops.layer_weights(model) / tensor
+
+    def prefill(name: str, longest: int, calls: float) -> Program:
+        width, mean = next(n for n in engine.prompt_lens if n >= longest), lengths.prompt
+        useful, computed = (
+            flops.forward_flops(model, shards * n, shards * flops.visible_pairs(model, n), 0)
+            for n in (mean, width)
+        )
+        work, held = Work(useful, computed, shards * mean, read), resident + device_bytes(state)
+        arguments = weights, _shape(shards, width)
+        return Program(name, functions.prefill, arguments, held, work, calls, (), fix)
+
     responses = d.prompts_per_step / lengths.kept * d.responses_per_prompt
-    int8 = config.rollout.kv_cache == "int8"
-    cached = flops.cache_bytes(model, int8=int8) / (tensor if model.kv_heads % tensor == 0 else 1)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
+    prompts = responses / d.responses_per_prompt / shards
+    found = [prefill("prefill", config.data.max_prompt_len, prompts)]
+    prefilled = jax.eval_shape(functions.prefill, *found[0].arguments)
+    arrivals = _shape(len(Arrivals._fields), shards, engine.slots)
+    inserted = state, prefilled, jax.eval_shape(jax.random.key, 0), arrivals, number
+    held, calls = resident + device_bytes(weights), responses / slots
+    work = Work(0, 0, 0, 0)
+    found.append(Program("insert", functions.insert, inserted, held, work, calls, (), fix))
+    if d.partial_rollouts:  # prompts with what unfinished responses hold so far
+        found.append(prefill("prefill of prefixes", engine.cache_len, 0))
+        prefilled = jax.eval_shape(functions.prefill, *found[-1].arguments)
 
-    engine = make_engine(config, Policy(model, None, (0,)), mesh, train_sampling(config))
-    state = jax.eval_shape(engine.programs.start)
-    prompts, prefixes = (
-        jax.ShapeDtypeStruct((shards, next(n for n in engine.prompt_lens if n >= most)), jnp.int32)
-        for most in (config.data.max_prompt_len, engine.cache_len)
-    )
-    prefilled = jax.eval_shape(engine.programs.prefill, weights, prompts)
-    seed, arrivals = (
-        jax.eval_shape(jax.random.key, 0),
-        jax.ShapeDtypeStruct((len(Arrivals._fields), shards, engine.slots), jnp.int32),
-    )
-    layers, settings = (
-        2 * flops.layer_weights(model) / tensor,
-        "rollout.decode_slots, rollout.kv_cache, mesh.tensor",
-    )
-
-    def prefill(name: str, tokens: jax.ShapeDtypeStruct, calls: float) -> Program:
-        (rows, width), mean = tokens.shape, lengths.prompt
-        useful = flops.forward_flops(model, rows * mean, rows * flops.visible_pairs(model, mean), 0)
-        computed = flops.forward_flops(
-            model, rows * width, rows * flops.visible_pairs(model, width), 0
-        )
-        lower = functools.partial(engine.programs.prefill.lower, weights, tokens)  # type: ignore[attr-defined]
-        work = Work(useful, computed, rows * mean, layers)
-        return Program(
-            name,
-            lower,
-            (weights, tokens),
-            resident + device_bytes(state),
-            work,
-            calls,
-            settings=settings,
-        )
-
-    found = [
-        prefill("prefill", prompts, responses / d.responses_per_prompt / shards),
-        Program(
-            "insert",
-            functools.partial(
-                engine.programs.insert.lower,  # type: ignore[attr-defined]
-                state,
-                prefilled,
-                seed,
-                arrivals,
-                number,
-            ),
-            (state, prefilled, seed, arrivals, number),
-            resident + device_bytes(weights),
-            Work(0, 0, 0, 0),
-            responses / slots,
-            settings=settings,
-        ),
-    ]
-    if d.partial_rollouts:  # reads what unfinished responses have said so far
-        found.append(prefill("prefill of prefixes", prefixes, 0))
-        prefilled = jax.eval_shape(engine.programs.prefill, weights, prefixes)
-    mean = lengths.prompt + lengths.response / 2  # tokens in the cache of a sequence under way
+    mean = lengths.prompt + lengths.response / 2  # tokens in the cache of a live sequence
     step = flops.forward_flops(model, slots, slots * flops.visible_keys(model, mean), slots)
-    read = layers + 2 * flops.head_weights(model) / tensor + slots / shards * mean * cached
-    evaluated = [
-        (
-            "eval decode step",
-            make_engine(config, Policy(model, None, (0,)), mesh, eval_sampling(config.eval)),
-            0.0,
-        )
-    ]
-    steps = max(responses * lengths.response / slots, config.rollout.max_response_len)
-    for name, sampler, calls in [
-        ("decode step", engine, steps),
-        *(evaluated if config.eval.every else []),
-    ]:
-        # The program decodes a segment of steps; its loop is counted as one of them.
-        lower = functools.partial(
-            sampler.programs.decode.lower,  # type: ignore[attr-defined]
-            width=engine.slots,
-            read=engine.cache_len,
-        )
-        arguments = (weights, state, number, number, number)
-        held = resident + device_bytes(prefilled)
-        work = Work(step, step, slots, read)
-        found.append(
-            Program(
-                name,
-                functools.partial(lower, *arguments),
-                arguments,
-                held,
-                work,
-                calls,
-                (1,),
-                settings,
-            )
-        )
+    split = tensor if model.kv_heads % tensor == 0 else 1
+    cached = flops.cache_bytes(model, int8=config.rollout.kv_cache == "int8") / split
+    traffic = read + 2 * flops.head_weights(model) / tensor + slots / shards * mean * cached
+    decode = Program(
+        "decode step",
+        functions.decode,
+        (weights, state, number, number, number),
+        resident + device_bytes(prefilled),
+        Work(step, step, slots, traffic),
+        max(responses * lengths.response / slots, config.rollout.max_response_len),
+        (1,),  # the program decodes a segment of steps; its loop counts as one of them
+        fix,
+        {"width": engine.slots, "read": engine.cache_len},
+    )
+    found.append(decode)
+    if config.eval.every:
+        other = setup.make_engine(config, policy, mesh, eval_sampling(config.eval)).programs.decode
+        found.append(decode._replace(name="eval decode step", function=other, calls=0.0))
     return found
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What it comes to
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def compile_all(
@@ -444,105 +289,108 @@ def compile_all(
     pod: Pod,
     lengths: Lengths,
     only: Sequence[str] = (),
-    info: Callable[[str], None] = print,
+    info: Info = print,
     known: Mapping[Any, Compiled] | None = None,
 ) -> list[Result]:
-    """Compiles the programs of a config (those named, or all), one after the other, but for those
-    that are known by their keys.
-    """
+    """Compiles the programs of a config (those named, or all); `known` ones, by key, are reused."""
     mesh = make_mesh(config.mesh, pod.devices)
     results = []
     for program in programs(config, load_model(config), mesh, lengths):
-        if program.name in only or (not only and program.name != PLAIN):
-            if (compiled := (known or {}).get(program.key)) is None:
-                info(f"compiling {program.name} ...")
-                compiled = compile_program(
-                    program.lower(), device_bytes(program.arguments), program.trips
-                )
-            results.append(Result(program, compiled, pod))
+        if only and program.name not in only:
+            continue
+        if (compiled := (known or {}).get(program.key)) is None:
+            info(f"compiling {program.name} ...")
+            size = device_bytes(program.arguments)
+            compiled = compile_program(program.lower(), size, program.trips)
+        results.append(Result(program, compiled, pod))
     return results
 
 
+_COLUMNS: dict[str, Callable[[Result], str]] = {
+    "program": lambda r: r.program.name,
+    "arguments": lambda r: f"{r.compiled.argument_bytes / _GIB:.2f}",
+    "temporaries": lambda r: f"{r.compiled.temp_bytes / _GIB:.2f}",
+    "resident": lambda r: f"{r.program.resident_bytes / _GIB:.2f}",
+    "peak GiB": lambda r: f"{r.peak_bytes / _GIB:.2f}",
+    "of HBM": lambda r: f"{r.hbm_fraction:.0%}",
+    "fits": lambda r: "yes" if r.fits else "NO",
+    "TFLOP": lambda r: f"{r.program.work.flops / 1e12:,.1f}",
+    "sent GB": lambda r: f"{r.sent_bytes / 1e9:,.2f}",
+    "least s": lambda r: f"{r.seconds:.3g}",
+    "limit": lambda r: max(r.times, key=lambda key: r.times[key]),
+    "x step": lambda r: f"{r.program.calls:,.0f}",
+}
+
+
 def table(results: Sequence[Result]) -> str:
-    """Programs as lines: memory of a device, work of a call, and its time at best."""
-    memory = ["arguments", "temporaries", "elsewhere", "peak GiB", "of HBM", "fits"]
-    head = ["program", *memory, "TFLOP", "sent GB", "best s", "limit", "x step"]
-    lines = [head]
-    for r in results:
-        sizes = (
-            r.compiled.argument_bytes,
-            r.compiled.temp_bytes,
-            r.program.resident_bytes,
-            r.peak_bytes,
-        )
-        times = r.times
-        lines.append(
-            [
-                r.program.name,
-                *(f"{size / _GIB:.2f}" for size in sizes),
-                f"{r.peak_bytes / r.pod.chip.hbm_bytes:.0%}",
-                "yes" if r.fits else "NO",
-                f"{r.program.work.flops / 1e12:,.1f}",
-                f"{r.sent_bytes / 1e9:,.2f}",
-                f"{r.seconds:.3g}",
-                max(times, key=lambda key: times[key]),
-                f"{r.program.calls:,.0f}",
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    """A line a program: memory of a device, work of a call, and its least time."""
+    lines = [list(_COLUMNS), *([cell(r) for cell in _COLUMNS.values()] for r in results)]
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
+        "  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in lines
     )
 
 
 def estimate(results: Sequence[Result], config: Config, lengths: Lengths) -> dict[str, float]:
-    """Seconds of a step, tokens/s a chip, and chip-hours of the run, at best."""
-    pod = results[0].pod
+    """Least seconds of a step, most tokens/s a chip, and least chip-hours of the run."""
+    chips, d = results[0].pod.chips, config.dapo
     seconds = {r.program.name: r.program.calls * r.seconds for r in results}
     rollout = sum(seconds.get(name, 0.0) for name in ("prefill", "insert", "decode step"))
     training = sum(seconds.get(name, 0.0) for name in ("old log-probs", "update", "publish"))
-    trained = config.dapo.prompts_per_step * config.dapo.responses_per_prompt * lengths.response
+    trained = d.prompts_per_step * d.responses_per_prompt * lengths.response
+    sampled = trained / lengths.kept
     hours = config.train.steps * (rollout + training) / 3600
     return {
         "rollout_s": rollout,
         "training_s": training,
-        "rollout_tokens_per_s_per_chip": trained / lengths.kept / rollout / pod.chips
-        if rollout
-        else 0.0,
-        "train_tokens_per_s_per_chip": trained / training / pod.chips if training else 0.0,
+        "rollout_tokens_per_s_per_chip": sampled / rollout / chips if rollout else 0.0,
+        "train_tokens_per_s_per_chip": trained / training / chips if training else 0.0,
         "hours": hours,
-        "chip_hours": hours * pod.chips,
+        "chip_hours": hours * chips,
     }
 
 
 def complaints(results: Sequence[Result]) -> list[str]:
-    """What does not fit: by how much, what is largest, and what to change."""
+    """For each program that does not fit: by how much, what is largest, and what to change."""
     lines = []
     for r in results:
-        if not r.fits:
-            over = (r.peak_bytes - r.pod.chip.hbm_bytes) / _GIB
-            what = {
-                "arguments": r.compiled.argument_bytes,
-                "temporaries": r.compiled.temp_bytes,
-                "what lies there meanwhile": r.program.resident_bytes,
-            }
-            worst = max(what, key=lambda key: what[key])
-            largest = (
-                f"; largest buffers: {'; '.join(r.compiled.largest)}" if r.compiled.largest else ""
-            )
-            lines.append(
-                f"{r.program.name} does not fit by {over:.1f} GiB a device: {worst} take {what[worst] / _GIB:.1f} GiB{largest}; "
-                f"change {r.program.settings}"
-            )
+        if r.fits:
+            continue
+        c, over = r.compiled, (r.peak_bytes - r.pod.chip.hbm_bytes) / _GIB
+        parts = {"arguments": c.argument_bytes, "temporaries": c.temp_bytes}
+        parts["resident buffers"] = r.program.resident_bytes
+        worst, size = max(parts.items(), key=lambda item: item[1])
+        largest = f"; largest buffers: {'; '.join(c.largest)}" if c.largest else ""
+        lines.append(
+            f"{r.program.name} does not fit by {over:.1f} GiB a device: {worst} take "
+            f"{size / _GIB:.1f} GiB{largest}; change {r.program.settings}"
+        )
     return lines
 
 
 def to_json(results: Sequence[Result], estimates: Mapping[str, float]) -> dict[str, Any]:
     """What `--json` writes."""
+
+    def entry(r: Result) -> dict[str, Any]:
+        return {
+            "name": r.program.name,
+            "argument_bytes": r.compiled.argument_bytes,
+            "temp_bytes": r.compiled.temp_bytes,
+            "resident_bytes": r.program.resident_bytes,
+            "peak_bytes": r.peak_bytes,
+            "hbm_fraction": r.hbm_fraction,
+            "flops": r.program.work.flops,
+            "computed_flops": r.program.work.computed,
+            "tokens": r.program.work.tokens,
+            "collective_bytes": r.sent_bytes,
+            "between_slices_bytes": r.between_slices,
+            "collectives": dict(r.compiled.collectives),
+            "seconds": r.seconds,
+            "limits": r.times,
+            "calls_per_step": r.program.calls,
+            "fits": r.fits,
+        }
+
     pod = results[0].pod
     return {
         "topology": pod.topology,
@@ -551,27 +399,7 @@ def to_json(results: Sequence[Result], estimates: Mapping[str, float]) -> dict[s
         "hbm_bytes": pod.chip.hbm_bytes,
         "fits": all(r.fits for r in results),
         "estimate": dict(estimates),
-        "programs": [
-            {
-                "name": r.program.name,
-                "argument_bytes": r.compiled.argument_bytes,
-                "temp_bytes": r.compiled.temp_bytes,
-                "resident_bytes": r.program.resident_bytes,
-                "peak_bytes": r.peak_bytes,
-                "hbm_fraction": r.peak_bytes / pod.chip.hbm_bytes,
-                "flops": r.program.work.flops,
-                "computed_flops": r.program.work.computed,
-                "tokens": r.program.work.tokens,
-                "collective_bytes": r.sent_bytes,
-                "between_slices_bytes": r.between_slices,
-                "collectives": dict(r.compiled.collectives),
-                "seconds": r.seconds,
-                "limits": r.times,
-                "calls_per_step": r.program.calls,
-                "fits": r.fits,
-            }
-            for r in results
-        ],
+        "programs": [entry(r) for r in results],
     }
 
 
@@ -581,30 +409,24 @@ def largest_that_fits(
     """About the largest multiple of `unit` up to `most` with all peaks(n) ≤ room, 0 if none is
     found. At most 5 calls, `start` the first.
 
-    peaks: bytes of each program at n, which grow about evenly: its line through the two largest n
-    that fit tells the next n, and when to stop. What the compiler says of a program that it refuses
+    peaks: bytes of each program at n, which grow about linearly: its line through the two largest n
+    that fit gives the next n, and when to stop. The compiler's size of a program that it refuses
     is less exact, and only used where the lines lead there.
     """
     known, most = {start: peaks(start)}, most // unit * unit
     while len(known) < 5:
-        fit, over = (
-            sorted(n for n in known if (max(known[n]) <= room) == fits) for fits in (True, False)
-        )
+        fit = sorted(n for n in known if max(known[n]) <= room)
+        over = sorted(known.keys() - set(fit))
         low, high = fit[-1] if fit else 0, over[0] if over else most + unit
         pairs = ([(fit[-2], low)] if len(fit) > 1 else []) + ([(low, high)] if fit and over else [])
-        lines = [
-            [(y, z - x) for x, y, z in zip(known[a], known[low], known[b], strict=True) if z > x]
-            for a, b in pairs
-        ]
-        guesses = [
-            low + min((room - y) / rise * (b - a) for y, rise in line)
-            for line, (a, b) in zip(lines, pairs, strict=True)
-            if line
-        ]
+        guesses = []
+        for a, b in pairs:
+            rises = zip(known[low], known[a], known[b], strict=True)
+            steps = [(room - y) / (z - x) * (b - a) for y, x, z in rises if z > x]
+            guesses += [low + min(steps)] if steps else []
         if high - low <= unit or (guesses and guesses[0] < low + unit):
             break
-        # With one n: as if all of it were in proportion, which is too little where it fits. On
-        # level ground: further away.
+        # With one n: in proportion, which is too small where it fits. On level ground: go on.
         alone = 2 * low if len(fit) > 1 else (low or high) * room / max(known[low or high])
         guess = next((g for g in guesses if g < high or not over), alone)
         n = min(max(int(guess) // unit * unit, low + unit), (high - 1) // unit * unit)
@@ -613,152 +435,112 @@ def largest_that_fits(
 
 
 def suggest(
-    config: Config,
-    pod: Pod,
-    lengths: Lengths,
-    results: Sequence[Result],
-    info: Callable[[str], None],
+    config: Config, pod: Pod, lengths: Lengths, results: Sequence[Result], info: Info = print
 ) -> list[str]:
-    """Decode slots and rows of a micro-batch, the largest that fit in 90% of HBM. results: of the
-    config as it is.
-    """
+    """The most decode slots and rows of a micro-batch that fit. results: of the config as it is."""
     shards, lines, d = row_shards(make_mesh(config.mesh, pod.devices)), [], config.dapo
+    rollout, train = ("prefill", "prefill of prefixes", "decode step"), ("old log-probs", "update")
+    drawn = d.prompts_per_draw * d.responses_per_prompt
     searches = (
-        (
-            "decode_slots",
-            "rollout",
-            ("prefill", "prefill of prefixes", "decode step"),
-            d.prompts_per_draw * d.responses_per_prompt,
-        ),
-        ("rows_per_microbatch", "train", ("old log-probs", "update"), d.responses_per_update),
+        ("rollout", "decode_slots", rollout, drawn),
+        ("train", "rows_per_microbatch", train, d.responses_per_update),
     )
     known = {r.program.key: r.compiled for r in results}
-    for key, section, names, most in searches:
+    for section, key, names, most in searches:
+        old = getattr(config, section)
 
-        def peaks(n: int, key=key, section=section, names=names) -> list[int]:
-            changed = dataclasses.replace(
-                config, **{section: dataclasses.replace(getattr(config, section), **{key: n})}
-            )
-            found = compile_all(
-                changed, pod, lengths, names, lambda line: info(f"{key} {n}: {line}"), known
-            )
+        def peaks(n: int, old=old, section=section, key=key, names=names) -> list[int]:
+            changed: Any = {section: dataclasses.replace(old, **{key: n})}
+            other = dataclasses.replace(config, **changed)
+            named: Info = lambda line: info(f"{key} {n}: {line}")  # noqa: E731
+            found = compile_all(other, pod, lengths, names, named, known)
             known.update({r.program.key: r.compiled for r in found})
             return [r.peak_bytes for r in found]
 
-        now = getattr(getattr(config, section), key)
-        best = largest_that_fits(shards, now, max(now, most), peaks, _COMFORT * pod.chip.hbm_bytes)
-        lines.append(
-            f"{section}.{key}: {now}; at most {best} fit in {_COMFORT:.0%} of HBM"
-            if best
-            else f"{section}.{key}: none fits"
-        )
+        now, room = getattr(old, key), _COMFORT * pod.chip.hbm_bytes
+        best = largest_that_fits(shards, now, max(now, most), peaks, room)
+        fits = f"{now}; at most {best} fit in {_COMFORT:.0%} of HBM" if best else "none fits"
+        lines.append(f"{section}.{key}: {fits}")
     return lines
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The verb
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _at_host() -> None:
-    """libtpu compiles here for chips elsewhere: no metadata server, no lock on a TPU, and arrays of
-    this process on the CPU.
-    """
-    quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
-    here = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5p-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    os.environ.update({**here, **quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
+def _compile_for_other_machines() -> None:
+    """Keeps libtpu from looking for a TPU here (metadata server, lock); arrays are on the CPU."""
+    here = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    switches = ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD")
+    quiet = ("TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL")
+    os.environ.update({**here, **dict.fromkeys(switches, "1"), **dict.fromkeys(quiet, "3")})
     jax.config.update("jax_platforms", "cpu")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Compiles every program of a config for a TPU pod, with no TPU: memory, collectives, and a
-    bound on time and cost.
-    """
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.plan", description=main.__doc__)
-    parser.add_argument(
-        "--config",
-        required=True,
-        help="YAML config; neither its weights, its tokenizer nor its data are read",
+    add = parser.add_argument
+    text = "YAML config; neither its weights, its tokenizer nor its data are read"
+    add("--config", required=True, help=text)
+    add("--topology", help="chips, as v5p:4x4x8 (default: mesh.topology of the config)")
+    add("--json", metavar="OUT", help="also write the results to this file")
+    text = "search decode slots and micro-batch rows for the largest that fit in 90%% of HBM"
+    add("--suggest", action="store_true", help=text)
+    text = "tokens (default: a quarter of rollout.max_response_len)"
+    add("--response-len", help=f"mean response, {text}", type=float)
+    text = "tokens (default: an eighth of data.max_prompt_len)"
+    add("--prompt-len", help=f"mean prompt, {text}", type=float)
+    text = "share of sampled groups that are informative (default 0.5)"
+    add("--kept-fraction", default=0.5, help=text, type=float)
+    text = "only this program; may be repeated"
+    add("--only", action="append", default=[], metavar="PROGRAM", help=text)
+    text = "override, e.g. train.rows_per_microbatch=64"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    return parser
+
+
+def _summary(estimates: Mapping[str, float], config: Config, lengths: Lengths) -> str:
+    e = estimates
+    return (
+        f"a step takes at least: rollout {e['rollout_s']:,.0f} s "
+        f"({e['rollout_tokens_per_s_per_chip']:,.0f} tokens/s/chip), training "
+        f"{e['training_s']:,.0f} s ({e['train_tokens_per_s_per_chip']:,.0f} tokens/s/chip); "
+        f"{config.train.steps} steps: {e['hours']:,.0f} hours, {e['chip_hours']:,.0f} chip-hours. "
+        f"Assumed: prompts of {lengths.prompt:,.0f} tokens, responses of {lengths.response:,.0f}, "
+        f"{lengths.kept:.0%} of the groups kept"
     )
-    parser.add_argument(
-        "--topology", help="chips, as v5p:4x4x8 (default: mesh.topology of the config)"
-    )
-    parser.add_argument("--json", metavar="OUT", help="also write the results to this file")
-    parser.add_argument(
-        "--suggest",
-        action="store_true",
-        help="search decode slots and micro-batch rows for the largest that fit in 90%% of HBM",
-    )
-    parser.add_argument(
-        "--response-len",
-        type=float,
-        help="mean response, tokens (default: a quarter of rollout.max_response_len)",
-    )
-    parser.add_argument(
-        "--prompt-len",
-        type=float,
-        help="mean prompt, tokens (default: an eighth of data.max_prompt_len)",
-    )
-    parser.add_argument(
-        "--kept-fraction",
-        type=float,
-        default=0.5,
-        help="share of drawn groups that are informative (default 0.5)",
-    )
-    only = f"only this program; may be repeated. Not among all: `{PLAIN}`, with whole logits"
-    parser.add_argument("--only", action="append", default=[], metavar="PROGRAM", help=only)
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override, e.g. train.rows_per_microbatch=64",
-    )
-    args = parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compiles every program of a config for a TPU pod, without a TPU: memory, collectives, and a
+    lower bound on time and cost.
+    """
+    args = _parser().parse_args(argv)
     config = load_config(args.config, args.set)
     topology = args.topology or config.mesh.topology
     if topology is None:
-        raise ConfigError(
-            f"{args.config}: mesh.topology: says no chips to plan for; set it, or give --topology, e.g. v5p:4x4x8"
-        )
+        what = "is null; set the chips to plan for, or give --topology, e.g. v5p:4x4x8"
+        raise ConfigError(f"{args.config}: mesh.topology: {what}")
     if not 0 < args.kept_fraction <= 1:
         raise InputError("--kept-fraction: must be above 0 and at most 1")
-    lengths = Lengths(
-        args.prompt_len or config.data.max_prompt_len / 8,
-        args.response_len or config.rollout.max_response_len / 4,
-        args.kept_fraction,
-    )
-    _at_host()
+    prompt_len = args.prompt_len or config.data.max_prompt_len / 8
+    response_len = args.response_len or config.rollout.max_response_len / 4
+    lengths = Lengths(prompt_len, response_len, args.kept_fraction)
+    _compile_for_other_machines()
     pod = load_pod(topology)
-    print(
-        f"{args.config}: {pod.topology}, {pod.chips} chips, {pod.chip.hbm_bytes / 1e9:.0f} GB HBM a device"
-    )
+    hbm = f"{pod.chip.hbm_bytes / 1e9:.0f} GB HBM a device"
+    print(f"{args.config}: {pod.topology}, {pod.chips} chips, {hbm}")
     results = compile_all(config, pod, lengths, args.only)
     if not results:
         raise InputError(f"--only: no program is called {' or '.join(args.only)}")
     print(table(results))
-    estimates = estimate(results, config, lengths)
     for r in results:
-        sent = ", ".join(
-            f"{kind} {size / 1e9:.2f} GB" for kind, size in sorted(r.compiled.collectives.items())
-        )
+        collectives = sorted(r.compiled.collectives.items())
+        sent = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in collectives)
         print(f"{r.program.name} sends a call and device: {sent or 'nothing'}")
+    estimates = estimate(results, config, lengths)
     if not args.only:  # else there is no whole step
-        print(
-            f"a step at best: rollout {estimates['rollout_s']:,.0f} s ({estimates['rollout_tokens_per_s_per_chip']:,.0f} tokens/s/chip), "
-            f"training {estimates['training_s']:,.0f} s ({estimates['train_tokens_per_s_per_chip']:,.0f} tokens/s/chip); "
-            f"{config.train.steps} steps: {estimates['hours']:,.0f} hours, {estimates['chip_hours']:,.0f} chip-hours. Assumed: prompts of "
-            f"{lengths.prompt:,.0f} tokens, responses of {lengths.response:,.0f}, {lengths.kept:.0%} of the groups kept"
-        )
+        print(_summary(estimates, config, lengths))
     for line in complaints(results):
         print(line)
     if args.suggest:
-        for line in suggest(config, pod, lengths, results, print):
-            print(line)
+        print("\n".join(suggest(config, pod, lengths, results)))
     if args.json:
         write_result(args.json, json.dumps(to_json(results, estimates), indent=2) + "\n")
     return 0 if all(r.fits for r in results) else 1
