@@ -18,10 +18,8 @@ may be added; a run of another config is refused.
 """
 
 import argparse
-import functools
 import io
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
@@ -31,19 +29,12 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from dapo_jax import supervised
-from dapo_jax.config import (
-    Config,
-    ConfigError,
-    config_from_dict,
-    dump_yaml,
-    load_config,
-    merge,
-    read_mapping,
-)
+from dapo_jax.config import Config, ConfigError, config_from_dict, dump_yaml, load_config, merge
 from dapo_jax.config.checks import build
+from dapo_jax.config.load import read_mapping
 from dapo_jax.config.schema import STRICT, field
 from dapo_jax.runtime.curves import STYLE, running_mean
-from dapo_jax.runtime.files import remove, write_whole, writing
+from dapo_jax.runtime.files import write_whole, writing
 from dapo_jax.runtime.metrics import definition, read_metrics
 from dapo_jax.train import MAY_CHANGE, difference, train
 from dapo_jax.types import InputError
@@ -80,13 +71,11 @@ class Row(NamedTuple):
 
     name: str
     key: str
-    tree: Mapping[str, Any]
     config: Config
     watch: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Study:
+class Study(NamedTuple):
     warm_up: Config | None  # None: the rows start from the base's model.folder
     seeds: tuple[int, ...]
     target_accuracy: float
@@ -105,15 +94,15 @@ def load_study(path: str) -> Study:
     if file.base.get("seed") is not None:
         fail("base.seed", "comes from `seeds`; remove it")
     rows: list[Row] = []
+    tree = file.base
     for number, row in enumerate(file.ladder):
         for metric in row.watch:
             if metric.startswith("eval/") or definition(metric) is None:
-                what = f"{metric[:60]} is no metric of a training step"
-                fail(f"ladder.{number}.watch", f"{what}; correct it")
-        tree = merge(rows[-1].tree if rows else file.base, row.set)
-        short = re.sub(r"[^a-z0-9]+", "_", row.name.lower()).strip("_")
+                fail(f"ladder.{number}.watch", f"{metric[:60]} is no metric of a training step")
+        tree = merge(tree, row.set)
         config = config_from_dict(tree, f"{path}: ladder.{number}")
-        rows.append(Row(row.name, f"{number}_{short}", tree, config, row.watch))
+        short = re.sub(r"[^a-z0-9]+", "_", row.name.lower()).strip("_")
+        rows.append(Row(row.name, f"{number}_{short}", config, row.watch))
     first, warm_up = rows[0].config, None
     if (file.warm_up is None) == (first.model.folder is None):
         fail("warm_up", "rows start from a warm-up or from base.model.folder; give one of the two")
@@ -162,8 +151,8 @@ def train_all(study: Study, out: Path, info: Callable[[str], None]) -> None:
         if changed := difference(found, job.config, job.may_change):
             key, was, now = changed
             raise ConfigError(
-                f"{job.file}: {key}: was {was!r} when this was trained, and is {now!r} in the study; "
-                "give another --out, or change it back"
+                f"{job.file}: {key}: was {was!r} when this was trained, and is {now!r} in the "
+                "study; give another --out, or change it back"
             )
     for job in jobs(study, out):
         is_run, folder = job.file.parent == job.folder, job.folder
@@ -173,12 +162,9 @@ def train_all(study: Study, out: Path, info: Callable[[str], None]) -> None:
         if is_run:
             train(job.config, folder, quiet=True)
             continue
-        part = folder.with_name(f".{folder.name}.part")
-        remove(part)
         with writing(job.file):
             write_whole(job.file, dump_yaml(job.config).encode())
-        supervised.main(["--config", str(job.file), "--out", str(part), "--quiet"])
-        os.rename(part, folder)
+        supervised.main(["--config", str(job.file), "--out", str(folder), "--quiet"])
 
 
 def last_step(folder: Path) -> int:
@@ -187,9 +173,8 @@ def last_step(folder: Path) -> int:
     return records[-1]["step"] if records else 0
 
 
-Curves = Mapping[
-    str, np.ndarray
-]  # a run over its records, step 0 first; NaN where one has no value
+# A run over its records, step 0 first; NaN where a record has no value.
+Curves = Mapping[str, np.ndarray]
 
 
 class Estimate(NamedTuple):
@@ -221,21 +206,20 @@ def evaluated(run: Curves, key: str) -> np.ndarray:
 
 def read_runs(study: Study, out: Path) -> list[dict[int, Curves]]:
     """The complete runs of each row by seed."""
-    rows = []
+    rows: list[dict[int, Curves]] = []
     for row in study.rows:
-        folders = {seed: out / "runs" / row.key / str(seed) for seed in study.seeds}
-        done = {s: f for s, f in folders.items() if last_step(f) == row.config.train.steps}
-        rows.append({seed: read_curves(folder) for seed, folder in done.items()})
+        found = {seed: out / "runs" / row.key / str(seed) for seed in study.seeds}
+        complete = [s for s, folder in found.items() if last_step(folder) == row.config.train.steps]
+        rows.append({seed: read_curves(found[seed]) for seed in complete})
     return rows
 
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Over the finite values."""
     x = np.array([v for v in values if math.isfinite(v)])
-    if not x.size:
-        return Estimate(math.nan, math.nan, 0)
-    error = x.std(ddof=1) / math.sqrt(x.size) if x.size > 1 else math.nan
-    return Estimate(float(x.mean()), float(error), x.size)
+    mean = float(x.mean()) if x.size else math.nan
+    error = float(x.std(ddof=1)) / math.sqrt(x.size) if x.size > 1 else math.nan
+    return Estimate(mean, error, x.size)
 
 
 def late(run: Curves, metric: str) -> float:
@@ -244,9 +228,9 @@ def late(run: Curves, metric: str) -> float:
     return float(np.nanmean(tail)) if np.isfinite(tail).any() else math.nan
 
 
-def at_tokens(run: Curves, tokens: Any) -> Any:
-    """Held-out accuracy after so many sampled tokens, interpolated between evaluations."""
-    return np.interp(tokens, evaluated(run, "tokens"), evaluated(run, "avg"))
+def at(run: Curves, where: Any, axis: str = "tokens") -> Any:
+    """Held-out accuracy after so many sampled tokens, or steps, interpolated between evaluations."""
+    return np.interp(where, evaluated(run, axis), evaluated(run, "avg"))
 
 
 def steps_to(run: Curves, target: float) -> float:
@@ -286,7 +270,7 @@ def columns(study: Study, rows: Sequence[Mapping[int, Curves]], number: int) -> 
     for seed, run in rows[number].items():
         final = evaluated(run, "avg")[-1]
         before = evaluated(above[seed], "avg")[-1] if seed in above else math.nan
-        held_out = (final, final - before, at_tokens(run, tokens))
+        held_out = (final, final - before, at(run, tokens))
         length = evaluated(run, "response_len_mean")[-1]
         truncated = evaluated(run, "truncated_fraction")[-1]
         entropy, kept = late(run, "policy/entropy"), late(run, "filter/kept_fraction")
@@ -328,15 +312,10 @@ def draw(study: Study, rows: Sequence[Mapping[int, Curves]]) -> bytes:
         for number, runs in enumerate(rows):
             if not (every := list(runs.values())):
                 continue
-            times = [evaluated(run, "step") for run in every]
-            steps = functools.reduce(np.intersect1d, times)
-            accuracy = [
-                evaluated(run, "avg")[np.isin(at, steps)]
-                for run, at in zip(every, times, strict=True)
-            ]
-            _band(panels[0], steps, accuracy, study, number)
+            steps = np.arange(1 + min(run["step"][-1] for run in every))
+            _band(panels[0], steps, [at(r, steps, "step") for r in every], study, number)
             tokens = np.linspace(0, min(run["tokens"][-1] for run in every), 50)
-            _band(panels[1], tokens / 1e6, [at_tokens(r, tokens) for r in every], study, number)
+            _band(panels[1], tokens / 1e6, [at(r, tokens) for r in every], study, number)
             for panel, (added, metric) in zip(panels[2:], watched, strict=False):
                 panel.set(title=metric, xlabel="rollout step")
                 if number in (added - 1, added):
@@ -374,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.seeds is not None:
         if unknown := sorted(set(args.seeds) - set(study.seeds)):
             raise InputError(f"--seeds: {unknown} are not among {list(study.seeds)}; correct them")
-        study = replace(study, seeds=tuple(args.seeds))
+        study = study._replace(seeds=tuple(args.seeds))
     if not args.summary:
         train_all(study, out, lambda line: print(line, flush=True))
     rows = read_runs(study, out)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import yaml
 
-from dapo_jax.config import ConfigError, config_from_dict, dump_yaml, flatten, to_dict
+from dapo_jax.config import ConfigError, dump_yaml, flatten, to_dict
 from dapo_jax.study import (
     as_markdown,
-    at_tokens,
+    at,
     budget,
     columns,
     draw,
@@ -83,7 +83,7 @@ def study(tmp_path):
 
 
 def test_each_row_adds_to_the_row_above(study):
-    configs = [flatten(to_dict(config_from_dict(row.tree))) for row in study().rows]
+    configs = [flatten(to_dict(row.config)) for row in study().rows]
     assert [c["dapo.clip_eps_high"] for c in configs] == [0.2, 0.28, 0.28]
     assert [c["dapo.overlong_filtering"] for c in configs] == [False, False, True]
     for above, row in zip(configs, configs[1:], strict=False):
@@ -95,7 +95,7 @@ def test_a_row_replaces_data_sets_and_weights_whole(study):
         tree["base"]["data"]["train"] = ["a.jsonl", {"path": "arithmetic", "weight": 2}]
         tree["ladder"][1]["set"]["data"] = {"train": ["b.jsonl"]}
 
-    configs = [config_from_dict(row.tree) for row in study(change).rows]
+    configs = [row.config for row in study(change).rows]
     assert [[one.path for one in c.data.train] for c in configs] == [
         ["a.jsonl", "arithmetic"],
         ["b.jsonl"],
@@ -110,10 +110,10 @@ def test_the_shipped_ladder_is_that_of_the_paper():
     """
     rows = load_study(str(SHIPPED)).rows
     *rows, control = rows
-    alone = flatten(to_dict(config_from_dict(control.tree)))
-    naive = flatten(to_dict(config_from_dict(rows[0].tree)))
+    alone = flatten(to_dict(control.config))
+    naive = flatten(to_dict(rows[0].config))
     assert {k: alone[k] for k in alone if alone[k] != naive[k]} == {"dapo.dynamic_sampling": True}
-    configs = [flatten(to_dict(config_from_dict(row.tree))) for row in rows]
+    configs = [flatten(to_dict(row.config)) for row in rows]
     changes = [
         {k: b[k] for k in b if a[k] != b[k]} for a, b in zip(configs, configs[1:], strict=False)
     ]
@@ -254,7 +254,7 @@ def test_every_row_starts_from_its_seeds_warm_up_and_nothing_is_done_twice(start
     assert start() == [
         path
         for seed in (3, 5)
-        for path in (f"warm/.{seed}.part", *(f"runs/{row}/{seed}" for row in ROWS))
+        for path in (f"warm/{seed}", *(f"runs/{row}/{seed}" for row in ROWS))
     ]
     assert sorted(path.name for path in (out / "warm").iterdir()) == ["3", "3.yaml", "5", "5.yaml"]
     assert start() == []
@@ -312,7 +312,7 @@ def test_a_study_may_grow_and_what_makes_no_result_may_change(start):
     assert start(lambda tree: tree["ladder"].append(added)) == [
         f"runs/3_last/{seed}" for seed in (3, 5)
     ]
-    assert start(put("seeds", [3, 5, 6])) == ["warm/.6.part", *(f"runs/{row}/6" for row in ROWS)]
+    assert start(put("seeds", [3, 5, 6])) == ["warm/6", *(f"runs/{row}/6" for row in ROWS)]
     renamed = put(
         "ladder", 2, {"name": "+ punishment", "set": {"reward": {"overlong_penalty": False}}}
     )
@@ -364,11 +364,7 @@ def curve(accuracies, tokens=(10, 20, 40, 80), every=2, **metrics):
 
 def test_accuracy_at_equal_tokens_lies_between_evaluations():
     run = curve([0.2, 0.4, 0.8])  # after 0, 20 and 80 tokens
-    assert (
-        at_tokens(run, 20) == 0.4
-        and at_tokens(run, 50) == pytest.approx(0.6)
-        and at_tokens(run, 80) == 0.8
-    )
+    assert at(run, 20) == 0.4 and at(run, 50) == pytest.approx(0.6) and at(run, 80) == 0.8
     assert budget([{0: run}, {0: curve([0, 0, 0], (1, 2, 3, 5))}]) == 5
 
 
