@@ -77,8 +77,8 @@ def test_map_microbatches_leaves_the_empty_ones_at_the_end_at_zero():
     batch.target_mask[1] = False  # empty, but in the middle
     batch.weight[3] = np.nan
     out = jax.jit(
-        functools.partial(map_microbatches, function=lambda p, b: p * b.weight + b.advantages)
-    )(2.0, batch)
+        functools.partial(map_microbatches, function=lambda p, b: p["a"] * b.weight + b.advantages)
+    )({"a": 2.0}, batch)
     np.testing.assert_allclose(out[:3], 2 * batch.weight[:3] + batch.advantages[:3], rtol=1e-6)
     assert not np.asarray(out[3]).any()
 

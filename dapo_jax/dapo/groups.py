@@ -1,7 +1,7 @@
 """Informative groups and group-relative advantages."""
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float, Float32
 from numpy.typing import ArrayLike
 
 from dapo_jax.config import DapoSection
@@ -52,9 +52,7 @@ def group_advantages(
     return np.where(constant, 0.0, centred / np.where(constant, 1.0, scale)).astype(np.float32)
 
 
-def advantages_of(
-    reward: Float32[np.ndarray, " G"], algo: DapoSection
-) -> Float32[np.ndarray, " G"]:
+def advantages_of(reward: Float[np.ndarray, " G"], algo: DapoSection) -> Float32[np.ndarray, " G"]:
     """`group_advantages` of one group, float32 [G]; ddof is smaller where G is too small for it."""
     ddof = min(algo.advantage_ddof, len(reward) - 1)
     return group_advantages(reward[None], ddof=ddof, eps=algo.advantage_eps)[0]

@@ -10,6 +10,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 from dapo_jax.config import RewardSection
@@ -103,7 +104,10 @@ class RewardPool:
         for worker in self._workers:
             worker.start()
         try:
-            self._queue.wait_started()
+            starts = [worker.first_start for worker in self._workers]
+            first = futures.wait(starts, return_when=futures.FIRST_COMPLETED).done.pop()
+            if error := first.result():
+                raise InputError(error)
         except BaseException:
             self.close()
             raise
@@ -193,12 +197,11 @@ class _Queue:
 
     def __init__(self, workers: int) -> None:
         self.processes: set[sandbox.Process] = set()  # alive
+        self.failed_starts = 0  # in a row
         self.closed: BaseException | None = None  # why
         self._tasks: deque[_Task] = deque()
         self._workers = workers
-        self._first_start: str | None = None  # its error, "" for none
-        self._failed_starts = 0  # in a row
-        self._changed = threading.Condition()  # guards all of this
+        self._changed = threading.Condition()  # guards _tasks and closed
 
     def put(self, tasks: Sequence[_Task]) -> None:
         with self._changed:
@@ -227,41 +230,24 @@ class _Queue:
             count = min(_BATCH, max(1, len(self._tasks) // (4 * self._workers)))
             return deque(self._tasks.popleft() for _ in range(min(count, len(self._tasks))))
 
+    def start_failed(self, error: str) -> None:
+        """Waits before the next start; gives the tasks up after several, if no worker is alive."""
+        with self._changed:
+            self.failed_starts += 1
+            if self.failed_starts >= _MAX_FAILED_STARTS and not self.processes:
+                self.failed_starts = 0
+                while self._tasks:
+                    self._tasks.popleft().settle(Verdict(False, -1.0, error))
+            self._changed.wait_for(lambda: self.closed is not None, _RETRY_S)
+
     def close(self, reason: BaseException) -> None:
         with self._changed:
             self.closed = self.closed or reason
-            for task in self._tasks:
-                task.pending.fail(self.closed)
-            self._tasks.clear()
-            for process in self.processes:
+            while self._tasks:
+                self._tasks.popleft().pending.fail(self.closed)
+            for process in [*self.processes]:
                 process.interrupt()
             self._changed.notify_all()
-
-    def wait_started(self) -> None:
-        """Waits for the first start of a worker. Raises InputError if it failed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._first_start is not None or self.closed is not None)
-        if self._first_start:
-            raise InputError(self._first_start)
-        if self.closed is not None:
-            raise InputError(f"reward: {one_line(self.closed)}")
-
-    def started(self) -> None:
-        with self._changed:
-            self._failed_starts, self._first_start = 0, self._first_start or ""
-            self._changed.notify_all()
-
-    def start_failed(self, error: str) -> None:
-        """Waits before the next try. If no worker is alive, the tasks are given up after a few."""
-        with self._changed:
-            self._first_start = error if self._first_start is None else self._first_start
-            self._failed_starts += 1
-            if self._failed_starts >= _MAX_FAILED_STARTS and not self.processes:
-                self._failed_starts = 0
-                while self._tasks:
-                    self._tasks.popleft().settle(Verdict(False, -1.0, error))
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self.closed is not None, _RETRY_S)
 
 
 class _Worker(threading.Thread):
@@ -269,6 +255,7 @@ class _Worker(threading.Thread):
 
     def __init__(self, queue: _Queue, section: RewardSection, source: str | None) -> None:
         super().__init__(name="reward-worker", daemon=True)
+        self.first_start: futures.Future[str | None] = futures.Future()  # its error
         self._queue, self._section = queue, section
         self._rule = [section.verifier, section.function, section.allowed_modules, source]
         self._environment = {name: os.environ[name] for name in section.environment}
@@ -276,19 +263,30 @@ class _Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._start_process()
+            self._start()
             while self._queue.wait():
                 if self._process is not None and not self._process.is_quiet():
                     self._discard()  # it died, or sent more than it was asked
-                if self._process is not None or self._start_process():
+                if self._process is not None or self._start():
                     self._judge(self._queue.take())
         except BaseException as e:  # the caller must not wait for ever
             self._queue.close(e)
+            if not self.first_start.done():
+                self.first_start.set_result(f"reward: {one_line(e)}")
         finally:
             self._discard()
 
-    def _start_process(self) -> bool:
-        key = "function" if self._section.verifier == "custom" else "verifier"
+    def _start(self) -> bool:
+        """Starts a process; after a failure, waits and returns False."""
+        error = self._start_error()
+        if not self.first_start.done():
+            self.first_start.set_result(error)
+        if error:
+            self._discard()
+            self._queue.start_failed(error)
+        return not error
+
+    def _start_error(self) -> str | None:
         try:
             self._process = sandbox.Process(
                 f"{__name__}:work",
@@ -302,19 +300,17 @@ class _Worker(threading.Thread):
                 self._process.interrupt()
             self._process.send(self._rule)
             self._process.wait_ready()
-            self._queue.started()
-            return True
+            self._queue.failed_starts = 0
+            return None
         except OSError as e:
-            error = f"reward: cannot start a worker ({one_line(e)}); free memory or file handles"
+            return f"reward: cannot start a worker ({one_line(e)}); free memory or file handles"
         except InputError as e:
-            error = _without_secrets(str(e), self._environment)
+            return _without_secrets(str(e), self._environment)
         except (sandbox.ConfinedError, EOFError) as e:
-            error = (
+            key = "function" if self._section.verifier == "custom" else "verifier"
+            return (
                 f"reward.{key}: its worker could not start ({e}); check that what it imports works"
             )
-        self._discard()
-        self._queue.start_failed(error)
-        return False
 
     def _judge(self, tasks: deque[_Task]) -> None:
         """Settles the tasks, or the first without a verdict and returns the others."""
@@ -328,7 +324,6 @@ class _Worker(threading.Thread):
                     text = _without_secrets(verdict.error, self._environment)
                     verdict = verdict._replace(error=text)
                 tasks.popleft().settle(verdict)
-            return
         except sandbox.OverMemoryError:
             error = f"MemoryError: needs more than reward.memory_mb {self._section.memory_mb}"
         except sandbox.ConfinedError as e:
