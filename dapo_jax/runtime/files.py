@@ -44,9 +44,6 @@ fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it then raises
 
 
-# ----------------------------------------------------------------------------------------- paths
-
-
 def as_path(where: str | os.PathLike[str]) -> Folder:
     """The path object for a local path or a gs:// URL."""
     return epath.Path(where) if is_bucket(where) else Path(where)
@@ -84,9 +81,6 @@ def run_folder(where: str) -> Folder:
     return path
 
 
-# ---------------------------------------------------------------------------------------- errors
-
-
 def reason(error: BaseException) -> str:
     """The operating system's text for an error, or the first line of its message."""
     if isinstance(error, OSError) and error.strerror:
@@ -99,19 +93,15 @@ def reason(error: BaseException) -> str:
     return line.split(" [")[0][:200] or type(error).__name__
 
 
-def errors(where: str | Folder) -> type[Exception]:
-    """What reading or writing there may raise. Clients of a bucket raise all sorts."""
-    return Exception if is_bucket(where) else OSError
-
-
 @contextlib.contextmanager
 def errors_as(kind: type[Exception], where: str | Folder, what: str, fix: str) -> Iterator[None]:
     """Raises an error of reading or writing inside as one line of `kind`."""
     try:
         yield
-    except (InputError, RunError):
-        raise
-    except errors(where) as e:
+    except Exception as e:  # clients of buckets raise all sorts
+        other = not isinstance(e, OSError) and not is_bucket(where)
+        if other or isinstance(e, InputError | RunError):
+            raise
         raise kind(f"{where}: {what} ({reason(e)}); {fix}") from None
 
 
@@ -146,7 +136,7 @@ def write_whole(path: Folder, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # of a killed process, or a link to somewhere else
     try:
-        with _open(temporary, os.O_CREAT | os.O_EXCL) as file:
+        with temporary.open("xb", buffering=0) as file:
             _write(file, content)
         os.replace(temporary, path)
     except OSError:
@@ -155,13 +145,8 @@ def write_whole(path: Folder, content: bytes) -> None:
         raise
 
 
-def _open(path: Folder, flags: int) -> io.FileIO:
-    """Opens a file for writing, no link; unbuffered, so that a full disk is noticed once."""
-    flags |= os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-    return io.FileIO(os.open(path, flags, 0o666), "wb")
-
-
 def _write(file: io.FileIO, content: bytes) -> None:
+    """Unbuffered: a buffer would try again later what a full disk has refused."""
     rest = memoryview(content)
     while rest:
         rest = rest[file.write(rest) :]
@@ -173,7 +158,7 @@ class AppendFile:
     def __init__(self, path: Folder, content: bytes):
         write_whole(path, content)
         self._path, self._content = path, content
-        self._file = None if is_bucket(path) else _open(path, os.O_APPEND)
+        self._file = None if is_bucket(path) else Path(path).open("ab", buffering=0)
 
     def add(self, line: bytes) -> None:
         if self._file is None:
@@ -204,28 +189,6 @@ def remove(folder: Folder) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# --------------------------------------------------------------------- copies from and to a bucket
-
-
-class Staged:
-    """A folder for writers of local files: they write to `local`, which is the folder itself or is
-    sent to the one in a bucket."""
-
-    def __init__(self, folder: Folder):
-        self._folder = folder
-        self._temporary = tempfile.TemporaryDirectory() if is_bucket(folder) else None
-        self.local = Path(self._temporary.name) if self._temporary else Path(folder)
-
-    def send(self) -> None:
-        """Sends every file as it is now."""
-        if self._temporary:
-            upload(self.local, self._folder)
-
-    def close(self) -> None:
-        if self._temporary:
-            self._temporary.cleanup()
-
-
 def upload(folder: Path, target: Folder, last: str = "") -> None:
     """Copies the files of a local folder to one in a bucket, the file named `last` at the end."""
     for file in sorted(folder.rglob("*"), key=lambda file: (file.name == last, file)):
@@ -253,8 +216,8 @@ def _download(objects: Objects, folder: Path) -> None:
     system.get(names, [str(file) for file in partial])
     for file, (name, before) in zip(partial, objects.items(), strict=True):
         now = system.info(before["name"])
-        version = before.get("generation"), before["size"]
-        if (now.get("generation"), file.stat().st_size) != version:
+        same = now.get("generation") == before.get("generation")
+        if not same or file.stat().st_size != before["size"]:
             again = "changed while it was read; start again when it is complete"
             raise InputError(f"gs://{before['name']}: {again}")
         os.replace(file, folder / name)
@@ -285,9 +248,6 @@ def local_copy(where: str | Folder, holds: Sequence[str] = ("*",)) -> Iterator[P
         yield copy
 
 
-# ---------------------------------------------------------------------------------------- models
-
-
 class LocalModel(NamedTuple):
     """Where a model's files are."""
 
@@ -298,12 +258,9 @@ class LocalModel(NamedTuple):
 def local_model(name: str, files: Sequence[str]) -> LocalModel:
     """A model as a folder of this machine, with those of the `files` (patterns) that it has.
 
-        models/qwen                          an existing folder, used as it is
-        gs://bucket/models/qwen              copied to $XDG_CACHE_HOME/dapo_jax (~/.cache/dapo_jax)
-        Qwen/Qwen2.5-1.5B, or ID@REVISION    downloaded by huggingface_hub into its own cache
-
-    Every process fetches for its machine; those of one machine wait for each other. Raises
-    InputError if there is no such model or it cannot be fetched.
+    An existing folder is used as it is, gs://bucket/folder is copied to $XDG_CACHE_HOME/dapo_jax
+    (~/.cache/dapo_jax), and a hub id, ID or ID@REVISION, downloaded to huggingface_hub's cache.
+    Processes of one machine wait for each other. Raises InputError if it cannot be had.
     """
     if os.path.isdir(name):
         return LocalModel(name, name)

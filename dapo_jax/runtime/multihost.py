@@ -52,9 +52,6 @@ _VERDICT = np.dtype(
 )
 
 
-# ------------------------------------------------------------------------------------- the job
-
-
 def initialize() -> None:
     """Joins the other processes of the job; to be called before anything else touches a device.
 
@@ -157,9 +154,6 @@ def leave(status: int) -> typing.NoReturn:
     os._exit(status)
 
 
-# --------------------------------------------------------------------------------- agreement
-
-
 def software() -> dict[str, str | None]:
     """What must be the same on every process: package versions, and a digest of this one's code."""
     code = hashlib.sha256()
@@ -201,9 +195,6 @@ def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
     if jax.process_count() > 1 and (differs := disagreement(facts())):
         same = "; start every process with the same command, code, packages, model and data"
         raise InputError(differs + same)
-
-
-# -------------------------------------------------------------------------------- collectives
 
 
 def sync(name: str) -> None:

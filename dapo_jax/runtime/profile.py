@@ -1,9 +1,12 @@
 """A trace of some steps, for TensorBoard's profile plugin, XProf or Perfetto."""
 
+import tempfile
+from pathlib import Path
+
 import jax
 
 from dapo_jax.runtime.console import warn
-from dapo_jax.runtime.files import Folder, Staged, errors, reason
+from dapo_jax.runtime.files import Folder, is_bucket, reason, remove, upload
 
 
 class Profiler:
@@ -12,7 +15,7 @@ class Profiler:
     def __init__(self, folder: Folder, first: int | None, count: int):
         self._folder = folder
         self._steps = range(0) if first is None else range(first, first + count)
-        self._trace: Staged | None = None
+        self._trace: Path | None = None  # where it is written
 
     def __enter__(self) -> "Profiler":
         return self
@@ -25,16 +28,18 @@ class Profiler:
         if step not in self._steps:
             self._stop()
         elif self._trace is None:
-            self._trace = Staged(self._folder)
-            jax.profiler.start_trace(self._trace.local)
+            bucket = is_bucket(self._folder)
+            self._trace = Path(tempfile.mkdtemp() if bucket else self._folder)
+            jax.profiler.start_trace(self._trace)
 
     def _stop(self) -> None:
         trace, self._trace = self._trace, None
         if trace is None:
             return
         jax.profiler.stop_trace()
-        try:
-            trace.send()
-        except errors(self._folder) as e:  # ends no run
-            warn(f"{self._folder}: the trace could not be sent ({reason(e)})")
-        trace.close()
+        if is_bucket(self._folder):
+            try:
+                upload(trace, self._folder)
+            except Exception as e:  # ends no run
+                warn(f"{self._folder}: the trace could not be sent ({reason(e)})")
+            remove(trace)
