@@ -12,6 +12,7 @@ an x86-64 Linux machine. Exit status: 0 all fits, 1 not, 2 bad input.
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -438,27 +439,26 @@ def suggest(
     config: Config, pod: Pod, lengths: Lengths, results: Sequence[Result], info: Info = print
 ) -> list[str]:
     """The most decode slots and rows of a micro-batch that fit. results: of the config as it is."""
-    shards, lines, d = row_shards(make_mesh(config.mesh, pod.devices)), [], config.dapo
-    rollout, train = ("prefill", "prefill of prefixes", "decode step"), ("old log-probs", "update")
-    drawn = d.prompts_per_draw * d.responses_per_prompt
-    searches = (
-        ("rollout", "decode_slots", rollout, drawn),
-        ("train", "rows_per_microbatch", train, d.responses_per_update),
-    )
     known = {r.program.key: r.compiled for r in results}
-    for section, key, names, most in searches:
-        old = getattr(config, section)
 
-        def peaks(n: int, old=old, section=section, key=key, names=names) -> list[int]:
-            changed: Any = {section: dataclasses.replace(old, **{key: n})}
-            other = dataclasses.replace(config, **changed)
-            named: Info = lambda line: info(f"{key} {n}: {line}")  # noqa: E731
-            found = compile_all(other, pod, lengths, names, named, known)
-            known.update({r.program.key: r.compiled for r in found})
-            return [r.peak_bytes for r in found]
+    def peaks(section: str, key: str, names: Sequence[str], n: int) -> list[int]:
+        info(f"trying {section}.{key}: {n}")
+        values: Any = {section: dataclasses.replace(getattr(config, section), **{key: n})}
+        changed = dataclasses.replace(config, **values)
+        found = compile_all(changed, pod, lengths, names, info, known)
+        known.update({r.program.key: r.compiled for r in found})
+        return [r.peak_bytes for r in found]
 
-        now, room = getattr(old, key), _COMFORT * pod.chip.hbm_bytes
-        best = largest_that_fits(shards, now, max(now, most), peaks, room)
+    d, lines, room = config.dapo, [], _COMFORT * pod.chip.hbm_bytes
+    unit, drawn = row_shards(make_mesh(config.mesh, pod.devices)), d.prompts_per_draw
+    rollout, train = ("prefill", "prefill of prefixes", "decode step"), ("old log-probs", "update")
+    for section, key, names, most in (
+        ("rollout", "decode_slots", rollout, drawn * d.responses_per_prompt),
+        ("train", "rows_per_microbatch", train, d.responses_per_update),
+    ):
+        now = getattr(getattr(config, section), key)
+        call = functools.partial(peaks, section, key, names)
+        best = largest_that_fits(unit, now, max(now, most), call, room)
         fits = f"{now}; at most {best} fit in {_COMFORT:.0%} of HBM" if best else "none fits"
         lines.append(f"{section}.{key}: {fits}")
     return lines

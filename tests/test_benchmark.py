@@ -73,7 +73,7 @@ def test_loss():
     assert positive(result["matmul_gflops"])
     assert list(result["variants"]) == ["plain", "plain_lse", "checkpointed", "fused", "fused_bare"]
     for name, variant in result["variants"].items():
-        assert set(variant) == {*SPEED, "peak_fraction", "temp_bytes", "peak_bytes", "grad_error"}
+        assert set(variant) == {*SPEED, "peak_fraction", "temp_bytes", "grad_error"}
         assert positive(
             *(variant[key] for key in SPEED), variant["peak_fraction"], variant["temp_bytes"]
         )
@@ -81,8 +81,6 @@ def test_loss():
         assert variant["median_tokens_per_s"] <= variant["tokens_per_s"]
         assert 0 <= variant["grad_error"] < 1e-4
         assert any(name in line for line in lines)
-    if sys.platform == "linux":
-        assert positive(*(variant["peak_bytes"] for variant in result["variants"].values()))
 
 
 def check_rollout(result, tokens, bound):

@@ -1,14 +1,9 @@
-"""The fused head and loss against plain ways to write them, each in a process of its own."""
+"""The fused head and loss against plain ways to write them."""
 
-import contextlib
 import dataclasses
 import functools
 import math
-import multiprocessing
-import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import jax
@@ -19,23 +14,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dapo_jax.benchmark.measure import (
     Report,
     Sizes,
-    Times,
     check_split,
     device,
     flag,
     mesh_of,
-    peak_bytes,
     speed,
     temp_bytes,
-    timed,
+    time_in_turn,
 )
-from dapo_jax.cli import no_device, out_of_memory
 from dapo_jax.config import DapoSection
 from dapo_jax.dapo.loss import dapo_token_loss, policy_metrics
 from dapo_jax.model.logprobs import ROW_AXES, linear_loss
 from dapo_jax.runtime.chips import loss_chunk
 from dapo_jax.runtime.mesh import partition_of, put_rows, row_shards
-from dapo_jax.types import Array, InputError, TrainBatch
+from dapo_jax.types import Array, TrainBatch
 
 _ALGO = DapoSection()
 
@@ -59,9 +51,6 @@ class LossSizes(Sizes):
     @property
     def targets(self) -> int:
         return max(1, round(self.target_fraction * self.tokens))
-
-
-# ---- The variants, (hidden, head, rows, chunk, mesh) → (loss, metric sums) -----------------------
 
 
 def _token_loss(logprobs: Array, rows: TrainBatch) -> Array:
@@ -136,112 +125,27 @@ def loss_inputs(sizes: LossSizes, mesh: Mesh) -> LossInputs:
     return hidden, head, put_rows(rows, mesh, axis=0)
 
 
-def gradient_error(grads: Sequence[Array], inputs: LossInputs) -> float:
-    """max |g - g_plain| / max |g_plain|, the worse of both gradients.
-
-    g_plain is computed in float32 from the same inputs in compute dtype.
-    """
+def exact_gradients(inputs: LossInputs) -> tuple[Array, Array]:
+    """Of `plain` in float32, from the same inputs in compute dtype."""
     hidden, head, rows = inputs
     plain = jax.jit(jax.grad(lambda h, w: _plain(h, w, rows)[0], argnums=(0, 1)))
     with jax.default_matmul_precision("highest"):
-        exact = plain(hidden.astype(jnp.float32), head.astype(hidden.dtype).astype(jnp.float32))
-    errors = (
-        jnp.abs(g.astype(jnp.float32) - e).max() / jnp.abs(e).max()
-        for g, e in zip(grads, exact, strict=True)
-    )
+        return plain(hidden.astype(jnp.float32), head.astype(hidden.dtype).astype(jnp.float32))
+
+
+def gradient_error(grads: Sequence[Array], exact: Sequence[Array]) -> float:
+    """max |g - g_exact| / max |g_exact|, the worse of both gradients."""
+    pairs = zip(grads, exact, strict=True)
+    errors = (jnp.abs(g.astype(jnp.float32) - e).max() / jnp.abs(e).max() for g, e in pairs)
     return max(map(float, errors))
 
 
-# ---- A process for each variant, so that its peak memory is its own; the parent calls them in turn
-
-
-def _prepare_variant(name: str, sizes: LossSizes) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """The compiled call, and its memory (gradients and temporaries, not inputs) and error."""
-    mesh = mesh_of(sizes)
-    inputs = loss_inputs(sizes, mesh)
-    loss = functools.partial(_VARIANTS[name], chunk=_chunk(sizes, mesh), mesh=mesh)
-    function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    program = jax.jit(function).lower(*inputs).compile()
-    call = functools.partial(program, *inputs)
-    facts = {"temp_bytes": temp_bytes(program), "peak_bytes": peak_bytes(call)}
-    return call, facts | {"grad_error": gradient_error(call()[1], inputs)}
-
-
-def _prepare_matmul(name: str, sizes: LossSizes) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """The yardstick: a square matmul of about 2NDV FLOPs, as many as the logits, same dtype."""
-    chunk = _chunk(sizes, mesh_of(sizes))
+def square_matmul(sizes: LossSizes) -> tuple[Callable[[], Array], float]:
+    """The yardstick: a matmul of about 2NDV FLOPs, as many as the logits; and its GFLOP."""
     # Whole tiles: an H100 reaches 180 TFLOP/s in bfloat16 at 17213, and 676 at 8192.
     side = 256 * max(1, round((sizes.tokens * sizes.model_dim * sizes.vocab) ** (1 / 3) / 256))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((side, side), np.float32), sizes.dtype)
-    program = jax.jit(lambda x: x @ x).lower(x).compile()
-    jax.block_until_ready(program(x))
-    return functools.partial(program, x), {"chunk": chunk, "gflop": 2 * side**3 / 1e9, **device()}
-
-
-def _chunk(sizes: LossSizes, mesh: Mesh) -> int:
-    """Rows a chunk and device."""
-    check_split("--tokens", sizes.tokens, mesh)
-    return min(sizes.chunk or loss_chunk(mesh), sizes.tokens // row_shards(mesh))
-
-
-_call: Callable[[], Any]  # of this process
-
-
-def _prepare(name: str, sizes: LossSizes) -> dict[str, Any]:
-    global _call
-    _call, facts = (_prepare_matmul if name == "matmul" else _prepare_variant)(name, sizes)
-    return facts
-
-
-def _time() -> tuple[float, float]:
-    return timed(_call)
-
-
-def _guarded(function: Callable[..., Any], *args: Any) -> Any:
-    """As the function, but jax's errors, which may not unpickle, as InputError."""
-    try:
-        return function(*args)
-    except Exception as e:
-        if why := no_device(e):
-            raise InputError(why) from None
-        if out_of_memory(e):
-            raise InputError("loss: out of memory; lower the sizes") from None
-        raise
-
-
-def _measure(sizes: LossSizes) -> dict[str, tuple[dict[str, Any], Times]]:
-    """What each process found, and its timings; on a CPU interleaved, else one after the other,
-    for an accelerator belongs to one process at a time.
-    """
-    names, found = ["matmul", *_VARIANTS], {}
-    spawn = multiprocessing.get_context("spawn")
-
-    def measure(group: Sequence[str]) -> None:
-        with contextlib.ExitStack() as stack:
-            pools = {}
-            for name in group:
-                # An interrupt ends them at once and in silence; the parent reports it.
-                options: dict[str, Any] = {
-                    "initializer": signal.signal,
-                    "initargs": (signal.SIGINT, signal.SIG_DFL),
-                }
-                pool = ProcessPoolExecutor(1, spawn, **options)
-                pools[name] = stack.enter_context(pool)
-                found[name] = pool.submit(_guarded, _prepare, name, sizes).result(), Times()
-            for _ in range(sizes.repeats):
-                for name in group:
-                    found[name][1].append(pools[name].submit(_guarded, _time).result())
-
-    try:
-        measure(names[:1])
-        on_cpu = found["matmul"][0]["device"].startswith("cpu")
-        for group in [names] if on_cpu else [[name] for name in names[1:]]:
-            measure(group)
-    except BrokenProcessPool:
-        raise InputError(
-            "loss: a process died, most likely out of memory; lower the sizes"
-        ) from None
-    return found
+    return functools.partial(jax.jit(jnp.matmul), x, x), 2 * side**3 / 1e9
 
 
 def benchmark_loss(sizes: LossSizes) -> Report:
@@ -250,16 +154,33 @@ def benchmark_loss(sizes: LossSizes) -> Report:
     Useful work is 6 x targets x D x V FLOPs for every variant; `fused` also computes entropy and
     policy metrics. peak_fraction is the share of the speed of a square matmul.
     """
-    found = _measure(sizes)
-    matmul, matmul_times = found.pop("matmul")
-    peak = matmul.pop("gflop") / min(matmul_times)[0]
+    mesh = mesh_of(sizes)
+    check_split("--tokens", sizes.tokens, mesh)
+    chunk = min(sizes.chunk or loss_chunk(mesh), sizes.tokens // row_shards(mesh))
+    inputs = loss_inputs(sizes, mesh)
+    exact = exact_gradients(inputs)
+    matmul, matmul_gflop = square_matmul(sizes)
+    calls, memory, errors = {"matmul": matmul}, {}, {}
+    for name, variant in _VARIANTS.items():
+        loss = functools.partial(variant, chunk=chunk, mesh=mesh)
+        gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        program = gradients.lower(*inputs).compile()
+        calls[name] = functools.partial(program, *inputs)
+        memory[name] = temp_bytes(program)
+        errors[name] = gradient_error(program(*inputs)[1], exact)
+    times = time_in_turn(calls, sizes.repeats)
+    peak = matmul_gflop / min(times["matmul"])[0]
     gflop = 6 * sizes.targets * sizes.model_dim * sizes.vocab / 1e9
     variants, rows = {}, []
-    for name, (facts, times) in found.items():
-        rates = speed(sizes.targets, times)
-        variants[name] = rates | {"peak_fraction": gflop / rates["seconds"] / peak} | facts
-        base = variants["plain"]
-        ratios = {f"plain/{k}": base[k] / rates[k] for k in ("seconds", "cpu_seconds")}
+    for name in _VARIANTS:
+        rates = speed(sizes.targets, times[name])
+        variants[name] = rates | {
+            "peak_fraction": gflop / rates["seconds"] / peak,
+            "temp_bytes": memory[name],
+            "grad_error": errors[name],
+        }
+        plain = variants["plain"]
+        ratios = {f"plain/{key}": plain[key] / rates[key] for key in ("seconds", "cpu_seconds")}
         rows.append({"variant": name, **ratios, **variants[name]})
-    result = {"targets": sizes.targets, "matmul_gflops": peak, "gflop": gflop, **matmul}
-    return rows, result | {"variants": variants}
+    result = {"targets": sizes.targets, "chunk": chunk, "matmul_gflops": peak, "gflop": gflop}
+    return rows, result | {"variants": variants} | device()

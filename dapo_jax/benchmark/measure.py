@@ -9,7 +9,6 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,14 +18,11 @@ from dapo_jax.cli import out_of_memory
 from dapo_jax.config import MeshSection, ModelConfig, check_model
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.runtime.mesh import make_mesh, params_sharding, row_shards
-from dapo_jax.runtime.metrics import process_memory
 from dapo_jax.types import InputError, Params
 
 Row = Mapping[str, Any]
 Report = tuple[list[dict[str, Any]], dict[str, Any]]  # the table's rows, and the JSON object
 Times = list[tuple[float, float]]  # seconds and processor seconds of each call
-
-# ---- Sizes: a dataclass a benchmark, a flag a field ----------------------------------------------
 
 
 def flag(default: Any, text: str, **limits: Any) -> Any:
@@ -128,9 +124,6 @@ def _print_table(facts: Row, rows: Sequence[Row]) -> None:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
 
 
-# ---- Timing and memory ---------------------------------------------------------------------------
-
-
 def timed(call: Callable[[], Any]) -> tuple[float, float]:
     """Seconds and processor seconds of a call."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -158,33 +151,8 @@ def speed(tokens: int, times: Times, unit: str = "tokens") -> dict[str, float]:
     return rates | {"seconds": min(seconds), "cpu_seconds": min(cpu_seconds)}
 
 
-def peak_bytes(call: Callable[[], Any]) -> int | None:
-    """How much a call raises the peak above the memory in use before it; None where unknown.
-
-    An accelerator's peak is that of the whole process.
-    """
-    before = _memory(peak=False)
-    jax.block_until_ready(call())
-    after = _memory(peak=True)
-    return None if before is None or after is None else after - before
-
-
-def _memory(*, peak: bool) -> int | None:
-    if stats := jax.devices()[0].memory_stats():
-        return stats["peak_bytes_in_use" if peak else "bytes_in_use"]
-    try:
-        if not peak:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-    except OSError:
-        return None
-    return process_memory("VmHWM" if peak else "VmRSS")
-
-
 def temp_bytes(program: Any) -> int:
     return program.memory_analysis().temp_size_in_bytes
-
-
-# ---- Device, mesh and model ----------------------------------------------------------------------
 
 
 def device() -> dict[str, str]:

@@ -14,7 +14,6 @@ from dapo_jax.benchmark.measure import (
     Report,
     device,
     flag,
-    peak_bytes,
     random_model,
     speed,
     temp_bytes,
@@ -100,21 +99,19 @@ def benchmark_update(sizes: UpdateSizes) -> Report:
         state, sums = program(state, *inputs)
         return state, sums
 
-    modes, calls = {}, {}
+    calls, facts = {}, {}
     for name, batch in batches.items():
         inputs = put_rows(batch, mesh, axis=1), np.float32(1e-6)
         program = programs.update.lower(state, *inputs).compile()  # type: ignore[attr-defined]
         calls[name] = functools.partial(update, program, inputs)
-        modes[name] = {
-            "microbatches": len(batch.tokens),
-            "filled": stats.tokens / batch.tokens.size,
-            "temp_bytes": temp_bytes(program),
-        }
-    peaks = {name: peak_bytes(call) for name, call in calls.items()}
+        filled = stats.tokens / batch.tokens.size
+        facts[name] = {"microbatches": len(batch.tokens), "filled": filled}
+        facts[name]["temp_bytes"] = temp_bytes(program)
     times = time_in_turn(calls, sizes.repeats)
-    for name, mode in modes.items():
-        rates = speed(stats.target_tokens, times[name], "trained_tokens")
-        modes[name] = rates | mode | {"peak_bytes": peaks[name]}
+    modes = {
+        name: speed(stats.target_tokens, times[name], "trained_tokens") | facts[name]
+        for name in calls
+    }
     result = {
         "trained_tokens": stats.target_tokens,
         "packing_efficiency": stats.efficiency,
