@@ -27,8 +27,12 @@ class Browser:
     def __init__(self, profile: Path, width: int, height: int = 900, dark: bool = False):
         read, self._write = os.pipe()
         self._read, write = os.pipe()
-        flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
-        command = f'exec "{PROGRAM}" {flags} --user-data-dir="{profile}" about:blank 3<&{read} 4>&{write} 2>"{profile}.log"'
+        flags = (
+            "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars "
+            f'--remote-debugging-pipe --user-data-dir="{profile}"'
+        )
+        pipes = f'3<&{read} 4>&{write} 2>"{profile}.log"'
+        command = f'exec "{PROGRAM}" {flags} about:blank {pipes}'
         self._process = subprocess.Popen(["bash", "-c", command], pass_fds=(read, write))
         os.close(read)
         os.close(write)

@@ -20,9 +20,9 @@ from dapo_jax.types import Problem, Prompt, Response, Verdict
     "samples, correct, k",
     [(n, c, k) for n in range(1, 7) for c in range(n + 1) for k in range(1, n + 1)],
 )
-def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(samples, correct, k):
-    right = [i < correct for i in range(samples)]
-    subsets = list(itertools.combinations(right, k))
+def test_pass_at_k_is_the_share_of_k_subsets_with_a_correct_one(samples, correct, k):
+    found = [i < correct for i in range(samples)]
+    subsets = list(itertools.combinations(found, k))
     assert pass_at_k(samples, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
@@ -50,7 +50,7 @@ def test_consensus(answers, correct, expected):
 def test_estimates_by_hand():
     """Accuracies 1, 1/2, 0, 1/2 of four problems: mean 1/2, std √(1/6).
 
-    Three of four pass, two of four have the right consensus.
+    Three of four pass, two of four have the correct consensus.
     """
     correct = np.array([[True, True], [True, False], [False, False], [False, True]])
     answers = [["1", "1"], ["1", "2"], ["3", None], ["5", "4"]]
@@ -77,7 +77,7 @@ def test_pass_at_powers_of_two_and_at_all_samples(samples, ks):
     } == ks
     assert [found[f"pass_at_{k}"] for k in sorted(ks)] == pytest.approx(
         [k / samples for k in sorted(ks)]
-    )  # one of n is right
+    )  # one of n is correct
 
 
 def test_standard_error_is_over_problems_not_over_samples():
@@ -105,7 +105,7 @@ JUDGES = {
 
 @pytest.mark.parametrize("verifier", JUDGES)
 def test_votes_are_counted_only_where_the_verifier_reads_the_answers_that_vote(verifier):
-    """Four right responses to each of two problems, in the form that each verifier reads."""
+    """Four correct responses to each of two problems, in the form that each verifier reads."""
     text, rule, more = JUDGES[verifier]
     metrics, answers, line = evaluated(
         text,
@@ -138,7 +138,7 @@ def test_answers_without_a_verdict_are_counted():
 
 
 def evaluated(text, judge, reward):
-    """Metrics, answers and line of an evaluation of four responses `text` to each of two problems."""
+    """Metrics, answers and line of an evaluation: four responses `text` to each of two problems."""
     config = config_from_dict(
         {
             "model": {"architecture": {}},

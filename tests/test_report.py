@@ -17,14 +17,19 @@ from dapo_jax.config import dump_yaml, load_config
 from dapo_jax.runtime.metrics import METRICS, write_samples
 
 CONFIG = """
-model: {architecture: {vocab_size: 258, model_dim: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, ffn_dim: 32}}
+model:
+  architecture:
+    {vocab_size: 258, model_dim: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, ffn_dim: 32}
 data: {train: arithmetic}
 eval: {every: 0}
 train: {steps: 40}
 """
 # What a response could try: to end the script, to open a comment, to be an element, to be a line
 # end of JavaScript alone.
-HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> &lt; \u2028\u2029 \x00 \u202e \ud800 @data@ @script@ $& `${1}`"
+HOSTILE = (
+    "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> &lt; "
+    "\u2028\u2029 \x00 \u202e \ud800 @data@ @script@ $& `${1}`"
+)
 
 
 def record(step: int, rng) -> dict:
@@ -129,7 +134,7 @@ def page_of(capsys, tmp_path, *run_dirs) -> Page:
     return Page(out.read_text("utf-8"))
 
 
-# ---- What it holds ----------------------------------------------------------------------------------------------------
+# ---- What it holds -------------------------------------------------------------------------------
 
 
 def test_the_page_holds_the_numbers_of_the_run(tmp_path, capsys):
@@ -225,7 +230,10 @@ def test_a_run_that_measured_little(tmp_path, capsys):
     that are no numbers.
     """
     (tmp_path / "run").mkdir()
-    line = '{"step": 1, "reward/mean": 0.5, "<b>": 1, "policy/loss": NaN, "policy/entropy": "x", "optim/lr": true, "eval/a/b/avg": 1}\n'
+    line = (
+        '{"step": 1, "reward/mean": 0.5, "<b>": 1, "policy/loss": NaN, "policy/entropy": "x", '
+        '"optim/lr": true, "eval/a/b/avg": 1}\n'
+    )
     (tmp_path / "run" / "metrics.jsonl").write_text(line)
     (run,) = page_of(capsys, tmp_path, tmp_path / "run").data["runs"]
     assert list(run["series"]) == ["reward/mean"] and run["series"]["reward/mean"]["values"] == [
@@ -242,7 +250,7 @@ def test_a_config_that_this_version_does_not_read_is_shown_as_it_is(tmp_path, ca
     assert run["config"] == "gone: {option: 1}\n" and "gone" in run["config_note"]
 
 
-# ---- Size --------------------------------------------------------------------------------------------------------------
+# ---- Size ----------------------------------------------------------------------------------------
 
 
 def test_thinning_keeps_spikes_ends_and_means():
@@ -330,7 +338,7 @@ def test_several_runs_share_the_room_for_samples(tmp_path, capsys, monkeypatch):
     ] == [1, 1]
 
 
-# ---- Hostile and damaged input ------------------------------------------------------------------------------------------
+# ---- Hostile and damaged input -------------------------------------------------------------------
 
 
 def test_what_a_model_wrote_stays_text(tmp_path, capsys):
@@ -378,7 +386,8 @@ def test_the_page_loads_nothing_and_runs_no_other_script(tmp_path, capsys):
         "http://www.w3.org/2000/svg"
     }  # a name, not a place
     assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|new Function|@import|url\(|fetch\(|XMLHttp",
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|new Function|@import|url\(|"
+        r"fetch\(|XMLHttp",
         text,
     )
     policy = next(
@@ -448,7 +457,7 @@ def test_tokens_that_do_not_make_up_the_response_are_not_shown(tokens):
         )
 
 
-# ---- Bad input ------------------------------------------------------------------------------------------------------------
+# ---- Bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -490,7 +499,7 @@ def test_without_out_the_page_lies_in_the_run_folder(tmp_path, capsys):
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 
-# ---- In a browser -----------------------------------------------------------------------------------------------------------
+# ---- In a browser --------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium on PATH")
@@ -509,28 +518,33 @@ def test_in_a_browser(tmp_path, capsys, width):
     with chromium.Browser(tmp_path / "profile", width, dark=width == 390) as browser:
         browser.open(tmp_path / "page.html")
         charts = browser.run(
-            "[...document.querySelectorAll('.chart')].map((c) => c.querySelectorAll('.plot path').length)"
+            "[...document.querySelectorAll('.chart')].map("
+            "(c) => c.querySelectorAll('.plot path').length)"
         )
         assert (
             len(charts) == 15 + 2 and min(charts) >= 2
         )  # the curves to watch; the time of a step for each run
         assert browser.run(
-            "document.querySelectorAll('.plot path').length === document.querySelectorAll('.plot path[d]').length"
+            "document.querySelectorAll('.plot path').length"
+            " === document.querySelectorAll('.plot path[d]').length"
         )
         assert not browser.run(
-            "[...document.querySelectorAll('path')].some((p) => /NaN|Infinity|undefined/.test(p.getAttribute('d')))"
+            "[...document.querySelectorAll('path')].some("
+            "(p) => /NaN|Infinity|undefined/.test(p.getAttribute('d')))"
         )
-        # No element hangs out of the page.
+        # Nothing overflows the page.
         assert browser.run("document.documentElement.scrollWidth") == width
 
-        # Pointing at a chart tells step and values; at its title, what is measured.
+        # Pointing at a chart shows step and values; at its title, what is measured.
         assert "step 120" in browser.run(
             "(() => { const p = document.querySelector('.plot'), b = p.getBoundingClientRect();"
-            "p.dispatchEvent(new PointerEvent('pointermove', {clientX: b.right - 11, clientY: b.top + 50}));"
+            "p.dispatchEvent(new PointerEvent('pointermove',"
+            "{clientX: b.right - 11, clientY: b.top + 50}));"
             "return document.getElementById('tip').textContent; })()"
         )
         assert METRICS["policy/entropy"] in browser.run(
-            "new Promise((done) => { [...document.querySelectorAll('.title')].find((t) => t.textContent === 'Entropy').focus();"
+            "new Promise((done) => { [...document.querySelectorAll('.title')]"
+            ".find((t) => t.textContent === 'Entropy').focus();"
             "setTimeout(() => done(document.getElementById('tip').textContent), 100); })"
         )
         # A run that is switched off leaves the charts.
@@ -542,7 +556,8 @@ def test_in_a_browser(tmp_path, capsys, width):
         browser.run("document.querySelector('#runs input').click()")
         # Logarithmic, other metrics, no running mean.
         browser.run(
-            "document.querySelectorAll('.log').forEach((b) => b.click()); document.querySelector('#others').open = true; 0"
+            "document.querySelectorAll('.log').forEach((b) => b.click());"
+            "document.querySelector('#others').open = true; 0"
         )
         browser.run("new Promise((done) => setTimeout(done, 50))")
         assert browser.run("document.querySelectorAll('#others .plot path').length") > 20
@@ -565,7 +580,8 @@ def test_in_a_browser(tmp_path, capsys, width):
         }
         browser.run("document.querySelector('[data-group=all]').click()")
         units = browser.run(
-            "[...document.querySelector('.response').textContent.split('')].map((c) => c.charCodeAt(0))"
+            "[...document.querySelector('.response').textContent.split('')]"
+            ".map((c) => c.charCodeAt(0))"
         )
         assert units == [ord(char) for char in HOSTILE]
         kinds = "[...document.querySelectorAll('.response i')].slice(0, 4).map((i) => i.className)"
@@ -573,7 +589,10 @@ def test_in_a_browser(tmp_path, capsys, width):
         assert all(re.fullmatch("p[0-5]( silent)?", kind) for kind in shown)
 
         # Tokens are coloured by probability, with a legend, and a token says it.
-        back = "[...document.querySelectorAll('.response i')].slice(0, 4).map((i) => getComputedStyle(i).backgroundColor)"
+        back = (
+            "[...document.querySelectorAll('.response i')].slice(0, 4)"
+            ".map((i) => getComputedStyle(i).backgroundColor)"
+        )
         none = "rgba(0, 0, 0, 0)"
         colors, scales = (
             browser.run(back),
@@ -583,7 +602,8 @@ def test_in_a_browser(tmp_path, capsys, width):
             kind.startswith("p0") for kind in shown
         ] and scales == 6
         told = browser.run(
-            "(() => { document.querySelectorAll('.response i')[0].dispatchEvent(new PointerEvent('pointerover', {bubbles: true}));"
+            "(() => { document.querySelectorAll('.response i')[0]"
+            ".dispatchEvent(new PointerEvent('pointerover', {bubbles: true}));"
             "return document.getElementById('tip').textContent; })()"
         )
         assert re.fullmatch(r"log-prob −[0-9.]+, probability [0-9.]+", told)

@@ -79,7 +79,7 @@ def study(tmp_path):
     return load
 
 
-# ------------------------------------------------------------------------------------------------------------- ladder
+# ------------------------------------------------------------------------------------------- ladder
 
 
 def test_each_row_adds_to_the_row_above(study):
@@ -175,7 +175,7 @@ def test_a_key_that_is_missing_is_named(study, key):
         study(lambda tree: tree.pop(key))
 
 
-# ------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def write_run(folder: Path, accuracies, tokens=100):
@@ -350,7 +350,7 @@ def test_rows_of_a_pretrained_model_need_no_warm_up(study, monkeypatch, tmp_path
     assert not (tmp_path / "out" / "warm").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def curve(accuracies, tokens=(10, 20, 40, 80), every=2, **metrics):
@@ -414,7 +414,7 @@ def test_gains_are_paired_by_seed(study):
     assert "3 (1 of 2)" in text  # seed 5 of the first row reaches 0.5 at step 3.33, seed 3 never
 
 
-# ------------------------------------------------------------------------------------------------------------- the whole
+# ---------------------------------------------------------------------------------------- the whole
 
 
 def test_table_and_figure_of_complete_runs(study, tmp_path, capsys):

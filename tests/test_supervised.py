@@ -36,7 +36,7 @@ class OnDevice:
 
 @pytest.fixture
 def warm_up(monkeypatch):
-    """Runs a warm-up of updates of which some are skipped (1), and returns what happened, in order."""
+    """Runs a warm-up whose skipped updates are 1; returns what happened, in order."""
 
     def warm_up(skips, done=0, skipped=0, most=3):
         happened = []
@@ -95,7 +95,8 @@ def test_skipped_updates_in_a_row_end_a_warm_up(warm_up):
     assert counts == [f"{n} skipped" for n in (1, 2, 0, 1, 0, 1, 2)]
     with pytest.raises(
         InputError,
-        match="^warm-up update 5: 3 updates in a row had a non-finite loss or gradient and were skipped; ",
+        match="^warm-up update 5: 3 updates in a row had a non-finite loss or gradient and were "
+        "skipped; ",
     ):
         warm_up([1, 0, 1, 1, 1, 0])
     with pytest.raises(
