@@ -74,9 +74,7 @@ def _distinct_chains(
 
 def _apply(value: int, step: Step) -> int:
     operator, operand = step
-    return (
-        value * operand if operator == "*" else value + (operand if operator == "+" else -operand)
-    )
+    return value * operand if operator == "*" else value + int(f"{operator}{operand}")
 
 
 def _all_chains(steps: int, max_operand: int, chain: Chain = (), value: int = 0) -> Iterator[Chain]:

@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dapo_jax.config import open_regular
+from dapo_jax.config import open_regular, printable
 from dapo_jax.data.rows import MAX_ANSWER_CHARS, BadRow
+from dapo_jax.runtime.files import reason
 from dapo_jax.runtime.sandbox import ConfinedError, results
 from dapo_jax.types import InputError
 
@@ -222,7 +223,7 @@ def _json(where: str, path: str) -> Rows:
             if not isinstance(rows, list):
                 raise ValueError("several values of one key")
         except (ValueError, RecursionError) as e:
-            where = f"{where}: not a JSON array ({_first_line(e)})"
+            where = f"{where}: not a JSON array ({printable(reason(e))})"
             raise InputError(f"{where}; fetch the file again, or write it as .jsonl") from None
     yield from enumerate(rows, 1)
 
@@ -273,7 +274,7 @@ def table_rows(orders: Iterator[Any]) -> Iterator[Any]:
     except (pa.ArrowException, OSError, ValueError) as e:  # ValueError: column names not UTF-8
         kind = "Parquet" if path.endswith(".parquet") else "Arrow"
         where = f"{where}: corrupt {kind} after row {number}"
-        raise InputError(f"{where} ({_first_line(e)}); fetch the file again") from None
+        raise InputError(f"{where} ({printable(reason(e))}); fetch the file again") from None
 
 
 def _parquet(pa: Any, path: str, columns: list[str]) -> Iterator[tuple[list[str], Any]]:
@@ -314,8 +315,3 @@ def _pieces(batch: Any) -> Iterator[tuple[int, list[Any]]]:
     half = len(batch) // 2
     yield from _pieces(batch.slice(0, half))
     yield from _pieces(batch.slice(half))
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

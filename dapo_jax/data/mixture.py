@@ -63,10 +63,8 @@ def load_training(section: DataSection) -> tuple[list[Problem], list[LoadReport]
             where = f"{one.path}: every problem is in an earlier data set of data.train"
             raise InputError(f"{where}; leave this one out")
         found |= own
-        in_earlier_sets = len(problems) - len(own)
-        reports.append(
-            dataclasses.replace(report, problems=len(own), in_earlier_sets=in_earlier_sets)
-        )
+        counts = {"problems": len(own), "in_earlier_sets": len(problems) - len(own)}
+        reports.append(dataclasses.replace(report, **counts))
     mixed = [*found.values()]
     return single.with_unique_ids(mixed) if len(reports) > 1 else mixed, reports
 

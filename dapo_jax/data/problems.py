@@ -142,10 +142,7 @@ def _shown(columns: Sequence[str]) -> list[str]:
 def with_unique_ids(problems: list[Problem]) -> list[Problem]:
     """A data set's own ids where they are unique, else the digest of the prompt."""
     uses = Counter(p.id for p in problems)
-    return [
-        p if p.id and uses[p.id] == 1 else dataclasses.replace(p, id=_content_id(p))
-        for p in problems
-    ]
+    return [p if p.id and uses[p.id] == 1 else _with_content_id(p) for p in problems]
 
 
 # ------------------------------------------------------------------------------ identity and order
@@ -155,8 +152,9 @@ def _prompt_as_json(p: Problem) -> str | list[list[str]]:
     return p.prompt if isinstance(p.prompt, str) else [[t.role, t.content] for t in p.prompt]
 
 
-def _content_id(p: Problem) -> str:
-    return hashlib.sha256(json.dumps(_prompt_as_json(p)).encode()).hexdigest()[:16]
+def _with_content_id(p: Problem) -> Problem:
+    digest = hashlib.sha256(json.dumps(_prompt_as_json(p)).encode()).hexdigest()
+    return dataclasses.replace(p, id=digest[:16])
 
 
 def problems_digest(problems: Iterable[Problem]) -> str:

@@ -15,7 +15,6 @@ import contextlib
 import json
 import math
 import re
-import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +34,7 @@ _USUAL: Mapping[str, str] = {
 _BEFORE = ("body", "passage", "context")
 _AFTER = ("options", "choices")
 _ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _GSM8K = "####"  # before the answer
 _BOXED = "\\boxed"  # around the answer
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")  # of GSM8K: <<900+5=905>>
@@ -74,9 +74,8 @@ def problem_from_row(
 
     An answer at the end of its solution (after `columns.answer_after`, or `####` in GSM8K) or in
     its last `\boxed{}` is extracted, and the solution then ends in the `Answer:` line that the
-    strict verifier reads. `notes` gets an entry for each way in which the problem differs from its
-    row.
-    Raises BadRow with the reason if the row is no problem.
+    strict verifier reads. notes: gets an entry for each way in which the problem differs from its
+    row. Raises BadRow with the reason if the row is no problem.
     """
     if not isinstance(row, Mapping):
         raise BadRow("not a JSON object")
@@ -105,15 +104,20 @@ def problem_from_row(
         gsm8k = columns.prompt is None and called == "question" and _GSM8K in answer
         after = _GSM8K if gsm8k else _BOXED if _BOXED in answer else None
     answer, solution = _answer_and_solution(answer, solution, after, notes)
-    identifier = parts["id"][0]
-    identifier = "" if _missing(identifier) else _scalar_text(identifier, "id")
-    return Problem(identifier, prompt, answer, solution)
+    name = parts["id"][0]
+    name = "" if _missing(name) else _text(name, "id", or_number=True)
+    return Problem(name, prompt, answer, solution)
 
 
 def _found(row: Mapping[str, Any], part: str, named: str | None) -> tuple[Any, str]:
     """A part of a problem and the name of its column; (None, "") if the row has none."""
     if named is not None and _FIELD.search(named):
-        return _FIELD.sub(lambda field: _filled(row, field[1]), named), named
+        fields = {path: _at(row, path) for path in _FIELD.findall(named)}
+        for path, value in fields.items():
+            if _missing(value):
+                raise BadRow(f"no {path}", row)
+        texts = {path: _text(value, path, or_number=True) for path, value in fields.items()}
+        return _FIELD.sub(lambda field: texts[field[1]], named), named
     for path in _USUAL[part].split() if named is None else (named,):
         if not _missing(value := _at(row, path)):
             return value, path
@@ -129,12 +133,6 @@ def _at(row: Any, path: str) -> Any:
     for name in path.split("."):
         row = row.get(name) if isinstance(row, Mapping) else None
     return row
-
-
-def _filled(row: Mapping[str, Any], path: str) -> str:
-    if _missing(value := _at(row, path)):
-        raise BadRow(f"no {path}", row)
-    return _scalar_text(value, path)
 
 
 # ---------------------------------------------------------------------------------------- prompts
@@ -197,18 +195,18 @@ def _lines(value: Any) -> str | None:
 def _options(value: Any, answer: Any) -> str | None:
     """The choices of a question as text; None if `answer` is neither a choice nor its letter."""
     if isinstance(value, Mapping):  # {"A": "4", "B": "7"}
-        value = [f"{k}) {text}" for k, text in value.items() if len(k) == 1 and _lines(text)]
+        letters = [key for key in value if len(key) == 1 and isinstance(value[key], str)]
+        value = [f"{key}) {value[key]}" for key in letters]
     text = _lines(value)
     if text is None or isinstance(value, str):
         return text
-    if not isinstance(answer, str) or answer in value:
-        return text if isinstance(answer, str) else None
-    letters, letter = string.ascii_uppercase[: len(value)], answer.strip(" ().")
-    if not letter or letter not in letters or len(letters) < len(value):
-        return None
-    if _LABEL.match(value[0]):
-        return text
-    return "\n".join(f"{name}) {option}" for name, option in zip(letters, value, strict=True))
+    letter = answer.strip(" ().") if isinstance(answer, str) else ""
+    named_once = len(value) <= len(_LETTERS) and letter in _LETTERS[: len(value)]
+    if answer in value or (letter and named_once):
+        named = zip(_LETTERS, value, strict=False)
+        labelled = answer in value or _LABEL.match(value[0])
+        return text if labelled else "\n".join(f"{name}) {option}" for name, option in named)
+    return None
 
 
 # -------------------------------------------------------------------------- answers and solutions
@@ -282,14 +280,16 @@ def _boxed(text: str) -> str:
 
 def _repeats(solution: str, answer: str) -> bool:
     """Whether a solution says no more than the answer."""
+    if len(solution) > len(answer) + 20:
+        return False
     text = solution.strip(" \n$.")
     if text.startswith(_BOXED + "{") and text.endswith("}"):
         text = _boxed(text)
-    return len(solution) <= len(answer) + 20 and canonical_answer(text) == answer
+    return canonical_answer(text) == answer
 
 
 def _answer(value: Any, notes: list[str]) -> str:
-    text = "" if _missing(value) else _scalar_text(value, "answer").strip()
+    text = "" if _missing(value) else _text(value, "answer", or_number=True).strip()
     if not text:
         raise BadRow("no answer")
     if len(text) > MAX_ANSWER_CHARS:
@@ -306,19 +306,14 @@ def _missing(value: Any) -> bool:
     return value is None or value != value  # NaN is how data frames write null
 
 
-def _scalar_text(value: Any, name: str) -> str:
-    if isinstance(value, float) and math.isfinite(value):
-        return str(int(value)) if value.is_integer() else repr(value)  # 42.0 of a float column
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str):
-        return _text(value, name)
-    raise BadRow(f"{name} is neither text nor a finite number")
-
-
-def _text(value: Any, name: str) -> str:
+def _text(value: Any, name: str, *, or_number: bool = False) -> str:
+    if or_number and isinstance(value, float) and math.isfinite(value):
+        value = int(value) if value.is_integer() else repr(value)  # 42.0 of a float column
+    if or_number and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
     if not isinstance(value, str):
-        raise BadRow(f"{name} is not text")
+        expected = "neither text nor a finite number" if or_number else "not text"
+        raise BadRow(f"{name} is {expected}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
