@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,7 +63,7 @@ def load_training(section: DataSection) -> tuple[list[Problem], list[LoadReport]
             where = f"{one.path}: every problem is in an earlier data set of data.train"
             raise InputError(f"{where}; leave this one out")
         found |= own
-        counts = {"problems": len(own), "in_earlier_sets": len(problems) - len(own)}
+        counts: Any = {"problems": len(own), "in_earlier_sets": len(problems) - len(own)}
         reports.append(dataclasses.replace(report, **counts))
     mixed = [*found.values()]
     return single.with_unique_ids(mixed) if len(reports) > 1 else mixed, reports
