@@ -25,7 +25,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePath
@@ -43,11 +43,19 @@ from dapo_jax.config import printable
 from dapo_jax.runtime import files, multihost
 from dapo_jax.runtime.console import warn
 from dapo_jax.runtime.files import Folder, as_path, errors_as, is_bucket, reason
-from dapo_jax.types import Array, InputError, NoCheckpointError, Params, RunError, TrainState
+from dapo_jax.types import (
+    Array,
+    InputError,
+    NoCheckpointError,
+    Params,
+    RunError,
+    SharedError,
+    Stopped,
+    TrainState,
+)
 
 _FORMAT = 3
 _NAME = re.compile(r"(0|[1-9]\d*)(\.[1-9]\d*)?", re.ASCII)
-_TEMPORARY = "*.orbax-checkpoint-tmp"  # what a killed process leaves on a disk
 _COMPLETE = "commit_success.txt"  # what orbax writes last
 _RECORD = PurePath("host") / "metadata"  # where orbax's JSON handler writes
 _OTHER = "resume with the dapo_jax that wrote it, or start over in another --run-dir"
@@ -82,23 +90,25 @@ class Checkpoints:
         # If a background thread created the folders and failed, others would wait for it for five
         # minutes and keep the interpreter alive.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
-        self._writer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(), async_options=options
-        )
+        handler = ocp.CompositeCheckpointHandler()
+        self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
         elsewhere = "choose another --run-dir"
         with errors_as(InputError, self._folder, "cannot hold checkpoints", elsewhere):
             self._folder.mkdir(parents=True, exist_ok=True)
             if not is_bucket(self._folder) and not os.access(self._folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            if multihost.is_main():
-                self._remove_incomplete()
+            if is_bucket(self._folder):
+                self._remove([path for path in _stored(self._folder) if not _is_complete(path)])
+            else:
+                self._remove(list(self._folder.glob("*.orbax-checkpoint-tmp")))
         multihost.sync("incomplete checkpoints removed")
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and jax.process_count() > 1:
+        together = error is None or isinstance(error, SharedError | Stopped)
+        if not together and jax.process_count() > 1:
             # Another process may be gone, and a write by all waits for all.
             writing = threading.Thread(target=self._writer.wait_until_finished, daemon=True)
             writing.start()
@@ -108,14 +118,14 @@ class Checkpoints:
             self.wait()
             self._writer.close()
         except (InputError, RunError) as e:
-            if error is None:
+            if error is None or isinstance(error, Stopped):  # which says that it has saved
                 raise
             if type(error) is not type(e):  # otherwise `error` is this one
                 warn(str(e))
 
     def steps(self) -> list[int]:
         """Whole steps in the folder, newest first; not verified."""
-        return [step for step, number in map(_key, _stored(self._folder)) if number == 0]
+        return [step for step, number in map(_key, self._all()) if number == 0]
 
     def save(
         self, step: int, state: TrainState, host: _Dict, groups: _Dict, *, partial: bool = False
@@ -146,20 +156,19 @@ class Checkpoints:
         items["groups"] = {"msgpack": np.frombuffer(blob, np.uint8)}
         saves = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items()}
         parts = ocp.args.Composite(host=ocp.args.JsonSave(record), **saves)
-        name = self._new_name(step, partial) if multihost.is_main() else ""
+        name = self._new_name(step, partial)
         with self._writing():
-            self._writer.save(self._folder / multihost.from_main(name), args=parts)
+            self._writer.save(self._folder / name, args=parts)
         self._saved = True
 
     def wait(self) -> None:
         """Waits for the save in progress. Raises InputError if it failed: it shows only here."""
         with self._writing():
             self._writer.wait_until_finished()
-        if self._saved and multihost.is_main():
-            stored = _stored(self._folder)
+        if self._saved:
+            stored = self._all()
             whole = [path for path in stored if _key(path)[1] == 0]
-            for path in {*stored[1:]} - {*whole[: self._keep]}:
-                files.remove(path)
+            self._remove({*stored[1:]} - {*whole[: self._keep]})
         self._saved = False
 
     def restore(self, abstract_state: TrainState, *, at_most: int | None = None) -> Restored | None:
@@ -173,10 +182,9 @@ class Checkpoints:
         """
         self.wait()
         target = jax.tree.map(_target, abstract_state)
-        wanted = stored = _stored(self._folder)
+        wanted = stored = self._all()
         if at_most is not None:
-            keys = {path: _key(path) for path in stored}
-            wanted = [path for path, (step, n) in keys.items() if n == 0 and step <= at_most]
+            wanted = [path for path in stored if path.name.isdigit() and int(path.name) <= at_most]
         found = _newest(self._folder, wanted, _items(target), groups=True)
         if found is None:
             if (old := self._folder / "interrupted").exists():
@@ -196,19 +204,20 @@ class Checkpoints:
             warn(f"{path}: moved to {target.name}; the run resumes from step {step}")
         multihost.sync("checkpoints moved aside")
 
+    def _all(self) -> list[Folder]:
+        """Checkpoints in the folder as process 0 finds them, newest first."""
+        names = multihost.from_main(" ".join(path.name for path in _stored(self._folder)))
+        return [self._folder / name for name in names.split()]
+
     def _new_name(self, step: int, partial: bool) -> str:
-        keys = [_key(path) for path in _stored(self._folder)]
+        keys = [_key(path) for path in self._all()]
         if keys and step < keys[0][0]:
             raise ValueError(f"step {step} is before the newest checkpoint, of step {keys[0][0]}")
         number = max((n + 1 for at, n in keys if at == step), default=int(partial))
         return f"{step}.{number}" if number else str(step)
 
-    def _remove_incomplete(self) -> None:
-        if is_bucket(self._folder):
-            incomplete = [path for path in _stored(self._folder) if not _is_complete(path)]
-        else:
-            incomplete = list(self._folder.glob(_TEMPORARY))
-        for path in incomplete:
+    def _remove(self, paths: Collection[Folder]) -> None:
+        for path in paths if multihost.is_main() else ():
             files.remove(path)
 
     @contextlib.contextmanager
