@@ -11,7 +11,7 @@ import importlib.resources
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,9 +160,8 @@ def compare_evals(runs: Sequence[Record]) -> None:
     for run in runs:
         for name, one in run["evals"].items():
             base = bases.setdefault(name, one)
-            one["comparable"] = None in (one["digest"], base["digest"]) or (
-                one["digest"] == base["digest"]
-            )
+            digests = {one["digest"], base["digest"]}
+            one["comparable"] = None in digests or len(digests) == 1
             one["versus"] = None if one is base else difference(one["last"], base["last"])
 
 
@@ -220,21 +219,9 @@ def read_samples(run_dir: Folder, most_bytes: int) -> tuple[list[list[Any]], str
     return found, " ".join(notes)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
 _NUMBERS = "draw group_correct group_size reward penalty advantage length".split()
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_NUMBERS, is_number),
-    **dict.fromkeys(("id", "answer"), _is_text),
-    **dict.fromkeys(("correct", "truncated"), _is_flag),
-    "group": lambda value: value in ("kept", "all_correct", "all_wrong"),
-}
+_KINDS = {"id": str, "answer": str, "correct": bool, "truncated": bool}
+_GROUPS = ("kept", "all_correct", "all_wrong")
 
 
 def sample(line: bytes) -> dict[str, Any] | None:
@@ -247,14 +234,16 @@ def sample(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or not _is_text(row.get("response")):
+    if not isinstance(row, dict) or not isinstance(row.get("response"), str):
         return None
-    found = {key: row[key] for key, valid in _FIELDS.items() if valid(row.get(key))}
+    found = {key: row[key] for key in _NUMBERS if is_number(row.get(key))}
+    found |= {key: row[key] for key, kind in _KINDS.items() if isinstance(row.get(key), kind)}
+    found |= {"group": row["group"]} if row.get("group") in _GROUPS else {}
     prompt, tokens = row.get("prompt"), row.get("tokens")
-    turns = [turn for turn in prompt if isinstance(turn, dict)] if isinstance(prompt, list) else []
-    found["turns"] = [[str(turn.get("role", "")), str(turn.get("content", ""))] for turn in turns]
     if isinstance(prompt, str):
-        found["turns"] = [["", prompt]]
+        prompt = [{"content": prompt}]
+    turns = [turn for turn in prompt if isinstance(turn, dict)] if isinstance(prompt, list) else []
+    found["turns"] = [[str(turn.get(key, "")) for key in ("role", "content")] for turn in turns]
     if isinstance(tokens, list) and all(map(_is_token, tokens)):
         if "".join(text for text, _ in tokens) == row["response"]:
             return found | {"tokens": tokens}
@@ -263,7 +252,7 @@ def sample(line: bytes) -> dict[str, Any] | None:
 
 def _is_token(entry: Any) -> bool:
     """[text, log-prob], or [text, None] for the middle of a long response."""
-    pair = isinstance(entry, list) and len(entry) == 2 and _is_text(entry[0])
+    pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
     return pair and (entry[1] is None or is_number(entry[1]))
 
 
