@@ -183,9 +183,10 @@ class TrainBatch(NamedTuple):
     positions: Array  # int32, from 0 in each segment
     target_mask: Array  # bool, True on response tokens
     old_logprobs: Array  # float32, 0 outside targets
-    behavior_logprobs: Array  # float32, 0 outside targets; NaN where `old_logprobs` are the same and of an earlier step's policy
+    behavior_logprobs: Array  # float32, 0 outside targets
     advantages: Array  # float32, the response's advantage on each of its tokens
     weight: Array  # float32, 1 / normaliser on tokens that are trained, else 0
+    current: Array  # bool, True on response tokens that this step's policy sampled
 
 
 class TrainState(NamedTuple):

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import time
+import types
 import zlib
 from collections import defaultdict
 from unittest import mock
@@ -49,9 +50,10 @@ from dapo_jax.rollout.sampler import Arrivals, SamplerState, Slots
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.runtime.metrics import process_memory
-from dapo_jax.train import minibatches
 from dapo_jax.training import dynamic_sampling
-from dapo_jax.training.setup import Policy
+from dapo_jax.training.dynamic_sampling import DrawState, DynamicSampler
+from dapo_jax.training.setup import Policy, batch_shape
+from dapo_jax.training.step import minibatches
 from dapo_jax.types import InputError, Problem, Prompt, Request, Verdict
 
 MEDIAN = "of log-normal lengths, before they are clipped"
@@ -83,22 +85,11 @@ class HostSizes:
 
 
 def draw_groups(stream, prompts, pool, guard, config, policy, missing, keep_rate):
-    return dynamic_sampling.draw_groups(
-        stream,
-        prompts,
-        missing=missing,
-        keep_rate=keep_rate,
-        first_draw=0,
-        left_open=(),
-        cursor=Cursor(),
-        mixture=Mixture(("imposed",), (len(prompts),), (1.0,)),
-        config=config,
-        policy=policy,
-        pool=pool,
-        guard=guard,
-        times=defaultdict(float),
-        on_done=lambda ended, drawn: None,
-    )
+    engine = types.SimpleNamespace(stream=lambda params, key: stream)
+    mixture = Mixture(("imposed",), (len(prompts),), (1.0,))
+    sections = (config.dapo, config.reward, config.rollout, config.seed)
+    sampler = DynamicSampler(engine, prompts, mixture, policy, pool, guard, *sections)
+    return sampler.draw({}, DrawState(keep_rate=keep_rate), missing, defaultdict(float))
 
 
 # ---- draw ----------------------------------------------------------------------------------------
@@ -373,7 +364,9 @@ def measure_host(sizes):
     for part in ("fetch", "decode", "judge"):
         for key in ("seconds", "cpu_seconds"):
             clock.parts["group"][key] -= clock.parts[part][key]
-    batches = minibatches(drawn.groups[: max(1, groups // 2)], config, 1)
+    batches = minibatches(
+        drawn.groups[: max(1, groups // 2)], config.dapo, batch_shape(config, mesh)
+    )
     while clock("pack", next)(batches, None) is not None:
         pass
     result = {

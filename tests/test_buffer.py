@@ -1,8 +1,8 @@
 import dataclasses
-import io
 
 import numpy as np
 import pytest
+from flax import serialization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -285,12 +285,8 @@ def assert_same(left, right):
         assert type(left) is type(right) and left == right
 
 
-def through_a_file(arrays):
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    file.seek(0)
-    with np.load(file, allow_pickle=False) as loaded:
-        return dict(loaded)
+def through_a_file(state):
+    return serialization.msgpack_restore(serialization.msgpack_serialize(state))
 
 
 @settings(deadline=None, max_examples=50)
@@ -312,10 +308,8 @@ def test_a_restored_buffer_goes_on_as_if_nothing_had_happened(batches, take_betw
         if take_between and original.missing() < 2:
             original.take()
 
-    arrays = original.state()
-    assert all(array.dtype.kind in "iufb" and array.size for array in arrays.values())
     restored = DynamicSamplingBuffer(2, True, True)
-    restored.restore(through_a_file(arrays), PROBLEMS)
+    restored.restore(through_a_file(original.state()), PROBLEMS)
 
     for buffer in (original, restored):
         if draw:
@@ -327,7 +321,9 @@ def test_a_restored_buffer_goes_on_as_if_nothing_had_happened(batches, take_betw
         assert counts == counts_restored
         assert_same(tuple(groups), tuple(groups_restored))
     assert original.missing() == restored.missing()
-    assert_same(tuple(original.state().items()), tuple(restored.state().items()))
+    assert serialization.msgpack_serialize(original.state()) == serialization.msgpack_serialize(
+        restored.state()
+    )
 
 
 def test_special_floats_survive():

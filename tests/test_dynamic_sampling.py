@@ -1,25 +1,25 @@
 """Dynamic sampling while decoding goes on, with an engine of which only the lengths are real."""
 
 import collections
-import dataclasses
 import random
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from flax import serialization
 
-from dapo_jax.config import Config, DapoSection, RewardSection, RolloutSection
+from dapo_jax.config import DapoSection, RewardSection, RolloutSection
 from dapo_jax.data.mixture import Mixture
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import load_tokenizer
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.training.dynamic_sampling import (
+    DrawState,
+    DynamicSampler,
     OpenGroup,
-    draw_groups,
     keep_rate_after,
-    open_state,
     prompts_wanted,
-    restore_open,
 )
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError, Problem, Prompt, Response, Verdict
@@ -30,18 +30,13 @@ PROMPTS = [Prompt(Problem(f"p{i}", f"{i}=", "1"), np.array([5, 6], np.int32)) fo
 G = 4
 
 
-def config(**algo) -> Config:
-    sizes = {
-        "prompts_per_step": 8,
-        "responses_per_prompt": G,
-        "responses_per_update": G,
-        "prompts_per_draw": 16,
-    }
-    rollout = RolloutSection(decode_slots=32, max_response_len=200)
-    reward = RewardSection(overlong_buffer_len=100, max_error_fraction=0.9)
-    return dataclasses.replace(
-        Config(), dapo=DapoSection(**(sizes | algo)), rollout=rollout, reward=reward
-    )
+SIZES = {
+    "prompts_per_step": 8,
+    "responses_per_prompt": G,
+    "responses_per_update": G,
+    "prompts_per_draw": 16,
+}
+MIXTURE = Mixture(("problems",), (len(PROMPTS),), (1.0,))
 
 
 class FakeStream:
@@ -147,29 +142,18 @@ def drawn(
     first_draw=0,
     left_open=(),
     slots=32,
-    settings=None,
+    max_error_fraction=0.9,
     **algo,
 ):
-    stream, settings = FakeStream(outcome, slots), settings or config(**algo)
-    found = draw_groups(
-        stream,
-        PROMPTS,
-        missing=missing,
-        keep_rate=keep_rate,
-        first_draw=first_draw,
-        left_open=left_open,
-        cursor=Cursor(),
-        mixture=Mixture(("problems",), (len(PROMPTS),), (1.0,)),
-        config=dataclasses.replace(
-            settings, rollout=dataclasses.replace(settings.rollout, decode_slots=slots)
-        ),
-        policy=POLICY,
-        pool=pool or FakePool(),
-        guard=Guard(None),
-        times={},
-        on_done=lambda ended, total: None,
-    )
-    return found, stream
+    stream = FakeStream(outcome, slots)
+    engine = SimpleNamespace(stream=lambda params, key: stream)
+    algo = DapoSection(**(SIZES | algo))
+    reward = RewardSection(overlong_buffer_len=100, max_error_fraction=max_error_fraction)
+    rollout = RolloutSection(decode_slots=slots, max_response_len=200)
+    data, tools = (PROMPTS, MIXTURE, POLICY), (pool or FakePool(), Guard(None))
+    sampler = DynamicSampler(engine, *data, *tools, algo, reward, rollout, seed=0)
+    state = DrawState(Cursor(), first_draw, keep_rate, tuple(left_open))
+    return sampler.draw({}, state, missing, {}), stream
 
 
 def mixed(draw, sample):
@@ -191,7 +175,7 @@ def test_as_many_prompts_are_drawn_as_the_keep_rate_calls_for():
     )
     assert (
         len(found.verdicts) == 8 * G
-        and found.cursor == advance(Cursor(), len(PROMPTS), 8, seed=0)[1]
+        and found.state.cursor == advance(Cursor(), len(PROMPTS), 8, seed=0)[1]
     )
     # Half of them thought to be dropped: twice as many are drawn at first, and no more.
     assert len(drawn(mixed, missing=8, keep_rate=0.5)[0].groups) == 16
@@ -332,7 +316,7 @@ def test_an_answer_without_a_verdict_is_as_if_it_had_not_been_sampled(dynamic):
         step, stream = drawn(sometimes_late, pool=FakePool(late=late), dynamic_sampling=dynamic)
         steps.append((step, stream.submitted))
     (found, submitted), (other, as_submitted) = steps
-    assert submitted == as_submitted and found.cursor == other.cursor
+    assert submitted == as_submitted and found.state.cursor == other.state.cursor
     for a, b in zip(found.groups, other.groups, strict=True):
         assert (
             a.draw == b.draw
@@ -353,14 +337,12 @@ def test_an_answer_without_a_verdict_is_as_if_it_had_not_been_sampled(dynamic):
 
 
 def test_draws_are_bounded_also_where_no_answer_gets_a_verdict():
-    settings = config(dynamic_sampling=False, max_generation_batches=3)
-    settings = dataclasses.replace(
-        settings, reward=RewardSection(overlong_buffer_len=100, max_error_fraction=1.0)
-    )
     found, _ = drawn(
         lambda draw, sample: (3, True),
         pool=FakePool(late=Verdict(False, 0.0, "x")),
-        settings=settings,
+        max_error_fraction=1.0,
+        dynamic_sampling=False,
+        max_generation_batches=3,
     )
     assert len(found.groups) == 3 * 16 and not any(g.responses for g in found.groups)
 
@@ -375,7 +357,7 @@ def steps(count, save=lambda groups: groups, outcome=long_tailed, **options):
     found, left_open, draws = [], [], 0
     for _ in range(count):
         step, _ = drawn(outcome, first_draw=draws, left_open=save(left_open), **options)
-        left_open, draws = step.open, draws + step.draws
+        left_open, draws = step.state.open, step.state.draws
         found.append(step)
     return found
 
@@ -385,8 +367,8 @@ def test_partial_rollouts_leave_later_groups_to_the_next_step_and_lose_nothing()
     groups = [g for step in partial for g in step.groups]
     assert [g.draw for g in groups] == list(range(len(groups)))  # each draw once, in order
     assert all(sum(map(is_informative, step.groups)) >= 8 for step in partial)
-    assert any(step.open for step in partial) and any(
-        g.begun for step in partial for g in step.open
+    assert any(step.state.open for step in partial) and any(
+        g.begun for step in partial for g in step.state.open
     )
     for group in groups:  # whole responses, whichever steps they were sampled in
         assert [
@@ -404,15 +386,14 @@ def test_tokens_are_counted_in_the_step_that_samples_them():
             long_tailed, first_draw=draws, left_open=left_open, partial_rollouts=True
         )
         assert step.tokens == stream.sampled > 0
-        left_open, draws, settled = step.open, draws + step.draws, settled + len(step.groups)
+        left_open, draws, settled = step.state.open, draws + step.draws, settled + len(step.groups)
         assert draws == settled + len(left_open)
 
 
 def test_open_groups_survive_a_checkpoint():
     def through_a_file(groups):
-        arrays = {name: array.copy() for name, array in open_state(groups).items()}
-        assert all(array.size and array.dtype != object for array in arrays.values())
-        return restore_open(arrays, PROMPTS)
+        packed = serialization.msgpack_serialize(DrawState(open=tuple(groups)).packed())
+        return DrawState.unpacked(serialization.msgpack_restore(packed), PROMPTS).open
 
     def some_late(draw, sample):
         length, correct = long_tailed(draw, sample)
@@ -430,11 +411,11 @@ def test_open_groups_survive_a_checkpoint():
         assert (
             [g.draw for g in a.groups] == [g.draw for g in b.groups]
             and a.verdicts == b.verdicts
-            and a.cursor == b.cursor
+            and a.state[:3] == b.state[:3]
         )
         assert list(map(said, a.groups)) == list(map(said, b.groups))
-    assert any(step.open for step in plain)
-    assert any(v and v.error for step in plain for g in step.open for v in g.verdicts)
+    assert any(step.state.open for step in plain)
+    assert any(v and v.error for step in plain for g in step.state.open for v in g.verdicts)
 
 
 def opened(*outcomes):

@@ -155,7 +155,15 @@ def test_truncated_importance_sampling_weights_by_what_the_sampler_drew(mode, lo
     zeros = np.zeros(3, np.int32)
     behavior = (old - np.log([1.5, 3.0, 5.0])).astype(np.float32)
     args = TrainBatch(
-        zeros, zeros, zeros, zeros == 0, old, behavior, np.float32([-1] * 3), np.float32([2] * 3)
+        zeros,
+        zeros,
+        zeros,
+        zeros == 0,
+        old,
+        behavior,
+        np.float32([-1] * 3),
+        np.float32([2] * 3),
+        zeros == 0,
     )
     algo = DapoSection(old_logprobs=mode, importance_cap=3.0)
     loss, metrics = dapo_terms(old, zeros.astype(np.float32), args, algo)
@@ -276,7 +284,7 @@ def test_metric_sums_of_the_tiny_batch():
     assert {k: float(sums[k]) for k in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert set(sums) == {*expected, "entropy"}  # whose value is test_logprobs' to check
     assert 0 < sums["entropy"] < 10 * np.log(MODEL.vocab_size)
-    items[1] = items[1]._replace(behavior_logprobs=items[1].behavior_logprobs + np.float32(np.nan))
+    items[1] = items[1]._replace(current=False)  # of an earlier step's policy
     (loss, without), grads = loss_and_grad(PARAMS, rows(items))
     assert (float(without["sampler_gap"]), float(without["gap_tokens"])) == pytest.approx(
         (0.5, 10 - len(items[1].response)), rel=1e-5

@@ -84,6 +84,7 @@ def train_batch(g, case, normalizer=None):
         behavior_logprobs=g["old_logprobs"],
         advantages=g["advantages"][:, None] * per_token,
         weight=weights(g, case, normalizer)[:, None] * per_token,
+        current=mask,
     )
 
 

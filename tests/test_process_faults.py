@@ -142,7 +142,7 @@ def test_a_job_that_loses_processes_ends_soon_and_goes_on(shared, whole):
 
     job = Job(folder, 2, "update:2=term@1")  # one of them is enough
     assert job.ends() == [128 + signal.SIGTERM] * 2
-    assert "SIGTERM: stopped and saved after step 0 and 1 updates of the next" in job.said(0)
+    assert "SIGTERM: saved a checkpoint after step 0 and 1 updates of the next" in job.said(0)
 
     job = Job(folder, 2, "rollout:1=kill@1")
     first, second = job.ends()

@@ -1,17 +1,20 @@
 """What a checkpoint is written for, and what is taken up from one, without disks or devices."""
 
+import json
+
 import numpy as np
 import pytest
+from flax import serialization
 from test_buffer import MIXED, PROBLEMS, make_group
 
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.problems import Cursor
 from dapo_jax.runtime.checkpoint import Restored
-from dapo_jax.training.dynamic_sampling import OpenGroup
-from dapo_jax.training.state import DataDigests, PartialStep, Progress, Run, restore, save
-from dapo_jax.types import InputError, NoCheckpointError, Prompt
+from dapo_jax.training.dynamic_sampling import DrawState, OpenGroup
+from dapo_jax.training.state import Digests, PartialStep, Progress, RunState, RunStore
+from dapo_jax.types import InputError, NoCheckpointError, Prompt, Response, Verdict
 
-DATA = DataDigests("loaded", "trained on", "tokens")
+DATA = Digests("loaded", "trained on", "tokens", None)
 PROMPTS = [Prompt(problem, np.array([1], np.int32)) for problem in PROBLEMS.values()]
 
 
@@ -25,7 +28,8 @@ class Folder:
         return list(self.whole)
 
     def save(self, step, state, host, groups, *, partial):
-        host = {**host, "progress": list(host["progress"])}
+        groups = serialization.msgpack_restore(serialization.msgpack_serialize(groups))
+        host = json.loads(json.dumps(host))
         self.saved.append(Restored(f"checkpoints/{step}", step, state, host, groups))
         if not partial:
             self.whole.setdefault(step, self.saved[-1])
@@ -36,36 +40,34 @@ class Folder:
         return self.whole[max(step for step in self.whole if step <= at_most)]
 
 
-def make_run(at=None):
-    return Run(
-        DynamicSamplingBuffer(2, True, True),
-        at or Progress(begun=True),
-        state="weights",
-    )
+def make_run(draw=DrawState(), **progress):  # noqa: B008
+    buffer = DynamicSamplingBuffer(2, True, True)
+    return RunState(buffer, Progress(begun=True, **progress), draw, state="weights")
 
 
-def taken_up(folder, run, data=DATA, **options):
-    assert restore(run, folder, None, prompts=PROMPTS, data=data, **options)
+def restored(folder, run, data=DATA, allow_change=False, at_most=None):
+    store = RunStore(folder, None, PROMPTS, {}, data, allow_change)
+    assert store.restore(run, at_most=at_most)
     return run
 
 
 def write(run, folder):
-    save(run, folder, config={}, data=DATA, function=None)
+    RunStore(folder, None, PROMPTS, {}, DATA).save(run)
 
 
-def test_a_rollback_is_written_once_and_taken_up():
-    """The step that the run is back at has a whole checkpoint already, from before the rollback."""
-    folder, run = Folder(), make_run(Progress(step=1, draws=8, begun=True))
+def test_a_rollback_is_written_once_and_restored():
+    """The step that the run was rolled back to has a whole checkpoint from before the rollback."""
+    folder, run = Folder(), make_run(DrawState(draws=8), step=1)
     write(run, folder)
     write(run, folder)
     assert len(folder.saved) == 1
-    back = Progress(step=1, draws=24, cursor=Cursor(2, 3), begun=True, rollbacks=1)
-    run.at = back
+    run.progress = run.progress._replace(rollbacks=1)
+    run.draw = DrawState(Cursor(2, 3), 24)
     write(run, folder)
     write(run, folder)
     assert list(folder.whole) == [1] and len(folder.saved) == 2
-    again = taken_up(folder, make_run())
-    assert again.at == back
+    again = restored(folder, make_run())
+    assert (again.progress, again.draw) == (run.progress, run.draw)
     write(again, folder)
     assert len(folder.saved) == 2  # nothing has happened since
 
@@ -75,23 +77,18 @@ def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
     """Groups drawn, groups left open and updates under way: none stays, also where the data set is
     another by now.
     """
-    folder, run = Folder(), make_run(Progress(step=1, draws=1, begun=True))
+    folder, run = Folder(), make_run(DrawState(draws=1), step=1)
     run.buffer.add([make_group(0, MIXED)])
     write(run, folder)
 
     run.buffer.add([make_group(draw, MIXED) for draw in (3, 4)])
-    run.left_open = [OpenGroup(5, PROMPTS[0], 2)]
+    run.draw = DrawState(draws=6, open=(OpenGroup(5, PROMPTS[0], 2),))
     run.partial = PartialStep({}, [{"loss": np.nan}])
-    run.at = run.at._replace(step=2, draws=6)
-    taken_up(
-        folder,
-        run,
-        DataDigests("other", "other", "other") if changed else DATA,
-        allow_change=changed,
-        at_most=1,
-    )
-    assert (run.at.step, run.buffer.missing()) == (1, 2 if changed else 1)
-    assert not run.left_open and run.partial is None
+    run.progress = run.progress._replace(step=2)
+    other = Digests("other", "other", "other", None)
+    restored(folder, run, other if changed else DATA, allow_change=changed, at_most=1)
+    assert (run.progress.step, run.buffer.missing()) == (1, 2 if changed else 1)
+    assert not run.draw.open and run.partial is None
     run.buffer.add([make_group(draw, MIXED) for draw in (6, 7)])
     groups, counts = run.buffer.take()
     assert [g.draw for g in groups] == ([6, 7] if changed else [0, 6]) and counts.drawn == (
@@ -101,62 +98,86 @@ def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
 
 def test_prompts_of_other_tokens_are_other_data():
     """Of the same problems, by a tokenizer or chat template that has changed since."""
-    folder, run = Folder(), make_run(Progress(step=1, draws=1, cursor=Cursor(1, 2), begun=True))
+    folder, run = Folder(), make_run(DrawState(Cursor(1, 2), 1), step=1)
     run.buffer.add([make_group(0, MIXED)])
     write(run, folder)
     others = DATA._replace(tokens="others")
-    with pytest.raises(
-        InputError,
-        match="^model.folder: its tokenizer or chat template makes other prompts than when the run was started; ",
-    ):
-        taken_up(folder, make_run(), others)
-    again = taken_up(folder, make_run(), others, allow_change=True)
-    assert (again.at.cursor, again.buffer.missing()) == (Cursor(), 2)
-    folder.whole[1].host.pop("tokens_digest")  # as an earlier version wrote it
-    assert taken_up(folder, make_run(), others).buffer.missing() == 1
+    message = "its tokenizer or chat template makes other prompts than when the run was started; "
+    with pytest.raises(InputError, match=f"^model.folder: {message}"):
+        restored(folder, make_run(), others)
+    again = restored(folder, make_run(), others, allow_change=True)
+    assert (again.draw, again.buffer.missing()) == (DrawState(draws=1), 2)
 
 
-UNDER_WAY = PartialStep({"rollout/tokens": 7.0}, [{"loss": 0.5, "skipped": 0.0}])
+OPEN = OpenGroup(5, PROMPTS[0], 2)
+OPEN.responses[0] = Response(np.array([4, 5], np.int32), np.zeros(2, np.float32), True)
+OPEN.verdicts[0] = Verdict(True, 1.0)
+OPEN.begun[1] = (np.array([4], np.int32), np.zeros(1, np.float32))
+PARTIAL = PartialStep({"rollout/tokens": 7.0}, [{"loss": 0.5, "skipped": 0.0}])
+
+
+def put(value, *keys):
+    """A change of one value of (host, groups)."""
+
+    def change(host, groups):
+        *path, last = keys
+        at = {"host": host, "groups": groups}
+        for key in path:
+            at = at[key]
+        at[last] = value
+
+    return change
+
+
+BUFFERED, BEGUN = ("groups", "buffer", "groups", 0), ("groups", "draw", "open", 0, "samples", 1)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda host, arrays: host.pop("progress"),
-        lambda host, arrays: host.update(progress=None),
-        lambda host, arrays: host["progress"].append(1),
-        lambda host, arrays: host["progress"].__setitem__(0, "1"),
-        lambda host, arrays: host["progress"].__setitem__(0, 7),
-        lambda host, arrays: host["progress"].__setitem__(2, -1),
-        lambda host, arrays: host["progress"].__setitem__(3, 0),
-        lambda host, arrays: host["progress"].__setitem__(3, [0, "first"]),
-        lambda host, arrays: host["progress"].__setitem__(4, float("nan")),
-        lambda host, arrays: host["progress"].__setitem__(4, None),
-        lambda host, arrays: host.pop("data_digest"),
-        lambda host, arrays: host.update(drawn=[1]),
-        lambda host, arrays: host.update(drawn={"no/metric": 1.0}),
-        lambda host, arrays: host.update(drawn={"rollout/tokens": "many"}),
-        lambda host, arrays: host.update(sums=["loss"]),
-        lambda host, arrays: arrays.pop("counters"),
-        lambda host, arrays: arrays.update(counters=np.zeros(99)),
-        lambda host, arrays: arrays.update(correct_len=np.array([9])),
-        lambda host, arrays: arrays.update(
-            open_groups=np.array([[0, 99]]), open_lengths=np.array([1])
-        ),
+        lambda host, groups: host.pop("progress"),
+        put(None, "host", "progress"),
+        put(1, "host", "progress", "more"),
+        put("1", "host", "progress", "step"),
+        put(7, "host", "progress", "step"),
+        put(-1, "host", "progress", "updates"),
+        put(True, "host", "progress", "warmed"),
+        lambda host, groups: host.pop("digests"),
+        put("x", "host", "digests", "more"),
+        put(0, "groups", "draw", "cursor"),
+        put([0, "first"], "groups", "draw", "cursor"),
+        put(-1, "groups", "draw", "draws"),
+        put(float("nan"), "groups", "draw", "keep_rate"),
+        put(None, "groups", "draw", "keep_rate"),
+        put([1], "groups", "partial", "drawn"),
+        put({"no/metric": 1.0}, "groups", "partial", "drawn"),
+        put({"rollout/tokens": "many"}, "groups", "partial", "drawn"),
+        put(["loss"], "groups", "partial", "sums"),
+        put([{"loss": 1.0}], "groups", "partial", "sums"),
+        lambda host, groups: groups["buffer"].pop("tally"),
+        put([0] * 99, "groups", "buffer", "tally"),
+        put(np.array([True]), *BUFFERED, "correct"),
+        put(np.zeros((1, 2), np.float32), *BUFFERED, "reward"),
+        put([1, 2], *BUFFERED, "prompt"),
+        put(np.array([1.5]), *BUFFERED, "responses", 0, "tokens"),
+        put("no JSON", *BUFFERED, "problem"),
+        put(99, "groups", "draw", "open", 0, "problem"),
+        put(-1, "groups", "draw", "open", 0, "problem"),
+        put(np.zeros(7, np.float32), *BEGUN, "logprobs"),
+        put([True], *BEGUN, "verdict"),
     ],
 )
 def test_what_a_forged_checkpoint_says_is_one_line(change):
     """Its digests hold, so that it is this module that sees what cannot be."""
-    folder, run = Folder(), make_run(Progress(step=1, draws=1, begun=True))
+    folder, run = Folder(), make_run(DrawState(draws=6, open=(OPEN,)), step=1)
     run.buffer.add([make_group(0, MIXED)])
-    run.partial = UNDER_WAY
+    run.partial = PARTIAL
     write(run, folder)
     (forged,) = folder.saved
-    assert taken_up(folder, make_run()).partial == UNDER_WAY
+    again = restored(folder, make_run())
+    assert again.partial == PARTIAL and again.draw.open[0].tokens() == OPEN.tokens() == 3
     change(forged.host, forged.groups)
-    with pytest.raises(
-        NoCheckpointError,
-        match="^checkpoints/1: its digests hold, but what it says of the run cannot be ",
-    ) as e:
-        taken_up(folder, make_run())
+    malformed = "^checkpoints/1: its digests hold, but its run state is malformed "
+    with pytest.raises(NoCheckpointError, match=malformed) as e:
+        restored(folder, make_run())
     assert "\n" not in str(e.value)

@@ -10,10 +10,10 @@ import pytest
 from dapo_jax.config import Config, DapoSection
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.dapo.packing import PackStats
-from dapo_jax.data.problems import Cursor
-from dapo_jax.train import draw_metrics, minibatches, throughput, update_metrics
-from dapo_jax.training.dynamic_sampling import Drawn
+from dapo_jax.training.dynamic_sampling import Drawn, DrawState
+from dapo_jax.training.record import draw_metrics, throughput, update_metrics
 from dapo_jax.training.setup import BatchShape
+from dapo_jax.training.step import Updates, minibatches
 from dapo_jax.types import Group, Problem, Prompt, Response, Verdict
 
 
@@ -100,9 +100,9 @@ def metrics(sums=SUMS, left=(CARRIED,), **algo):
     buffer.restore(state, {g.prompt.problem.id: g.prompt.problem for g in left})
     buffer.add(DRAWN)
     kept, counts = buffer.take()
-    config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2, **algo))
-    drawn = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 3, 40, []), config)
-    return drawn | update_metrics(kept, 6, counts, sums, PACKED, config)
+    drawn = draw_metrics(Drawn(DRAWN, VERDICTS, 3, 40, 0, DrawState()), 2)
+    updates = Updates(kept, counts, 6, PACKED, 0, 1e-6)
+    return drawn | update_metrics(updates, sums, DapoSection(**algo))
 
 
 def test_every_metric_of_a_step():
@@ -140,6 +140,7 @@ def test_every_metric_of_a_step():
         "policy/sampler_gap_mean": 0.1,  # of the 14 tokens drawn in this step, not of the 4 carried ones
         "policy/long_share": 0.4,
         "optim/grad_norm": 2.0,
+        "optim/lr": 1e-6,
         "optim/skipped_updates": 1,
         "optim/underfilled_updates": 1,  # 2 groups of 16, where 32 fill one
         "pack/efficiency": 0.5,
@@ -148,49 +149,33 @@ def test_every_metric_of_a_step():
 
 
 def test_groups_without_a_verdict_on_some_or_all_answers():
-    """Metrics are over the answers that have one, a group without any is all wrong; with none at
-    all only counts are left.
+    """Metrics are over the answers that have one: a group without any is neither all-correct nor
+    all-incorrect and counts in no share; with none at all only counts are left.
     """
     empty = group(10, [], [], [], [], gap=0)
-    config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2))
-    found = draw_metrics(
-        Drawn(
-            [*DRAWN, group(9, [1], [4], [False], [0], gap=0), empty],
-            VERDICTS,
-            Cursor(),
-            5,
-            55,
-            [],
-        ),
-        config,
-    )
+    drawn = [*DRAWN, group(9, [1], [4], [False], [0], gap=0), empty]
+    found = draw_metrics(Drawn(drawn, VERDICTS, 5, 55, 15, DrawState()), 2)
     assert found["reward/accuracy"] == 4 / 7 and found["reward/mean"] == pytest.approx(
         (1 - 1.5 + 1 + 1 - 1.5 - 1.25 + 1) / 7
     )
-    assert (
-        found["filter/kept_fraction"],
-        found["filter/all_correct"],
-        found["filter/all_wrong"],
-    ) == (1 / 5, 2 / 5, 2 / 5)
-    assert set(draw_metrics(Drawn([empty], VERDICTS, Cursor(), 1, 9, []), config)) == {
+    shares = [found[f"filter/{name}"] for name in ("kept_fraction", "all_correct", "all_wrong")]
+    assert shares == [1 / 4, 2 / 4, 1 / 4] and found["filter/wasted_tokens"] == 15
+    assert set(draw_metrics(Drawn([empty], VERDICTS, 1, 9, 9, DrawState()), 2)) == {
         "reward/timeouts",
         "reward/errors",
         "reward/no_answer_fraction",
         "rollout/generation_batches",
         "rollout/prompts",
         "rollout/tokens",
+        "filter/wasted_tokens",
     }
 
 
 def test_what_a_step_draws_and_samples_counts_in_it_wherever_its_groups_are_completed():
     """Two prompts more than the groups completed, left open after 15 tokens."""
-    config = dataclasses.replace(Config(), dapo=DapoSection(prompts_per_draw=2))
-    found = draw_metrics(Drawn(DRAWN, VERDICTS, Cursor(), 5, 55, []), config)
-    assert (
-        found["rollout/prompts"],
-        found["rollout/generation_batches"],
-        found["rollout/tokens"],
-    ) == (5, 3, 55)
+    found = draw_metrics(Drawn(DRAWN, VERDICTS, 5, 55, 0, DrawState()), 2)
+    keys = ("rollout/prompts", "rollout/generation_batches", "rollout/tokens")
+    assert [found[key] for key in keys] == [5, 3, 55]
     assert found["filter/kept_fraction"] == pytest.approx(1 / 3)  # of groups that are completed
 
 
@@ -219,6 +204,7 @@ def test_a_step_whose_updates_were_all_skipped_says_so_and_nothing_of_the_policy
     assert {key for key in found if key.startswith(("policy/", "optim/"))} == {
         "policy/long_share",
         "policy/sampler_gap_mean",
+        "optim/lr",
         "optim/skipped_updates",
         "optim/underfilled_updates",
     }
@@ -247,12 +233,8 @@ def test_mini_batches_hide_the_samplers_log_probs_of_groups_of_earlier_steps():
     for mode, hidden in (("sampler", 4), ("recompute", 0)):
         algo = DapoSection(responses_per_prompt=2, responses_per_update=4, old_logprobs=mode)
         batch, _ = next(minibatches([CARRIED, DRAWN[0]], algo, SHAPE, 6))
-        unknown = np.isnan(batch.behavior_logprobs)
-        assert (
-            unknown.sum() == hidden
-            and not unknown[~batch.target_mask].any()
-            and np.isfinite(batch.old_logprobs).all()
-        )
+        assert (batch.target_mask & ~batch.current).sum() == hidden
+        assert not (batch.current & ~batch.target_mask).any()
 
 
 def test_surplus_groups_are_counted_and_not_wasted():
@@ -264,15 +246,12 @@ def test_surplus_groups_are_counted_and_not_wasted():
 
 def test_tokens_a_second():
     seconds = {"time/rollout_s": 4.0, "time/update_s": 2.0}
-    drew, nothing = (
-        {"rollout/tokens": 40},
-        {"rollout/tokens": 0},
-    )  # a step that lives on carried groups alone draws nothing
-    assert throughput(drew, PACKED, seconds) == {
-        "throughput/rollout_tokens_per_s": 10,
-        "throughput/train_tokens_per_s": 22,
-    }
+    rollout, trained = (
+        {"throughput/rollout_tokens_per_s": 10},
+        {"throughput/train_tokens_per_s": 22},
+    )
+    assert throughput(40, 44, seconds) == rollout | trained
+    assert throughput(0, 44, seconds) == trained  # the carried groups were enough
     assert (
-        throughput(drew, [], {"time/rollout_s": 0.0, "time/update_s": 0.1}) == {}
-    )  # resumed after all of it
-    assert throughput(nothing, PACKED, seconds) == {"throughput/train_tokens_per_s": 22}
+        throughput(40, 0, {"time/rollout_s": 0.0, "time/update_s": 0.1}) == {}
+    )  # resumed after it

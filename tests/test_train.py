@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from dapo_jax import cli, evaluate, export, supervised, train
 from dapo_jax.config import Config, load_config
 from dapo_jax.runtime.metrics import METRICS, read_metrics
+from dapo_jax.training import step as training_step
 from dapo_jax.types import InputError
 
 TESTS = Path(__file__).parent
@@ -478,7 +479,7 @@ def test_no_checkpoint_is_status_3(config, tmp_path):
     "count, sizes", [(1, [1]), (32, [32]), (33, [17, 16]), (65, [22, 22, 21]), (512, [32] * 16)]
 )
 def test_the_groups_of_an_underfilled_step_are_spread_evenly_over_its_updates(count, sizes):
-    parts = train.groups_of_updates(count, Config().dapo)
+    parts = training_step.groups_of_updates(count, Config().dapo)
     groups = list(range(count))
     assert [len(groups[part]) for part in parts] == sizes and [
         g for part in parts for g in groups[part]
@@ -499,7 +500,7 @@ def test_on_cap_train_uses_what_there_is(config, tmp_path, capfd):
     assert np.diff([line["updates"] for line in lines]) <= 1
     assert [line["optim/underfilled_updates"] for line in lines] == [1, 1]
     assert re.search(
-        r"step 1: dapo.on_cap: trains on [12] of 6 groups, in 1 updates of ([12]) to \1 groups \(3 fill one\)",
+        r"step 1: dapo.on_cap: trained on [12] of 6 groups, in 1 updates of ([12]) to \1 groups \(3 fill one\)",
         capfd.readouterr().out,
     )
 

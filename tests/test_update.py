@@ -32,13 +32,8 @@ def make_batch(m, used, n=2, t=3):
     rng = np.random.default_rng(m)
     floats = [rng.normal(size=(m, n, t)).astype(np.float32) for _ in range(4)]
     ids = np.ones((m, n, t), np.int32)
-    return TrainBatch(
-        ids,
-        ids,
-        ids,
-        np.broadcast_to(np.arange(m)[:, None, None] < used, (m, n, t)).copy(),
-        *floats,
-    )
+    targets = np.broadcast_to(np.arange(m)[:, None, None] < used, (m, n, t)).copy()
+    return TrainBatch(ids, ids, ids, targets, *floats, current=targets)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ def loss_inputs(sizes: LossSizes, mesh: Mesh) -> LossInputs:
         behavior_logprobs=old,
         advantages=rng.standard_normal(n, np.float32),
         weight=np.where(mask, 1.0 / sizes.targets, 0.0).astype(np.float32),
+        current=mask,
     )
 
     def large():  # on the devices: a host takes seconds for the head of a large vocabulary

@@ -6,9 +6,10 @@ would favour short responses. Decisions depend on the groups alone, never on the
 
 import dataclasses
 import itertools
+import json
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +47,7 @@ class _Tally(NamedTuple):
     drawn: int = 0
     all_correct: int = 0
     all_wrong: int = 0
+    unjudged: int = 0  # groups without any verdict
     responses: int = 0
     right: int = 0
     wasted_tokens: int = 0
@@ -95,7 +97,8 @@ class DynamicSamplingBuffer:
         added = _Tally(
             drawn=len(groups),
             all_correct=sum(c == n > 0 for c, n in zip(correct, sizes, strict=True)),
-            all_wrong=correct.count(0),
+            all_wrong=sum(c == 0 < n for c, n in zip(correct, sizes, strict=True)),
+            unjudged=sizes.count(0),
             responses=sum(sizes),
             right=sum(correct),
             wasted_tokens=sum(map(_response_tokens, groups)) - sum(map(_response_tokens, used)),
@@ -139,85 +142,70 @@ class DynamicSamplingBuffer:
         self._tally = _Tally(carried_in=len(self._accepted))
         return kept, counts
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Everything that `restore` needs, as flat numeric arrays; arrays without elements are left
-        out, for stores that refuse them.
-        """
-        groups = self._accepted
-        responses = [response for group in groups for response in group.responses]
-        arrays = {
-            "counters": np.array([self._last_draw, *self._tally], np.int64),
-            "draw": np.array([group.draw for group in groups], np.int64),
-            **_ragged("problem_id", [_utf8(group.prompt.problem.id) for group in groups], np.uint8),
-            **_ragged("prompt", [group.prompt.tokens for group in groups], np.int32),
-            **_ragged("correct", [group.correct for group in groups], np.bool_),
-            "reward": _flat([group.reward for group in groups], np.float32),
-            "penalty": _flat([group.penalty for group in groups], np.float32),
-            **_ragged("response", [response.tokens for response in responses], np.int32),
-            "behavior_logprobs": _flat(
-                [response.behavior_logprobs for response in responses], np.float32
-            ),
-            "old_logprobs": _flat(
-                [logprobs for group in groups for logprobs in group.old_logprobs], np.float32
-            ),
-            "truncated": np.array([response.truncated for response in responses], np.bool_),
-        }
-        return {name: array for name, array in arrays.items() if array.size}
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs, as plain data for a checkpoint."""
+        groups = [_packed(group) for group in self._accepted]
+        return {"last_draw": self._last_draw, "tally": list(self._tally), "groups": groups}
 
-    def restore(self, arrays: Mapping[str, np.ndarray], problems: Mapping[str, Problem]) -> None:
-        """Puts back what `state` gave. `problems` finds a problem by its id.
+    def restore(self, state: Mapping[str, Any], problems: Mapping[str, Problem]) -> None:
+        """Restores what `state` gave. problems: by id.
 
-        Raises InputError, and changes nothing, if a buffered group belongs to a problem that is not
-        there; ValueError or KeyError if the arrays do not fit each other.
+        Changes nothing if it raises: InputError for a group of a problem that is not there,
+        ValueError, TypeError or KeyError for malformed data.
         """
-        last_draw, *tally = (int(count) for count in arrays["counters"])
-        sizes = _array(arrays, "correct_len", np.int64)
-        token_counts = _array(arrays, "response_len", np.int64)
-        responses = [
-            Response(tokens, logprobs, bool(truncated))
-            for tokens, logprobs, truncated in zip(
-                _parts(arrays, "response", np.int32),
-                _split(_array(arrays, "behavior_logprobs", np.float32), token_counts),
-                _array(arrays, "truncated", np.bool_),
-                strict=True,
-            )
-        ]
-        old_logprobs = _split(_array(arrays, "old_logprobs", np.float32), token_counts)
-        groups = []
-        for draw, problem_id, prompt, correct, reward, penalty, size, end in zip(
-            _array(arrays, "draw", np.int64),
-            map(_text, _parts(arrays, "problem_id", np.uint8)),
-            _parts(arrays, "prompt", np.int32),
-            _parts(arrays, "correct", np.bool_),
-            _split(_array(arrays, "reward", np.float32), sizes),
-            _split(_array(arrays, "penalty", np.float32), sizes),
-            sizes,
-            np.cumsum(sizes),
-            strict=True,
-        ):
-            if problem_id not in problems:
-                raise InputError(
-                    f"checkpoint: the buffered group of draw {draw} belongs to problem {problem_id[:60]!r}, "
-                    "which the data set does not hold; resume with the data set the run was started with"
-                )
-            groups.append(
-                Group(
-                    draw=int(draw),
-                    prompt=Prompt(problems[problem_id], prompt),
-                    responses=tuple(responses[end - size : end]),
-                    correct=correct,
-                    reward=reward,
-                    penalty=penalty,
-                    old_logprobs=tuple(old_logprobs[end - size : end]),
-                )
-            )
-            _check_lengths(groups[-1])
-        self._last_draw, self._tally, self._accepted = last_draw, _Tally(*tally), groups
+        groups = [_unpacked(group, problems) for group in state["groups"]]
+        tally, last_draw = _Tally(*map(int, state["tally"])), int(state["last_draw"])
+        self._last_draw, self._tally, self._accepted = last_draw, tally, groups
+
+
+def packed_array(value: Any, dtype: type[np.generic]) -> np.ndarray:
+    """A one-dimensional array of plain data. Raises ValueError for any other value."""
+    if not isinstance(value, np.ndarray) or value.dtype != dtype or value.ndim != 1:
+        raise ValueError(f"not a one-dimensional array of {dtype.__name__}")
+    return value
+
+
+def _packed(group: Group) -> dict[str, Any]:
+    responses = [
+        {"tokens": r.tokens, "logprobs": r.behavior_logprobs, "old_logprobs": old}
+        | {"truncated": bool(r.truncated)}
+        for r, old in zip(group.responses, group.old_logprobs, strict=True)
+    ]
+    # As JSON, for an id may hold lone surrogates.
+    named = {"draw": group.draw, "problem": json.dumps(group.prompt.problem.id)}
+    judged = {"correct": group.correct, "reward": group.reward, "penalty": group.penalty}
+    return named | {"prompt": group.prompt.tokens, "responses": responses} | judged
+
+
+def _unpacked(data: Mapping[str, Any], problems: Mapping[str, Problem]) -> Group:
+    draw, problem = int(data["draw"]), json.loads(data["problem"])
+    if problem not in problems:
+        raise InputError(
+            f"checkpoint: the buffered group of draw {draw} belongs to problem {problem[:60]!r}, "
+            "which the data set does not have; resume with the data set that the run started with"
+        )
+    responses, old_logprobs = [], []
+    for r in data["responses"]:
+        tokens = packed_array(r["tokens"], np.int32)
+        logprobs = packed_array(r["logprobs"], np.float32)
+        responses.append(Response(tokens, logprobs, bool(r["truncated"])))
+        old_logprobs.append(packed_array(r["old_logprobs"], np.float32))
+    group = Group(
+        draw=draw,
+        prompt=Prompt(problems[problem], packed_array(data["prompt"], np.int32)),
+        responses=tuple(responses),
+        correct=packed_array(data["correct"], np.bool_),
+        reward=packed_array(data["reward"], np.float32),
+        penalty=packed_array(data["penalty"], np.float32),
+        old_logprobs=tuple(old_logprobs),
+    )
+    _check_lengths(group)
+    return group
 
 
 def _cap_message(accepted: int, needed: int, t: _Tally) -> str:
     """One line for a step with too few groups at its cap: what was drawn, and what to do."""
-    informative = t.drawn - t.all_correct - t.all_wrong
+    informative = t.drawn - t.all_correct - t.all_wrong - t.unjudged
     easier, harder = "easier problems or a supervised warm-up", "harder problems"
     train = " or set dapo.on_cap: train" if accepted else ""
     return (
@@ -243,42 +231,3 @@ def _check_lengths(group: Group) -> None:
 
 def _response_tokens(group: Group) -> int:
     return sum(len(response.tokens) for response in group.responses)
-
-
-def _utf8(text: str) -> np.ndarray:
-    return np.frombuffer(
-        text.encode("utf-8", "surrogatepass"), np.uint8
-    )  # lone surrogates come back as they were
-
-
-def _text(array: np.ndarray) -> str:
-    return array.tobytes().decode("utf-8", "surrogatepass")
-
-
-def _flat(parts: Iterable[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype)
-
-
-def _ragged(
-    name: str, parts: Sequence[np.ndarray], dtype: type[np.generic]
-) -> dict[str, np.ndarray]:
-    return {
-        name: _flat(parts, dtype),
-        f"{name}_len": np.array([len(part) for part in parts], np.int64),
-    }
-
-
-def _array(arrays: Mapping[str, np.ndarray], name: str, dtype: type[np.generic]) -> np.ndarray:
-    return np.asarray(arrays.get(name, ()), dtype)
-
-
-def _split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    if lengths.sum() != len(flat) or (lengths < 0).any():
-        raise ValueError("lengths of parts do not add up")
-    return np.split(flat, np.cumsum(lengths))[:-1]
-
-
-def _parts(
-    arrays: Mapping[str, np.ndarray], name: str, dtype: type[np.generic]
-) -> list[np.ndarray]:
-    return _split(_array(arrays, name, dtype), _array(arrays, f"{name}_len", np.int64))

@@ -75,8 +75,6 @@ def policy_metrics(
     log_ratio = logprobs - args.old_logprobs
     ratio = jnp.exp(log_ratio)
     token_prob = jnp.exp(logprobs)
-    current = ~jnp.isnan(args.behavior_logprobs)
-    behavior = jnp.where(current, args.behavior_logprobs, 0.0)
     up_clipped = (args.advantages > 0) & (ratio > 1 + algo.clip_eps_high)
     metrics = {
         "tokens": jnp.ones_like(logprobs),
@@ -86,8 +84,8 @@ def policy_metrics(
         "clipped_low": (args.advantages < 0) & (ratio < 1 - algo.clip_eps_low),
         "clipped_high": up_clipped,
         "upclipped_prob": jnp.where(up_clipped, token_prob, 0.0),
-        "sampler_gap": jnp.where(current, jnp.abs(logprobs - behavior), 0.0),
-        "gap_tokens": current,
+        "sampler_gap": jnp.where(args.current, jnp.abs(logprobs - args.behavior_logprobs), 0.0),
+        "gap_tokens": args.current,
     }
     if algo.importance_cap is not None:
         mismatch = jnp.exp(args.old_logprobs - args.behavior_logprobs)

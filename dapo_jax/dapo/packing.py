@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from dapo_jax.types import TrainBatch
 
 # Of the fields of a TrainBatch.
-_DTYPES: list[type[np.generic]] = [np.int32] * 3 + [np.bool_] + [np.float32] * 4
+_DTYPES: Sequence[type[np.generic]] = [np.int32] * 3 + [np.bool_] + [np.float32] * 4 + [np.bool_]
 
 
 class TrainItem(NamedTuple):
@@ -26,6 +26,7 @@ class TrainItem(NamedTuple):
     behavior_logprobs: Float32[np.ndarray, " R"]
     advantage: float
     weight: float  # of each of its tokens in the loss, see `normalizer_weights`
+    current: bool = True  # this step's policy sampled it: sampler and trainer may be compared
 
 
 class Placement(NamedTuple):
@@ -230,6 +231,7 @@ def _write(entries: TrainBatch, item: TrainItem, segment: int) -> None:
     entries.behavior_logprobs[p:] = item.behavior_logprobs
     entries.advantages[p:] = item.advantage
     entries.weight[p:] = item.weight
+    entries.current[p:] = item.current
 
 
 def gather_targets(

@@ -1,84 +1,68 @@
-"""Dynamic sampling while decoding goes on: prompts are drawn until enough groups are informative,
-and judged as they finish.
+"""Dynamic sampling while decoding continues: prompts are drawn until enough groups are informative,
+and responses are judged as they finish.
 
-    prompts ─▶ stream of the engine ─▶ finished responses ─▶ reward workers ─▶ verdicts ─▶ enough
+    prompts ─▶ engine stream ─▶ finished responses ─▶ reward workers ─▶ verdicts ─▶ enough
     informative groups? draw more
 
 Every drawn group is sampled to its end, and a step trains on the first informative ones in draw
-order: what was drawn first is used first, however long it took. "First finished wins" would favour
-short responses.
-
-With partial rollouts a step ends as soon as the first groups in draw order suffice. Later groups
-stay open, and the next step goes on with their responses where they stand: under new weights, each
-token with the log-prob of the policy that drew it.
+order. "First finished wins" would favour short responses. With partial rollouts a step ends as soon
+as the first groups in draw order suffice; later groups stay open, and the next step continues their
+responses under new weights, each token with the log-prob of the policy that sampled it.
 
 Time is logical. A verdict on a response of segment k is used from segment k + VERDICT_DELAY on,
-waited for if need be, and never earlier, so that two runs, and all hosts, draw the same prompts
-whatever the clock does.
+waited for if need be, and never earlier: two runs, and all hosts, draw the same prompts.
 """
 
 import collections
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from dapo_jax.config import Config
+from dapo_jax.config import DapoSection, RewardSection, RolloutSection
+from dapo_jax.dapo.buffer import packed_array
 from dapo_jax.dapo.groups import is_informative
 from dapo_jax.data.mixture import Mixture, next_problems
 from dapo_jax.data.problems import Cursor
 from dapo_jax.data.prompts import decode
 from dapo_jax.reward.overlong import overlong_penalty
 from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool, check_errors
-from dapo_jax.rollout.engine import Stream
+from dapo_jax.rollout.engine import Engine, Stream
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.console import progress
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.metrics import timed
 from dapo_jax.training.setup import Policy
-from dapo_jax.types import Group, Prompt, Request, Response, Verdict
+from dapo_jax.types import Group, Params, Prompt, Request, Response, Verdict
 
 VERDICT_DELAY = 2  # segments that workers have before decoding waits for them
 
+_NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32))
 _PRIOR_GROUPS = 8  # the keep rate of earlier steps counts as so many groups of this one
 
 
-class Drawn(NamedTuple):
-    """What one step drew."""
-
-    groups: list[Group]  # in draw order; old_logprobs are the sampler's
-    verdicts: list[Verdict]
-    cursor: Cursor  # after the last prompt drawn
-    draws: int  # prompts drawn, those of groups that are left open included
-    tokens: int  # response tokens sampled, those of groups that are left open included
-    open: list["OpenGroup"]  # left to the next step, in draw order
-
-
 class OpenGroup:
-    """A group under way."""
+    """A group that is being sampled or judged. problem: its prompt's index in the data set."""
 
     def __init__(self, draw: int, prompt: Prompt, size: int, problem: int = 0):
-        self.draw, self.prompt = draw, prompt
-        self.problem = problem  # index in the data set
+        self.draw, self.prompt, self.problem = draw, prompt, problem
         self.responses: list[Response | None] = [None] * size
         self.verdicts: list[Verdict | None] = [None] * size
-        self.begun: dict[
-            int, tuple[np.ndarray, np.ndarray]
-        ] = {}  # tokens and log-probs of responses that an earlier step began
+        # tokens and log-probs of unfinished responses that an earlier step began
+        self.begun: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def copy(self) -> "OpenGroup":
-        """Another of the same standing."""
         other = OpenGroup(self.draw, self.prompt, len(self.responses), self.problem)
-        other.responses, other.verdicts, other.begun = (
-            list(self.responses),
-            list(self.verdicts),
-            dict(self.begun),
-        )
+        other.responses, other.verdicts = list(self.responses), list(self.verdicts)
+        other.begun = dict(self.begun)
         return other
 
     def requests(self) -> list[Request]:
-        """For the responses that are not there yet."""
+        """For the responses that are not finished."""
         return [
             Request(self.draw, sample, self.prompt.tokens, self.begun.get(sample))
             for sample, response in enumerate(self.responses)
@@ -86,28 +70,124 @@ class OpenGroup:
         ]
 
     def tokens(self) -> int:
-        """Response tokens that are there so far."""
-        begun = (
-            len(self.begun[n][0]) if n in self.begun else 0 for n in range(len(self.responses))
-        )
-        return sum(
-            here if r is None else len(r.tokens)
-            for r, here in zip(self.responses, begun, strict=True)
-        )
+        """Response tokens sampled so far."""
+        return sum(len(self._sampled(n)[0]) for n in range(len(self.responses)))
+
+    def _sampled(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        response = self.responses[sample]
+        return response[:2] if response else self.begun.get(sample, _NOTHING)
 
     def is_judged(self) -> bool:
         return None not in self.verdicts
 
     def is_informative(self) -> bool:
-        """Holds a right and a wrong response already, whatever the rest will be."""
+        """Has a correct and an incorrect response already, whatever the rest will be."""
         return self.outcomes() == {True, False}
 
     def outcomes(self) -> set[bool]:
-        """What verdicts say so far.
-
-        An answer without one says nothing, for whether it is in time depends on the clock.
-        """
+        """What the verdicts say. Errors say nothing: a time-out depends on the clock."""
         return {v.correct for v in self.verdicts if v is not None and v.error is None}
+
+    def judged(self, reward: RewardSection, max_response_len: int) -> Group:
+        """The group with its rewards: score + overlong penalty.
+
+        Responses without a verdict are left out, as if they had not been sampled.
+        """
+        pairs = zip(self.responses, self.verdicts, strict=True)
+        judged = [(r, v) for r, v in pairs if r is not None and v is not None and v.error is None]
+        lengths = np.array([len(r.tokens) for r, _ in judged], np.int64)
+        penalty = np.zeros(len(judged), np.float32)
+        if reward.overlong_penalty:
+            buffer_len = reward.overlong_buffer_len
+            penalty = overlong_penalty(
+                lengths, max_response_len=max_response_len, overlong_buffer_len=buffer_len
+            )
+        return Group(
+            draw=self.draw,
+            prompt=self.prompt,
+            responses=tuple(r for r, _ in judged),
+            correct=np.array([v.correct for _, v in judged], bool),
+            reward=np.array([v.score for _, v in judged], np.float32) + penalty,
+            penalty=penalty,
+            old_logprobs=tuple(r.behavior_logprobs for r, _ in judged),
+        )
+
+    def packed(self) -> dict[str, Any]:
+        """As plain data, for a checkpoint."""
+        samples = []
+        for n, (response, verdict) in enumerate(zip(self.responses, self.verdicts, strict=True)):
+            sample: dict[str, Any] = dict(
+                zip(("tokens", "logprobs"), self._sampled(n), strict=True)
+            )
+            if response is not None:
+                sample["truncated"] = bool(response.truncated)
+            if verdict is not None:
+                failed = verdict.error is not None
+                sample["verdict"] = [bool(verdict.correct), float(verdict.score), failed]
+            samples.append(sample)
+        return {"draw": self.draw, "problem": self.problem, "samples": samples}
+
+    @classmethod
+    def unpacked(cls, data: Mapping[str, Any], prompts: Sequence[Prompt]) -> "OpenGroup":
+        """What `packed` gave; the texts of errors are lost.
+
+        Raises ValueError, TypeError, KeyError or IndexError for malformed data.
+        """
+        draw, problem, samples = int(data["draw"]), int(data["problem"]), data["samples"]
+        if min(draw, problem) < 0:
+            raise ValueError("an open group of a negative index")
+        group = cls(draw, prompts[problem], len(samples), problem)
+        for n, sample in enumerate(samples):
+            tokens = packed_array(sample["tokens"], np.int32)
+            logprobs = packed_array(sample["logprobs"], np.float32)
+            if len(tokens) != len(logprobs):
+                raise ValueError("an open group whose tokens and log-probs differ in number")
+            if "truncated" in sample:
+                group.responses[n] = Response(tokens, logprobs, bool(sample["truncated"]))
+            elif len(tokens):
+                group.begun[n] = (tokens, logprobs)
+            if "verdict" in sample:
+                correct, score, failed = sample["verdict"]
+                error = "no verdict" if failed else None
+                group.verdicts[n] = Verdict(bool(correct), float(score), error)
+        return group
+
+
+class DrawState(NamedTuple):
+    """Where dynamic sampling continues; part of a checkpoint."""
+
+    cursor: Cursor = Cursor()  # next problem of the shuffled order
+    draws: int = 0  # prompts drawn since the run began
+    keep_rate: float = 1.0  # expected share of informative groups
+    open: tuple[OpenGroup, ...] = ()  # left by partial rollouts, in draw order
+
+    def packed(self) -> dict[str, Any]:
+        """As plain data, for a checkpoint."""
+        groups = [group.packed() for group in self.open]
+        return self._asdict() | {"cursor": list(self.cursor), "open": groups}
+
+    @classmethod
+    def unpacked(cls, data: Mapping[str, Any], prompts: Sequence[Prompt]) -> "DrawState":
+        """What `packed` gave. Raises as `OpenGroup.unpacked`."""
+        groups = tuple(OpenGroup.unpacked(group, prompts) for group in data["open"])
+        state = cls(**{**data, "open": groups, "cursor": Cursor(*data["cursor"])})
+        found = (*state.cursor, state.draws, state.keep_rate)
+        if [type(value) for value in found] != [int, int, int, float]:
+            raise TypeError("counts of draws of other types")
+        if min(found) < 0 or not state.keep_rate <= 1:
+            raise ValueError("counts of draws out of range")
+        return state
+
+
+class Drawn(NamedTuple):
+    """What one step drew."""
+
+    groups: list[Group]  # in draw order; old_logprobs are the sampler's
+    verdicts: list[Verdict]
+    draws: int  # prompts drawn, those of groups left open included
+    tokens: int  # response tokens sampled, those of groups left open included
+    unjudged_tokens: int  # of the groups' responses that got no verdict
+    state: DrawState  # where the next step continues
 
 
 def keep_rate_after(rate: float, groups: Sequence[Group]) -> float:
@@ -118,7 +198,7 @@ def keep_rate_after(rate: float, groups: Sequence[Group]) -> float:
 
 
 def prompts_wanted(missing: int, groups: Sequence[OpenGroup], rate: float) -> int:
-    """How many further prompts the step needs, by what is known of the groups drawn so far.
+    """How many further prompts the step needs, given the groups drawn so far.
 
     (missing - informative ones - p x undecided ones) / p, rounded up. p, the keep rate, is the mean
     of `rate`, which counts as a few groups, and of the groups decided so far.
@@ -133,221 +213,176 @@ def prompts_wanted(missing: int, groups: Sequence[OpenGroup], rate: float) -> in
     return math.ceil(short / p - 1e-9) if short > 0 else 0
 
 
-def settled(groups: Sequence[OpenGroup]) -> list[OpenGroup]:
-    """The groups before the first that is not judged yet."""
-    return list(itertools.takewhile(OpenGroup.is_judged, groups))
+@dataclasses.dataclass(frozen=True)
+class DynamicSampler:
+    """Draws the groups of rollout steps."""
+
+    engine: Engine
+    prompts: Sequence[Prompt]
+    mixture: Mixture  # of the prompts
+    policy: Policy
+    pool: RewardPool
+    guard: Guard  # reached after each segment (`rollout`) and before verdicts are used (`reward`)
+    algo: DapoSection
+    reward: RewardSection
+    rollout: RolloutSection
+    seed: int
+    bars: bool = False
+
+    def draw(
+        self, params: Params, state: DrawState, missing: int, times: dict[str, float]
+    ) -> Drawn:
+        """Draws until `missing` groups are informative (without dynamic sampling: have a verdict),
+        or the cap on draws is reached.
+
+        Prompts are drawn when the engine runs short of requests, and only as many as the keep rate
+        calls for. params: rollout weights. times: time/rollout_s and time/reward_s are added to.
+        Raises InputError if too many responses get no verdict, and Stopped.
+        """
+        if not missing:
+            return Drawn([], [], 0, 0, 0, state)
+        stream = self.engine.stream(params, jax.random.key(self.seed))
+        step = _StepDraw(self, stream, state, missing, times)
+        partial = self.algo.partial_rollouts
+        with progress(None, f"{self.guard.doing}: rollout", enabled=self.bars) as bar:
+            while True:
+                if (wanted := step.wanted()) > 0:
+                    step.draw(wanted)
+                if stream.live or stream.pending:
+                    bar.update(step.advance())
+                    bar.total = len(step.groups) * self.algo.responses_per_prompt
+                elif not step.judging:
+                    break
+                step.collect_verdicts()
+                if partial and not step.judging and step.enough():
+                    break
+        return step.drawn()
 
 
-def enough(groups: Sequence[OpenGroup], missing: int) -> bool:
-    """Whether the settled groups hold `missing` informative ones."""
-    return sum(group.is_informative() for group in settled(groups)) >= missing
+class _StepDraw:
+    """The groups of one step while they are drawn."""
 
-
-def draw_groups(
-    stream: Stream,
-    prompts: Sequence[Prompt],
-    *,
-    missing: int,
-    keep_rate: float,
-    first_draw: int,
-    left_open: Sequence[OpenGroup],
-    cursor: Cursor,
-    mixture: Mixture,
-    config: Config,
-    policy: Policy,
-    pool: RewardPool,
-    guard: Guard,
-    times: dict[str, float],
-    on_done: Callable[[int, int], None],
-) -> Drawn:
-    """Draws until `missing` groups are informative, or the cap on draws is reached; without dynamic
-    sampling until so many have a verdict.
-
-    Prompts are drawn when the engine runs short of requests, and only as many as the keep rate
-    calls for.
-
-    Args: keep_rate: expected share of informative groups. left_open: groups of the step before that
-      are still under way. mixture: of the prompts. guard: reached after each segment, as
-      `rollout`, and before verdicts are
-        used, as `reward`. times: gets time/rollout_s and time/reward_s.
-      on_done: told how many responses have ended, and how many were drawn in all.
-
-    Raises InputError if too many answers get no verdict, and Stopped; nothing that was given has
-    changed then.
-    """
-    algo = config.dapo
-    size = algo.responses_per_prompt
-    cap = algo.max_generation_batches * algo.prompts_per_draw
-    cap = cap if algo.dynamic_sampling else max(cap, missing)
-    keep_rate = max(keep_rate, missing / cap)
-    groups, draws = [group.copy() for group in left_open], 0  # in draw order
-    by_draw = {group.draw: group for group in groups}
-    judging: collections.deque[tuple[int, list[tuple[Request, Response]], PendingVerdicts]] = (
-        collections.deque()
-    )
-    judged: list[Verdict] = []
-    ended = 0
-    stream.submit([request for group in groups for request in group.requests()])
-    while True:
-        if algo.dynamic_sampling:
-            room = -(
-                -(2 * config.rollout.decode_slots - stream.live - stream.pending) // size
-            )  # enough to fill all slots once more
-            wanted = min(prompts_wanted(missing, groups, keep_rate), room, cap - draws)
-        else:
-            wanted = min(
-                missing - sum(bool(g.outcomes()) or not g.is_judged() for g in groups), cap - draws
-            )
-        if wanted > 0:
-            taken, cursor = next_problems(mixture, cursor, wanted, seed=config.seed)
-            numbered = enumerate(taken.tolist(), first_draw + draws)
-            new = [OpenGroup(draw, prompts[i], size, i) for draw, i in numbered]
-            groups, draws = groups + new, draws + wanted
-            by_draw |= {group.draw: group for group in new}
-            stream.submit([request for group in new for request in group.requests()])
-        if stream.live or stream.pending:
-            with timed(times, "time/rollout_s"):
-                finished = stream.advance()
-            guard.reach("rollout")
-            on_done(len(finished), len(groups) * size)
-            with timed(times, "time/reward_s"):
-                for request, response in finished:
-                    by_draw[request.draw].responses[request.sample] = response
-                items = [
-                    RewardItem(
-                        by_draw[q.draw].prompt.problem,
-                        decode(policy.tokenizer, r.tokens, policy.stop),
-                        len(r.tokens),
-                    )
-                    for q, r in multihost.share(finished, ended)
-                ]
-                ended += len(finished)
-                judging.append((stream.segment + VERDICT_DELAY, finished, pool.submit(items)))
-        elif not judging:
-            break
-        idle = not (stream.live or stream.pending)
-        while judging and (judging[0][0] <= stream.segment or idle):
-            _, finished, pending = judging.popleft()
-            with timed(times, "time/reward_s"):
-                guard.wait(pending.wait, "reward")
-                verdicts = multihost.gather_verdicts(
-                    pending.result(), len(finished), before=len(judged)
-                )
-            for (request, _), verdict in zip(finished, verdicts, strict=True):
-                by_draw[request.draw].verdicts[request.sample] = verdict
-            judged += verdicts
-            if len(judged) >= size * algo.prompts_per_step:
-                check_errors(judged, config.reward)
-            # What is still being judged is waited for: it belongs to this step or, whole, to the
-            # next.
-            idle = idle or (algo.partial_rollouts and enough(groups, missing))
-        if algo.partial_rollouts and not judging and enough(groups, missing):
-            break
-    for request, response in stream.unfinished():
-        if len(response.tokens):
-            by_draw[request.draw].begun[request.sample] = (
-                response.tokens,
-                response.behavior_logprobs,
-            )
-    stream.close()
-    check_errors(judged, config.reward)
-    done = settled(groups)
-    tokens = sum(map(OpenGroup.tokens, groups)) - sum(map(OpenGroup.tokens, left_open))
-    return Drawn(
-        [_reward(group, config) for group in done],
-        judged,
-        cursor,
-        draws,
-        tokens,
-        groups[len(done) :],
-    )
-
-
-def open_state(groups: Sequence[OpenGroup]) -> dict[str, np.ndarray]:
-    """Open groups as flat arrays, for a checkpoint; no array where there is no group."""
-    if not groups:
-        return {}
-    samples = [(group, sample) for group in groups for sample in range(len(group.responses))]
-    begun = [
-        group.responses[n] or Response(*group.begun.get(n, _NOTHING), False) for group, n in samples
-    ]
-    verdicts = [group.verdicts[n] for group, n in samples]
-    arrays = {
-        "open_groups": np.array([(g.draw, g.problem) for g in groups], np.int64),
-        "open_ended": np.array([group.responses[n] is not None for group, n in samples]),
-        "open_truncated": np.array([response.truncated for response in begun]),
-        "open_lengths": np.array([len(response.tokens) for response in begun], np.int64),
-        "open_tokens": np.concatenate([response.tokens for response in begun]),
-        "open_logprobs": np.concatenate([response.behavior_logprobs for response in begun]),
-        "open_judged": np.array([verdict is not None for verdict in verdicts]),
-        "open_errors": np.array(
-            [verdict is not None and verdict.error is not None for verdict in verdicts]
-        ),
-        "open_correct": np.array([verdict is not None and verdict.correct for verdict in verdicts]),
-        "open_scores": np.array(
-            [0.0 if verdict is None else verdict.score for verdict in verdicts], np.float64
-        ),
-    }
-    return {name: array for name, array in arrays.items() if array.size}
-
-
-def restore_open(arrays: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> list[OpenGroup]:
-    """What `open_state` gave. prompts: of the whole data set. (Why an answer got no verdict is
-    forgotten.)
-    """
-    if "open_groups" not in arrays:
-        return []
-    ends = np.cumsum(arrays["open_lengths"])
-    tokens, logprobs = (
-        np.split(arrays.get(name, np.zeros(0, kind)), ends)[:-1] for name, kind in _FLAT
-    )
-    size = len(ends) // len(arrays["open_groups"])
-    errors = arrays.get("open_errors", np.zeros(len(ends), bool))
-    groups = []
-    for number, (draw, problem) in enumerate(arrays["open_groups"].tolist()):
-        group = OpenGroup(draw, prompts[problem], size, problem)
-        for sample in range(size):
-            at = number * size + sample
-            if arrays["open_ended"][at]:
-                group.responses[sample] = Response(
-                    tokens[at], logprobs[at], bool(arrays["open_truncated"][at])
-                )
-            elif len(tokens[at]):
-                group.begun[sample] = (tokens[at], logprobs[at])
-            if arrays["open_judged"][at]:
-                error = "no verdict" if errors[at] else None
-                group.verdicts[sample] = Verdict(
-                    bool(arrays["open_correct"][at]), float(arrays["open_scores"][at]), error
-                )
-        groups.append(group)
-    return groups
-
-
-_NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32))
-_FLAT = (("open_tokens", np.int32), ("open_logprobs", np.float32))
-
-
-def _reward(group: OpenGroup, config: Config) -> Group:
-    """The group with its rewards: score + overlong penalty.
-
-    An answer without a verdict is left out, as if it had not been sampled.
-    """
-    sampled = zip(group.responses, group.verdicts, strict=True)
-    judged = [(r, v) for r, v in sampled if r is not None and v is not None and v.error is None]
-    responses, verdicts = tuple(r for r, _ in judged), [v for _, v in judged]
-    penalty = np.zeros(len(responses), np.float32)
-    if config.reward.overlong_penalty:
-        penalty = overlong_penalty(
-            np.array([len(r.tokens) for r in responses], np.int64),
-            max_response_len=config.rollout.max_response_len,
-            overlong_buffer_len=config.reward.overlong_buffer_len,
+    def __init__(
+        self,
+        sampler: DynamicSampler,
+        stream: Stream,
+        state: DrawState,
+        missing: int,
+        times: dict[str, float],
+    ):
+        algo = sampler.algo
+        self.sampler, self.stream, self.state = sampler, stream, state
+        self.missing, self.times, self.cursor = missing, times, state.cursor
+        cap = algo.max_generation_batches * algo.prompts_per_draw
+        self.cap = cap if algo.dynamic_sampling else max(cap, missing)
+        self.keep_rate = max(state.keep_rate, missing / self.cap)
+        self.draws, self.finished = 0, 0
+        self.groups: list[OpenGroup] = []  # in draw order
+        self.by_draw: dict[int, OpenGroup] = {}
+        self.verdicts: list[Verdict] = []
+        # segment from which verdicts are used, requests, verdicts
+        self.judging: collections.deque[tuple[int, list[Request], PendingVerdicts]] = (
+            collections.deque()
         )
-    return Group(
-        draw=group.draw,
-        prompt=group.prompt,
-        responses=responses,
-        correct=np.array([v.correct for v in verdicts], bool),
-        reward=np.array([v.score for v in verdicts], np.float32) + penalty,
-        penalty=penalty,
-        old_logprobs=tuple(r.behavior_logprobs for r in responses),
-    )
+        self._submit([group.copy() for group in state.open])
+
+    def _submit(self, groups: Sequence[OpenGroup]) -> None:
+        self.groups += groups
+        self.by_draw |= {group.draw: group for group in groups}
+        self.stream.submit([request for group in groups for request in group.requests()])
+
+    def wanted(self) -> int:
+        """Prompts to draw now."""
+        left, algo = self.cap - self.draws, self.sampler.algo
+        if not algo.dynamic_sampling:
+            usable = sum(bool(g.outcomes()) or not g.is_judged() for g in self.groups)
+            return min(self.missing - usable, left)
+        # Enough requests to fill all slots once more, in whole groups, rounded up.
+        queued = self.stream.live + self.stream.pending
+        free = 2 * self.sampler.rollout.decode_slots - queued
+        room = -(-free // algo.responses_per_prompt)
+        return min(prompts_wanted(self.missing, self.groups, self.keep_rate), room, left)
+
+    def draw(self, count: int) -> None:
+        """Draws the next prompts and submits their requests."""
+        sampler, first = self.sampler, self.state.draws + self.draws
+        size = sampler.algo.responses_per_prompt
+        taken, self.cursor = next_problems(sampler.mixture, self.cursor, count, seed=sampler.seed)
+        self.draws += count
+        problems = enumerate(taken.tolist(), first)
+        self._submit([OpenGroup(draw, sampler.prompts[i], size, i) for draw, i in problems])
+
+    def advance(self) -> int:
+        """Decodes a segment and submits the responses that finish to the reward workers."""
+        policy, stream = self.sampler.policy, self.stream
+        with timed(self.times, "time/rollout_s"):
+            finished = stream.advance()
+        self.sampler.guard.reach("rollout")
+        with timed(self.times, "time/reward_s"):
+            for q, response in finished:
+                self.by_draw[q.draw].responses[q.sample] = response
+            items = [
+                RewardItem(
+                    self.by_draw[q.draw].prompt.problem,
+                    decode(policy.tokenizer, r.tokens, policy.stop),
+                    len(r.tokens),
+                )
+                for q, r in multihost.share(finished, self.finished)
+            ]
+            pending = self.sampler.pool.submit(items)
+        self.finished += len(finished)
+        requests = [request for request, _ in finished]
+        self.judging.append((stream.segment + VERDICT_DELAY, requests, pending))
+        return len(finished)
+
+    def collect_verdicts(self) -> None:
+        """Takes the verdicts that are due; all of them once nothing is left to decode, or once a
+        partial step has enough: they belong to this step or, with their group, to the next.
+        """
+        sampler, algo = self.sampler, self.sampler.algo
+        everything = not (self.stream.live or self.stream.pending)
+        while self.judging and (everything or self.judging[0][0] <= self.stream.segment):
+            _, requests, pending = self.judging.popleft()
+            with timed(self.times, "time/reward_s"):
+                sampler.guard.wait(pending.wait, "reward")
+                verdicts = multihost.gather_verdicts(
+                    pending.result(), len(requests), before=len(self.verdicts)
+                )
+            for request, verdict in zip(requests, verdicts, strict=True):
+                self.by_draw[request.draw].verdicts[request.sample] = verdict
+            self.verdicts += verdicts
+            if len(self.verdicts) >= algo.responses_per_prompt * algo.prompts_per_step:
+                check_errors(self.verdicts, sampler.reward)
+            everything = everything or (algo.partial_rollouts and self.enough())
+
+    def settled(self) -> list[OpenGroup]:
+        """The groups before the first that is not judged yet."""
+        return list(itertools.takewhile(OpenGroup.is_judged, self.groups))
+
+    def enough(self) -> bool:
+        """Whether the settled groups hold the missing informative ones."""
+        return sum(group.is_informative() for group in self.settled()) >= self.missing
+
+    def drawn(self) -> Drawn:
+        """Ends the stream; unfinished responses stay with their groups."""
+        for request, response in self.stream.unfinished():
+            if len(response.tokens):
+                begun = (response.tokens, response.behavior_logprobs)
+                self.by_draw[request.draw].begun[request.sample] = begun
+        self.stream.close()
+        sampler, state = self.sampler, self.state
+        check_errors(self.verdicts, sampler.reward)
+        done, limit = self.settled(), sampler.rollout.max_response_len
+        groups = [group.judged(sampler.reward, limit) for group in done]
+        kept = sum(len(r.tokens) for group in groups for r in group.responses)
+        tokens = sum(g.tokens() for g in self.groups) - sum(g.tokens() for g in state.open)
+        rate = keep_rate_after(state.keep_rate, groups)
+        still_open = tuple(self.groups[len(done) :])
+        return Drawn(
+            groups,
+            self.verdicts,
+            self.draws,
+            tokens,
+            sum(group.tokens() for group in done) - kept,
+            DrawState(self.cursor, state.draws + self.draws, rate, still_open),
+        )

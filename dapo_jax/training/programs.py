@@ -92,7 +92,7 @@ def state_programs(
 def abstract_batch(shape: BatchShape, mesh: Mesh) -> TrainBatch:
     """Shapes, dtypes and shardings of a mini-batch, [M, N, T] each."""
     kinds = dict.fromkeys(("tokens", "segment_ids", "positions"), jnp.int32)
-    kinds["target_mask"] = jnp.bool_
+    kinds |= dict.fromkeys(("target_mask", "current"), jnp.bool_)
     rows = NamedSharding(mesh, P(None, ROWS))
     size = (shape.microbatches, shape.rows_per_microbatch, shape.row_len)
     return TrainBatch(

@@ -14,70 +14,60 @@ from dapo_jax.data.prompts import decode
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import Group, Response
 
-_TOKENS = 1024  # with log-probs, at each end of a response: a row of a long response is little more than its text
+_TOKENS = 1024  # that have their log-probs at each end of a response, to keep long rows short
 
 
 def sample_rows(
     groups: Sequence[Group], count: int, algo: DapoSection, policy: Policy
 ) -> list[dict[str, Any]]:
-    """The first response with a verdict of each of the first `count` groups that have one, as JSON
-    objects.
+    """The first judged response of each of the first `count` groups that have one, as JSON objects.
 
-    `group` says what became of the response's group: all_correct, all_wrong, or kept. `tokens` are
-    pairs of a text and the sampler's log-prob; the texts make up `response`, and a pair with None
-    stands for many tokens (`scored_texts`).
+    `group` is all_correct, all_wrong, or kept. `tokens` are of `scored_texts`.
     """
     rows = []
     for group in [g for g in groups if g.responses][:count]:
-        problem, right = group.prompt.problem, int(group.correct.sum())
-        text = decode(policy.tokenizer, group.responses[0].tokens, policy.stop)
-        advantage = advantages_of(group.reward, algo)[0]
-        rows.append(
-            {
-                "draw": group.draw,
-                "id": problem.id,
-                "prompt": problem.prompt
-                if isinstance(problem.prompt, str)
-                else [dataclasses.asdict(m) for m in problem.prompt],
-                "answer": problem.answer,
-                "response": text,
-                "correct": bool(group.correct[0]),
-                "group": "all_wrong"
-                if right == 0
-                else "all_correct"
-                if right == len(group.correct)
-                else "kept",
-                "group_correct": right,
-                "group_size": len(group.correct),
-                "reward": float(group.reward[0]),
-                "penalty": float(group.penalty[0]),
-                "advantage": float(advantage),
-                "length": len(group.responses[0].tokens),
-                "truncated": bool(group.responses[0].truncated),
-                "tokens": scored_texts(policy, group.responses[0], text),
-            }
+        problem, right, response = (
+            group.prompt.problem,
+            int(group.correct.sum()),
+            group.responses[0],
         )
+        text = decode(policy.tokenizer, response.tokens, policy.stop)
+        prompt, kinds = problem.prompt, {0: "all_wrong", len(group.correct): "all_correct"}
+        row = {
+            "draw": group.draw,
+            "id": problem.id,
+            "prompt": prompt if isinstance(prompt, str) else [*map(dataclasses.asdict, prompt)],
+            "answer": problem.answer,
+            "response": text,
+            "correct": bool(group.correct[0]),
+            "group": kinds.get(right, "kept"),
+            "group_correct": right,
+            "group_size": len(group.correct),
+            "reward": float(group.reward[0]),
+            "penalty": float(group.penalty[0]),
+            "advantage": float(advantages_of(group.reward, algo)[0]),
+            "length": len(response.tokens),
+            "truncated": bool(response.truncated),
+            "tokens": scored_texts(policy, response, text),
+        }
+        rows.append(row)
     return rows
 
 
 def scored_texts(
     policy: Policy, response: Response, text: str, ends: int = _TOKENS
 ) -> list[tuple[str, float | None]]:
-    """A response as (text, log-prob) in order.
-
-    The texts concatenate to `text`, which is the decoded response.
+    """A decoded response as (text, log-prob) pairs in order; their texts concatenate to `text`.
 
     A token that shows nothing, such as the end token or the first bytes of a character, has the
-    text "". Of a response of more than 2 * `ends` tokens only so many at each end come one by one;
-    what is between them is a text with None.
+    text "". Of more than 2 * `ends` tokens, those in the middle are one text with None.
     """
     tokens, logprobs = response.tokens, [round(float(p), 4) for p in response.behavior_logprobs]
     n = len(tokens)
     head, tail = (n, 0) if n <= 2 * ends else (ends, ends)
     first = list(zip(_texts(policy, tokens[:head]), logprobs[:head], strict=True))
     last = list(zip(_texts(policy, tokens[n - tail :]), logprobs[n - tail :], strict=True))
-    # A tokenizer may decode a part otherwise than within the whole; from there on its texts are not
-    # used.
+    # A tokenizer may decode a part differently than the whole; texts from there on are unused.
     start, end = 0, len(text)
     for i, (piece, _) in enumerate(first):
         if not text.startswith(piece, start):
@@ -94,18 +84,14 @@ def scored_texts(
 
 
 def _texts(policy: Policy, tokens: np.ndarray) -> list[str]:
-    """What each token adds to the text.
-
-    Decoded with the token before it, since spaces and characters span tokens.
-    """
+    """What each token adds to the text. Spaces and characters span tokens."""
     size = len(tokens) - (len(tokens) > 0 and int(tokens[-1]) in policy.stop)
     texts = [""] * len(tokens)
     start, shown, before = 0, 0, ""  # tokens[start:shown] decode to `before`
     for end in range(1, size + 1):
         text = decode(policy.tokenizer, tokens[start:end], ())
-        if text == before or (
-            text.endswith("\ufffd") and end < size
-        ):  # shows nothing, or perhaps half a character
+        partial = text.endswith("\ufffd") and end < size  # perhaps half a character
+        if text == before or partial:
             continue
         texts[end - 1] = text[len(before) :]
         start, shown = shown, end

@@ -231,7 +231,7 @@ def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Pa
 
 
 def check_same_model(run: ModelSection, policy: Policy, run_dir: Folder) -> None:
-    """Raises ConfigError unless the policy has the run's architecture. Its folder may have moved."""
+    """Raises ConfigError unless the policy has the run's architecture. The folder may move."""
     differing = []
     if (run.folder is None) != (policy.source is None):
         differing.append(("model.folder", run.folder, policy.source))

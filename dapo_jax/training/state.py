@@ -1,226 +1,123 @@
-"""Where a run stands: all that it needs to go on, as one checkpoint holds it.
+"""The resumable run state: all that a run needs to continue, as one checkpoint holds it.
 
-A run may be left at three kinds of places. Between two steps, and while a step draws, it stands at
-the end of the last step: what a step has drawn so far is drawn again, bit for bit the same. While a
-step updates and evaluates it stands `under way`: the groups it drew, the updates it made. And
-before the first step, in the midst of supervised warm-up.
+A checkpoint is of a whole step or partial. While a step draws, the state is that of the end of the
+step before: what was drawn since is drawn again, bit for bit. While a step updates and evaluates, a
+partial checkpoint holds the groups that it drew and the updates that it did. Before step 1 there
+are partial checkpoints of supervised warm-up.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.problems import Cursor
 from dapo_jax.runtime.checkpoint import Checkpoints, Restored
 from dapo_jax.runtime.files import reason
-from dapo_jax.runtime.metrics import definition
-from dapo_jax.training.dynamic_sampling import (
-    Drawn,
-    OpenGroup,
-    keep_rate_after,
-    open_state,
-    restore_open,
+from dapo_jax.runtime.metrics import MetricsLog, definition
+from dapo_jax.training.dynamic_sampling import Drawn, DrawState
+from dapo_jax.types import (
+    Group,
+    InputError,
+    NoCheckpointError,
+    NonFiniteError,
+    Prompt,
+    SharedError,
+    Stopped,
 )
-from dapo_jax.types import Group, InputError, NoCheckpointError, Prompt
+
+_MAX_ROLLBACKS = 5  # of a run, before it gives up
+_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
 
 
 class Progress(NamedTuple):
-    """How far a run is.
-
-    Steps, updates and prompts are counted apart, because they are three things.
-    """
+    """How far a run is."""
 
     step: int = 0  # rollout steps done
     updates: int = 0  # gradient updates applied
-    draws: int = 0  # prompts drawn
-    cursor: Cursor = Cursor()  # next problem of the shuffled order
-    keep_rate: float = 1.0  # expected share of informative groups
     warmed: int = 0  # updates of supervised warm-up done
     begun: bool = False  # warm-up and the evaluation before training are done
     nonfinite: int = 0  # updates in a row, up to the last one, that were skipped
-    rollbacks: int = 0  # times that the run went back to an earlier step
+    rollbacks: int = 0  # times that the run was rolled back
 
 
 class PartialStep(NamedTuple):
-    """A step between its drawing and its line."""
+    """A step between drawing its groups and writing its metrics."""
 
     drawn: dict[str, float]  # metrics of what it drew
     sums: list[dict[str, Any]]  # metric sums of its updates so far, on devices or host
 
 
-class DataDigests(NamedTuple):
-    """Which problems a run trains on, and as which tokens."""
+class Digests(NamedTuple):
+    """What a run trains on."""
 
-    loaded: str  # of data.train, those that evaluation sets hold too among them
-    trained_on: str  # without these, and with their weights
+    loaded: str  # of data.train, problems that evaluation sets hold included
+    trained_on: str  # of the problems without these, and their weights
     tokens: str  # of the prompts of the latter
+    function: str | None  # of the file of reward.function
 
 
 @dataclasses.dataclass
-class Run:
+class RunState:
     """A run at this moment."""
 
     buffer: DynamicSamplingBuffer
-    at: Progress
+    progress: Progress = Progress()
+    draw: DrawState = DrawState()
     state: Any = None  # a TrainState
-    left_open: Sequence[OpenGroup] = ()  # by partial rollouts, for the next step
+    weights: Any = None  # for rollouts, made of `state`; not saved
     partial: PartialStep | None = None
-    saved: Progress | None = None  # what the newest checkpoint of a whole step says
+    saved: Mapping[str, Any] | None = None  # the counts of the newest checkpoint of a whole step
 
     @property
     def where(self) -> str:
         """In words."""
-        return f"step {self.at.step}" + (
-            f" and {len(self.partial.sums)} updates of the next" if self.partial else ""
-        )
+        if not self.progress.begun:
+            return f"{self.progress.warmed} updates of warm-up"
+        more = f" and {len(self.partial.sums)} updates of the next" if self.partial else ""
+        return f"step {self.progress.step}{more}"
 
-    def commit(self, drawn: Drawn, groups: Sequence[Group], *, at_least: int) -> None:
-        """A step has drawn. groups: those of `drawn`, with log π_old.
+    def counts(self) -> dict[str, Any]:
+        """All counters, by name."""
+        return self.progress._asdict() | self.draw._replace(open=())._asdict()
 
-        Raises StarvedError, and stands where it stood, if there are fewer than `at_least` groups to
-        train on: the step is then drawn anew when the run goes on, under the limits and from the
-        problems that it has by then.
+    def commit(
+        self, drawn: Drawn, groups: Sequence[Group], metrics: dict[str, float], at_least: int
+    ) -> None:
+        """Ends the drawing of a step. groups: those of `drawn`, with log π_old.
+
+        Raises StarvedError, and changes nothing, if there are fewer than `at_least` groups to train
+        on: the step is then drawn again after a restart, under the limits of that time.
         """
         self.buffer.add(groups, at_least=at_least)
-        self.left_open = drawn.open
-        at = self.at
-        self.at = at._replace(
-            draws=at.draws + drawn.draws,
-            cursor=drawn.cursor,
-            keep_rate=keep_rate_after(at.keep_rate, groups),
+        self.draw = drawn.state
+        self.partial = PartialStep(metrics, [])
+
+    def end_step(self) -> None:
+        """Ends the step: its groups leave the buffer."""
+        assert self.partial is not None
+        sums, done = self.partial.sums, self.progress
+        self.buffer.take()
+        self.progress = done._replace(
+            step=done.step + 1,
+            updates=done.updates + sum(not s["skipped"] for s in sums),
+            nonfinite=skipped_in_a_row(done.nonfinite, sums)[1],
         )
+        self.partial = None
 
 
-def save(
-    run: Run,
-    checkpoints: Checkpoints,
-    *,
-    config: Mapping[str, Any],
-    data: DataDigests,
-    function: str | None,
-) -> None:
-    """Saves a checkpoint unless the newest one is of this progress.
-
-    function: digest of the file of reward.function, if there is one.
-    """
-    whole = run.at.begun and run.partial is None
-    if whole and run.at == run.saved:
-        return
-    host: dict[str, Any] = {
-        "progress": run.at,
-        "config": config,
-        "data_digest": data.trained_on,
-        "loaded_digest": data.loaded,
-    }
-    host["tokens_digest"] = data.tokens
-    host["function_digest"] = function
-    arrays = run.buffer.state() | open_state(run.left_open)
-    if run.partial is not None:
-        sums = fetched(run.partial.sums)
-        host |= {"drawn": run.partial.drawn, "sums": sorted(sums[0]) if sums else []}
-        if sums:  # arrays, for what a skipped update summed up may be no number that JSON knows
-            arrays["partial_sums"] = np.array(
-                [[s[name] for name in sorted(s)] for s in sums], np.float64
-            )
-    checkpoints.save(run.at.step, run.state, host, arrays, partial=not whole)
-    run.saved = run.at if whole else None
-
-
-def restore(
-    run: Run,
-    checkpoints: Checkpoints,
-    abstract_state: Any,
-    *,
-    prompts: Sequence[Prompt],
-    data: DataDigests,
-    allow_change: bool = False,
-    at_most: int | None = None,
-) -> bool:
-    """Takes up the newest usable checkpoint, of a step no later than `at_most`; False if there is
-    none.
-
-    prompts: of the whole data set. allow_change: goes on although the data set is another one: at
-    its start, and without the groups that were drawn from the old one. Raises InputError if the
-    data set is another one otherwise; it is also where evaluation sets have come to hold other
-    problems of it, and where its prompts have become other tokens. Raises NoCheckpointError if the
-    digests of the checkpoint hold, but not what it says of the run.
-    """
-    if at_most is not None and min(checkpoints.steps(), default=at_most + 1) > at_most:
-        return False
-    run.state = None  # its memory is needed
-    restored = checkpoints.restore(abstract_state, at_most=at_most)
-    if restored is None:
-        return False
-    try:
-        _take_up(run, restored, prompts, data, allow_change)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
-        raise NoCheckpointError(
-            f"{restored.path}: its digests hold, but what it says of the run cannot be ({reason(e)}); put back a copy, or move it out of "
-            "the folder: the run then goes on from the checkpoint before"
-        ) from None
-    return True
-
-
-def _take_up(
-    run: Run, restored: Restored, prompts: Sequence[Prompt], data: DataDigests, allow_change: bool
-) -> None:
-    host, arrays = restored.host, restored.groups
-    at = _progress(host["progress"], restored.step)
-    changed, before = "data.train: is not the data set that the run was started with", "that one"
-    same = host["data_digest"] == data.trained_on
-    if same:
-        changed, before = (
-            "model.folder: its tokenizer or chat template makes other prompts than when the run was started",
-            "the files it had",
-        )
-        same = (
-            host.get("tokens_digest", data.tokens) == data.tokens
-        )  # absent where an earlier version saved
-    elif host.get("loaded_digest") == data.loaded:
-        changed = "eval.sets: hold other prompts of data.train than when the run was started, and what they hold is not trained on"
-        before = "the sets that it had (python -m dapo_jax.evaluate measures any other)"
-    if same:
-        run.buffer.restore(arrays, {p.problem.id: p.problem for p in prompts})
-        run.left_open = restore_open(arrays, prompts)
-        run.partial = _partial_step(host, arrays) if "drawn" in host else None
-    elif not allow_change:
-        raise InputError(
-            f"{changed}; use {before}, or set data.allow_change to go on from the start of what there is now, or give another --run-dir"
-        )
-    elif "drawn" in host:
-        raise InputError(
-            f"{changed}, and the run was stopped in the midst of step {at.step + 1}; finish that with {before}"
-        )
-    else:
-        at = at._replace(cursor=Cursor())
-        run.buffer.clear()
-        run.left_open, run.partial = (), None
-    run.at, run.state, run.saved = at, restored.state, at if run.partial is None else None
-
-
-def _progress(found: Sequence[Any], step: int) -> Progress:
-    """Raises TypeError or ValueError unless a record holds what `save` writes."""
-    at = Progress(*found)
-    at = at._replace(cursor=Cursor(*at.cursor))
-    if [type(value) for value in (*at, *at.cursor)] != [
-        type(value) for value in (*Progress(), *Cursor())
-    ]:
-        raise TypeError("progress of other types")
-    if at.step != step or min(at[:3] + at.cursor) < 0 or not 0 <= at.keep_rate <= 1:
-        raise ValueError("progress that cannot be")
-    return at
-
-
-def _partial_step(host: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> PartialStep:
-    """Raises as `_progress`."""
-    drawn = host["drawn"]
-    if not all(definition(key) and isinstance(value, int | float) for key, value in drawn.items()):
-        raise TypeError("metrics of other names or types")
-    return PartialStep(drawn, _sums(host["sums"], arrays))
+def skipped_in_a_row(before: int, sums: Sequence[Mapping[str, float]]) -> tuple[int, int]:
+    """How many updates in a row were skipped, after `before` of earlier steps: (most, last)."""
+    most = running = before
+    for s in sums:
+        running = running + 1 if s["skipped"] else 0
+        most = max(most, running)
+    return most, running
 
 
 def fetched(sums: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -228,7 +125,161 @@ def fetched(sums: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in s.items()} for s in jax.device_get(list(sums))]
 
 
-def _sums(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    return [
-        dict(zip(names, map(float, row), strict=True)) for row in arrays.get("partial_sums", ())
-    ]
+@dataclasses.dataclass(frozen=True)
+class RunStore:
+    """Saves a run to checkpoints, restores it, and rolls it back."""
+
+    checkpoints: Checkpoints
+    abstract_state: Any  # a TrainState of shapes and shardings
+    prompts: Sequence[Prompt]  # all that the run trains on
+    config: Mapping[str, Any]
+    digests: Digests
+    allow_change: bool = False  # of the data: data.allow_change
+
+    def save(self, run: RunState) -> None:
+        """Saves a checkpoint, unless the newest one is of the same counts."""
+        whole = run.progress.begun and run.partial is None
+        if whole and run.counts() == run.saved:
+            return
+        host = {"progress": run.progress._asdict(), "config": self.config}
+        host["digests"] = self.digests._asdict()
+        groups = {"buffer": run.buffer.state(), "draw": run.draw.packed()}
+        if run.partial is not None:
+            groups["partial"] = {"drawn": run.partial.drawn, "sums": fetched(run.partial.sums)}
+        self.checkpoints.save(run.progress.step, run.state, host, groups, partial=not whole)
+        run.saved = run.counts() if whole else None
+
+    def restore(self, run: RunState, *, at_most: int | None = None) -> bool:
+        """Restores the newest usable checkpoint, not after step `at_most`. False if there is none.
+
+        Raises InputError if the data set, the problems that evaluation sets hold of it, or the
+        prompts' tokens are not those of the checkpoint. With `allow_change` the run then resumes
+        from the start of the data, without the groups drawn before. Raises NoCheckpointError if the
+        digests of the checkpoint hold but its content is malformed.
+        """
+        if at_most is not None and min(self.checkpoints.steps(), default=at_most + 1) > at_most:
+            return False
+        run.state = run.weights = None  # to free their memory
+        restored = self.checkpoints.restore(self.abstract_state, at_most=at_most)
+        if restored is None:
+            return False
+        try:
+            self._unpack(run, restored)
+        except _MALFORMED as e:
+            raise NoCheckpointError(
+                f"{restored.path}: its digests hold, but its run state is malformed ({reason(e)}); "
+                "put back a copy, or move it out of the folder to resume from the checkpoint before"
+            ) from None
+        return True
+
+    def _unpack(self, run: RunState, restored: Restored) -> None:
+        host, groups = restored.host, restored.groups
+        progress, partial = _progress(host["progress"], restored.step), groups.get("partial")
+        changed, remedy = self._changed(Digests(**host["digests"]))
+        if not changed:
+            run.buffer.restore(groups["buffer"], {p.problem.id: p.problem for p in self.prompts})
+            draw = DrawState.unpacked(groups["draw"], self.prompts)
+        elif not self.allow_change:
+            raise InputError(
+                f"{changed}; use {remedy}, or set data.allow_change to resume from the start of "
+                "today's data, or give another --run-dir"
+            )
+        elif partial:
+            midst = f"the run was stopped in the middle of step {progress.step + 1}"
+            raise InputError(f"{changed}, and {midst}; finish that step with {remedy}")
+        else:
+            run.buffer.clear()
+            draw = DrawState.unpacked(groups["draw"] | {"open": []}, ())._replace(cursor=Cursor())
+        run.progress, run.draw, run.state = progress, draw, restored.state
+        run.partial = _partial_step(partial) if partial else None
+        run.saved = run.counts() if run.partial is None else None
+
+    def _changed(self, before: Digests) -> tuple[str, str]:
+        """What differs from a checkpoint's data, and what to use instead; else empty texts."""
+        if before.trained_on == self.digests.trained_on:
+            if before.tokens == self.digests.tokens:
+                return "", ""
+            what = (
+                "its tokenizer or chat template makes other prompts than when the run was started"
+            )
+            return f"model.folder: {what}", "the files it had"
+        if before.loaded == self.digests.loaded:
+            what = "hold other prompts of data.train than when the run was started"
+            remedy = "the sets that it had (python -m dapo_jax.evaluate measures any other)"
+            return f"eval.sets: {what}, and what they hold is not trained on", remedy
+        return "data.train: is not the data set that the run was started with", "that one"
+
+    @contextlib.contextmanager
+    def saving_on_exit(self, run: RunState) -> Iterator[None]:
+        """Saves a checkpoint when a signal, or an error of all processes, ends the block."""
+        try:
+            yield
+        except SharedError:
+            self.save(run)
+            raise
+        except Stopped as stopped:
+            self.save(run)
+            saved = f"{signal.Signals(stopped.number).name}: saved a checkpoint after {run.where}"
+            resume = f"{saved}; run the same command again to resume"
+            raise Stopped(stopped.number, resume) from None
+
+    @contextlib.contextmanager
+    def rolling_back(
+        self, run: RunState, steps: int | None, log: MetricsLog, info: Callable[[str], None]
+    ) -> Iterator[None]:
+        """Rolls the run back `steps` steps or more when NonFiniteError ends the block, and saves it
+        with the prompts drawn since skipped.
+
+        Raises InputError if `steps` is None or no checkpoint is that old. Nothing of the step is
+        saved then: it is done again when the run resumes, for a device may have been at fault.
+        """
+        trouble = ""
+        try:
+            yield
+        except NonFiniteError as e:
+            trouble = f"step {run.progress.step + 1}: {e}"
+            traceback.clear_frames(e.__traceback__)  # they hold weights and caches
+        if not trouble:
+            return
+        if steps is None:
+            raise InputError(
+                f"{trouble}; lower optim.learning_rate, look at the samples of this step, or set "
+                "optim.rollback_steps"
+            )
+        draw, rollbacks = run.draw, run.progress.rollbacks
+        if rollbacks >= _MAX_ROLLBACKS:
+            raise InputError(f"{trouble}, after {rollbacks} rollbacks; lower optim.learning_rate")
+        if not self.restore(run, at_most=run.progress.step - steps):
+            raise InputError(
+                f"{trouble}, and there is no checkpoint {steps} steps back; lower "
+                "train.save_every or optim.rollback_steps"
+            )
+        run.draw = run.draw._replace(draws=draw.draws, cursor=draw.cursor)
+        run.progress = run.progress._replace(rollbacks=rollbacks + 1)
+        log.rollback(run.progress.step)
+        self.save(run)  # whatever ends the run next: these draws and this rollback stay counted
+        info(
+            f"{trouble}: rolled back to step {run.progress.step}, skipping the prompts drawn since"
+        )
+
+
+def _progress(found: Mapping[str, Any], step: int) -> Progress:
+    """Raises TypeError or ValueError unless a record holds what `save` writes."""
+    progress = Progress(**found)
+    if [*map(type, progress)] != [*map(type, Progress())]:
+        raise TypeError("progress of other types")
+    if progress.step != step or min(progress) < 0:
+        raise ValueError("progress out of range")
+    return progress
+
+
+def _partial_step(found: Mapping[str, Any]) -> PartialStep:
+    """Raises as `_progress`."""
+    partial = PartialStep(**found)
+    named = all(definition(key) for key in partial.drawn)
+    values = [v for metrics in (partial.drawn, *partial.sums) for v in metrics.values()]
+    if not named or not all(isinstance(value, int | float) for value in values):
+        raise TypeError("metrics of other names or types")
+    if not all("skipped" in sums for sums in partial.sums):
+        raise ValueError("metric sums without the count of skipped updates")
+    return partial

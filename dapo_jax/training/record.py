@@ -1,0 +1,206 @@
+"""What a rollout step leaves: its metrics, a line for people, samples, a checkpoint."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dapo_jax.config import DapoSection, TrainSection
+from dapo_jax.dapo.groups import is_informative
+from dapo_jax.dapo.update import summarize
+from dapo_jax.reward.pool import error_counts, no_answer_fraction
+from dapo_jax.runtime import multihost
+from dapo_jax.runtime.console import StepTable
+from dapo_jax.runtime.files import Folder
+from dapo_jax.runtime.guard import Guard
+from dapo_jax.runtime.metrics import VOLATILE, MetricsLog, peak_memory, timed, write_samples
+from dapo_jax.training.dynamic_sampling import Drawn
+from dapo_jax.training.samples import sample_rows
+from dapo_jax.training.setup import Policy
+from dapo_jax.training.state import RunState, RunStore
+from dapo_jax.training.step import Updates, groups_of_updates
+from dapo_jax.types import Group, Params, RunError
+
+
+def draw_metrics(drawn: Drawn, prompts_per_draw: int) -> dict[str, float]:
+    """Metrics of what one step drew, timings aside; `runtime/metrics.py` defines each."""
+    timeouts, errors = error_counts(drawn.verdicts)
+    metrics: dict[str, float] = {
+        "reward/timeouts": timeouts,
+        "reward/errors": errors,
+        "reward/no_answer_fraction": no_answer_fraction(drawn.verdicts),
+        "rollout/generation_batches": math.ceil(drawn.draws / prompts_per_draw),
+        "rollout/prompts": drawn.draws,
+        "rollout/tokens": drawn.tokens,
+        "filter/wasted_tokens": drawn.unjudged_tokens,
+    }
+    judged = [g for g in drawn.groups if g.responses]
+    if not judged:  # a step may need no more than the groups carried to it
+        return metrics
+    responses = [r for g in judged for r in g.responses]
+    lengths = np.array([len(r.tokens) for r in responses])
+    return metrics | {
+        "reward/mean": float(np.concatenate([g.reward for g in judged]).mean()),
+        "reward/overlong_penalty_mean": float(np.concatenate([g.penalty for g in judged]).mean()),
+        "reward/accuracy": float(np.concatenate([g.correct for g in judged]).mean()),
+        "filter/kept_fraction": float(np.mean([is_informative(g.correct) for g in judged])),
+        "filter/all_correct": float(np.mean([g.correct.all() for g in judged])),
+        "filter/all_wrong": float(np.mean([not g.correct.any() for g in judged])),
+        "rollout/response_len_mean": float(lengths.mean()),
+        "rollout/response_len_max": int(lengths.max()),
+        "rollout/truncated_fraction": float(np.mean([r.truncated for r in responses])),
+    }
+
+
+def update_metrics(
+    step: Updates, sums: Sequence[Mapping[str, float]], algo: DapoSection
+) -> dict[str, float]:
+    """Metrics of what one step trained on, timings aside. sums: of each update.
+
+    `policy/` metrics and the gradient norm are of the updates that were applied: the sums of a
+    skipped one may be non-finite.
+    """
+    applied, (kept, counts) = [s for s in sums if not s["skipped"]], step[:2]
+    full = algo.responses_per_update // algo.responses_per_prompt
+    parts = groups_of_updates(len(kept), algo)
+    metrics = {
+        "reward/accuracy_kept": counts.accuracy_kept,
+        "filter/carried_groups": min(counts.carried_in, counts.kept),
+        "filter/surplus_groups": counts.surplus,
+        "filter/wasted_tokens": counts.wasted_tokens,
+        "filter/trained_informative": float(np.mean([is_informative(g.correct) for g in kept])),
+        "policy/long_share": float(np.mean([p.long_share for p in step.packed])),
+        "optim/lr": step.rate,
+        "optim/skipped_updates": len(sums) - len(applied),
+        "optim/underfilled_updates": sum(part.stop - part.start < full for part in parts),
+        "pack/efficiency": float(np.mean([p.efficiency for p in step.packed])),
+    }
+    if applied:
+        metrics |= summarize({name: sum(s[name] for s in applied) for name in applied[0]})
+        metrics["policy/loss"] = float(np.mean([s["loss"] for s in applied]))
+        metrics["optim/grad_norm"] = float(np.mean([s["grad_norm"] for s in applied]))
+    # Sampler and trainer are compared on tokens that this step's policy sampled, before an update.
+    if algo.old_logprobs == "recompute":
+        gaps = [
+            np.abs(old - r.behavior_logprobs)
+            for g in kept
+            if g.draw >= step.first_draw
+            for old, r in zip(g.old_logprobs, g.responses, strict=True)
+        ]
+        if gaps:
+            metrics["policy/sampler_gap_mean"] = float(np.concatenate(gaps).mean())
+    elif applied and applied[0]["gap_tokens"]:
+        metrics["policy/sampler_gap_mean"] = applied[0]["sampler_gap"] / applied[0]["gap_tokens"]
+    return metrics
+
+
+def throughput(
+    sampled_tokens: float, trained_tokens: int, seconds: Mapping[str, float]
+) -> dict[str, float]:
+    """Tokens per second of sampling (response tokens) and of updates (prompts too), if any."""
+    rates = {}
+    if trained_tokens:
+        rates["throughput/train_tokens_per_s"] = trained_tokens / seconds["time/update_s"]
+    if sampled_tokens and seconds["time/rollout_s"]:
+        rates["throughput/rollout_tokens_per_s"] = sampled_tokens / seconds["time/rollout_s"]
+    return rates
+
+
+@dataclasses.dataclass
+class Recorder:
+    """Ends rollout steps: reports, evaluates, and saves when it is time."""
+
+    run_dir: Folder
+    log: MetricsLog
+    info: Callable[[str], None]
+    store: RunStore
+    guard: Guard  # reached after a checkpoint, as `save`
+    policy: Policy
+    algo: DapoSection
+    train: TrainSection
+    eval_every: int  # 0: never
+    evaluate: Callable[[Params], Mapping[str, Any]]  # rollout weights → results by set
+
+    def __post_init__(self) -> None:
+        self._table = StepTable(self.train.steps)
+        self._saving: dict[str, float] = {}
+
+    def begin(self, run: RunState) -> None:
+        """Evaluates before training."""
+        times: dict[str, float] = {}
+        if self.eval_every:
+            metrics = self._evaluation(run.weights, times)
+            self.log.write(0, 0, 0, metrics | times)
+        run.progress = run.progress._replace(begun=True)
+
+    def commit(self, run: RunState, drawn: Drawn, groups: Sequence[Group]) -> None:
+        """Ends the drawing of a step: samples, then `RunState.commit`."""
+        algo, count = self.algo, self.train.samples_per_step
+        if multihost.is_main():
+            rows = sample_rows(drawn.groups, count, algo, self.policy)
+            write_samples(self.run_dir, run.progress.step + 1, rows)
+        least = algo.prompts_per_step if algo.on_cap == "error" else 1
+        run.commit(drawn, groups, draw_metrics(drawn, algo.prompts_per_draw), least)
+
+    def record(self, run: RunState, updates: Updates, times: dict[str, float]) -> None:
+        """Ends the step: evaluation, the metrics line, a checkpoint.
+
+        The line is written before the checkpoint, so that a resumed run lacks no line; the time of
+        saving is on the next one. Raises RunError if the processes have diverged.
+        """
+        assert run.partial is not None
+        step, drawn = run.progress.step + 1, run.partial.drawn
+        trained_tokens = sum(p.tokens for p in updates.packed[updates.resumed :])
+        metrics = drawn | update_metrics(updates, run.partial.sums, self.algo) | times
+        metrics["filter/wasted_tokens"] += drawn["filter/wasted_tokens"]
+        metrics["filter/open_groups"] = len(run.draw.open)
+        metrics["optim/rollbacks"] = run.progress.rollbacks
+        metrics |= throughput(drawn["rollout/tokens"], trained_tokens, times)
+        self.info(self._table.line(step, metrics))
+        self._remark(step, len(updates.kept), metrics)
+        last = step == self.train.steps
+        if self.eval_every and (step % self.eval_every == 0 or last):
+            metrics |= self._evaluation(run.weights, times)
+        run.end_step()
+        check_agreement(run, metrics)
+        metrics |= times | self._saving | {"memory/peak_bytes": peak_memory()}
+        self.log.write(step, run.progress.updates, run.draw.draws, metrics)
+        if step % self.train.save_every == 0 or last:
+            self._saving = {"time/save_s": 0.0}
+            with timed(self._saving, "time/save_s"):
+                self.store.save(run)
+            self.guard.reach("save")
+
+    def _evaluation(self, weights: Params, times: dict[str, float]) -> dict[str, Any]:
+        with timed(times, "time/eval_s"):
+            results = self.evaluate(weights)
+        return {
+            f"eval/{name}/{key}": value
+            for name, result in results.items()
+            for key, value in result.metrics.items()
+        }
+
+    def _remark(self, step: int, kept: int, metrics: Mapping[str, float]) -> None:
+        algo = self.algo
+        if kept < algo.prompts_per_step:
+            sizes = [part.stop - part.start for part in groups_of_updates(kept, algo)]
+            self.info(
+                f"step {step}: dapo.on_cap: trained on {kept} of {algo.prompts_per_step} groups, "
+                f"in {len(sizes)} updates of {min(sizes)} to {max(sizes)} groups "
+                f"({algo.responses_per_update // algo.responses_per_prompt} fill one)"
+            )
+        if (unread := metrics.get("reward/no_answer_fraction", 0.0)) > 0.5:
+            none = "contain no answer that the verifier can read; see samples/"
+            self.info(f"step {step}: {unread:.0%} of the responses {none}")
+
+
+def check_agreement(run: RunState, metrics: Mapping[str, float]) -> None:
+    """RunError, on every process, unless all of them have the same numbers."""
+    steady = {key: value for key, value in metrics.items() if not key.startswith(VOLATILE)}
+    if differs := multihost.disagreement(run.counts() | steady):
+        raise RunError(
+            f"step {run.progress.step}: {differs}: the processes have diverged; nothing is saved; "
+            "look for a faulty host, then start the same command again"
+        )
