@@ -126,7 +126,7 @@ def test_groups_of_the_answers_that_got_a_verdict_are_of_any_size_and_an_empty_o
         assert (counts.drawn, counts.all_correct, counts.all_wrong, counts.accuracy) == (
             5,
             1,
-            2,
+            0,  # a group without a verdict is not all-incorrect
             pytest.approx(4 / 6),
         )
 
