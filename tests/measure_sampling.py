@@ -118,7 +118,7 @@ class ImposedVerdicts(RewardPool):
             key = item.problem.id
             correct = key not in self._seen and seeded(key).random() < self._keep_rate
             self._seen.add(key)
-            pending.settle(place, Verdict(correct, 1.0 if correct else -1.0))
+            pending.futures[place].set_result(Verdict(correct, 1.0 if correct else -1.0))
         return pending
 
 

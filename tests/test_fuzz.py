@@ -505,7 +505,7 @@ class Absent(sandbox.Process):
 
 def verdict_of(line):
     pending = pool.PendingVerdicts(1)
-    task = pool._Task(pending, 0, pool.RewardItem(Problem("p", "a", "1"), "1", 1))
+    task = pool._Task(pool.RewardItem(Problem("p", "a", "1"), "1", 1), pending.futures[0])
     worker = pool._Worker(pool._Queue(1), RewardSection(verifier="lenient"), None)
     worker._process = Absent(line)
     worker._judge(deque([task]))

@@ -6,11 +6,12 @@ misses a deadline, crashes, exceeds its memory or sends malformed data is replac
 answer it was judging goes without a verdict.
 """
 
+import contextlib
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent import futures
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, NamedTuple
 
 from dapo_jax.config import RewardSection
@@ -45,41 +46,26 @@ class RewardItem(NamedTuple):
 
 
 class PendingVerdicts:
-    """The verdicts of one submission; threads set them, `result` waits for them."""
+    """The verdicts of one submission: a future each, in the order of the items."""
 
     def __init__(self, count: int) -> None:
-        self._verdicts: dict[int, Verdict] = {}
-        self._count = count
-        self._failure: BaseException | None = None
-        self._done = threading.Event()
-        if count == 0:
-            self._done.set()
-
-    def settle(self, place: int, verdict: Verdict) -> None:
-        self._verdicts[place] = verdict
-        if len(self._verdicts) == self._count:
-            self._done.set()
-
-    def fail(self, failure: BaseException) -> None:
-        self._failure = failure
-        self._done.set()
+        self.futures: list[Future[Verdict]] = [Future() for _ in range(count)]
 
     def wait(self, seconds: float) -> bool:
         """Waits at most so long; whether `result` would return or raise at once."""
-        return self._done.wait(seconds)
+        return not wait(self.futures, seconds).not_done
 
     def result(self) -> list[Verdict]:
-        """Waits for all verdicts, in the order of the items.
-
-        Raises RuntimeError if the pool was closed before.
-        """
-        self._done.wait()
-        if self._failure is not None:
-            raise RuntimeError(f"no verdicts: {one_line(self._failure)}") from self._failure
-        return [self._verdicts[place] for place in range(self._count)]
+        """Waits for all verdicts. Raises RuntimeError if the pool was closed before."""
+        return [future.result() for future in self.futures]
 
 
-class RewardPool:
+class _Task(NamedTuple):
+    item: RewardItem
+    verdict: Future[Verdict]
+
+
+class RewardPool(contextlib.AbstractContextManager):
     """Judges answers by the verifier of the config; a context manager.
 
     `submit` may be called from any thread. source: `function_source` of `section.function`, if the
@@ -105,8 +91,7 @@ class RewardPool:
             worker.start()
         try:
             starts = [worker.first_start for worker in self._workers]
-            first = futures.wait(starts, return_when=futures.FIRST_COMPLETED).done.pop()
-            if error := first.result():
+            if error := wait(starts, return_when=FIRST_COMPLETED).done.pop().result():
                 raise InputError(error)
         except BaseException:
             self.close()
@@ -119,10 +104,10 @@ class RewardPool:
         """
         pending = PendingVerdicts(len(items))
         if self._queue is not None:
-            self._queue.put([_Task(pending, place, item) for place, item in enumerate(items)])
-            return pending
-        for place, item in enumerate(items):
-            pending.settle(place, _judge_strict(*item))
+            self._queue.put([*map(_Task, items, pending.futures)])
+        else:
+            for item, future in zip(items, pending.futures, strict=True):
+                future.set_result(_judge_strict(*item))
         return pending
 
     def judge(self, items: Sequence[RewardItem]) -> list[Verdict]:
@@ -132,12 +117,9 @@ class RewardPool:
     def close(self) -> None:
         """Ends the workers; answers without a verdict get none."""
         if self._queue is not None:
-            self._queue.close(RuntimeError("the reward pool was closed"))
+            self._queue.close(RuntimeError("no verdicts: the reward pool was closed"))
         for worker in self._workers:
             worker.join()
-
-    def __enter__(self) -> "RewardPool":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -181,15 +163,6 @@ def remedy(error: str, section: RewardSection) -> str:
     if section.verifier == "custom":
         return "fix reward.function: (problem, text, length) -> (correct, score)"
     return "look at the responses"
-
-
-class _Task(NamedTuple):
-    pending: PendingVerdicts
-    place: int  # among the items of its submission
-    item: RewardItem
-
-    def settle(self, verdict: Verdict) -> None:
-        self.pending.settle(self.place, verdict)
 
 
 class _Queue:
@@ -237,14 +210,14 @@ class _Queue:
             if self.failed_starts >= _MAX_FAILED_STARTS and not self.processes:
                 self.failed_starts = 0
                 while self._tasks:
-                    self._tasks.popleft().settle(Verdict(False, -1.0, error))
+                    self._tasks.popleft().verdict.set_result(Verdict(False, -1.0, error))
             self._changed.wait_for(lambda: self.closed is not None, _RETRY_S)
 
     def close(self, reason: BaseException) -> None:
         with self._changed:
             self.closed = self.closed or reason
             while self._tasks:
-                self._tasks.popleft().pending.fail(self.closed)
+                self._tasks.popleft().verdict.set_exception(self.closed)
             for process in [*self.processes]:
                 process.interrupt()
             self._changed.notify_all()
@@ -255,7 +228,7 @@ class _Worker(threading.Thread):
 
     def __init__(self, queue: _Queue, section: RewardSection, source: str | None) -> None:
         super().__init__(name="reward-worker", daemon=True)
-        self.first_start: futures.Future[str | None] = futures.Future()  # its error
+        self.first_start: Future[str | None] = Future()  # its error
         self._queue, self._section = queue, section
         self._rule = [section.verifier, section.function, section.allowed_modules, source]
         self._environment = {name: os.environ[name] for name in section.environment}
@@ -270,7 +243,7 @@ class _Worker(threading.Thread):
                 if self._process is not None or self._start():
                     self._judge(self._queue.take())
         except BaseException as e:  # the caller must not wait for ever
-            self._queue.close(e)
+            self._queue.close(RuntimeError(f"no verdicts: {one_line(e)}"))
             if not self.first_start.done():
                 self.first_start.set_result(f"reward: {one_line(e)}")
         finally:
@@ -323,7 +296,7 @@ class _Worker(threading.Thread):
                 if verdict.error is not None:
                     text = _without_secrets(verdict.error, self._environment)
                     verdict = verdict._replace(error=text)
-                tasks.popleft().settle(verdict)
+                tasks.popleft().verdict.set_result(verdict)
         except sandbox.OverMemoryError:
             error = f"MemoryError: needs more than reward.memory_mb {self._section.memory_mb}"
         except sandbox.ConfinedError as e:
@@ -334,7 +307,7 @@ class _Worker(threading.Thread):
             if tasks:
                 self._discard()
                 if self._queue.closed is None:
-                    tasks.popleft().settle(Verdict(False, -1.0, error))
+                    tasks.popleft().verdict.set_result(Verdict(False, -1.0, error))
                 self._queue.put_back(tasks)
 
     def _discard(self) -> None:

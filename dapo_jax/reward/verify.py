@@ -36,26 +36,17 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 
 # The order of both tables is part of the rule: blanks are gone before the units are looked for.
-_SUBSTITUTIONS = (
-    ("an ", ""),
-    ("a ", ""),
-    (".$", "$"),
-    (r"\$", ""),
-    (r"\ ", ""),
-    (" ", ""),
-    ("mbox", "text"),
-    (r",\text{and}", ","),
-    (r"\text{and}", ","),
-    (r"\text{m}", r"\text{}"),
-)
-# `@` is a line end.
-_REMOVED = (
+_REMOVED = (  # `@` is a line end
     r"square ways integers dollars mph inches hours km units \ldots sue points feet minutes digits "
     r"cents degrees cm gm pounds meters meals edges students childrentickets multiples \text{s} "
     r"\text{.} \text{@s} \text{}^2 \text{}^3 \text{@} \text{} \mathrm{th} ^\circ ^{\circ} \; ,\! "
     r'{,} " \dots'
 )
-_REMOVALS = tuple(text.replace("@", "\n") for text in _REMOVED.split())
+_REPLACED = {
+    **{"an ": "", "a ": "", ".$": "$", r"\$": "", r"\ ": "", " ": "", "mbox": "text"},
+    **{r",\text{and}": ",", r"\text{and}": ",", r"\text{m}": r"\text{}"},
+    **{text.replace("@", "\n"): "" for text in _REMOVED.split()},
+}
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -83,10 +74,8 @@ def normalize_answer(text: str) -> str:
     text = text.split("=")[-1]
     if len(text) > _MAX_ANSWER_CHARS:
         return text
-    for before, after in _SUBSTITUTIONS:
+    for before, after in _REPLACED.items():
         text = text.replace(before, after)
-    for expression in _REMOVALS:
-        text = text.replace(expression, "")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     digits = text.replace(",", "")  # the released rule keeps those of negative numbers

@@ -52,7 +52,7 @@ class OverMemoryError(ConfinedError):
     """A result needed more memory than the limit."""
 
 
-class Process:
+class Process(contextlib.AbstractContextManager):
     """A sandboxed process; a context manager that kills it. Of one thread, `interrupt` aside.
 
     work: "module:function" of a generator function of an iterator of orders. Its first yield means
@@ -88,9 +88,6 @@ class Process:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # no Ctrl-C, and a process group to kill
             )
-
-    def __enter__(self) -> "Process":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.kill()
