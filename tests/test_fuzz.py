@@ -494,7 +494,7 @@ class Absent(sandbox.Process):
     """A process that is not there, but says a line."""
 
     def __init__(self, line):
-        self._deadline_s, self._max_line_bytes = 1.0, pool._MAX_LINE_BYTES
+        self._patience_s, self._max_line_bytes = 1.0, pool._MAX_LINE_BYTES
         self._inbox = bytearray(line + b"\n")
         self._channel, self._other = socket.socketpair()
 

@@ -865,10 +865,10 @@ def test_a_template_without_a_caller_ends_itself():
 from dapo_jax.data import chat
 from dapo_jax.runtime import sandbox
 receive = sandbox.Process.receive
-def after_start(process, *seconds):
-    if not seconds:  # it is ready
+def after_start(process):
+    if process._patience_s == 1.0:  # it is ready
         print(process._process.pid, flush=True)
-    return receive(process, *seconds)
+    return receive(process)
 sandbox.Process.receive, chat.DEADLINE_S = after_start, 1.0
 [*chat.render({HOLDING!r}, {{}}, [[{{"role": "user", "content": "a"}}]], {DATE!r}, max_chars=9)]
 """

@@ -72,6 +72,7 @@ class Process(contextlib.AbstractContextManager):
         max_line_bytes: int = _MAX_LINE_BYTES,
     ):
         self._deadline_s, self._max_line_bytes = deadline_s, max_line_bytes
+        self._patience_s = START_S  # deadline_s once it is ready
         self._mark = secrets.token_hex(8)
         self._inbox = bytearray()
         kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -94,22 +95,25 @@ class Process(contextlib.AbstractContextManager):
 
     def send(self, order: Any) -> None:
         """Sends a JSON-able order. Raises ConfinedError if the process does not take it."""
-        self._channel.settimeout(START_S)
+        self._channel.settimeout(self._patience_s)
         try:  # ASCII, so that lone surrogates survive too
             self._channel.sendall(json.dumps(order).encode() + b"\n")
+        except TimeoutError:
+            raise ConfinedError(f"timed out after {self._patience_s:g} s") from None
         except OSError:
             raise self._ended() from None
 
     def wait_ready(self) -> None:
         """Waits until the process has imported what it needs; raises as `receive` does."""
-        self.receive(START_S)
+        self.receive()
+        self._patience_s = self._deadline_s
 
-    def receive(self, seconds: float | None = None) -> Any:
-        """Waits for the next result, by default for deadline_s.
+    def receive(self) -> Any:
+        """Waits for the next result.
 
         Raises InputError if `work` does, EOFError if it is done, else ConfinedError; kill it then.
         """
-        line = self._line(self._deadline_s if seconds is None else seconds)
+        line = self._line()
         try:
             kind, value = json.loads(line)
         except (ValueError, TypeError, RecursionError):
@@ -125,8 +129,8 @@ class Process(contextlib.AbstractContextManager):
                 raise EOFError("worker is done")
         raise ConfinedError("worker sent malformed data")
 
-    def _line(self, seconds: float) -> bytes:
-        deadline, searched = time.monotonic() + seconds, 0
+    def _line(self) -> bytes:
+        deadline, searched = time.monotonic() + self._patience_s, 0
         while (end := self._inbox.find(b"\n", searched)) < 0:
             if (searched := len(self._inbox)) > self._max_line_bytes:
                 raise ConfinedError("worker sent malformed data")
@@ -134,7 +138,7 @@ class Process(contextlib.AbstractContextManager):
             try:
                 data = self._channel.recv(1 << 18)
             except TimeoutError:
-                raise ConfinedError(f"timed out after {seconds:g} s") from None
+                raise ConfinedError(f"timed out after {self._patience_s:g} s") from None
             except OSError:
                 data = b""
             if not data:
