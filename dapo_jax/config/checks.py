@@ -1,4 +1,4 @@
-"""What is refused: a tree that the schema does not allow, settings that contradict each other."""
+"""Validation: a tree against the schema, and fields against each other."""
 
 import dataclasses
 import datetime

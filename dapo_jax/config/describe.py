@@ -1,4 +1,4 @@
-"""Every config field with its default and meaning, for people."""
+"""Every config field with its default and meaning, as text."""
 
 import argparse
 import dataclasses

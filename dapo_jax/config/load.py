@@ -205,7 +205,7 @@ def _task_settings(path: str, data: Any, where: str) -> dict[str, Any]:
 
 
 def _task_template(path: str, where: str) -> str:
-    """The text that a Python file assigns to TEMPLATE. The file is parsed, and not run."""
+    """The text that a Python file assigns to TEMPLATE. The file is parsed, not run."""
     try:
         body = ast.parse(read_text(path, where, "task", "Python")).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:

@@ -1,6 +1,6 @@
-"""What a run may be told: frozen dataclasses, each field with default, meaning and bounds.
+"""The options of a run: frozen dataclasses, each field with default, meaning and bounds.
 
-Functions take the section they need. Defaults are the paper's recipe (arXiv 2503.14476).
+Defaults are the paper's recipe (arXiv 2503.14476).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def field(default: Any, description: str, **bounds: Any) -> Any:
 class RopeScaling:
     """Llama-3 frequency scaling of rotary embeddings."""
 
-    factor: float = field(8.0, "how much the context was stretched", ge=1)
+    factor: float = field(8.0, "by which the context was stretched", ge=1)
     low_freq_factor: float = field(1.0, "longer than original_max_position / this: stretched", gt=0)
     high_freq_factor: float = field(4.0, "shorter than original_max_position / this: kept", gt=0)
     original_max_position: int = field(8192, "context length before stretching, tokens", ge=1)
@@ -50,10 +50,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class Windows:
-    """Sliding-window attention, in all layers but every so-many-th.
-
-    Hugging Face names: sliding_window, sliding_window_pattern, rope_local_base_freq.
-    """
+    """Sliding-window attention, in all layers but each `every`-th (sliding_window_pattern)."""
 
     size: int = field(512, "W, tokens that a token attends to: itself and those before it", ge=1)
     every: int = field(6, "layers every, 2 every, ... attend to everything", ge=1)
@@ -67,7 +64,7 @@ Remat = Literal["none", "dots", "full"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a decoder is."""
+    """The shape of a decoder."""
 
     __pydantic_config__ = STRICT
     family: Family = field("qwen3", "qwen2: q/k/v biases; qwen3: q/k norms; gemma3_text: windows")
@@ -90,11 +87,11 @@ class Architecture:
 
 @dataclass(frozen=True)
 class ModelConfig(Architecture):
-    """A decoder, and how it computes, which `ModelSection` says of any model."""
+    """A decoder and how it computes."""
 
     compute_dtype: Dtype = field("float32", "of matmuls; master weights are float32")
-    remat: Remat = field("none", "what the backward pass keeps: all, matmul results, block inputs")
-    attention_block: int = field(512, "positions that training attention works on at a time", ge=1)
+    remat: Remat = field("none", "backward pass keeps: all, matmul results, block inputs")
+    attention_block: int = field(512, "positions in a block of training attention", ge=1)
     lora: LoraConfig | None = field(None, "adapters; null in all but training")
 
 
@@ -105,8 +102,8 @@ class ModelSection:
     folder: str | None = field(None, "folder, gs://bucket/folder, hub ID or ID@REVISION")
     architecture: Architecture | None = field(None, "instead: random weights, byte tokenizer")
     compute_dtype: Dtype = field("bfloat16", "of matmuls; master weights are float32")
-    remat: Remat = field("full", "what the backward pass keeps: all, matmul results, block inputs")
-    attention_block: int = field(512, "positions that training attention works on at a time", ge=1)
+    remat: Remat = field("full", "backward pass keeps: all, matmul results, block inputs")
+    attention_block: int = field(512, "positions in a block of training attention", ge=1)
     lora: LoraConfig | None = field(None, "trains adapters only; null trains all weights")
 
 
@@ -311,17 +308,10 @@ class Config:
     train: TrainSection = field(TrainSection(), "the run")
 
 
-# What a preset sets beneath the file's own keys. In weight decay, gradient clip, ddof and epsilon
-# paper and code agree.
+# What a preset sets beneath the file's own keys.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {
-        "dapo": {"loss_normalizer": "group-token-mean", "dual_clip": None},
-        "optim": {"warmup_steps": 20},
-    },
-    "verl": {
-        "dapo": {"loss_normalizer": "token-mean", "dual_clip": 10.0},
-        "optim": {"warmup_steps": 10},
-    },
+    "paper": {"dapo": {"loss_normalizer": "group-token-mean"}},
+    "verl": {"dapo": {"dual_clip": 10.0}, "optim": {"warmup_steps": 10}},
 }
 
 
