@@ -42,7 +42,6 @@ from dapo_jax.types import InputError
 _GIB = 2**30
 _COMFORT = 0.9  # share of HBM that --suggest fills
 
-
 Info = Callable[[str], None]  # prints a line
 
 
@@ -411,8 +410,8 @@ def largest_that_fits(
     found. At most 5 calls, `start` the first.
 
     peaks: bytes of each program at n, which grow about linearly: its line through the two largest n
-    that fit gives the next n, and when to stop. The compiler's size of a program that it refuses
-    is less exact, and only used where the lines lead there.
+    that fit gives the next n, and when to stop. The sizes of programs that the compiler refuses are
+    less exact, and used only if that next n is one of them.
     """
     known, most = {start: peaks(start)}, most // unit * unit
     while len(known) < 5:

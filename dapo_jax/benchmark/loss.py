@@ -11,17 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dapo_jax.benchmark.measure import (
-    Report,
-    Sizes,
-    check_split,
-    device,
-    flag,
-    mesh_of,
-    speed,
-    temp_bytes,
-    time_in_turn,
-)
+from dapo_jax.benchmark import measure
+from dapo_jax.benchmark.measure import Report, Sizes, flag
 from dapo_jax.config import DapoSection
 from dapo_jax.dapo.loss import dapo_token_loss, policy_metrics
 from dapo_jax.model.logprobs import ROW_AXES, linear_loss
@@ -155,8 +146,8 @@ def benchmark_loss(sizes: LossSizes) -> Report:
     Useful work is 6 x targets x D x V FLOPs for every variant; `fused` also computes entropy and
     policy metrics. peak_fraction is the share of the speed of a square matmul.
     """
-    mesh = mesh_of(sizes)
-    check_split("--tokens", sizes.tokens, mesh)
+    mesh = measure.mesh_of(sizes)
+    measure.check_split("--tokens", sizes.tokens, mesh)
     chunk = min(sizes.chunk or loss_chunk(mesh), sizes.tokens // row_shards(mesh))
     inputs = loss_inputs(sizes, mesh)
     exact = exact_gradients(inputs)
@@ -167,14 +158,14 @@ def benchmark_loss(sizes: LossSizes) -> Report:
         gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
         program = gradients.lower(*inputs).compile()
         calls[name] = functools.partial(program, *inputs)
-        memory[name] = temp_bytes(program)
+        memory[name] = measure.temp_bytes(program)
         errors[name] = gradient_error(program(*inputs)[1], exact)
-    times = time_in_turn(calls, sizes.repeats)
+    times = measure.time_in_turn(calls, sizes.repeats)
     peak = matmul_gflop / min(times["matmul"])[0]
     gflop = 6 * sizes.targets * sizes.model_dim * sizes.vocab / 1e9
     variants, rows = {}, []
     for name in _VARIANTS:
-        rates = speed(sizes.targets, times[name])
+        rates = measure.speed(sizes.targets, times[name])
         variants[name] = rates | {
             "peak_fraction": gflop / rates["seconds"] / peak,
             "temp_bytes": memory[name],
@@ -184,4 +175,4 @@ def benchmark_loss(sizes: LossSizes) -> Report:
         ratios = {f"plain/{key}": plain[key] / rates[key] for key in ("seconds", "cpu_seconds")}
         rows.append({"variant": name, **ratios, **variants[name]})
     result = {"targets": sizes.targets, "chunk": chunk, "matmul_gflops": peak, "gflop": gflop}
-    return rows, result | {"variants": variants} | device()
+    return rows, result | {"variants": variants} | measure.device()

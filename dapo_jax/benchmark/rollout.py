@@ -12,16 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dapo_jax.benchmark.measure import (
-    ModelSizes,
-    Report,
-    device,
-    flag,
-    random_model,
-    speed,
-    time_in_turn,
-    timed,
-)
+from dapo_jax.benchmark import measure
+from dapo_jax.benchmark.measure import ModelSizes, Report, flag, timed
 from dapo_jax.config import ModelConfig
 from dapo_jax.rollout.engine import Engine, Programs
 from dapo_jax.rollout.sampler import sample_on_mesh
@@ -119,7 +111,7 @@ def benchmark_rollout(sizes: RolloutSizes) -> Report:
     are of the time of one more run; sampling is timed by itself, on logits of all slots, and
     subtracted from decode.
     """
-    model, mesh, params = random_model(sizes, "slots")
+    model, mesh, params = measure.random_model(sizes, "slots")
     weights = publisher(params, mesh, sizes.dtype)(params)
     shape, lengths = (sizes.requests, sizes.prompt_len), response_lengths(sizes)
     prompts = np.random.default_rng(0).integers(0, sizes.vocab, shape, np.int32)
@@ -137,7 +129,7 @@ def benchmark_rollout(sizes: RolloutSizes) -> Report:
         name: functools.partial(_sample, engine, weights, batches[name], counts[name])
         for name, engine in engines.items()
     }
-    times = time_in_turn(runs, sizes.repeats)
+    times = measure.time_in_turn(runs, sizes.repeats)
     draw_seconds = _sampling_seconds(sizes, sampling, mesh)
 
     modes = {}
@@ -146,17 +138,15 @@ def benchmark_rollout(sizes: RolloutSizes) -> Report:
         seconds, spent = _time_in_programs(engine, runs[name])
         drawing = min(draw_seconds * steps, spent["decode"])
         prefill, decode = spent["prefill"] + spent["insert"], spent["decode"]
-        modes[name] = speed(counts[name]["tokens"], times[name]) | {
+        modes[name] = measure.speed(counts[name]["tokens"], times[name]) | {
             "decode_steps": steps,
             "prefill_share": prefill / seconds,
             "decode_share": (decode - drawing) / seconds,
             "sampling_share": drawing / seconds,
             "host_share": (seconds - prefill - decode) / seconds,
         }
-    result: dict[str, Any] = {
-        "modes": modes,
-        "bound_decode_steps": float(lengths.sum() / sizes.slots),
-    }
+    bound = float(lengths.sum() / sizes.slots)
+    result: dict[str, Any] = {"modes": modes, "bound_decode_steps": bound}
     for key in ("seconds", "cpu_seconds"):
         result[f"lockstep/refill_{key}"] = modes["lockstep"][key] / modes["refill"][key]
-    return [{"mode": name, **mode} for name, mode in modes.items()], result | device()
+    return [{"mode": name, **mode} for name, mode in modes.items()], result | measure.device()

@@ -9,16 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dapo_jax.benchmark.measure import (
-    ModelSizes,
-    Report,
-    device,
-    flag,
-    random_model,
-    speed,
-    temp_bytes,
-    time_in_turn,
-)
+from dapo_jax.benchmark import measure
+from dapo_jax.benchmark.measure import ModelSizes, Report, flag
 from dapo_jax.config import Config
 from dapo_jax.dapo.packing import TrainItem, build_batch
 from dapo_jax.runtime.mesh import put_rows, row_shards
@@ -82,7 +74,7 @@ def benchmark_update(sizes: UpdateSizes) -> Report:
     if longest > sizes.row_len:
         what = f"does not hold --prompt-len + --max-response-len = {longest}"
         raise InputError(f"--row-len: {sizes.row_len} {what}; raise it")
-    model, mesh, params = random_model(sizes, "rows")
+    model, mesh, params = measure.random_model(sizes, "rows")
     items, shards = train_items(sizes), row_shards(mesh)
     packed, stats = build_batch(
         items, row_len=sizes.row_len, rows_per_microbatch=sizes.rows, row_shards=shards
@@ -106,10 +98,10 @@ def benchmark_update(sizes: UpdateSizes) -> Report:
         calls[name] = functools.partial(update, program, inputs)
         filled = stats.tokens / batch.tokens.size
         facts[name] = {"microbatches": len(batch.tokens), "filled": filled}
-        facts[name]["temp_bytes"] = temp_bytes(program)
-    times = time_in_turn(calls, sizes.repeats)
+        facts[name]["temp_bytes"] = measure.temp_bytes(program)
+    times = measure.time_in_turn(calls, sizes.repeats)
     modes = {
-        name: speed(stats.target_tokens, times[name], "trained_tokens") | facts[name]
+        name: measure.speed(stats.target_tokens, times[name], "trained_tokens") | facts[name]
         for name in calls
     }
     result = {
@@ -118,4 +110,4 @@ def benchmark_update(sizes: UpdateSizes) -> Report:
         "packed_rows": stats.rows,
         "modes": modes,
     }
-    return [{"mode": name, **mode} for name, mode in modes.items()], result | device()
+    return [{"mode": name, **mode} for name, mode in modes.items()], result | measure.device()
