@@ -2,9 +2,9 @@
 
 Dimension key, for every shape in this package:
 
-    Q prompts · G responses a prompt · P prompt length · R response length · N rows · T row length S
-    cache length · B decode slots · V vocab · D model · L layers · H query heads · K kv heads · F
-    feed-forward M micro-batches
+    Q prompts · G responses a prompt · P prompt length · R response length · N rows · T row length
+    S cache length · B decode slots · V vocab · D model · L layers · H query heads · K kv heads
+    h head size · F feed-forward · M micro-batches
 
 Lengths are tokens. Log-probs are natural-log float32 values of the sampled token.
 `behavior_logprobs` are the sampler's, `old_logprobs` stand in the ratio's denominator: two names,
@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float32, Int32
 
-Array = Any  # a jax.Array, a tracer of one, or a numpy array; host modules import no jax
+Array = Any
 Params = Mapping[str, Any]  # nested dict of arrays
 
 
@@ -178,15 +179,15 @@ class TrainBatch(NamedTuple):
     token.
     """
 
-    tokens: Array  # int32
-    segment_ids: Array  # int32, 0 where there is no token; from 1 inside a row
-    positions: Array  # int32, from 0 in each segment
-    target_mask: Array  # bool, True on response tokens
-    old_logprobs: Array  # float32, 0 outside targets
-    behavior_logprobs: Array  # float32, 0 outside targets
-    advantages: Array  # float32, the response's advantage on each of its tokens
-    weight: Array  # float32, 1 / normaliser on tokens that are trained, else 0
-    current: Array  # bool, True on response tokens that this step's policy sampled
+    tokens: Int32[Any, "*M N T"]
+    segment_ids: Int32[Any, "*M N T"]  # 0 where there is no token; from 1 inside a row
+    positions: Int32[Any, "*M N T"]  # from 0 in each segment
+    target_mask: Bool[Any, "*M N T"]  # True on response tokens
+    old_logprobs: Float32[Any, "*M N T"]  # 0 outside targets
+    behavior_logprobs: Float32[Any, "*M N T"]  # 0 outside targets
+    advantages: Float32[Any, "*M N T"]  # the response's advantage on each of its tokens
+    weight: Float32[Any, "*M N T"]  # 1 / normaliser on tokens that are trained, else 0
+    current: Bool[Any, "*M N T"]  # True on response tokens that this step's policy sampled
 
 
 class TrainState(NamedTuple):
@@ -194,4 +195,4 @@ class TrainState(NamedTuple):
 
     params: Params  # float32 master weights; with LoRA float32 adapters beside frozen weights in compute dtype
     opt_state: Any
-    updates: Array  # int32, updates applied so far
+    updates: Int32[Any, ""]  # updates applied so far

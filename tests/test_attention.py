@@ -1,12 +1,12 @@
 """Attention against loops over tokens and heads in float64."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from dapo_jax.config import MeshSection
 from dapo_jax.model import attention
@@ -37,6 +37,10 @@ def qkv(seed=0):
     ]
 
 
+def map_arrays(*tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
 def plain(q, k, v, segment_ids, window=T):
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
@@ -60,7 +64,8 @@ def test_attend_equals_loops_over_tokens():
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_window_hides_what_lies_further_back_in_layers_that_have_it(size):
     q, k, v = qkv()
-    seen = jax.jit(lambda on: attend(q, k, v, SEGMENTS, Window(size, on)))
+    rows = map_arrays(q, k, v, SEGMENTS)
+    seen = jax.jit(lambda on: attend(*rows, Window(size, on)))
     np.testing.assert_allclose(seen(True), plain(q, k, v, SEGMENTS, size), rtol=0, atol=1e-6)
     np.testing.assert_allclose(seen(False), plain(q, k, v, SEGMENTS), rtol=0, atol=1e-6)
 
@@ -83,9 +88,9 @@ def test_bfloat16_stays_bfloat16_and_close():
 
 
 def test_gradients_reach_only_what_is_seen():
-    q, k, v = qkv()
+    q, k, v, segments = map_arrays(*qkv(), SEGMENTS)
     slopes = jax.jit(
-        jax.jacrev(lambda k, v: attend(q, k, v, SEGMENTS)[0, :, 0, 0], argnums=(0, 1))
+        jax.jacrev(lambda k, v: attend(q, k, v, segments)[0, :, 0, 0], argnums=(0, 1))
     )(k, v)
     for slope in slopes:  # [T, N, T, K, h]
         reached = np.abs(np.asarray(slope)[:, 0]).max(axis=(-1, -2)) > 0
@@ -134,7 +139,7 @@ def test_quantized_values_are_off_by_at_most_half_a_step():
 def test_attention_over_an_8_bit_cache_is_that_over_what_its_numbers_stand_for():
     q, k, v = qkv()
     at, lengths = (np.arange(N), [5, 3]), np.array([5, 3])
-    (k8, scale_k), (v8, scale_v) = (quantize(np.moveaxis(x, 1, 2)) for x in (k, v))
+    (k8, scale_k), (v8, scale_v) = (quantize(jnp.moveaxis(x, 1, 2)) for x in (k, v))
     wide_k, wide_v = (
         np.asarray(x, np.float32) * np.asarray(s)[..., None]
         for x, s in ((k8, scale_k), (v8, scale_v))
@@ -181,7 +186,7 @@ def test_other_forms_give_the_same_output_and_gradients(form, t, width, size):
     """On rows of any length, less than a block or not whole blocks of it, also where padding has no
     key but its own; in layers with a window and without. Measured: 3e-6.
     """
-    inputs, segments = packed(t, width)
+    inputs, segments = map_arrays(packed(t, width))[0]
     mix = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
 
     def outputs(function, on):
@@ -244,8 +249,8 @@ def test_the_form_follows_the_platform_of_the_mesh(monkeypatch, platform, t, dty
             name,
             lambda *inputs, name=name, **options: called.append((name, *inputs[4:])) or inputs[0],
         )
-    device = types.SimpleNamespace(platform=platform)
-    mesh = types.SimpleNamespace(devices=np.array([device]), shape={"tensor": 1})
+    device = type("Device", (), {"platform": platform})()
+    mesh = Mesh(np.array([device]), ("tensor",))
     monkeypatch.setattr(
         attention,
         "_over_mesh",

@@ -183,7 +183,7 @@ def test_an_8_bit_cache_holds_the_scaled_keys_and_values():
     whole, kv = jax.device_get(forward(params, NORMED, TOKENS, COUNTED, ONE_SEGMENT))
     k, v = (np.moveaxis(x, 2, 3) for x in kv)
     tokens = TOKENS[np.arange(2), lengths]
-    cache = make_cache(k, v, int8=True)
+    cache = make_cache(jnp.asarray(k), jnp.asarray(v), int8=True)
     for values, scale, exact in ((cache.k, cache.scale_k, k), (cache.v, cache.scale_v, v)):
         assert values.dtype == jnp.int8
         np.testing.assert_allclose(
@@ -192,7 +192,8 @@ def test_an_8_bit_cache_holds_the_scaled_keys_and_values():
             rtol=0,
             atol=np.abs(exact).max() / 250,
         )
-    hidden, after = jax.jit(lambda c: decode_step(params, NORMED, tokens, lengths, c))(cache)
+    step = jax.jit(lambda t, n, c: decode_step(params, NORMED, t, n, c))
+    hidden, after = step(tokens, lengths, cache)
     assert 1e-5 < tiny.gap(logits_of(params, hidden), whole[np.arange(2), lengths]) < 0.02
     for old, new in zip(cache, after, strict=True):  # the new token, and nothing else
         changed = np.argwhere(
@@ -213,7 +214,7 @@ def test_an_8_bit_cache_holds_the_scaled_keys_and_values():
 def test_rotary_angles_follow_the_formula_of_the_llama_3_1_release(scaling):
     config = tiny.model("llama", head_dim=64, rope_theta=5e5, rope_scaling=scaling)
     positions = np.array([[0, 1, 7, 300]])
-    cos, sin = rotary(config, positions)
+    cos, sin = rotary(config, jnp.asarray(positions))
     kinds = set()
     for j in range(32):
         frequency = 5e5 ** (-2 * j / 64)
@@ -246,7 +247,7 @@ def test_rotation_turns_the_first_half_against_the_second_as_complex_numbers():
     angle = np.random.default_rng(1).uniform(-3, 3, size=(2, 3, 4)).astype(np.float32)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[..., None, :]
     np.testing.assert_allclose(
-        rotate(x, (np.cos(angle), np.sin(angle))),
+        rotate(jnp.asarray(x), (jnp.cos(angle), jnp.sin(angle))),
         np.concatenate([turned.real, turned.imag], -1),
         rtol=0,
         atol=1e-6,
@@ -322,10 +323,8 @@ def test_remat_saves_memory_and_changes_no_gradient():
     Measured: gradients are the same to the bit.
     """
     base = tiny.model("llama", layers=16)
-    params, tokens = (
-        tiny.params(base),
-        np.random.default_rng(0).integers(0, 40, (4, 64)).astype(np.int32),
-    )
+    params = tiny.params(base)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (4, 64)), jnp.int32)
 
     def gradient(remat):
         config = dataclasses.replace(base, remat=remat)
@@ -342,14 +341,13 @@ def test_remat_saves_memory_and_changes_no_gradient():
 
 def test_remat_changes_no_gradient_where_some_layers_have_a_window():
     params = tiny.params(WINDOWED)
+    rows = [jnp.asarray(x) for x in (TOKENS, POSITIONS, SEGMENTS)]
 
     def gradient(remat):
         config = dataclasses.replace(WINDOWED, remat=remat)
-        return jax.jit(
-            jax.grad(
-                lambda p: jnp.sin(hidden_states(p, config, TOKENS, POSITIONS, SEGMENTS)[0]).sum()
-            )
-        )(params)
+        return jax.jit(jax.grad(lambda p: jnp.sin(hidden_states(p, config, *rows)[0]).sum()))(
+            params
+        )
 
     none = gradient("none")
     assert tiny.gap(gradient("dots"), none) < 1e-6 and tiny.gap(gradient("full"), none) < 1e-6

@@ -4,6 +4,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -181,7 +182,9 @@ def test_an_empty_slot_stays_empty(sampled):
 
 def test_keys_differ_by_draw_and_sample_and_are_those_of_fold_in():
     draws, samples = (x.ravel() for x in np.meshgrid(np.arange(5), np.arange(5)))
-    keys = np.asarray(jax.random.key_data(response_keys(SEED, draws, samples)))
+    keys = np.asarray(
+        jax.random.key_data(response_keys(SEED, jnp.asarray(draws), jnp.asarray(samples)))
+    )
     assert len({tuple(key) for key in keys}) == 25
     expected = jax.random.fold_in(jax.random.fold_in(SEED, draws[7]), samples[7])
     np.testing.assert_array_equal(keys[7], jax.random.key_data(expected))

@@ -116,7 +116,8 @@ def test_inverse_cdf_never_draws_a_zero_weight():
 def test_a_target_beyond_what_rounding_allows_still_finds_a_positive_weight():
     """A difference of two sums may come out below 0, or at the total, if a compiler contracts it."""
     weights = np.tile(np.float32([0, 0, 1, 0, 2, 0]), (4, 1))
-    assert _first_above(weights, np.float32([-1e-7, 0, 3, 4])).tolist() == [2, 2, 4, 4]
+    target = jnp.float32([-1e-7, 0, 3, 4])
+    assert _first_above(jnp.asarray(weights), target).tolist() == [2, 2, 4, 4]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def test_the_smallest_and_largest_noise_draw_no_token_that_is_all_but_impossible
     monkeypatch, uniform, token
 ):
     monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.full((), uniform, jnp.float32))
-    logits = np.float32([[-60, -60, 0, 0, 0, -60]])
+    logits = jnp.float32([[-60, -60, 0, 0, 0, -60]])
     tokens, _ = jax.jit(lambda keys: sample_tokens(logits, keys, Sampling()))(
         jax.random.split(jax.random.key(0), 1)
     )
@@ -288,7 +289,7 @@ def test_rejection_ends_after_64_draws_which_is_as_good_as_never(monkeypatch):
     draw is taken.
     """
     monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.full((), 1 - 2.0**-23, jnp.float32))
-    logits = np.linspace(0, -1, 300, dtype=np.float32)[None]
+    logits = jnp.linspace(0, -1, 300, dtype=np.float32)[None]
     tokens, logprobs = jax.jit(lambda keys: sample_tokens(logits, keys, Sampling(1.0, 0.1)))(
         jax.random.split(jax.random.key(0), 1)
     )

@@ -10,16 +10,17 @@ compiled for chips that are not there.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Bool, Float, Float32, Int, Int8, Num
 
 from dapo_jax.model.logprobs import ROW_AXES
-from dapo_jax.types import Array
 
 _MASKED = -1e30  # finite, so that a row without any key gives numbers, not NaN
 _LANES = 128  # splash blocks are multiples of this
@@ -33,14 +34,20 @@ class Window(NamedTuple):
     """
 
     size: int  # tokens that are seen: a token itself and those just before it
-    on: Array  # bool, whether this layer has it
+    on: Bool[Any, ""]  # whether this layer has it
 
-    def shows(self, distance: Array) -> Array:
+    def shows(self, distance: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
         """Whether a token is seen from so far behind it."""
         return (distance < self.size) | ~self.on
 
 
-def attend(q: Array, k: Array, v: Array, segment_ids: Array, window: Window | None = None) -> Array:
+def attend(
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N T K h"],
+    v: Float[Array, "N T K h"],
+    segment_ids: Int[Array, "N T"],
+    window: Window | None = None,
+) -> Float[Array, "N T H h"]:
     """Attention of every token to what precedes it in its own segment.
 
     o_t = Σ_s softmax_s(q_t · k_s / √h) v_s over s ≤ t with segment_ids[s] = segment_ids[t]
@@ -65,12 +72,10 @@ def attend(q: Array, k: Array, v: Array, segment_ids: Array, window: Window | No
         queries = grouped[:, :, :, start:end].reshape(n, groups, -1, h)
         scores = jnp.matmul(queries, keys[..., :end], preferred_element_type=jnp.float32)
         visible = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
-        visible &= jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
-        visible = (
-            visible & window.shows(jnp.arange(start, end)[:, None] - jnp.arange(end))
-            if window
-            else visible
-        )
+        distance = jnp.arange(start, end)[None, :, None] - jnp.arange(end)[None, None]
+        visible &= distance >= 0
+        if window:
+            visible &= window.shows(distance)
         scores = jnp.where(
             visible[:, None, None], scores.reshape(n, groups, per_group, -1, end), _MASKED
         )
@@ -84,8 +89,14 @@ def attend(q: Array, k: Array, v: Array, segment_ids: Array, window: Window | No
 
 
 def attend_chunked(
-    q: Array, k: Array, v: Array, segment_ids: Array, window: Window | None = None, *, chunk: int
-) -> Array:
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N T K h"],
+    v: Float[Array, "N T K h"],
+    segment_ids: Int[Array, "N T"],
+    window: Window | None = None,
+    *,
+    chunk: int,
+) -> Float[Array, "N T H h"]:
     """`attend`, `chunk` queries at a time: memory [chunk, T] instead of [T, T], also in the
     backward pass, which recomputes.
     """
@@ -100,10 +111,11 @@ def attend_chunked(
     def part(inputs):
         q, segments, places = inputs
         scores = jnp.einsum("ntkgh,nskh->nkgts", q, k, preferred_element_type=jnp.float32) * h**-0.5
-        visible = (segments[:, :, None] == segment_ids[:, None, :]) & (
-            jnp.arange(t) <= places[:, None]
-        )
-        visible = visible & window.shows(places[:, None] - jnp.arange(t)) if window else visible
+        visible = segments[:, :, None] == segment_ids[:, None, :]
+        distance = places[None, :, None] - jnp.arange(t)[None, None]
+        visible &= distance >= 0
+        if window:
+            visible &= window.shows(distance)
         probs = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1)
         return jnp.einsum("nkgts,nskh->ntkgh", probs.astype(v.dtype), v)
 
@@ -112,15 +124,15 @@ def attend_chunked(
 
 
 def attend_splash(
-    q: Array,
-    k: Array,
-    v: Array,
-    segment_ids: Array,
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N T K h"],
+    v: Float[Array, "N T K h"],
+    segment_ids: Int[Array, "N T"],
     window: Window | None = None,
     *,
     block: int,
     interpret: bool = False,
-) -> Array:
+) -> Float[Array, "N T H h"]:
     """`attend` as a TPU kernel, forward and backward.
 
     Blocks are of `block` positions, less where the row has less, rounded up to a multiple of 128.
@@ -159,37 +171,36 @@ def attend_splash(
 
 
 def attend_masked(
-    q: Array,
-    k: Array,
-    v: Array,
-    segment_ids: Array,
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N T K h"],
+    v: Float[Array, "N T K h"],
+    segment_ids: Int[Array, "N T"],
     window: Window | None = None,
     *,
     implementation: str,
-) -> Array:
+) -> Float[Array, "N T H h"]:
     """`attend` by `jax.nn.dot_product_attention`, "cudnn" or "xla". cuDNN takes bfloat16, heads of
     up to 128 in eights, rows in twos.
     """
-    same, places = (
-        segment_ids[:, None, :, None] == segment_ids[:, None, None, :],
-        jnp.arange(q.shape[1]),
-    )
-    same = same & window.shows(places[:, None] - places) if window else same
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    if window:
+        places = jnp.arange(q.shape[1])
+        same &= window.shows(places[:, None] - places[None])[None, None]
     return jax.nn.dot_product_attention(
         q, k, v, mask=same, is_causal=True, implementation=implementation
     )  # type: ignore[call-overload]
 
 
 def attend_rows(
-    q: Array,
-    k: Array,
-    v: Array,
-    segment_ids: Array,
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N T K h"],
+    v: Float[Array, "N T K h"],
+    segment_ids: Int[Array, "N T"],
     window: Window | None = None,
     *,
     mesh: Mesh | None,
     block: int,
-) -> Array:
+) -> Float[Array, "N T H h"]:
     """`attend` in the form that suits the mesh's platform.
 
     Rows are sharded over ("data", "fsdp"), heads over "tensor".
@@ -248,7 +259,7 @@ def _over_mesh(
     )
 
 
-def quantize(x: Array) -> tuple[Array, Array]:
+def quantize(x: Float[Array, "*rest h"]) -> tuple[Int8[Array, "*rest h"], Float32[Array, "*rest"]]:
     """x [..., h] as int8 and a float32 scale [...], max|x| / 127: x ≈ int8 · scale, off by at most
     half a scale.
     """
@@ -258,16 +269,16 @@ def quantize(x: Array) -> tuple[Array, Array]:
 
 
 def attend_cached(
-    q: Array,
-    k: Array,
-    v: Array,
-    cache_k: Array,
-    cache_v: Array,
-    lengths: Array,
-    scale_k: Array | None = None,
-    scale_v: Array | None = None,
+    q: Float[Array, "B H h"],
+    k: Float[Array, "B K h"],
+    v: Float[Array, "B K h"],
+    cache_k: Num[Array, "B K S h"],
+    cache_v: Num[Array, "B K S h"],
+    lengths: Int[Array, " B"],
+    scale_k: Float32[Array, "B K S"] | None = None,
+    scale_v: Float32[Array, "B K S"] | None = None,
     window: Window | None = None,
-) -> Array:
+) -> Float[Array, "B H h"]:
     """Attention of one new token a sequence to the cache and to itself.
 
     The new key and value come beside the cache, not in it: the cache of all layers is then written
@@ -290,9 +301,8 @@ def attend_cached(
     )
     past = past if scale_k is None else past * scale_k[:, :, None]
     filled = jnp.arange(cache_k.shape[2])[None] < lengths[:, None]
-    filled = (
-        filled & window.shows(lengths[:, None] - jnp.arange(cache_k.shape[2])) if window else filled
-    )
+    if window:
+        filled &= window.shows(lengths[:, None] - jnp.arange(cache_k.shape[2])[None])
     past = jnp.where(filled[:, None, None], past, _MASKED)
     self_score = (
         jnp.einsum("bkgh,bkh->bkg", grouped, k, preferred_element_type=jnp.float32)[..., None]

@@ -26,14 +26,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import ArrayLike, Bool, Float, Float32, Int, Int32, Num, PRNGKeyArray
 
 from dapo_jax.config import LoraConfig, ModelConfig
 from dapo_jax.model.attention import Window, attend_cached, attend_rows, quantize
 from dapo_jax.model.embedding import embed
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
 from dapo_jax.model.lora import Adapter, adapter_of, stored
-from dapo_jax.types import Array, Params
+from dapo_jax.types import Params
+
+Rope = tuple[Float32[Array, "*rows half"], Float32[Array, "*rows half"]]  # cosine and sine
 
 
 class Cache(NamedTuple):
@@ -45,10 +49,10 @@ class Cache(NamedTuple):
     and about half of bfloat16.
     """
 
-    k: Array
-    v: Array
-    scale_k: Array | None = None
-    scale_v: Array | None = None
+    k: Num[Any, "L B K S h"]
+    v: Num[Any, "L B K S h"]
+    scale_k: Float32[Any, "L B K S"] | None = None
+    scale_v: Float32[Any, "L B K S"] | None = None
 
 
 def _same(x: Array) -> Array:
@@ -91,6 +95,11 @@ def splits_sequence(mesh: Mesh | None, length: int) -> bool:
     return mesh is not None and mesh.shape[VOCAB_AXIS] > 1 and length % mesh.shape[VOCAB_AXIS] == 0
 
 
+def _lead(x: Array, ndim: int) -> Array:
+    """x with leading axes of size 1, `ndim` axes in all."""
+    return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
+
+
 class Norm(nnx.Module):
     """RMS norm, x / √(mean x² + ε) · scale, in float32.
 
@@ -110,7 +119,7 @@ class Norm(nnx.Module):
             if self.gain is None
             else self.gain * (1 + self.scale[...].astype(jnp.float32))
         )
-        return (wide * scale).astype(x.dtype)
+        return (wide * _lead(scale, x.ndim)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -143,7 +152,7 @@ class Linear(nnx.Module):
         if self.adapter is not None:
             y += self.adapter(rows)
         y = y.reshape(*x.shape[:lead], *y.shape[1:])
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else y + _lead(self.bias[...].astype(x.dtype), y.ndim)
 
 
 class Attention(nnx.Module):
@@ -185,7 +194,7 @@ class Attention(nnx.Module):
         )
         self.k_norm = Norm(c.head_dim, c) if normed else None
 
-    def qkv(self, x: Array, rope: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def qkv(self, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -222,7 +231,7 @@ class Block(nnx.Module):
         )
 
     def __call__(
-        self, x: Array, rope: tuple[Array, Array], mix, layout: Layout
+        self, x: Array, rope: Rope, mix, layout: Layout
     ) -> tuple[Array, tuple[Array, Array]]:
         """`mix(q, k, v)` is the attention itself: over a row, or over a cache."""
         with jax.named_scope("attention"):
@@ -254,7 +263,7 @@ class Embed(nnx.Module):
         )
 
 
-def init(config: ModelConfig, key: Array) -> Params:
+def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Random float32 parameters; residual branches scaled by 1/√(2L).
 
     With LoRA the same, adapters beside them, as training holds them.
@@ -298,7 +307,7 @@ def _bind(module: type[nnx.Module], config: ModelConfig, params: Params) -> Any:
     return nnx.merge(graphdef, state)
 
 
-def rotary(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
+def rotary(config: ModelConfig, positions: Int[Array, "*rows"]) -> Rope:
     """Cosine and sine of the rotary angles, float32 [..., h/2].
 
     angle_j = position · θ^(-2j/h); with Llama-3 scaling, long wavelengths are stretched by
@@ -316,18 +325,18 @@ def rotary(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
         frequency = frequency * (smooth + (1 - smooth) / s.factor)
     if config.rope_factor != 1:
         frequency = frequency / config.rope_factor
-    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = positions[..., None].astype(jnp.float32) * _lead(frequency, positions.ndim + 1)
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
+def rotate(x: Float[Array, "*rows heads h"], rope: Rope) -> Float[Array, "*rows heads h"]:
     """Rotates [..., heads, h]: the first half of h pairs with the second (Hugging Face's order)."""
     cos, sin = (r[..., None, :].astype(x.dtype) for r in rope)
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def windowed_layers(config: ModelConfig) -> Array | None:
+def windowed_layers(config: ModelConfig) -> Bool[Array, " L"] | None:
     """Which layers see only a window, bool [L]; None where no layer of the family does, and nothing
     is to be scanned along.
     """
@@ -339,8 +348,8 @@ def windowed_layers(config: ModelConfig) -> Array | None:
 
 
 def layer_views(
-    config: ModelConfig, positions: Array
-) -> Callable[[Array | None], tuple[tuple[Array, Array], Window | None]]:
+    config: ModelConfig, positions: Int[Array, "*rows"]
+) -> Callable[[Any], tuple[Rope, Window | None]]:
     """Rotary angles and window of a layer, as a function of its entry of `windowed_layers`."""
     rope, w = rotary(config, positions), config.windows
     if w is None:
@@ -352,21 +361,21 @@ def layer_views(
     )
 
 
-def scale_embedded(config: ModelConfig, x: Array) -> Array:
+def scale_embedded(config: ModelConfig, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
     """Gemma's embeddings times √D, which is rounded to compute dtype first."""
     return x * jnp.asarray(config.model_dim**0.5, x.dtype) if config.family == "gemma3_text" else x
 
 
-def segment_positions(segment_ids: Array) -> Array:
+def segment_positions(segment_ids: Int[Array, "N T"]) -> Int32[Array, "N T"]:
     """Positions that restart at 0 where the segment changes, int32 [N, T]."""
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     starts = jnp.concatenate(
         [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
     )
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return index[None] - jax.lax.cummax(jnp.where(starts, index[None], 0), axis=1)
 
 
-def head_kernel(params: Params) -> Array:
+def head_kernel(params: Params) -> Float[Array, "D V"]:
     """The output projection [D, V], tied or not."""
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
 
@@ -380,12 +389,12 @@ _REMAT = {
 def hidden_states(
     params: Params,
     config: ModelConfig,
-    tokens: Array,
-    positions: Array | None = None,
-    segment_ids: Array | None = None,
+    tokens: Int[Array, "N T"],
+    positions: Int[Array, "N T"] | None = None,
+    segment_ids: Int[Array, "N T"] | None = None,
     *,
     mesh: Mesh | None = None,
-) -> tuple[Array, tuple[Array, Array]]:
+) -> tuple[Float[Array, "N T D"], tuple[Float[Array, "L N T K h"], Float[Array, "L N T K h"]]]:
     """Final hidden states of packed rows, and the keys and values of every layer.
 
     Args: tokens: int [N, T]. positions: int [N, T], by default counted in each segment.
@@ -430,7 +439,7 @@ def hidden_states(
     return layout.whole(ends.final_norm(x)), kv
 
 
-def make_cache(k: Array, v: Array, *, int8: bool) -> Cache:
+def make_cache(k: Float[Array, "*rows h"], v: Float[Array, "*rows h"], *, int8: bool) -> Cache:
     """Keys and values [..., h] as a cache holds them."""
     if not int8:
         return Cache(k, v)
@@ -471,11 +480,11 @@ def _write(old: Array, new: Array, lengths: Array) -> Array:
 def decode_step(
     params: Params,
     config: ModelConfig,
-    tokens: Array,
-    lengths: Array,
+    tokens: Int[Array, " b"],
+    lengths: Int[Array, " b"],
     cache: Cache,
     read: int | None = None,
-) -> tuple[Array, Cache]:
+) -> tuple[Float[Array, "b D"], Cache]:
     """Hidden state of one new token a sequence, and the cache with that token in it.
 
     Args: tokens: int [b], the new tokens of the first b ≤ B sequences in the cache. lengths: int
@@ -531,7 +540,7 @@ def decode_step(
 
 
 @jax.named_scope("head")
-def logits_of(params: Params, hidden: Array) -> Array:
+def logits_of(params: Params, hidden: Float[Array, "*rows D"]) -> Float32[Array, "*rows V"]:
     """hidden [..., D] times the head: float32 [..., V].
 
     For sampling and small checks; the loss never makes these.
@@ -543,12 +552,13 @@ def logits_of(params: Params, hidden: Array) -> Array:
 def apply(
     params: Params,
     config: ModelConfig,
-    tokens: Array,
-    positions: Array | None = None,
-    segment_ids: Array | None = None,
-) -> Array:
+    tokens: Int[ArrayLike, "N T"],
+    positions: Int[ArrayLike, "N T"] | None = None,
+    segment_ids: Int[ArrayLike, "N T"] | None = None,
+) -> Float32[Array, "N T V"]:
     """Logits of every next token, float32 [N, T, V]: entry t predicts token t + 1.
 
     Arguments as in `hidden_states`.
     """
-    return logits_of(params, hidden_states(params, config, tokens, positions, segment_ids)[0])
+    rows = jax.tree.map(jnp.asarray, (tokens, positions, segment_ids))
+    return logits_of(params, hidden_states(params, config, *rows)[0])

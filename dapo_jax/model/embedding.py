@@ -7,16 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float, Int
 
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
-from dapo_jax.types import Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def embed(
-    table: Array, tokens: Array, dtype: Any, mesh: Mesh | None, split_sequence: bool
-) -> Array:
+    table: Float[Array, "V D"],
+    tokens: Int[Array, "N T"],
+    dtype: Any,
+    mesh: Mesh | None,
+    split_sequence: bool,
+) -> Float[Array, "N T D"]:
     """Rows `tokens` of the table, in dtype; the gradient is added up in float32, whatever the
     dtype.
 

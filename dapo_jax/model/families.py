@@ -11,8 +11,10 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dapo_jax.config import ModelConfig, RopeScaling, Windows, check_model, printable
-from dapo_jax.types import Array, InputError
+from dapo_jax.types import InputError
 
 Fail = Callable[[str, str], typing.NoReturn]
 
@@ -342,7 +344,7 @@ def _number(
     key: str,
     kind: type,
     fail: Fail,
-    least: float | None = None,
+    least: int | None = None,
     prefix: str = "",
 ) -> Any:
     """hf[key] as an int or float that is positive (or at least `least`) and of a size that makes
@@ -434,7 +436,7 @@ def _kernel(name: str, path: str, inputs: tuple[int, ...], outputs: tuple[int, .
     )
 
 
-def in_file_layout(array: Array, tensor: Tensor) -> Array:
+def in_file_layout(array: np.ndarray, tensor: Tensor) -> np.ndarray:
     """`array` of the leaf's shape, seen in the file's: a view, to write into when loading and to
     read from when saving.
     """

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 from jax.sharding import Mesh, PartitionSpec
-
-from dapo_jax.types import Array
+from jaxtyping import ArrayLike, Bool, Float, Float32, Int
 
 # token_loss(logprobs [n], entropy [n], token_args with leading axis n) -> (loss [n], metrics {name:
 # [n]}). The loss may depend on entropy only through metrics: no gradient flows through it.
@@ -107,7 +108,7 @@ class _Plan(NamedTuple):
     """
 
     order: Array  # int [C * chunk], row of each place; padding repeats row 0
-    count: Array  # rows with a target
+    targets: Array  # rows with a target
     chunks: Array  # chunks to walk over: those that hold any
 
 
@@ -125,7 +126,7 @@ def _rows(plan: _Plan, i: Array, chunk_size: int) -> tuple[Array, Array]:
     start = i * chunk_size
     return jax.lax.dynamic_slice(plan.order, (start,), (chunk_size,)), start + jnp.arange(
         chunk_size
-    ) < plan.count
+    ) < plan.targets
 
 
 def _add_rows(buffer: Array, rows: Array, valid: Array, values: Array) -> Array:
@@ -280,17 +281,17 @@ _linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd)
 
 @jax.named_scope("loss")
 def linear_loss(
-    hidden: Array,
-    head: Array,
-    targets: Array,
+    hidden: Float[ArrayLike, "N D"],
+    head: Float[ArrayLike, "D V"],
+    targets: Int[ArrayLike, " N"],
     token_loss: TokenLoss,
     token_args: Any,
     *,
-    mask: Array | None = None,
+    mask: Bool[ArrayLike, " N"] | None = None,
     temperature: float = 1.0,
     chunk_size: int = 1024,
     mesh: Mesh | None = None,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
     """Σ over target rows of a per-token loss, with ∂hidden and ∂head made in the forward pass (6NDV
     FLOPs).
 
@@ -309,7 +310,7 @@ def linear_loss(
     Returns:
       (scalar loss, metric sums over target rows), float32.
     """
-    mask = jnp.ones(targets.shape, bool) if mask is None else mask
+    mask = jnp.ones(np.shape(targets), bool) if mask is None else mask
     inputs = jax.tree.map(jnp.asarray, (hidden, head, targets, mask, token_args))
     return _linear_loss(token_loss, _Static(temperature, chunk_size, mesh), *inputs)
 
@@ -407,15 +408,15 @@ _linear_logprobs.defvjp(_linear_logprobs_fwd, _linear_logprobs_bwd)
 
 @jax.named_scope("logprobs")
 def linear_logprobs(
-    hidden: Array,
-    head: Array,
-    targets: Array,
+    hidden: Float[ArrayLike, "N D"],
+    head: Float[ArrayLike, "D V"],
+    targets: Int[ArrayLike, " N"],
     *,
-    mask: Array | None = None,
+    mask: Bool[ArrayLike, " N"] | None = None,
     temperature: float = 1.0,
     chunk_size: int = 1024,
     mesh: Mesh | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Float32[Array, " N"], Float32[Array, " N"]]:
     """Log-prob of each target and entropy of each distribution, differentiable in hidden and head.
 
     Arguments as in `linear_loss`. The backward pass recomputes the logits chunk by chunk.
@@ -428,6 +429,6 @@ def linear_logprobs(
     >>> round(float(jnp.exp(logprobs[0])), 4), round(float(entropy[0]), 4)  # log 3 - 2/3 log 2
     (0.6667, 0.6365)
     """
-    mask = jnp.ones(targets.shape, bool) if mask is None else mask
+    mask = jnp.ones(np.shape(targets), bool) if mask is None else mask
     inputs = jax.tree.map(jnp.asarray, (hidden, head, targets, mask))
     return _linear_logprobs(_Static(temperature, chunk_size, mesh), *inputs)

@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from dapo_jax.config import LoraConfig
-from dapo_jax.types import Array, Params
+from dapo_jax.types import Params
 
 _ADAPTER = "adapter"
 

@@ -14,15 +14,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Key
 
 from dapo_jax.config import ModelConfig
 from dapo_jax.model.decoder import Cache
 from dapo_jax.model.logprobs import ROW_AXES
 from dapo_jax.rollout import sampler
 from dapo_jax.rollout.sampler import Arrivals, SamplerState, Sampling, Slots
-from dapo_jax.types import Array, NonFiniteError, Params, Request, Response
+from dapo_jax.types import NonFiniteError, Params, Request, Response
 
 _SEGMENT = 64  # decode steps at most between looks at which sequences are still live
 _REFILL = 16  # slots are refilled when one in so many is free
@@ -140,7 +142,7 @@ class Engine:
             ),
         )
 
-    def stream(self, params: Params, seed: Array) -> "Stream":
+    def stream(self, params: Params, seed: Key[Array, ""]) -> "Stream":
         """A stream of responses of these weights."""
         return Stream(self, params, seed)
 
@@ -148,7 +150,7 @@ class Engine:
         self,
         params: Params,
         requests: Sequence[Request],
-        seed: Array,
+        seed: Key[Array, ""],
         on_done: Callable[[int], None] = lambda count: None,
     ) -> list[Response]:
         """Samples every request to its end; responses in the order of the requests.
@@ -187,7 +189,7 @@ class Stream:
       segment: segments decoded so far. steps: decode steps so far.
     """
 
-    def __init__(self, engine: Engine, params: Params, seed: Array):
+    def __init__(self, engine: Engine, params: Params, seed: Key[Array, ""]):
         self._engine, self._params, self._seed = engine, params, seed
         self._state = engine.programs.start()
         self._queue: collections.deque[_Job] = collections.deque()

@@ -8,31 +8,33 @@ draw and sample number only, never on its slot, its neighbours or the number of 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float32, Int, Int32, Key
 
 from dapo_jax.config import ModelConfig
 from dapo_jax.model.decoder import Cache, decode_step, hidden_states, logits_of, make_cache
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
 from dapo_jax.rollout.token_sampling import Sampling, sample_tokens
-from dapo_jax.types import Array, Params
+from dapo_jax.types import Params
 
 
 class Slots(NamedTuple):
     """Sequences under way. All arrays have [N, b] as their leading axes."""
 
-    keys: Array  # PRNG keys, one a response
-    token: Array  # int32, the newest token, not in the cache yet
-    position: Array  # int32, its position: tokens in the cache
-    limit: Array  # int32, response tokens at most
-    length: Array  # int32, response tokens so far
-    tokens: Array  # int32 [N, b, R], the response
-    logprobs: Array  # float32 [N, b, R]
-    ended: Array  # bool, drew a stop token
-    live: Array  # bool, neither ended nor at its limit, and no logits were non-finite
+    keys: Key[Any, "N b"]  # one a response
+    token: Int32[Any, "N b"]  # the newest token, not in the cache yet
+    position: Int32[Any, "N b"]  # its position: tokens in the cache
+    limit: Int32[Any, "N b"]  # response tokens at most
+    length: Int32[Any, "N b"]  # response tokens so far
+    tokens: Int32[Any, "N b R"]  # the response
+    logprobs: Float32[Any, "N b R"]
+    ended: Bool[Any, "N b"]  # drew a stop token
+    live: Bool[Any, "N b"]  # neither ended nor at its limit, and no logits were non-finite
 
 
 class SamplerState(NamedTuple):
@@ -43,16 +45,18 @@ class SamplerState(NamedTuple):
 class Arrivals(NamedTuple):
     """Sequences to be put into slots, int32 [N, m]."""
 
-    slot: Array  # on its shard; b drops the entry
-    row: Array  # of the prefilled cache
-    token: Array  # last of the sequence
-    position: Array  # its position
-    draw: Array
-    sample: Array
-    limit: Array  # response tokens at most
+    slot: Int32[Any, "N m"]  # on its shard; b drops the entry
+    row: Int32[Any, "N m"]  # of the prefilled cache
+    token: Int32[Any, "N m"]  # last of the sequence
+    position: Int32[Any, "N m"]  # its position
+    draw: Int32[Any, "N m"]
+    sample: Int32[Any, "N m"]
+    limit: Int32[Any, "N m"]  # response tokens at most
 
 
-def response_keys(seed: Array, draws: Array, samples: Array) -> Array:
+def response_keys(
+    seed: Key[Array, ""], draws: Int[Array, "*slots"], samples: Int[Array, "*slots"]
+) -> Key[Array, "*slots"]:
     """One key a response: fold_in(fold_in(seed, draw), sample). draws, samples: int, of one shape."""
     fold = jnp.vectorize(jax.random.fold_in, signature="(),()->()")
     return fold(fold(seed, draws), samples)
@@ -95,7 +99,9 @@ def kv_axis(kv_heads: int, mesh: Mesh) -> str | None:
     return VOCAB_AXIS if kv_heads % mesh.shape[VOCAB_AXIS] == 0 else None
 
 
-def prefill(params: Params, prompts: Array, *, model: ModelConfig, int8: bool, mesh: Mesh) -> Cache:
+def prefill(
+    params: Params, prompts: Int32[Array, "E P"], *, model: ModelConfig, int8: bool, mesh: Mesh
+) -> Cache:
     """Keys and values of prompts, [L, E, K, P, h]. prompts: int32 [E, P], padded on the right.
 
     E is split over the row shards.
@@ -158,7 +164,13 @@ def _copy_arrivals(
 
 
 def insert(
-    state: SamplerState, prefilled: Cache, seed: Array, packed: Array, count: Array, *, mesh: Mesh
+    state: SamplerState,
+    prefilled: Cache,
+    seed: Key[Array, ""],
+    packed: Int32[Array, "7 N m"],
+    count: Int32[Array, ""],
+    *,
+    mesh: Mesh,
 ) -> SamplerState:
     """Starts sequences whose tokens, all but the last, have been read.
 
@@ -200,7 +212,9 @@ def insert(
     return SamplerState(copy(state.cache, prefilled, arrivals.row, arrivals.slot, count), slots)
 
 
-def move(state: SamplerState, moves: Array, count: Array) -> SamplerState:
+def move(
+    state: SamplerState, moves: Int32[Array, "2 N m"], count: Int32[Array, ""]
+) -> SamplerState:
     """Moves sequences to free slots of their shard. moves: int32 [2, N, m], from and to, disjoint;
     b drops an entry.
     """
@@ -219,7 +233,9 @@ def move(state: SamplerState, moves: Array, count: Array) -> SamplerState:
     return SamplerState(jax.lax.fori_loop(0, count, copy, state.cache), slots._replace(live=live))
 
 
-def take(slots: Slots, blocks: Array, *, size: int, mesh: Mesh) -> Array:
+def take(
+    slots: Slots, blocks: Int32[Array, " m"], *, size: int, mesh: Mesh
+) -> Int32[Array, "2 m size"]:
     """Blocks of `size` successive tokens of responses, and the bits of their log-probs: int32 [2,
     m, size], in one collective.
 
@@ -264,8 +280,8 @@ def _append(slots: Slots, tokens: Array, logprobs: Array, stop: tuple[int, ...])
 
 @jax.named_scope("draw")
 def sample_on_mesh(
-    logits: Array, keys: Array, sampling: Sampling, mesh: Mesh
-) -> tuple[Array, Array]:
+    logits: Float32[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling, mesh: Mesh
+) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
     """`sample_tokens`, each device for its own rows, and on its own part of the vocabulary where
     "tensor" divides it.
     """
@@ -291,9 +307,9 @@ def sample_on_mesh(
 def decode(
     params: Params,
     state: SamplerState,
-    few: Array,
-    half: Array,
-    max_steps: Array,
+    few: Int32[Array, ""],
+    half: Int32[Array, ""],
+    max_steps: Int32[Array, ""],
     *,
     model: ModelConfig,
     sampling: Sampling,
@@ -301,7 +317,7 @@ def decode(
     mesh: Mesh,
     width: int,
     read: int,
-) -> tuple[SamplerState, Array, Array]:
+) -> tuple[SamplerState, Int32[Array, "3 N b"], Int32[Array, ""]]:
     """Decodes the first `width` slots of every shard until enough of them are free, or for
     `max_steps` steps.
 

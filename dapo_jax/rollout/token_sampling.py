@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from dapo_jax.types import Array
+from jax import Array
+from jaxtyping import Float32, Int32, Key
 
 _BLOCK = 128  # vocabulary entries
 # Top-p draws a token until one is accepted. n rejections in a row take n uniforms whose product is
@@ -169,8 +169,11 @@ def _draw(
 
 
 def sample_tokens(
-    logits: Array, keys: Array, sampling: Sampling, axis: str | None = None
-) -> tuple[Array, Array]:
+    logits: Float32[Array, "B V"],
+    keys: Key[Array, " B"],
+    sampling: Sampling,
+    axis: str | None = None,
+) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
     """Draws one token a row, and its log-prob under softmax(logits / temperature).
 
     The log-prob is of the tempered distribution before top-p and top-k: the policy's, which the
