@@ -629,7 +629,7 @@ BAD_MODELS = {
             auto_map={"AutoTokenizer": [None, "evil.T"]},
             tokenizer_class="T",
         ),
-        "tokenizer_config.json: auto_map: the tokenizer comes with its own code",
+        "tokenizer_config.json: auto_map: the tokenizer's own code is never run",
     ),
     "no end token": (
         lambda f: edit_json(f / "tokenizer_config.json", eos_token=...),

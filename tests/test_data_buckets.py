@@ -105,7 +105,10 @@ def test_a_bucket_that_refuses_is_one_line(empty, tmp_path):  # noqa: F811
     empty.failing = 403
     with pytest.raises(
         InputError,
-        match=r'^gs://bucket/a.jsonl: cannot be read \(Forbidden.*\); pip install "dapo_jax\[tpu\]"',
+        match=(
+            r"^gs://bucket/a.jsonl: cannot be read \(Forbidden.*\); pip install "
+            r'"dapo_jax\[tpu\]"'
+        ),
     ):
         load("gs://bucket/a.jsonl")
     (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]))

@@ -25,8 +25,13 @@ ROWS = [
     {"question": "6+6<|end|>", "answer": "12"},
 ]
 CONFIG = """
-model: {architecture: {vocab_size: 258, model_dim: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, ffn_dim: 32, max_position: 64}}
-data: {train: [a.jsonl, {path: b.jsonl, weight: 3, columns: {prompt: q}}], template: "{prompt}=", max_prompt_len: 16}
+model:
+  architecture: {vocab_size: 258, model_dim: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8,
+    ffn_dim: 32, max_position: 64}
+data:
+  train: [a.jsonl, {path: b.jsonl, weight: 3, columns: {prompt: q}}]
+  template: "{prompt}="
+  max_prompt_len: 16
 eval: {sets: {held: arithmetic}}
 rollout: {max_response_len: 40}
 reward: {overlong_buffer_len: 10}
@@ -38,7 +43,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     Path("b.jsonl").write_text(
-        '{"q": "2+2?", "answer": "4"}\n{"q": "7+7?", "answer": "14"}\n{"q": "8+8?", "answer": "16"}\n'
+        '{"q": "2+2?", "answer": "4"}\n{"q": "7+7?", "answer": "14"}\n{"q": "8+8?", '
+        '"answer": "16"}\n'
     )
     Path("c.yaml").write_text(CONFIG)
     return tmp_path
@@ -175,9 +181,9 @@ def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
         == 2
     )
     assert (
-        "a.jsonl: 0 problems from 8 rows (8 skipped: no prompt (column q) (row 1: columns question, answer))"
-        in capsys.readouterr().err
-    )
+        "a.jsonl: 0 problems from 8 rows (8 skipped: no prompt (column q) (row 1: "
+        "columns question, answer))"
+    ) in capsys.readouterr().err
     assert not Path("out").exists()
     Path("b.jsonl").write_text('{"question": "7+7?", "answer": "14"}\n')
     assert (
@@ -188,7 +194,8 @@ def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
     )
     out = capsys.readouterr().out.splitlines()
     assert out == [
-        "a.jsonl: 4 problems from 8 rows (2 duplicates, 1 conflicting prompts dropped, 1 skipped: no answer (row 6: columns question))",
+        "a.jsonl: 4 problems from 8 rows (2 duplicates, 1 conflicting prompts dropped, "
+        "1 skipped: no answer (row 6: columns question))",
         "b.jsonl: 1 problems from 1 rows",
         "wrote out/sums/1.0.0",
     ]

@@ -84,7 +84,7 @@ def test_shares_are_exact_to_within_a_draw_after_every_epoch(mixture, seed, epoc
 
 
 def test_within_an_epoch_the_data_sets_are_mixed():
-    """1 : 3 over 1,000 draws an epoch: a quarter of any hundred, as a hypergeometric count varies."""
+    """1 : 3 over 1,000 draws an epoch: a quarter of any hundred, as hypergeometric counts vary."""
     mixture = Mixture(("a", "b"), (400, 600), (1.0, 3.0))
     whose, _ = owners(mixture, draw(mixture, 20_000, 7)[0])
     counts = (whose.reshape(200, 100) == 0).sum(axis=1)
@@ -201,7 +201,8 @@ def test_the_embedded_problems_may_be_one_of_several(sources):
     mixture = mix(section.train, problems)
     assert mixture.counts == (2, 10)
     assert mixture.summary().startswith(
-        f"50.0% {sources[0]} (2 prompts, each drawn 3 times an epoch), 50.0% arithmetic (10 prompts, "
+        f"50.0% {sources[0]} (2 prompts, each drawn 3 times an epoch), 50.0% arithmetic "
+        f"(10 prompts, "
     )
 
 
@@ -232,7 +233,10 @@ def test_what_cannot_be_mixed(sources):
     two = [*problems, Problem("w", "w", "1", source=b)]
     with pytest.raises(
         InputError,
-        match=r"data.train: .*b.jsonl: weight 0.1 of the whole is less than one draw in an epoch of 3; raise it",
+        match=(
+            r"data.train: .*b.jsonl: weight 0.1 of the whole is less than one draw in an "
+            r"epoch of 3; raise it"
+        ),
     ):
         mix((TrainSet(a, weight=9.0), TrainSet(b)), two)
     assert mix((TrainSet(a, weight=2.0), TrainSet(b)), two).counts == (2, 1)

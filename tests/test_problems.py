@@ -218,7 +218,9 @@ BAD_LINES = {
     b'{"prompt": [{"content": "a"}], "answer": 1}': "chat role is not text",
     b'{"prompt": [{"role": "user", "content": ["a"]}], "answer": 1}': "chat content is not text",
     b'{"prompt": "\\ud800", "answer": 1}': "prompt is not valid Unicode",
-    b'{"prompt": [{"role": "user", "content": "\\udfff"}], "answer": 1}': "chat content is not valid Unicode",
+    (
+        b'{"prompt": [{"role": "user", "content": "\\udfff"}], "answer": 1}'
+    ): "chat content is not valid Unicode",
     b'{"prompt": "a"}': "no answer",
     b'{"prompt": "a", "answer": null}': "no answer",
     b'{"prompt": "a", "answer": NaN}': "no answer",
@@ -233,7 +235,9 @@ BAD_LINES = {
     b'{"prompt": "a", "answer": "[\\"1\\", \\"2\\"]"}': "several answers",
     b'{"prompt": "a", "answer": []}': "no answer",
     b'{"prompt": "a", "solution": "It is \\\\boxed{4."}': "answer with an open \\boxed{",
-    b"{\"prompt\": \"[{'role': 'user', 'content': 'a'}]\", \"answer\": 1}": "prompt is the text of chat turns, but not JSON",
+    (
+        b"{\"prompt\": \"[{'role': 'user', 'content': 'a'}]\", \"answer\": 1}"
+    ): "prompt is the text of chat turns, but not JSON",
     b'{"prompt": "a", "answer": "\\ud800"}': "answer is not valid Unicode",
     b'{"prompt": "a", "answer": "' + b"1" * 1001 + b'"}': "answer over 1000 characters",
     b'{"prompt": "a", "answer": ' + b"1" * 5000 + b"}": "answer over 1000 characters",
@@ -276,7 +280,8 @@ def test_overlong_rows_are_counted_and_do_not_swallow_the_next(tmp_path, monkeyp
 def test_byte_order_mark_blank_lines_and_windows_line_ends(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(
-        b'\xef\xbb\xbf{"prompt": "a", "answer": 1}\r\n\r\n  \n{"prompt": "b", "answer": 2}\r\n{"prompt": "c"}'
+        b'\xef\xbb\xbf{"prompt": "a", "answer": 1}\r\n\r\n  \n{"prompt": "b", "answer": '
+        b'2}\r\n{"prompt": "c"}'
     )
     loaded, report = load(path)
     assert [p.prompt for p in loaded] == ["a", "b"]
@@ -459,9 +464,9 @@ def test_no_usable_problem(tmp_path):
     assert "0 problems from 0 rows" in error_of(path)
     said = error_of(write_jsonl(path, [{"text": "a", "esc\x1b[2J": 1}]))
     assert (
-        "no prompt (row 1: columns text, esc\\x1b[2J)); give rows with a `prompt` and an `answer`, or name their columns: {path"
-        in said
-    )
+        "no prompt (row 1: columns text, esc\\x1b[2J)); give rows with a `prompt` and "
+        "an `answer`, or name their columns: {path"
+    ) in said
     assert said.endswith(
         f"name their columns: {{path: {path}, columns: {{prompt: COLUMN, answer: COLUMN}}}}"
     )

@@ -38,7 +38,8 @@ from dapo_jax.types import InputError, Message, Problem, Prompt
 DATE = "2024-07-26"
 BARE = DataSection(template="{prompt}", max_prompt_len=50)
 CHATML = (
-    "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"  # with a beginning-of-sequence token, as many templates
+    # with a beginning-of-sequence token, as many templates
+    "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
@@ -312,7 +313,9 @@ def test_a_transformers_that_makes_other_tokens_or_texts_is_refused(tmp_path, mo
         monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", from_pretrained)
         with pytest.raises(
             InputError,
-            match=f"^{folder}: transformers [0-9.]+ does not read tokenizer.json as .*: .Hello, world",
+            match=(
+                f"^{folder}: transformers [0-9.]+ does not read tokenizer.json as .*: .Hello, world"
+            ),
         ):
             load_tokenizer(str(folder))
 
@@ -354,7 +357,10 @@ def test_tokens_that_are_very_long_texts_are_refused(tmp_path):
     tokenizer.add_tokens(["a" * 1025])
     with pytest.raises(
         InputError,
-        match="tokenizer.json: the token 'aaaaaaaaaaaaaaaaaaaa'... has 1,025 characters; supported: 1,024$",
+        match=(
+            "tokenizer.json: the token 'aaaaaaaaaaaaaaaaaaaa'... has 1,025 characters; "
+            "supported: 1,024$"
+        ),
     ):
         load_tokenizer(str(tokenizer_folder(tmp_path / "longer", tokenizer)))
 
@@ -398,7 +404,10 @@ def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path, other):
     (tmp_path / other).write_text("{}")
     with pytest.raises(
         InputError,
-        match=f"^{tmp_path}: no tokenizer.json; .*convert its tokenizer: AutoTokenizer.*save_pretrained",
+        match=(
+            f"^{tmp_path}: no tokenizer.json; .*convert its tokenizer: "
+            f"AutoTokenizer.*save_pretrained"
+        ),
     ):
         load_tokenizer(str(tmp_path))
 
@@ -488,7 +497,10 @@ def test_stop_tokens_of_the_config_are_single_tokens(byte_level):
     for text, count in (("ab", 2), ("", 0), ("é", 2)):
         with pytest.raises(
             InputError,
-            match=f"^rollout.stop_tokens: '{text}' is {count} tokens of this tokenizer; give texts of single",
+            match=(
+                f"^rollout.stop_tokens: '{text}' is {count} tokens of this tokenizer; give "
+                f"texts of single"
+            ),
         ):
             stop_tokens(byte_level, None, BARE, (text,))
 
@@ -515,7 +527,8 @@ def test_unusable_end_tokens(byte_level, tmp_path, content):
 
 
 def test_plain_problem_goes_into_the_template(byte_level):
-    text = "Find {x} in \\frac{1}{2}: {prompt} {0} %s"  # would break str.format and %, and must not be filled in twice
+    # would break str.format and %, and must not be filled in twice
+    text = "Find {x} in \\frac{1}{2}: {prompt} {0} %s"
     [prompt], left_out = make_prompts([problem(text)], byte_level, DataSection())
     before, after = DAPO_TEMPLATE.split("{prompt}")
     assert prompt.tokens.dtype == np.int32 and prompt.tokens.tolist() == bytes_of(
@@ -611,13 +624,16 @@ def test_long_and_empty_prompts_are_left_out_and_counted(byte_level):
 
 
 def test_a_token_beyond_the_embedding_is_refused_where_a_prompt_holds_it():
-    """Gemma 3's small models have one that no text holds; the tokenizer of another model has many."""
+    """Gemma 3 has one that no text holds; the tokenizer of another model has many."""
     byte_level = byte_tokenizer()
     byte_level.add_tokens(["<image>"])
     assert len(make_prompts([problem("image")], byte_level, BARE, 258)[0]) == 1
     with pytest.raises(
         InputError,
-        match=r"^the prompt of problem an <image>: token '<image>' \(258\) is beyond .* embedding of 258 tokens; ",
+        match=(
+            r"^the prompt of problem an <image>: token '<image>' \(258\) is beyond .* "
+            r"embedding of 258 tokens; "
+        ),
     ):
         make_prompts([problem("a"), problem("an <image>")], byte_level, BARE, 258)
 
@@ -636,7 +652,8 @@ def test_prompts_that_hold_markup_are_told_which_and_what_to_do(byte_level):
     with pytest.raises(InputError) as caught:
         make_prompts(marked, byte_level, BARE)
     assert str(caught.value) == (
-        "data: no usable prompt (3 control tokens (<|end|>, <|pad|>)); write these prompts as chat turns (role, content), without the markup"
+        "data: no usable prompt (3 control tokens (<|end|>, <|pad|>)); write these "
+        "prompts as chat turns (role, content), without the markup"
     )
     many = byte_tokenizer()
     many.add_special_tokens(
@@ -730,7 +747,10 @@ def test_chat_templates_that_fail(template, says, monkeypatch):
 def test_the_deadline_is_for_each_conversation(monkeypatch):
     """Twenty conversations of about 0.1 s each: within a second each, but not together."""
     monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
-    slow = "{% for i in range(900) %}{% for j in range(2000) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+    slow = (
+        "{% for i in range(900) %}{% for j in range(2000) %}{% endfor %}{% endfor %}{{ "
+        "messages[0].content }}"
+    )
     texts = [str(n) for n in range(20)]
     assert [
         *chat.render(
@@ -764,7 +784,9 @@ def test_texts_that_no_prompt_can_be_are_left_out_as_too_long_before_they_are_to
     Of 50 tokens none has more characters than 50 of the longest.
     """
     tokenizer = words_tokenizer(
-        chat_template="{{ messages[0].content * (20 if messages[0].content == 'a' else 20 * 2 ** 20) }}"
+        chat_template=(
+            "{{ messages[0].content * (20 if messages[0].content == 'a' else 20 * 2 ** 20) }}"
+        )
     )
     most = 50 * max(map(len, tokenizer.get_vocab()))
     assert 20 < most < 20 * 2**20
@@ -792,7 +814,9 @@ def test_memory_holds_a_batch_of_texts_and_tokens(byte_level):
 def test_a_template_that_writes_the_date_is_given_the_config_s():
     """As Llama 3.2's does: a run that goes on tomorrow has the same prompts."""
     tokenizer = words_tokenizer(
-        chat_template="{% if strftime_now is defined %}{{ strftime_now('[ %d %b %Y ]') }}{% endif %}"
+        chat_template=(
+            "{% if strftime_now is defined %}{{ strftime_now('[ %d %b %Y ]') }}{% endif %}"
+        )
     )
     tokenizer.add_tokens(["26", "Jul", "2024", "01", "Mar", "2031"])
     found = [
@@ -805,10 +829,14 @@ def test_a_template_that_writes_the_date_is_given_the_config_s():
 
 REAL_TEMPLATES = [
     CHATML,
-    "{%- set ns = namespace(found=false) -%}{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ bos_token }}{% endif %}"
-    "{% if m.role == 'user' %}{% set ns.found = true %}{% endif %}{{ '<|' + m['role'] + '|>\\n' + m['content'] | trim + eos_token }}\n"
-    "{% if not m.content %}{% continue %}{% endif %}{% endfor %}\n{% if ns.found and add_generation_prompt %}{{ 'assistant' }}{% endif %}",
-    "{% generation %}{{ messages | tojson(indent=2) }}{% endgeneration %}{{ tools is none }}{{ strftime_now('%Y') | length }}",
+    "{%- set ns = namespace(found=false) -%}{% for m in messages %}{% if "
+    "loop.first and m.role != 'system' %}{{ bos_token }}{% endif %}"
+    "{% if m.role == 'user' %}{% set ns.found = true %}{% endif %}{{ '<|' + "
+    "m['role'] + '|>\\n' + m['content'] | trim + eos_token }}\n"
+    "{% if not m.content %}{% continue %}{% endif %}{% endfor %}\n{% if ns.found "
+    "and add_generation_prompt %}{{ 'assistant' }}{% endif %}",
+    "{% generation %}{{ messages | tojson(indent=2) }}{% endgeneration %}{{ tools "
+    "is none }}{{ strftime_now('%Y') | length }}",
 ]
 
 
@@ -850,11 +878,16 @@ def test_a_last_turn_of_the_assistant_is_continued(chatty, byte_level):
     assert words == ["<s> [ user ] a [ assistant ] b", "<s> [ user ] c [ assistant ]"]
     assert prompt_tokens([prefill], byte_level) == [bytes_of("a\n\nb\n")]
     silent = words_tokenizer(
-        chat_template="{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+        chat_template=(
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+        )
     )
     with pytest.raises(
         InputError,
-        match="^chat template of .*: it fails .cannot continue the assistant's last turn: continue_final_message is",
+        match=(
+            "^chat template of .*: it fails .cannot continue the assistant's last turn: "
+            "continue_final_message is"
+        ),
     ):
         make_prompts([prefill], silent, BARE)
 

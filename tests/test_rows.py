@@ -25,8 +25,12 @@ from dapo_jax.reward.verify import strict_verify
 from dapo_jax.types import InputError, Message, Problem
 
 GSM8K = {
-    "question": "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?",
-    "answer": "In May she sold 48/2 = <<48/2=24>>24 clips.\nAltogether 48+24 = <<48+24=72>>72.\n#### 72",
+    "question": (
+        "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?"
+    ),
+    "answer": (
+        "In May she sold 48/2 = <<48/2=24>>24 clips.\nAltogether 48+24 = <<48+24=72>>72.\n#### 72"
+    ),
 }
 AIME = "Find the sum of all integer bases $b>9$ for which $17_b$ is a divisor of $97_b$."
 
@@ -325,7 +329,10 @@ def test_named_columns(tmp_path, ending):
     assert (found.prompt, found.answer) == ("2+2? (4, {}) {x1}", "nor this")
     with pytest.raises(
         InputError,
-        match=r"1 skipped: no prompt \(column task.words\) \(row 1: columns [a-z, ]+\)\); .* name their columns: {path: ",
+        match=(
+            r"1 skipped: no prompt \(column task.words\) \(row 1: columns [a-z, ]+\)\); .* "
+            r"name their columns: {path: "
+        ),
     ):
         load(path, prompt="task.words")
     with pytest.raises(InputError, match=r"1 skipped: no words \(row 1: columns"):
@@ -559,7 +566,8 @@ def one(**more):
         ({"train": []}, "data.train: is empty; give something"),
         (
             {"train": {"a.jsonl": 1}},
-            "data.train: expected text or a list, got {'a.jsonl': 1}; write [{path: a.jsonl, weight: 1, ",
+            "data.train: expected text or a list, got {'a.jsonl': 1}; write [{path: "
+            "a.jsonl, weight: 1, ",
         ),
         ({"train": None}, "data.train: expected text or a list, got null"),
     ],

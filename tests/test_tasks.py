@@ -41,7 +41,7 @@ def here(tmp_path, monkeypatch):
 
 
 def load(here, text="task: my.py\nreward: {allowed_modules: [my.py]}\n", overrides=()):
-    """The config of a tiny model that names a task, with no reward section or template of its own."""
+    """The config of a tiny model that names a task, without a reward section or template."""
     own = "".join(
         line + "\n" for line in CONFIG.splitlines() if not line.startswith(("reward:", "data:"))
     )
@@ -49,7 +49,8 @@ def load(here, text="task: my.py\nreward: {allowed_modules: [my.py]}\n", overrid
     return load_config("c.yaml", ["reward.overlong_buffer_len=10", *overrides])
 
 
-# ------------------------------------------------------------------------------------------------------------ the examples
+# --------------------------------------------------------------------------------------------------
+# ---------- the examples
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,8 @@ def test_the_problems_of_the_second_example(capsys):
     assert 0.4 < sum(s in (-0.5, 1.5) for s in scores) / 200 < 0.6  # in form
 
 
-# ---------------------------------------------------------------------------------------------------------------- configs
+# --------------------------------------------------------------------------------------------------
+# -------------- configs
 
 
 def test_a_task_sets_template_and_function(here):
@@ -145,7 +147,8 @@ NEEDS = 'needs TEMPLATE = "... {prompt} ...": one text in quotes with {prompt} e
 BAD_FILES = {
     "missing": (
         None,
-        "c.yaml: task: my.py: cannot read task (No such file or directory); give the path of a Python file",
+        "c.yaml: task: my.py: cannot read task (No such file or directory); give the "
+        "path of a Python file",
     ),
     "syntax error": (
         "x = 1\ndef reward(:\n",
@@ -183,7 +186,8 @@ def test_a_bad_file_is_one_line(here, case):
     [
         (
             "task: my.py\n",
-            "reward.function: file 'my.py' is not in reward.allowed_modules; add it if you trust it",
+            "reward.function: file 'my.py' is not in reward.allowed_modules; add it if you "
+            "trust it",
         ),
         (
             "task: my.py\nreward: {allowed_modules: [./my.py]}\n",
@@ -208,7 +212,8 @@ def test_a_task_that_is_not_allowed_or_no_file(here, text, expected):
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------- workers
+# --------------------------------------------------------------------------------------------------
+# -------------- workers
 
 
 def section(path="my.py", **changes):
@@ -226,11 +231,13 @@ def item(text):
     [
         (
             None,
-            "reward.function: my.py: cannot read reward (No such file or directory); give the path of a Python file",
+            "reward.function: my.py: cannot read reward (No such file or directory); give "
+            "the path of a Python file",
         ),
         (
             "def reward(:",
-            "reward.function: cannot import 'my.py' (SyntaxError: invalid syntax (my.py, line 1)); correct the name, or fix the file",
+            "reward.function: cannot import 'my.py' (SyntaxError: invalid syntax (my.py, "
+            "line 1)); correct the name, or fix the file",
         ),
         ("1 / 0", "cannot import 'my.py' (ZeroDivisionError: division by zero)"),
         (
@@ -262,7 +269,8 @@ class Rules:
 def reward(problem, text, length):
     if text == "exit":
         os._exit(3)
-    return (text == problem.answer, float(length)) if Rules().exact and text.isdigit() else "very good"
+    exact = Rules().exact and text.isdigit()
+    return (text == problem.answer, float(length)) if exact else "very good"
 """
 
 
@@ -285,7 +293,8 @@ def test_a_file_larger_than_a_sockets_buffer(here):
         assert pool.judge([item("42")]) == [Verdict(True, 1.0)]  # 52 + 50 is even
 
 
-# ------------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------------
+# ----------------- runs
 
 
 @pytest.fixture

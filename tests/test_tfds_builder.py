@@ -95,22 +95,26 @@ def test_batches_of_records(tmp_path, monkeypatch):
 def test_neither_tensorflow_nor_jax_is_needed(source, prepared, tmp_path):
     code = (
         "from importlib.machinery import PathFinder\n"
-        "find, absent = PathFinder.find_spec, ('tensorflow', 'jax', 'torch', 'importlib_resources')\n"
+        "find, absent = PathFinder.find_spec, ('tensorflow', 'jax', 'torch', "
+        "'importlib_resources')\n"
         "PathFinder.find_spec = lambda name, *rest: None if name in absent else find(name, *rest)\n"
         "from dapo_jax.config import ArithmeticConfig\n"
         "from dapo_jax.data.problems import load_problems\n"
         "from dapo_jax.data.tfds_builder import prepare, records\n"
         f"worked = records(iter([['d', {str(prepared)!r}, False]]))\n"
         "assert next(worked) is None and len(list(worked)) == 3\n"
-        f"assert len(load_problems(str(prepare({source!r}, {str(tmp_path)!r})), ArithmeticConfig())[0]) == 3\n"
+        f"assert len(load_problems(str(prepare({source!r}, {str(tmp_path)!r})), "
+        f"ArithmeticConfig())[0]) == 3\n"
     )
     run_python(code)
 
 
 def test_data_is_loaded_without_importing_its_readers(source, prepared):
     code = (
-        "import sys; from dapo_jax.data.problems import load_problems; from dapo_jax.config import ArithmeticConfig;"
-        f"assert len([load_problems(s, ArithmeticConfig()) for s in ({source!r}, {str(prepared)!r})]) == 2;"
+        "import sys; from dapo_jax.data.problems import load_problems; from "
+        "dapo_jax.config import ArithmeticConfig;"
+        f"assert len([load_problems(s, ArithmeticConfig()) for s in ({source!r}, "
+        f"{str(prepared)!r})]) == 2;"
         "sys.exit('tensorflow_datasets' in sys.modules or 'pyarrow' in sys.modules)"
     )
     run_python(code)
