@@ -259,14 +259,6 @@ def answer_row(answer: Answer, policy: Policy) -> dict[str, Any]:
     return row | {"length": len(response.tokens), "truncated": bool(response.truncated)}
 
 
-def accuracies(answers: Sequence[Answer]) -> dict[str, float]:
-    """Share of correct responses by problem, which `dapo_jax.compare` reads."""
-    verdicts: dict[str, list[bool]] = {}
-    for answer in answers:
-        verdicts.setdefault(answer.prompt.problem.id, []).append(answer.verdict.correct)
-    return {problem: float(np.mean(correct)) for problem, correct in verdicts.items()}
-
-
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.evaluate", description=main.__doc__)
     add = parser.add_argument
@@ -322,8 +314,10 @@ def main(argv: list[str] | None = None) -> int:
         results = {"step": step} | {key: getattr(config.eval, key) for key in keys}
         results |= {"verifier": config.reward.verifier, "sets": {}}
         for name, (metrics, answers) in found.items():
-            set_result = {"problems": len(sets[name]), **metrics, "accuracies": accuracies(answers)}
-            results["sets"][name] = set_result
+            ids = [prompt.problem.id for prompt in sets[name]]
+            correct = np.array([answer.verdict.correct for answer in answers]).reshape(len(ids), -1)
+            accuracies = dict(zip(ids, correct.mean(axis=1).tolist(), strict=True))
+            results["sets"][name] = {"problems": len(ids), **metrics, "accuracies": accuracies}
         write_result(args.json, json.dumps(results, indent=2) + "\n")
     if args.samples and multihost.is_main():
         rows = [

@@ -134,8 +134,8 @@ def evals(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     A set whose problems changed, by digest, counts from then on.
     """
     found = {}
-    named = {re.fullmatch(r"eval/([^/]+)/avg", key) for record in records for key in record}
-    for name in sorted(match[1] for match in named if match):
+    keys = {key for record in records for key in record}
+    for name in sorted(key.split("/")[1] for key in keys if re.fullmatch(r"eval/[^/]+/avg", key)):
         avg, se, digest_key = (f"eval/{name}/{key}" for key in ("avg", "avg_se", "digest"))
         measured = [record for record in records if is_number(record.get(avg))]
         if not measured:
@@ -310,7 +310,8 @@ def main(argv: list[str] | None = None) -> int:
     out = files.as_path(args.out) if args.out else run_dirs[0] / "report.html"
     with writing(out):
         files.write_whole(out, page)
-    print(f"wrote {out}: {len(run_dirs)} runs, {len(page) / 1e6:.1f} MB")
+    runs = f"{len(run_dirs)} run{'s' * (len(run_dirs) > 1)}"
+    print(f"wrote {out}: {runs}, {len(page) / 1e6:.1f} MB")
     return 0
 
 
