@@ -96,9 +96,8 @@ def load_study(path: str) -> Study:
     rows: list[Row] = []
     tree = file.base
     for number, row in enumerate(file.ladder):
-        for metric in row.watch:
-            if metric.startswith("eval/") or definition(metric) is None:
-                fail(f"ladder.{number}.watch", f"{metric[:60]} is no metric of a training step")
+        if bad := [m for m in row.watch if m.startswith("eval/") or definition(m) is None]:
+            fail(f"ladder.{number}.watch", f"{bad[0][:60]} is no metric of a training step")
         tree = merge(tree, row.set)
         config = config_from_dict(tree, f"{path}: ladder.{number}")
         short = re.sub(r"[^a-z0-9]+", "_", row.name.lower()).strip("_")
@@ -334,8 +333,8 @@ def draw(study: Study, rows: Sequence[Mapping[int, Curves]]) -> bytes:
 def _band(panel: Any, x: np.ndarray, curves: Any, study: Study, number: int) -> None:
     """Mean and standard error of curves [seeds, n]."""
     curves = np.asarray(curves)
-    mean, scale = curves.mean(axis=0), math.sqrt(len(curves))
-    error = curves.std(axis=0, ddof=1) / scale if len(curves) > 1 else 0 * mean
+    mean, n = curves.mean(axis=0), len(curves)
+    error = curves.std(axis=0, ddof=min(1, n - 1)) / math.sqrt(n)
     look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
     panel.plot(x, mean, label=study.rows[number].name, **look)
     panel.fill_between(x, mean - error, mean + error, color=look["color"], alpha=0.15, linewidth=0)
