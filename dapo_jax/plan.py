@@ -148,8 +148,10 @@ def load_pod(topology: str) -> Pod:
         what = f"expected NAME:AxB or NAME:AxBxC with NAME one of {', '.join(CHIPS)}"
         raise InputError(f"topology {topology!r}: {what}, and *N after it for N slices")
     if importlib.util.find_spec("libtpu") is None:
-        what = "plan needs Google's TPU compiler, which is not installed"
-        raise InputError(f"{what}; `pip install libtpu` (or dapo_jax[plan])")
+        raise InputError(
+            "plan compiles with Google's TPU compiler, which is not installed; "
+            "`pip install libtpu` (or dapo_jax[plan])"
+        )
     name, shape, slices = form[1], form[2], int(form[3] or 1)
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if name == "v4":  # both cores of a chip as one device, as in training

@@ -149,7 +149,8 @@ def test_imposed_lengths():
 
 def test_update():
     _, result = run(
-        f"update --rows 2 --row-len 32 --responses 5 --prompt-len 4 --max-response-len 12 --family llama {MODEL}"
+        "update --rows 2 --row-len 32 --responses 5 --prompt-len 4 --max-response-len 12 "
+        f"--family llama {MODEL}"
     )
     assert (
         result["benchmark"] == "update"
@@ -179,7 +180,8 @@ def test_draw():
     three times the groups wanted.
     """
     _, result = run(
-        f"draw --slots 4 --groups 3 --group 2 --prompt-len 4 --max-response-len 8 --median 3 --keep-rate 0.3 {MODEL}",
+        "draw --slots 4 --groups 3 --group 2 --prompt-len 4 --max-response-len 8 --median 3 "
+        f"--keep-rate 0.3 {MODEL}",
         *SAMPLING,
     )
     batches, streaming = result["modes"]["generate_then_filter"], result["modes"]["streaming"]
@@ -201,8 +203,8 @@ def test_host():
     """Every response is fetched, in one or two transfers a segment; a quarter of them are decoded;
     half of the groups are packed.
     """
-    sizes = "--processes 4 --responses 64 --group 4 --slots 16 --prompt-len 4 --max-response-len 200 --median 30"
-    lines, result = run(f"host {sizes}", *SAMPLING)
+    job, lengths = "--processes 4 --responses 64 --group 4 --slots 16", "--max-response-len 200"
+    lines, result = run(f"host {job} --prompt-len 4 {lengths} --median 30", *SAMPLING)
     parts, segments = result["parts"], result["segments"]
     assert list(parts) == ["fetch", "decode", "judge", "group", "pack"] and len(lines) == 7
     assert (

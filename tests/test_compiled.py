@@ -73,7 +73,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %call-done = bf16[32]{0} async-done(%call-start), calls=%async_computation
   ROOT %all-to-all.1 = f32[8]{0} all-to-all(%a), channel_id=6, replica_groups={}, dimensions={0}
 }
-"""
+"""  # noqa: E501
 
 
 def test_sent_bytes_by_hand():
@@ -96,7 +96,8 @@ def test_bytes_between_slices_by_hand():
     slices, in a scan of 6.
     """
     sends = "".join(
-        f"  %send.{i} = (f32[{size}]{{0:T(128)}}, u32[]{{:S(2)}}, token[]) send(%a, %b), channel_id={i}, is_host_transfer=true, "
+        f"  %send.{i} = (f32[{size}]{{0:T(128)}}, u32[]{{:S(2)}}, token[]) send(%a, %b), "
+        f"channel_id={i}, is_host_transfer=true, "
         'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
         f'_xla_megascale_target="{{1,2,3}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}\n'
         for i, (size, kind) in enumerate(
@@ -141,7 +142,8 @@ def test_a_program_of_this_machine():
 def test_a_refusal_is_read():
     """As libtpu 0.0.52 writes it."""
     message = (
-        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (109.96G) "
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (109.96G) "
         "exceeds available HBM (15.75G). HLO module: jit_update_step."
     )
     assert refused_bytes(message) == int(109.96 * 2**30)
@@ -161,7 +163,7 @@ def test_what_does_not_fit_is_an_answer():
     class Lowered:
         def compile(self, options):
             raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: CompileTimeHbmOom: HLO temporaries (2.5G) exceeds available HBM (1G)"
+                "RESOURCE_EXHAUSTED: CompileTimeHbmOom: temporaries (2.5G) exceeds available HBM"
             )
 
     found = compile_program(Lowered(), np.int64(7))

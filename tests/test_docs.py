@@ -59,7 +59,7 @@ def test_configs_and_scripts_that_are_named_exist(page):
         assert (ROOT / path).exists(), path
 
 
-# ----------------------------------------------------------------------------------------------------------- messages
+# ----------------------------------------------------------------------------------------- messages
 
 
 def texts_of(file: Path) -> list[str]:
@@ -93,7 +93,7 @@ def test_a_quoted_message_is_one_that_the_program_has(message):
     assert any(re.search(form, text, re.DOTALL) for text in TEXTS)
 
 
-# --------------------------------------------------------------------------------------------------------------- code
+# --------------------------------------------------------------------------------------------- code
 
 CODE = re.findall(
     r"```python\n# (\S+): (.+?)\n(.*?)```", (ROOT / "docs/algorithm.md").read_text(), re.DOTALL

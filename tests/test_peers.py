@@ -5,8 +5,9 @@ Measured in float32, the worst of all cases, as the norm of the difference over 
 peer gave:
 
     Liger  loss 1.6e-7, gradient in the hidden states 3.5e-7, in the head 4.4e-7
-    verl   loss 2.7e-7, loss of any one token 7e-8, gradient in the log-probs 3e-8, advantages 1.2e-7
-    TRL    loss 7e-7, gradient of all parameters 8e-7, of any one 1.7e-6 (both through whole models, which differ by as much)
+    verl   loss 2.7e-7, loss of any one token 7e-8, gradient in log-probs 3e-8, advantages 1.2e-7
+    TRL    loss 7e-7, gradient of all parameters 8e-7, of any one 1.7e-6 (both through whole
+           models, which differ by as much)
 
 Where a peer deviates from the paper, or from the others, a test says so.
 """
@@ -94,9 +95,9 @@ def token_losses(logprobs, batch, algo):
     return dapo_token_loss(logprobs, batch.old_logprobs, batch.advantages, **eps)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the goldens hold
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -198,9 +199,9 @@ def responses_counted(case):
     return 8 / 9 if case["filtered"] and case["normalizer"] == "seq-mean-token-mean" else 1.0
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Liger: hidden states and head
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnames="algo")
@@ -238,9 +239,9 @@ def test_liger(i):
     assert gap(d_head * scale, LIGER["d_head"][i]) < BOUND
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # verl: log-probs
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def verl_loss(case, normalizer=None):
@@ -307,9 +308,9 @@ def test_advantages_of_verl():
     np.testing.assert_allclose(found, VERL["advantages_of_rewards"], rtol=0, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # TRL: a whole model
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def model_loss(params, batch, algo):

@@ -340,19 +340,24 @@ from dapo_jax import plan
 from dapo_jax.config import MeshSection, load_config
 from dapo_jax.runtime.mesh import make_mesh
 plan._compile_for_other_machines()
-names = ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:16x16", "tpu7x:2x2x1", "v4:2x2x1*2", "tpu7x:2x2x1*2", "v5e:2x4*2")
+names = ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:16x16", "tpu7x:2x2x1")
+names += ("v4:2x2x1*2", "tpu7x:2x2x1*2", "v5e:2x4*2")
 pods = [plan.load_pod(name) for name in names]
 mesh = make_mesh(MeshSection(1, 32, 8), pods[3].devices)
-print(json.dumps([[[p.chips, len(p.devices), p.chip.hbm_bytes] for p in pods], len({{d.id for d in mesh.devices.flat}})]))
-for refused in (lambda: plan.load_pod("v5e:3x77"), lambda: make_mesh(MeshSection(1, 8, 2), pods[-1].devices)):
+sizes = [[p.chips, len(p.devices), p.chip.hbm_bytes] for p in pods]
+print(json.dumps([sizes, len({{d.id for d in mesh.devices.flat}})]))
+undivided = lambda: make_mesh(MeshSection(1, 8, 2), pods[-1].devices)
+for refused in (lambda: plan.load_pod("v5e:3x77"), undivided):
     try:
         refused()
     except plan.InputError as e:
         print(e)
 config = load_config("{SMALLEST}", ["mesh.data=2", "train.rows_per_microbatch=8"])
-(insert,) = plan.compile_all(config, pods[-1], plan.Lengths(128, 768, 0.5), ["insert"], lambda line: None)
+lengths = plan.Lengths(128, 768, 0.5)
+(insert,) = plan.compile_all(config, pods[-1], lengths, ["insert"], lambda line: None)
 mesh = make_mesh(config.mesh, pods[-1].devices)
-prefill = next(p for p in plan.programs(config, plan.load_model(config), mesh, plan.Lengths(128, 768, 0.5)) if p.name == "prefill")
+found = plan.programs(config, plan.load_model(config), mesh, lengths)
+prefill = next(p for p in found if p.name == "prefill")
 print(json.dumps([insert.between_slices, "tpu_custom_call" in prefill.lower().as_text()]))
 """
     done = run("-c", code, cwd=tmp_path)
