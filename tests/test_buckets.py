@@ -327,7 +327,8 @@ def test_without_network_it_is_one_line_and_status_2(empty, config, monkeypatch,
 
 
 def test_without_gcsfs_it_is_one_line():
-    code = f"import sys; sys.modules['gcsfs'] = None; from dapo_jax.runtime import files; files.run_folder({RUN!r})"
+    code = "import sys; sys.modules['gcsfs'] = None; from dapo_jax.runtime import files; "
+    code += f"files.run_folder({RUN!r})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

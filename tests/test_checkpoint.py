@@ -101,7 +101,7 @@ def restored(folder: Path, grid: tuple[int, int] = (2, 4)):
         return checkpoints.restore(abstract(make_state(0), grid))
 
 
-# ----------------------------------------------------------------------------------------------------- what comes back
+# ---------------------------------------------------------------------------------- what comes back
 
 
 @pytest.mark.parametrize("grid", [(2, 4), (1, 1), (4, 1), (1, 8)])
@@ -223,7 +223,7 @@ def test_a_state_that_is_not_finite_is_not_saved(folder, value):
         assert checkpoints.steps() == [5, 3]
 
 
-# -------------------------------------------------------------------------------------------------------------- digest
+# ------------------------------------------------------------------------------------------- digest
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "bool"])
@@ -270,7 +270,7 @@ def test_digest_sees_two_elements_swapped():
     assert a != b
 
 
-# -------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def all_files(folder: Path) -> list[Path]:
@@ -399,7 +399,7 @@ def test_params_do_not_need_an_intact_optimizer(folder):
     assert restore_params(folder, abstract(make_state(0)).params)[0] == 5
 
 
-# ------------------------------------------------------------------------------------------------------------- refused
+# ------------------------------------------------------------------------------------------ refused
 
 
 def test_all_bad_is_refused_and_left_alone(folder):
@@ -466,7 +466,7 @@ def test_params_of_a_folder_without_checkpoints(tmp_path):
             restore_params(folder, make_state(0).params)
 
 
-# ---------------------------------------------------------------------------------------------------------------- disk
+# --------------------------------------------------------------------------------------------- disk
 
 
 def test_a_folder_that_cannot_be(tmp_path):
@@ -487,7 +487,8 @@ FULL_DISK = """
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    state = TrainState({name: jnp.asarray(np.random.default_rng(0).normal(size=20_000)) for name in "abcde"}, (), jnp.int32(0))
+    leaf = jnp.asarray(np.random.default_rng(0).normal(size=20_000))
+    state = TrainState(dict.fromkeys("abcde", leaf), (), jnp.int32(0))
 
     for how, limit in (("leave", 50_000), ("save", 50_000), ("raise", 50_000), ("at once", 100)):
         folder = sys.argv[1] + "/" + how
@@ -554,7 +555,7 @@ def test_a_folder_that_refuses_a_step_leaves_no_thread_waiting(folder, monkeypat
     assert restored(folder).step == 5
 
 
-# -------------------------------------------------------------------------------------------------------------- forged
+# ------------------------------------------------------------------------------------------- forged
 
 
 def forge(step: Path, change) -> None:

@@ -13,8 +13,9 @@ from dapo_jax.runtime.curves import plot_curves
 from dapo_jax.types import InputError
 
 KEYS = (
-    "reward/accuracy reward/mean reward/overlong_penalty_mean rollout/response_len_mean rollout/truncated_fraction policy/entropy "
-    "filter/kept_fraction filter/all_correct filter/all_wrong policy/clip_fraction_low policy/clip_fraction_high policy/approx_kl"
+    "reward/accuracy reward/mean reward/overlong_penalty_mean rollout/response_len_mean "
+    "rollout/truncated_fraction policy/entropy filter/kept_fraction filter/all_correct "
+    "filter/all_wrong policy/clip_fraction_low policy/clip_fraction_high policy/approx_kl"
 ).split()
 
 

@@ -31,7 +31,8 @@ def save(run, **rest):
     if run.at.step == 2 and jax.process_index() == 1:
         leaf = run.state.params["final_norm"]["scale"]
         shard = leaf.addressable_data(0) + 1e-3
-        run.state.params["final_norm"]["scale"] = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [shard])
+        changed = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [shard])
+        run.state.params["final_norm"]["scale"] = changed
     plain(run, **rest)
 
 train.save = save

@@ -257,7 +257,8 @@ def test_what_is_wrong_is_said_before_a_device_works(tmp_path, monkeypatch, kind
     bucket = as_path("gs://bucket/run")
     with pytest.raises(
         InputError,
-        match="gs://bucket/run, and a bucket cannot hold them; set (WANDB_MODE=online|MLFLOW_TRACKING_URI)",
+        match="gs://bucket/run, and a bucket cannot hold them; "
+        "set (WANDB_MODE=online|MLFLOW_TRACKING_URI)",
     ):
         check_tracker(kind, bucket)
     monkeypatch.setenv("WANDB_MODE", "online")
