@@ -251,7 +251,7 @@ def test_unpacking_gives_the_items_back(sizes, rows_per_microbatch, extra, seed)
     for field, small in zip(batch, fewest, strict=True):
         assert field.shape == (stats.used_microbatches + extra, rows_per_microbatch, 16)
         np.testing.assert_array_equal(field[: stats.used_microbatches], small)
-    dtypes = [np.int32] * 3 + [np.bool_] + [np.float32] * 4
+    dtypes = [np.int32] * 3 + [np.bool_] + [np.float32] * 4 + [np.bool_]
     assert [field.dtype for field in batch] == dtypes
     assert sorted(unpack(batch)) == sorted(map(as_tuple, items))
 
