@@ -176,6 +176,9 @@ def epoch_order(count: int, *, seed: int, epoch: int, stream: int = 0) -> np.nda
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
+Order = Callable[..., np.ndarray]  # the draws of an `epoch`
+
+
 class Cursor(NamedTuple):
     """A place in the endless sequence of epochs."""
 
@@ -184,17 +187,11 @@ class Cursor(NamedTuple):
 
 
 def advance(
-    cursor: Cursor,
-    count: int,
-    take: int,
-    *,
-    seed: int,
-    order: Callable[..., np.ndarray] | None = None,
+    cursor: Cursor, count: int, take: int, *, seed: int, order: Order | None = None
 ) -> tuple[np.ndarray, Cursor]:
     """The next `take` of `count` problems as indices, int64 [take], and the cursor after them.
 
-    Each problem comes once an epoch. order: the `count` draws of an `epoch`, instead of
-    `epoch_order`.
+    Each problem comes once an epoch. order: instead of `epoch_order`.
     """
     if count < 1:
         raise ValueError("advance needs at least one problem")

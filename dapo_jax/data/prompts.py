@@ -27,11 +27,7 @@ if typing.TYPE_CHECKING:
 _OTHER = "use another tokenizer"  # what to do
 _PAD, _END = "<|pad|>", "<|end|>"
 _CONVERT = "AutoTokenizer.from_pretrained('.').save_pretrained('.') of transformers in that folder"
-_CHECKED = (
-    "Hello, world! Don't 12345+6.7=\\frac{1}{2}",
-    "  two\n\n\tlines;\r\n}",
-    "naï 北京 пр 😀",
-)
+_CHECKED = ("Hello, world! Don't 1234+5.6=\\frac{1}{2}", "  two\n\n\tlines;\r\n} naïve 北京 😀")
 _ANSWER = "FORTYTWO"  # of the assistant, to find the end of its turn
 _MAX_CHARS = 1 << 20  # of that conversation
 _SHOWN_TOKENS = 4  # in a message
@@ -278,7 +274,7 @@ def prompt_lengths(
     problems: Sequence[Problem], tokenizer: "Tokenizer", section: DataSection
 ) -> tuple[np.ndarray, int, list[str]]:
     """Tokens of every prompt of `make_prompts`, int64 [Q]; how many it leaves out for which control
-    tokens. A text of more characters than `section.max_prompt_len` tokens have counts one more."""
+    tokens. A text that no `section.max_prompt_len` tokens can hold counts one token more."""
     clean, markup = _without_control_tokens(problems, tokenizer)
     too_long = section.max_prompt_len + 1
     tokens = _tokenised(clean, tokenizer, section)
