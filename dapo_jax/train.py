@@ -96,9 +96,8 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     lora, dtype = config.model.lora, policy.model.compute_dtype
     model = setup.adapted(policy.model, lora)
     programs = train_programs(model, mesh, algo, config.optim, config.rollout.temperature)
-    publish = programs.publish
-    if lora is None and published_as_it_is(programs.state.params, mesh, dtype):
-        publish = _as_it_is
+    same = lora is None and published_as_it_is(programs.state.params, mesh, dtype)
+    publish = (lambda params: params) if same else programs.publish
     engine = setup.make_engine(config, policy, mesh, setup.train_sampling(config))
     eval_engine = setup.make_engine(config, policy, mesh, eval_sampling(config.eval))
 
@@ -183,10 +182,6 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         console.result(f"{done}, {where}{last_accuracies(run_dir)}")
 
 
-def _as_it_is(params: Params) -> Params:
-    return params
-
-
 # ---- Data ----
 
 
@@ -258,14 +253,10 @@ def warm_up_run(
 
 def last_accuracies(run_dir: Folder) -> str:
     """The last held-out accuracy of each set, for the end of a line."""
-    last: dict[str, Any] = {}
-    for record in read_metrics(run_dir):
-        last |= {key: value for key, value in record.items() if key.startswith("eval/")}
-    text = ""
-    for key in last:
-        if key.endswith("/avg"):
-            text += f"; {key.split('/')[1]} {last[key]:.3f} ± {last.get(f'{key}_se', 0):.3f}"
-    return text
+    last = {key: value for record in read_metrics(run_dir) for key, value in record.items()}
+    keys = [key for key in last if key.startswith("eval/") and key.endswith("/avg")]
+    shown = [f"{k.split('/')[1]} {last[k]:.3f} ± {last.get(f'{k}_se', 0):.3f}" for k in keys]
+    return "".join(f"; {text}" for text in shown)
 
 
 # ---- Is it the same run? ----

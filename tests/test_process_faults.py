@@ -25,17 +25,17 @@ ASTRAY = """
 import jax, sys
 from dapo_jax import cli, train
 
-plain = train.save
+plain = train.RunStore.save
 
-def save(run, **rest):
-    if run.at.step == 2 and jax.process_index() == 1:
+def save(store, run):
+    if run.progress.step == 2 and jax.process_index() == 1:
         leaf = run.state.params["final_norm"]["scale"]
         shard = leaf.addressable_data(0) + 1e-3
         changed = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [shard])
         run.state.params["final_norm"]["scale"] = changed
-    plain(run, **rest)
+    plain(store, run)
 
-train.save = save
+train.RunStore.save = save
 cli.run(train.main, sys.argv[1:])
 """
 

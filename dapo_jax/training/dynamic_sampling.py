@@ -39,6 +39,8 @@ from dapo_jax.runtime.metrics import timed
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import Group, Params, Prompt, Request, Response, Verdict
 
+Times = dict[str, float]
+
 VERDICT_DELAY = 2  # segments that workers have before decoding waits for them
 
 _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32))
@@ -229,9 +231,7 @@ class DynamicSampler:
     seed: int
     bars: bool = False
 
-    def draw(
-        self, params: Params, state: DrawState, missing: int, times: dict[str, float]
-    ) -> Drawn:
+    def draw(self, params: Params, state: DrawState, missing: int, times: Times) -> Drawn:
         """Draws until `missing` groups are informative (without dynamic sampling: have a verdict),
         or the cap on draws is reached.
 
@@ -263,12 +263,7 @@ class _StepDraw:
     """The groups of one step while they are drawn."""
 
     def __init__(
-        self,
-        sampler: DynamicSampler,
-        stream: Stream,
-        state: DrawState,
-        missing: int,
-        times: dict[str, float],
+        self, sampler: DynamicSampler, stream: Stream, state: DrawState, missing: int, times: Times
     ):
         algo = sampler.algo
         self.sampler, self.stream, self.state = sampler, stream, state
@@ -281,9 +276,7 @@ class _StepDraw:
         self.by_draw: dict[int, OpenGroup] = {}
         self.verdicts: list[Verdict] = []
         # segment from which verdicts are used, requests, verdicts
-        self.judging: collections.deque[tuple[int, list[Request], PendingVerdicts]] = (
-            collections.deque()
-        )
+        self.judging = collections.deque[tuple[int, list[Request], PendingVerdicts]]()
         self._submit([group.copy() for group in state.open])
 
     def _submit(self, groups: Sequence[OpenGroup]) -> None:

@@ -23,16 +23,9 @@ from dapo_jax.config import (
 )
 from dapo_jax.dapo.packing import max_microbatches
 from dapo_jax.data.prompts import check_embedded, load_tokenizer, prompts_digest, stop_tokens
+from dapo_jax.model import weights
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.model.lora import join, merge, split
-from dapo_jax.model.weights import (
-    DESCRIPTION_FILES,
-    WEIGHT_FILES,
-    check_pretrained,
-    file_digests,
-    load_model_config,
-    load_pretrained,
-)
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import checkpoint, multihost
@@ -111,7 +104,7 @@ def with_commit(config: Config, run_dir: Folder | None = None) -> Config:
         return config
     if run_dir is not None and (stored := stored_config(run_dir)):
         name = same_commit(name, stored.model.folder)
-    name = local_model(name, DESCRIPTION_FILES).name
+    name = local_model(name, weights.DESCRIPTION_FILES).name
     return dataclasses.replace(config, model=dataclasses.replace(config.model, folder=name))
 
 
@@ -121,8 +114,8 @@ def load_policy(config: Config, source: str | None = None) -> Policy:
     """
     source, folder = source or config.model.folder, None
     if source:
-        source, folder = local_model(source, DESCRIPTION_FILES)
-    model = load_model_config(folder) if folder else config.model.architecture
+        source, folder = local_model(source, weights.DESCRIPTION_FILES)
+    model = weights.load_model_config(folder) if folder else config.model.architecture
     assert model is not None  # the config's own check
     model = with_computation(config, model)
     tokenizer = load_tokenizer(folder)
@@ -150,7 +143,7 @@ def check_started_alike(
             | {package: multihost.version(package) for package in packages}
             | flatten(to_dict(config))
             | {"the model": policy.source}
-            | _file_facts(policy.folder, DESCRIPTION_FILES)
+            | _file_facts(policy.folder, weights.DESCRIPTION_FILES)
             | dict(facts)
             | {f"the digest of {name}": prompts_digest(prompts) for name, prompts in sets.items()}
         )
@@ -160,18 +153,18 @@ def check_started_alike(
 
 def check_weights(folder: str) -> None:
     """Raises InputError unless the folder's weights are readable and the same on every process."""
-    check_pretrained(folder)
-    multihost.check_alike(lambda: _file_facts(folder, WEIGHT_FILES))
+    weights.check_pretrained(folder)
+    multihost.check_alike(lambda: _file_facts(folder, weights.WEIGHT_FILES))
 
 
 def _file_facts(folder: str | None, patterns: tuple[str, ...]) -> dict[str, str]:
-    digests = file_digests(folder, patterns) if folder else {}
+    digests = weights.file_digests(folder, patterns) if folder else {}
     return {f"the digest of the model's {name}": digest for name, digest in digests.items()}
 
 
 def weights_folder(policy: Policy) -> str | None:
     """The local folder of the weights, downloaded if needed; None for random weights."""
-    files = (*DESCRIPTION_FILES, *WEIGHT_FILES)
+    files = (*weights.DESCRIPTION_FILES, *weights.WEIGHT_FILES)
     return local_model(policy.source, files).folder if policy.source else None
 
 
@@ -187,7 +180,7 @@ def load_params(
     if not (folder := weights_folder(policy)):
         return jax.jit(functools.partial(init, model), out_shardings=shardings)(key)
     check_weights(folder)
-    loaded = load_pretrained(folder)[1]
+    loaded = weights.load_pretrained(folder)[1]
     if lora is None:
         return jax.tree.map(put, loaded, shardings)
     places, frozen_places = split(shardings, lora)
@@ -232,19 +225,18 @@ def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Pa
 
 def check_same_model(run: ModelSection, policy: Policy, run_dir: Folder) -> None:
     """Raises ConfigError unless the policy has the run's architecture. The folder may move."""
-    differing = []
-    if (run.folder is None) != (policy.source is None):
-        differing.append(("model.folder", run.folder, policy.source))
-    if run.architecture is not None:
-        for field in dataclasses.fields(Architecture):
-            was, now = (getattr(m, field.name) for m in (run.architecture, policy.model))
-            if was != now:
-                differing.append((f"model.architecture.{field.name}", was, now))
-    for key, was, now in differing:
-        raise ConfigError(
-            f"{key}: is {now!r}, but {run_dir} was trained with {was!r}; "
-            f"set it back, or give --config {run_dir}/config.yaml"
-        )
+    pairs = [("model.folder", run.folder, policy.source)]
+    if (run.folder is None) == (policy.source is None):
+        pairs = []
+    for field in dataclasses.fields(Architecture) if run.architecture else ():
+        was, now = (getattr(model, field.name) for model in (run.architecture, policy.model))
+        pairs += [(f"model.architecture.{field.name}", was, now)]
+    for key, was, now in pairs:
+        if was != now:
+            raise ConfigError(
+                f"{key}: is {now!r}, but {run_dir} was trained with {was!r}; set it back, or give "
+                f"--config {run_dir}/config.yaml"
+            )
 
 
 def check_adapters(section: ModelSection) -> None:
