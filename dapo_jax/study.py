@@ -2,15 +2,7 @@
 
     python -m dapo_jax.study --config configs/study_arithmetic_cpu.yaml --out runs/study
 
-The YAML file holds
-
-    base: {...}              a config, as for dapo_jax.train
-    warm_up: {...}           overrides of the base for the supervised warm-up that all rows share
-    seeds: [0, 1, 2, 3]
-    target_accuracy: 0.25    held-out accuracy of `steps to target`
-    ladder:                  each row's `set` is merged into the config of the row above
-      - {name: naive GRPO, set: {dapo: {...}}, watch: [policy/entropy]}
-
+The YAML file has the keys of `StudyFile`; a row's `set` is merged into the config of the row above.
 <out>/warm/<seed>/ gets the warmed-up policy, <out>/runs/<row>/<seed>/ a run folder as any other,
 <out>/table.md and figure.png means over seeds with standard errors. The same command resumes: it
 skips complete runs. Several commands may share the seeds between them. Rows, seeds and train.steps
@@ -19,6 +11,7 @@ may be added; a run of another config is refused.
 
 import argparse
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,7 +55,7 @@ class StudyFile:
     base: Mapping[str, Any] = field(MISSING, "config of the first row")
     seeds: tuple[int, ...] = field(MISSING, "every row is trained with each", min_length=1)
     target_accuracy: float = field(MISSING, "held-out accuracy of `steps to target`", gt=0, le=1)
-    ladder: tuple[LadderRow, ...] = field(MISSING, "rows", min_length=1)
+    ladder: tuple[LadderRow, ...] = field(MISSING, "rows, each added to the last", min_length=1)
     warm_up: Mapping[str, Any] | None = field(None, "overrides of the base for the warm-up")
 
 
@@ -205,11 +198,11 @@ def evaluated(run: Curves, key: str) -> np.ndarray:
 
 def read_runs(study: Study, out: Path) -> list[dict[int, Curves]]:
     """The complete runs of each row by seed."""
-    rows: list[dict[int, Curves]] = []
-    for row in study.rows:
-        found = {seed: out / "runs" / row.key / str(seed) for seed in study.seeds}
-        complete = [s for s, folder in found.items() if last_step(folder) == row.config.train.steps]
-        rows.append({seed: read_curves(found[seed]) for seed in complete})
+    rows: list[dict[int, Curves]] = [{} for _ in study.rows]
+    for (i, row), seed in itertools.product(enumerate(study.rows), study.seeds):
+        folder = out / "runs" / row.key / str(seed)
+        if last_step(folder) == row.config.train.steps:
+            rows[i][seed] = read_curves(folder)
     return rows
 
 
