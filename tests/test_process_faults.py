@@ -162,11 +162,10 @@ def test_a_job_that_loses_processes_ends_soon_and_goes_on(shared, whole):
 
     job = Job(folder, 2, "step:1=hang@1", "train.stall_timeout_s=5")
     assert all(status not in (0, None) for status in job.ends())
-    assert (
-        "process 1 of 2" in job.said(1)
-        and "no progress for 5 s in step 1" in job.said(1)
-        and "faults.py" in job.said(1)
-    )
+    # The watchdogs of both race: the first to end its process takes the other along.
+    stalled = [i for i in (0, 1) if "no progress for 5 s in step 1" in job.said(i)]
+    assert stalled and all(f"process {i} of 2" in job.said(i) for i in stalled)
+    assert 1 not in stalled or "faults.py" in job.said(1)
 
     job = Job(folder, 2)
     assert job.ends() == [0, 0], job.said(0)[-2000:]
