@@ -782,7 +782,7 @@ def test_a_reward_function_that_gives_no_verdicts(
         x for s in (*settings, "eval.max_problems=3", "reward.memory_mb=512") for x in ("--set", s)
     )
     monkeypatch.setattr(
-        evaluate,
+        evaluate.setup,
         "load_params",
         lambda *_: pytest.fail("a model is loaded before the function is tried"),
     )
