@@ -30,7 +30,7 @@ from dapo_jax.config import Config, ConfigError, ModelConfig, load_config
 from dapo_jax.evaluate import eval_sampling
 from dapo_jax.model import flops
 from dapo_jax.model.weights import load_model_config
-from dapo_jax.rollout.sampler import Arrivals
+from dapo_jax.rollout.sampler import Arrivals, Until
 from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
 from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, compile_program, device_bytes
 from dapo_jax.runtime.files import local_model, write_result
@@ -271,7 +271,7 @@ def _rollout_programs(
     decode = Program(
         "decode step",
         functions.decode,
-        (weights, state, number, number, number),
+        (weights, state, Until(number, number, number)),
         resident + device_bytes(prefilled),
         Work(step, step, slots, traffic),
         max(responses * lengths.response / slots, config.rollout.max_response_len),

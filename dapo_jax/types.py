@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-Array = Any
 Params = Mapping[str, Any]  # nested dict of arrays
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from dapo_jax.config import MeshSection
 from dapo_jax.model import attention
 from dapo_jax.model.attention import (
+    Cache,
     Window,
     _over_mesh,
     attend,
@@ -23,7 +24,9 @@ from dapo_jax.model.attention import (
 from dapo_jax.runtime.mesh import make_mesh
 
 run = jax.jit(attend)
-run_cached = jax.jit(attend_cached)
+run_cached = jax.jit(
+    lambda q, k, v, *cache, lengths: attend_cached(q, k, v, Cache(*cache), lengths)
+)
 
 N, T, HEADS, KV_HEADS, WIDTH = 2, 9, 4, 2, 6
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0], [1, 1, 1, 1, 1, 1, 0, 0, 0]])
@@ -107,8 +110,11 @@ def test_gradients_reach_only_what_is_seen():
 def test_the_cached_form_is_the_last_row_of_the_whole_one(garbage, on):
     q, k, v = qkv()
     whole = plain(q, k, v, np.ones((N, T), np.int32), 3 if on else T)
+    window = None if on is None else Window(3, jnp.asarray(on))
     run_cached = jax.jit(
-        functools.partial(attend_cached, window=None if on is None else Window(3, jnp.asarray(on)))
+        lambda q, k, v, old_k, old_v, lengths: attend_cached(
+            q, k, v, Cache(old_k, old_v), lengths, window
+        )
     )
     cache_k, cache_v = (np.moveaxis(x, 1, 2).copy() for x in (k, v))  # [B, K, S, h]
     for lengths in ([0, 8], [5, 3]):
@@ -144,14 +150,16 @@ def test_attention_over_an_8_bit_cache_is_that_over_what_its_numbers_stand_for()
         np.asarray(x, np.float32) * np.asarray(s)[..., None]
         for x, s in ((k8, scale_k), (v8, scale_v))
     )
-    expected = run_cached(q[at], k[at], v[at], wide_k, wide_v, lengths)
+    expected = run_cached(q[at], k[at], v[at], wide_k, wide_v, lengths=lengths)
     np.testing.assert_allclose(
-        run_cached(q[at], k[at], v[at], k8, v8, lengths, scale_k, scale_v),
+        run_cached(q[at], k[at], v[at], k8, v8, scale_k, scale_v, lengths=lengths),
         expected,
         rtol=0,
         atol=2e-6,
     )
-    exact = run_cached(q[at], k[at], v[at], *(np.moveaxis(x, 1, 2) for x in (k, v)), lengths)
+    exact = run_cached(
+        q[at], k[at], v[at], *(np.moveaxis(x, 1, 2) for x in (k, v)), lengths=lengths
+    )
     assert 1e-4 < np.abs(expected - exact).max() < 0.03
 
 

@@ -15,7 +15,7 @@ import tiny
 from dapo_jax import rollout
 from dapo_jax.config import MeshSection
 from dapo_jax.model.decoder import abstract_params
-from dapo_jax.rollout.engine import Engine
+from dapo_jax.rollout.engine import Engine, Limits
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.runtime.multihost import fetch
@@ -37,8 +37,8 @@ REQUESTS = [
 def make_engine(slots, layout, model=MODEL, **options):
     """An engine, and the weights as it wants them."""
     mesh = make_mesh(MeshSection(*layout), jax.devices()[: np.prod(layout)])
-    sizes = {"slots": slots, "max_prompt_len": PROMPT, "max_response_len": RESPONSE}
-    engine = Engine(model, Sampling(1.0, 0.95), STOP, **sizes, mesh=mesh, fetch=fetch, **options)
+    limits = Limits(slots, PROMPT, RESPONSE, **options)
+    engine = Engine(model, Sampling(1.0, 0.95), STOP, limits, mesh=mesh, fetch=fetch)
     return engine, publisher(abstract_params(model), mesh, "float32")(tiny.params(model))
 
 
@@ -101,6 +101,22 @@ def test_a_response_does_not_depend_on_its_slot_or_on_its_neighbours(single, res
         engine.generate(params, [REQUESTS[i] for i in order], SEED), [responses[i] for i in order]
     )
     assert_same(engine.generate(params, REQUESTS[6:7], SEED), responses[6:7])
+
+
+def test_the_decode_loop_moves_nothing_between_host_and_device(single, responses):
+    engine, params = single
+    programs = engine.programs
+
+    def guarded(params, state, until, **sizes):
+        until = jax.device_put(until)
+        with jax.transfer_guard("disallow"):
+            return programs.decode(params, state, until, **sizes)
+
+    engine.programs = programs._replace(decode=guarded)
+    try:
+        assert_same(engine.generate(params, REQUESTS[:3], SEED), responses[:3])
+    finally:
+        engine.programs = programs
 
 
 @pytest.mark.parametrize("slots", [0, 3, 6])
@@ -242,13 +258,13 @@ def test_of_a_response_the_blocks_that_hold_tokens_are_fetched_and_many_at_a_tim
 def test_ragged_prompts_and_responses_compile_few_programs_and_a_second_time_none(caplog):
     rng = np.random.default_rng(3)
     mesh = make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
-    sizes = {"slots": 4, "max_prompt_len": 60, "max_response_len": 140}
-    engine = Engine(MODEL, Sampling(), (), **sizes, mesh=mesh, fetch=fetch)
+    limits = Limits(slots=4, max_prompt_len=60, max_response_len=140)
+    engine = Engine(MODEL, Sampling(), (), limits, mesh=mesh, fetch=fetch)
     params = publisher(abstract_params(MODEL), mesh, "float32")(tiny.params(MODEL))
-    limits = rng.integers(1, 141, 60)
+    lengths = rng.integers(1, 141, 60)
     requests = [
         Request(i, 0, rng.integers(5, 40, rng.integers(1, 61)).astype(np.int32), limit=int(n))
-        for i, n in enumerate(limits)
+        for i, n in enumerate(lengths)
     ]
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         first = engine.generate(params, requests, SEED)
@@ -257,7 +273,7 @@ def test_ragged_prompts_and_responses_compile_few_programs_and_a_second_time_non
         assert not compiled(caplog)
         engine.generate(params, requests[::-1], SEED)  # meets other lengths side by side
         count += compiled(caplog)
-    assert [len(r.tokens) for r in first] == limits.tolist() and all(r.truncated for r in first)
+    assert [len(r.tokens) for r in first] == lengths.tolist() and all(r.truncated for r in first)
     # Prompts are read in widths of 16, 32 and 60; caches in lengths of 64, 128, 192 and 200, by 4,
     # 2 slots or 1.
     assert count["prefill"] <= 3 and count["insert"] <= 3 and 4 <= count["decode"] <= 12

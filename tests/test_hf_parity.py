@@ -13,7 +13,7 @@ from dapo_jax.dapo.loss import batch_logprobs
 from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets
 from dapo_jax.model.decoder import abstract_params, apply
 from dapo_jax.model.weights import load_pretrained
-from dapo_jax.rollout.engine import Engine
+from dapo_jax.rollout.engine import Engine, Limits
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.runtime.multihost import fetch
@@ -175,8 +175,8 @@ def test_greedy_sampling(golden):
     """Prompts of two lengths at once, through the engine: prefill, cache and decode steps."""
     config, params, g = golden
     mesh = make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
-    sizes = {"slots": 2, "max_prompt_len": 8, "max_response_len": 12}
-    engine = Engine(config, Sampling(temperature=0.0), (), **sizes, mesh=mesh, fetch=fetch)
+    limits = Limits(slots=2, max_prompt_len=8, max_response_len=12)
+    engine = Engine(config, Sampling(temperature=0.0), (), limits, mesh=mesh, fetch=fetch)
     weights = publisher(abstract_params(config), mesh, "float32")(params)
     found = engine.generate(
         weights, [Request(0, 0, g["prompt_0"]), Request(1, 0, g["prompt_1"])], jax.random.key(0)
@@ -195,10 +195,8 @@ def test_sampled_logprobs_are_those_of_whole_rows(name, int8):
     """
     config, params = load_pretrained(GOLDENS / name)
     mesh = make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
-    sizes = {"slots": 8, "max_prompt_len": 8, "max_response_len": 12}
-    engine = Engine(
-        config, Sampling(temperature=1.0), (), **sizes, mesh=mesh, fetch=fetch, int8=int8
-    )
+    limits = Limits(slots=8, max_prompt_len=8, max_response_len=12, int8=int8)
+    engine = Engine(config, Sampling(temperature=1.0), (), limits, mesh=mesh, fetch=fetch)
     rng = np.random.default_rng(0)
     prompts = [
         rng.integers(0, config.vocab_size, n).astype(np.int32) for n in (2, 3, 4, 5, 6, 7, 8, 8)

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dapo_jax.config import MeshSection
 from dapo_jax.model.decoder import Cache, abstract_params, apply
 from dapo_jax.rollout import sampler
-from dapo_jax.rollout.sampler import Arrivals, Slots, response_keys
+from dapo_jax.rollout.sampler import Arrivals, Decoding, Slots, Until, response_keys
 from dapo_jax.rollout.token_sampling import Sampling
 from dapo_jax.runtime.mesh import make_mesh, rollout_sharding
 
@@ -41,7 +41,7 @@ SIZES = {"shards": N, "slots": SLOTS, "cache_len": P + R, "max_response_len": R}
 read_prompts = jax.jit(functools.partial(sampler.prefill, model=MODEL, int8=False, mesh=ONE))
 insert, move = jax.jit(functools.partial(sampler.insert, mesh=ONE)), jax.jit(sampler.move)
 decode = jax.jit(
-    functools.partial(sampler.decode, model=MODEL, sampling=SAMPLING, stop=STOP, mesh=ONE),
+    functools.partial(sampler.decode, Decoding(MODEL, SAMPLING, STOP, ONE)),
     static_argnames=("width", "read"),
 )
 
@@ -73,7 +73,8 @@ def started(wanted, *, at=None, state=None):
 
 
 def run(state, max_steps, few=0, half=0, width=SLOTS, read=P + R):
-    state, seen, steps = decode(sharp_params(), state, few, half, max_steps, width=width, read=read)
+    until = Until(few, half, max_steps)
+    state, seen, steps = decode(sharp_params(), state, until, width=width, read=read)
     return state, np.asarray(seen), int(steps)
 
 
@@ -336,16 +337,9 @@ def test_a_gpu_fills_and_extends_the_cache_with_the_same(monkeypatch):
         full = started._replace(
             slots=started.slots._replace(position=started.slots.position.at[1, 3].set(P + R))
         )
-        run = functools.partial(
-            sampler.decode,
-            model=MODEL,
-            sampling=SAMPLING,
-            stop=STOP,
-            mesh=mesh,
-            width=SLOTS,
-            read=P + R,
-        )
-        return started.cache, jax.jit(run)(params, full, 0, 0, 2)[0].cache
+        how = Decoding(MODEL, SAMPLING, STOP, mesh)
+        run = functools.partial(sampler.decode, how, width=SLOTS, read=P + R)
+        return started.cache, jax.jit(run)(params, full, Until(0, 0, 2))[0].cache
 
     expected = states()
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
@@ -377,19 +371,10 @@ def test_caches_and_responses_are_written_in_place():
     state = jax.eval_shape(
         functools.partial(empty, **SIZES | {"cache_len": 4096, "max_response_len": 4090})
     )
-    program = jax.jit(
-        functools.partial(
-            sampler.decode,
-            model=MODEL,
-            sampling=SAMPLING,
-            stop=STOP,
-            mesh=ONE,
-            width=SLOTS,
-            read=64,
-        ),
-        donate_argnums=1,
-    )
-    program = program.lower(abstract_params(MODEL), state, 0, 0, 4).compile()
+    how = Decoding(MODEL, SAMPLING, STOP, ONE)
+    step = functools.partial(sampler.decode, how, width=SLOTS, read=64)
+    program = jax.jit(step, donate_argnums=1)
+    program = program.lower(abstract_params(MODEL), state, Until(0, 0, 4)).compile()
     big = [2 * SLOTS * MODEL.kv_heads * 64 * MODEL.head_dim, N * SLOTS * 4090]
     assert not [s for s in shapes("copy", program.as_text()) if np.prod(s) >= min(big)]
     memory = program.memory_analysis()
@@ -410,22 +395,19 @@ def test_sequences_on_different_devices_need_no_communication(layout):
         functools.partial(empty, shards=shards, slots=2, cache_len=96, max_response_len=80)
     )
     layouts = sampler.SamplerState(Cache(heads, heads), jax.tree.map(lambda _: rows, state.slots))
-    decode = functools.partial(
-        sampler.decode, model=MODEL, sampling=SAMPLING, stop=STOP, mesh=mesh, width=1, read=64
-    )
-    program = jax.jit(
-        decode,
-        in_shardings=(rollout_sharding(abstract_params(MODEL), mesh), layouts, None, None, None),
-    )
-    text = program.lower(abstract_params(MODEL), state, 0, 0, 4).compile().as_text()
+    how = Decoding(MODEL, SAMPLING, STOP, mesh)
+    decode = functools.partial(sampler.decode, how, width=1, read=64)
+    inputs = (rollout_sharding(abstract_params(MODEL), mesh), layouts, None)
+    program = jax.jit(decode, in_shardings=inputs)
+    text = program.lower(abstract_params(MODEL), state, Until(0, 0, 4)).compile().as_text()
     moved = shapes("all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute", text)
     assert moved and max(int(np.prod(s)) for s in moved) <= (128 if layout[2] > 1 else 1)
 
 
 def test_a_trace_names_the_parts_of_a_decode_step():
     state = jax.eval_shape(functools.partial(empty, **SIZES))
-    text = decode.lower(abstract_params(MODEL), state, 0, 0, 4, width=SLOTS, read=P + R).as_text(
-        debug_info=True
-    )
+    until = Until(0, 0, 4)
+    program = decode.lower(abstract_params(MODEL), state, until, width=SLOTS, read=P + R)
+    text = program.as_text(debug_info=True)
     for scope in ("embed", "layer/attention", "layer/mlp", "cache", "head", "draw"):
         assert re.search(rf"\b{scope}\)?/", text), scope  # vmap(embed)/gather, layer/mlp/mul

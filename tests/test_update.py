@@ -254,8 +254,10 @@ def on_policy(items):
 def test_the_first_update_has_ratio_one_and_clips_nothing_and_the_second_clips(update, state):
     """The first update's mean KL estimate is 0 up to rounding: 1e-8 at most, measured."""
     batch, _ = build_batch(on_policy(ITEMS), **SHAPE)
-    state, first = update(state, batch, np.float32(0.03))
-    state, second = update(state, batch, np.float32(0.03))
+    batch, rate = jax.device_put((batch, np.float32(0.03)))
+    with jax.transfer_guard("disallow"):  # an update moves nothing between host and device
+        state, first = update(state, batch, rate)
+        state, second = update(state, batch, rate)
     first, second = (summarize({k: float(v) for k, v in m.items()}) for m in (first, second))
     assert first["policy/clip_fraction_low"] == first["policy/clip_fraction_high"] == 0
     assert abs(first["policy/approx_kl"]) < 1e-7

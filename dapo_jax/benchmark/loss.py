@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dapo_jax.benchmark import measure
@@ -18,7 +19,7 @@ from dapo_jax.dapo.loss import dapo_token_loss, policy_metrics
 from dapo_jax.model.logprobs import ROW_AXES, linear_loss
 from dapo_jax.runtime.chips import loss_chunk
 from dapo_jax.runtime.mesh import partition_of, put_rows, row_shards
-from dapo_jax.types import Array, TrainBatch
+from dapo_jax.types import TrainBatch
 
 _ALGO = DapoSection()
 

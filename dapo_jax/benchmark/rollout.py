@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dapo_jax.benchmark import measure
 from dapo_jax.benchmark.measure import ModelSizes, Report, flag, timed
 from dapo_jax.config import ModelConfig
-from dapo_jax.rollout.engine import Engine, Programs
+from dapo_jax.rollout.engine import Engine, Limits, Programs
 from dapo_jax.rollout.sampler import sample_on_mesh
 from dapo_jax.rollout.token_sampling import Sampling
 from dapo_jax.runtime.chips import prefill_tokens
@@ -47,18 +47,11 @@ def response_lengths(sizes: RolloutSizes) -> np.ndarray:
 
 def rollout_engine(sizes: Any, model: ModelConfig, mesh: Mesh, **options: Any) -> Engine:
     """An engine of the sizes' slots and lengths that no token stops."""
-    return Engine(
-        model,
-        options.pop("sampling", Sampling()),
-        (),
-        slots=sizes.slots,
-        max_prompt_len=sizes.prompt_len,
-        max_response_len=sizes.max_response_len,
-        mesh=mesh,
-        fetch=fetch,
-        prefill_tokens=prefill_tokens(mesh),
-        **options,
-    )
+    lengths = (sizes.prompt_len, sizes.max_response_len)
+    int8 = options.pop("int8", False)
+    limits = Limits(sizes.slots, *lengths, prefill_tokens(mesh), int8)
+    sampling = options.pop("sampling", Sampling())
+    return Engine(model, sampling, (), limits, mesh=mesh, fetch=fetch, **options)
 
 
 def _sample(

@@ -1,15 +1,14 @@
-"""Rows of the embedding table, where the table lies split over devices: no device makes the whole
-of it, nor of its gradient.
+"""Embedding lookup on a table that is split over devices: no device holds all of the table, nor of
+its gradient.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
 
@@ -22,58 +21,60 @@ def embed(
     mesh: Mesh | None,
     split_sequence: bool,
 ) -> Float[Array, "N T D"]:
-    """Rows `tokens` of the table, in dtype; the gradient is added up in float32, whatever the
-    dtype.
+    """Rows `tokens` of the table, in dtype. The gradient is summed in float32 whatever the dtype: a
+    bfloat16 sum of ones stops at 256, so frequent tokens would hardly learn.
 
-    (A bfloat16 sum of ones stops growing at 256: frequent tokens would hardly learn.)
-
-    Args: table: [V, D], V over "tensor" and D over "fsdp" where these divide. tokens: int [N, T],
-      rows over ("data", "fsdp"). mesh: None where nothing is split. split_sequence: lay T of the
-      result over "tensor", which must divide it.
-
-    Returns:
-      [N, T, D]
+    Args:
+      table: V split over "tensor" and D over "fsdp" where these divide.
+      tokens: rows over ("data", "fsdp"). mesh: None where nothing is split.
+      split_sequence: split T of the result over "tensor", which must divide it.
     """
     if mesh is None:
         return table.astype(dtype)[tokens]
-    table_spec, rows, split_vocab, split_dim = _layout(table, mesh, split_sequence)
+    split = _split(table, mesh)
 
     def local(table, tokens):
         part = table.astype(dtype)
-        part = jax.lax.all_gather(part, "fsdp", axis=1, tiled=True) if split_dim else part
-        at, hit = _places(tokens, part.shape[0], split_vocab)
+        part = jax.lax.all_gather(part, "fsdp", axis=1, tiled=True) if split.dim else part
+        at, hit = _places(tokens, part.shape[0], split)
         x = jnp.where(hit[..., None], part[jnp.where(hit, at, 0)], 0)
         if not split_sequence:
-            return jax.lax.psum(x, VOCAB_AXIS) if split_vocab else x
-        if split_vocab:
+            return jax.lax.psum(x, VOCAB_AXIS) if split.vocab else x
+        if split.vocab:
             return jax.lax.psum_scatter(x, VOCAB_AXIS, scatter_dimension=1, tiled=True)
         size = x.shape[1] // mesh.shape[VOCAB_AXIS]
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(VOCAB_AXIS) * size, size, axis=1)
 
-    inputs = (table_spec, PartitionSpec(ROW_AXES))
-    return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=rows, check_vma=False)(
-        table, tokens
+    inputs, rows = (split.spec, PartitionSpec(ROW_AXES)), _rows(split_sequence)
+    lookup = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=rows, check_vma=False)
+    return lookup(table, tokens)
+
+
+class _Split(NamedTuple):
+    """Whether V and D of the table are split."""
+
+    vocab: bool
+    dim: bool
+
+    @property
+    def spec(self) -> PartitionSpec:
+        return PartitionSpec(VOCAB_AXIS if self.vocab else None, "fsdp" if self.dim else None)
+
+
+def _split(table: Array, mesh: Mesh) -> _Split:
+    parts = mesh.shape[VOCAB_AXIS]
+    return _Split(
+        parts > 1 and table.shape[0] % parts == 0, table.shape[1] % mesh.shape["fsdp"] == 0
     )
 
 
-def _layout(
-    table: Array, mesh: Mesh, split_sequence: bool
-) -> tuple[PartitionSpec, PartitionSpec, bool, bool]:
-    """Partitions of the table and of the rows found in it, and whether V and D are split."""
-    split_vocab = mesh.shape[VOCAB_AXIS] > 1 and table.shape[0] % mesh.shape[VOCAB_AXIS] == 0
-    split_dim = table.shape[1] % mesh.shape["fsdp"] == 0
-    table_spec = PartitionSpec(VOCAB_AXIS if split_vocab else None, "fsdp" if split_dim else None)
-    return (
-        table_spec,
-        PartitionSpec(ROW_AXES, VOCAB_AXIS if split_sequence else None),
-        split_vocab,
-        split_dim,
-    )
+def _rows(split_sequence: bool) -> PartitionSpec:
+    return PartitionSpec(ROW_AXES, VOCAB_AXIS if split_sequence else None)
 
 
-def _places(tokens: Array, size: int, split_vocab: bool) -> tuple[Array, Array]:
+def _places(tokens: Array, size: int, split: _Split) -> tuple[Array, Array]:
     """Tokens as rows of this device's part of the table, and which of them are in it."""
-    at = tokens - jax.lax.axis_index(VOCAB_AXIS) * size if split_vocab else tokens
+    at = tokens - jax.lax.axis_index(VOCAB_AXIS) * size if split.vocab else tokens
     return at, (at >= 0) & (at < size)
 
 
@@ -85,29 +86,23 @@ def _backward(dtype, mesh, split_sequence, inputs, d_rows):
     table, tokens = inputs
     if mesh is None:
         return jnp.zeros(table.shape, jnp.float32).at[tokens].add(d_rows).astype(table.dtype), None
-    table_spec, rows, split_vocab, split_dim = _layout(table, mesh, split_sequence)
-    size = table.shape[0] // mesh.shape[VOCAB_AXIS] if split_vocab else table.shape[0]
+    split = _split(table, mesh)
+    size = table.shape[0] // mesh.shape[VOCAB_AXIS] if split.vocab else table.shape[0]
 
     def local(tokens, d_rows):
-        d_rows = (
-            jax.lax.all_gather(d_rows, VOCAB_AXIS, axis=1, tiled=True) if split_sequence else d_rows
-        )
-        at, hit = _places(tokens, size, split_vocab)
-        d_table = (
-            jnp.zeros((size, d_rows.shape[-1]), jnp.float32)
-            .at[jnp.where(hit, at, size)]
-            .add(d_rows, mode="drop")
-        )
-        if not split_dim:
+        if split_sequence:
+            d_rows = jax.lax.all_gather(d_rows, VOCAB_AXIS, axis=1, tiled=True)
+        at, hit = _places(tokens, size, split)
+        d_table = jnp.zeros((size, d_rows.shape[-1]), jnp.float32)
+        d_table = d_table.at[jnp.where(hit, at, size)].add(d_rows, mode="drop")
+        if not split.dim:
             return jax.lax.psum(d_table, ROW_AXES)
-        return jax.lax.psum(
-            jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True), "data"
-        )
+        own = jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(own, "data")
 
-    inputs = (PartitionSpec(ROW_AXES), rows)
-    d_table = jax.shard_map(
-        local, mesh=mesh, in_specs=inputs, out_specs=table_spec, check_vma=False
-    )(tokens, d_rows)
+    specs: dict[str, Any] = {"out_specs": split.spec, "check_vma": False}
+    specs["in_specs"] = (PartitionSpec(ROW_AXES), _rows(split_sequence))
+    d_table = jax.shard_map(local, mesh=mesh, **specs)(tokens, d_rows)
     return d_table.astype(table.dtype), None
 
 

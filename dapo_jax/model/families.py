@@ -1,6 +1,4 @@
-"""Hugging Face configs and tensor names of Llama, Qwen2, Qwen3 and Gemma 3, read and written.
-
-Pure: no I/O.
+"""Hugging Face configs and tensor names of Llama, Qwen2, Qwen3 and Gemma 3, read and written. No I/O.
 
 What the decoder cannot compute exactly is refused, never approximated.
 """
@@ -63,20 +61,17 @@ _CHECKED = {
 
 
 def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
-    """The architecture that a Hugging Face config.json describes, in the spelling of transformers 4
-    or 5.
+    """The architecture of a Hugging Face config.json, as transformers 4 or 5 write it.
 
-    Args:
-      hf: the parsed file. where: its name, for errors. compute_dtype and remat keep their defaults.
+    compute_dtype and remat keep their defaults. where: the file's name, for errors.
 
-    Raises: InputError: a key is missing or of the wrong kind, or asks for what the decoder cannot
-      do exactly.
+    Raises: InputError: a key is missing or of the wrong kind, or the decoder cannot do what it asks
+      for exactly.
     """
 
     def fail(key: str, message: str) -> typing.NoReturn:
-        raise InputError(
-            f"{where}: {printable(key)[:100]}: {message[:300]}"
-        )  # the file may say anything, at any length
+        # the file may hold anything, of any length
+        raise InputError(f"{where}: {printable(key)[:100]}: {message[:300]}")
 
     family = _family(hf, fail)
     _refuse_unsupported(hf, family, fail)
@@ -86,13 +81,8 @@ def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
     tied = hf.get("tie_word_embeddings", family == "gemma3_text")  # transformers' defaults
     if not isinstance(tied, bool):
         fail("tie_word_embeddings", f"expected true or false, got {tied!r}")
-    config = ModelConfig(
-        family=family,
-        **sizes,
-        **rope,
-        norm_eps=_number(hf, "rms_norm_eps", float, fail),
-        tie_embeddings=tied,
-    )
+    eps = _number(hf, "rms_norm_eps", float, fail)
+    config = ModelConfig(family=family, **sizes, **rope, norm_eps=eps, tie_embeddings=tied)
     check_model(config, lambda field, message: fail(_CHECKED[field], message))
     return config
 
@@ -102,32 +92,21 @@ def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
     compute_dtype and remat.
     """
     s, w = config.rope_scaling, config.windows
-    common = {
-        "architectures": [
-            name for name, family in _ARCHITECTURES.items() if family == config.family
-        ],
-        "model_type": config.family,
-        **{key: getattr(config, field) for field, key in _KEYS.items()},
-    }
+    names = [name for name, family in _ARCHITECTURES.items() if family == config.family]
+    common = {"architectures": names, "model_type": config.family}
+    common |= {key: getattr(config, field) for field, key in _KEYS.items()}
     if w is None:
-        llama3 = (
-            None
-            if s is None
-            else {
-                "rope_type": "llama3",
-                **{key: getattr(s, field) for field, key in _LLAMA3.items()},
-            }
-        )
+        llama3: dict[str, Any] | None = None
+        if s is not None:
+            llama3 = {key: getattr(s, field) for field, key in _LLAMA3.items()}
+            llama3 = {"rope_type": "llama3", **llama3}
         return common | {"hidden_act": "silu", "rope_scaling": llama3}
+    scalar, factor = config.query_scalar, config.rope_factor
     return common | {
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": config.head_dim
-        if config.query_scalar is None
-        else config.query_scalar,
+        "query_pre_attn_scalar": config.head_dim if scalar is None else scalar,
         "rope_local_base_freq": w.rope_theta,
-        "rope_scaling": None
-        if config.rope_factor == 1
-        else {"rope_type": "linear", "factor": config.rope_factor},
+        "rope_scaling": None if factor == 1 else {"rope_type": "linear", "factor": factor},
         "sliding_window": w.size,
         "sliding_window_pattern": w.every,
         "layer_types": _layer_types(config.layers, w.every),
@@ -137,83 +116,69 @@ def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _family(hf: Mapping[str, Any], fail: Fail) -> Any:
     names, model_type = hf.get("architectures"), hf.get("model_type")
     supported = f"{_hint(hf, names)}; supported (docs/models.md): {', '.join(_ARCHITECTURES)}"
+    kind = repr(model_type)[:60]
     if names is None:
         if model_type not in _ARCHITECTURES.values():
-            fail("model_type", f"{repr(model_type)[:60]} is not supported{supported}")
+            fail("model_type", f"{kind} is not supported{supported}")
         return model_type
     if not isinstance(names, list) or len(names) != 1 or names[0] not in list(_ARCHITECTURES):
         fail("architectures", f"{repr(names)[:60]} is not supported{supported}")
     family = _ARCHITECTURES[names[0]]
     if model_type not in (None, family):
-        fail(
-            "model_type", f"{repr(model_type)[:60]} contradicts architectures {names!r}{supported}"
-        )
+        fail("model_type", f"{kind} contradicts architectures {names!r}{supported}")
     return family
 
 
 def _hint(hf: Mapping[str, Any], names: Any) -> str:
-    """What kind of model it is, where that says what to do instead."""
-    if (
-        "ForConditionalGeneration" in str(names)
-        or {"text_config", "vision_config", "audio_config"} & hf.keys()
-    ):
-        return ", a model of text and something else; use a text-only model of its family, or save its text part as a model"
+    """The kind of model, where that says what to do instead."""
+    parts = {"text_config", "vision_config", "audio_config"} & hf.keys()
+    if parts or "ForConditionalGeneration" in str(names):
+        return (
+            ", a model of text and something else; use a text-only model of its family, or save "
+            "its text part as a model"
+        )
     if "Moe" in str(names) or {"num_experts", "num_local_experts"} & hf.keys():
         return ", a mixture of experts; use a dense model of its family"
     return ""
 
 
 def _refuse_unsupported(hf: Mapping[str, Any], family: str, fail: Fail) -> None:
-    """What changes the logits in a way that the decoder does not know."""
+    """Refuses what changes the logits in a way that the decoder does not implement."""
+
+    def refuse(key: str, supported: str) -> None:
+        fail(key, f"{hf[key]!r} is not supported; supported: {supported}")
+
+    gemma, quantized = family == "gemma3_text", "quantized weights are not supported; use a "
+    own_code = "the model comes with its own code, which is never run; use a model of a built-in "
     if hf.get("auto_map"):
-        fail(
-            "auto_map",
-            "the model comes with its own code, which is never run; use a model of a built-in architecture without auto_map",
-        )
+        fail("auto_map", own_code + "architecture without auto_map")
     for key in ("quantization_config", "quantization"):  # the latter is MLX's
         if hf.get(key):
-            fail(
-                key, "quantized weights are not supported; use a bfloat16, float16 or float32 model"
-            )
-    key, activation = (
-        ("hidden_activation", "gelu_pytorch_tanh")
-        if family == "gemma3_text"
-        else ("hidden_act", "silu")
-    )
+            fail(key, quantized + "bfloat16, float16 or float32 model")
+    key = "hidden_activation" if gemma else "hidden_act"
+    activation = "gelu_pytorch_tanh" if gemma else "silu"
     if hf.get(key, activation) != activation:
-        fail(key, f"{hf[key]!r} is not supported; supported: {activation}")
-    if (
-        hf.get("attention_bias") and family != "qwen2"
-    ):  # Qwen2 has its biases whatever this key says
+        refuse(key, activation)
+    if hf.get("attention_bias") and family != "qwen2":  # Qwen2 always has them
         fail("attention_bias", f"{family} with attention biases is not supported; supported: false")
     if hf.get("mlp_bias"):
         fail("mlp_bias", "feed-forward biases are not supported; supported: false")
     if hf.get("partial_rotary_factor") not in (None, 1):
-        fail(
-            "partial_rotary_factor",
-            f"{hf['partial_rotary_factor']!r} is not supported; supported: 1",
-        )
-    if family == "gemma3_text":
-        for key in (
-            "attn_logit_softcapping",
-            "final_logit_softcapping",
-            "use_bidirectional_attention",
-        ):
+        refuse("partial_rotary_factor", "1")
+    if gemma:
+        softcaps = ("attn_logit_softcapping", "final_logit_softcapping")
+        for key in (*softcaps, "use_bidirectional_attention"):
             if hf.get(key):
-                fail(key, f"{hf[key]!r} is not supported; supported: null")
-        return
-    if layer_types := hf.get("layer_types"):
-        if not isinstance(layer_types, list) or any(
-            kind != "full_attention" for kind in layer_types
-        ):
-            fail("layer_types", "only full_attention in every layer is supported")
+                refuse(key, "null")
+    elif layer_types := hf.get("layer_types"):
+        if not isinstance(layer_types, list) or any(kind != _FULL for kind in layer_types):
+            fail("layer_types", f"only {_FULL} in every layer is supported")
     elif hf.get("use_sliding_window") and hf.get("sliding_window") is not None:
-        if _number(
-            {"max_window_layers": 28, **hf}, "max_window_layers", int, fail, least=0
-        ) < _number(hf, "num_hidden_layers", int, fail):
-            fail(
-                "use_sliding_window", "sliding-window attention is not supported; supported: false"
-            )
+        defaults = {"max_window_layers": 28, **hf}
+        first = _number(defaults, "max_window_layers", int, fail, least=0)
+        if first < _number(hf, "num_hidden_layers", int, fail):
+            message = "sliding-window attention is not supported; supported: false"
+            fail("use_sliding_window", message)
 
 
 def _with_defaults(hf: Mapping[str, Any], family: str, fail: Fail) -> Mapping[str, Any]:
@@ -364,91 +329,62 @@ class Tensor(NamedTuple):
     """A tensor of a Hugging Face file and its place in the parameter tree."""
 
     name: str  # in the file
-    path: tuple[str, ...]  # of the leaf that holds it
-    layer: int | None  # index on the leaf's axis 0; None where the leaf is not stacked
+    path: tuple[str, ...]  # of its leaf
     shape: tuple[int, ...]  # in the leaf, without the layer axis
-    file_shape: tuple[int, ...]  # in the file, heads and head_dim in one axis
-    transposed: bool  # the file's kernels are [out, in], the leaf's [in, out]
+    file_shape: tuple[int, ...]  # in the file, heads and head size in one axis
+    transposed: bool = False  # the file's kernels are [out, in], the leaf's [in, out]
+    layer: int | None = None  # index on the leaf's axis 0; None where the leaf is not stacked
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
     """Every tensor of the model, in the order of the computation. A tied head is no tensor."""
     d, h, ffn, vocab = config.model_dim, config.head_dim, config.ffn_dim, config.vocab_size
-
-    yield _plain("model.embed_tokens.weight", "embed/embedding", (vocab, d))
-    layer = [_plain("input_layernorm.weight", "attn_norm/scale", (d,))]
+    yield _plain("model.embed_tokens.weight", "embed/embedding", vocab, d)
+    layer = [_plain("input_layernorm.weight", "attn_norm/scale", d)]
     for name, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
-        layer.append(
-            _kernel(f"self_attn.{name}_proj.weight", f"attn/{name}/kernel", (d,), (heads, h))
-        )
+        part, place = f"self_attn.{name}", f"attn/{name}"
+        layer.append(_kernel(f"{part}_proj.weight", f"{place}/kernel", (d,), (heads, h)))
         if config.family == "qwen2":
-            layer.append(
-                _plain(f"self_attn.{name}_proj.bias", f"attn/{name}/bias", (heads, h))._replace(
-                    file_shape=(heads * h,)
-                )
-            )
+            bias = _plain(f"{part}_proj.bias", f"{place}/bias", heads, h)
+            layer.append(bias._replace(file_shape=(heads * h,)))
         if config.family in ("qwen3", "gemma3_text") and name != "v":
-            layer.append(_plain(f"self_attn.{name}_norm.weight", f"attn/{name}_norm/scale", (h,)))
-    gemma = (
-        config.family == "gemma3_text"
-    )  # where the norm after attention is of what attention adds
-    layer += [
-        _kernel("self_attn.o_proj.weight", "attn/o/kernel", (config.heads, h), (d,)),
-        *(
-            [_plain("post_attention_layernorm.weight", "attn_post_norm/scale", (d,))]
-            if gemma
-            else []
-        ),
-        _plain(
-            "pre_feedforward_layernorm.weight" if gemma else "post_attention_layernorm.weight",
-            "mlp_norm/scale",
-            (d,),
-        ),
-        _kernel("mlp.gate_proj.weight", "mlp/gate/kernel", (d,), (ffn,)),
-        _kernel("mlp.up_proj.weight", "mlp/up/kernel", (d,), (ffn,)),
-        _kernel("mlp.down_proj.weight", "mlp/down/kernel", (ffn,), (d,)),
-        *(
-            [_plain("post_feedforward_layernorm.weight", "mlp_post_norm/scale", (d,))]
-            if gemma
-            else []
-        ),
-    ]
+            layer.append(_plain(f"{part}_norm.weight", f"{place}_norm/scale", h))
+    layer.append(_kernel("self_attn.o_proj.weight", "attn/o/kernel", (config.heads, h), (d,)))
+    if config.family == "gemma3_text":  # its post-attention norm is of the branch's output
+        layer.append(_plain("post_attention_layernorm.weight", "attn_post_norm/scale", d))
+        layer.append(_plain("pre_feedforward_layernorm.weight", "mlp_norm/scale", d))
+    else:
+        layer.append(_plain("post_attention_layernorm.weight", "mlp_norm/scale", d))
+    for name, inputs, outputs in (("gate", d, ffn), ("up", d, ffn), ("down", ffn, d)):
+        kernel = f"mlp/{name}/kernel"
+        layer.append(_kernel(f"mlp.{name}_proj.weight", kernel, (inputs,), (outputs,)))
+    if config.family == "gemma3_text":
+        layer.append(_plain("post_feedforward_layernorm.weight", "mlp_post_norm/scale", d))
     for i in range(config.layers):
         for t in layer:
             yield t._replace(name=f"model.layers.{i}.{t.name}", path=("layers", *t.path), layer=i)
-    yield _plain("model.norm.weight", "final_norm/scale", (d,))
+    yield _plain("model.norm.weight", "final_norm/scale", d)
     if not config.tie_embeddings:
         yield _kernel("lm_head.weight", "head/kernel", (d,), (vocab,))
 
 
-def _plain(name: str, path: str, shape: tuple[int, ...]) -> Tensor:
-    return Tensor(name, tuple(path.split("/")), None, shape, shape, False)
+def _plain(name: str, path: str, *shape: int) -> Tensor:
+    return Tensor(name, tuple(path.split("/")), shape, shape)
 
 
 def _kernel(name: str, path: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Tensor:
-    return Tensor(
-        name,
-        tuple(path.split("/")),
-        None,
-        inputs + outputs,
-        (math.prod(outputs), math.prod(inputs)),
-        True,
-    )
+    file_shape = (math.prod(outputs), math.prod(inputs))
+    return Tensor(name, tuple(path.split("/")), inputs + outputs, file_shape, transposed=True)
 
 
 def in_file_layout(array: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """`array` of the leaf's shape, seen in the file's: a view, to write into when loading and to
-    read from when saving.
-    """
-    return (
-        array.reshape(tensor.file_shape[::-1]).T
-        if tensor.transposed
-        else array.reshape(tensor.file_shape)
-    )
+    """A view of a leaf in the file's shape, to write into (loading) or to read from (saving)."""
+    if tensor.transposed:
+        return array.reshape(tensor.file_shape[::-1]).T
+    return array.reshape(tensor.file_shape)
 
 
 def same_architecture(a: ModelConfig, b: ModelConfig) -> bool:
     """Whether two configs share their weights: all but how they compute."""
-    return a == dataclasses.replace(
-        b, compute_dtype=a.compute_dtype, remat=a.remat, attention_block=a.attention_block
-    )
+    how = {name: getattr(a, name) for name in ("compute_dtype", "remat", "attention_block")}
+    return a == dataclasses.replace(b, **how)

@@ -1,12 +1,13 @@
 """Log-probs of target tokens from hidden states and head, without a [tokens, vocab] array.
 
-Both forms walk over chunks of the rows that have a target, and only those: rows are gathered
-targets first, and the loop ends with the last target. `linear_logprobs` serves any use and
-recomputes in its backward pass (8NDV FLOPs). `linear_loss` takes the per-token loss as a function.
-A normaliser that is known before the head makes ∂loss/∂logit known chunk by chunk, so both
-gradients are made in the forward pass (6NDV) and nothing is recomputed or kept.
+Both functions loop over chunks of the rows that have a target, and only those: rows are gathered
+targets first, and the loop ends with the last target. `linear_logprobs` recomputes the logits in
+its backward pass (8NDV FLOPs). `linear_loss` takes the per-token loss as a function: with the
+normaliser known, ∂loss/∂logit is known chunk by chunk, so the forward pass makes both gradients
+(6NDV) and nothing is recomputed or kept.
 
-    z = hidden · head / temperature      log p = z[target] - logsumexp z      entropy = logsumexp z - Σ softmax(z) z
+    z = hidden · head / temperature
+    log p = z[target] - logsumexp z          entropy = logsumexp z - Σ softmax(z) z
     ∂loss/∂z = (1[target] - softmax z) · ∂loss/∂log p
 """
 
@@ -17,9 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import ArrayLike, Bool, Float, Float32, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int
 
 # token_loss(logprobs [n], entropy [n], token_args with leading axis n) -> (loss [n], metrics {name:
 # [n]}). The loss may depend on entropy only through metrics: no gradient flows through it.
@@ -33,23 +33,15 @@ class _Static(NamedTuple):
     temperature: float
     chunk_size: int
     mesh: Mesh | None
+    split: bool  # each device holds a part of the vocabulary, along VOCAB_AXIS
 
-    def splits_vocab(self, head: Array) -> bool:
-        """Whether each device holds a part of the vocabulary."""
-        return (
-            self.mesh is not None
-            and self.mesh.shape[VOCAB_AXIS] > 1
-            and head.shape[1] % self.mesh.shape[VOCAB_AXIS] == 0
-        )
-
-
-class _Vocab(NamedTuple):
-    """A device's part of the vocabulary: all of it, or one of the parts that lie along VOCAB_AXIS."""
-
-    split: bool
+    @classmethod
+    def of(cls, head: Array, temperature: float, chunk_size: int, mesh: Mesh | None) -> "_Static":
+        parts = mesh.shape[VOCAB_AXIS] if mesh else 1
+        return cls(temperature, chunk_size, mesh, parts > 1 and head.shape[1] % parts == 0)
 
     def local(self, targets: Array, size: int) -> Array:
-        """Targets as columns of this part; outside 0..size - 1 where they belong to another."""
+        """Targets as columns of this device's part; outside 0..size - 1 where not in it."""
         return targets - jax.lax.axis_index(VOCAB_AXIS) * size if self.split else targets
 
     def max(self, x: Array) -> Array:
@@ -58,12 +50,26 @@ class _Vocab(NamedTuple):
     def sum(self, x: Any) -> Any:
         return jax.lax.psum(x, VOCAB_AXIS) if self.split else x
 
+    def specs(self, head: Array) -> tuple[PartitionSpec, PartitionSpec]:
+        """Partitions of rows, and of the head and its gradient: over `fsdp` where that divides D.
 
-class _Chunk(NamedTuple):
-    """What the logits of n rows say; v columns of V on this device.
+        The head is gathered over `fsdp` once a call, its gradient reduced once, after the loop.
+        """
+        assert self.mesh is not None
+        split = "fsdp" if head.shape[0] % self.mesh.shape["fsdp"] == 0 else None
+        return PartitionSpec(ROW_AXES), PartitionSpec(split, VOCAB_AXIS if self.split else None)
 
-    All but the first two are of the whole vocabulary.
-    """
+    def reduce_head(self, d_head: Array) -> Array:
+        """∂head summed over the row axes, [D / fsdp, v] where `specs` says so."""
+        assert self.mesh is not None
+        if d_head.shape[0] % self.mesh.shape["fsdp"]:
+            return jax.lax.psum(d_head, ROW_AXES)
+        own = jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=0, tiled=True)
+        return jax.lax.psum(own, "data")
+
+
+class _Scored(NamedTuple):
+    """Logits of n rows, v of V columns on this device; all but two are of the whole vocabulary."""
 
     logits: Array  # [n, v] float32
     weights: Array  # [n, v] float32, exp(logits - max)
@@ -74,59 +80,57 @@ class _Chunk(NamedTuple):
     hit: Array  # [n, v] bool, the target's column
 
 
-def _score(hidden: Array, head: Array, targets: Array, temperature: float, vocab: _Vocab) -> _Chunk:
-    logits = jnp.einsum("nd,dv->nv", hidden, head, preferred_element_type=jnp.float32) / temperature
-    top = jax.lax.stop_gradient(vocab.max(logits.max(axis=-1)))
-    # Everything [n, V] is made once and read often: subtracting `top` after the sums keeps a third
-    # such array from being made.
+def _score(hidden: Array, head: Array, targets: Array, static: _Static) -> _Scored:
+    logits = jnp.einsum("nd,dv->nv", hidden, head, preferred_element_type=jnp.float32)
+    logits = logits / static.temperature
+    top = jax.lax.stop_gradient(static.max(logits.max(axis=-1)))
+    # Subtracting `top` after the sums avoids another [n, V] array.
     weights = jnp.exp(logits - top[:, None])
-    column = vocab.local(targets, head.shape[1])
-    hit = jnp.arange(head.shape[1])[None] == column[:, None]
-    at_target = jnp.take_along_axis(
-        logits, jnp.clip(column, 0, head.shape[1] - 1)[:, None], axis=-1
-    )[:, 0]
-    at_target = jnp.where((column >= 0) & (column < head.shape[1]), at_target, 0.0)
-    total, dot, at_target = vocab.sum(
-        (weights.sum(axis=-1), (weights * logits).sum(axis=-1), at_target)
-    )
+    size = head.shape[1]
+    column = static.local(targets, size)
+    hit = jnp.arange(size)[None] == column[:, None]
+    index = jnp.clip(column, 0, size - 1)[:, None]
+    at_target = jnp.take_along_axis(logits, index, axis=-1)[:, 0]
+    at_target = jnp.where((column >= 0) & (column < size), at_target, 0.0)
+    sums = (weights.sum(axis=-1), (weights * logits).sum(axis=-1), at_target)
+    total, dot, at_target = static.sum(sums)
     log_total = jnp.log(total)
     lse = log_total + top
-    return _Chunk(logits, weights, total, lse, at_target - top - log_total, lse - dot / total, hit)
+    return _Scored(logits, weights, total, lse, at_target - top - log_total, lse - dot / total, hit)
 
 
 def _d_head(hidden: Array, d_logits: Array) -> Array:
     """hiddenᵀ · d_logits, float32 [D, v]."""
-    # XLA's fast CPU matmul takes no transposed left side; left alone, XLA would fold this small
-    # transpose into the product.
+    # XLA's fast CPU matmul takes no transposed left side, and without this barrier XLA would fuse
+    # the small transpose into the product.
     flipped = jax.lax.optimization_barrier(hidden.T)
     return jnp.einsum("dn,nv->dv", flipped, d_logits, preferred_element_type=jnp.float32)
 
 
-class _Plan(NamedTuple):
-    """Which rows the chunks walk over: `order` puts rows with a target first, padded to whole
-    chunks.
-    """
+class _Chunks(NamedTuple):
+    """Chunks of the rows of one device, rows with a target first."""
 
-    order: Array  # int [C * chunk], row of each place; padding repeats row 0
-    targets: Array  # rows with a target
-    chunks: Array  # chunks to walk over: those that hold any
+    size: int
+    order: Array  # row of each place, padded to whole chunks with row 0
+    targets: Array  # number of rows with a target
+    number: Array  # of chunks that hold any
 
+    @classmethod
+    def of(cls, mask: Array, static: _Static) -> "_Chunks":
+        size = min(static.chunk_size, mask.shape[0])
+        order = jnp.argsort(~mask, stable=True)
+        order = jnp.pad(order, (0, -mask.shape[0] % size))
+        targets = mask.sum()
+        number = -(-targets // size)
+        # With collectives in the loop, every device loops as often as the one with most targets.
+        number = jax.lax.pmax(number, ROW_AXES) if static.split else number
+        return cls(size, order, targets, number)
 
-def _plan(mask: Array, chunk_size: int, vocab: _Vocab) -> _Plan:
-    order = jnp.argsort(~mask, stable=True)
-    order = jnp.pad(order, (0, -mask.shape[0] % chunk_size))
-    count = mask.sum()
-    chunks = -(-count // chunk_size)
-    # With collectives in the loop, every device goes round as often as the one with most targets.
-    return _Plan(order, count, jax.lax.pmax(chunks, ROW_AXES) if vocab.split else chunks)
-
-
-def _rows(plan: _Plan, i: Array, chunk_size: int) -> tuple[Array, Array]:
-    """Row numbers of chunk i, and which of its places hold a target."""
-    start = i * chunk_size
-    return jax.lax.dynamic_slice(plan.order, (start,), (chunk_size,)), start + jnp.arange(
-        chunk_size
-    ) < plan.targets
+    def rows(self, i: Array) -> tuple[Array, Array]:
+        """Row numbers of chunk i, and which of its places hold a target."""
+        start = i * self.size
+        rows = jax.lax.dynamic_slice(self.order, (start,), (self.size,))
+        return rows, start + jnp.arange(self.size) < self.targets
 
 
 def _add_rows(buffer: Array, rows: Array, valid: Array, values: Array) -> Array:
@@ -134,58 +138,26 @@ def _add_rows(buffer: Array, rows: Array, valid: Array, values: Array) -> Array:
     return buffer.at[jnp.where(valid, rows, buffer.shape[0])].set(values, mode="drop")
 
 
-def _specs(static: _Static, head: Array) -> tuple[PartitionSpec, PartitionSpec]:
-    """Partitions of rows, and of the head and its gradient: over `fsdp` like the parameter it
-    belongs to, where that divides D.
-
-    The head is gathered over `fsdp` once a call, and its gradient reduced once, after the loop.
-    """
-    columns = VOCAB_AXIS if static.splits_vocab(head) else None
-    assert static.mesh is not None
-    split = "fsdp" if head.shape[0] % static.mesh.shape["fsdp"] == 0 else None
-    return PartitionSpec(ROW_AXES), PartitionSpec(split, columns)
-
-
 def _whole_head(hidden: Array, head: Array) -> Array:
-    """The head [D, v] in the dtype of `hidden` [n, D], cast before it is gathered: half the bytes
-    where that is bfloat16.
-    """
+    """The head [D, v], cast to compute dtype before it is gathered: half the bytes in bfloat16."""
     head = head.astype(hidden.dtype)
-    return (
-        head if head.shape[0] == hidden.shape[1] else jax.lax.all_gather(head, "fsdp", tiled=True)
-    )
+    split = head.shape[0] != hidden.shape[1]
+    return jax.lax.all_gather(head, "fsdp", tiled=True) if split else head
 
 
-def _reduce_head(static: _Static, d_head: Array) -> Array:
-    """∂head summed over the row axes, [D / fsdp, v] where `_specs` says so."""
-    assert static.mesh is not None
-    if d_head.shape[0] % static.mesh.shape["fsdp"]:
-        return jax.lax.psum(d_head, ROW_AXES)
-    return jax.lax.psum(
-        jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=0, tiled=True), "data"
-    )
-
-
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # linear_loss
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+_Rest = tuple[Array, Array, Any]  # targets [n], mask [n], token_args
 
 
 def _loss_forward(
-    token_loss: TokenLoss,
-    static: _Static,
-    with_grad: bool,
-    vocab: _Vocab,
-    hidden,
-    head,
-    targets,
-    mask,
-    token_args,
+    token_loss: TokenLoss, static: _Static, with_grad: bool, hidden, head, rest: _Rest
 ):
     """Loss, metric sums and (if asked) both gradients, over one device's rows and columns."""
-    size = min(static.chunk_size, hidden.shape[0])
-    plan = _plan(mask, size, vocab)
-    head = _whole_head(hidden, head)
+    targets, mask, token_args = rest
+    chunks, head = _Chunks.of(mask, static), _whole_head(hidden, head)
 
     def chunk_loss(logprobs, entropy, args, valid):
         loss, metrics = token_loss(jnp.where(valid, logprobs, 0.0), entropy, args)
@@ -194,86 +166,64 @@ def _loss_forward(
 
     def body(i, carry):
         loss, metrics, d_hidden, d_head = carry
-        rows, valid = _rows(plan, i, size)
+        rows, valid = chunks.rows(i)
         h, y = hidden[rows], targets[rows]
         args = jax.tree.map(lambda a: a[rows], token_args)
-        scored = _score(h, head, y, static.temperature, vocab)
-        (part, sums), slope = jax.value_and_grad(chunk_loss, has_aux=True)(
-            scored.logprobs, scored.entropy, args, valid
-        )
+        scored = _score(h, head, y, static)
+        slopes = jax.value_and_grad(chunk_loss, has_aux=True)
+        (part, sums), slope = slopes(scored.logprobs, scored.entropy, args, valid)
         metrics = {name: metrics[name] + sums[name] for name in metrics}
         if with_grad:
             slope /= static.temperature
-            d_logits = (
-                jnp.where(scored.hit, slope[:, None], 0.0)
-                - scored.weights * (slope / scored.total)[:, None]
-            ).astype(h.dtype)
+            d_logits = jnp.where(scored.hit, slope[:, None], 0.0)
+            d_logits = d_logits - scored.weights * (slope / scored.total)[:, None]
+            d_logits = d_logits.astype(h.dtype)
             d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, head))
             d_head += _d_head(h, d_logits)
         return loss + part, metrics, d_hidden, d_head
 
-    number = jax.ShapeDtypeStruct((size,), jnp.float32)
+    number = jax.ShapeDtypeStruct((chunks.size,), jnp.float32)
     example = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), token_args
+        lambda a: jax.ShapeDtypeStruct((chunks.size, *a.shape[1:]), a.dtype), token_args
     )
     zeros = {name: jnp.zeros(()) for name in jax.eval_shape(token_loss, number, number, example)[1]}
-    d_hidden, d_head = (
-        (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)) if with_grad else (None, None)
-    )
-    loss, metrics, d_hidden, d_head = jax.lax.fori_loop(
-        0, plan.chunks, body, (jnp.zeros(()), zeros, d_hidden, d_head)
-    )
-    return loss, metrics, vocab.sum(d_hidden) if with_grad else None, d_head
+    grads = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
+    first = (jnp.zeros(()), zeros, *(grads if with_grad else (None, None)))
+    loss, metrics, d_hidden, d_head = jax.lax.fori_loop(0, chunks.number, body, first)
+    return loss, metrics, static.sum(d_hidden) if with_grad else None, d_head
 
 
-def _loss_sharded(token_loss, static, with_grad, hidden, head, targets, mask, token_args):
-    run = functools.partial(
-        _loss_forward, token_loss, static, with_grad, _Vocab(static.splits_vocab(head))
-    )
+def _loss_sharded(token_loss, static: _Static, with_grad: bool, hidden, head, rest: _Rest):
+    run = functools.partial(_loss_forward, token_loss, static, with_grad)
     if static.mesh is None:
-        return run(hidden, head, targets, mask, token_args)
+        return run(hidden, head, rest)
 
     def local(*inputs):
         loss, metrics, d_hidden, d_head = run(*inputs)
-        return (
-            *jax.lax.psum((loss, metrics), ROW_AXES),
-            d_hidden,
-            _reduce_head(static, d_head) if with_grad else None,
-        )
+        d_head = static.reduce_head(d_head) if with_grad else None
+        return *jax.lax.psum((loss, metrics), ROW_AXES), d_hidden, d_head
 
-    rows, kernel = _specs(static, head)
-    whole = PartitionSpec()
-    return jax.shard_map(
-        local,
-        mesh=static.mesh,
-        in_specs=(rows, kernel, rows, rows, rows),
-        out_specs=(whole, whole, rows, kernel),
-        check_vma=False,
-    )(hidden, head, targets, mask, token_args)
+    rows, kernel = static.specs(head)
+    outputs = (PartitionSpec(), PartitionSpec(), rows, kernel)
+    specs: dict[str, Any] = {"in_specs": (rows, kernel, rows), "out_specs": outputs}
+    over_mesh = jax.shard_map(local, mesh=static.mesh, check_vma=False, **specs)
+    return over_mesh(hidden, head, rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _linear_loss(token_loss, static, hidden, head, targets, mask, token_args):
-    return _loss_sharded(token_loss, static, False, hidden, head, targets, mask, token_args)[:2]
+def _linear_loss(token_loss, static, hidden, head, rest):
+    return _loss_sharded(token_loss, static, False, hidden, head, rest)[:2]
 
 
-def _linear_loss_fwd(token_loss, static, hidden, head, targets, mask, token_args):
-    loss, metrics, d_hidden, d_head = _loss_sharded(
-        token_loss, static, True, hidden, head, targets, mask, token_args
-    )
+def _linear_loss_fwd(token_loss, static, hidden, head, rest):
+    loss, metrics, *grads = _loss_sharded(token_loss, static, True, hidden, head, rest)
+    d_hidden, d_head = grads
     return (loss, metrics), (d_hidden, d_head.astype(head.dtype))
 
 
 def _linear_loss_bwd(token_loss, static, gradients, cotangents):
     scale = cotangents[0]  # metrics carry no gradient
-    d_hidden, d_head = gradients
-    return (
-        d_hidden * scale.astype(d_hidden.dtype),
-        d_head * scale.astype(d_head.dtype),
-        None,
-        None,
-        None,
-    )
+    return *(gradient * scale.astype(gradient.dtype) for gradient in gradients), None
 
 
 _linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd)
@@ -292,114 +242,93 @@ def linear_loss(
     chunk_size: int = 1024,
     mesh: Mesh | None = None,
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
-    """Σ over target rows of a per-token loss, with ∂hidden and ∂head made in the forward pass (6NDV
-    FLOPs).
+    """Σ over target rows of a per-token loss; ∂hidden and ∂head in the forward pass (6NDV FLOPs).
 
-    Args: hidden: [N, D], in compute dtype; row n is what predicts targets[n]. head: [D, V].
-      targets: int [N]. token_loss: (logprobs [n], entropy [n], args [n]) → (loss [n], metrics
-      {name: [n]}); the normaliser is already
-        in the loss, and every reduction is a sum. Differentiated with respect to logprobs only.
-      token_args: pytree of [N, ...] arrays handed to token_loss chunk by chunk; no gradient flows
-      to them. mask: bool [N], rows that have a target; the others cost nothing. None is all.
-      temperature: divides the logits. chunk_size: rows a chunk, a device. mesh: if given, N is
-      sharded over ("data", "fsdp") and V over "tensor" where that divides it: no device makes the
-      logits
-        of the whole vocabulary. The head is gathered over the row axes once, and ∂head reduced
-        once.
+    Args:
+      hidden: in compute dtype; row n predicts targets[n].
+      token_loss: (logprobs [n], entropy [n], args [n]) → (loss [n], metrics {name: [n]}). The
+        normaliser is in the loss, every reduction is a sum. Differentiated in logprobs only.
+      token_args: pytree of [N, ...] arrays, passed to token_loss chunk by chunk; no gradient.
+      mask: rows that have a target; the others cost nothing. None is all.
+      temperature: divides the logits. chunk_size: rows a chunk, a device.
+      mesh: if given, N is sharded over ("data", "fsdp"), and V over "tensor" where that divides it.
 
-    Returns:
-      (scalar loss, metric sums over target rows), float32.
+    Returns: (loss, metric sums over target rows).
     """
     mask = jnp.ones(np.shape(targets), bool) if mask is None else mask
-    inputs = jax.tree.map(jnp.asarray, (hidden, head, targets, mask, token_args))
-    return _linear_loss(token_loss, _Static(temperature, chunk_size, mesh), *inputs)
+    inputs = jax.tree.map(jnp.asarray, (hidden, head, (targets, mask, token_args)))
+    static = _Static.of(inputs[1], temperature, chunk_size, mesh)
+    return _linear_loss(token_loss, static, *inputs)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # linear_logprobs
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def _logprobs_forward(static: _Static, vocab: _Vocab, hidden, head, targets, mask):
-    size = min(static.chunk_size, hidden.shape[0])
-    plan = _plan(mask, size, vocab)
-    head = _whole_head(hidden, head)
+def _logprobs_forward(static: _Static, hidden, head, targets, mask):
+    chunks, head = _Chunks.of(mask, static), _whole_head(hidden, head)
 
     def body(i, carry):
-        rows, valid = _rows(plan, i, size)
-        scored = _score(hidden[rows], head, targets[rows], static.temperature, vocab)
-        return _add_rows(carry[0], rows, valid, scored.logprobs), _add_rows(
-            carry[1], rows, valid, scored.entropy
-        )
+        rows, valid = chunks.rows(i)
+        scored = _score(hidden[rows], head, targets[rows], static)
+        found = (scored.logprobs, scored.entropy)
+        return tuple(_add_rows(x, rows, valid, new) for x, new in zip(carry, found, strict=True))
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    return jax.lax.fori_loop(0, plan.chunks, body, (zeros, zeros))
+    return jax.lax.fori_loop(0, chunks.number, body, (zeros, zeros))
 
 
-def _logprobs_backward(
-    static: _Static, vocab: _Vocab, hidden, head, targets, mask, d_logprobs, d_entropy
-):
-    size = min(static.chunk_size, hidden.shape[0])
-    plan = _plan(mask, size, vocab)
-    head = _whole_head(hidden, head)
+def _logprobs_backward(static: _Static, inputs, cotangents):
+    hidden, head, targets, mask = inputs
+    chunks, head = _Chunks.of(mask, static), _whole_head(hidden, head)
 
     def body(i, carry):
         d_hidden, d_head = carry
-        rows, valid = _rows(plan, i, size)
+        rows, valid = chunks.rows(i)
+        d_logprobs, d_entropy = (jnp.where(valid, d[rows], 0.0)[:, None] for d in cotangents)
         h = hidden[rows]
-        scored = _score(h, head, targets[rows], static.temperature, vocab)
+        scored = _score(h, head, targets[rows], static)
         softmax = scored.weights / scored.total[:, None]
         log_softmax = scored.logits - scored.lse[:, None]
-        d_logits = (scored.hit - softmax) * jnp.where(valid, d_logprobs[rows], 0.0)[:, None]
-        d_logits -= (
-            softmax
-            * (log_softmax + scored.entropy[:, None])
-            * jnp.where(valid, d_entropy[rows], 0.0)[:, None]
-        )
+        d_logits = (scored.hit - softmax) * d_logprobs
+        d_logits -= softmax * (log_softmax + scored.entropy[:, None]) * d_entropy
         d_logits = (d_logits / static.temperature).astype(h.dtype)
         d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, head))
         return d_hidden, d_head + _d_head(h, d_logits)
 
     zeros = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
-    d_hidden, d_head = jax.lax.fori_loop(0, plan.chunks, body, zeros)
-    return vocab.sum(d_hidden), d_head
+    d_hidden, d_head = jax.lax.fori_loop(0, chunks.number, body, zeros)
+    return static.sum(d_hidden), d_head
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_logprobs(static, hidden, head, targets, mask):
-    run = functools.partial(_logprobs_forward, static, _Vocab(static.splits_vocab(head)))
-    if static.mesh is None:
-        return run(hidden, head, targets, mask)
-    rows, kernel = _specs(static, head)
-    return jax.shard_map(
-        run,
-        mesh=static.mesh,
-        in_specs=(rows, kernel, rows, rows),
-        out_specs=(rows, rows),
-        check_vma=False,
-    )(hidden, head, targets, mask)
+    run = functools.partial(_logprobs_forward, static)
+    if static.mesh is not None:
+        rows, kernel = static.specs(head)
+        specs: dict[str, Any] = {"in_specs": (rows, kernel, rows, rows), "out_specs": (rows, rows)}
+        run = jax.shard_map(run, mesh=static.mesh, check_vma=False, **specs)
+    return run(hidden, head, targets, mask)
 
 
-def _linear_logprobs_fwd(static, hidden, head, targets, mask):
-    return _linear_logprobs(static, hidden, head, targets, mask), (hidden, head, targets, mask)
+def _linear_logprobs_fwd(static, *inputs):
+    return _linear_logprobs(static, *inputs), inputs
 
 
 def _linear_logprobs_bwd(static, inputs, cotangents):
     head = inputs[1]
-    run = functools.partial(_logprobs_backward, static, _Vocab(static.splits_vocab(head)))
-    if static.mesh is None:
-        d_hidden, d_head = run(*inputs, *cotangents)
-        return d_hidden, d_head.astype(head.dtype), None, None
 
-    def local(*args):
-        d_hidden, d_head = run(*args)
-        return d_hidden, _reduce_head(static, d_head)
+    def run(inputs, cotangents):
+        d_hidden, d_head = _logprobs_backward(static, inputs, cotangents)
+        return d_hidden, d_head if static.mesh is None else static.reduce_head(d_head)
 
-    rows, kernel = _specs(static, head)
-    specs = (rows, kernel, rows, rows, rows, rows)
-    d_hidden, d_head = jax.shard_map(
-        local, mesh=static.mesh, in_specs=specs, out_specs=(rows, kernel), check_vma=False
-    )(*inputs, *cotangents)
+    if static.mesh is not None:
+        rows, kernel = static.specs(head)
+        specs: dict[str, Any] = {"in_specs": ((rows, kernel, rows, rows), (rows, rows))}
+        specs["out_specs"] = (rows, kernel)
+        run = jax.shard_map(run, mesh=static.mesh, check_vma=False, **specs)
+    d_hidden, d_head = run(inputs, cotangents)
     return d_hidden, d_head.astype(head.dtype), None, None
 
 
@@ -417,18 +346,17 @@ def linear_logprobs(
     chunk_size: int = 1024,
     mesh: Mesh | None = None,
 ) -> tuple[Float32[Array, " N"], Float32[Array, " N"]]:
-    """Log-prob of each target and entropy of each distribution, differentiable in hidden and head.
+    """Log-prob of each target and entropy of each distribution, 0 on rows without a target.
 
-    Arguments as in `linear_loss`. The backward pass recomputes the logits chunk by chunk.
+    Arguments as `linear_loss`. Differentiable in hidden and head; the backward pass recomputes the
+    logits chunk by chunk.
 
-    Returns:
-      (logprobs [N], entropy [N]), float32, 0 on rows without a target.
-
-    >>> hidden, head = jnp.array([[1.0, 0.0]]), jnp.array([[jnp.log(2), 0.0], [0.0, 0.0]])  # softmax (2/3, 1/3)
+    >>> hidden = jnp.array([[1.0, 0.0]])
+    >>> head = jnp.array([[jnp.log(2), 0.0], [0.0, 0.0]])  # softmax (2/3, 1/3)
     >>> logprobs, entropy = linear_logprobs(hidden, head, jnp.array([0]))
     >>> round(float(jnp.exp(logprobs[0])), 4), round(float(entropy[0]), 4)  # log 3 - 2/3 log 2
     (0.6667, 0.6365)
     """
     mask = jnp.ones(np.shape(targets), bool) if mask is None else mask
     inputs = jax.tree.map(jnp.asarray, (hidden, head, targets, mask))
-    return _linear_logprobs(_Static(temperature, chunk_size, mesh), *inputs)
+    return _linear_logprobs(_Static.of(inputs[1], temperature, chunk_size, mesh), *inputs)

@@ -1,10 +1,10 @@
-"""The jitted parts of sampling: read prompts, put them into decode slots, decode until enough slots
-are free.
+"""Jitted parts of sampling: prefill prompts, insert them into decode slots, decode until enough
+slots are free.
 
 Slots are [N, b]: b on each of the mesh's N row shards. Sequences move only between slots of one
-shard, and the first w slots of all shards can be decoded without the others. Noise is per token,
-fold_in(fold_in(fold_in(seed, draw), sample), position): what a response says depends on its own
-draw and sample number only, never on its slot, its neighbours or the number of devices.
+shard, and the first w slots of all shards can be decoded alone. Noise is per token,
+fold_in(fold_in(fold_in(seed, draw), sample), position): a response depends on its draw and sample
+number only, never on its slot, its neighbours or the number of devices.
 """
 
 import functools
@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float32, Int, Int32, Key
+from jaxtyping import Array, Bool, Float32, Int, Int32, Key
 
 from dapo_jax.config import ModelConfig
 from dapo_jax.model.decoder import Cache, decode_step, hidden_states, logits_of, make_cache
@@ -24,7 +23,7 @@ from dapo_jax.types import Params
 
 
 class Slots(NamedTuple):
-    """Sequences under way. All arrays have [N, b] as their leading axes."""
+    """Sequences being decoded."""
 
     keys: Key[Any, "N b"]  # one a response
     token: Int32[Any, "N b"]  # the newest token, not in the cache yet
@@ -43,7 +42,7 @@ class SamplerState(NamedTuple):
 
 
 class Arrivals(NamedTuple):
-    """Sequences to be put into slots, int32 [N, m]."""
+    """Sequences to insert into slots."""
 
     slot: Int32[Any, "N m"]  # on its shard; b drops the entry
     row: Int32[Any, "N m"]  # of the prefilled cache
@@ -55,9 +54,9 @@ class Arrivals(NamedTuple):
 
 
 def response_keys(
-    seed: Key[Array, ""], draws: Int[Array, "*slots"], samples: Int[Array, "*slots"]
-) -> Key[Array, "*slots"]:
-    """One key a response: fold_in(fold_in(seed, draw), sample). draws, samples: int, of one shape."""
+    seed: Key[Array, ""], draws: Int[Array, "*S"], samples: Int[Array, "*S"]
+) -> Key[Array, "*S"]:
+    """One key a response: fold_in(fold_in(seed, draw), sample)."""
     fold = jnp.vectorize(jax.random.fold_in, signature="(),()->()")
     return fold(fold(seed, draws), samples)
 
@@ -71,25 +70,20 @@ def empty_state(
     max_response_len: int,
     int8: bool,
 ) -> SamplerState:
-    """`slots` free slots on each shard, with room for S = cache_len tokens, prompt included, and R
-    = max_response_len.
-    """
+    """`slots` free slots on each shard. S is cache_len (prompt included), R max_response_len."""
     entries = (shards, model.layers, slots, model.kv_heads, cache_len)
     kv = jnp.zeros((*entries, model.head_dim), jnp.int8 if int8 else model.compute_dtype)
     scale = jnp.zeros(entries) if int8 else None
     number, flag = jnp.zeros((shards, slots), jnp.int32), jnp.zeros((shards, slots), bool)
+    tokens = jnp.zeros((shards, slots, max_response_len), jnp.int32)
     return SamplerState(
-        cache=Cache(kv, kv, scale, scale),
-        slots=Slots(
+        Cache(kv, kv, scale, scale),
+        Slots(
             keys=response_keys(jax.random.key(0), number, number),
-            token=number,
-            position=number,
-            limit=number,
-            length=number,
-            tokens=jnp.zeros((shards, slots, max_response_len), jnp.int32),
-            logprobs=jnp.zeros((shards, slots, max_response_len), jnp.float32),
-            ended=flag,
-            live=flag,
+            **dict.fromkeys(("token", "position", "limit", "length"), number),
+            tokens=tokens,
+            logprobs=tokens.astype(jnp.float32),
+            **dict.fromkeys(("ended", "live"), flag),
         ),
     )
 
@@ -102,20 +96,19 @@ def kv_axis(kv_heads: int, mesh: Mesh) -> str | None:
 def prefill(
     params: Params, prompts: Int32[Array, "E P"], *, model: ModelConfig, int8: bool, mesh: Mesh
 ) -> Cache:
-    """Keys and values of prompts, [L, E, K, P, h]. prompts: int32 [E, P], padded on the right.
+    """Keys and values [L, E, K, P, h] of prompts, which are padded on the right.
 
     E is split over the row shards.
     """
-    prompts = jax.lax.with_sharding_constraint(
-        prompts, NamedSharding(mesh, PartitionSpec(ROW_AXES))
-    )
+    rows = NamedSharding(mesh, PartitionSpec(ROW_AXES))
+    prompts = jax.lax.with_sharding_constraint(prompts, rows)
     kv = hidden_states(params, model, prompts, mesh=mesh)[1]
     return make_cache(*(jnp.swapaxes(x, 2, 3) for x in kv), int8=int8)
 
 
 def _copy_row(cache: Cache, source: Cache, row: Array, slot: Array) -> Cache:
-    """Row of `source` [L, E, K, P, h] into the front of a slot of one shard's cache [L, b, K, S,
-    h]; dropped beyond b.
+    """Row of `source` [L, E, K, P, h] into the front of a slot of one shard's cache; dropped from
+    slot b on.
     """
 
     def copy(old, new):
@@ -127,38 +120,37 @@ def _copy_row(cache: Cache, source: Cache, row: Array, slot: Array) -> Cache:
 def _copy_arrivals(
     cache: Cache, prefilled: Cache, rows: Array, slots: Array, count: Array
 ) -> Cache:
-    """On one device: the first `count` of its rows [n, m] of everybody's prefilled cache into its
+    """On one device: the first `count` of rows [n, m] of the prefilled cache of all shards into
     slots [n, m].
 
-    A row may be wanted on any shard, and lies on one. Rows of all shards are gathered a layer at a
-    time: all layers of them would take as much memory as several sequences, or many if rows are as
-    long as a response that is gone on with.
+    A shard may need rows of any shard. They are gathered a layer at a time: all layers would take
+    the memory of several sequences, or many where rows are continued responses.
     """
+    shards = jnp.arange(len(rows))
 
     def layer(index, cache):
-        source = jax.tree.map(
-            lambda x: jax.lax.all_gather(x[index], ROW_AXES, tiled=True), prefilled
-        )
+        def gather(x):
+            return jax.lax.all_gather(x[index], ROW_AXES, tiled=True)
 
-        def copy(i, cache):
+        source = jax.tree.map(gather, prefilled)
+
+        def write(n, rows, slots, cache):
             def one(old, new):  # [n, L, b, K, S, ...], [E, K, P, ...]
-                return old.at[jnp.arange(len(rows)), index, slots[:, i], :, : new.shape[2]].set(
-                    new[rows[:, i]], mode="drop"
-                )
+                places = old.at[n, index, slots, :, : new.shape[2]]
+                return places.set(new[rows], mode="drop")
 
             return jax.tree.map(one, cache, source)
+
+        def each(cache):
+            def copy(i, cache):
+                return write(shards, rows[:, i], slots[:, i], cache)
+
+            return jax.lax.fori_loop(0, count, copy, cache)
 
         def at_once(cache):
-            def one(old, new):
-                return old.at[jnp.arange(len(rows))[:, None], index, slots, :, : new.shape[2]].set(
-                    new[rows], mode="drop"
-                )
+            return write(shards[:, None], rows, slots, cache)
 
-            return jax.tree.map(one, cache, source)
-
-        return jax.lax.platform_dependent(
-            cache, cuda=at_once, default=lambda cache: jax.lax.fori_loop(0, count, copy, cache)
-        )
+        return jax.lax.platform_dependent(cache, cuda=at_once, default=each)
 
     return jax.lax.fori_loop(0, cache.k.shape[1], layer, cache)
 
@@ -172,39 +164,25 @@ def insert(
     *,
     mesh: Mesh,
 ) -> SamplerState:
-    """Starts sequences whose tokens, all but the last, have been read.
+    """Starts sequences; all their tokens but the last are prefilled, the next decode step reads
+    that and samples.
 
-    The next decode step reads the last and draws.
-
-    Args: prefilled: [L, E, K, P, h]; many sequences may share a row. packed: `Arrivals` as one
-      array, int32 [7, N, m]. count: how many of the m there are, on the shard that has most.
+    Args:
+      prefilled: [L, E, K, P, h]; many sequences may share a row.
+      packed: `Arrivals` as one array. count: most arrivals of a shard.
     """
     arrivals = Arrivals(*packed)
     heads = kv_axis(state.cache.k.shape[3], mesh)
-    whole, rows, source = (
-        PartitionSpec(*axes) for axes in ((), (ROW_AXES,), (None, ROW_AXES, heads))
-    )
-    cache = PartitionSpec(ROW_AXES, None, None, heads)
-    copy = jax.shard_map(
-        _copy_arrivals,
-        mesh=mesh,
-        in_specs=(cache, source, rows, rows, whole),
-        out_specs=cache,
-        check_vma=False,
-    )
+    rows, cache = PartitionSpec(ROW_AXES), PartitionSpec(ROW_AXES, None, None, heads)
+    inputs = (cache, PartitionSpec(None, ROW_AXES, heads), rows, rows, PartitionSpec())
+    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": cache, "check_vma": False}
+    copy = jax.shard_map(_copy_arrivals, mesh=mesh, **specs)
 
-    zeros, flags = jnp.zeros_like(arrivals.slot), jnp.zeros(arrivals.slot.shape, bool)
-    fresh = {
-        "token": arrivals.token,
-        "position": arrivals.position,
-        "limit": arrivals.limit,
-        "length": zeros,
-    }
-    fresh |= {
-        "keys": response_keys(seed, arrivals.draw, arrivals.sample),
-        "ended": flags,
-        "live": ~flags,
-    }
+    flags = jnp.zeros(arrivals.slot.shape, bool)
+    fresh = {name: getattr(arrivals, name) for name in ("token", "position", "limit")}
+    fresh["length"] = jnp.zeros_like(arrivals.slot)
+    fresh["keys"] = response_keys(seed, arrivals.draw, arrivals.sample)
+    fresh |= {"ended": flags, "live": ~flags}
     put = jax.vmap(lambda old, slot, new: old.at[slot].set(new, mode="drop"))
     slots = state.slots._replace(
         **{name: put(getattr(state.slots, name), arrivals.slot, new) for name, new in fresh.items()}
@@ -215,31 +193,32 @@ def insert(
 def move(
     state: SamplerState, moves: Int32[Array, "2 N m"], count: Int32[Array, ""]
 ) -> SamplerState:
-    """Moves sequences to free slots of their shard. moves: int32 [2, N, m], from and to, disjoint;
-    b drops an entry.
-    """
+    """Moves sequences to free slots of their shard. moves: from, to; disjoint; b drops one."""
     sources, targets = moves
 
     def copy(i, cache):
         return jax.vmap(_copy_row)(cache, cache, sources[:, i], targets[:, i])
 
+    @jax.vmap
     def relabel(old, sources, targets):
         return old.at[targets].set(old[sources], mode="drop")
 
-    slots = jax.tree.map(lambda old: jax.vmap(relabel)(old, sources, targets), state.slots)
-    live = jax.vmap(lambda live, sources: live.at[sources].set(False, mode="drop"))(
-        slots.live, sources
-    )
-    return SamplerState(jax.lax.fori_loop(0, count, copy, state.cache), slots._replace(live=live))
+    @jax.vmap
+    def clear(live, sources):
+        return live.at[sources].set(False, mode="drop")
+
+    slots = jax.tree.map(lambda old: relabel(old, sources, targets), state.slots)
+    slots = slots._replace(live=clear(slots.live, sources))
+    return SamplerState(jax.lax.fori_loop(0, count, copy, state.cache), slots)
 
 
 def take(
     slots: Slots, blocks: Int32[Array, " m"], *, size: int, mesh: Mesh
 ) -> Int32[Array, "2 m size"]:
-    """Blocks of `size` successive tokens of responses, and the bits of their log-probs: int32 [2,
-    m, size], in one collective.
+    """Blocks of `size` successive tokens of responses, and the bits of their log-probs, in one
+    collective.
 
-    blocks: int32 [m], counted through the slots of all shards; a slot has R / size of them.
+    blocks: counted through the slots of all shards; a slot has R / size of them.
     """
 
     def own(tokens: Array, logprobs: Array, blocks: Array) -> Array:
@@ -247,24 +226,27 @@ def take(
         at = blocks - count * jax.lax.axis_index(ROW_AXES)
         found = [jnp.take(x.reshape(-1, size), at, axis=0, mode="clip") for x in (tokens, logprobs)]
         bits = jnp.stack([found[0], jax.lax.bitcast_convert_type(found[1], jnp.int32)])
-        return jax.lax.psum(jnp.where(((at >= 0) & (at < count))[:, None], bits, 0), ROW_AXES)
+        here = (at >= 0) & (at < count)
+        return jax.lax.psum(jnp.where(here[None, :, None], bits, 0), ROW_AXES)
 
     rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
-    over_mesh = jax.shard_map(
-        own, mesh=mesh, in_specs=(rows, rows, whole), out_specs=whole, check_vma=False
-    )
+    specs: dict[str, Any] = {"in_specs": (rows, rows, whole), "out_specs": whole}
+    over_mesh = jax.shard_map(own, mesh=mesh, check_vma=False, **specs)
     return over_mesh(slots.tokens, slots.logprobs, blocks)
 
 
 def _append(slots: Slots, tokens: Array, logprobs: Array, stop: tuple[int, ...]) -> Slots:
-    """Adds the token [N, b] that was drawn to every live sequence; where its log-prob is NaN, the
-    sequence stops before it.
+    """Adds the sampled token [N, b] to every live sequence; one with a NaN log-prob stops before
+    it.
     """
     live = slots.live & ~jnp.isnan(logprobs)
     at = jnp.where(live, slots.length, slots.tokens.shape[-1])
-    write = jax.vmap(
-        jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))
-    )  # one entry a row: rows may be long
+
+    @jax.vmap
+    @jax.vmap
+    def write(row, at, new):  # one entry a row: rows may be long
+        return row.at[at].set(new, mode="drop")
+
     length = slots.length + live
     ended = slots.ended | (live & jnp.isin(tokens, jnp.asarray(stop, jnp.int32)))
     return slots._replace(
@@ -282,56 +264,48 @@ def _append(slots: Slots, tokens: Array, logprobs: Array, stop: tuple[int, ...])
 def sample_on_mesh(
     logits: Float32[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling, mesh: Mesh
 ) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
-    """`sample_tokens`, each device for its own rows, and on its own part of the vocabulary where
+    """`sample_tokens` of each device's own rows, and of its own part of the vocabulary where
     "tensor" divides it.
     """
-    axis = (
-        "tensor"
-        if mesh.shape["tensor"] > 1 and logits.shape[1] % mesh.shape["tensor"] == 0
-        else None
-    )
+    parts = mesh.shape[VOCAB_AXIS]
+    axis = VOCAB_AXIS if parts > 1 and logits.shape[1] % parts == 0 else None
     draw, rows = (
         functools.partial(sample_tokens, sampling=sampling, axis=axis),
         PartitionSpec(ROW_AXES),
     )
-    over_mesh = jax.shard_map(
-        draw,
-        mesh=mesh,
-        in_specs=(PartitionSpec(ROW_AXES, axis), rows),
-        out_specs=(rows, rows),
-        check_vma=False,
-    )
-    return over_mesh(logits, keys)
+    inputs = (PartitionSpec(ROW_AXES, axis), rows)
+    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": (rows, rows), "check_vma": False}
+    return jax.shard_map(draw, mesh=mesh, **specs)(logits, keys)
+
+
+class Decoding(NamedTuple):
+    """How `decode` samples. Static under jit."""
+
+    model: ModelConfig
+    sampling: Sampling
+    stop: tuple[int, ...]  # token ids that end a response
+    mesh: Mesh
+
+
+class Until(NamedTuple):
+    """When `decode` returns."""
+
+    few: Int32[Any, ""]  # once no more sequences than this are live,
+    half: Int32[Any, ""]  # or no more than this on any shard,
+    max_steps: Int32[Any, ""]  # or after so many steps, at most read + 1 - the largest position
 
 
 def decode(
-    params: Params,
-    state: SamplerState,
-    few: Int32[Array, ""],
-    half: Int32[Array, ""],
-    max_steps: Int32[Array, ""],
-    *,
-    model: ModelConfig,
-    sampling: Sampling,
-    stop: tuple[int, ...],
-    mesh: Mesh,
-    width: int,
-    read: int,
+    how: Decoding, params: Params, state: SamplerState, until: Until, *, width: int, read: int
 ) -> tuple[SamplerState, Int32[Array, "3 N b"], Int32[Array, ""]]:
-    """Decodes the first `width` slots of every shard until enough of them are free, or for
-    `max_steps` steps.
+    """Decodes the first `width` slots of every shard, and reads `read` entries of the cache.
 
-    A sequence whose logits are non-finite gets no token and is not live any more, though neither
-    ended nor at its limit: for the host to see (`Stream._check_finite`).
+    A sequence whose logits are non-finite gets no token and is no longer live, though neither ended
+    nor at its limit (`Stream._check_finite`).
 
-    Args: few: int32, leave when no more sequences than this are live. half: int32, or no more than
-      this on any shard. max_steps: int32, at most read + 1 - the largest position of a live
-      sequence. stop: token ids that end a response. read: static, how much of the cache is looked
-      at.
-
-    Returns: The state, what the host needs to know of it (int32 [3, N, b]: live, length, ended),
-      and the steps taken.
+    Returns: The state, what the host needs of it (live, length, ended), and the steps taken.
     """
+    model = how.model
 
     def step(carry):
         count, cache, slots = carry
@@ -339,28 +313,22 @@ def decode(
             slots.token, slots.position, cache
         )
         keys = jax.vmap(jax.random.fold_in)(slots.keys.ravel(), slots.position.ravel() + 1)
-        # Left to itself, XLA draws the product into one fusion with the softmax: on a CPU, jax 0.12
-        # then takes three times as long.
-        logits = jax.lax.optimization_barrier(
-            logits_of(params, hidden.reshape(-1, hidden.shape[-1]))
-        )
-        tokens, logprobs = (
-            x.reshape(slots.token.shape) for x in sample_on_mesh(logits, keys, sampling, mesh)
-        )
-        return count + 1, cache, _append(slots, tokens, logprobs, stop)
+        # Without this barrier XLA fuses the LM-head matmul into the softmax, which is 3x slower on
+        # a CPU with jax 0.12.
+        logits = logits_of(params, hidden.reshape(-1, hidden.shape[-1]))
+        drawn = sample_on_mesh(jax.lax.optimization_barrier(logits), keys, how.sampling, how.mesh)
+        tokens, logprobs = (x.reshape(slots.token.shape) for x in drawn)
+        return count + 1, cache, _append(slots, tokens, logprobs, how.stop)
 
     def unfinished(carry):
         count, _, slots = carry
         on_shards = slots.live.sum(axis=1)
-        return (count < max_steps) & (on_shards.sum() > few) & (on_shards.max() > half)
+        crowded = (on_shards.sum() > until.few) & (on_shards.max() > until.half)
+        return (count < until.max_steps) & crowded
 
     narrow = jax.tree.map(lambda x: x[:, :width], state.slots)
-    steps, cache, narrow = jax.lax.while_loop(
-        unfinished, step, (jnp.zeros((), jnp.int32), state.cache, narrow)
-    )
+    first = (jnp.zeros((), jnp.int32), state.cache, narrow)
+    steps, cache, narrow = jax.lax.while_loop(unfinished, step, first)
     slots = jax.tree.map(lambda old, new: old.at[:, :width].set(new), state.slots, narrow)
-    return (
-        SamplerState(cache, slots),
-        jnp.stack([x.astype(jnp.int32) for x in (slots.live, slots.length, slots.ended)]),
-        steps,
-    )
+    seen = jnp.stack([x.astype(jnp.int32) for x in (slots.live, slots.length, slots.ended)])
+    return SamplerState(cache, slots), seen, steps

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr, tree_map_with_path
 
 from dapo_jax.config import MeshSection
-from dapo_jax.types import Array, InputError
+from dapo_jax.types import InputError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what rows of a batch and decode slots are split over

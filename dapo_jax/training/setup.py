@@ -26,7 +26,7 @@ from dapo_jax.data.prompts import check_embedded, load_tokenizer, prompts_digest
 from dapo_jax.model import weights
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.model.lora import join, merge, split
-from dapo_jax.rollout.engine import Engine
+from dapo_jax.rollout.engine import Engine, Limits
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import checkpoint, multihost
 from dapo_jax.runtime.chips import prefill_tokens
@@ -270,18 +270,15 @@ def train_sampling(config: Config) -> Sampling:
 
 def make_engine(config: Config, policy: Policy, mesh: Mesh, sampling: Sampling) -> Engine:
     """A rollout engine with the config's slots and length limits."""
-    return Engine(
-        policy.model,
-        sampling,
-        policy.stop,
-        slots=config.rollout.decode_slots,
-        max_prompt_len=config.data.max_prompt_len,
-        max_response_len=config.rollout.max_response_len,
-        mesh=mesh,
-        fetch=multihost.fetch,
-        prefill_tokens=prefill_tokens(mesh),
+    limits = Limits(
+        config.rollout.decode_slots,
+        config.data.max_prompt_len,
+        config.rollout.max_response_len,
+        prefill_tokens(mesh),
         int8=config.rollout.kv_cache == "int8",
     )
+    fetch = multihost.fetch
+    return Engine(policy.model, sampling, policy.stop, limits, mesh=mesh, fetch=fetch)
 
 
 def describe(policy: Policy, mesh: Mesh, lora: LoraConfig | None = None) -> str:
