@@ -1,4 +1,4 @@
-"""The vocabulary that every room shares: what a problem, a group and a batch are.
+"""Types that every room shares: problems, groups, batches, errors.
 
 Dimension key, for every shape in this package:
 
@@ -7,8 +7,8 @@ Dimension key, for every shape in this package:
     h head size · F feed-forward · M micro-batches
 
 Lengths are tokens. Log-probs are natural-log float32 values of the sampled token.
-`behavior_logprobs` are the sampler's, `old_logprobs` stand in the ratio's denominator: two names,
-because their gap is a metric.
+`behavior_logprobs` are the sampler's, `old_logprobs` are in the ratio's denominator: their gap is a
+metric.
 """
 
 import dataclasses
@@ -24,23 +24,15 @@ Params = Mapping[str, Any]  # nested dict of arrays
 
 
 class InputError(Exception):
-    """Something the user gave is unusable.
-
-    One line: file, key or row; what is wrong; what to do. Exit status 2.
-    """
+    """Bad input. One line: file, key or row; what is wrong; what to do. Exit status 2."""
 
 
 class SharedError(InputError):
-    """One that every process of a job raises at the same place, so that they can still save
-    together.
-    """
+    """Raised by every process of a job at the same place, so that they can still save together."""
 
 
 class NonFiniteError(InputError):
-    """Numbers of the policy are non-finite: logits it is sampled by, or so many updates in a row.
-
-    Nothing of the step may be saved.
-    """
+    """Logits, or several updates in a row, are non-finite. Nothing of the step may be saved."""
 
 
 class NoCheckpointError(Exception):
@@ -69,25 +61,20 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A question with its verifiable answer.
-
-    `prompt` is plain text, or chat turns that are used as they are.
-    """
+    """A question with its verifiable answer. `prompt` is plain text, or chat turns."""
 
     id: str  # stable across runs: derives from the content, or the dataset's own identifier
     prompt: str | tuple[Message, ...]
     answer: str
     solution: str | None = None  # a worked solution, for supervised warm-up only
-    source: str = dataclasses.field(
-        default="", compare=False
-    )  # the data set it is of, as the config names it
+    source: str = dataclasses.field(default="", compare=False)  # the config's name of its data set
 
 
 _INTEGER = re.compile(r"(\$?[+-]?)([0-9]+)(\$?)")
 
 
 def canonical_answer(text: str) -> str:
-    """A ground truth as verifiers compare it: the one element of a JSON list of texts; an integer
+    """A ground truth as verifiers compare it: the element of a JSON list of one text; an integer
     without leading zeros.
 
     >>> canonical_answer('["34"]'), canonical_answer("025"), canonical_answer("0.5")
@@ -114,20 +101,14 @@ class Prompt:
 
 
 class Request(NamedTuple):
-    """One response to be sampled.
-
-    `draw` and `sample` seed its noise, so nothing else decides what it says.
-    """
+    """One response to be sampled. `draw` and `sample` seed its noise."""
 
     draw: int  # index of the prompt's draw since the run began
     sample: int  # which of the G responses of that draw
     prompt: np.ndarray  # int32 [P]
-    prefix: tuple[np.ndarray, np.ndarray] | None = (
-        None  # tokens int32 [R] already sampled, and their float32 behavior log-probs
-    )
-    limit: int | None = (
-        None  # response tokens at most, prefix included; None is the engine's own limit
-    )
+    # tokens int32 [R] already sampled, and their float32 behavior log-probs
+    prefix: tuple[np.ndarray, np.ndarray] | None = None
+    limit: int | None = None  # response tokens at most, prefix included; None is the engine's limit
 
 
 class Response(NamedTuple):
@@ -139,25 +120,17 @@ class Response(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a reward says of one response.
-
-    `correct` filters groups, `score` is what is learned from.
-    """
+    """The reward of one response. `correct` filters groups, `score` is learned from."""
 
     correct: bool
     score: float
-    error: str | None = (
-        None  # why there is no verdict (time-out, exception); counted apart from wrong answers
-    )
+    error: str | None = None  # why there is no verdict (time-out, exception); counted separately
     answered: bool = True  # whether the verifier found an answer in the response at all
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The responses to one draw of a prompt that got a verdict, G if all did.
-
-    Filtered on `correct`, shaped by `reward`.
-    """
+    """The responses to one draw of a prompt that got a verdict, G if all did."""
 
     draw: int
     prompt: Prompt
@@ -165,17 +138,15 @@ class Group:
     correct: np.ndarray  # bool [G]
     reward: np.ndarray  # float32 [G], score + overlong penalty
     penalty: np.ndarray  # float32 [G], overlong penalty, in [-1, 0]
-    old_logprobs: tuple[
-        np.ndarray, ...
-    ]  # float32 [R] each, log pi_old: of the policy that drew the group, for good
+    old_logprobs: tuple[np.ndarray, ...]  # float32 [R] each, log π_old: of the sampling policy
 
 
 class TrainBatch(NamedTuple):
     """Token-aligned packed rows, [N, T] each ([M, N, T] with micro-batches in front).
 
-    Entry t speaks of predicting token t from what precedes it in its segment. An unpacked batch is
-    a packed one with one response a row. Masks come from lengths, never from comparing with a pad
-    token.
+    Entry t is about predicting token t from the earlier tokens of its segment. An unpacked batch is
+    a packed one with one response a row. Masks come from lengths, not from a pad token. Arrays are
+    numpy on the host, jax on devices.
     """
 
     tokens: Int32[Any, "*M N T"]
@@ -190,8 +161,9 @@ class TrainBatch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What an update changes. All of it is sharded like the parameters it belongs to."""
+    """What an update changes, sharded like the parameters."""
 
-    params: Params  # float32 master weights; with LoRA float32 adapters beside frozen weights in compute dtype
+    # float32 master weights; with LoRA float32 adapters beside frozen weights in compute dtype
+    params: Params
     opt_state: Any
     updates: Int32[Any, ""]  # updates applied so far

@@ -1,4 +1,4 @@
-"""Hugging Face configs and tensor names of Llama, Qwen2, Qwen3 and Gemma 3, read and written. No I/O.
+"""Hugging Face configs and tensor names of Llama, Qwen2, Qwen3 and Gemma 3. No I/O.
 
 What the decoder cannot compute exactly is refused, never approximated.
 """
@@ -217,7 +217,8 @@ def _gemma_fields(hf: Mapping[str, Any], layers: int, fail: Fail) -> dict[str, A
         if kind not in (_FULL, _SLIDING) or not isinstance(value or {}, Mapping):
             fail(
                 f"rope_parameters.{kind}",
-                f"is not supported; supported: {_FULL} and {_SLIDING}, each with its own rope_type and rope_theta",
+                f"is not supported; supported: {_FULL} and {_SLIDING}, each with its own rope_type "
+                "and rope_theta",
             )
     near = {"rope_theta": hf.get("rope_local_base_freq", 1e4), **(kinds.get(_SLIDING) or {})}
     whole = {"rope_theta": hf.get("rope_theta", 1e6), **(kinds.get(_FULL) or {}), **scaling}
@@ -266,7 +267,8 @@ def _window_pattern(hf: Mapping[str, Any], layers: int, fail: Fail) -> int:
     if not isinstance(types, list) or len(types) != layers or types != _layer_types(layers, every):
         fail(
             "layer_types",
-            f"only {_FULL} in every so-many-th of {layers} layers and {_SLIDING} in the others is supported",
+            f"only {_FULL} in every so-many-th of {layers} layers and {_SLIDING} in the others is "
+            "supported",
         )
     return every
 

@@ -29,6 +29,7 @@ from dapo_jax.model.families import (
 )
 from dapo_jax.types import InputError, Params
 
+_HEAD = "lm_head.weight"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("BF16", "F16", "F32")
 _TOKENIZER_FILES = (
@@ -43,6 +44,9 @@ _TOKENIZER_FILES = (
 )
 
 _ADAPTER = "adapter_config.json"
+_AGAIN = "download the model again"
+_COMPLETE = "give a complete Hugging Face model folder"
+_PLACE = "choose a writable place with enough space"
 # Tensors that MLX, GPTQ, AWQ, bitsandbytes and compressed-tensors put beside quantized weights.
 _QUANTIZED = re.compile(
     r"\.(scales|biases|qweight|qzeros|g_idx|absmax|weight_scale\w*|weight_packed)$"
@@ -101,23 +105,18 @@ def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
     with _opened(folder, config) as stored:
         params: dict[str, Any] = {}
         for t in tensors(config):
-            in_file_layout(_slot(params, t, config.layers), t)[...] = _read_tensor(
-                *stored[t.name], t.name
-            )
-        if config.tie_embeddings and "lm_head.weight" in stored:
-            head = _read_tensor(*stored["lm_head.weight"], "lm_head.weight")
+            values = _read_tensor(*stored[t.name], t.name)
+            in_file_layout(_slot(params, t, config.layers), t)[...] = values
+        if config.tie_embeddings and _HEAD in stored:
+            head = _read_tensor(*stored[_HEAD], _HEAD)
             if not np.array_equal(head, params["embed"]["embedding"]):
-                raise InputError(
-                    f"{folder}: lm_head.weight: differs from the embedding; set tie_word_embeddings to false in config.json"
-                )
+                todo = "set tie_word_embeddings to false in config.json"
+                raise InputError(f"{folder}: {_HEAD}: differs from the embedding; {todo}")
     return config, params
 
 
 def check_pretrained(folder: str | Path) -> None:
-    """Reads all of a folder but the values of its weights.
-
-    InputError as `load_pretrained`, but for NaN and infinity.
-    """
+    """Raises InputError as `load_pretrained`, but reads no values and so finds no NaN."""
     folder = Path(folder)
     with _opened(folder, load_model_config(folder)):
         pass
@@ -125,18 +124,15 @@ def check_pretrained(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def _opened(folder: Path, config: ModelConfig) -> Iterator[dict[str, tuple[Path, Any]]]:
-    """Tensor name → its file, and the file opened: those of the config's architecture, each once,
-    of the right shape and dtype.
-    """
+    """Tensor name → its file and the open file, checked against the config's architecture."""
     with contextlib.ExitStack() as stack:
         stored: dict[str, tuple[Path, Any]] = {}
         for path in _weight_files(folder):
             opened = stack.enter_context(_open(path))
             for name in opened.keys():
                 if name in stored:
-                    raise InputError(
-                        f"{path}: {_shown(name)}: also in {stored[name][0].name}; download the model again"
-                    )
+                    other = stored[name][0].name
+                    raise InputError(f"{path}: {_shown(name)}: also in {other}; {_AGAIN}")
                 stored[name] = path, opened
         _check_stored(folder, config, stored)
         yield stored
@@ -158,17 +154,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         with open_regular(path) as file:
             tree = json.loads(file.read(), object_pairs_hook=unique)
     except OSError as e:
-        raise InputError(
-            f"{path}: cannot read ({e.strerror}); give a complete Hugging Face model folder"
-        ) from None
+        raise InputError(f"{path}: cannot read ({e.strerror}); {_COMPLETE}") from None
     except (ValueError, RecursionError) as e:
-        raise InputError(
-            f"{path}: no valid JSON ({str(e)[:100]}); download the model again"
-        ) from None
+        raise InputError(f"{path}: no valid JSON ({str(e)[:100]}); {_AGAIN}") from None
     if not isinstance(tree, dict):
-        raise InputError(
-            f"{path}: expected a JSON object, got a {type(tree).__name__}; download the model again"
-        )
+        kind = type(tree).__name__
+        raise InputError(f"{path}: expected a JSON object, got a {kind}; {_AGAIN}")
     return tree
 
 
@@ -180,34 +171,29 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         _refuse_adapter(folder)
         if any(folder.glob("*.bin")):
-            raise InputError(
-                f"{folder}: only pickled weights (.bin), which are never opened; convert them to safetensors"
-            )
-        raise InputError(
-            f"{folder}: no {_SINGLE} and no {_INDEX}; give a complete Hugging Face model folder"
-        )
+            pickled = "only pickled weights (.bin), which are never opened"
+            raise InputError(f"{folder}: {pickled}; convert them to safetensors")
+        raise InputError(f"{folder}: no {_SINGLE} and no {_INDEX}; {_COMPLETE}")
     shards = _read_json(index).get("weight_map")
+    where = f"{index}: weight_map"
     if not isinstance(shards, dict) or not shards:
-        raise InputError(
-            f"{index}: weight_map: expected tensor names with their files; download the model again"
-        )
+        raise InputError(f"{where}: expected tensor names with their files; {_AGAIN}")
     for name, shard in shards.items():
+        key = f"{where}.{_shown(name)}"
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise InputError(
-                f"{index}: weight_map.{_shown(name)}: {repr(shard)[:100]} is not the name of a .safetensors file in this folder"
-            )
+            expected = "the name of a .safetensors file in this folder"
+            raise InputError(f"{key}: {repr(shard)[:100]} is not {expected}")
         if not (folder / shard).is_file():
-            raise InputError(
-                f"{index}: weight_map.{_shown(name)}: file {shard[:100]} is missing; download the model again"
-            )
+            raise InputError(f"{key}: file {shard[:100]} is missing; {_AGAIN}")
     return [folder / shard for shard in sorted(set(shards.values()))]
 
 
 def _refuse_adapter(folder: Path) -> None:
     if (folder / _ADAPTER).is_file():
         raise InputError(
-            f"{folder}: is a PEFT adapter, not a whole model; merge it into its base model first, where peft is installed: "
-            "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
+            f"{folder}: is a PEFT adapter, not a whole model; merge it into its base model first, "
+            "where peft is installed: AutoPeftModelForCausalLM.from_pretrained(ADAPTER)"
+            ".merge_and_unload().save_pretrained(FOLDER)"
         )
 
 
@@ -215,52 +201,38 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as e:
-        raise InputError(
-            f"{path}: truncated or corrupt ({' '.join(str(e).split())[:100]}); download the model again"
-        ) from None
+        reason = " ".join(str(e).split())[:100]
+        raise InputError(f"{path}: truncated or corrupt ({reason}); {_AGAIN}") from None
 
 
 def _check_stored(
     folder: Path, config: ModelConfig, stored: Mapping[str, tuple[Path, Any]]
 ) -> None:
-    """Raises InputError unless the files hold the config's tensors, and nothing that would be
-    ignored at a loss.
-    """
-
-    def check(name: str, shape: tuple[int, ...]) -> None:
-        path, opened = stored[name]
-        found = opened.get_slice(name)
-        if tuple(found.get_shape()) != shape:
-            raise InputError(
-                f"{path}: {name}: expected shape {shape} by config.json, got {tuple(found.get_shape())}"
-            )
-        if found.get_dtype() not in _DTYPES:
-            raise InputError(
-                f"{path}: {name}: dtype {found.get_dtype()} is not supported; supported: {', '.join(_DTYPES)}"
-            )
-
+    """Raises InputError unless the files hold the config's tensors and nothing else of value."""
     if quantized := next(filter(_QUANTIZED.search, sorted(stored)), None):
-        raise InputError(
-            f"{folder}: {_shown(quantized)}: quantized weights are not supported; use a bfloat16, float16 or float32 model"
-        )
-    expected = set()
-    for t in tensors(config):
-        if t.name not in stored:
-            raise InputError(
-                f"{folder}: {t.name}: tensor missing, expected with shape {t.file_shape} by config.json"
-            )
-        check(t.name, t.file_shape)
-        expected.add(t.name)
-    if config.tie_embeddings and "lm_head.weight" in stored:
-        check("lm_head.weight", (config.vocab_size, config.model_dim))
-        expected.add("lm_head.weight")
-    for name, (path, _) in stored.items():
-        if name not in expected and not name.endswith(
-            "rotary_emb.inv_freq"
-        ):  # old files keep this constant
-            raise InputError(
-                f"{path}: {_shown(name)}: tensor has no place in the {config.family} architecture of config.json"
-            )
+        message = "quantized weights are not supported; use a bfloat16, float16 or float32 model"
+        raise InputError(f"{folder}: {_shown(quantized)}: {message}")
+    expected = {t.name: t.file_shape for t in tensors(config)}
+    for name, shape in expected.items():
+        if name not in stored:
+            message = f"tensor missing, expected with shape {shape} by config.json"
+            raise InputError(f"{folder}: {name}: {message}")
+    if config.tie_embeddings and _HEAD in stored:
+        expected[_HEAD] = (config.vocab_size, config.model_dim)
+    for name, shape in expected.items():
+        path, opened = stored[name]
+        tensor = opened.get_slice(name)
+        found, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+        if found != shape:
+            message = f"expected shape {shape} by config.json, got {found}"
+            raise InputError(f"{path}: {name}: {message}")
+        if dtype not in _DTYPES:
+            message = f"dtype {dtype} is not supported; supported: {', '.join(_DTYPES)}"
+            raise InputError(f"{path}: {name}: {message}")
+    for name, (path, _) in stored.items():  # old files keep inv_freq, a constant
+        if name not in expected and not name.endswith("rotary_emb.inv_freq"):
+            message = f"tensor has no place in the {config.family} architecture of config.json"
+            raise InputError(f"{path}: {_shown(name)}: {message}")
 
 
 def _slot(params: dict[str, Any], t: Tensor, layers: int) -> np.ndarray:
@@ -277,9 +249,8 @@ def _slot(params: dict[str, Any], t: Tensor, layers: int) -> np.ndarray:
 def _read_tensor(path: Path, opened: Any, name: str) -> np.ndarray:
     values = opened.get_tensor(name).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
-        raise InputError(
-            f"{path}: {name}: holds NaN or infinite values; use another copy of the model"
-        )
+        message = "holds NaN or infinite values; use another copy of the model"
+        raise InputError(f"{path}: {name}: {message}")
     return values
 
 
@@ -293,16 +264,13 @@ def save_pretrained(
     generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a float32 Hugging Face folder.
+    """Writes a float32 Hugging Face folder, whole or not at all: a hidden sibling is filled, then
+    renamed. Memory holds one tensor beyond `params`, numpy or (fully addressable) jax arrays.
 
-    It appears whole or not at all: a hidden sibling is filled, then renamed.
-
-    Memory holds one tensor beyond `params`, which may be numpy or (on this process fully
-    addressable) jax arrays.
-
-    Args: folder: new, or empty. source_folder: where the model came from; its config.json is kept
-      but for the dtype, its generation_config.json
-        and tokenizer files are copied.
+    Args:
+      folder: new, or empty.
+      source_folder: where the model came from; its config.json is kept but for the dtype, its
+        generation_config.json and tokenizer files are copied.
       tokenizer: a transformers tokenizer, saved where there is no source folder.
       generation: content of generation_config.json where the source folder has none.
       max_shard_bytes: larger models are split into files of at most this size and an index.
@@ -327,28 +295,20 @@ def save_pretrained(
                 _write_json(partial / "generation_config.json", generation)
             _write_weights(partial, config, params, max_shard_bytes)
     except OSError as e:
-        raise InputError(
-            f"{folder}: cannot write ({e.strerror or e}); choose a writable place with enough space"
-        ) from e
+        raise InputError(f"{folder}: cannot write ({e.strerror or e}); {_PLACE}") from e
 
 
 def check_new(folder: str | Path) -> None:
-    """Raises InputError unless `save_pretrained` may write there: for before the work whose result
-    it is.
-    """
+    """Raises InputError unless `save_pretrained` may write there; call it before long work."""
     target = Path(folder).resolve()
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(f"{folder}: exists and is not an empty folder; give a new one")
         above = next(parent for parent in target.parents if parent.exists())
     except OSError as e:
-        raise InputError(
-            f"{folder}: cannot write ({e.strerror or e}); choose a writable place with enough space"
-        ) from None
+        raise InputError(f"{folder}: cannot write ({e.strerror or e}); {_PLACE}") from None
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{folder}: cannot write (below {above}); choose a writable place with enough space"
-        )
+        raise InputError(f"{folder}: cannot write (below {above}); {_PLACE}")
 
 
 @contextlib.contextmanager
@@ -365,33 +325,27 @@ def _appearing_whole(target: Path) -> Iterator[Path]:
 
 
 def _check_params(config: ModelConfig, params: Params) -> None:
-    expected = {
-        ".".join(t.path): t.shape if t.layer is None else (config.layers, *t.shape)
-        for t in tensors(config)
-    }
+    expected = {}
+    for t in tensors(config):
+        expected[".".join(t.path)] = t.shape if t.layer is None else (config.layers, *t.shape)
     found = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
     if found != expected:
         name, _ = min(found.items() ^ expected.items())
-        raise ValueError(
-            f"parameters do not match the architecture: {name}: found {found.get(name)}, expected {expected.get(name)}"
-        )
+        shapes = f"found {found.get(name)}, expected {expected.get(name)}"
+        raise ValueError(f"parameters do not match the architecture: {name}: {shapes}")
 
 
 def _export_config(config: ModelConfig, source: Path | None, tokenizer: Any) -> dict[str, Any]:
     if source is None:
-        # Left out, these keys would mean the family's own defaults (Llama: 1 and 2), which are no
-        # tokens of ours.
-        special = {
-            key: getattr(tokenizer, key, None)
-            for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
+        # Without these keys transformers would use the family's defaults (Llama: 1 and 2).
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        special = {key: getattr(tokenizer, key, None) for key in keys}
         return {**model_config_to_hf(config), **special, "torch_dtype": "float32"}
     where = source / "config.json"
     hf = _read_json(where)
     if not same_architecture(model_config_from_hf(hf, str(where)), config):
-        raise InputError(
-            f"{where}: describes another architecture than the parameters; give the folder that training started from"
-        )
+        message = "describes another architecture than the parameters"
+        raise InputError(f"{where}: {message}; give the folder that training started from")
     spelled = [key for key in ("dtype", "torch_dtype") if key in hf] or ["torch_dtype"]
     return {**hf, **dict.fromkeys(spelled, "float32")}
 

@@ -1,8 +1,7 @@
-"""Drawing a token from a distribution over the vocabulary: exact top-k and top-p, and no sort of
-the vocabulary.
+"""Sampling of tokens: exact top-k and top-p, without a sort of the vocabulary.
 
-All is made of sums over blocks of the vocabulary. So it may be split over a mesh axis (`axis`):
-devices tell each other block sums and one block a row, never logits.
+Everything is made of sums over blocks of the vocabulary, which may be split over a mesh axis
+(`axis`): devices exchange block sums and one block a row, never logits.
 """
 
 from typing import NamedTuple
@@ -13,9 +12,9 @@ from jax import Array
 from jaxtyping import Float32, Int32, Key
 
 _BLOCK = 128  # vocabulary entries
-# Top-p draws a token until one is accepted. n rejections in a row take n uniforms whose product is
-# at least max(top_p, 1 / V), and are as likely as a Poisson variable of mean ln min(1 / top_p, V)
-# is to reach n: below 1e-24 for n = 64 and a vocabulary of 2^18.
+# Rounds of rejection for top-p. n rejections need n uniforms whose product is at least max(top_p,
+# 1 / V): as likely as a Poisson variable of mean ln min(1 / top_p, V) is to reach n, below 1e-24
+# for n = 64 and V = 2^18.
 _ROUNDS = 64
 
 
@@ -32,24 +31,19 @@ def _total(x: Array, axis: str | None) -> Array:
 
 
 def _as_blocks(weights: Array) -> Array:
-    """[B, V] as [B, V / 128, 128], filled up with zeros."""
-    return jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % _BLOCK))).reshape(
-        weights.shape[0], -1, _BLOCK
-    )
+    """[B, V] as [B, V / 128, 128], padded with zeros."""
+    padded = jnp.pad(weights, ((0, 0), (0, -weights.shape[1] % _BLOCK)))
+    return padded.reshape(weights.shape[0], -1, _BLOCK)
 
 
 def _block_sums(blocks: Array, floor: Array, axis: str | None) -> Array:
-    """Sum of the weights above `floor` [B] in each block of the whole vocabulary; NaN where a block
-    holds one.
-    """
+    """Sum of the weights above `floor` [B] in each block of the whole vocabulary, [B, blocks]."""
     sums = jnp.where(blocks <= floor[:, None, None], 0.0, blocks).sum(axis=-1)
     return sums if axis is None else jax.lax.all_gather(sums, axis, axis=1, tiled=True)
 
 
 def _first_above(weights: Array, target: Array) -> Array:
-    """First index of positive weight whose running sum exceeds the target; the last such index if
-    rounding leaves none.
-    """
+    """First index of positive weight whose running sum exceeds the target, else the last one."""
     positive = weights > 0
     hit = positive & (jnp.cumsum(weights, axis=-1) > target[:, None])
     last = jnp.where(positive, jnp.arange(weights.shape[-1])[None], 0).max(axis=-1)
@@ -59,24 +53,18 @@ def _first_above(weights: Array, target: Array) -> Array:
 def _inverse_cdf(
     blocks: Array, floor: Array, sums: Array, uniform: Array, axis: str | None
 ) -> tuple[Array, Array, Array]:
-    """Index i with Σ_{j<i} w_j ≤ u Σ w < Σ_{j≤i} w_j over weights above `floor`: first among
-    blocks, then inside one.
+    """Index i with Σ_{j<i} w_j ≤ u Σ w < Σ_{j≤i} w_j over weights above `floor` [B].
 
-    Never an index of another weight, whatever the rounding (compilers contract and reorder these
-    sums).
+    Never an index of another weight, whatever the rounding. blocks: [B, n, 128], not negative.
+    sums: their `_block_sums`. uniform: [B] in [0, 1).
 
-    Args: blocks: [B, n, 128], not negative. sums: [B, N], their `_block_sums`. floor: [B], below
-      the largest weight. uniform: [B] in [0, 1). One uniform a row is enough for an exact draw.
-
-    Returns:
-      Block [B], place in it [B], weight there [B].
+    Returns: block, place in it and weight there, [B] each.
     """
     ends = jnp.cumsum(sums, axis=-1)
     target = uniform * ends[:, -1]
     block = _first_above(sums, target)
-    before = jnp.where(
-        block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0
-    )
+    previous = jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0]
+    before = jnp.where(block > 0, previous, 0.0)
     count = blocks.shape[1]
     own = block if axis is None else block - count * jax.lax.axis_index(axis)
     inside = jnp.take_along_axis(blocks, jnp.clip(own, 0, count - 1)[:, None, None], axis=1)[:, 0]
@@ -89,9 +77,8 @@ def _inverse_cdf(
 def _top_k_floor(blocks: Array, k: int, axis: str | None) -> Array:
     """A number [B] that the k largest weights exceed, ties with the k-th too, and no others.
 
-    A block that is not among the k with the largest maxima cannot matter. In the others the number
-    is found by bisection on the float's bits, which orders positive floats as it orders integers;
-    it ends as soon as k weights are above.
+    Only the k blocks with the largest maxima matter. Bisection on the bits of positive floats,
+    which order like integers, until k weights are above.
     """
     _, best = jax.lax.top_k(blocks.max(axis=-1), min(k, blocks.shape[1]))
     candidates = jnp.take_along_axis(blocks, best[..., None], axis=1)
@@ -109,11 +96,8 @@ def _top_k_floor(blocks: Array, k: int, axis: str | None) -> Array:
         middle = low + (high - low + 1) // 2
         found = above(middle)
         enough = found >= k
-        return (
-            jnp.where(enough, middle, low),
-            jnp.where(enough, high, middle - 1),
-            jnp.where(enough, found, count),
-        )
+        low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+        return low, high, jnp.where(enough, found, count)
 
     low = jnp.zeros(blocks.shape[0], jnp.int32)
     high = jnp.full_like(low, jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32))
@@ -130,14 +114,12 @@ def _uniform(keys: Array) -> Array:
 def _draw(
     blocks: Array, sums: Array, keys: Array, sampling: Sampling, axis: str | None
 ) -> tuple[Array, Array, Array]:
-    """Block, place and weight of one draw a row from weights [B, n, 128] of which the largest is 1,
-    with their block sums.
+    """Block, place and weight of one draw a row from weights [B, n, 128] whose largest is 1.
 
-    Top-p (the fewest entries that hold top_p of the mass; ties stay in) is by rejection, which
-    needs no threshold: a draw is in the nucleus if what is heavier holds less than top_p. If not,
-    neither is anything as light: the next draw is from the heavier ones. The mass outside the
-    nucleus halves, or so, with each of these rounds, and what is accepted is distributed as if only
-    the nucleus had been there. The draw of round _ROUNDS is taken as it is.
+    Top-p (the fewest entries that hold top_p of the mass; ties stay in) is by rejection: a draw is
+    in the nucleus if the heavier entries hold less than top_p. Otherwise nothing as light is in it,
+    and the next draw is from the heavier ones, so the accepted draw has the distribution of the
+    nucleus. The mass outside about halves with each round; the draw of round _ROUNDS is accepted.
     """
     floor = jnp.zeros(blocks.shape[0])
     if sampling.top_k:
@@ -161,11 +143,8 @@ def _draw(
         return round_ + 1, drawn, sums, open_ & rejected(drawn, sums)
 
     sums = _block_sums(blocks, drawn[2], axis)
-    return jax.lax.while_loop(
-        lambda carry: (carry[0] < _ROUNDS) & carry[3].any(),
-        again,
-        (1, drawn, sums, rejected(drawn, sums)),
-    )[1]
+    first = (1, drawn, sums, rejected(drawn, sums))
+    return jax.lax.while_loop(lambda c: (c[0] < _ROUNDS) & c[3].any(), again, first)[1]
 
 
 def sample_tokens(
@@ -176,15 +155,11 @@ def sample_tokens(
 ) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
     """Draws one token a row, and its log-prob under softmax(logits / temperature).
 
-    The log-prob is of the tempered distribution before top-p and top-k: the policy's, which the
-    trainer can compute.
+    The log-prob is of the distribution before top-p and top-k, which the trainer can compute (of
+    softmax(logits) where greedy). It is NaN, and the token arbitrary, exactly where a row of
+    logits / temperature is no distribution: NaN, +inf or nothing but -inf in it.
 
-    Args: logits: float32 [B, V]; under `jax.shard_map` with `axis`, this device's part of V. keys:
-      PRNG keys [B], one a token.
-
-    Returns: tokens int32 [B], logprobs float32 [B] (of softmax(logits) where greedy). The log-prob
-      is NaN, and the token any, exactly where a row of logits / temperature is no distribution: it
-      holds NaN or +inf, or nothing but -inf.
+    logits: under `jax.shard_map` with `axis`, this device's part of V.
     """
     scaled = logits / (sampling.temperature or 1.0)
     vocab = logits.shape[1]
@@ -196,9 +171,8 @@ def sample_tokens(
     if not sampling.temperature:
         tokens = jnp.argmax(logits, axis=-1)
         if axis is not None:
-            tokens = jnp.where(
-                highest == top, tokens + vocab * jax.lax.axis_index(axis), jnp.iinfo(jnp.int32).max
-            )
+            tokens = tokens + vocab * jax.lax.axis_index(axis)
+            tokens = jnp.where(highest == top, tokens, jnp.iinfo(jnp.int32).max)
             tokens = jax.lax.pmin(tokens, axis)
         return tokens.astype(jnp.int32), -log_total
     block, place, weight = _draw(blocks, sums, keys, sampling, axis)
