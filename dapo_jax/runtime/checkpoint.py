@@ -37,6 +37,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import serialization
+from jax import Array
 from jax.experimental import multihost_utils
 
 from dapo_jax.config import printable
@@ -44,7 +45,6 @@ from dapo_jax.runtime import files, multihost
 from dapo_jax.runtime.console import warn
 from dapo_jax.runtime.files import Folder, as_path, errors_as, is_bucket, reason
 from dapo_jax.types import (
-    Array,
     InputError,
     NoCheckpointError,
     Params,
