@@ -360,9 +360,9 @@ def test_warm_up_whose_updates_are_not_finite_ends_the_run_and_the_verb(
     faults.inject("", monkeypatch.setattr)
     for _ in range(2):  # nothing of it is saved: the same again
         assert run_train(config, tmp_path / "run", *rates) == 2
-        said = [line for line in capfd.readouterr().err.splitlines() if "not finite" in line]
+        said = [line for line in capfd.readouterr().err.splitlines() if "non-finite" in line]
         assert len(said) == 1 and said[0].startswith(
-            "dapo_jax: warm-up update 3: 2 updates in a row had a loss or gradient"
+            "dapo_jax: warm-up update 3: 2 updates in a row had a non-finite loss or gradient"
         )
     assert not read_metrics(tmp_path / "run")
     settings = [x for rate in rates for x in ("--set", rate)]
