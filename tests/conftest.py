@@ -21,7 +21,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Shapes and dtypes in signatures are checked at every call, in this process only.
-install_import_hook(["dapo_jax.dapo", "dapo_jax.model", "dapo_jax.rollout"], "beartype.beartype")
+install_import_hook(["dapo_jax.dapo", "dapo_jax.model", "dapo_jax.rollout"], "typechecker.check")
 # Eight devices share few cores here: programs in flight together can take each other's threads and
 # wait for ever in a collective.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
