@@ -5,6 +5,7 @@ field is read.
 import ast
 import dataclasses
 import functools
+import graphlib
 import typing
 from pathlib import Path
 
@@ -20,17 +21,20 @@ from dapo_jax.config import Config
 
 PACKAGE = Path(dapo_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = ("config", "training", "data", "rollout", "reward", "dapo", "model", "runtime")
+ROOMS = ("training", "data", "rollout", "reward", "dapo", "model", "runtime", "config")
+# What each room may import. Verbs (top-level files and benchmark/) may import every room and other
+# verbs; no room imports a verb.
 MAY_IMPORT = {
-    "config": (),
-    "runtime": (),
-    "model": ("runtime",),
-    "dapo": ("model", "runtime"),
-    "rollout": ("model", "runtime"),
-    "reward": ("runtime",),
-    "data": ("runtime",),
     "training": ("data", "rollout", "reward", "dapo", "model", "runtime"),
+    "data": ("runtime",),
+    "reward": ("runtime",),
+    "rollout": ("model", "runtime"),
+    "dapo": ("model", "runtime"),
+    "model": ("runtime",),
+    "runtime": (),
+    "config": (),
 }
+SHARED = ("config", "types")
 HOST = (
     "data/",
     "reward/",
@@ -85,19 +89,33 @@ def imported(file: Path) -> set[str]:
     return found
 
 
+def is_verb(file: Path) -> bool:
+    """Entry points, `python -m` on a room included."""
+    return name(file).split("/")[0] not in ROOMS or file.name == "__main__.py"
+
+
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_imports_point_one_way(file):
-    is_verb = (
-        name(file).startswith("benchmark/") or file.name == "__main__.py"
-    )  # a verb of several files; of a room
-    room = name(file).split("/")[0] if "/" in name(file) and not is_verb else None
+    room = name(file).split("/")[0]
+    allowed = {*SHARED, room, *MAY_IMPORT.get(room, ())}
     for module in imported(file):
-        if not module.startswith("dapo_jax.") or room is None:
-            continue
-        other = module.split(".")[1]
-        allowed = ("config", "types", room, *MAY_IMPORT[room])
-        # `python -m` on a room's file goes through cli, like any verb
-        assert other in allowed or other == "cli", f"{name(file)} imports {module}"
+        if module.startswith("dapo_jax.") and name(file) in ("types.py", "__init__.py"):
+            raise AssertionError(f"{name(file)} imports {module}: it stands below every room")
+        if module.startswith("dapo_jax.") and not is_verb(file):
+            assert module.split(".")[1] in allowed, f"{name(file)} imports {module}"
+
+
+def test_no_module_imports_itself_through_others():
+    """Circles, imports inside functions included."""
+    modules = {".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts): f for f in FILES}
+    modules = {m.removesuffix(".__init__"): f for m, f in modules.items()}
+    edges = {
+        m: {max((o for o in modules if i == o or i.startswith(f"{o}.")), key=len) for i in found}
+        for m, f in modules.items()
+        if (found := {i for i in imported(f) if i.startswith("dapo_jax.")}) or True
+    }
+    order = graphlib.TopologicalSorter({m: found - {m} for m, found in edges.items()})
+    order.prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if name(f).startswith(HOST)], ids=name)
@@ -182,3 +200,59 @@ def fields_read() -> set[tuple[str, str]]:
 @pytest.mark.parametrize("section, field", FIELDS)
 def test_every_config_field_is_read(section, field):
     assert (section, field) in fields_read()
+
+
+# ------------------------------------------------------------------------------------- measures
+
+WIDTH, PACKAGE_LINES, HOUR_LINES = 100, 12_000, 4_500
+FUNCTION_LINES, PARAMETERS = 80, 7
+# The path of one step: what is read in an hour.
+HOUR = ("types.py", "config/schema.py", "train.py", "training/", "rollout/", "dapo/")
+HOUR += ("model/decoder.py", "model/attention.py", "model/logprobs.py", "runtime/mesh.py")
+WHOLE_CONFIG = ("config/", "training/setup.py")  # and verbs: all others take the section they need
+
+
+def functions(file: Path) -> list[ast.FunctionDef]:
+    return [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef)]
+
+
+def lines(*files: Path) -> int:
+    return sum(len(file.read_text().splitlines()) for file in files)
+
+
+def test_lines_are_short():
+    wide = [
+        f"{name(file)}:{number}"
+        for file in FILES
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if len(line) > WIDTH
+    ]
+    assert not wide
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_functions_are_short_and_take_few_parameters(file):
+    for function in functions(file):
+        size = function.end_lineno - function.lineno + 1
+        most = 120 if (name(file), function.name) == ("train.py", "train") else FUNCTION_LINES
+        assert size <= most, f"{name(file)}: {function.name} has {size} lines"
+        a = function.args
+        named = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
+        count = len([x for x in named if x not in ("self", "cls")])
+        public = (name(file), function.name) == ("model/logprobs.py", "linear_loss")
+        assert count <= PARAMETERS or public, (
+            f"{name(file)}: {function.name} has {count} parameters"
+        )
+
+
+def test_only_verbs_and_setup_see_the_whole_config():
+    for file in FILES:
+        if not (is_verb(file) or name(file).startswith(WHOLE_CONFIG)):
+            assert "dapo_jax.config.Config" not in imported(file), name(file)
+
+
+def test_the_house_is_small(record_property):
+    page = [*PACKAGE.rglob("*.html")]
+    hour = [f for f in FILES if name(f).startswith(HOUR)]
+    record_property("lines", (total := lines(*FILES, *page), path := lines(*hour)))
+    assert (total <= PACKAGE_LINES, path <= HOUR_LINES) == (True, True), (total, path)
