@@ -183,9 +183,14 @@ def random_model(sizes: ModelSizes, split: str) -> tuple[ModelConfig, Mesh, Para
     """A tied model with random float32 weights over all devices, which must divide `split`."""
     s = sizes
     shape = (s.vocab, s.model_dim, s.layers, s.heads, s.kv_heads, s.head_dim, s.ffn)
-    computation = {"compute_dtype": s.dtype, "remat": s.remat}
+    computation: dict[str, Any] = {"compute_dtype": s.dtype, "remat": s.remat}
     longest = s.prompt_len + s.max_response_len
-    model = ModelConfig(s.family, *shape, max_position=longest, **computation)  # type: ignore[arg-type]
+    model = ModelConfig(
+        s.family,  # type: ignore[arg-type]
+        *shape,
+        max_position=longest,
+        **computation,
+    )
 
     def fail(key: str, message: str) -> None:
         raise InputError(f"--{key.replace('_', '-')}: {message}")

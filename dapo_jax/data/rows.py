@@ -58,12 +58,15 @@ class BadRow(Exception):
         self.columns = tuple(row)
 
 
+def _named(c: ColumnsConfig) -> dict[str, str | None]:
+    return {"prompt": c.prompt, "answer": c.answer, "solution": c.solution, "id": c.id}
+
+
 def column_names(columns: ColumnsConfig) -> list[str]:
     """Every column that `problem_from_row` may look at: a reader may leave out the others."""
     names = [*_BEFORE, *_AFTER, "input"]
-    for part, usual in _USUAL.items():
-        named = getattr(columns, part)
-        names += usual.split() if named is None else _FIELD.findall(named) or [named]
+    for part, named in _named(columns).items():
+        names += _USUAL[part].split() if named is None else _FIELD.findall(named) or [named]
     return names
 
 
@@ -80,7 +83,7 @@ def problem_from_row(
     if not isinstance(row, Mapping):
         raise BadRow("not a JSON object")
     notes = [] if notes is None else notes
-    parts = {part: _found(row, part, getattr(columns, part)) for part in _USUAL}
+    parts = {part: _found(row, part, named) for part, named in _named(columns).items()}
     (prompt, called), answer, solution = parts["prompt"], parts["answer"][0], parts["solution"][0]
     if not called:
         raise BadRow("no prompt", row)
