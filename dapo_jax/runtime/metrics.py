@@ -51,7 +51,7 @@ METRICS: Mapping[str, str] = {
     "filter/surplus_groups": "informative groups beyond what this step needs",
     "filter/open_groups": "groups that dapo.partial_rollouts leaves unfinished for the next step",
     "filter/trained_informative": "share of the groups trained on that are informative",
-    "filter/wasted_tokens": "response tokens not trained on: of dropped groups or without a verdict",
+    "filter/wasted_tokens": "response tokens not trained on: in dropped groups or unjudged",
     # Sampling
     "rollout/generation_batches": "prompts sampled, in units of dapo.prompts_per_draw, rounded up",
     "rollout/prompts": "prompts sampled in this step, those of open groups included",
