@@ -1,32 +1,32 @@
-"""A task that asks for a form and a right answer: <think>working</think><answer>42</answer>.
+"""A task with a format and an answer: <think>working</think><answer>42</answer>.
 
-`correct` is about the answer alone, and decides which groups are trained on. The score is 1 or -1 for the answer, and half a point
-more or less for the form, so that among right answers those in the right form are preferred.
+`correct` depends on the answer only, and decides which groups are informative. The score is 1 or -1
+for the answer, plus or minus half a point for the format, so that well-formatted correct responses
+are preferred.
 
-    python configs/tasks/format_and_answer.py > runs/tagged.jsonl      the problems of format_and_answer_cpu.yaml
+    python configs/tasks/format_and_answer.py > runs/tagged.jsonl    # of format_and_answer_cpu.yaml
 """
 
 import re
 
-TEMPLATE = "{prompt}="  # a model that can read is told the form here: "... Reply as <think>working</think><answer>number</answer>."
+# For a pretrained model, add: "... Reply as <think>working</think><answer>number</answer>."
+TEMPLATE = "{prompt}="
 
-_FORM = re.compile(
-    r"<think>(?:(?!</?think>|</?answer>).)+</think>\s*<answer>(?:(?!</?think>|</?answer>).)+</answer>",
-    re.DOTALL,
-)
+_TEXT = r"(?:(?!</?think>|</?answer>).)+"
+_FORMAT = re.compile(rf"<think>{_TEXT}</think>\s*<answer>{_TEXT}</answer>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>([^<]*)(?:</answer>|$)")
 
 
 def reward(problem, text, length):
-    """(correct, score) of a response: `text`, of `length` tokens, to `problem`, which has prompt and answer."""
+    """(correct, score) of the response `text`, of `length` tokens, to `problem`."""
     answers = _ANSWER.findall(text)
     correct = bool(answers) and answers[-1].strip() == problem.answer
-    in_form = _FORM.fullmatch(text.strip()) is not None
-    return correct, (1.0 if correct else -1.0) + (0.5 if in_form else -0.5)
+    formatted = _FORMAT.fullmatch(text.strip()) is not None
+    return correct, (1.0 if correct else -1.0) + (0.5 if formatted else -0.5)
 
 
-def write_problems(count=1700, careless=0.5):
-    """Prints sums as JSON lines. So many of the solutions, which the warm-up imitates, forget to close their last tag."""
+def write_problems(count=1700, unclosed=0.5):
+    """Prints sums as JSON lines. A share `unclosed` of the solutions does not close its last tag."""
     import json
     import random
 
@@ -34,13 +34,11 @@ def write_problems(count=1700, careless=0.5):
     from dapo_jax.data.arithmetic import arithmetic_problems
 
     rng = random.Random(0)
-    for p in arithmetic_problems(
-        ArithmeticConfig(count, 128, 1, 1, 30, mistake_rate=0.15), heldout=False
-    ):
+    config = ArithmeticConfig(count, 128, 1, 1, 30, mistake_rate=0.15)
+    for p in arithmetic_problems(config, heldout=False):
         working, _, answer = p.solution.rpartition("\nAnswer: ")
-        solution = f"<think>{working}</think><answer>{answer}" + (
-            "" if rng.random() < careless else "</answer>"
-        )
+        end = "" if rng.random() < unclosed else "</answer>"
+        solution = f"<think>{working}</think><answer>{answer}{end}"
         print(json.dumps({"prompt": p.prompt, "answer": p.answer, "solution": solution}))
 
 

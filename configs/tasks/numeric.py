@@ -1,16 +1,16 @@
-"""A task whose answer is a number: the last number of a response is right if it is close enough to the problem's answer."""
+"""A numeric task: a response is correct if its last number is close to the problem's answer."""
 
 import re
 
 TEMPLATE = "{prompt}="
 
-TOLERANCE = 0.02  # relative error that is still right
+TOLERANCE = 0.02  # relative error that counts as correct
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def reward(problem, text, length):
-    """(correct, score) of a response: `text`, of `length` tokens, to `problem`, which has prompt and answer."""
+    """(correct, score) of the response `text`, of `length` tokens, to `problem`."""
     numbers = _NUMBER.findall(text)
     if not numbers:
         return False, -1.0
