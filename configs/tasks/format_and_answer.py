@@ -26,7 +26,7 @@ def reward(problem, text, length):
 
 
 def write_problems(count=1700, unclosed=0.5):
-    """Prints sums as JSON lines. A share `unclosed` of the solutions does not close its last tag."""
+    """Prints sums as JSON lines; a share `unclosed` of the solutions lacks its last tag."""
     import json
     import random
 
