@@ -257,10 +257,12 @@ class FakePrograms:
             array[target], array[source] = array[source], 0
         return state
 
-    def _decode(self, params, state, few, half, most, *, width, read):
+    def _decode(self, params, state, until, *, width, read):
         left = np.sort(self._left[self._left > 0])[::-1]
-        stay = max(int(few), int(half))  # sequences live at most when the segment ends early
-        steps = min(int(most), int(left[stay])) if stay < len(left) else 0
+        stay = max(
+            int(until.few), int(until.half)
+        )  # sequences live at most when the segment ends early
+        steps = min(int(until.max_steps), int(left[stay])) if stay < len(left) else 0
         self._length += np.minimum(self._left, steps)
         self._left = np.maximum(self._left - steps, 0)
         live = self._left > 0
