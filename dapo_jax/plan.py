@@ -149,8 +149,7 @@ def load_pod(topology: str) -> Pod:
         raise InputError(f"topology {topology!r}: {what}, and *N after it for N slices")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            "plan compiles with Google's TPU compiler, which is not installed; "
-            "`pip install libtpu` (or dapo_jax[plan])"
+            "plan compiles with Google's TPU compiler, which is not installed; pip install libtpu"
         )
     name, shape, slices = form[1], form[2], int(form[3] or 1)
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}

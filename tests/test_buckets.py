@@ -322,7 +322,7 @@ def test_without_network_it_is_one_line_and_status_2(empty, config, monkeypatch,
         (line,) = capfd.readouterr().err.splitlines()
         assert (
             line.startswith(f"dapo_jax: {RUN}: cannot be used as a run folder (")
-            and 'pip install "dapo_jax[tpu]"' in line
+            and 'pip install "etils[epath-gcs]"' in line
         )
 
 
@@ -338,7 +338,7 @@ def test_without_gcsfs_it_is_one_line():
     last = done.stderr.splitlines()[-1]
     assert (
         last.startswith(f"dapo_jax.types.InputError: {RUN}: cannot be used as a run folder (")
-        and 'pip install "dapo_jax[tpu]"' in last
+        and 'pip install "etils[epath-gcs]"' in last
     )
 
 

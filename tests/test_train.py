@@ -445,7 +445,7 @@ BAD = {
     ),
     "tracker missing": (
         ("train.tracker=mlflow",),
-        "train.tracker: mlflow is not installed; pip install 'dapo_jax[mlflow]'",
+        "train.tracker: mlflow is not installed; pip install -e '.[mlflow]'",
     ),
     "no group is ever mixed": (
         ("reward.verifier=strict", "reward.function=null"),

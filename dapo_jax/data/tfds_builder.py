@@ -92,7 +92,7 @@ def prepare(
     with tempfile.TemporaryDirectory() as temporary:
         prepared = _write(name, splits, "\n".join(summaries), temporary)
         target = as_path(folder) / prepared.relative_to(temporary).as_posix()
-        fix = 'pip install "dapo_jax[tpu]", and give this machine access to the bucket'
+        fix = 'pip install "etils[epath-gcs]", and give this machine access to the bucket'
         with errors_as(InputError, target, "cannot be written", fix):
             if (target / "dataset_info.json").exists():
                 taken = "already holds a prepared data set; remove it or choose another folder"

@@ -32,7 +32,7 @@ Objects: TypeAlias = Mapping[str, Mapping[str, Any]]  # gcsfs's entry by the las
 
 _ASK_S = 30.0  # time limit of retries when a bucket is looked up
 _ACCESS = (
-    'pip install "dapo_jax[tpu]", and give this machine access to the bucket (its objects, and '
+    'pip install "etils[epath-gcs]", and give this machine access to the bucket (its objects, and '
     "storage.buckets.get on itself) and room on the local disk"
 )
 _MODEL = "give a model folder, gs://bucket/folder, or a hub id such as Qwen/Qwen2.5-1.5B"

@@ -45,8 +45,8 @@ def check_tracker(kind: Kind | None, run_dir: Folder) -> None:
         return
     if importlib.util.find_spec(kind) is None:
         raise InputError(
-            f"train.tracker: {kind} is not installed; pip install 'dapo_jax[{kind}]', or set "
-            "train.tracker to null"
+            f"train.tracker: {kind} is not installed; pip install -e '.[{kind}]' in the checkout, "
+            "or set train.tracker to null"
         )
     needed = "WANDB_MODE=online" if kind == "wandb" else "MLFLOW_TRACKING_URI"
     name, _, value = needed.partition("=")
