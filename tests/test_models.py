@@ -6,7 +6,10 @@ The hub is a stand-in, or huggingface_hub's own cache without a network.
 import dataclasses
 import fnmatch
 import hashlib
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -246,6 +249,9 @@ REFUSALS = {
     "no network": errors.LocalEntryNotFoundError("no\nnetwork"),
     "illegal header": ValueError(f"Illegal header value b'Bearer {TOKEN}'"),
     "token of another form": ValueError("Illegal header value b'Bearer canary other words'"),
+    "signed query": OSError("403 for https://cdn.hub/x?Expires=1&Signature=canary~1 (forbidden)"),
+    "password": OSError("no answer of http://me:canary/1@proxy:3128"),
+    "password that is no port": ValueError("Invalid port: 'canary'"),
     "full disk": OSError(28, "No space left on device"),
 }
 
@@ -262,6 +268,18 @@ def test_what_the_hub_refuses_is_one_line_with_its_reason_and_no_token(cache, mo
     assert line.startswith(f"{ID}@v1: no such folder, and no download ({name}: ")
     assert f"set HF_TOKEN, or give the folder of `hf download {ID}`" in line
     assert "\n" not in line and "canary" not in line
+
+
+def test_the_hub_is_asked_by_a_process_that_has_imported_nothing_of_it(tmp_path):
+    """huggingface_hub loads its modules late: `constants` is no attribute before it is imported."""
+    code = "from dapo_jax.runtime.files import local_model; local_model('lab/missing', ['*'])"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    *_, line = ended.stderr.splitlines()
+    assert line.startswith(
+        "dapo_jax.types.InputError: lab/missing: no such folder, and no download"
+    )
 
 
 @pytest.mark.parametrize(

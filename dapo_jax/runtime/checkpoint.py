@@ -125,7 +125,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Whole steps in the folder, newest first; not verified."""
-        return [step for step, number in map(_key, self._all()) if number == 0]
+        return [step for step, number in map(_key, _listed(self._folder)) if number == 0]
 
     def save(
         self, step: int, state: TrainState, host: _Dict, groups: _Dict, *, partial: bool = False
@@ -166,7 +166,7 @@ class Checkpoints:
         with self._writing():
             self._writer.wait_until_finished()
         if self._saved:
-            stored = self._all()
+            stored = _listed(self._folder)
             whole = [path for path in stored if _key(path)[1] == 0]
             self._remove({*stored[1:]} - {*whole[: self._keep]})
         self._saved = False
@@ -182,7 +182,7 @@ class Checkpoints:
         """
         self.wait()
         target = jax.tree.map(_target, abstract_state)
-        wanted = stored = self._all()
+        wanted = stored = _listed(self._folder)
         if at_most is not None:
             wanted = [path for path in stored if path.name.isdigit() and int(path.name) <= at_most]
         found = _newest(self._folder, wanted, _items(target), groups=True)
@@ -204,13 +204,8 @@ class Checkpoints:
             warn(f"{path}: moved to {target.name}; the run resumes from step {step}")
         multihost.sync("checkpoints moved aside")
 
-    def _all(self) -> list[Folder]:
-        """Checkpoints in the folder as process 0 finds them, newest first."""
-        names = multihost.from_main(" ".join(path.name for path in _stored(self._folder)))
-        return [self._folder / name for name in names.split()]
-
     def _new_name(self, step: int, partial: bool) -> str:
-        keys = [_key(path) for path in self._all()]
+        keys = [_key(path) for path in _listed(self._folder)]
         if keys and step < keys[0][0]:
             raise ValueError(f"step {step} is before the newest checkpoint, of step {keys[0][0]}")
         number = max((n + 1 for at, n in keys if at == step), default=int(partial))
@@ -251,11 +246,14 @@ def records_digest(folder: str | Folder) -> str:
 def restore_params(folder: str | Folder, abstract_params: Params) -> tuple[int, Params]:
     """Step and weights of the newest usable checkpoint, without its optimizer. Changes no file.
 
+    A checkpoint inside a step, whose weights are between two steps, is used if no whole step is.
+
     abstract_params: arrays, or jax.ShapeDtypeStruct leaves with shardings. Unusable checkpoints are
     named on stderr. Raises NoCheckpointError if there is no usable one.
     """
     folder, target = _absolute(folder), jax.tree.map(_target, abstract_params)
-    found = _newest(folder, _stored(folder), {"params": _named(target)}, groups=False)
+    stored = sorted(_listed(folder), key=lambda path: _key(path)[1] > 0)  # whole steps first
+    found = _newest(folder, stored, {"params": _named(target)}, groups=False)
     if found is None:
         raise NoCheckpointError(
             f"{folder}: holds no checkpoint; give the --run-dir of a run that has saved one"
@@ -287,6 +285,12 @@ def _stored(folder: Folder) -> list[Folder]:
             found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
             return sorted(found, key=_key, reverse=True)
     return []
+
+
+def _listed(folder: Folder) -> list[Folder]:
+    """Checkpoints in the folder as process 0 finds them, newest first."""
+    names = multihost.from_main(" ".join(path.name for path in _stored(folder)))
+    return [folder / name for name in names.split()]
 
 
 def _key(path: Folder) -> tuple[int, int]:

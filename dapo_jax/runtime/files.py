@@ -38,6 +38,8 @@ _ACCESS = (
 _MODEL = "give a model folder, gs://bucket/folder, or a hub id such as Qwen/Qwen2.5-1.5B"
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@\w[\w.-]*(?:/\w[\w.-]*)*)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# Tokens, signed queries, users and passwords of URLs; httpx takes a password with a / for a port.
+_SECRET = re.compile(r"hf_\w+|Bearer .*|(?<=\?)\S+|(?<=//)\S*@|(?<=Invalid port: )\S+")
 
 # gcsfs would cache listings for good, but tensorstore and other hosts write to the same folders.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
@@ -283,17 +285,16 @@ def same_commit(asked: str, started: str | None) -> str:
 
 
 def _from_hub(name: str, files: Sequence[str]) -> LocalModel:
-    import huggingface_hub  # not at the top: takes a second
+    from huggingface_hub import constants, snapshot_download  # not at the top: takes a second
 
     repo, _, revision = name.partition("@")
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE  # releases below 2 list a commit regardless
+    offline = constants.HF_HUB_OFFLINE  # releases below 2 list a commit regardless
     try:
-        folder = huggingface_hub.snapshot_download(
+        folder = snapshot_download(
             repo, revision=revision or None, allow_patterns=list(files), local_files_only=offline
         )
     except Exception as e:  # of huggingface_hub, its HTTP client, the file system
-        why = " ".join(f"{type(e).__name__}: {e}".split())
-        why = re.sub(r"hf_\w+|Bearer .*", "***", why)[:300]  # no token in messages
+        why = _SECRET.sub("***", " ".join(f"{type(e).__name__}: {e}".split()))[:300]
         fix = f"correct the name, set HF_TOKEN, or give the folder of `hf download {repo}`"
         raise InputError(f"{name}: no such folder, and no download ({why}); {fix}") from None
     return LocalModel(f"{repo}@{Path(folder).name}", folder)  # the cache's folder is the commit

@@ -34,11 +34,13 @@ def locked(run_dir: Folder) -> Iterator[None]:
     Raises InputError, on every process, if another job has the folder, or if a process does not
     find there what process 0 has just written.
     """
-    path, new, refusal = run_dir / "lock", not run_dir.exists(), ""
+    path, new, refusal = run_dir / "lock", False, ""
     mine = f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(8)}\n"
     with contextlib.ExitStack() as stack:
         if multihost.is_main():
             try:
+                with writing(run_dir, "cannot be read"):
+                    new = not run_dir.exists()
                 stack.enter_context((_leased if is_bucket(path) else _flocked)(path, mine.encode()))
             except (InputError, RunError) as e:
                 refusal = str(e)
