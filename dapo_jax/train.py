@@ -272,8 +272,8 @@ def function_changed(source: str | None, run_dir: Folder) -> bool:
     """Whether the file of reward.function, now `source`, differs from the one of the run."""
     before = digest_of(read(run_dir / _FUNCTION))
     if before is None:
-        host = newest_host(run_dir / "checkpoints") or {}
-        before = host.get("digests", {}).get("function")
+        digests = (newest_host(run_dir / "checkpoints") or {}).get("digests")
+        before = digests.get("function") if isinstance(digests, dict) else None
     return None not in (before, source) and before != digest_of(source)
 
 

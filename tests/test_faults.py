@@ -170,6 +170,8 @@ def test_a_run_folder_without_its_config_is_compared_with_its_checkpoint(
         True,
         False,
     ]
+    monkeypatch.setattr(train, "newest_host", lambda folder: {"digests": ["forged"]})
+    assert not train.function_changed("now", tmp_path)
 
 
 def test_a_run_of_an_earlier_version_is_resumed_once_its_config_is_edited(

@@ -113,7 +113,8 @@ OPEN = OpenGroup(5, PROMPTS[0], 2)
 OPEN.responses[0] = Response(np.array([4, 5], np.int32), np.zeros(2, np.float32), True)
 OPEN.verdicts[0] = Verdict(True, 1.0)
 OPEN.begun[1] = (np.array([4], np.int32), np.zeros(1, np.float32))
-PARTIAL = PartialStep({"rollout/tokens": 7.0}, [{"loss": 0.5, "skipped": 0.0}])
+DRAWN = {"rollout/prompts": 2, "rollout/tokens": 7.0, "filter/wasted_tokens": 0}
+PARTIAL = PartialStep(DRAWN, [{"loss": 0.5, "skipped": 0.0}])
 
 
 def put(value, *keys):
@@ -152,6 +153,8 @@ BUFFERED, BEGUN = ("groups", "buffer", "groups", 0), ("groups", "draw", "open", 
         put([1], "groups", "partial", "drawn"),
         put({"no/metric": 1.0}, "groups", "partial", "drawn"),
         put({"rollout/tokens": "many"}, "groups", "partial", "drawn"),
+        put({"rollout/tokens": 7.0}, "groups", "partial", "drawn"),
+        put(float("inf"), "groups", "partial", "drawn", "rollout/prompts"),
         put(["loss"], "groups", "partial", "sums"),
         put([{"loss": 1.0}], "groups", "partial", "sums"),
         lambda host, groups: groups["buffer"].pop("tally"),

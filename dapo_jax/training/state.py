@@ -8,6 +8,7 @@ are partial checkpoints of supervised warm-up.
 
 import contextlib
 import dataclasses
+import math
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from dapo_jax.types import (
 )
 
 _MAX_ROLLBACKS = 5  # of a run, before it gives up
+_COUNTS = ("rollout/prompts", "rollout/tokens", "filter/wasted_tokens")  # that a step ends with
 _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
 
 
@@ -282,4 +284,6 @@ def _partial_step(found: Mapping[str, Any]) -> PartialStep:
         raise TypeError("metrics of other names or types")
     if not all("skipped" in sums for sums in partial.sums):
         raise ValueError("metric sums without the count of skipped updates")
+    if not all(math.isfinite(partial.drawn[key]) for key in _COUNTS):
+        raise ValueError("counts of a step that are non-finite")
     return partial
