@@ -197,6 +197,15 @@ def test_a_damaged_file_of_ids_begins_another_run(tmp_path, wandb, content):
     assert json.loads((tmp_path / "tracker.json").read_text()) == {"wandb": wandb.runs[0]["id"]}
 
 
+def test_no_part_of_a_key_is_in_a_message_that_is_cut(tmp_path, wandb):
+    def fail(line):
+        raise ConnectionError(f"{180 * 'x'} {KEY * 9}")
+
+    wandb.fail = fail
+    said = track("wandb", tmp_path, [(1, numbers(1))])
+    assert len(said) == 1 and KEY[:6] not in said[0]
+
+
 def test_a_tracker_that_fails_is_said_once_without_its_key(tmp_path, wandb):
     def fail(line):
         if line["step"] == 2:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dapo_jax.config import printable
-from dapo_jax.runtime.files import Folder, is_bucket, read, reason, write_whole
+from dapo_jax.runtime.files import Folder, is_bucket, read, write_whole
 from dapo_jax.types import InputError
 
 Kind = Literal["wandb", "mlflow"]
@@ -100,10 +100,10 @@ class Tracker:
                 while (line := self._lines.get()) is not None:
                     send(*line)
         except BaseException as e:  # foreign code may raise anything
-            words = printable(reason(e))
-            for name in _KEYS:
+            words = printable((str(e) or type(e).__name__).splitlines()[0])
+            for name in _KEYS:  # before the text is cut: no part of a key stays
                 words = words.replace(os.environ.get(name) or name, name)
-            self._report(f"has failed ({words}) and gets no more lines")
+            self._report(f"has failed ({words[:200]}) and gets no more lines")
 
     def _report(self, what: str) -> None:
         if not self._failed:
