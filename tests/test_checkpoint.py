@@ -194,6 +194,8 @@ def test_later_checkpoints_of_a_step_take_the_place_of_each_other(folder):
         assert names() == ["3", "5", name] and bits(restored(folder).state) == bits(
             make_state(seed)
         )
+        step, params = restore_params(folder, abstract(make_state(0)).params)
+        assert step == 5 and bits(params) == bits(make_state(5).params)  # not those inside step 6
     with Checkpoints(folder, keep=2) as checkpoints:
         assert checkpoints.steps() == [5, 3]
         assert bits(checkpoints.restore(make_state(0), at_most=5).state) == bits(make_state(5))

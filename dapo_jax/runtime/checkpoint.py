@@ -244,16 +244,14 @@ def records_digest(folder: str | Folder) -> str:
 
 
 def restore_params(folder: str | Folder, abstract_params: Params) -> tuple[int, Params]:
-    """Step and weights of the newest usable checkpoint, without its optimizer. Changes no file.
-
-    A checkpoint inside a step, whose weights are between two steps, is used if no whole step is.
+    """Step and weights of the newest usable whole step, without its optimizer. Changes no file.
 
     abstract_params: arrays, or jax.ShapeDtypeStruct leaves with shardings. Unusable checkpoints are
     named on stderr. Raises NoCheckpointError if there is no usable one.
     """
     folder, target = _absolute(folder), jax.tree.map(_target, abstract_params)
-    stored = sorted(_listed(folder), key=lambda path: _key(path)[1] > 0)  # whole steps first
-    found = _newest(folder, stored, {"params": _named(target)}, groups=False)
+    whole = [path for path in _listed(folder) if _key(path)[1] == 0]
+    found = _newest(folder, whole, {"params": _named(target)}, groups=False)
     if found is None:
         raise NoCheckpointError(
             f"{folder}: holds no checkpoint; give the --run-dir of a run that has saved one"
