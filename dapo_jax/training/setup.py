@@ -201,7 +201,7 @@ def merged(params: Params, policy: Policy, lora: LoraConfig | None, mesh: Mesh) 
 
 
 def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Params]:
-    """Step and weights of the newest usable checkpoint of a run folder, adapters merged.
+    """Step and weights of the newest usable whole step of a run folder, adapters merged.
 
     Raises NoCheckpointError if there is none, ConfigError if the run trains another model.
     """
