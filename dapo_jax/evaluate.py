@@ -251,7 +251,7 @@ def eval_sampling(section: EvalSection) -> Sampling:
 
 
 def answer_row(answer: Answer, policy: Policy) -> dict[str, Any]:
-    """A line of `--samples`. error: why there is no verdict."""
+    """One line of `--samples`. error: why there is no verdict."""
     problem, response, verdict = answer.prompt.problem, answer.response, answer.verdict
     text = decode(policy.tokenizer, response.tokens, policy.stop)
     row = {"id": problem.id, "sample": answer.sample, "answer": problem.answer, "response": text}
@@ -271,7 +271,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--samples", metavar="OUT", help="also write every response and its verdict as JSON lines")
     override = "override, e.g. eval.samples_per_problem=8"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
-    add("--quiet", action="store_true", help="only warnings, errors and a line of each set")
+    add("--quiet", action="store_true", help="only warnings, errors and one line per set")
     return parser.parse_args(argv)
 
 

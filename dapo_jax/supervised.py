@@ -30,7 +30,7 @@ from dapo_jax.types import InputError, Prompt, TrainBatch, TrainState
 def solution_items(
     prompts: Sequence[Prompt], policy: Policy, max_response_len: int
 ) -> list[TrainItem]:
-    """Prompts with their worked solutions, ended by the end token, if not too long."""
+    """Prompts with their worked solutions and the end token, without those that are too long."""
     solved = [prompt for prompt in prompts if prompt.problem.solution]
     if not solved:
         raise InputError(
@@ -66,7 +66,7 @@ def warm_up(
 ) -> Iterator[tuple[int, int, TrainState]]:
     """`supervised.updates` AdamW updates on the mean token cross-entropy of solutions.
 
-    Each solution is used once an epoch, in the order of the seed. The batch of the next update is
+    Each solution is used once per epoch, in the order of the seed. The batch of the next update is
     built while the device works; each update is awaited, so that a signal waits for one at most.
 
     Args:

@@ -1,4 +1,4 @@
-"""The main job: problems in, a better policy out. Read `train` from top to bottom.
+"""Trains a policy with DAPO. `train` is the main loop: read it from top to bottom.
 
     python -m dapo_jax.train --config C --run-dir D [--set section.key=value ...]
 
@@ -51,7 +51,7 @@ from dapo_jax.training.state import Digests, RunState, RunStore
 from dapo_jax.training.step import Trainer
 from dapo_jax.types import InputError, Params, Prompt, TrainState
 
-# Config that may change when a run resumes: its length, logging and devices, not what is learned.
+# Options that may change on resume: length, logging and devices, not what is learned.
 MAY_CHANGE = tuple(
     """
     dapo.max_generation_batches dapo.on_cap data.allow_change eval. mesh. model.attention_block
@@ -69,7 +69,7 @@ _PHASES = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/updat
 
 
 def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
-    """Runs a whole DAPO training into `run_dir`, or resumes the one that is there.
+    """Runs DAPO training with output in `run_dir`, or resumes the run that is there.
 
     quiet: suppresses progress output.
     """
@@ -77,7 +77,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     console = make_console(main=multihost.is_main(), quiet=quiet)
     info, bars, algo, section = console.info, console.bars, config.dapo, config.train
 
-    # ---- Input: everything that can be wrong is found before a device works ----
+    # ---- Input: checked before any device is used ----
     check_tracker(section.tracker, run_dir)
     setup.check_adapters(config.model)
     policy = setup.load_policy(config)
@@ -92,7 +92,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     check_first_weights(policy, run_dir)
     info(f"policy: {setup.describe(policy, mesh, config.model.lora)}")
 
-    # ---- Programs: each is compiled once a run ----
+    # ---- Programs: each is compiled once per run ----
     lora, dtype = config.model.lora, policy.model.compute_dtype
     model = setup.adapted(policy.model, lora)
     programs = train_programs(model, mesh, algo, config.optim, config.rollout.temperature)
@@ -102,7 +102,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     eval_engine = setup.make_engine(config, policy, mesh, eval_sampling(config.eval))
 
     with (
-        # The first two come before the folder is created: they refuse bad input.
+        # The first two come before the run folder is created: they raise on bad input.
         checked_pool(config.reward, config.data.template, source, data.sets, console) as pool,
         Guard(section.stall_timeout_s) as guard,
         locked(run_dir),
@@ -129,7 +129,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
             run.state = programs.init_optimizer(params)
             del params  # they are donated
 
-        # ---- What the loop is made of ----
+        # ---- Components of the loop ----
         main, begun = multihost.is_main(), run.progress.begun
         tracker = Tracker(
             section.tracker if main else None, run_dir, flatten(stored), console.result
@@ -166,7 +166,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 trace = jax.profiler.StepTraceAnnotation("rollout step", step_num=step)
                 with store.rolling_back(run, config.optim.rollback_steps, log, console.result):
                     with timed(times, "time/step_s"), trace:
-                        if run.partial is None:  # else it was stopped after these
+                        if run.partial is None:  # else a checkpoint holds the groups of this step
                             trainer.publish_weights(run)
                             drawn = sampler.draw(run.weights, run.draw, run.buffer.missing(), times)
                             groups = trainer.score(run, drawn.groups, times)
@@ -186,17 +186,17 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
 
 
 class TrainData(NamedTuple):
-    """What a run trains and is evaluated on."""
+    """Training and evaluation data of a run."""
 
-    prompts: list[Prompt]  # that no evaluation set holds
+    prompts: list[Prompt]  # without those in evaluation sets
     eval_sets: Mapping[str, Sequence[Prompt]]
     solutions: list[TrainItem]  # for supervised warm-up
     mixture: Mixture  # of the prompts
-    digests: Digests  # without that of the reward function
+    digests: Digests  # `function` is not set yet
 
     @property
     def sets(self) -> dict[str, Sequence[Prompt]]:
-        """All prompts, by their config keys."""
+        """All prompts, by config key."""
         held_out = {f"eval.sets.{name}": prompts for name, prompts in self.eval_sets.items()}
         return {"data.train": self.prompts} | held_out
 
@@ -241,7 +241,7 @@ def warm_up_run(
     store: RunStore,
     guard: Guard,
 ) -> None:
-    """Does the supervised `updates` that are left, with checkpoints, then resets the optimizer."""
+    """Runs the remaining supervised `updates`, saves checkpoints, then resets the optimizer."""
     for done, skipped, state in updates:
         last = done == section.updates
         run.state = init_optimizer(state.params) if last else state
@@ -252,7 +252,7 @@ def warm_up_run(
 
 
 def last_accuracies(run_dir: Folder) -> str:
-    """The last held-out accuracy of each set, for the end of a line."""
+    """The last held-out accuracy of each set, as the end of the final message."""
     last = {key: value for record in read_metrics(run_dir) for key, value in record.items()}
     keys = [key for key in last if key.startswith("eval/") and key.endswith("/avg")]
     shown = [f"{k.split('/')[1]} {last[k]:.3f} ± {last.get(f'{k}_se', 0):.3f}" for k in keys]
@@ -263,7 +263,7 @@ def last_accuracies(run_dir: Folder) -> str:
 
 
 def digest_of(source: str | bytes | None) -> str | None:
-    """SHA-256 of the file of reward.function, as checkpoints hold it."""
+    """SHA-256 of the file of reward.function, as stored in checkpoints."""
     content = source.encode() if isinstance(source, str) else source
     return None if content is None else hashlib.sha256(content).hexdigest()
 
@@ -309,7 +309,7 @@ def check_same_run(config: Config, run_dir: Folder, source: str | None) -> None:
     reward function.
     """
     data: tuple[str, ...] = ("data.train",)
-    if not config.data.allow_change:  # files may move: digests tell what they hold
+    if not config.data.allow_change:  # files may move: digests identify their content
         data = tuple(f"data.train.{n}.path" for n in range(len(config.data.train)))
     for before in stored_configs(run_dir):
         if changed := difference(before, config, MAY_CHANGE + data):
@@ -327,10 +327,10 @@ def check_same_run(config: Config, run_dir: Folder, source: str | None) -> None:
 
 
 def check_first_weights(policy: Policy, run_dir: Folder) -> None:
-    """Checks the weights that a new run starts from; a resumed run has its own.
+    """Checks the weights that a new run starts from; a resumed run restores its own.
 
-    Process 0 decides which it is: the check is a collective, and processes that do not share the
-    folder (found later, by `locked`) may see different things.
+    Process 0 decides whether the run is new: the check is a collective, and processes that do not
+    share the folder (found later, by `locked`) may disagree.
     """
     resumed = multihost.from_main("" if read(run_dir / "config.yaml") is None else "resumed")
     if not resumed and (folder := setup.weights_folder(policy)):
@@ -338,7 +338,7 @@ def check_first_weights(policy: Policy, run_dir: Folder) -> None:
 
 
 def check_steps(steps: int, done: int, run_dir: Folder) -> None:
-    """Raises ConfigError if a run has done more steps than it is asked for."""
+    """Raises ConfigError if the run has already done more than `steps` steps."""
     if steps < done:
         raise ConfigError(
             f"train.steps: is {steps}, but {run_dir} has done {done} steps; set it to {done} or "

@@ -1,14 +1,14 @@
-"""Types that every room shares: problems, groups, batches, errors.
+"""Types shared across the package: problems, groups, batches, errors.
 
 Dimension key, for every shape in this package:
 
-    Q prompts · G responses a prompt · P prompt length · R response length · N rows · T row length
+    Q prompts · G responses per prompt · P prompt length · R response length · N rows · T row length
     S cache length · B decode slots · V vocab · D model · L layers · H query heads · K kv heads
     h head size · F feed-forward · M micro-batches
 
 Lengths are tokens. Log-probs are natural-log float32 values of the sampled token.
-`behavior_logprobs` are the sampler's, `old_logprobs` are in the ratio's denominator: their gap is a
-metric.
+`behavior_logprobs` are the sampler's; `old_logprobs` are log π_old, the denominator of the ratio.
+Their difference is a metric.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class NoCheckpointError(Exception):
 
 
 class RunError(Exception):
-    """A run cannot go on, through no fault of its input. One line. Exit status 1."""
+    """The run cannot continue, and its input is not at fault. One line. Exit status 1."""
 
 
 class Stopped(Exception):
@@ -101,7 +101,7 @@ class Prompt:
 
 
 class Request(NamedTuple):
-    """One response to be sampled. `draw` and `sample` seed its noise."""
+    """One response to be sampled. `draw` and `sample` are folded into its random key."""
 
     draw: int  # index of the prompt's draw since the run began
     sample: int  # which of the G responses of that draw
@@ -120,7 +120,7 @@ class Response(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The reward of one response. `correct` filters groups, `score` is learned from."""
+    """The judgement of one response: the group filter uses `correct`, the reward `score`."""
 
     correct: bool
     score: float
@@ -130,7 +130,7 @@ class Verdict(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The responses to one draw of a prompt that got a verdict, G if all did."""
+    """One draw of a prompt: its responses that have a verdict, G unless judging failed for some."""
 
     draw: int
     prompt: Prompt
@@ -144,9 +144,9 @@ class Group:
 class TrainBatch(NamedTuple):
     """Token-aligned packed rows, [N, T] each ([M, N, T] with micro-batches in front).
 
-    Entry t is about predicting token t from the earlier tokens of its segment. An unpacked batch is
-    a packed one with one response a row. Masks come from lengths, not from a pad token. Arrays are
-    numpy on the host, jax on devices.
+    Entry t describes the prediction of token t from the earlier tokens of its segment. An unpacked
+    batch is a packed one with one response per row. Masks come from lengths, not from a pad token.
+    Arrays are numpy on the host, jax on devices.
     """
 
     tokens: Int32[Any, "*M N T"]
@@ -163,7 +163,7 @@ class TrainBatch(NamedTuple):
 class TrainState(NamedTuple):
     """What an update changes, sharded like the parameters."""
 
-    # float32 master weights; with LoRA float32 adapters beside frozen weights in compute dtype
+    # float32 master weights; with LoRA: float32 adapters, and frozen weights in compute dtype
     params: Params
     opt_state: Any
     updates: Int32[Any, ""]  # updates applied so far

@@ -515,7 +515,7 @@ def test_adapters_beside_random_weights_are_refused(tmp_path, capsys, module, pl
     overrides = ("--set", "model.folder=null", "--set", architecture)
     assert verb(module, "--config", tmp_path / "c.yaml", place, tmp_path / "out", *overrides) == 2
     assert (
-        "model.lora: adapters are trained beside frozen weights, and those of model.architecture are random; set model.folder"
+        "model.lora: adapters are trained on frozen weights, and those of model.architecture are random; set model.folder"
         in (capsys.readouterr().err)
     )
     assert not (tmp_path / "out").exists()

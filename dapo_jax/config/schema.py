@@ -109,7 +109,7 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class ArithmeticConfig:
-    """The embedded generator of chained arithmetic: a line a step, so solutions vary in length."""
+    """The embedded generator of chained arithmetic, one line per step: solutions vary in length."""
 
     train_problems: int = field(20000, "distinct training problems", ge=1)
     heldout_problems: int = field(256, "distinct problems for evaluation, none in training", ge=1)
@@ -182,7 +182,7 @@ class RolloutSection:
     temperature: float = field(1.0, "sampling temperature, also of the loss's log-probs", gt=0)
     top_p: float = field(1.0, "nucleus mass", gt=0, le=1)
     top_k: int = field(0, "sample among the k most probable tokens; 0 is all", ge=0)
-    stop_tokens: tuple[str, ...] = field((), "texts of further end tokens")
+    stop_tokens: tuple[str, ...] = field((), "further end tokens, as text")
     decode_slots: int = field(512, "B, sequences decoded at a time, over all devices", ge=1)
     kv_cache: Literal["compute", "int8"] = field("compute", "or 8 bits and a scale")
 
@@ -280,7 +280,7 @@ class TrainSection:
     row_len: int | None = field(None, "T, tokens of a packed row; null: longest", ge=1)
     rows_per_microbatch: int = field(64, "rows in a forward and backward pass, all devices", ge=1)
     save_every: int = field(10, "rollout steps between checkpoints; also after the last", ge=1)
-    keep_checkpoints: int = field(3, "how many, the newest", ge=1)
+    keep_checkpoints: int = field(3, "how many of the newest to keep", ge=1)
     samples_per_step: int = field(8, "responses written to samples/ each step", ge=0)
     tracker: Literal["wandb", "mlflow"] | None = field(None, "metrics go there too")
     stall_timeout_s: float | None = field(1800.0, "watchdog: seconds without progress", ge=1)

@@ -23,7 +23,7 @@ class StarvedError(SharedError):
 
 @dataclasses.dataclass(frozen=True)
 class StepCounts:
-    """What one rollout step drew and what became of it.
+    """Counts of one rollout step: groups drawn, kept, dropped and carried.
 
     With dynamic sampling: drawn + carried_in == kept + all_correct + all_wrong + surplus; without,
     every group with a verdict is trained on: drawn + carried_in == kept + surplus.
@@ -136,21 +136,21 @@ class DynamicSamplingBuffer:
         )
 
     def take(self) -> tuple[list[Group], StepCounts]:
-        """Ends the step and returns what was `ready`; raises as it does."""
+        """Ends the step and returns `ready()`; raises as it does."""
         kept, counts = self.ready()
         self._accepted = self._accepted[len(kept) :] if self._carry_surplus else []
         self._tally = _Tally(carried_in=len(self._accepted))
         return kept, counts
 
     def state(self) -> dict[str, Any]:
-        """Everything that `restore` needs, as plain data for a checkpoint."""
+        """The whole state as plain data, for a checkpoint."""
         groups = [_packed(group) for group in self._accepted]
         return {"last_draw": self._last_draw, "tally": list(self._tally), "groups": groups}
 
     def restore(self, state: Mapping[str, Any], problems: Mapping[str, Problem]) -> None:
-        """Restores what `state` gave. problems: by id.
+        """Inverse of `state`. problems: by id.
 
-        Changes nothing if it raises: InputError for a group of a problem that is not there,
+        Changes nothing if it raises: InputError for a group of an unknown problem,
         ValueError, TypeError or KeyError for malformed data.
         """
         groups = [_unpacked(group, problems) for group in state["groups"]]
@@ -171,7 +171,7 @@ def _packed(group: Group) -> dict[str, Any]:
         | {"truncated": bool(r.truncated)}
         for r, old in zip(group.responses, group.old_logprobs, strict=True)
     ]
-    # As JSON, for an id may hold lone surrogates.
+    # As JSON, because an id may hold lone surrogates.
     named = {"draw": group.draw, "problem": json.dumps(group.prompt.problem.id)}
     judged = {"correct": group.correct, "reward": group.reward, "penalty": group.penalty}
     return named | {"prompt": group.prompt.tokens, "responses": responses} | judged

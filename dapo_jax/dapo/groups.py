@@ -22,7 +22,7 @@ def informative_groups(correct: ArrayLike) -> Bool[np.ndarray, " Q"]:
 
 
 def is_informative(correct: ArrayLike) -> bool:
-    """`informative_groups` of one group, bool [G]; G is smaller where answers got no verdict."""
+    """`informative_groups` of one group, bool [G]; G is smaller where responses got no verdict."""
     return bool(informative_groups(np.asarray(correct)[None])[0])
 
 

@@ -101,7 +101,7 @@ def batch_hidden(
 ) -> Float[Array, "_ D"]:
     """Hidden states [N * T, D], row-major: entry t has the state that predicts token t.
 
-    The shift from t - 1 to t is here and nowhere else.
+    This is the only place that shifts from t - 1 to t.
     """
     rows = (batch.tokens, batch.positions, batch.segment_ids)
     hidden, _ = hidden_states(params, model, *rows, mesh=mesh)
@@ -122,7 +122,7 @@ def _batch_loss(params, batch, terms, model, **options):
 def dapo_terms(
     logprobs: Float[Any, "*S"], entropy: Float[Any, "*S"], args: TrainBatch, algo: DapoSection
 ) -> tuple[Float[Array, "*S"], dict[str, Float32[Array, "*S"]]]:
-    """Each token's weight · `dapo_token_loss` and `policy_metrics`: a token loss of `linear_loss`.
+    """Weight · `dapo_token_loss` and `policy_metrics` of each token: `token_loss` of `linear_loss`.
 
     With an importance cap C, truncated importance sampling corrects for the sampler's numerics:
 
@@ -168,7 +168,7 @@ def loss_fn(
 
     Args:
       batch: [N, T]. temperature: of the sampling, so that ratios compare the same distributions.
-      chunk_size: tokens a device whose logits exist at a time. mesh: if rows are sharded.
+      chunk_size: tokens per device whose logits exist at a time. mesh: if rows are sharded.
 
     Returns: (scalar loss, metric sums over target tokens). Both add up over micro-batches.
     """

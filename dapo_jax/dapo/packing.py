@@ -1,7 +1,7 @@
-"""Responses to training rows: the loss normaliser and first-fit-decreasing packing.
+"""From responses to training rows: the loss normaliser and first-fit-decreasing packing.
 
-A packed row holds several segments, each a prompt followed by its response. Entry t of a row is
-about predicting token t from what precedes it in its segment (`types.TrainBatch`).
+A packed row holds several segments, each a prompt followed by its response. Entry t of a row
+describes the prediction of token t from the earlier tokens of its segment (`types.TrainBatch`).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from dapo_jax.types import TrainBatch
 
-# Of the fields of a TrainBatch.
+# Of the fields of a TrainBatch, in order.
 _DTYPES: Sequence[type[np.generic]] = [np.int32] * 3 + [np.bool_] + [np.float32] * 4 + [np.bool_]
 
 
@@ -26,7 +26,7 @@ class TrainItem(NamedTuple):
     behavior_logprobs: Float32[np.ndarray, " R"]
     advantage: float
     weight: float  # of each of its tokens in the loss, see `normalizer_weights`
-    current: bool = True  # this step's policy sampled it: sampler and trainer may be compared
+    current: bool = True  # this step's policy sampled it, so its log-probs can be compared
 
 
 class Placement(NamedTuple):
@@ -41,13 +41,13 @@ class Placement(NamedTuple):
 class PackStats(NamedTuple):
     """How well a batch is filled, and where its responses are."""
 
-    rows: int  # rows that hold anything
-    used_microbatches: int  # micro-batches that hold anything; they come first
+    rows: int  # non-empty rows
+    used_microbatches: int  # non-empty micro-batches; they come first
     tokens: int  # prompt and response tokens
     target_tokens: int  # response tokens
     efficiency: float  # tokens / (rows x row_len)
     long_share: float  # of the loss, see `long_share`
-    placement: tuple[Placement, ...]  # one an item, in the items' order
+    placement: tuple[Placement, ...]  # one per item, in the items' order
 
 
 def normalizer_weights(
@@ -104,7 +104,7 @@ def long_share(lengths: ArrayLike, weights: ArrayLike, advantages: ArrayLike) ->
     """The share of Σ_i |o_i| w_i |A_i| in the longest quarter of the responses, 0 if the sum is 0.
 
     At ratio 1 this is their share of the gradient: a sample-level loss weighs the responses of a
-    group alike, a token-level loss gives long ones more. [n] each; the quarter is rounded up.
+    group equally, a token-level loss weighs long ones more. [n] each; the quarter is rounded up.
     """
     sizes = np.asarray(lengths, np.float64)
     carried = sizes * np.abs(np.asarray(weights, np.float64) * np.asarray(advantages, np.float64))
@@ -160,8 +160,8 @@ def build_batch(
 
     T = row_len, N = rows_per_microbatch, M = microbatches or the fewest that suffice. The N rows
     of a micro-batch are split over row_shards devices. Rows go to the devices' parts of the used
-    micro-batches in descending order of attention cost (sum of squared segment lengths), back and
-    forth: the costs of any two parts differ by at most the costliest row's, their row counts by at
+    micro-batches in descending order of attention cost (sum of squared segment lengths), in snake
+    order: the costs of any two parts differ by at most the costliest row's, their row counts by at
     most one. The other rows and micro-batches, at the end, are empty.
 
     Raises ValueError for no items, an empty prompt, log-probs that do not match the response, an

@@ -15,7 +15,7 @@ from dapo_jax.types import Params, TrainBatch, TrainState
 
 def make_optimizer(section: OptimSection) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW without its learning rate, which `update_step` applies:
-    the rate follows rollout steps, not updates, so it is no state of the optimizer.
+    the rate follows rollout steps, not updates, so it is not in the optimizer state.
     """
     return optax.chain(
         optax.clip_by_global_norm(section.grad_clip),
@@ -37,7 +37,7 @@ def learning_rate(section: OptimSection, rollout_step: int) -> float:
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, lora: LoraConfig | None = None
 ) -> TrainState:
-    """A state before any update; float32 moments of the parameters, or of the LoRA adapters."""
+    """The initial state; float32 moments of the parameters, or of the LoRA adapters."""
     return TrainState(params, optimizer.init(split(params, lora)[0]), jnp.zeros((), jnp.int32))
 
 

@@ -34,11 +34,11 @@ _LONG = 4096  # longer rows use no implementation that holds a [T, T] array
 class Window(NamedTuple):
     """Sliding-window attention of a layer; the scan over layers carries whether it is on."""
 
-    size: int  # tokens that are visible: the token itself and those just before it
+    size: int  # visible tokens: the token itself and those just before it
     on: Bool[Any, ""]
 
     def shows(self, distance: Int[Array, "*S"]) -> Bool[Array, "*S"]:
-        """Whether a token so far back is visible."""
+        """Whether a token at this distance back is visible."""
         return (distance < self.size) | ~self.on
 
 
@@ -64,9 +64,9 @@ def attend(
     """
     n, t, heads, h = q.shape
     groups, per_group = k.shape[2], heads // k.shape[2]
-    # Heads first makes each product a plain batch of matrices; a quarter of the queries at a time
-    # needs only the keys up to its last: on a CPU 2.6x as fast, forward and backward, as one [T, T]
-    # product with the heads inside (T 512).
+    # With the heads first, each product is a batched matmul. A quarter of the queries at a time
+    # needs only the keys up to its last one. On a CPU (T 512, forward and backward) this is 2.6x as
+    # fast as one [T, T] product with the heads inside.
     grouped = (q * h**-0.5).reshape(n, t, groups, per_group, h).transpose(0, 2, 3, 1, 4)
     keys, values = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     size = max(_LANES, -(-t // _CAUSAL_PARTS))
@@ -243,10 +243,10 @@ def attend_cached(
     lengths: Int[Array, " B"],
     window: Window | None = None,
 ) -> Float[Array, "B H h"]:
-    """Attention of one new token a sequence to one layer's cache [B, K, S, h] and to itself.
+    """Attention of one new token per sequence to one layer's cache [B, K, S, h] and to itself.
 
-    The new key and value are given beside the cache, not in it: the cache of all layers is written
-    once a decode step, outside the scan over layers, and only read inside. lengths: filled entries.
+    The new key and value are not in the cache yet: the cache of all layers is written once per
+    decode step, outside the scan over layers, and only read inside. lengths: filled entries.
     """
     b, heads, h = q.shape
     grouped = q.reshape(b, k.shape[1], heads // k.shape[1], h)

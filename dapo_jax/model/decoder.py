@@ -10,11 +10,11 @@ Parameters are a nested dict; layers are stacked on axis 0 and scanned:
       attn/{q,k,v}/kernel [L,D,heads,h], bias [L,heads,h] (qwen2) · attn/o/kernel [L,H,h,D]
       attn/{q_norm,k_norm}/scale [L,h] (qwen3, gemma3)
       mlp/{gate,up}/kernel [L,D,F], down [L,F,D]
-      adapter/a [L,*in,r], adapter/b [L,r,*out] beside each kernel [L,*in,*out] that LoRA adapts
+      adapter/a [L,*in,r], adapter/b [L,r,*out] next to each kernel [L,*in,*out] that LoRA adapts
 
 Gemma 3 also normalizes the output of each branch, uses GELU instead of SiLU, scales norms by
-1 + scale and embeddings by √D, and has sliding windows (`Windows`) in most layers: which layers
-these are is scanned along.
+1 + scale and embeddings by √D, and has sliding windows (`Windows`) in most layers: the
+scan over layers has a flag for each.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
     """Sharding of activations on a mesh.
 
     Weights are split over axes that rows are split over too. Without these constraints XLA splits
-    activations like the weights, and holds the rows of all devices on each.
+    activations like the weights, and every device holds all rows.
     """
 
     whole: Callable[[Array], Array] = _same  # [N, T, D], the input of a block's matmuls
@@ -61,7 +61,7 @@ class Layout(NamedTuple):
     @classmethod
     def over(cls, mesh: Mesh | None, length: int) -> "Layout":
         """Rows over ROW_AXES, F over "tensor", and T of the residual stream too where it divides:
-        no device then holds all of norms, sums and what the backward pass keeps.
+        norms, sums and saved activations are then split too.
         """
         if mesh is None:
             return cls()
@@ -185,12 +185,12 @@ class Block(nnx.Module):
         self.mlp_post_norm = Norm(c.model_dim, c) if post else None
 
     def __call__(
-        self, x: Array, rope: Rope, mix: Callable[..., Array], layout: Layout
+        self, x: Array, rope: Rope, attend: Callable[..., Array], layout: Layout
     ) -> tuple[Array, tuple[Array, Array]]:
-        """The residual stream, keys and values. `mix(q, k, v)` attends over a row or a cache."""
+        """The residual stream, keys and values. `attend(q, k, v)` is over a row or a cache."""
         with jax.named_scope("attention"):
             q, k, v = self.attn.qkv(layout.whole(self.attn_norm(x)), rope)
-            mixed = layout.spread(self.attn.o(mix(q, k, v)))
+            mixed = layout.spread(self.attn.o(attend(q, k, v)))
             x = x + (mixed if self.attn_post_norm is None else self.attn_post_norm(mixed))
         with jax.named_scope("mlp"):
             fed = layout.spread(self.mlp(layout.whole(self.mlp_norm(x)), layout))
@@ -353,8 +353,8 @@ def hidden_states(
         layer_params, on = inputs
         rope, window = view(on)
         options: dict[str, Any] = {"mesh": mesh, "block": config.attention_block}
-        mix = functools.partial(attend_rows, segment_ids=segment_ids, window=window, **options)
-        return _bind(Block, config, layer_params)(x, rope, mix, layout)
+        attend = functools.partial(attend_rows, segment_ids=segment_ids, window=window, **options)
+        return _bind(Block, config, layer_params)(x, rope, attend, layout)
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=_REMAT[config.remat], prevent_cse=False)
@@ -403,11 +403,11 @@ def decode_step(
     cache: Cache,
     read: int | None = None,
 ) -> tuple[Float[Array, "b D"], Cache]:
-    """Hidden state of one new token a sequence, and the cache with that token in it.
+    """Hidden state of one new token per sequence, and the cache with that token in it.
 
     Args:
       tokens: new tokens of the first b ≤ B sequences of the cache.
-      lengths: tokens of these in the cache; the new token's position.
+      lengths: how many of their tokens are in the cache; also the new token's position.
       read: how much of S is read, at least every length; None is all.
 
     Returns: hidden states after the final norm; the cache, written at `lengths`.
@@ -427,8 +427,8 @@ def decode_step(
         index, layer_params, on = inputs
         rope, window = view(on)
         seen = jax.tree.map(functools.partial(part, index), cache)
-        mix = functools.partial(attend_cached, cache=seen, lengths=lengths, window=window)
-        return _bind(Block, config, layer_params)(x, rope, mix, Layout())
+        attend = functools.partial(attend_cached, cache=seen, lengths=lengths, window=window)
+        return _bind(Block, config, layer_params)(x, rope, attend, Layout())
 
     layers = (jnp.arange(config.layers), params["layers"], windowed_layers(config))
     x, kv = jax.lax.scan(layer, x, layers)
@@ -442,7 +442,7 @@ def decode_step(
 
 @jax.named_scope("head")
 def logits_of(params: Params, hidden: Float[Array, "*N D"]) -> Float32[Array, "*N V"]:
-    """Logits of hidden states. For sampling and small checks; the loss never makes these."""
+    """Logits of hidden states. For sampling and small checks; the loss never computes these."""
     head = head_kernel(params).astype(hidden.dtype)
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 

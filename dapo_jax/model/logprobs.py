@@ -1,9 +1,9 @@
 """Log-probs of target tokens from hidden states and head, without a [tokens, vocab] array.
 
-Both functions loop over chunks of the rows that have a target, and only those: rows are gathered
-targets first, and the loop ends with the last target. `linear_logprobs` recomputes the logits in
+Both functions loop over chunks of the rows that have a target, and only those: these rows are
+gathered first, and the loop ends after the last of them. `linear_logprobs` recomputes the logits in
 its backward pass (8NDV FLOPs). `linear_loss` takes the per-token loss as a function: with the
-normaliser known, ∂loss/∂logit is known chunk by chunk, so the forward pass makes both gradients
+normaliser known, ∂loss/∂logit is known chunk by chunk, so the forward pass computes both gradients
 (6NDV) and nothing is recomputed or kept.
 
     z = hidden · head / temperature
@@ -53,7 +53,7 @@ class _Static(NamedTuple):
     def specs(self, head: Array) -> tuple[PartitionSpec, PartitionSpec]:
         """Partitions of rows, and of the head and its gradient: over `fsdp` where that divides D.
 
-        The head is gathered over `fsdp` once a call, its gradient reduced once, after the loop.
+        The head is gathered over `fsdp` once per call, its gradient reduced once, after the loop.
         """
         assert self.mesh is not None
         split = "fsdp" if head.shape[0] % self.mesh.shape["fsdp"] == 0 else None
@@ -113,7 +113,7 @@ class _Chunks(NamedTuple):
     size: int
     order: Array  # row of each place, padded to whole chunks with row 0
     targets: Array  # number of rows with a target
-    number: Array  # of chunks that hold any
+    number: Array  # of chunks that hold a target
 
     @classmethod
     def of(cls, mask: Array, static: _Static) -> "_Chunks":
@@ -122,7 +122,7 @@ class _Chunks(NamedTuple):
         order = jnp.pad(order, (0, -mask.shape[0] % size))
         targets = mask.sum()
         number = -(-targets // size)
-        # With collectives in the loop, every device loops as often as the one with most targets.
+        # With collectives in the loop, all devices loop as often as the one with the most targets.
         number = jax.lax.pmax(number, ROW_AXES) if static.split else number
         return cls(size, order, targets, number)
 
@@ -250,7 +250,7 @@ def linear_loss(
         normaliser is in the loss, every reduction is a sum. Differentiated in logprobs only.
       token_args: pytree of [N, ...] arrays, passed to token_loss chunk by chunk; no gradient.
       mask: rows that have a target; the others cost nothing. None is all.
-      temperature: divides the logits. chunk_size: rows a chunk, a device.
+      temperature: divides the logits. chunk_size: rows per chunk, on each device.
       mesh: if given, N is sharded over ("data", "fsdp"), and V over "tensor" where that divides it.
 
     Returns: (loss, metric sums over target rows).

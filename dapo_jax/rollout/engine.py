@@ -1,7 +1,7 @@
 """Host side of sampling: admits requests in order, returns responses as they finish.
 
-A `Stream` is one use of an engine: its queue, and the sequences in the slots. Its time is logical,
-one segment of decode steps after another: no decision depends on the clock, so runs are
+A `Stream` is one use of an engine: a queue of requests, and the sequences in the slots. Its time is
+logical, counted in segments of decode steps: no decision depends on the clock, so runs are
 reproducible and all hosts agree.
 """
 
@@ -25,12 +25,12 @@ from dapo_jax.rollout import sampler
 from dapo_jax.rollout.sampler import Arrivals, Decoding, SamplerState, Sampling, Slots, Until
 from dapo_jax.types import NonFiniteError, Params, Request, Response
 
-_SEGMENT = 64  # decode steps at most between two checks for finished sequences
-_REFILL = 16  # slots are refilled when one in so many is free
+_SEGMENT = 64  # most decode steps between two checks for finished sequences
+_REFILL = 16  # slots are refilled once 1 in 16 is free
 _BLOCK = 256  # tokens of a response that are fetched together
 _FETCHES = (16, 128, 512, 2048)  # blocks of one fetch: 4 MB at most
 _FREE = -(2**30)  # in place of a free slot's cache length
-_HALVINGS = 3  # of the decoded slots, while the last sequences finish
+_HALVINGS = 3  # how often the decoded slots may halve while the last sequences finish
 
 _Slot = tuple[int, int]  # shard, slot of the shard
 
@@ -44,7 +44,7 @@ class Limits(NamedTuple):
     prefill_tokens: int = 512  # prompt tokens of a shard in one prefill; `chips.prefill_tokens`
     # Keys and values in 8 bits. Log-probs of 1536 tokens sampled from SmolLM2-135M are then off by
     # 0.027 on average, 0.16 at the 99th percentile (bfloat16 with an exact cache: 0.027 and 0.14).
-    # A continued response may differ from an uninterrupted one: its prefix is read exactly.
+    # A continued response may differ from an uninterrupted one: prefill reads no 8-bit values.
     int8: bool = False
 
 
@@ -78,7 +78,7 @@ class Engine:
       mesh: slots are split over ("data", "fsdp"), kv heads and vocabulary over "tensor" where they
         divide; ValueError where the slots do not.
       fetch: device arrays to numpy, whole, on every process.
-      compact: once the queue is empty, move the last sequences together and decode fewer slots.
+      compact: once the queue is empty, moves the last sequences together and decodes fewer slots.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class _Job(NamedTuple):
 
     @property
     def head(self) -> bytes:
-        """All tokens but the last, which a prefill reads. Jobs with the same share it."""
+        """All tokens but the last, for prefill. Jobs with equal heads share a prefill row."""
         return self.sequence[:-1].tobytes()
 
 
@@ -186,7 +186,7 @@ def _by_draw(found: Iterable[_Found]) -> list[tuple[Request, Response]]:
 
 
 class Stream:
-    """Requests in an engine. A response depends on weights, seed and request only.
+    """One use of an engine. A response depends on weights, seed and request only.
 
     Attributes:
       segment: segments decoded so far. steps: decode steps so far.
@@ -197,7 +197,7 @@ class Stream:
         self._state = engine.programs.start()
         self._queue: collections.deque[_Job] = collections.deque()
         self._running: dict[_Slot, _Job] = {}
-        # of each slot: tokens sampled, and tokens in its cache before them
+        # per slot: tokens sampled, and tokens in its cache before those
         self._length = np.zeros((engine.shards, engine.slots), np.int32)
         self._begin = np.full_like(self._length, _FREE)
         # the last prefill, and the row of each head in it
@@ -215,7 +215,7 @@ class Stream:
         return len(self._running)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queues requests. A response with a `prefix` has the tokens of an uninterrupted one.
+        """Queues requests. A response continued from a `prefix` equals an uninterrupted one.
 
         ValueError for a request that does not fit.
         """
@@ -269,7 +269,7 @@ class Stream:
         if self._queue:  # all slots are taken: decode until enough are free for a refill
             slots = engine.shards * engine.slots
             few = slots - max(1, slots // _REFILL)
-        else:  # until a smaller width will do
+        else:  # decode until fewer slots suffice
             half = max((w for w in engine.widths if w < width), default=0)
         until = Until(np.int32(few), np.int32(half), np.int32(min(_SEGMENT, read + 1 - used)))
         sizes = {"width": width, "read": read}

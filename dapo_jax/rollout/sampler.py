@@ -25,14 +25,14 @@ from dapo_jax.types import Params
 class Slots(NamedTuple):
     """Sequences being decoded."""
 
-    keys: Key[Any, "N b"]  # one a response
+    keys: Key[Any, "N b"]  # one per response
     token: Int32[Any, "N b"]  # the newest token, not in the cache yet
     position: Int32[Any, "N b"]  # its position: tokens in the cache
     limit: Int32[Any, "N b"]  # response tokens at most
     length: Int32[Any, "N b"]  # response tokens so far
     tokens: Int32[Any, "N b R"]  # the response
     logprobs: Float32[Any, "N b R"]
-    ended: Bool[Any, "N b"]  # drew a stop token
+    ended: Bool[Any, "N b"]  # sampled a stop token
     live: Bool[Any, "N b"]  # neither ended nor at its limit, and no logits were non-finite
 
 
@@ -44,7 +44,7 @@ class SamplerState(NamedTuple):
 class Arrivals(NamedTuple):
     """Sequences to insert into slots."""
 
-    slot: Int32[Any, "N m"]  # on its shard; b drops the entry
+    slot: Int32[Any, "N m"]  # on its shard; the value b drops the entry
     row: Int32[Any, "N m"]  # of the prefilled cache
     token: Int32[Any, "N m"]  # last of the sequence
     position: Int32[Any, "N m"]  # its position
@@ -56,7 +56,7 @@ class Arrivals(NamedTuple):
 def response_keys(
     seed: Key[Array, ""], draws: Int[Array, "*S"], samples: Int[Array, "*S"]
 ) -> Key[Array, "*S"]:
-    """One key a response: fold_in(fold_in(seed, draw), sample)."""
+    """One key per response: fold_in(fold_in(seed, draw), sample)."""
     fold = jnp.vectorize(jax.random.fold_in, signature="(),()->()")
     return fold(fold(seed, draws), samples)
 
@@ -107,8 +107,8 @@ def prefill(
 
 
 def _copy_row(cache: Cache, source: Cache, row: Array, slot: Array) -> Cache:
-    """Row of `source` [L, E, K, P, h] into the front of a slot of one shard's cache; dropped from
-    slot b on.
+    """Copies a row of `source` [L, E, K, P, h] to the start of a slot of one shard's cache; slot b
+    drops it.
     """
 
     def copy(old, new):
@@ -120,11 +120,11 @@ def _copy_row(cache: Cache, source: Cache, row: Array, slot: Array) -> Cache:
 def _copy_arrivals(
     cache: Cache, prefilled: Cache, rows: Array, slots: Array, count: Array
 ) -> Cache:
-    """On one device: the first `count` of rows [n, m] of the prefilled cache of all shards into
-    slots [n, m].
+    """Per device: copies the first `count` of rows [n, m] of all shards' prefilled cache to slots
+    [n, m].
 
-    A shard may need rows of any shard. They are gathered a layer at a time: all layers would take
-    the memory of several sequences, or many where rows are continued responses.
+    A shard may need rows of any shard. They are gathered one layer at a time: all layers at once
+    would take the memory of several sequences, or of many where rows are continued responses.
     """
     shards = jnp.arange(len(rows))
 
@@ -164,8 +164,8 @@ def insert(
     *,
     mesh: Mesh,
 ) -> SamplerState:
-    """Starts sequences; all their tokens but the last are prefilled, the next decode step reads
-    that and samples.
+    """Starts sequences: all tokens but the last are prefilled, and the next decode step takes the
+    last one as input.
 
     Args:
       prefilled: [L, E, K, P, h]; many sequences may share a row.
@@ -193,7 +193,7 @@ def insert(
 def move(
     state: SamplerState, moves: Int32[Array, "2 N m"], count: Int32[Array, ""]
 ) -> SamplerState:
-    """Moves sequences to free slots of their shard. moves: from, to; disjoint; b drops one."""
+    """Moves sequences to free slots of their shard. moves: disjoint sources, targets; b: none."""
     sources, targets = moves
 
     def copy(i, cache):
@@ -215,10 +215,10 @@ def move(
 def take(
     slots: Slots, blocks: Int32[Array, " m"], *, size: int, mesh: Mesh
 ) -> Int32[Array, "2 m size"]:
-    """Blocks of `size` successive tokens of responses, and the bits of their log-probs, in one
+    """Blocks of `size` consecutive response tokens, and the bits of their log-probs, in one
     collective.
 
-    blocks: counted through the slots of all shards; a slot has R / size of them.
+    blocks: indices over the slots of all shards; a slot has R / size blocks.
     """
 
     def own(tokens: Array, logprobs: Array, blocks: Array) -> Array:
@@ -244,7 +244,7 @@ def _append(slots: Slots, tokens: Array, logprobs: Array, stop: tuple[int, ...])
 
     @jax.vmap
     @jax.vmap
-    def write(row, at, new):  # one entry a row: rows may be long
+    def write(row, at, new):  # one entry per row, not the row: it may be long
         return row.at[at].set(new, mode="drop")
 
     length = slots.length + live
@@ -264,8 +264,8 @@ def _append(slots: Slots, tokens: Array, logprobs: Array, stop: tuple[int, ...])
 def sample_on_mesh(
     logits: Float32[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling, mesh: Mesh
 ) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
-    """`sample_tokens` of each device's own rows, and of its own part of the vocabulary where
-    "tensor" divides it.
+    """`sample_tokens` under shard_map: each device has its own rows, and its own part of the
+    vocabulary where "tensor" divides it.
     """
     parts = mesh.shape[VOCAB_AXIS]
     axis = VOCAB_AXIS if parts > 1 and logits.shape[1] % parts == 0 else None
@@ -303,7 +303,7 @@ def decode(
     A sequence whose logits are non-finite gets no token and is no longer live, though neither ended
     nor at its limit (`Stream._check_finite`).
 
-    Returns: The state, what the host needs of it (live, length, ended), and the steps taken.
+    Returns: the state; live, length and ended for the host; the number of steps.
     """
     model = how.model
 

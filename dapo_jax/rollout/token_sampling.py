@@ -1,7 +1,7 @@
 """Sampling of tokens: exact top-k and top-p, without a sort of the vocabulary.
 
-Everything is made of sums over blocks of the vocabulary, which may be split over a mesh axis
-(`axis`): devices exchange block sums and one block a row, never logits.
+All functions use sums over blocks of the vocabulary, which may be split over a mesh axis (`axis`):
+devices exchange block sums and one block per row, never logits.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ _ROUNDS = 64
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn. Hashable: static under jit."""
+    """How tokens are sampled. Hashable: static under jit."""
 
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
@@ -55,7 +55,7 @@ def _inverse_cdf(
 ) -> tuple[Array, Array, Array]:
     """Index i with Σ_{j<i} w_j ≤ u Σ w < Σ_{j≤i} w_j over weights above `floor` [B].
 
-    Never an index of another weight, whatever the rounding. blocks: [B, n, 128], not negative.
+    Rounding never selects a weight at or below `floor`. blocks: [B, n, 128], not negative.
     sums: their `_block_sums`. uniform: [B] in [0, 1).
 
     Returns: block, place in it and weight there, [B] each.
@@ -114,12 +114,12 @@ def _uniform(keys: Array) -> Array:
 def _draw(
     blocks: Array, sums: Array, keys: Array, sampling: Sampling, axis: str | None
 ) -> tuple[Array, Array, Array]:
-    """Block, place and weight of one draw a row from weights [B, n, 128] whose largest is 1.
+    """Block, place and weight of one draw per row from weights [B, n, 128] whose largest is 1.
 
     Top-p (the fewest entries that hold top_p of the mass; ties stay in) is by rejection: a draw is
-    in the nucleus if the heavier entries hold less than top_p. Otherwise nothing as light is in it,
-    and the next draw is from the heavier ones, so the accepted draw has the distribution of the
-    nucleus. The mass outside about halves with each round; the draw of round _ROUNDS is accepted.
+    in the nucleus if the heavier entries hold less than top_p. Otherwise no entry as light is in
+    it, and the next draw is from the heavier entries, so the accepted draw has the distribution of
+    the nucleus. The mass outside it about halves per round; the draw of round _ROUNDS is accepted.
     """
     floor = jnp.zeros(blocks.shape[0])
     if sampling.top_k:
@@ -133,7 +133,7 @@ def _draw(
     def rejected(drawn, sums):
         return sums.sum(axis=-1) >= mass
 
-    def again(carry):
+    def redraw(carry):
         round_, drawn, sums, open_ = carry
         floor = drawn[2]
         uniform = _uniform(jax.vmap(jax.random.fold_in, (0, None))(keys, round_))
@@ -144,7 +144,7 @@ def _draw(
 
     sums = _block_sums(blocks, drawn[2], axis)
     first = (1, drawn, sums, rejected(drawn, sums))
-    return jax.lax.while_loop(lambda c: (c[0] < _ROUNDS) & c[3].any(), again, first)[1]
+    return jax.lax.while_loop(lambda c: (c[0] < _ROUNDS) & c[3].any(), redraw, first)[1]
 
 
 def sample_tokens(
@@ -153,11 +153,11 @@ def sample_tokens(
     sampling: Sampling,
     axis: str | None = None,
 ) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
-    """Draws one token a row, and its log-prob under softmax(logits / temperature).
+    """Samples one token per row, and its log-prob under softmax(logits / temperature).
 
     The log-prob is of the distribution before top-p and top-k, which the trainer can compute (of
     softmax(logits) where greedy). It is NaN, and the token arbitrary, exactly where a row of
-    logits / temperature is no distribution: NaN, +inf or nothing but -inf in it.
+    logits / temperature defines no distribution: it has NaN or +inf, or only -inf.
 
     logits: under `jax.shard_map` with `axis`, this device's part of V.
     """

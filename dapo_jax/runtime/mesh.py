@@ -19,7 +19,7 @@ from dapo_jax.types import InputError
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what rows of a batch and decode slots are split over
 
-# Path of a parameter → its partition. Layers are stacked: their axis 0 is L. First match counts.
+# Path of a parameter → its partition. Axis 0 of layers is L. The first match wins.
 PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"embed/embedding", P("tensor", "fsdp")),  # [V, D]
     (r"head/kernel", P("fsdp", "tensor")),  # [D, V]
@@ -64,7 +64,7 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
             f"the devices of a slice ({len(devices) // slices})"
         )
     inside = [sizes[0] // slices, *sizes[1:]]
-    # An axis may take part of a side of the torus: 16x16 chips cannot hold fsdp 32 x tensor 8 else.
+    # Splitting physical axes: 16x16 chips cannot hold fsdp 32 x tensor 8 otherwise.
     if slices == 1:
         grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     else:
@@ -140,11 +140,11 @@ def publisher(
     merge_layer: Callable[[Any], Any] = lambda layer: layer,
 ) -> Callable[[Any], Any]:
     """A jitted function from master weights to rollout weights: cast (`rollout_dtype`), and
-    gathered from the fsdp shards once a step.
+    gathered from the fsdp shards once per step.
 
     params: of rollouts (arrays or shapes). merge_layer: from a trained layer to one of rollouts.
-    Works a layer at a time: XLA gathers into memory other than the result's, which for all layers
-    would take as much again.
+    Works a layer at a time: XLA gathers into a separate buffer, which for all layers at once would
+    double the memory.
     """
     shardings = rollout_sharding(params, mesh)
 

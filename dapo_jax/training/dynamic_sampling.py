@@ -1,5 +1,5 @@
-"""Dynamic sampling while decoding continues: prompts are drawn until enough groups are informative,
-and responses are judged as they finish.
+"""Dynamic sampling during decoding: prompts are drawn until enough groups are informative, and
+responses are judged as they finish.
 
     prompts ─▶ engine stream ─▶ finished responses ─▶ reward workers ─▶ verdicts ─▶ enough
     informative groups? draw more
@@ -9,8 +9,9 @@ order. "First finished wins" would favour short responses. With partial rollouts
 as the first groups in draw order suffice; later groups stay open, and the next step continues their
 responses under new weights, each token with the log-prob of the policy that sampled it.
 
-Time is logical. A verdict on a response of segment k is used from segment k + VERDICT_DELAY on,
-waited for if need be, and never earlier: two runs, and all hosts, draw the same prompts.
+Time is logical. A verdict on a response of segment k is used from segment k + VERDICT_DELAY on:
+never earlier, and decoding waits for it if needed. So two runs, and all hosts, draw the same
+prompts.
 """
 
 import collections
@@ -44,7 +45,7 @@ Times = dict[str, float]
 VERDICT_DELAY = 2  # segments that workers have before decoding waits for them
 
 _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32))
-_PRIOR_GROUPS = 8  # the keep rate of earlier steps counts as so many groups of this one
+_PRIOR_GROUPS = 8  # weight of the previous keep rate, in groups of this step
 
 
 class OpenGroup:
@@ -54,7 +55,7 @@ class OpenGroup:
         self.draw, self.prompt, self.problem = draw, prompt, problem
         self.responses: list[Response | None] = [None] * size
         self.verdicts: list[Verdict | None] = [None] * size
-        # tokens and log-probs of unfinished responses that an earlier step began
+        # tokens and log-probs so far of responses that an earlier step left unfinished
         self.begun: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def copy(self) -> "OpenGroup":
@@ -64,7 +65,7 @@ class OpenGroup:
         return other
 
     def requests(self) -> list[Request]:
-        """For the responses that are not finished."""
+        """One request per unfinished response."""
         return [
             Request(self.draw, sample, self.prompt.tokens, self.begun.get(sample))
             for sample, response in enumerate(self.responses)
@@ -87,7 +88,7 @@ class OpenGroup:
         return self.outcomes() == {True, False}
 
     def outcomes(self) -> set[bool]:
-        """What the verdicts say. Errors say nothing: a time-out depends on the clock."""
+        """The distinct outcomes so far, without errors: time-outs depend on the clock."""
         return {v.correct for v in self.verdicts if v is not None and v.error is None}
 
     def judged(self, reward: RewardSection, max_response_len: int) -> Group:
@@ -131,7 +132,7 @@ class OpenGroup:
 
     @classmethod
     def unpacked(cls, data: Mapping[str, Any], prompts: Sequence[Prompt]) -> "OpenGroup":
-        """What `packed` gave; the texts of errors are lost.
+        """Inverse of `packed`; the texts of errors are lost.
 
         Raises ValueError, TypeError, KeyError or IndexError for malformed data.
         """
@@ -170,7 +171,7 @@ class DrawState(NamedTuple):
 
     @classmethod
     def unpacked(cls, data: Mapping[str, Any], prompts: Sequence[Prompt]) -> "DrawState":
-        """What `packed` gave. Raises as `OpenGroup.unpacked`."""
+        """Inverse of `packed`. Raises as `OpenGroup.unpacked`."""
         groups = tuple(OpenGroup.unpacked(group, prompts) for group in data["open"])
         state = cls(**{**data, "open": groups, "cursor": Cursor(*data["cursor"])})
         found = (*state.cursor, state.draws, state.keep_rate)
@@ -182,7 +183,7 @@ class DrawState(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What one step drew."""
+    """The groups and counts that one step sampled."""
 
     groups: list[Group]  # in draw order; old_logprobs are the sampler's
     verdicts: list[Verdict]
@@ -200,10 +201,10 @@ def keep_rate_after(rate: float, groups: Sequence[Group]) -> float:
 
 
 def prompts_wanted(missing: int, groups: Sequence[OpenGroup], rate: float) -> int:
-    """How many further prompts the step needs, given the groups drawn so far.
+    """How many more prompts the step needs, given the groups drawn so far.
 
     (missing - informative ones - p x undecided ones) / p, rounded up. p, the keep rate, is the mean
-    of `rate`, which counts as a few groups, and of the groups decided so far.
+    of `rate`, weighted as a few groups, and of the groups decided so far.
 
     >>> prompts_wanted(6, [], 0.5), prompts_wanted(6, [], 0.25)
     (12, 24)
@@ -217,7 +218,7 @@ def prompts_wanted(missing: int, groups: Sequence[OpenGroup], rate: float) -> in
 
 @dataclasses.dataclass(frozen=True)
 class DynamicSampler:
-    """Draws the groups of rollout steps."""
+    """Samples the groups of rollout steps."""
 
     engine: Engine
     prompts: Sequence[Prompt]
@@ -236,8 +237,8 @@ class DynamicSampler:
         or the cap on draws is reached.
 
         Prompts are drawn when the engine runs short of requests, and only as many as the keep rate
-        calls for. params: rollout weights. times: time/rollout_s and time/reward_s are added to.
-        Raises InputError if too many responses get no verdict, and Stopped.
+        predicts to be needed. params: rollout weights. times: time/rollout_s and time/reward_s are
+        added to. Raises InputError if too many responses get no verdict, Stopped on a signal.
         """
         if not missing:
             return Drawn([], [], 0, 0, 0, state)
@@ -260,7 +261,7 @@ class DynamicSampler:
 
 
 class _StepDraw:
-    """The groups of one step while they are drawn."""
+    """Sampling state of one step."""
 
     def __init__(
         self, sampler: DynamicSampler, stream: Stream, state: DrawState, missing: int, times: Times
@@ -329,8 +330,8 @@ class _StepDraw:
         return len(finished)
 
     def collect_verdicts(self) -> None:
-        """Takes the verdicts that are due; all of them once nothing is left to decode, or once a
-        partial step has enough: they belong to this step or, with their group, to the next.
+        """Collects the verdicts that are due; all of them once nothing is left to decode, or once a
+        partial step has enough groups: open groups take theirs to the next step.
         """
         sampler, algo = self.sampler, self.sampler.algo
         everything = not (self.stream.live or self.stream.pending)
@@ -357,7 +358,7 @@ class _StepDraw:
         return sum(group.is_informative() for group in self.settled()) >= self.missing
 
     def drawn(self) -> Drawn:
-        """Ends the stream; unfinished responses stay with their groups."""
+        """Closes the stream and returns the result; unfinished responses stay with their groups."""
         for request, response in self.stream.unfinished():
             if len(response.tokens):
                 begun = (response.tokens, response.behavior_logprobs)

@@ -1,4 +1,4 @@
-"""The jitted programs of training, and the shapes they take: to run them, and to compile them
+"""The jitted programs of training, and their abstract inputs, from which `plan` compiles them
 without devices.
 """
 
@@ -24,7 +24,7 @@ from dapo_jax.types import Params, TrainBatch, TrainState
 
 
 class StatePrograms(NamedTuple):
-    """What trains a state by some loss."""
+    """Initialization and update of a TrainState for one loss."""
 
     state: Any  # a TrainState of shapes and shardings
     init_optimizer: Callable[[Params], TrainState]  # donates the parameters
@@ -33,7 +33,7 @@ class StatePrograms(NamedTuple):
 
 
 class TrainPrograms(NamedTuple):
-    """What a training step runs on its devices beside the rollout engine. Compiled once a run."""
+    """Device programs of a training step, without the rollout engine's. Compiled once per run."""
 
     state: Any
     init_optimizer: Callable[[Params], TrainState]
@@ -45,7 +45,7 @@ class TrainPrograms(NamedTuple):
 def train_programs(
     model: ModelConfig, mesh: Mesh, algo: DapoSection, optim: OptimSection, temperature: float
 ) -> TrainPrograms:
-    """The programs of DAPO training on a mesh. model: as it is trained. temperature: of rollouts.
+    """The programs of DAPO training on a mesh. model: with adapters. temperature: of rollouts.
 
     Nothing is computed or put on a device.
     """
@@ -64,7 +64,7 @@ def train_programs(
 
 
 def supervised_programs(model: ModelConfig, mesh: Mesh, optim: OptimSection) -> StatePrograms:
-    """The programs of supervised warm-up. model: as it is trained."""
+    """The programs of supervised warm-up. model: with adapters, if any."""
     head: dict[str, Any] = {"model": model, "chunk_size": loss_chunk(mesh), "mesh": mesh}
     return state_programs(functools.partial(cross_entropy_loss_fn, **head), model, mesh, optim)
 
@@ -72,7 +72,7 @@ def supervised_programs(model: ModelConfig, mesh: Mesh, optim: OptimSection) -> 
 def state_programs(
     loss: LossFn, model: ModelConfig, mesh: Mesh, optim: OptimSection
 ) -> StatePrograms:
-    """The programs of any loss. model: as it is trained."""
+    """The programs of any loss. model: with adapters, if any."""
     optimizer = make_optimizer(optim)
     init = functools.partial(init_state, optimizer=optimizer, lora=model.lora)
     shapes = jax.eval_shape(init, abstract_params(model))

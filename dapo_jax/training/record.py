@@ -1,4 +1,4 @@
-"""What a rollout step leaves: its metrics, a line for people, samples, a checkpoint."""
+"""What a rollout step writes: metrics, a console line, samples, a checkpoint."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ from dapo_jax.types import Group, Params, RunError
 
 
 def draw_metrics(drawn: Drawn, prompts_per_draw: int) -> dict[str, float]:
-    """Metrics of what one step drew, timings aside; `runtime/metrics.py` defines each."""
+    """Sampling metrics of one step, without timings; `runtime/metrics.py` defines each."""
     timeouts, errors = error_counts(drawn.verdicts)
     metrics: dict[str, float] = {
         "reward/timeouts": timeouts,
@@ -37,7 +37,7 @@ def draw_metrics(drawn: Drawn, prompts_per_draw: int) -> dict[str, float]:
         "filter/wasted_tokens": drawn.unjudged_tokens,
     }
     judged = [g for g in drawn.groups if g.responses]
-    if not judged:  # a step may need no more than the groups carried to it
+    if not judged:  # carried groups may fill the step
         return metrics
     responses = [r for g in judged for r in g.responses]
     lengths = np.array([len(r.tokens) for r in responses])
@@ -57,7 +57,7 @@ def draw_metrics(drawn: Drawn, prompts_per_draw: int) -> dict[str, float]:
 def update_metrics(
     step: Updates, sums: Sequence[Mapping[str, float]], algo: DapoSection
 ) -> dict[str, float]:
-    """Metrics of what one step trained on, timings aside. sums: of each update.
+    """Training metrics of one step, without timings. sums: metric sums of each update.
 
     `policy/` metrics and the gradient norm are of the updates that were applied: the sums of a
     skipped one may be non-finite.
@@ -110,7 +110,7 @@ def throughput(
 
 @dataclasses.dataclass
 class Recorder:
-    """Ends rollout steps: reports, evaluates, and saves when it is time."""
+    """Ends rollout steps: writes metrics, evaluates and saves on schedule."""
 
     run_dir: Folder
     log: MetricsLog
@@ -136,7 +136,7 @@ class Recorder:
         run.progress = run.progress._replace(begun=True)
 
     def commit(self, run: RunState, drawn: Drawn, groups: Sequence[Group]) -> None:
-        """Ends the drawing of a step: samples, then `RunState.commit`."""
+        """Ends the sampling of a step: writes samples, then calls `RunState.commit`."""
         algo, count = self.algo, self.train.samples_per_step
         if multihost.is_main():
             rows = sample_rows(drawn.groups, count, algo, self.policy)
@@ -147,8 +147,8 @@ class Recorder:
     def record(self, run: RunState, updates: Updates, times: dict[str, float]) -> None:
         """Ends the step: evaluation, the metrics line, a checkpoint.
 
-        The line is written before the checkpoint, so that a resumed run lacks no line; the time of
-        saving is on the next one. Raises RunError if the processes have diverged.
+        The line is written before the checkpoint, so that a resumed run misses no line; the time of
+        saving is in the next one. Raises RunError if the processes have diverged.
         """
         assert run.partial is not None
         step, drawn = run.progress.step + 1, run.partial.drawn

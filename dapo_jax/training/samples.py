@@ -1,5 +1,5 @@
-"""Responses for people to read: one each of the first groups of a step, with the log-prob of each
-token.
+"""Samples for people to read: the first response of the first groups of a step, with the log-prob
+of each token.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from dapo_jax.data.prompts import decode
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import Group, Response
 
-_TOKENS = 1024  # that have their log-probs at each end of a response, to keep long rows short
+_TOKENS = 1024  # written with log-probs at each end of a response, to keep long rows short
 
 
 def sample_rows(
@@ -26,7 +26,7 @@ def sample_rows(
     """
     rows = []
     for group in [g for g in groups if g.responses][:count]:
-        problem, right, response = (
+        problem, n_correct, response = (
             group.prompt.problem,
             int(group.correct.sum()),
             group.responses[0],
@@ -40,8 +40,8 @@ def sample_rows(
             "answer": problem.answer,
             "response": text,
             "correct": bool(group.correct[0]),
-            "group": kinds.get(right, "kept"),
-            "group_correct": right,
+            "group": kinds.get(n_correct, "kept"),
+            "group_correct": n_correct,
             "group_size": len(group.correct),
             "reward": float(group.reward[0]),
             "penalty": float(group.penalty[0]),

@@ -36,9 +36,9 @@ from dapo_jax.types import NoCheckpointError, Params, Prompt
 
 
 class Policy(NamedTuple):
-    """What a policy is, apart from its weights."""
+    """A policy without its weights."""
 
-    model: ModelConfig  # as it samples: without adapters
+    model: ModelConfig  # as used for sampling: without adapters
     tokenizer: Any  # a transformers tokenizer
     stop: tuple[int, ...]  # token ids that end a response
     source: str | None = None  # of weights and tokenizer, as `local_model` takes it; None: random
@@ -172,7 +172,7 @@ def load_params(
     config: Config, policy: Policy, mesh: Mesh, *, lora: LoraConfig | None = None
 ) -> Params:
     """Weights on the mesh, of the policy's folder or random from `seed`: float32. With `lora`, new
-    float32 adapters beside frozen weights in compute dtype.
+    float32 adapters and frozen weights in compute dtype.
     """
     model, key = adapted(policy.model, lora), jax.random.key(config.seed)
     abstract = abstract_params(model)
@@ -240,10 +240,10 @@ def check_same_model(run: ModelSection, policy: Policy, run_dir: Folder) -> None
 
 
 def check_adapters(section: ModelSection) -> None:
-    """Raises ConfigError for adapters beside random weights, which would stay random."""
+    """Raises ConfigError for adapters on random weights, which would stay random."""
     if section.lora is not None and section.folder is None:
         raise ConfigError(
-            "model.lora: adapters are trained beside frozen weights, and those of "
+            "model.lora: adapters are trained on frozen weights, and those of "
             "model.architecture are random; set model.folder to a trained model, such as one that "
             "`python -m dapo_jax.supervised` wrote, or set model.lora to null"
         )
@@ -282,7 +282,7 @@ def make_engine(config: Config, policy: Policy, mesh: Mesh, sampling: Sampling) 
 
 
 def describe(policy: Policy, mesh: Mesh, lora: LoraConfig | None = None) -> str:
-    """One line: size, kind and place of the policy, and what of it is trained."""
+    """One line: family, size and devices of the policy, and the trained parameters."""
 
     def millions(params: Params) -> str:
         return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:,.1f} M parameters"

@@ -1,9 +1,9 @@
 """The resumable run state: all that a run needs to continue, as one checkpoint holds it.
 
-A checkpoint is of a whole step or partial. While a step draws, the state is that of the end of the
-step before: what was drawn since is drawn again, bit for bit. While a step updates and evaluates, a
-partial checkpoint holds the groups that it drew and the updates that it did. Before step 1 there
-are partial checkpoints of supervised warm-up.
+A checkpoint holds a whole step or a partial one. While a step samples, the state is that of the end
+of the previous step: a resumed run samples the step again, bit for bit. While a step updates and
+evaluates, a partial checkpoint holds its groups and the updates done so far. Before step 1, partial
+checkpoints hold the supervised warm-up.
 """
 
 import contextlib
@@ -45,40 +45,40 @@ class Progress(NamedTuple):
     warmed: int = 0  # updates of supervised warm-up done
     begun: bool = False  # warm-up and the evaluation before training are done
     nonfinite: int = 0  # updates in a row, up to the last one, that were skipped
-    rollbacks: int = 0  # times that the run was rolled back
+    rollbacks: int = 0  # rollbacks so far
 
 
 class PartialStep(NamedTuple):
-    """A step between drawing its groups and writing its metrics."""
+    """A step whose groups are sampled and whose metrics are not written yet."""
 
-    drawn: dict[str, float]  # metrics of what it drew
+    drawn: dict[str, float]  # its sampling metrics
     sums: list[dict[str, Any]]  # metric sums of its updates so far, on devices or host
 
 
 class Digests(NamedTuple):
-    """What a run trains on."""
+    """Digests of what a run trains on."""
 
-    loaded: str  # of data.train, problems that evaluation sets hold included
-    trained_on: str  # of the problems without these, and their weights
-    tokens: str  # of the prompts of the latter
-    function: str | None  # of the file of reward.function
+    loaded: str  # data.train, with problems that are also in evaluation sets
+    trained_on: str  # the problems without those, and the weights of data sets
+    tokens: str  # prompts of `trained_on`
+    function: str | None  # the file of reward.function
 
 
 @dataclasses.dataclass
 class RunState:
-    """A run at this moment."""
+    """The mutable state of a run."""
 
     buffer: DynamicSamplingBuffer
     progress: Progress = Progress()
     draw: DrawState = DrawState()
     state: Any = None  # a TrainState
-    weights: Any = None  # for rollouts, made of `state`; not saved
+    weights: Any = None  # rollout weights, computed from `state`; not saved
     partial: PartialStep | None = None
     saved: Mapping[str, Any] | None = None  # the counts of the newest checkpoint of a whole step
 
     @property
     def where(self) -> str:
-        """In words."""
+        """How far the run is, in words."""
         if not self.progress.begun:
             return f"{self.progress.warmed} updates of warm-up"
         more = f" and {len(self.partial.sums)} updates of the next" if self.partial else ""
@@ -91,10 +91,10 @@ class RunState:
     def commit(
         self, drawn: Drawn, groups: Sequence[Group], metrics: dict[str, float], at_least: int
     ) -> None:
-        """Ends the drawing of a step. groups: those of `drawn`, with log π_old.
+        """Ends the sampling of a step. groups: those of `drawn`, with log π_old.
 
         Raises StarvedError, and changes nothing, if there are fewer than `at_least` groups to train
-        on: the step is then drawn again after a restart, under the limits of that time.
+        on: the resumed run then samples the step again, under its own limits.
         """
         self.buffer.add(groups, at_least=at_least)
         self.draw = drawn.state
@@ -136,10 +136,10 @@ class RunStore:
     prompts: Sequence[Prompt]  # all that the run trains on
     config: Mapping[str, Any]
     digests: Digests
-    allow_change: bool = False  # of the data: data.allow_change
+    allow_change: bool = False  # data.allow_change
 
     def save(self, run: RunState) -> None:
-        """Saves a checkpoint, unless the newest one is of the same counts."""
+        """Saves a checkpoint, unless the newest one has the same counts."""
         whole = run.progress.begun and run.partial is None
         if whole and run.counts() == run.saved:
             return
@@ -233,27 +233,27 @@ class RunStore:
         with the prompts drawn since skipped.
 
         Raises InputError if `steps` is None or no checkpoint is that old. Nothing of the step is
-        saved then: it is done again when the run resumes, for a device may have been at fault.
+        saved then: the resumed run repeats it, because a device may have been at fault.
         """
-        trouble = ""
+        failure = ""
         try:
             yield
         except NonFiniteError as e:
-            trouble = f"step {run.progress.step + 1}: {e}"
+            failure = f"step {run.progress.step + 1}: {e}"
             traceback.clear_frames(e.__traceback__)  # they hold weights and caches
-        if not trouble:
+        if not failure:
             return
         if steps is None:
             raise InputError(
-                f"{trouble}; lower optim.learning_rate, look at the samples of this step, or set "
+                f"{failure}; lower optim.learning_rate, look at the samples of this step, or set "
                 "optim.rollback_steps"
             )
         draw, rollbacks = run.draw, run.progress.rollbacks
         if rollbacks >= _MAX_ROLLBACKS:
-            raise InputError(f"{trouble}, after {rollbacks} rollbacks; lower optim.learning_rate")
+            raise InputError(f"{failure}, after {rollbacks} rollbacks; lower optim.learning_rate")
         if not self.restore(run, at_most=run.progress.step - steps):
             raise InputError(
-                f"{trouble}, and there is no checkpoint {steps} steps back; lower "
+                f"{failure}, and there is no checkpoint {steps} steps back; lower "
                 "train.save_every or optim.rollback_steps"
             )
         run.draw = run.draw._replace(draws=draw.draws, cursor=draw.cursor)
@@ -261,7 +261,7 @@ class RunStore:
         log.rollback(run.progress.step)
         self.save(run)  # whatever ends the run next: these draws and this rollback stay counted
         info(
-            f"{trouble}: rolled back to step {run.progress.step}, skipping the prompts drawn since"
+            f"{failure}: rolled back to step {run.progress.step}, skipping the prompts drawn since"
         )
 
 

@@ -39,7 +39,7 @@ class Updates(NamedTuple):
     counts: StepCounts
     first_draw: int  # of the step
     packed: Sequence[PackStats]  # of each update
-    resumed: int  # updates that a run before this one did
+    resumed: int  # updates done before the run resumed
     rate: float  # learning rate
 
 
@@ -86,7 +86,7 @@ class Trainer:
     """Scores groups and updates the policy on them."""
 
     programs: TrainPrograms
-    publish: Callable[[Params], Params]  # rollout weights; an update ends the life of earlier ones
+    publish: Callable[[Params], Params]  # parameters → rollout weights, valid until an update
     algo: DapoSection
     optim: OptimSection
     shape: BatchShape
@@ -95,7 +95,7 @@ class Trainer:
     bars: bool = False
 
     def publish_weights(self, run: RunState) -> None:
-        """Makes rollout weights of the run's parameters, unless they are there."""
+        """Sets `run.weights`, the rollout weights of the current parameters, unless it is set."""
         if run.weights is None:
             run.weights = self.publish(run.state.params)
 
@@ -105,7 +105,7 @@ class Trainer:
         Done once, when groups are drawn: the first update's ratio is then exactly 1, and groups
         carried to a later step keep the log-probs of the policy that drew them. Groups that are not
         trained on keep the sampler's. So do groups of earlier steps that partial rollouts finished
-        in this one: their tokens are of several policies.
+        in this one: several policies sampled their tokens.
 
         Raises NonFiniteError if a log-prob is non-finite.
         """
@@ -148,7 +148,7 @@ class Trainer:
     def update(self, run: RunState, times: dict[str, float]) -> Updates:
         """One pass over the groups in mini-batches of whole groups, then new rollout weights.
 
-        Updates that the run did before it was stopped are skipped. Raises NonFiniteError if
+        Updates that a restored checkpoint holds are skipped. Raises NonFiniteError if
         `optim.max_nonfinite_updates` in a row have a non-finite loss or gradient.
         """
         assert run.partial is not None
@@ -167,9 +167,8 @@ class Trainer:
                 if n < resumed:
                     continue
                 rows = put_rows(batch, self.mesh, axis=1)
-                jax.block_until_ready(
-                    sums[-1:]
-                )  # one update runs, one waits: a signal waits for two
+                # One update runs while the next batch is built: a signal waits for one at most.
+                jax.block_until_ready(sums[-1:])
                 self.guard.reach("update")
                 run.state, s = self.programs.update(run.state, rows, np.float32(rate))
                 sums.append(s)
