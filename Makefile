@@ -1,4 +1,4 @@
-# make demo   trains the tiny model on a CPU, in an environment of its own
+# make demo   trains the tiny model on a CPU, in its own environment
 # make test   lint, types, tests
 # make plan   compiles every pod config with the TPU compiler (130 MB from PyPI, no TPU): does it fit
 # make study  the paper's ablation in miniature, two hours (STUDY.md); resumes

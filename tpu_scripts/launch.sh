@@ -3,7 +3,7 @@
 #
 #   launch.sh [--watch] [--allow-dirty] [--dry-run] [--env=FILE]
 #
-# A slice that is re-created or rebooted goes on by itself from the newest checkpoint. Google does not re-create a spot slice that was
+# A slice that is re-created or rebooted resumes by itself from the newest checkpoint. Google does not re-create a spot slice that was
 # taken away: --watch looks every minute and does, until the run is over (exit 0 when it is done). launch.sh once more does it by hand.
 # A slice that is there is left alone.
 # shellcheck source=common.sh

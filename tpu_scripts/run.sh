@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts the run on every worker, detached: it goes on when the connection or this machine goes away.
+# Starts the run on every worker, detached: it continues when the connection or this machine is lost.
 #
 #   run.sh [--dry-run] [--env=FILE]
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up every worker: the code of the last sync.sh, a Python 3.12 environment of its own with dapo_jax[tpu], and ASSETS.
+# Sets up every worker: the code of the last sync.sh, its own Python 3.12 environment with dapo_jax[tpu], and ASSETS.
 #
 #   setup.sh [--dry-run] [--env=FILE]
 #

@@ -69,7 +69,7 @@ open_log() {
 upload_logs() { gcloud storage rsync logs "$POD/logs" >/dev/null 2>&1 || say "logs could not be copied to $POD/logs"; }
 
 # Starts the program until it is over, here or on any other worker. A slice that comes back finds the same tarball and the same run
-# folder, so it goes on from the newest checkpoint; one that comes back after the end does nothing.
+# folder, so it resumes from the newest checkpoint; one that comes back after the end does nothing.
 loop() {
   local status restarts=0 verdict="" second
   (while sleep 60 && kill -0 $$; do upload_logs; done) 9>&- & # holds no lock, and ends with this loop
@@ -81,7 +81,7 @@ loop() {
       return
     fi
     say "start, restart $restarts of at most $MAX_RESTARTS"
-    (program setsid) & # a group of its own, so that --kill takes the reward workers too
+    (program setsid) & # its own process group, so that --kill ends the reward workers too
     echo $! >pid
     status=0
     wait $! || status=$?
@@ -129,7 +129,7 @@ stop() {
   for ((second = 0; second < patience; second++)); do
     if is_free; then say "$(hostname): no run" && return; fi
     pid=$(cat pid 2>/dev/null || true)
-    if [[ $pid != "$sent" ]]; then kill -TERM "$pid" 2>/dev/null || true; fi # once a program: a second signal could cut its saving short
+    if [[ $pid != "$sent" ]]; then kill -TERM "$pid" 2>/dev/null || true; fi # once per program: a second signal could interrupt its checkpoint
     sent=$pid
     if ((second == kill_at)) && [[ -n $pid ]]; then kill -KILL -- "-$pid" || true; fi
     sleep 1
@@ -174,7 +174,7 @@ main() {
     status) status ;;
     once)
       lock
-      setup # not `lock && setup`: bash would go on after an error in it
+      setup # not `lock && setup`: bash would continue after an error in it
       program
       ;;
     *) fail "unknown mode $1" ;;

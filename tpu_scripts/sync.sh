@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sends the committed code to the bucket as $BUCKET/pods/$NAME/code.tar.gz, with the worker's script beside it.
+# Sends the committed code to the bucket as $BUCKET/pods/$NAME/code.tar.gz, with the worker's script next to it.
 #
 #   sync.sh [--allow-dirty] [--dry-run] [--env=FILE]
 #
