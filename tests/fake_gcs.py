@@ -26,7 +26,7 @@ class Bucket:
         self.objects: dict[str, tuple[int, bytes]] = {}
         self.uploads: dict[
             str, tuple[dict[str, str], bytearray]
-        ] = {}  # resumable ones under way: the query that began them, content
+        ] = {}  # resumable uploads in progress: the query that began them, content
         self._lock = threading.Lock()
         self._generation = 1_700_000_000_000_000
 

@@ -320,7 +320,7 @@ def host_config(sizes, groups):
 
 
 def measure_host(sizes):
-    """What one of `--processes` processes does in a rollout step beside waiting for devices.
+    """What one of `--processes` processes does in a rollout step apart from waiting for devices.
 
     Lengths are log-normal, and there is no model. It `fetch`es responses from the device, decodes
     and judges (strict) its share of them, forms groups, and packs half of the groups into

@@ -206,7 +206,7 @@ def test_mistakes_are_in_training_solutions_only():
             left, result = written, int(line.split("=")[1])
             assert (
                 line == f"{left}{op}{right}={result}"
-            )  # goes on from what was written, right or wrong
+            )  # continues from what was written, right or wrong
             slips.append(result - evaluate(f"({left}){op}{right}".replace("(-", "(0-"))[0])
             written = result
         assert last == f"Answer: {written}"

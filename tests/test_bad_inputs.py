@@ -370,7 +370,7 @@ def test_bad_data(config, tmp_path, monkeypatch, refused, case, key):
     assert expected in said
 
 
-def test_bad_rows_are_counted_and_the_run_goes_on(config, tmp_path, refused):
+def test_bad_rows_are_counted_and_the_run_continues(config, tmp_path, refused):
     """Each kind of row that is left out is named with its count and its first row, and good rows
     around it are used.
     """
@@ -902,7 +902,9 @@ def test_no_usable_checkpoint_is_status_3(config, tmp_path, capfd, make):
         assert tree(tmp_path) == before
 
 
-def test_a_run_whose_only_checkpoint_is_of_another_model_is_not_begun_anew(config, tmp_path, capfd):
+def test_a_run_whose_only_checkpoint_is_of_another_model_is_not_started_over(
+    config, tmp_path, capfd
+):
     run_dir = run_folder(config, tmp_path, other_checkpoint)
     with pytest.raises(SystemExit) as done:
         cli.run(train.main, [str(a) for a in train_args(config, run_dir)])

@@ -168,7 +168,7 @@ def test_only_whole_steps_count_and_what_is_no_step_stays(empty, capsys):
 
 
 def test_a_bucket_that_does_not_answer_is_not_an_empty_one(empty):
-    """A run that took a silent bucket for an empty one would begin anew and cut off its metrics."""
+    """A run that took a silent bucket for an empty one would start over and truncate its metrics."""
     with Checkpoints("gs://bucket/c", keep=9) as checkpoints:
         checkpoints.save(3, make_state(3), HOST, GROUPS)
         checkpoints.wait()

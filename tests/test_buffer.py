@@ -299,7 +299,7 @@ def through_a_file(state):
     st.booleans(),
     st.integers(0, 99),
 )
-def test_a_restored_buffer_goes_on_as_if_nothing_had_happened(batches, take_between, seed):
+def test_a_restored_buffer_continues_as_if_nothing_had_happened(batches, take_between, seed):
     original = DynamicSamplingBuffer(2, True, True)
     draw = 0
     for batch in batches:

@@ -291,7 +291,7 @@ def flip(path: Path) -> None:
     ids=["flip", "truncate", "delete"],
 )
 def test_damage_to_any_file_is_survived_bit_equal(folder, two_steps, damage, capsys):
-    """Whatever happens to a file of step 5, the run goes on from step 5 exactly, or from step 3
+    """Whatever happens to a file of step 5, the run resumes from step 5 exactly, or from step 3
     exactly with a warning.
     """
     files = all_files(folder / "5")
@@ -518,7 +518,7 @@ FULL_DISK = """
             print(how, type(e).__name__, e)
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         with Checkpoints(folder, keep=1) as checkpoints:
-            print("goes on from", checkpoints.restore(state).step)
+            print("resumed from", checkpoints.restore(state).step)
 """
 
 
@@ -534,7 +534,7 @@ def test_a_full_disk_is_one_line_and_the_older_step_stays(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     leave, _, save, _, first, _, at_once, _ = lines = done.stdout.splitlines()
-    assert lines[1::2] == ["goes on from 1"] * 4
+    assert lines[1::2] == ["resumed from 1"] * 4
     (late,) = done.stderr.splitlines()  # the failed save under an error that came first
     for how, line in (("leave", leave), ("save", save), ("raise", late), ("at once", at_once)):
         assert f"{tmp_path / how}: a checkpoint could not be written (File too large)" in line

@@ -204,7 +204,7 @@ def test_usage(monkeypatch, capsys, argv, status):
 
 
 def test_signals_of_a_verb_that_has_ended_end_nothing_else():
-    """A process that goes on after two verbs: one was signalled while it started, one where its
+    """A process that continues after two verbs: one was signalled while it started, one where its
     guard heeds signals.
     """
     script = """

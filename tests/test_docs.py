@@ -101,7 +101,7 @@ CODE = re.findall(
 
 
 @pytest.mark.parametrize("file, functions, code", CODE, ids=lambda part: part.split("\n")[0][:40])
-def test_code_beside_the_equations_is_the_programs(file, functions, code):
+def test_code_next_to_the_equations_is_the_programs(file, functions, code):
     tree = ast.parse((ROOT / file).read_text())
     bodies = [
         ast.get_source_segment((ROOT / file).read_text(), node)

@@ -1,4 +1,4 @@
-"""Dynamic sampling while decoding goes on, with an engine of which only the lengths are real."""
+"""Dynamic sampling during decoding, with an engine of which only the lengths are real."""
 
 import collections
 import random
@@ -295,8 +295,8 @@ def test_answers_without_a_verdict_stop_the_run_before_the_cap():
 
 
 def sometimes_late(draw, sample):
-    """Some answers have no verdict, and all answers of draw 5; groups are mixed, all right or all
-    wrong.
+    """Some answers have no verdict, and all answers of draw 5; groups are mixed, all-correct or
+    all-incorrect.
     """
     rng = random.Random(f"{draw} {sample}")
     late = rng.random() < 0.15 or draw == 5
@@ -306,7 +306,7 @@ def sometimes_late(draw, sample):
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_an_answer_without_a_verdict_is_as_if_it_had_not_been_sampled(dynamic):
     """Whatever it is said to score: its group is trained on without it, counts without it as mixed,
-    all right or all wrong, and a group without any verdict is replaced.
+    all-correct or all-incorrect, and a group without any verdict is replaced.
     """
     steps = []
     for late in (
@@ -353,7 +353,7 @@ def long_tailed(draw, sample):
 
 
 def steps(count, save=lambda groups: groups, outcome=long_tailed, **options):
-    """So many steps of 8 groups, each going on with what the one before left."""
+    """So many steps of 8 groups, each continuing from the state of the one before."""
     found, left_open, draws = [], [], 0
     for _ in range(count):
         step, _ = drawn(outcome, first_draw=draws, left_open=save(left_open), **options)

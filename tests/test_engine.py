@@ -1,6 +1,4 @@
-"""Requests into slots and back: order, independence of what runs beside them and on which devices,
-few programs.
-"""
+"""Requests into slots and back: order, independence of neighbors and devices, few programs."""
 
 import collections
 import logging
@@ -360,7 +358,7 @@ def test_limits_cut_a_response_and_change_nothing_before(single, responses):
 
 
 @pytest.mark.parametrize("segments", [1, 3])
-def test_what_is_unfinished_goes_on_in_another_stream_as_if_nothing_had_happened(
+def test_what_is_unfinished_continues_in_another_stream_as_if_nothing_had_happened(
     single, responses, segments
 ):
     engine, params = single

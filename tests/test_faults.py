@@ -1,4 +1,4 @@
-"""What a run survives: signals in every phase, hangs, updates that are not finite, a second job on
+"""What a run survives: signals in every phase, hangs, non-finite updates, a second job on
 its folder.
 
 The reference is a run that nothing happened to: metrics are compared line by line, weights and
@@ -450,7 +450,7 @@ def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_p
     assert last["draws"] == steady(tmp_path / "cut")[-2]["draws"] + last["rollout/prompts"]
 
 
-def test_a_run_goes_on_over_other_devices_with_the_rows_and_slots_that_fit_them(
+def test_a_run_resumes_on_other_devices_with_the_rows_and_slots_that_fit_them(
     config, whole, tmp_path
 ):
     """The first step on half as many row shards, then as the run that nothing happened to: alike
@@ -481,7 +481,7 @@ def test_a_run_goes_on_over_other_devices_with_the_rows_and_slots_that_fit_them(
         assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def test_a_mixture_goes_on_bit_for_bit_wherever_its_files_are_and_only_with_its_weights(
+def test_a_mixture_resumes_bit_for_bit_wherever_its_files_are_and_only_with_its_weights(
     config, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.chdir(tmp_path)

@@ -58,7 +58,7 @@ def write(path, rows=ROWS):
 
 
 def save_to_disk(folder, rows=ROWS):
-    """As `datasets.Dataset.save_to_disk` writes it, a cache of `map` beside it."""
+    """As `datasets.Dataset.save_to_disk` writes it, a cache of `map` next to it."""
     shards = [write(folder / f"data-0000{n}-of-00002.arrow", rows[10 * n :][:10]) for n in range(2)]
     write(folder / "cache-1234.arrow", [{"question": "cached", "key": "0"}])
     (folder / "state.json").write_text(

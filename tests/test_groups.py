@@ -7,13 +7,13 @@ from dapo_jax.config import DapoSection
 from dapo_jax.dapo.groups import advantages_of, group_advantages, informative_groups, is_informative
 
 
-def test_a_group_is_informative_when_it_holds_right_and_wrong():
+def test_a_group_is_informative_when_it_holds_correct_and_incorrect():
     correct = np.array([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], bool)
     np.testing.assert_array_equal(informative_groups(correct), [False, True, True, False])
 
 
 def test_the_filter_looks_at_correctness_and_not_at_reward():
-    # All-wrong rewards [-1, -1, -1.5, -2] have a spread, and their advantages would praise short
+    # All-incorrect rewards [-1, -1, -1.5, -2] have a spread, and their advantages would praise short
     # wrong answers.
     assert not informative_groups(np.zeros((1, 4), bool)).any()
     assert group_advantages(np.array([[-1, -1, -1.5, -2]]))[0, 0] == pytest.approx(

@@ -509,7 +509,7 @@ def test_a_run_is_not_asked_for_fewer_steps_than_it_has_done(finished, capsys):
 
 
 @pytest.mark.parametrize("module, place", [(train, "--run-dir"), (supervised, "--out")])
-def test_adapters_beside_random_weights_are_refused(tmp_path, capsys, module, place):
+def test_adapters_on_random_weights_are_refused(tmp_path, capsys, module, place):
     (tmp_path / "c.yaml").write_text(CONFIG)
     architecture = "model.architecture={vocab_size: 258, max_position: 64}"
     overrides = ("--set", "model.folder=null", "--set", architecture)

@@ -117,7 +117,7 @@ def test_a_ratio_that_overflows_is_clipped_where_there_is_a_clip():
     assert token_loss_and_slope(-200, -1) == pytest.approx([0.8, 0])
 
 
-def test_above_its_cap_a_ratio_goes_on_along_its_tangent():
+def test_above_its_cap_a_ratio_continues_along_its_tangent():
     """C (1 + log r - log C) by hand at C = 2: r = 4 → 2 (1 + log 2); below the cap nothing changes."""
 
     def capped(ratio, advantage, **more):

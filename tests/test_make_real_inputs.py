@@ -287,7 +287,7 @@ esac
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_real_goes_on_until_all_of_it_is_there(tmp_path, monkeypatch):
+def test_make_real_continues_until_all_of_it_is_there(tmp_path, monkeypatch):
     monkeypatch.delenv("DAPO_REAL", raising=False)
     shutil.copy(SCRIPT.parent.parent / "Makefile", tmp_path)
     for name in ("requirements.txt", "pyproject.toml", "venv/bin/python", "venv/installed"):

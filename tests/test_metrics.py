@@ -288,7 +288,7 @@ def test_a_link_in_a_run_folder_is_replaced_not_followed(tmp_path, name):
 
 
 @pytest.mark.parametrize("room", [100, 400, 1100])
-def test_a_full_disk_is_said_once_and_the_next_run_goes_on(tmp_path, room):
+def test_a_full_disk_is_reported_once_and_the_next_run_resumes(tmp_path, room):
     """Whichever file it refuses, and although closing them would write again."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(

@@ -202,7 +202,7 @@ def test_only_what_is_read_is_fetched_and_weights_when_they_are_needed(hub, cach
     }
 
 
-def test_a_run_goes_on_with_the_commit_it_was_started_with(hub, tmp_path):
+def test_a_run_resumes_with_the_commit_it_was_started_with(hub, tmp_path):
     begun = with_commit(settings(ID), tmp_path)
     assert begun.model.folder == f"{ID}@{'a' * 40}"
     train.write_config(begun, tmp_path, None)
@@ -340,7 +340,7 @@ def test_a_model_in_a_bucket(uploaded, folder, capfd):
     )  # all there
 
 
-def test_processes_of_a_machine_fetch_once_and_changed_objects_anew(uploaded, folder, capfd):
+def test_processes_of_a_machine_fetch_once_and_changed_objects_again(uploaded, folder, capfd):
     found = []
     threads = [
         threading.Thread(target=lambda: found.append(local_model(URL, FILES).folder))

@@ -74,7 +74,7 @@ def test_share_of_the_longest_quarter(normalizer, expected):
     assert long_share(COUNTS, weights, [1, -1, 1, -1]) == pytest.approx(expected)
 
 
-def test_share_of_the_longest_quarter_counts_what_teaches():
+def test_share_of_the_longest_quarter_counts_advantages():
     assert long_share([9, 5, 5, 5, 1], [0.1] * 5, [0.0, 2.0, 1.0, 1.0, 1.0]) == pytest.approx(
         10 / 21
     )  # two of five: 9 and the first 5

@@ -151,7 +151,7 @@ def test_variables_that_the_config_names_reach_workers_and_no_message(monkeypatc
         RewardPool(custom_section(environment=("JUDGE_KEY",)))
 
 
-def test_submissions_run_while_the_caller_goes_on(pool):
+def test_submissions_run_while_the_caller_continues(pool):
     pending = [
         pool.submit([item(str(n), answer="42", response_len=n) for n in range(size)])
         for size in (300, 0, 1, 50)

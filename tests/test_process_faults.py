@@ -1,4 +1,4 @@
-"""Jobs of several processes that lose one, or in which one goes astray: none of them waits for
+"""Multi-process jobs that lose a process, or whose processes diverge: none of them waits for
 ever, and nothing is lost.
 
 The processes run the train verb itself, with one CPU device each.
@@ -21,7 +21,7 @@ from dapo_jax.runtime.metrics import read_metrics
 SECONDS = 60  # within which all have to have ended once one has
 
 
-ASTRAY = """
+DIVERGE = """
 import jax, sys
 from dapo_jax import cli, train
 
@@ -134,7 +134,7 @@ def whole(shared):
     return shared / "whole/run"
 
 
-def test_a_job_that_loses_processes_ends_soon_and_goes_on(shared, whole):
+def test_a_job_that_loses_processes_ends_soon_and_resumes(shared, whole):
     """One run that meets one fault after the other, and at last none: it ends as the run that met
     none.
     """
@@ -191,16 +191,22 @@ def test_weights_that_differ_are_not_saved(shared):
 
     One copy changes after step 1, as by a faulty memory.
     """
-    (shared / "astray").mkdir()
+    (shared / "diverged").mkdir()
     job = Job(
-        shared / "astray", 2, "", "mesh.data=2", "mesh.fsdp=1", "train.save_every=1", program=ASTRAY
+        shared / "diverged",
+        2,
+        "",
+        "mesh.data=2",
+        "mesh.fsdp=1",
+        "train.save_every=1",
+        program=DIVERGE,
     )
     assert job.ends() == [1, 1], job.said(1)[-2000:]
     for process in (0, 1):
         assert "step 2: params/final_norm/scale is " in job.said(
             process
         ) and "nothing is saved" in job.said(process)
-    assert sorted(p.name for p in (shared / "astray/run/checkpoints").iterdir()) == ["1"]
+    assert sorted(p.name for p in (shared / "diverged/run/checkpoints").iterdir()) == ["1"]
 
 
 def test_four_processes_train(shared, whole):

@@ -812,7 +812,7 @@ def test_memory_holds_a_batch_of_texts_and_tokens(byte_level):
 
 
 def test_a_template_that_writes_the_date_is_given_the_config_s():
-    """As Llama 3.2's does: a run that goes on tomorrow has the same prompts."""
+    """As Llama 3.2's does: a run that resumes tomorrow has the same prompts."""
     tokenizer = words_tokenizer(
         chat_template=(
             "{% if strftime_now is defined %}{{ strftime_now('[ %d %b %Y ]') }}{% endif %}"

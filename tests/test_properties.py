@@ -140,7 +140,7 @@ def test_advantages_sum_to_zero_and_keep_the_order_of_rewards(rewards):
 
 @given(st.lists(st.sampled_from([MIXED, WRONG, RIGHT]), min_size=1, max_size=12), st.integers(1, 5))
 def test_a_filtered_group_changes_nothing(outcomes, wanted):
-    """What a step trains on is the same whether the all-right and all-wrong groups between were
+    """What a step trains on is the same whether the all-correct and all-incorrect groups between were
     drawn or not.
     """
     groups = [make_group(draw, correct) for draw, correct in enumerate(outcomes)]

@@ -228,7 +228,7 @@ def test_sequences_come_while_others_are_under_way_and_take_the_place_of_those_t
     assert sampled.length[6] < 3 < sampled.length[0]
 
 
-def test_sequences_move_to_the_first_slots_and_go_on_there_alone(sampled):
+def test_sequences_move_to_the_first_slots_and_continue_there_alone(sampled):
     """Slots beyond the first two are not decoded, those that were left are not live, and nothing is
     read beyond `read`.
     """

@@ -168,7 +168,7 @@ def test_a_row_says_what_became_of_the_group():
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("policy", [BYTES, metaspace_policy()], ids=["bytes", "metaspace"])
-def test_every_log_prob_stands_by_its_own_token(policy, seed):
+def test_every_log_prob_belongs_to_its_own_token(policy, seed):
     """Also where only the ends of a response come token by token, and texts do not: token i has
     log-prob -i / 2.
     """

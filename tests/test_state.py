@@ -74,7 +74,7 @@ def test_a_rollback_is_written_once_and_restored():
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
-    """Groups drawn, groups left open and updates under way: none stays, also where the data set is
+    """Groups drawn, groups left open and updates of a partial step: none stays, also where the data set is
     another by now.
     """
     folder, run = Folder(), make_run(DrawState(draws=1), step=1)

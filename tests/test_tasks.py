@@ -311,7 +311,7 @@ def config(here):
     return here / "tiny.yaml"
 
 
-def test_a_run_goes_on_with_the_task_it_was_started_with(config, here, capfd):
+def test_a_run_resumes_with_the_task_it_was_started_with(config, here, capfd):
     """(A real run, which writes the same folder, is in docs/tasks.md.)"""
     run, original = here / "run", (here / "my.py").read_text()
     train.write_config(load_config(config), run, original)
@@ -336,7 +336,7 @@ def test_a_run_goes_on_with_the_task_it_was_started_with(config, here, capfd):
     assert (run / "reward_function.py").read_text() == original + "# another\n"
     train.check_same_run(
         load_config(config), run, original + "# another\n"
-    )  # what it goes on with from now on
+    )  # what it uses from now on
 
     (here / "my.py").write_text(original.replace("Work out", "Find"))
     assert run_train(config, run, "reward.allow_change=true") == 2  # prompts are not the reward's

@@ -611,7 +611,7 @@ def test_the_quick_loop_sync_setup_run_status_stop(pod):
     ]
     assert pod.runs() == [[str(pod.home / "code"), "gs://my-bucket/dapo/jax_cache", *train]]
     (pod.fake / "ready").unlink()
-    pod("run")  # goes on
+    pod("run")  # resumes
     pod.wait_for((pod.fake / "ready").exists)
     pod("stop")
     assert len(pod.runs()) == 3
@@ -680,7 +680,7 @@ def test_restarts(pod, statuses, restarts, starts, verdict):
     assert copied == pod.log() and copied.count("training") == starts and verdict in copied
 
 
-def test_a_slice_that_comes_back_goes_on_but_not_after_the_end(pod):
+def test_a_recreated_slice_resumes_but_not_after_the_end(pod):
     pod.statuses("wait", 0, 0)
     pod("sync")
     pod.worker("setup")

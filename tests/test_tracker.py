@@ -130,7 +130,7 @@ def numbers(step: int) -> dict[str, float]:
     return {"updates": 2 * step, "reward/mean": step / 7, "eval/a/pass_at_2": 0.5}
 
 
-def test_wandb_gets_the_lines_and_a_resumed_run_goes_on_with_its_run(tmp_path, wandb):
+def test_wandb_gets_the_lines_and_a_resumed_run_continues_its_run(tmp_path, wandb):
     run_dir = tmp_path / "my run"
     run_dir.mkdir()
     assert track("wandb", run_dir, [(step, numbers(step)) for step in (0, 1, 2, 3)]) == []
@@ -166,7 +166,7 @@ def test_the_environment_says_where_to(tmp_path, wandb, mlflow, monkeypatch):
     assert json.loads((tmp_path / "tracker.json").read_text()).keys() == {"wandb", "mlflow"}
 
 
-def test_mlflow_gets_the_lines_and_a_resumed_run_goes_on_with_its_run(tmp_path, mlflow):
+def test_mlflow_gets_the_lines_and_a_resumed_run_continues_its_run(tmp_path, mlflow):
     config = {f"a.{i}": "x" * 600 for i in range(150)}
     assert track("mlflow", tmp_path, [(1, numbers(1)), (2, numbers(2))], config) == []
     assert (

@@ -172,7 +172,7 @@ def test_counts_of_dynamic_sampling_add_up(finished):
 
 
 def test_interrupted_and_whole_runs_are_bit_identical(finished, tmp_path):
-    """Stops after step 2 and goes on to 4 (buffered groups included): metrics and weights equal
+    """Stops after step 2 and resumes to step 4 (buffered groups included): metrics and weights equal
     those of one run.
     """
     config, whole = finished
@@ -227,7 +227,7 @@ def test_finished_run_started_again_does_nothing(finished):
     assert (finished[1] / "metrics.jsonl").read_bytes() == before
 
 
-def test_killed_run_goes_on_from_its_checkpoint(config, tmp_path):
+def test_killed_run_resumes_from_its_checkpoint(config, tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -505,7 +505,7 @@ def test_on_cap_train_uses_what_there_is(config, tmp_path, capfd):
     )
 
 
-def test_a_starved_step_is_drawn_anew_and_a_raised_cap_goes_on_bit_for_bit(config, tmp_path, capfd):
+def test_a_starved_step_is_sampled_again_and_resumes_with_a_raised_cap(config, tmp_path, capfd):
     """Of 6 prompts, two responses each, not all groups are mixed.
 
     With the cap lifted, the run is the one that never met it.
@@ -530,7 +530,7 @@ def test_a_starved_step_is_drawn_anew_and_a_raised_cap_goes_on_bit_for_bit(confi
     assert steady(tmp_path / "cut") == steady(tmp_path / "whole")
 
 
-def test_a_step_that_keeps_no_group_leaves_a_run_that_goes_on(config, tmp_path, capfd):
+def test_a_step_that_keeps_no_group_leaves_a_run_that_resumes(config, tmp_path, capfd):
     """No answer is right, then with other problems half of them are."""
     data, judge = tmp_path / "data.jsonl", tmp_path / "judge.py"
     judge.write_text(

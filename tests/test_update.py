@@ -167,7 +167,7 @@ def test_weights_decay_by_the_learning_rate_where_there_is_no_gradient():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
-def test_an_update_that_is_not_finite_changes_nothing_and_says_so(value):
+def test_a_non_finite_update_changes_nothing_and_is_reported(value):
     """1e30 is finite itself, but its square, in loss and norm, is not."""
     state, _ = toy_update(
         init_state({"w": np.float32([1, 2, 3]), "b": np.float32(0)}, OPTIMIZER),
