@@ -55,7 +55,7 @@ class Pod(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Means that the cost of a run depends on and no config holds, in tokens."""
+    """Mean lengths, in tokens, that the cost of a run depends on and no config holds."""
 
     prompt: float
     response: float
@@ -77,7 +77,7 @@ class Program(NamedTuple):
     name: str
     function: Any
     arguments: tuple[Any, ...]
-    resident_bytes: int  # in use on each device during a call, beside the arguments
+    resident_bytes: int  # in use on each device during a call, without the arguments
     work: Work
     calls: float  # in a rollout step
     trips: tuple[int, ...] = ()  # of loops with a data-dependent end, outermost first
@@ -324,7 +324,7 @@ _COLUMNS: dict[str, Callable[[Result], str]] = {
 
 
 def table(results: Sequence[Result]) -> str:
-    """A line a program: memory of a device, work of a call, and its least time."""
+    """One line per program: memory of a device, work of a call, and its least time."""
     lines = [list(_COLUMNS), *([cell(r) for cell in _COLUMNS.values()] for r in results)]
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     return "\n".join(
@@ -370,7 +370,7 @@ def complaints(results: Sequence[Result]) -> list[str]:
 
 
 def to_json(results: Sequence[Result], estimates: Mapping[str, float]) -> dict[str, Any]:
-    """What `--json` writes."""
+    """The output of `--json`."""
 
     def entry(r: Result) -> dict[str, Any]:
         return {
@@ -427,7 +427,7 @@ def largest_that_fits(
             guesses += [low + min(steps)] if steps else []
         if high - low <= unit or (guesses and guesses[0] < low + unit):
             break
-        # With one n: in proportion, which is too small where it fits. On level ground: go on.
+        # With one n: in proportion, which is too small where it fits. Constant memory: double n.
         alone = 2 * low if len(fit) > 1 else (low or high) * room / max(known[low or high])
         guess = next((g for g in guesses if g < high or not over), alone)
         n = min(max(int(guess) // unit * unit, low + unit), (high - 1) // unit * unit)

@@ -43,7 +43,7 @@ class LadderRow:
 
     name: str = field(MISSING, "heading of the row", min_length=1)
     set: Mapping[str, Any] = field(dict, "overrides of the row above")
-    watch: tuple[str, ...] = field((), "metrics to draw beside those of the row above")
+    watch: tuple[str, ...] = field((), "metrics to draw, with those of the row above")
 
 
 @dataclass(frozen=True)

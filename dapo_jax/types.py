@@ -161,7 +161,7 @@ class TrainBatch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What an update changes, sharded like the parameters."""
+    """Training state that an update changes, sharded like the parameters."""
 
     # float32 master weights; with LoRA: float32 adapters, and frozen weights in compute dtype
     params: Params

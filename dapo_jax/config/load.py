@@ -195,7 +195,7 @@ def read_text(path: str | Path, where: str, what: str, kind: str) -> str:
 
 
 def _task_settings(path: str, data: Any, where: str) -> dict[str, Any]:
-    """What a task file sets beneath the config's own keys; a resolved config has its template."""
+    """Keys that a task file sets and the config overrides; a resolved config has its template."""
     if not path.endswith(".py"):
         raise ConfigError(f"{where}: expected a Python file, name.py, got {shown(path)}")
     settings: dict[str, Any] = {"reward": {"verifier": "custom", "function": f"{path}:reward"}}

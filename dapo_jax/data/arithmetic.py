@@ -1,4 +1,4 @@
-"""Chained arithmetic: an embedded data set whose solutions take one line a step, so that their
+"""Chained arithmetic: an embedded data set whose solutions take one line per step, so that their
 length varies.
 
     prompt   ((7+5)-3)*2      solution  7+5=12

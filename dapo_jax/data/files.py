@@ -1,6 +1,6 @@
 """Rows of JSON lines, JSON arrays, CSV, Parquet and Arrow; of files, folders and patterns.
 
-Tables and prepared folders are read in a process of their own (`runtime/sandbox.py`): their readers
+Tables and prepared folders are read in a separate process (`runtime/sandbox.py`): their readers
 are native code that trusts the sizes a file states. A row above 16 MB is a bad row, and a file that
 decodes to a thousand times its size is refused.
 """
@@ -146,8 +146,8 @@ def _rows_of_files(source: str, files: list[str], columns: list[str]) -> Rows:
 
 
 def _table(work: str, where: str, order: list[Any], size: int) -> Rows:
-    """The rows of files of `size` bytes that `work` yields of an order in a process of its own, as
-    [bytes, rows]; a row that cannot be read is its reason."""
+    """Rows of files of `size` bytes, which `work` yields in a separate process for `order`, as
+    [bytes, rows]; for a row that cannot be read, the reason."""
     limits: Any = {"deadline_s": _DEADLINE_S, "memory_bytes": _MEMORY_BYTES + 4 * size}
     number = read = 0
     try:

@@ -1,8 +1,8 @@
 """Training problems of one data set, or of several with weights.
 
-With weights w, a data set gets a share w / Σw of the draws and goes through shuffled epochs of its
-own. An epoch of the mixture is N draws for N problems in all. In E epochs a data set is drawn
-w / Σw · N · E times, to within one draw, at random places.
+With weights w, a data set gets a share w / Σw of the draws, in its own shuffled epochs. An epoch of
+the mixture is N draws for N problems in all. In E epochs a data set is drawn w / Σw · N · E times,
+to within one draw, at random places.
 
 Draws are a function of the seed and the cursor, whatever the number of hosts and of resumes.
 """

@@ -43,7 +43,7 @@ class Skip:
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What became of the rows of a data set."""
+    """Counts of the rows of a data set: used, skipped, dropped."""
 
     source: str
     rows: int  # == problems + duplicates + conflicts + in_earlier_sets + skipped ones

@@ -173,7 +173,7 @@ def _turn(turn: Mapping[str, Any]) -> Message:
 
 
 def _joined(row: Mapping[str, Any], text: str, answer: Any, called: str, notes: list[str]) -> str:
-    """The text of a question with that of the columns beside it."""
+    """The text of a question joined with that of its other columns."""
     for name in (*_BEFORE, *_AFTER, *(["input"] if called == "instruction" else [])):
         value = row.get(name)
         if _missing(value) or value in ("", [], {}):

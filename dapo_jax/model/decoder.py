@@ -333,7 +333,7 @@ def hidden_states(
     """Final hidden states of packed rows, and keys and values of every layer.
 
     Args:
-      positions: by default counted within each segment. segment_ids: by default one a row.
+      positions: by default counted within each segment. segment_ids: by default one per row.
       mesh: given where rows are sharded over ("data", "fsdp").
 
     Returns: hidden states after the final norm, and (k, v), in compute dtype.
@@ -417,7 +417,7 @@ def decode_step(
         x = scale_embedded(config, ends.embed.embedding[...].astype(config.compute_dtype)[tokens])
 
     def part(index: Array, whole: Array) -> Array:
-        """What one layer reads, in one slice of the cache: nothing else is touched."""
+        """The part of the cache that one layer reads, as one slice."""
         length = whole.shape[3] if read is None else read
         size = (1, len(tokens), whole.shape[2], length, *whole.shape[4:])
         return jax.lax.dynamic_slice(whole, (index, *(0,) * (whole.ndim - 1)), size)[0]

@@ -204,7 +204,7 @@ def _layer_types(layers: int, every: int) -> list[str]:
 
 
 def _gemma_fields(hf: Mapping[str, Any], layers: int, fail: Fail) -> dict[str, Any]:
-    """What only Gemma 3 has.
+    """Options that only Gemma 3 has.
 
     Rotary frequencies are two, spelled out flat by transformers 4 and by kind of layer by
     transformers 5.

@@ -4,8 +4,8 @@
     W' = W + (α / r) · A B               for sampling, evaluation and export
 
 Training keeps the two apart, because x W' would need the gradient in W' before that in A and B, a
-third of a step's matmuls. In the parameter tree, A and B are `adapter/a` and `adapter/b` beside the
-kernel that they adapt, with its input and output axes.
+third of a step's matmuls. In the parameter tree, A and B are `adapter/a` and `adapter/b` next to
+the kernel that they adapt, with its input and output axes.
 """
 
 import functools

@@ -47,7 +47,7 @@ _ADAPTER = "adapter_config.json"
 _AGAIN = "download the model again"
 _COMPLETE = "give a complete Hugging Face model folder"
 _PLACE = "choose a writable place with enough space"
-# Tensors that MLX, GPTQ, AWQ, bitsandbytes and compressed-tensors put beside quantized weights.
+# Tensors that MLX, GPTQ, AWQ, bitsandbytes and compressed-tensors store with quantized weights.
 _QUANTIZED = re.compile(
     r"\.(scales|biases|qweight|qzeros|g_idx|absmax|weight_scale\w*|weight_packed)$"
 )

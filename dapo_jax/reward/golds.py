@@ -25,7 +25,7 @@ _BOXED = re.compile(r"(?s).*\\boxed\{(.*)\}")
 
 
 class Share(NamedTuple):
-    """How many texts, all of which should be correct, the verifier finds correct."""
+    """How many texts the verifier judges correct; all of them should be."""
 
     judged: int
     correct: int
@@ -69,7 +69,7 @@ def judge_golds(
 
 
 def _as_written(gold: str) -> str:
-    r"""What a model would write: 4 for `\boxed{4}$.`, `$4$.`, `Answer: 4` or a whole solution."""
+    r"""As a model would write it: 4 for `\boxed{4}$.`, `$4$.`, `Answer: 4` or a whole solution."""
     boxed = _BOXED.match(gold) if gold.count(r"\boxed") == 1 else None
     text = (boxed[1] if boxed else gold).strip()
     text = _LABEL.split(text)[-1] or text
@@ -86,7 +86,7 @@ def _failure(item: RewardItem, verdict: Verdict) -> str:
 def check_data(
     name: str, problems: Sequence[Problem], template: str, section: RewardSection, judge: Judge
 ) -> list[str]:
-    """Findings on whether the verifier suits a data set, one a line; warnings start with `warning`.
+    """Findings: does the verifier suit a data set? One per line; warnings start with `warning`.
 
     Raises InputError if a custom function fails on a first answer, or no ground truth is correct.
     """

@@ -52,7 +52,7 @@ class PendingVerdicts:
         self.futures: list[Future[Verdict]] = [Future() for _ in range(count)]
 
     def wait(self, seconds: float) -> bool:
-        """Waits at most so long; whether `result` would return or raise at once."""
+        """Waits at most `seconds`; returns whether `result` would then not wait."""
         return not wait(self.futures, seconds).not_done
 
     def result(self) -> list[Verdict]:
@@ -155,7 +155,7 @@ def check_errors(verdicts: Sequence[Verdict], section: RewardSection) -> None:
 
 
 def remedy(error: str, section: RewardSection) -> str:
-    """What to do about an answer without a verdict."""
+    """The remedy for an answer without a verdict."""
     if error.startswith(_TIMED_OUT):
         return f"raise reward.timeout_s ({section.timeout_s:g})"
     if any(words in error for words in _OUT_OF_MEMORY):

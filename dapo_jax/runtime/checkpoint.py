@@ -1,4 +1,4 @@
-"""Checkpoints: atomic folders that hold all a run needs to resume. Nothing unverified is loaded.
+"""Checkpoints: atomic folders with all that a run needs to resume. Nothing unverified is loaded.
 
     checkpoints/<name>/params     weights, one array per leaf
                        optimizer  optimizer state and update counter, one array per leaf
@@ -7,7 +7,7 @@
                                   SHA-256 of the groups; SHA-256 of the record itself
 
 A name is `40`, the rollout step that it completes, or `40.1`, `40.2`, ... for a later one at that
-step: inside step 41, or of step 40 once more after a rollback. The newest is the highest
+step: inside step 41, or step 40 saved again after a rollback. The newest is the highest
 (step, number). The newest checkpoint and the newest `keep` whole steps are kept.
 
 orbax writes in the background. It leaves to its caller: stored bytes have no checksum, a failed
@@ -461,7 +461,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What to restore; on the first device if no sharding is given."""
+    """The target of a restore; on the first device if no sharding is given."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

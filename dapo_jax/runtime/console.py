@@ -96,7 +96,7 @@ class StepTable:
         self._columns = [column for column in _COLUMNS if wide or column[-1]]
 
     def line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """The step's numbers, `-` for a missing one; below the titles when it is time."""
+        """The step's numbers, `-` for a missing one; every few steps below the titles."""
         titles, line = f"{'step':>9}", f"{f'{step}/{self._steps}':>9}"
         for title, key, width, factor, form, _ in self._columns:
             cell = format(metrics[key] * factor, form) if key in metrics else "-"

@@ -39,7 +39,7 @@ STYLE: Any = {
 
 
 class _Line(NamedTuple):
-    """A metric in a panel. right: its unit is another, so it has an axis of its own."""
+    """A metric in a panel. right: in another unit, so drawn on the right axis."""
 
     key: str
     label: str

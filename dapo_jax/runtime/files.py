@@ -251,7 +251,7 @@ def local_copy(where: str | Folder, holds: Sequence[str] = ("*",)) -> Iterator[P
 
 
 class LocalModel(NamedTuple):
-    """Where a model's files are."""
+    """The location of a model's files."""
 
     name: str  # as given; a hub id with the commit, ID@COMMIT, which names the same files for ever
     folder: str  # on this machine

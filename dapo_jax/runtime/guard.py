@@ -119,7 +119,7 @@ class Guard:
             raise Stopped(asked)
 
     def wait(self, done: Callable[[float], bool], place: str) -> None:
-        """Waits until `done(seconds)`, which waits at most so long, or a signal; then `reach`."""
+        """Waits until `done(seconds)` returns True or a signal arrives; then `reach`."""
         while not self.asked and not done(_POLL_S):
             pass
         self.reach(place)

@@ -1,4 +1,4 @@
-"""One run folder, one job: the file `lock` in it names the process that has it.
+"""One run folder, one job: the file `lock` in it names the process that holds it.
 
 On a disk it is locked by flock, which the kernel releases when the process ends. A bucket has no
 locks: there it is a lease, rewritten with every heartbeat. A job that finds one waits for

@@ -1,10 +1,10 @@
-"""What a run reports: the metric keys, metrics.jsonl, TensorBoard events, samples.
+"""Output of a run: the metric keys, metrics.jsonl, TensorBoard events, samples.
 
     <run>/metrics.jsonl              per rollout step a JSON object: step, updates, draws, metrics
     <run>/tensorboard/               the same scalars
     <run>/samples/step_000012.jsonl  some responses of a step
 
-In a bucket metrics.jsonl and the TensorBoard file are sent whole with every line.
+In a bucket metrics.jsonl and the TensorBoard file are uploaded whole with every line.
 """
 
 import contextlib
@@ -238,8 +238,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _lines_until(path: Folder, last: int) -> bytes:
-    """The complete lines of steps up to `last`. Warns of missing steps and damaged lines; a damaged
-    file is kept beside it.
+    """The complete lines of steps up to `last`. Warns of missing steps and damaged lines; a copy of
+    a damaged file is kept.
     """
     content = files.read(path) or b""
     lines = content.split(b"\n")[:-1]  # after the last newline is nothing, or an unfinished line

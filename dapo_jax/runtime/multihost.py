@@ -1,4 +1,4 @@
-"""Several processes that decide alike: every process runs the same Python on the same numbers.
+"""Multi-process jobs: every process runs the same Python on the same numbers, and decides alike.
 
 Each process does its share of the verification; the results are gathered, so that every decision
 follows from the same numbers everywhere.
@@ -137,7 +137,7 @@ def is_main() -> bool:
 
 
 def who() -> str:
-    """This process, for a line of output."""
+    """This process, as text for messages."""
     try:
         return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
     except (RuntimeError, AssertionError):  # before jax has a device
@@ -155,7 +155,7 @@ def leave(status: int) -> typing.NoReturn:
 
 
 def software() -> dict[str, str | None]:
-    """What must be the same on every process: package versions, and a digest of this one's code."""
+    """Must be equal on all processes: package versions, and a digest of this process's code."""
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
@@ -198,7 +198,7 @@ def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def sync(name: str) -> None:
-    """Waits until every process is here."""
+    """A barrier: waits until every process reaches it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 

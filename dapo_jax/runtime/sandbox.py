@@ -53,7 +53,7 @@ class OverMemoryError(ConfinedError):
 
 
 class Process(contextlib.AbstractContextManager):
-    """A sandboxed process; a context manager that kills it. Of one thread, `interrupt` aside.
+    """A sandboxed process; a context manager that kills it. Not thread-safe, except `interrupt`.
 
     work: "module:function" of a generator function of an iterator of orders. Its first yield means
       that it is ready, the others are JSON-able results (a decimal becomes text).
@@ -280,7 +280,7 @@ def _plain(value: Any) -> Any:
 
 
 def _limit_memory(extra_bytes: int) -> None:
-    """Limits the address space to what it is and so much more; needs /proc."""
+    """Limits the address space to its present size and `extra_bytes`; needs /proc."""
     with contextlib.suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + extra_bytes

@@ -197,7 +197,7 @@ class RunStore:
         run.saved = run.counts() if run.partial is None else None
 
     def _changed(self, before: Digests) -> tuple[str, str]:
-        """What differs from a checkpoint's data, and what to use instead; else empty texts."""
+        """The difference to a checkpoint's data, and the remedy; empty texts if there is none."""
         if before.trained_on == self.digests.trained_on:
             if before.tokens == self.digests.tokens:
                 return "", ""

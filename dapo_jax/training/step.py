@@ -33,7 +33,7 @@ from dapo_jax.types import Group, NonFiniteError, Params, TrainBatch
 
 
 class Updates(NamedTuple):
-    """What one step trained on."""
+    """The groups and batches that one step trained on."""
 
     kept: Sequence[Group]
     counts: StepCounts
