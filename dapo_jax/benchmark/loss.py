@@ -134,7 +134,7 @@ def gradient_error(grads: Sequence[Array], exact: Sequence[Array]) -> float:
 
 
 def square_matmul(sizes: LossSizes) -> tuple[Callable[[], Array], float]:
-    """The yardstick: a matmul of about 2NDV FLOPs, as many as the logits; and its GFLOP."""
+    """For comparison: a matmul of about 2NDV FLOPs, as many as the logits; and its GFLOP."""
     # Whole tiles: an H100 reaches 180 TFLOP/s in bfloat16 at 17213, and 676 at 8192.
     side = 256 * max(1, round((sizes.tokens * sizes.model_dim * sizes.vocab) ** (1 / 3) / 256))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((side, side), np.float32), sizes.dtype)

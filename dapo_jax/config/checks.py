@@ -46,7 +46,7 @@ def shown(key: object) -> str:
 
 
 def check_texts(value: Any, key: str, fail: Fail) -> None:
-    """Refuses text that no file or tokenizer takes, and secrets: a run folder gets the config."""
+    """Refuses text that no file or tokenizer accepts, and secrets: run folders hold the config."""
     if isinstance(value, Mapping | list):
         for name, below in value.items() if isinstance(value, Mapping) else enumerate(value):
             path = f"{key}.{shown(name)}" if key else shown(name)

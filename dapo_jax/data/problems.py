@@ -28,7 +28,7 @@ _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")  # 1,234 is the same g
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """Rows that were left out for one reason; the columns of the first if it lacks one."""
+    """Rows skipped for one reason; the columns of the first one, if one is missing."""
 
     count: int
     first_row: int  # from 1

@@ -130,7 +130,7 @@ def _family(hf: Mapping[str, Any], fail: Fail) -> Any:
 
 
 def _hint(hf: Mapping[str, Any], names: Any) -> str:
-    """The kind of model, where that says what to do instead."""
+    """A hint about the kind of model, if it suggests an alternative."""
     parts = {"text_config", "vision_config", "audio_config"} & hf.keys()
     if parts or "ForConditionalGeneration" in str(names):
         return (
@@ -256,7 +256,7 @@ def _gemma_fields(hf: Mapping[str, Any], layers: int, fail: Fail) -> dict[str, A
 
 
 def _window_pattern(hf: Mapping[str, Any], layers: int, fail: Fail) -> int:
-    """Every which layer sees everything; layers + 1 if none does."""
+    """The period of the layers without a window; layers + 1 if all have one."""
     types = hf.get("layer_types")
     if types is None:
         return min(

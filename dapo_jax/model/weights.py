@@ -52,7 +52,7 @@ _QUANTIZED = re.compile(
     r"\.(scales|biases|qweight|qzeros|g_idx|absmax|weight_scale\w*|weight_packed)$"
 )
 
-# What of a model's files is ever read: all there is about it, and its weights. `*` is any text.
+# The files of a model that are read: its description, and its weights. `*` is any text.
 DESCRIPTION_FILES = ("config.json", "generation_config.json", _ADAPTER, *_TOKENIZER_FILES)
 WEIGHT_FILES = (_SINGLE, _INDEX, "model*.safetensors")
 
@@ -139,7 +139,7 @@ def _opened(folder: Path, config: ModelConfig) -> Iterator[dict[str, tuple[Path,
 
 
 def _shown(name: str) -> str:
-    """A tensor's name as messages give it: files may name theirs anything."""
+    """A tensor's name, escaped for messages: a file may hold any name."""
     return name if re.fullmatch(r"[\w.-]{1,100}", name) else repr(name)[:100]
 
 
@@ -313,7 +313,7 @@ def check_new(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def _appearing_whole(target: Path) -> Iterator[Path]:
-    """A hidden sibling to fill, renamed to `target` at the end, removed if anything goes wrong."""
+    """A hidden sibling folder, renamed to `target` at the end, removed on any error."""
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     try:
         partial.mkdir(parents=True)
