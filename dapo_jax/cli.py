@@ -129,7 +129,7 @@ def no_device(e: Exception) -> str | None:
 
 def _print(what: object) -> None:
     where = f" {multihost.who()}:" if multihost.is_distributed() else ""
-    line = printable(" ".join(str(what).split()))  # it may quote files that anyone wrote
+    line = printable(" ".join(str(what).split()))  # it may quote untrusted files
     print(f"dapo_jax:{where} {line}", file=sys.stderr, flush=True)
 
 

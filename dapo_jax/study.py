@@ -221,7 +221,7 @@ def late(run: Curves, metric: str) -> float:
 
 
 def at(run: Curves, where: Any, axis: str = "tokens") -> Any:
-    """Held-out accuracy after so many tokens, or steps, interpolated between evaluations."""
+    """Held-out accuracy after this many tokens, or steps, interpolated between evaluations."""
     return np.interp(where, evaluated(run, axis), evaluated(run, "avg"))
 
 

@@ -44,7 +44,7 @@ class RunError(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked to stop. Exit status 128 + its number: 143 for SIGTERM, 130 for SIGINT."""
+    """A signal requested a stop. Exit status 128 + its number: 143 for SIGTERM, 130 for SIGINT."""
 
     def __init__(self, number: int, message: str = "stopped"):
         super().__init__(message)

@@ -115,7 +115,7 @@ def test_a_mesh_whose_data_axis_slices_do_not_divide_is_refused(sizes):
     devices = [chip(n, i) for n in range(slices) for i in range(4 if sizes[0] == 1 else 6)]
     with pytest.raises(
         InputError,
-        match=rf"^mesh.data: {sizes[0]} cannot go over 2 slices.*set mesh.data to 2 or a multiple",
+        match=rf"^mesh.data: {sizes[0]} cannot be split over 2 slices.*set mesh.data to 2 or a multiple",
     ) as e:
         make_mesh(MeshSection(*sizes), devices)
     assert "\n" not in str(e.value)

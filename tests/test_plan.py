@@ -366,7 +366,7 @@ print(json.dumps([insert.between_slices, "tpu_custom_call" in prefill.lower().as
     one_slice = [[8, 8, 32e9], [8, 8, 16e9], [8, 8, 95e9], [256, 256, 32e9], [4, 8, 96e9]]
     assert json.loads(found) == [[*one_slice, [8, 8, 32e9], [8, 16, 96e9], [16, 16, 16e9]], 256]
     assert unknown.startswith("topology 'v5e:3x77': libtpu does not support it")
-    assert undivided.startswith("mesh.data: 1 cannot go over 2 slices")
+    assert undivided.startswith("mesh.data: 1 cannot be split over 2 slices")
     assert json.loads(sent) == [
         2 * 28 * 1024 * 128 * 2,
         True,

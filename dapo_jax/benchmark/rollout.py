@@ -31,7 +31,7 @@ class RolloutSizes(ModelSizes):
     lengths: str = flag("equal", "of responses, imposed", choices=("equal", "lognormal"))
     median: int = flag(21, "of log-normal lengths, before they are clipped")
     sigma: float = flag(1.0, "of the logarithm of log-normal lengths", high=9)
-    top_k: int = flag(0, "sample among so many tokens; 0: all", low=0)
+    top_k: int = flag(0, "sample among this many tokens; 0: all", low=0)
     top_p: float = flag(1.0, "nucleus mass; 1: off")
     kv_cache: str = flag("compute", "as in the config", choices=("compute", "int8"))
 
@@ -88,7 +88,7 @@ def _time_in_programs(engine: Engine, run: Callable[[], None]) -> tuple[float, d
 
 
 def _sampling_seconds(sizes: RolloutSizes, sampling: Sampling, mesh: Mesh) -> float:
-    """Seconds of drawing a token for every slot, the best of 20."""
+    """Seconds of sampling a token for every slot, the best of 20."""
     draw = jax.jit(functools.partial(sample_on_mesh, sampling=sampling, mesh=mesh))
     logits = jax.random.normal(jax.random.key(0), (sizes.slots, sizes.vocab))
     keys = jax.random.split(jax.random.key(0), sizes.slots)

@@ -171,7 +171,7 @@ class EvalSection:
     samples_per_problem: int = field(32, "k of avg@k, pass@k, cons@k", ge=1)
     temperature: float = field(1.0, "sampling temperature; 0 is greedy", ge=0)
     top_p: float = field(0.7, "nucleus mass", gt=0, le=1)
-    max_problems: int | None = field(None, "use only the first so many of each set", ge=1)
+    max_problems: int | None = field(None, "n: use only the first n problems of each set", ge=1)
 
 
 @dataclass(frozen=True)
@@ -247,8 +247,8 @@ class OptimSection:
     b1: float = field(0.9, "decay of the first moment", ge=0, lt=1)
     b2: float = field(0.999, "decay of the second moment", ge=0, lt=1)
     eps: float = field(1e-8, "added to the root of the second moment", gt=0)
-    max_nonfinite_updates: int = field(3, "stop after so many skipped updates in a row", ge=1)
-    rollback_steps: int | None = field(None, "then, or on bad logits: roll back so far", ge=1)
+    max_nonfinite_updates: int = field(3, "stop after this many skipped updates in a row", ge=1)
+    rollback_steps: int | None = field(None, "then or on bad logits: roll back this many", ge=1)
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ class Config:
     """A whole run."""
 
     __pydantic_config__ = STRICT
-    preset: Literal["paper", "verl"] | None = field(None, "where these two differ")
+    preset: Literal["paper", "verl"] | None = field(None, "values where the recipes differ")
     task: str | None = field(None, "Python file with TEMPLATE and `reward` (docs/tasks.md)")
     seed: int = field(0, "of initial weights, data order and sampling", ge=0)
     model: ModelSection = field(ModelSection(), "the policy")

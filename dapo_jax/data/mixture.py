@@ -39,7 +39,7 @@ class Mixture(NamedTuple):
         return [weight / sum(weights) for weight in weights]
 
     def summary(self) -> str:
-        """The shares, for people; empty for a single data set."""
+        """The shares, as text; empty for a single data set."""
         parts = []
         for source, count, share in zip(self.sources, self.counts, self.shares(), strict=True):
             times = f"{float(share) * sum(self.counts) / count:.2g} times an epoch"

@@ -36,7 +36,7 @@ class Skip:
 
     @property
     def where(self) -> str:
-        """The first row, for people: `row 3: columns text, label`."""
+        """The first row, as text: `row 3: columns text, label`."""
         columns = f": columns {', '.join(self.columns)}" if self.columns else ""
         return f"row {self.first_row}{columns}"
 

@@ -267,7 +267,7 @@ def _window_pattern(hf: Mapping[str, Any], layers: int, fail: Fail) -> int:
     if not isinstance(types, list) or len(types) != layers or types != _layer_types(layers, every):
         fail(
             "layer_types",
-            f"only {_FULL} in every so-many-th of {layers} layers and {_SLIDING} in the others is "
+            f"only {_FULL} in every n-th of {layers} layers and {_SLIDING} in the others is "
             "supported",
         )
     return every

@@ -239,10 +239,10 @@ class _Worker(threading.Thread):
             self._start()
             while self._queue.wait():
                 if self._process is not None and not self._process.is_quiet():
-                    self._discard()  # it died, or sent more than it was asked
+                    self._discard()  # it died, or sent unexpected output
                 if self._process is not None or self._start():
                     self._judge(self._queue.take())
-        except BaseException as e:  # the caller must not wait for ever
+        except BaseException as e:  # the caller must not wait forever
             self._queue.close(RuntimeError(f"no verdicts: {one_line(e)}"))
             if not self.first_start.done():
                 self.first_start.set_result(f"reward: {one_line(e)}")

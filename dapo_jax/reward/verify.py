@@ -300,7 +300,7 @@ def load_function(
 
 
 class _Text(importlib.abc.ExecutionLoader):
-    """Imports a text that was read from a file, whatever the file contains by now."""
+    """Imports source text that was read from a file; later changes of it have no effect."""
 
     def __init__(self, path: str, source: str):
         self._path, self._source = path, source

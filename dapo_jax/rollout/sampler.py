@@ -292,7 +292,7 @@ class Until(NamedTuple):
 
     few: Int32[Any, ""]  # once no more sequences than this are live,
     half: Int32[Any, ""]  # or no more than this on any shard,
-    max_steps: Int32[Any, ""]  # or after so many steps, at most read + 1 - the largest position
+    max_steps: Int32[Any, ""]  # or after this many steps, at most read + 1 - the largest position
 
 
 def decode(

@@ -59,7 +59,7 @@ _NAME = re.compile(r"(0|[1-9]\d*)(\.[1-9]\d*)?", re.ASCII)
 _COMPLETE = "commit_success.txt"  # what orbax writes last
 _RECORD = PurePath("host") / "metadata"  # where orbax's JSON handler writes
 _OTHER = "resume with the dapo_jax that wrote it, or start over in another --run-dir"
-_EXIT_S = 20.0  # that a failed job of several processes waits for a write: a peer may be gone
+_EXIT_S = 20.0  # that a failed multi-process job waits for a write: a peer may have died
 _T = TypeVar("_T")
 _Dict = Mapping[str, Any]
 
@@ -69,13 +69,13 @@ class Restored(NamedTuple):
 
     path: Folder
     step: int  # rollout step after which it was saved
-    state: Any  # a TrainState, sharded as asked for
+    state: Any  # a TrainState with the requested shardings
     host: dict[str, Any]
     groups: dict[str, Any]
 
 
 class _Unusable(Exception):
-    """Why a checkpoint cannot be used; half a sentence."""
+    """Why a checkpoint cannot be used, as part of a message."""
 
 
 class Checkpoints:
@@ -109,7 +109,7 @@ class Checkpoints:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         together = error is None or isinstance(error, SharedError | Stopped)
         if not together and jax.process_count() > 1:
-            # Another process may be gone, and a write by all waits for all.
+            # Another process may have died, and a collective write waits for all.
             writing = threading.Thread(target=self._writer.wait_until_finished, daemon=True)
             writing.start()
             writing.join(_EXIT_S)
@@ -162,7 +162,7 @@ class Checkpoints:
         self._saved = True
 
     def wait(self) -> None:
-        """Waits for the save in progress. Raises InputError if it failed: it shows only here."""
+        """Waits for the save in progress. Raises InputError if it failed; nothing else does."""
         with self._writing():
             self._writer.wait_until_finished()
         if self._saved:

@@ -87,7 +87,7 @@ def make_console(*, main: bool, quiet: bool = False) -> Console:
 
 
 class StepTable:
-    """The lines of a run of `steps` steps, under titles that repeat, for so many columns."""
+    """The table of a run of `steps` steps; its titles repeat. columns: width in characters."""
 
     def __init__(self, steps: int, columns: int | None = None):
         terminal = sys.stdout.isatty() and shutil.get_terminal_size().columns

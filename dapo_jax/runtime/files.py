@@ -41,7 +41,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Tokens, signed queries, users and passwords of URLs; httpx takes a password with a / for a port.
 _SECRET = re.compile(r"hf_\w+|Bearer .*|(?<=\?)\S+|(?<=//)\S*@|(?<=Invalid port: )\S+")
 
-# gcsfs would cache listings for good, but tensorstore and other hosts write to the same folders.
+# gcsfs would cache listings forever, but tensorstore and other hosts write to the same folders.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it then raises
 
@@ -253,7 +253,7 @@ def local_copy(where: str | Folder, holds: Sequence[str] = ("*",)) -> Iterator[P
 class LocalModel(NamedTuple):
     """The location of a model's files."""
 
-    name: str  # as given; a hub id with the commit, ID@COMMIT, which names the same files for ever
+    name: str  # as given; a hub id with the commit, ID@COMMIT, which always names the same files
     folder: str  # on this machine
 
 

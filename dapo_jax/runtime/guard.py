@@ -35,7 +35,7 @@ _UNWIND_S = 3.0  # from a signal that ends the process to its end
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came while nothing could be saved. No Exception: nobody handles it as an error."""
+    """A signal came while nothing could be saved. Not an Exception: error handlers ignore it."""
 
     def __init__(self, number: int):
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -85,7 +85,7 @@ def signals_end() -> Iterator[None]:
 
 
 class Guard:
-    """Context manager around a run, for the main thread, on every process alike.
+    """Context manager around a run, for the main thread of every process.
 
     stall_timeout_s: seconds without progress after which the process ends with status 1; None is
     no limit. Watchdog and signal handling start at the first `reach`.

@@ -59,7 +59,7 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     slices = slice_count(devices)
     if sizes[0] % slices:
         raise InputError(
-            f"mesh.data: {sizes[0]} cannot go over {slices} slices, and fsdp and tensor stay "
+            f"mesh.data: {sizes[0]} cannot be split over {slices} slices, and fsdp and tensor stay "
             f"inside one; set mesh.data to {slices} or a multiple, mesh.fsdp and mesh.tensor to "
             f"the devices of a slice ({len(devices) // slices})"
         )

@@ -145,7 +145,7 @@ def who() -> str:
 
 
 def leave(status: int) -> typing.NoReturn:
-    """Ends this process at once: a usual exit waits for the others, who may be waiting for it."""
+    """Ends this process at once: a normal exit waits for the others, which may wait for it."""
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.suppress(RuntimeError, AssertionError):  # where jax has no device

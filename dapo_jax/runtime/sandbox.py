@@ -45,7 +45,7 @@ _SETTINGS["PYTHONHASHSEED"] = "0"
 
 
 class ConfinedError(Exception):
-    """Why the process gave no result; half a sentence."""
+    """Why the process gave no result, as part of a message."""
 
 
 class OverMemoryError(ConfinedError):
@@ -236,7 +236,7 @@ def _serve(channel: socket.socket, work: str, deadline_s: float, memory_bytes: i
     channel.set_inheritable(False)
     process, limit = os.getpid(), START_S
 
-    def alarm(seconds: float) -> None:  # for where nobody enforces the deadline any more
+    def alarm(seconds: float) -> None:  # in case the caller no longer enforces the deadline
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def orders() -> Iterator[Any]:
@@ -249,7 +249,7 @@ def _serve(channel: socket.socket, work: str, deadline_s: float, memory_bytes: i
                 yield json.loads(line)
 
     def send(kind: str, value: Any = None) -> None:
-        alarm(0)  # the caller may take its time
+        alarm(0)  # no deadline while the caller works
         channel.sendall(json.dumps([kind, value], default=_plain).encode() + b"\n")
 
     try:

@@ -184,7 +184,7 @@ class RunStore:
         elif not self.allow_change:
             raise InputError(
                 f"{changed}; use {remedy}, or set data.allow_change to resume from the start of "
-                "today's data, or give another --run-dir"
+                "the current data, or give another --run-dir"
             )
         elif partial:
             midst = f"the run was stopped in the middle of step {progress.step + 1}"
@@ -259,7 +259,7 @@ class RunStore:
         run.draw = run.draw._replace(draws=draw.draws, cursor=draw.cursor)
         run.progress = run.progress._replace(rollbacks=rollbacks + 1)
         log.rollback(run.progress.step)
-        self.save(run)  # whatever ends the run next: these draws and this rollback stay counted
+        self.save(run)  # so that a later exit keeps these draws and this rollback counted
         info(
             f"{failure}: rolled back to step {run.progress.step}, skipping the prompts drawn since"
         )
