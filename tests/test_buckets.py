@@ -132,7 +132,7 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, config, tmp_path, monk
 
 
 def test_only_whole_steps_count_and_what_is_no_step_stays(empty, capsys):
-    """A step in a bucket has its name from the start: what tells is orbax's last object.
+    """A step in a bucket has its name from the start: orbax's last object marks it as complete.
 
     Other folders are none of its business.
     """

@@ -571,7 +571,7 @@ def test_a_folder_that_refuses_a_step_leaves_no_thread_waiting(folder, monkeypat
 
 
 def forge(step: Path, change) -> None:
-    """Changes what a record says, and signs it."""
+    """Changes a record, and updates its digest."""
     path = step / "host" / "metadata"
     record = json.loads(path.read_text())
     del record["digest"]

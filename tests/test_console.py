@@ -34,7 +34,7 @@ LARGE |= {
 
 
 def cells(titles: str, line: str) -> dict[str, str]:
-    """Each title with what stands under it."""
+    """Each title with the value below it."""
     spans = {match[0].strip(): match.span() for match in re.finditer(r" *\S+", titles)}
     return {title: line[start:end].strip() for title, (start, end) in spans.items()}
 

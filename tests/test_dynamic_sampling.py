@@ -368,7 +368,7 @@ def test_partial_rollouts_leave_later_groups_to_the_next_step_and_lose_nothing()
     assert [g.draw for g in groups] == list(range(len(groups)))  # each draw once, in order
     assert all(sum(map(is_informative, step.groups)) >= 8 for step in partial)
     assert any(step.state.open for step in partial) and any(
-        g.begun for step in partial for g in step.state.open
+        g.prefixes for step in partial for g in step.state.open
     )
     for group in groups:  # whole responses, whichever steps they were sampled in
         assert [

@@ -38,7 +38,7 @@ def error_of(path, **columns):
 
 
 def write(path, rows=ROWS):
-    """Rows as a file of the kind that its name's ending says."""
+    """Rows as a file of the kind that its extension names."""
     path.parent.mkdir(exist_ok=True)
     table = pa.Table.from_pylist(rows)
     if path.suffix == ".parquet":

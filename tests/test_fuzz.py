@@ -1,5 +1,5 @@
-"""Whatever stands in a file, an answer or a checkpoint: a sound result or one line of complaint,
-soon.
+"""Any bytes in a file, an answer or a checkpoint: a valid result or a one-line error, without
+delay.
 
 A few seconds in the suite, the same examples every time. A search of any length, with new examples:
 
@@ -491,7 +491,7 @@ def test_what_a_custom_verifier_returns(value):
 
 
 class Absent(sandbox.Process):
-    """A process that is not there, but says a line."""
+    """A fake process that sends one line."""
 
     def __init__(self, line):
         self._patience_s, self._max_line_bytes = 1.0, pool._MAX_LINE_BYTES

@@ -336,7 +336,7 @@ def test_samples(tmp_path):
     not Path("/proc/self/status").is_file(), reason="the system does not tell a process's own peak"
 )
 def test_peak_memory_is_this_processs_own(monkeypatch):
-    """Linux tells a new process the peak of the one that started it as its own, by getrusage."""
+    """Linux reports to a new process, by getrusage, the peak of its parent as its own."""
     monkeypatch.setattr("resource.getrusage", lambda who: pytest.fail("asked getrusage"))
     before = peak_memory()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

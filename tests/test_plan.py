@@ -180,7 +180,7 @@ def test_the_largest_that_fits_where_memory_does_not_grow_evenly():
 def test_suggestions_are_the_largest_that_fit_and_known_programs_are_not_compiled_again(
     monkeypatch,
 ):
-    """With programs of a made-up size: 10 bytes a slot, 30 a row, 100 beside; 900 of 1000 bytes may
+    """With programs of a made-up size: 10 bytes per slot, 30 per row, 100 more; 900 of 1000 bytes may
     be used.
     """
     config, compiled = (

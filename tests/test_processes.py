@@ -257,7 +257,7 @@ def test_chips_that_another_process_holds_are_named(devices, said, monkeypatch):
 
 
 def test_a_signal_ends_a_process_that_starts_up(tmp_path):
-    """One waits for the others, and says so: started alone, the mistake of starting a pod's job on
+    """One waits for the others, and prints that: started alone, the mistake of starting a pod's job on
     one host only. One has joined, is a job of its own, and loads something for long.
     """
     script = """

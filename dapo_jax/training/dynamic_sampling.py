@@ -44,7 +44,7 @@ Times = dict[str, float]
 
 VERDICT_DELAY = 2  # segments that workers have before decoding waits for them
 
-_NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32))
+_NO_PREFIX = (np.zeros(0, np.int32), np.zeros(0, np.float32))
 _PRIOR_GROUPS = 8  # weight of the previous keep rate, in groups of this step
 
 
@@ -56,18 +56,18 @@ class OpenGroup:
         self.responses: list[Response | None] = [None] * size
         self.verdicts: list[Verdict | None] = [None] * size
         # tokens and log-probs so far of responses that an earlier step left unfinished
-        self.begun: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.prefixes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def copy(self) -> "OpenGroup":
         other = OpenGroup(self.draw, self.prompt, len(self.responses), self.problem)
         other.responses, other.verdicts = list(self.responses), list(self.verdicts)
-        other.begun = dict(self.begun)
+        other.prefixes = dict(self.prefixes)
         return other
 
     def requests(self) -> list[Request]:
         """One request per unfinished response."""
         return [
-            Request(self.draw, sample, self.prompt.tokens, self.begun.get(sample))
+            Request(self.draw, sample, self.prompt.tokens, self.prefixes.get(sample))
             for sample, response in enumerate(self.responses)
             if response is None
         ]
@@ -78,7 +78,7 @@ class OpenGroup:
 
     def _sampled(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
         response = self.responses[sample]
-        return response[:2] if response else self.begun.get(sample, _NOTHING)
+        return response[:2] if response else self.prefixes.get(sample, _NO_PREFIX)
 
     def is_judged(self) -> bool:
         return None not in self.verdicts
@@ -148,7 +148,7 @@ class OpenGroup:
             if "truncated" in sample:
                 group.responses[n] = Response(tokens, logprobs, bool(sample["truncated"]))
             elif len(tokens):
-                group.begun[n] = (tokens, logprobs)
+                group.prefixes[n] = (tokens, logprobs)
             if "verdict" in sample:
                 correct, score, failed = sample["verdict"]
                 error = "no verdict" if failed else None
@@ -361,8 +361,8 @@ class _StepDraw:
         """Closes the stream and returns the result; unfinished responses stay with their groups."""
         for request, response in self.stream.unfinished():
             if len(response.tokens):
-                begun = (response.tokens, response.behavior_logprobs)
-                self.by_draw[request.draw].begun[request.sample] = begun
+                prefix = (response.tokens, response.behavior_logprobs)
+                self.by_draw[request.draw].prefixes[request.sample] = prefix
         self.stream.close()
         sampler, state = self.sampler, self.state
         check_errors(self.verdicts, sampler.reward)

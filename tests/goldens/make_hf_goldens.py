@@ -112,7 +112,7 @@ def randomize(model: torch.nn.Module) -> None:
 
 
 def answers(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """What the model says, as described at the top."""
+    """The model's outputs, as described at the top."""
     tokens = torch.randint(VOCAB, (2, 24))
     logits = model(tokens).logits
     logprobs = logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]

@@ -1,5 +1,5 @@
-"""Makes smollm2.json: what transformers says of a paragraph with the model that make_real_inputs.py
-writes. For test_real.py.
+"""Makes smollm2.json: the log-probs of a paragraph by transformers, with the model that
+make_real_inputs.py writes. For test_real.py.
 
 pip install torch==2.13.0 transformers==5.23.0
 python tests/make_real_inputs.py --out real/
