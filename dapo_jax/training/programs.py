@@ -45,7 +45,7 @@ class TrainPrograms(NamedTuple):
 def train_programs(
     model: ModelConfig, mesh: Mesh, algo: DapoSection, optim: OptimSection, temperature: float
 ) -> TrainPrograms:
-    """The programs of DAPO training on a mesh. model: with adapters. temperature: of rollouts.
+    """The programs of DAPO training. model: with adapters, if any. temperature: of rollouts.
 
     Nothing is computed or put on a device.
     """
