@@ -204,9 +204,12 @@ def test_long_answers_in_small():
     assert torture_rewards.long_answers(40).startswith("40 right verdicts each")
 
 
-def test_a_function_that_forks_shifts_no_verdict(pool):
-    """Parent and child both return from the function; only the parent's verdict counts."""
-    items = [item("!fork"), item("41"), item("42"), item("41")] * 8
+@pytest.mark.parametrize("text", ["!fork", "!fork and allocate"])
+def test_a_function_that_forks_shifts_no_verdict(pool, text):
+    """Parent and child both return from the function, or the child runs out of memory; only the
+    parent's verdict counts.
+    """
+    items = [item(text), item("41"), item("42"), item("41")] * 8
     assert [verdict.correct for verdict in pool.judge(items)] == [True, False, True, False] * 8
 
 
@@ -374,6 +377,26 @@ def test_workers_that_stop_starting_give_errors_not_silence(tmp_path, monkeypatc
         verdicts = pool.judge([item("42")] * 3)
     assert verdicts[0].error == "worker exited with status 1"
     assert all("RuntimeError: gone" in verdict.error for verdict in verdicts[1:])
+
+
+def test_workers_that_stop_starting_one_after_the_other_give_errors(tmp_path, monkeypatch):
+    """While one start fails, another is always under way."""
+    module = tmp_path / "fails_slowly.py"
+    module.write_text(
+        "import os, time\ndef judge(problem, text, response_len):\n"
+        "    time.sleep(float(text))\n    os._exit(1)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("dapo_jax.reward.pool._RETRY_S", 0.01)
+    section = RewardSection(
+        verifier="custom", function="fails_slowly:judge", allowed_modules=("fails_slowly",)
+    )
+    with RewardPool(dataclasses.replace(section, workers=2)) as pool:
+        time.sleep(2.0)  # both are ready
+        module.write_text("import time\ntime.sleep(1.0)\nraise RuntimeError('gone')")
+        pending = pool.submit([item("0.0"), item("0.6"), *[item("0.0")] * 3])
+        assert pending.wait(30.0)
+    assert all("RuntimeError: gone" in verdict.error for verdict in pending.result()[2:])
 
 
 def test_too_many_errors_stop_the_run():

@@ -29,7 +29,7 @@ from dapo_jax.runtime import sandbox
 from dapo_jax.types import InputError, Message, Problem, SharedError, Verdict
 
 _RETRY_S = 1.0  # pause after a worker that could not start
-_MAX_FAILED_STARTS = 3  # in a row, with no worker alive, before answers are given up
+_MAX_FAILED_STARTS = 3  # in a row, each worker's last included, before answers are given up
 _BATCH = 16  # answers sent together
 _MAX_LINE_BYTES = 1 << 16  # of a verdict
 _TIMED_OUT = "timed out"
@@ -171,6 +171,7 @@ class _Queue:
     def __init__(self, workers: int) -> None:
         self.processes: set[sandbox.Process] = set()  # alive
         self.failed_starts = 0  # in a row
+        self.failing: set[threading.Thread] = set()  # workers whose last start failed
         self.closed: BaseException | None = None  # why
         self._tasks: deque[_Task] = deque()
         self._workers = workers
@@ -203,11 +204,17 @@ class _Queue:
             count = min(_BATCH, max(1, len(self._tasks) // (4 * self._workers)))
             return deque(self._tasks.popleft() for _ in range(min(count, len(self._tasks))))
 
+    def started(self) -> None:
+        with self._changed:
+            self.failed_starts = 0
+            self.failing.discard(threading.current_thread())
+
     def start_failed(self, error: str) -> None:
-        """Waits before the next start; gives the tasks up after several, if no worker is alive."""
+        """Waits before the next start; gives the tasks up after several, if no worker can start."""
         with self._changed:
             self.failed_starts += 1
-            if self.failed_starts >= _MAX_FAILED_STARTS and not self.processes:
+            self.failing.add(threading.current_thread())
+            if self.failed_starts >= _MAX_FAILED_STARTS and len(self.failing) == self._workers:
                 self.failed_starts = 0
                 while self._tasks:
                     self._tasks.popleft().verdict.set_result(Verdict(False, -1.0, error))
@@ -273,7 +280,7 @@ class _Worker(threading.Thread):
                 self._process.interrupt()
             self._process.send(self._rule)
             self._process.wait_ready()
-            self._queue.failed_starts = 0
+            self._queue.started()
             return None
         except OSError as e:
             return f"reward: cannot start a worker ({one_line(e)}); free memory or file handles"
