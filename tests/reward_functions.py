@@ -51,6 +51,12 @@ def _allocate():
     return len(bytearray(10 * 2**30)) == 0, 0.0
 
 
+def _fork_and_allocate():
+    if os.fork() == 0:
+        _allocate()
+    return True, float(os.wait()[1])
+
+
 def _child():
     os.system("sleep 1000 &")
     time.sleep(1000)
@@ -70,6 +76,7 @@ _NASTY = {
     "!raise": _raise,
     "!child": _child,
     "!fork": lambda: (os.fork() >= 0, 0.0),
+    "!fork and allocate": _fork_and_allocate,
     "!leave session": _leave_session,
     "!environment": _environment,
     "!jax": lambda: ("jax" not in sys.modules and "flax" not in sys.modules, 0.0),

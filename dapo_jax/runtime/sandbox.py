@@ -249,14 +249,14 @@ def _serve(channel: socket.socket, work: str, deadline_s: float, memory_bytes: i
                 yield json.loads(line)
 
     def send(kind: str, value: Any = None) -> None:
+        if os.getpid() != process:  # a forked child must not answer
+            os._exit(0)
         alarm(0)  # no deadline while the caller works
         channel.sendall(json.dumps([kind, value], default=_plain).encode() + b"\n")
 
     try:
         module, _, name = work.partition(":")
         for n, result in enumerate(getattr(importlib.import_module(module), name)(orders())):
-            if os.getpid() != process:  # a forked child must not answer
-                os._exit(0)
             if n == 0:
                 _limit_memory(memory_bytes)
                 limit = deadline_s
