@@ -759,6 +759,14 @@ def test_the_deadline_is_for_each_conversation(monkeypatch):
     ] == texts
 
 
+def test_long_conversations_are_sent_one_at_a_time(monkeypatch):
+    """Twenty of 4 MB, each within the memory of the process, but not together."""
+    monkeypatch.setattr(chat, "_MEMORY_BYTES", 64 << 20)
+    turns = [{"role": "user", "content": "a" * (4 << 20)}]
+    texts = chat.render("{{ messages[0].content }}", {}, [turns] * 20, DATE, max_chars=9)
+    assert [*texts] == [None] * 20
+
+
 def test_the_deadline_is_not_for_the_caller(monkeypatch):
     """It may take longer over one text than the process has for the next, which the pipe between
     them cannot hold.

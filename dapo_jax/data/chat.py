@@ -13,7 +13,7 @@ from dapo_jax.runtime.sandbox import ConfinedError, Process
 
 DEADLINE_S = 10.0  # for one conversation
 _MEMORY_BYTES = 1 << 30
-_BATCH = 64  # conversations sent together
+_BATCH, _BATCH_CHARS = 64, 1 << 20  # conversations sent together, and when to send fewer
 
 Conversation = Sequence[Mapping[str, str]]
 
@@ -38,8 +38,8 @@ def render(
 
     Raises ConfinedError if the template fails, or takes too much time or memory for a conversation.
     """
-    turns = iter(conversations)
-    if not (batch := [*itertools.islice(turns, _BATCH)]):
+    batches = _batches(conversations)
+    if not (batch := next(batches, [])):
         return
     with Process(f"{__name__}:work", deadline_s=DEADLINE_S, memory_bytes=_MEMORY_BYTES) as process:
         process.wait_ready()
@@ -51,7 +51,20 @@ def render(
                 if error is not None:
                     raise ConfinedError(error)
                 yield text
-            batch = [*itertools.islice(turns, _BATCH)]
+            batch = next(batches, [])
+
+
+def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    batch: list[Conversation] = []
+    chars = 0
+    for turns in conversations:
+        batch.append(turns)
+        chars += sum(len(turn["content"]) for turn in turns)
+        if len(batch) == _BATCH or chars > _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
 
 
 def work(orders: Iterator[Any]) -> Iterator[Any]:
