@@ -157,6 +157,16 @@ def test_every_row_is_accounted_for(tmp_path):
     )
 
 
+def test_changes_are_counted_in_the_order_in_which_they_are_made(tmp_path):
+    file = tmp_path / "a.jsonl"
+    row = {"body": "b", "passage": "p", "context": "c", "question": "q", "answer": ["5 (pens)"]}
+    file.write_text(json.dumps(row) + "\n")
+    _, report = load_problems(str(file), ArithmeticConfig())
+    assert [what.split()[-1] for what in report.normalized] == [
+        *["one", "body", "passage", "context", "them"]
+    ]
+
+
 def test_summary_is_one_line(tmp_path):
     conflict = [{"prompt": "z", "answer": "1"}, {"prompt": "z", "answer": "2"}]
     path = write_jsonl(

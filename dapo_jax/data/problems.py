@@ -112,7 +112,7 @@ def collect_problems(
             skip = skipped.get(str(e)) or Skip(0, number, _shown(e.columns))
             skipped[str(e)] = dataclasses.replace(skip, count=skip.count + 1)
             continue
-        normalized.update(set(notes))
+        normalized.update(dict.fromkeys(notes, 1))
         first = found.setdefault(problem.prompt, problem)
         if first is not problem:
             duplicates += 1
