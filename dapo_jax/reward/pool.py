@@ -8,6 +8,7 @@ answer it was judging goes without a verdict.
 
 import contextlib
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -366,6 +367,7 @@ def _load_judge(
     verifier: str, function: str, allowed_modules: Sequence[str], source: str | None
 ) -> Callable[[Problem, str, int], object]:
     if verifier == "custom":
+        sys.path.append(os.getcwd())
         return load_function(function, allowed_modules, source)
     try:  # loads and compiles what the first answer would wait for
         lenient_verify(r"Answer: $\frac{1}{3}$", "1/2")

@@ -76,7 +76,7 @@ class Process(contextlib.AbstractContextManager):
         self._mark = secrets.token_hex(8)
         self._inbox = bytearray()
         kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        path = [os.path.abspath(entry) for entry in [*sys.path, os.getcwd()]]
+        path = [os.path.abspath(entry) for entry in sys.path]
         self._channel, theirs = socket.socketpair()
         with theirs:
             order = [theirs.fileno(), path, work, deadline_s, memory_bytes]
