@@ -396,7 +396,7 @@ def test_versions_of_all_packages_that_decide_an_outcome_are_compared():
         "typer",
         "typer-slim",
     }
-    show_store_or_fetch |= {"filelock"}
+    show_store_or_fetch |= {"filelock", "jaxtyping"}
     needed = names_of((TESTS.parent / "requirements.txt").read_text().splitlines())
     for package in ("transformers", "math-verify", "sympy"):
         needed |= names_of(importlib.metadata.requires(package) or ())

@@ -99,7 +99,7 @@ def test_the_configs_of_the_examples(name, monkeypatch):
 
 
 def test_the_problems_of_the_second_example(capsys):
-    function_of("format_and_answer").write_problems(200, careless=0.5)
+    function_of("format_and_answer").write_problems(200, unclosed=0.5)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     judge = function_of("format_and_answer").reward
     scores = [

@@ -258,7 +258,7 @@ def test_what_is_wrong_is_said_before_a_device_works(tmp_path, monkeypatch, kind
     monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         InputError,
-        match=rf"train.tracker: {kind} is not installed; pip install 'dapo_jax\[{kind}\]'",
+        match=rf"train.tracker: {kind} is not installed; pip install -e '.\[{kind}\]'",
     ):
         check_tracker(kind, tmp_path)
     monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))

@@ -233,8 +233,7 @@ def _csv(where: str, path: str) -> Rows:
 
     Lone surrogates stand for bytes that are not UTF-8.
     """
-    csv.field_size_limit(MAX_ROW_BYTES)
-    number = 0
+    limit, number = csv.field_size_limit(MAX_ROW_BYTES), 0  # of the whole process
     how: Any = {"newline": "", "encoding": "utf-8-sig", "errors": "surrogateescape"}
     with open(path, **how) as stream:
         lines = iter(functools.partial(stream.readline, MAX_ROW_BYTES), "")
@@ -249,6 +248,8 @@ def _csv(where: str, path: str) -> Rows:
         except csv.Error as e:
             where = f"{where}: not CSV after row {number}"
             raise InputError(f"{where} ({e}); correct the quotes there") from None
+        finally:
+            csv.field_size_limit(limit)
 
 
 # ----------------------------------------------------------------------------------------- tables
