@@ -107,7 +107,7 @@ def test_a_bucket_that_refuses_is_one_line(empty, tmp_path):  # noqa: F811
         InputError,
         match=(
             r"^gs://bucket/a.jsonl: cannot be read \(Forbidden.*\); pip install "
-            r'"dapo_jax\[tpu\]"'
+            r'"etils\[epath-gcs\]"'
         ),
     ):
         load("gs://bucket/a.jsonl")
