@@ -25,9 +25,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dapo_jax.benchmark", description=__doc__, formatter_class=raw
     )
+    update = UpdateSizes(heads=4, kv_heads=2, head_dim=64, vocab=32000)
+    update.prompt_len, update.max_response_len = 128, 384
     benchmarks: dict[str, tuple[Callable[[Any], Report], Sizes]] = {
-        "loss": (benchmark_loss, LossSizes()),
+        "loss": (benchmark_loss, LossSizes(repeats=5)),
         "rollout": (benchmark_rollout, RolloutSizes()),
-        "update": (benchmark_update, UpdateSizes()),
+        "update": (benchmark_update, update),
     }
     return run_benchmark(parser, benchmarks, argv)

@@ -29,7 +29,6 @@ Result = tuple[Array, dict[str, Array]]  # loss, metric sums
 
 @dataclasses.dataclass(kw_only=True)
 class LossSizes(Sizes):
-    repeats: int = flag(5, "timed calls, after one warm-up call")
     tokens: int = flag(4096, "N, rows of hidden states")
     model_dim: int = flag(512, "D, width of a row")
     vocab: int = flag(32768, "V, vocabulary entries")

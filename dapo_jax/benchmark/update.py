@@ -28,12 +28,6 @@ class UpdateSizes(ModelSizes):
         "of responses: all the longest, or log-normal with a median of a sixth of it",
         choices=("equal", "lognormal"),
     )
-    prompt_len: int = flag(128, "tokens of a prompt")
-    max_response_len: int = flag(384, "tokens of the longest response")
-    heads: int = flag(4, "query heads")
-    kv_heads: int = flag(2, "key/value heads; divides --heads")
-    head_dim: int = flag(64, "width of a head; even")
-    vocab: int = flag(32000, "V, vocabulary entries")
 
 
 def train_items(sizes: UpdateSizes) -> list[TrainItem]:
