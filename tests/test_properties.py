@@ -88,7 +88,8 @@ def test_any_split_of_a_batch_gives_one_loss_and_one_gradient(chosen, normalizer
     """Against one response a row in one micro-batch.
 
     Terms of both signs cancel, in the loss and in the gradient; the scale of an error is what they
-    are without. Measured over these examples: loss 1.2e-7, gradient 7.6e-7.
+    are without. Measured over these examples: loss 1.8e-7, gradient 5.8e-7 (jax 0.10.2), 1.03e-6
+    (jax 0.12).
     """
     counts = np.array([len(POOL[i].response) for i in chosen])
     weights = normalizer_weights(
@@ -105,7 +106,7 @@ def test_any_split_of_a_batch_gives_one_loss_and_one_gradient(chosen, normalizer
         [item._replace(advantage=abs(item.advantage)) for item in items]
     )
     difference = jax.tree.map(np.subtract, other_grads, grads)
-    assert norm(difference) < 1e-6 * max(norm(uncancelled), norm(grads))
+    assert norm(difference) < tiny.GRADIENT * max(norm(uncancelled), norm(grads))
 
 
 groups_of_rewards = st.integers(2, 8).flatmap(
