@@ -25,10 +25,8 @@ from dapo_jax.runtime.metrics import METRICS, definition, read_metrics
 from dapo_jax.types import InputError
 
 _POINTS = 1000  # of a curve
-_BARS = 200  # of the stacked times of a step
 _SAMPLE_STEPS = 100  # of a run, fewer where they do not fit
 _SAMPLE_BYTES = 14_000_000  # of all runs together
-_SPLIT = [f"time/{part}_s" for part in "rollout reward old_logprobs update eval save".split()]
 
 Record = Mapping[str, Any]  # a line of metrics.jsonl
 
@@ -56,7 +54,6 @@ def read_run(run_dir: Folder, name: str, sample_bytes: int) -> dict[str, Any]:
         "planned": options and options["train.steps"],
         "dynamic_sampling": options and options["dapo.dynamic_sampling"],
         "series": {key: series(key, *xy) for key, xy in found.items() if xy[0].size},
-        "split": split(records),
         "evals": evals(records),
         "samples": samples,
         "sample_note": sample_note,
@@ -107,21 +104,6 @@ def peaks(values: np.ndarray, most: int) -> np.ndarray:
     stretches = np.array_split(np.arange(n), (most - 2) // 2)
     ends = [s[i] for s in stretches for i in (values[s].argmin(), values[s].argmax())]
     return np.unique([0, *ends, n - 1])
-
-
-def split(records: Sequence[Record]) -> dict[str, Any]:
-    """Seconds of the parts of a step, as means over every `each` steps; `steps` is the last of
-    each mean."""
-    timed = [record for record in records if is_number(record.get("time/step_s"))]
-    each = max(1, math.ceil(len(timed) / _BARS))
-    starts = np.arange(0, len(timed), each)
-    counts = np.diff([*starts, len(timed)])
-    seconds = {}
-    for key in _SPLIT:
-        values = np.array([r[key] if is_number(r.get(key)) else 0.0 for r in timed])
-        seconds[key] = short(np.add.reduceat(values, starts) / counts) if timed else []
-    steps = [timed[i]["step"] for i in starts + counts - 1]
-    return {"each": each, "steps": steps, "seconds": seconds}
 
 
 # --------------------------------------------------------------------------------------- comparison
@@ -268,7 +250,7 @@ def render(runs: Sequence[dict[str, Any]]) -> bytes:
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         page = page.replace(f"@{tag}@", digest, 1)
     compare_evals(runs)
-    data: dict[str, Any] = {"version": __version__, "metrics": dict(METRICS), "parts": _SPLIT}
+    data: dict[str, Any] = {"version": __version__, "metrics": dict(METRICS)}
     data |= {"differing": differing(runs), "runs": [run | {"options": None} for run in runs]}
     # A lone surrogate becomes its JSON escape.
     return page.replace("@data@", json_in_html(data), 1).encode("utf-8", "backslashreplace")

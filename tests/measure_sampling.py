@@ -25,7 +25,6 @@ from jax.experimental import multihost_utils
 from dapo_jax.benchmark.measure import (
     ModelSizes,
     device,
-    flag,
     random_model,
     run_benchmark,
     speed,
@@ -41,6 +40,7 @@ from dapo_jax.config import (
     RolloutSection,
     TrainSection,
 )
+from dapo_jax.config.schema import STRICT, field
 from dapo_jax.data.mixture import Mixture
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import load_tokenizer
@@ -63,25 +63,26 @@ BATCH = 3  # prompts of a generation batch over groups wanted, as in the paper's
 
 @dataclasses.dataclass(kw_only=True)
 class DrawSizes(ModelSizes):
-    slots: int = flag(16, "sequences decoded at a time")
-    groups: int = flag(16, "informative groups wanted")
-    group: int = flag(8, "responses of a group")
-    median: int = flag(21, MEDIAN)
-    sigma: float = flag(1.0, SIGMA, high=9)
-    keep_rate: float = flag(1 / 3, "share of informative groups", low=1e-2)
+    slots: int = field(16, "sequences decoded at a time", ge=1)
+    groups: int = field(16, "informative groups wanted", ge=1)
+    group: int = field(8, "responses of a group", ge=1)
+    median: int = field(21, MEDIAN, ge=1)
+    sigma: float = field(1.0, SIGMA, gt=0, le=9)
+    keep_rate: float = field(1 / 3, "share of informative groups", ge=1e-2, le=1)
 
 
 @dataclasses.dataclass(kw_only=True)
 class HostSizes:
-    processes: int = flag(32, "in the job")
-    responses: int = flag(16384, "of the step; half of them are packed")
-    group: int = flag(16, "responses of a group")
-    slots: int = flag(1408, "sequences decoded at a time")
-    prompt_len: int = flag(256, "tokens of a prompt")
-    max_response_len: int = flag(20480, "tokens of the longest response")
-    median: int = flag(3300, MEDIAN)
-    sigma: float = flag(1.0, SIGMA, high=9)
-    tokenizer: str | None = flag(None, "folder of a Hugging Face model; None: bytes")
+    __pydantic_config__ = STRICT
+    processes: int = field(32, "in the job", ge=1)
+    responses: int = field(16384, "of the step; half of them are packed", ge=1)
+    group: int = field(16, "responses of a group", ge=1)
+    slots: int = field(1408, "sequences decoded at a time", ge=1)
+    prompt_len: int = field(256, "tokens of a prompt", ge=1)
+    max_response_len: int = field(20480, "tokens of the longest response", ge=1)
+    median: int = field(3300, MEDIAN, ge=1)
+    sigma: float = field(1.0, SIGMA, gt=0, le=9)
+    tokenizer: str = field("", "folder of a Hugging Face model; none: bytes")
 
 
 def draw_groups(stream, prompts, pool, guard, config, policy, missing, keep_rate):
@@ -326,7 +327,7 @@ def measure_host(sizes):
     and judges (strict) its share of them, forms groups, and packs half of the groups into
     mini-batches of 512 responses. `group` is all host work of sampling but the first three.
     """
-    tokenizer = load_tokenizer(sizes.tokenizer)
+    tokenizer = load_tokenizer(sizes.tokenizer or None)
     stop = (tokenizer.eos_token_id,)
     ids = np.setdiff1d(sorted(tokenizer.get_vocab().values()), [*tokenizer.all_special_ids, *stop])
     model = ModelConfig("llama", int(ids.max()) + 1, 2, 1, 1, 1, 2, 2)

@@ -84,22 +84,11 @@ def test_loss():
 
 
 def check_rollout(result, tokens, bound):
-    assert result["bound_decode_steps"] == pytest.approx(bound) and list(result["modes"]) == [
-        "lockstep",
-        "refill",
-    ]
+    assert result["bound_decode_steps"] == pytest.approx(bound)
+    assert list(result["modes"]) == ["lockstep", "refill"]
     for mode in result["modes"].values():
-        shares = [value for key, value in mode.items() if key.endswith("_share")]
-        assert set(mode) == {
-            *SPEED,
-            "decode_steps",
-            *(f"{part}_share" for part in ("prefill", "decode", "sampling", "host")),
-        }
-        assert (
-            positive(*(mode[key] for key in SPEED))
-            and min(shares) >= 0
-            and sum(shares) == pytest.approx(1)
-        )
+        assert set(mode) == {*SPEED, "decode_steps"}
+        assert positive(*mode.values())
         assert mode["tokens_per_s"] == pytest.approx(tokens / mode["seconds"])
 
 
@@ -266,7 +255,9 @@ def test_lengths_of_responses(lengths, median):
     "arguments, said",
     [
         ("loss --tokens 0", "--tokens"),
-        ("loss --vocab many", "--vocab"),
+        ("loss --vocab many", "--vocab: expected a whole number, got 'many'"),
+        ("loss --vocab 2147483648", "--vocab: 2147483648 is too large"),
+        ("rollout --family bert", "--family: expected one of 'llama', 'qwen2' or 'qwen3', got"),
         ("loss --chunk -1", "--chunk"),
         ("loss --target-fraction 1.5", "--target-fraction"),
         ("loss --target-fraction nan", "--target-fraction"),
@@ -297,9 +288,7 @@ def test_a_group_of_one_is_refused():
 def test_bad_sizes_exit_with_2():
     done = command("update --layers 0")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines() == [
-        "dapo_jax: --layers: expected a whole number from 1 to 2147483647, got '0'; correct it"
-    ]
+    assert done.stderr.splitlines() == ["dapo_jax: --layers: must be at least 1, got 0"]
 
 
 @pytest.mark.parametrize("verb", ["loss", "rollout", "draw", "update", "host"])

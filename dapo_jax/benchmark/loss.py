@@ -13,8 +13,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dapo_jax.benchmark import measure
-from dapo_jax.benchmark.measure import Report, Sizes, flag
+from dapo_jax.benchmark.measure import Report, Sizes
 from dapo_jax.config import DapoSection
+from dapo_jax.config.schema import field
 from dapo_jax.dapo.loss import dapo_token_loss, policy_metrics
 from dapo_jax.model.logprobs import ROW_AXES, linear_loss
 from dapo_jax.runtime.chips import loss_chunk
@@ -29,15 +30,11 @@ Result = tuple[Array, dict[str, Array]]  # loss, metric sums
 
 @dataclasses.dataclass(kw_only=True)
 class LossSizes(Sizes):
-    tokens: int = flag(4096, "N, rows of hidden states")
-    model_dim: int = flag(512, "D, width of a row")
-    vocab: int = flag(32768, "V, vocabulary entries")
-    chunk: int = flag(
-        0, "rows a chunk of `checkpointed` and `fused`, a device; 0: what training takes", low=0
-    )
-    target_fraction: float = flag(
-        1.0, "share of the rows that are trained; tokens/s and FLOPs count only these"
-    )
+    tokens: int = field(4096, "N, rows of hidden states", ge=1)
+    model_dim: int = field(512, "D, width of a row", ge=1)
+    vocab: int = field(32768, "V, vocabulary entries", ge=1)
+    chunk: int = field(0, "rows a chunk of a device; 0: what training takes", ge=0)
+    target_fraction: float = field(1.0, "share of trained rows; rates count only these", gt=0, le=1)
 
     @property
     def targets(self) -> int:
@@ -146,8 +143,7 @@ def benchmark_loss(sizes: LossSizes) -> Report:
     Useful work is 6 x targets x D x V FLOPs for every variant; `fused` also computes entropy and
     policy metrics. peak_fraction is the share of the speed of a square matmul.
     """
-    mesh = measure.mesh_of(sizes)
-    measure.check_split("--tokens", sizes.tokens, mesh)
+    mesh = measure.mesh_of(sizes, "tokens")
     chunk = min(sizes.chunk or loss_chunk(mesh), sizes.tokens // row_shards(mesh))
     inputs = loss_inputs(sizes, mesh)
     exact = exact_gradients(inputs)

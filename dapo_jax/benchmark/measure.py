@@ -4,81 +4,68 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import re
 import statistics
 import time
+import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import jax
 from jax.sharding import Mesh
 
 from dapo_jax.cli import out_of_memory
 from dapo_jax.config import MeshSection, ModelConfig, check_model
+from dapo_jax.config.checks import build
+from dapo_jax.config.schema import STRICT, Dtype, Remat, field
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.runtime.mesh import make_mesh, params_sharding, row_shards
 from dapo_jax.types import InputError, Params
 
 Row = Mapping[str, Any]
 Report = tuple[list[dict[str, Any]], dict[str, Any]]  # the table's rows, and the JSON object
+Lengths = Literal["equal", "lognormal"]
 Times = list[tuple[float, float]]  # seconds and processor seconds of each call
-
-
-def flag(default: Any, text: str, **limits: Any) -> Any:
-    """A field with its help. limits: low and high of a number, or the choices of a text."""
-    return dataclasses.field(default=default, metadata={"text": text, **limits})
 
 
 @dataclasses.dataclass(kw_only=True)
 class Sizes:
     """Flags of every benchmark that runs on devices."""
 
-    repeats: int = flag(3, "timed calls, after one warm-up call")
-    dtype: str = flag("float32", "of the matmuls", choices=("float32", "bfloat16"))
-    mesh: str = flag("1x-1x1", "data x fsdp x tensor over all devices; -1: all that are left")
+    __pydantic_config__ = STRICT
+    repeats: int = field(3, "timed calls, after one warm-up call", ge=1)
+    dtype: Dtype = field("float32", "of the matmuls")
+    mesh: str = field("1x-1x1", "DATAxFSDPxTENSOR over all devices; -1: all that are left")
 
 
 @dataclasses.dataclass(kw_only=True)
 class ModelSizes(Sizes):
     """Flags of the benchmarks that run a model."""
 
-    prompt_len: int = flag(64, "tokens of a prompt")
-    max_response_len: int = flag(128, "tokens of the longest response")
-    layers: int = flag(4, "decoder layers")
-    model_dim: int = flag(256, "D, width of the residual stream")
-    heads: int = flag(8, "query heads")
-    kv_heads: int = flag(4, "key/value heads; divides --heads")
-    head_dim: int = flag(32, "width of a head; even")
-    ffn: int = flag(1024, "hidden width of the feed-forward")
-    vocab: int = flag(32768, "V, vocabulary entries")
-    family: str = flag("qwen3", "of the model", choices=("llama", "qwen2", "qwen3"))
-    remat: str = flag("none", "as in the config", choices=("none", "dots", "full"))
+    prompt_len: int = field(64, "tokens of a prompt", ge=1)
+    max_response_len: int = field(128, "tokens of the longest response", ge=1)
+    layers: int = field(4, "decoder layers", ge=1)
+    model_dim: int = field(256, "D, width of the residual stream", ge=1)
+    heads: int = field(8, "query heads", ge=1)
+    kv_heads: int = field(4, "key/value heads; divides --heads", ge=1)
+    head_dim: int = field(32, "width of a head; even", ge=1)
+    ffn: int = field(1024, "hidden width of the feed-forward", ge=1)
+    vocab: int = field(32768, "V, vocabulary entries", ge=1)
+    family: Literal["llama", "qwen2", "qwen3"] = field("qwen3", "of the model")
+    remat: Remat = field("none", "as in the config")
 
 
-def _number(name: str, kind: type, low: float, high: float, text: str) -> Any:
+def fail(key: str, message: str) -> NoReturn:
+    """Raises the InputError of a flag."""
+    raise InputError(f"--{key.replace('_', '-')}: {message}")
+
+
+def _value(text: str) -> Any:
+    """A flag's number, or its text."""
     try:
-        value = kind(text)
+        return json.loads(text)
     except ValueError:
-        value = math.nan
-    if not low <= value <= high:
-        what = "a whole number" if kind is int else "a number"
-        raise InputError(
-            f"{name}: expected {what} from {low} to {high}, got {text[:20]!r}; correct it"
-        )
-    return value
-
-
-def _add_flags(parser: argparse.ArgumentParser, defaults: Any) -> None:
-    for field in dataclasses.fields(defaults):
-        name, default = "--" + field.name.replace("_", "-"), getattr(defaults, field.name)
-        kind, limits = type(default), dict(field.metadata)
-        text = f"{limits.pop('text')} (default {default})"
-        if kind in (int, float):
-            low = limits.get("low", 1 if kind is int else 1e-6)
-            high = limits.get("high", 2**31 - 1 if kind is int else 1)
-            limits = {"type": functools.partial(_number, name, kind, low, high), "metavar": "N"}
-        parser.add_argument(name, default=default, help=text, **limits)
+        return text
 
 
 def run_benchmark(
@@ -91,18 +78,23 @@ def run_benchmark(
     for name, (run, defaults) in benchmarks.items():
         usage = "%(prog)s [--flag value ...], or --help"
         verb = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, usage=usage)
-        _add_flags(verb, defaults)
-    flags = vars(parser.parse_args(argv))
-    name = flags.pop("benchmark")
+        for size in dataclasses.fields(defaults):
+            flag, kind = "--" + size.name.replace("_", "-"), "|".join(typing.get_args(size.type))
+            text = f"{size.metadata['description']} (default {getattr(defaults, size.name)})"
+            options: Any = {"type": _value, "default": argparse.SUPPRESS, "metavar": kind or "N"}
+            verb.add_argument(flag, help=text, **options)
+    given = vars(parser.parse_args(argv))
+    name = given.pop("benchmark")
     run, defaults = benchmarks[name]
+    sizes = build(type(defaults), vars(defaults) | given, fail)
     try:
-        rows, result = run(dataclasses.replace(defaults, **flags))
+        rows, result = run(sizes)
     except (MemoryError, jax.errors.JaxRuntimeError) as e:
         if not out_of_memory(e):
             raise
         raise InputError(f"{name}: out of memory; lower the sizes") from None
-    _print_table({**flags, **result}, rows)
-    print(json.dumps({"benchmark": name, **flags, **result}))
+    _print_table({**vars(sizes), **result}, rows)
+    print(json.dumps({"benchmark": name, **vars(sizes), **result}))
     return 0
 
 
@@ -158,46 +150,31 @@ def device() -> dict[str, str]:
     return {"device": f"{first.platform} {first.device_kind}", "jax": jax.__version__}
 
 
-def mesh_of(sizes: Sizes) -> Mesh:
-    """The mesh of `--mesh`."""
+def mesh_of(sizes: Sizes, split: str) -> Mesh:
+    """The mesh of `--mesh`. Its row shards must divide the size of the name `split`."""
     axes = sizes.mesh.split("x")
     numbers = all(re.fullmatch(r"-1|[1-9]\d*", axis) for axis in axes)
     if len(axes) != 3 or not numbers or axes.count("-1") > 1:
-        raise InputError(
-            "--mesh: expected DATAxFSDPxTENSOR, as in 1x8x1, one of them -1 for all that are left; "
-            f"got {sizes.mesh[:20]!r}"
-        )
+        form = "expected DATAxFSDPxTENSOR, as in 1x8x1, one of them -1 for all that are left"
+        fail("mesh", f"{form}; got {sizes.mesh[:20]!r}")
     data, fsdp, tensor = map(int, axes)
-    return make_mesh(MeshSection(data, fsdp, tensor))
-
-
-def check_split(name: str, number: int, mesh: Mesh) -> None:
-    """InputError unless the row shards of the mesh divide the number."""
-    if number % (shards := row_shards(mesh)):
-        raise InputError(
-            f"{name}: {number} is no multiple of the {shards} devices it is split over; give one"
-        )
+    mesh = make_mesh(MeshSection(data, fsdp, tensor))
+    number, shards = getattr(sizes, split), row_shards(mesh)
+    if number % shards:
+        fail(split, f"{number} is no multiple of the {shards} devices it is split over; give one")
+    return mesh
 
 
 def random_model(sizes: ModelSizes, split: str) -> tuple[ModelConfig, Mesh, Params]:
-    """A tied model with random float32 weights over all devices, which must divide `split`."""
+    """A tied model with random float32 weights over all devices. split: as for `mesh_of`."""
     s = sizes
     shape = (s.vocab, s.model_dim, s.layers, s.heads, s.kv_heads, s.head_dim, s.ffn)
-    computation: dict[str, Any] = {"compute_dtype": s.dtype, "remat": s.remat}
     longest = s.prompt_len + s.max_response_len
     model = ModelConfig(
-        s.family,  # type: ignore[arg-type]
-        *shape,
-        max_position=longest,
-        **computation,
+        s.family, *shape, max_position=longest, compute_dtype=s.dtype, remat=s.remat
     )
-
-    def fail(key: str, message: str) -> None:
-        raise InputError(f"--{key.replace('_', '-')}: {message}")
-
     check_model(model, fail)
-    mesh = mesh_of(sizes)
-    check_split(f"--{split}", getattr(sizes, split), mesh)
+    mesh = mesh_of(sizes, split)
     shardings = params_sharding(abstract_params(model), mesh)
     make = jax.jit(functools.partial(init, model), out_shardings=shardings)
     return model, mesh, make(jax.random.key(0))

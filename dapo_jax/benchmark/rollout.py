@@ -3,20 +3,19 @@
 import dataclasses
 import functools
 import math
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dapo_jax.benchmark import measure
-from dapo_jax.benchmark.measure import ModelSizes, Report, flag, timed
+from dapo_jax.benchmark.measure import Lengths, ModelSizes, Report
 from dapo_jax.config import ModelConfig
-from dapo_jax.rollout.engine import Engine, Limits, Programs
-from dapo_jax.rollout.sampler import sample_on_mesh
+from dapo_jax.config.schema import field
+from dapo_jax.rollout.engine import Engine, Limits
 from dapo_jax.rollout.token_sampling import Sampling
 from dapo_jax.runtime.chips import prefill_tokens
 from dapo_jax.runtime.mesh import publisher
@@ -26,14 +25,14 @@ from dapo_jax.types import Params, Request
 
 @dataclasses.dataclass(kw_only=True)
 class RolloutSizes(ModelSizes):
-    slots: int = flag(16, "sequences decoded at a time")
-    requests: int = flag(16, "responses to sample")
-    lengths: str = flag("equal", "of responses, imposed", choices=("equal", "lognormal"))
-    median: int = flag(21, "of log-normal lengths, before they are clipped")
-    sigma: float = flag(1.0, "of the logarithm of log-normal lengths", high=9)
-    top_k: int = flag(0, "sample among this many tokens; 0: all", low=0)
-    top_p: float = flag(1.0, "nucleus mass; 1: off")
-    kv_cache: str = flag("compute", "as in the config", choices=("compute", "int8"))
+    slots: int = field(16, "sequences decoded at a time", ge=1)
+    requests: int = field(16, "responses to sample", ge=1)
+    lengths: Lengths = field("equal", "of responses, imposed")
+    median: int = field(21, "of log-normal lengths, before they are clipped", ge=1)
+    sigma: float = field(1.0, "of the logarithm of log-normal lengths", gt=0, le=9)
+    top_k: int = field(0, "sample among this many tokens; 0: all", ge=0)
+    top_p: float = field(1.0, "nucleus mass; 1: off", gt=0, le=1)
+    kv_cache: Literal["compute", "int8"] = field("compute", "as in the config")
 
 
 def response_lengths(sizes: RolloutSizes) -> np.ndarray:
@@ -67,42 +66,11 @@ def _sample(
     counts["steps"] = stream.steps
 
 
-def _time_in_programs(engine: Engine, run: Callable[[], None]) -> tuple[float, dict[str, float]]:
-    """Seconds of a run in which every program is waited for, and of each program in it."""
-    spent: dict[str, float] = defaultdict(float)
-
-    def watched(name: str, program: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = jax.block_until_ready(program(*args, **kwargs))
-            spent[name] += time.perf_counter() - start
-            return result
-
-        return call
-
-    before = engine.programs
-    engine.programs = Programs(*map(watched, Programs._fields, before))
-    seconds = timed(run)[0]
-    engine.programs = before
-    return seconds, spent
-
-
-def _sampling_seconds(sizes: RolloutSizes, sampling: Sampling, mesh: Mesh) -> float:
-    """Seconds of sampling a token for every slot, the best of 20."""
-    draw = jax.jit(functools.partial(sample_on_mesh, sampling=sampling, mesh=mesh))
-    logits = jax.random.normal(jax.random.key(0), (sizes.slots, sizes.vocab))
-    keys = jax.random.split(jax.random.key(0), sizes.slots)
-    draw(logits, keys)
-    return min(timed(lambda: draw(logits, keys))[0] for _ in range(20))
-
-
 def benchmark_rollout(sizes: RolloutSizes) -> Report:
     """Sampling through the rollout engine, lengths imposed.
 
     `lockstep`: batches of all slots, each until its longest response ends. `refill`: a slot gets
-    the next request when its response ends, and the last ones are decoded in fewer slots. Shares
-    are of the time of one more run; sampling is timed by itself, on logits of all slots, and
-    subtracted from decode.
+    the next request when its response ends, and the last ones are decoded in fewer slots.
     """
     model, mesh, params = measure.random_model(sizes, "slots")
     weights = publisher(params, mesh, sizes.dtype)(params)
@@ -123,21 +91,11 @@ def benchmark_rollout(sizes: RolloutSizes) -> Report:
         for name, engine in engines.items()
     }
     times = measure.time_in_turn(runs, sizes.repeats)
-    draw_seconds = _sampling_seconds(sizes, sampling, mesh)
-
-    modes = {}
-    for name, engine in engines.items():
-        steps = counts[name]["steps"]
-        seconds, spent = _time_in_programs(engine, runs[name])
-        drawing = min(draw_seconds * steps, spent["decode"])
-        prefill, decode = spent["prefill"] + spent["insert"], spent["decode"]
-        modes[name] = measure.speed(counts[name]["tokens"], times[name]) | {
-            "decode_steps": steps,
-            "prefill_share": prefill / seconds,
-            "decode_share": (decode - drawing) / seconds,
-            "sampling_share": drawing / seconds,
-            "host_share": (seconds - prefill - decode) / seconds,
-        }
+    modes = {
+        name: measure.speed(counts[name]["tokens"], times[name])
+        | {"decode_steps": counts[name]["steps"]}
+        for name in engines
+    }
     bound = float(lengths.sum() / sizes.slots)
     result: dict[str, Any] = {"modes": modes, "bound_decode_steps": bound}
     for key in ("seconds", "cpu_seconds"):

@@ -10,24 +10,21 @@ import jax
 import numpy as np
 
 from dapo_jax.benchmark import measure
-from dapo_jax.benchmark.measure import ModelSizes, Report, flag
+from dapo_jax.benchmark.measure import Lengths, ModelSizes, Report, fail
 from dapo_jax.config import Config
+from dapo_jax.config.schema import field
 from dapo_jax.dapo.packing import TrainItem, build_batch
 from dapo_jax.runtime.mesh import put_rows, row_shards
 from dapo_jax.training.programs import train_programs
-from dapo_jax.types import InputError, TrainBatch
+from dapo_jax.types import TrainBatch
 
 
 @dataclasses.dataclass(kw_only=True)
 class UpdateSizes(ModelSizes):
-    rows: int = flag(8, "rows of a micro-batch")
-    row_len: int = flag(512, "tokens of a row")
-    responses: int = flag(8, "responses in the update")
-    lengths: str = flag(
-        "equal",
-        "of responses: all the longest, or log-normal with a median of a sixth of it",
-        choices=("equal", "lognormal"),
-    )
+    rows: int = field(8, "rows of a micro-batch", ge=1)
+    row_len: int = field(512, "tokens of a row", ge=1)
+    responses: int = field(8, "responses in the update", ge=1)
+    lengths: Lengths = field("equal", "all the longest, or log-normal, median a sixth of it")
 
 
 def train_items(sizes: UpdateSizes) -> list[TrainItem]:
@@ -66,8 +63,8 @@ def benchmark_update(sizes: UpdateSizes) -> Report:
     """
     longest = sizes.prompt_len + sizes.max_response_len
     if longest > sizes.row_len:
-        what = f"does not hold --prompt-len + --max-response-len = {longest}"
-        raise InputError(f"--row-len: {sizes.row_len} {what}; raise it")
+        what = f"does not hold --prompt-len + --max-response-len = {longest}; raise it"
+        fail("row_len", f"{sizes.row_len} {what}")
     model, mesh, params = measure.random_model(sizes, "rows")
     items, shards = train_items(sizes), row_shards(mesh)
     packed, stats = build_batch(
