@@ -17,6 +17,7 @@ from dapo_jax.runtime.guard import Guard
 from dapo_jax.training.dynamic_sampling import (
     DrawState,
     DynamicSampler,
+    GroupCounts,
     OpenGroup,
     keep_rate_after,
     prompts_wanted,
@@ -443,7 +444,7 @@ def opened(*outcomes):
     ],
 )
 def test_prompts_wanted_by_hand(missing, groups, rate, expected):
-    assert prompts_wanted(missing, opened(*groups), rate) == expected
+    assert prompts_wanted(missing, GroupCounts().update(opened(*groups)), rate) == expected
 
 
 def test_the_expected_keep_rate_follows_what_was_drawn():

@@ -307,6 +307,8 @@ class Stream:
 
     def _refill(self) -> None:
         """Admits requests from the front of the queue to the free slots, lowest slots first."""
+        if not self._queue:
+            return
         engine = self._engine
         free = collections.deque((n, i) for i, n in np.argwhere(self._begin.T == _FREE).tolist())
         while self._queue and free:
@@ -349,6 +351,8 @@ class Stream:
         engine = self._engine
         taken = self._begin != _FREE
         width = next(w for w in engine.widths if w >= taken.sum(axis=1).max())
+        if not taken[:, width:].any():
+            return width
         moves = np.full((2, engine.shards, engine.slots), engine.slots, np.int32)
         counts = np.zeros(engine.shards, np.int32)
         for n, slots in enumerate(taken):
@@ -361,8 +365,7 @@ class Stream:
                 for array in (self._length, self._begin):
                     array[n, target] = array[n, source]
                 self._begin[n, source] = _FREE
-        if counts.any():
-            self._state = engine.programs.move(self._state, moves, counts.max())
+        self._state = engine.programs.move(self._state, moves, counts.max())
         return width
 
     # ---- Responses -------------------------------------------------------------------------------

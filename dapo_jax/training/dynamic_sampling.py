@@ -200,19 +200,39 @@ def keep_rate_after(rate: float, groups: Sequence[Group]) -> float:
     return 0.5 * rate + 0.5 * float(np.mean([is_informative(g.correct) for g in groups]))
 
 
-def prompts_wanted(missing: int, groups: Sequence[OpenGroup], rate: float) -> int:
+@dataclasses.dataclass
+class GroupCounts:
+    """How many of a step's groups are informative, dropped, and neither yet."""
+
+    informative: int = 0
+    dropped: int = 0
+    undecided: list[OpenGroup] = dataclasses.field(default_factory=list)
+
+    def update(self, new: Sequence[OpenGroup] = ()) -> "GroupCounts":
+        """Counts the groups that verdicts have decided meanwhile, and new ones."""
+        groups, self.undecided = [*self.undecided, *new], []
+        for group in groups:
+            if group.is_informative():
+                self.informative += 1
+            elif group.is_judged():
+                self.dropped += 1
+            else:
+                self.undecided.append(group)
+        return self
+
+
+def prompts_wanted(missing: int, counts: GroupCounts, rate: float) -> int:
     """How many more prompts the step needs, given the groups drawn so far.
 
     (missing - informative ones - p x undecided ones) / p, rounded up. p, the keep rate, is the mean
     of `rate`, weighted as a few groups, and of the groups decided so far.
 
-    >>> prompts_wanted(6, [], 0.5), prompts_wanted(6, [], 0.25)
+    >>> prompts_wanted(6, GroupCounts(), 0.5), prompts_wanted(6, GroupCounts(), 0.25)
     (12, 24)
     """
-    informative = sum(g.is_informative() for g in groups)
-    dropped = sum(g.is_judged() and not g.is_informative() for g in groups)
+    informative, dropped = counts.informative, counts.dropped
     p = (_PRIOR_GROUPS * rate + informative) / (_PRIOR_GROUPS + informative + dropped)
-    short = missing - informative - p * (len(groups) - informative - dropped)
+    short = missing - informative - p * len(counts.undecided)
     return math.ceil(short / p - 1e-9) if short > 0 else 0
 
 
@@ -274,14 +294,18 @@ class _StepDraw:
         self.keep_rate = max(state.keep_rate, missing / self.cap)
         self.draws, self.finished = 0, 0
         self.groups: list[OpenGroup] = []  # in draw order
+        self.counts = GroupCounts()
+        self.settled = self.settled_informative = 0  # of the groups before the first not judged
         self.by_draw: dict[int, OpenGroup] = {}
         self.verdicts: list[Verdict] = []
+        self.failed = 0  # of them without a verdict
         # segment from which verdicts are used, requests, verdicts
         self.judging = collections.deque[tuple[int, list[Request], PendingVerdicts]]()
         self._submit([group.copy() for group in state.open])
 
     def _submit(self, groups: Sequence[OpenGroup]) -> None:
         self.groups += groups
+        self.counts.update(groups)
         self.by_draw |= {group.draw: group for group in groups}
         self.stream.submit([request for group in groups for request in group.requests()])
 
@@ -295,7 +319,7 @@ class _StepDraw:
         queued = self.stream.live + self.stream.pending
         free = 2 * self.sampler.rollout.decode_slots - queued
         room = -(-free // algo.responses_per_prompt)
-        return min(prompts_wanted(self.missing, self.groups, self.keep_rate), room, left)
+        return min(prompts_wanted(self.missing, self.counts, self.keep_rate), room, left)
 
     def draw(self, count: int) -> None:
         """Draws the next prompts and submits their requests."""
@@ -345,17 +369,22 @@ class _StepDraw:
             for request, verdict in zip(requests, verdicts, strict=True):
                 self.by_draw[request.draw].verdicts[request.sample] = verdict
             self.verdicts += verdicts
-            if len(self.verdicts) >= algo.responses_per_prompt * algo.prompts_per_step:
+            self.failed += sum(verdict.error is not None for verdict in verdicts)
+            self._count()
+            enough = algo.responses_per_prompt * algo.prompts_per_step
+            if self.failed and len(self.verdicts) >= enough:
                 check_errors(self.verdicts, sampler.reward)
             everything = everything or (algo.partial_rollouts and self.enough())
 
-    def settled(self) -> list[OpenGroup]:
-        """The groups before the first that is not judged yet."""
-        return list(itertools.takewhile(OpenGroup.is_judged, self.groups))
+    def _count(self) -> None:
+        self.counts.update()
+        new = list(itertools.takewhile(OpenGroup.is_judged, self.groups[self.settled :]))
+        self.settled += len(new)
+        self.settled_informative += sum(group.is_informative() for group in new)
 
     def enough(self) -> bool:
-        """Whether the settled groups hold the missing informative ones."""
-        return sum(group.is_informative() for group in self.settled()) >= self.missing
+        """Whether the groups before the first not judged hold the missing informative ones."""
+        return self.settled_informative >= self.missing
 
     def drawn(self) -> Drawn:
         """Closes the stream and returns the result; unfinished responses stay with their groups."""
@@ -366,7 +395,7 @@ class _StepDraw:
         self.stream.close()
         sampler, state = self.sampler, self.state
         check_errors(self.verdicts, sampler.reward)
-        done, limit = self.settled(), sampler.rollout.max_response_len
+        done, limit = self.groups[: self.settled], sampler.rollout.max_response_len
         groups = [group.judged(sampler.reward, limit) for group in done]
         kept = sum(len(r.tokens) for group in groups for r in group.responses)
         tokens = sum(g.tokens() for g in self.groups) - sum(g.tokens() for g in state.open)

@@ -1,0 +1,140 @@
+"""The scheduler simulation: real engine and dynamic sampling on programs that only count."""
+
+import collections
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from dapo_jax.benchmark import main, schedule
+from dapo_jax.benchmark.schedule import Workload, measured, parse_lengths, simulate
+from dapo_jax.config import Config, DapoSection, DataSection, RewardSection, RolloutSection
+from dapo_jax.types import InputError
+
+SLOTS, SHARDS, G = 64, 4, 8
+LONGEST = 1280
+
+
+def config(slots=SLOTS, **algo):
+    sizes = {"prompts_per_step": 32, "responses_per_prompt": G, "responses_per_update": G}
+    sizes |= {"prompts_per_draw": 96} | algo
+    return Config(
+        dapo=DapoSection(**sizes),
+        data=DataSection(max_prompt_len=128),
+        reward=RewardSection(overlong_buffer_len=64),
+        rollout=RolloutSection(max_response_len=LONGEST, decode_slots=slots),
+    )
+
+
+def work(mean=320, sigma=0.8, **options):
+    lengths = parse_lengths(f"lognormal:{mean}:{sigma}", LONGEST)
+    return Workload(lengths, prompt_len=32, **options)
+
+
+def watched(monkeypatch):
+    """Finished responses, as (rollout step, draw, sample, tokens), in order."""
+    found, advance = [], schedule._SimulatedStream.advance
+
+    def watch(stream):
+        finished = advance(stream)
+        step = stream._engine.rollout_step
+        found.extend((step, q.draw, q.sample, len(r.tokens)) for q, r in finished)
+        return finished
+
+    monkeypatch.setattr(schedule._SimulatedStream, "advance", watch)
+    return found
+
+
+def test_lengths_have_the_mean_after_truncation_and_the_sigma_before():
+    d = parse_lengths("lognormal:5120:0.8", 20480)
+    assert d.mean == pytest.approx(5120, rel=1e-4) and d.values.max() == 20480
+    free = np.log(d.values[d.values < 20480])
+    low, high = np.quantile(np.log(d.values), [0.1587, 0.8413])  # of a normal: ± sigma
+    assert (high - low) / 2 == pytest.approx(0.8, rel=0.01) and len(free) < len(d.values)
+    # E[L²] / 2 E[L], numerically: the mean place of a token that is chosen at random.
+    rng = np.random.default_rng(0)
+    chosen = rng.choice(d.values, 200_000, p=d.values / d.values.sum())
+    assert d.live_mean == pytest.approx((chosen * rng.random(200_000)).mean(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "text", ["normal:5:1", "lognormal:5", "lognormal:0:1", "lognormal:1280:1", "lognormal:9:x", ""]
+)
+def test_other_lengths_are_refused(text):
+    with pytest.raises(InputError, match="lognormal:MEAN:SIGMA"):
+        parse_lengths(text, LONGEST)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_every_request_finishes_once_with_its_own_length(monkeypatch, partial):
+    found = watched(monkeypatch)
+    result = simulate(config(partial_rollouts=partial), SHARDS, work())
+    assert max(collections.Counter((d, s) for _, d, s, _ in found).values()) == 1
+    samples = schedule._Samples(work(), G)
+    assert all(length == samples.of_draw(d)[0][s] for _, d, s, length in found)
+    drawn = sum(step.prompts for step in result.steps)
+    left = result.steps[-1].open_groups
+    finished = {d for _, d, _, _ in found}
+    assert finished >= set(range(drawn - left)) and max(finished) < drawn
+    if not partial:
+        assert left == 0 and len(found) == drawn * G
+    tokens = sum(length for *_, length in found)
+    assert tokens <= sum(step.tokens for step in result.steps)
+    assert (tokens == sum(step.tokens for step in result.steps)) == (left == 0)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_segments_add_up(partial):
+    result = simulate(config(partial_rollouts=partial), SHARDS, work())
+    s = result.segments
+    for n, step in enumerate(result.steps):
+        own = s.rollout_step == n
+        assert s.steps[own].sum() == step.decode_steps and s.live[own].sum() == step.tokens
+        assert step.live_share == pytest.approx(step.tokens / step.decode_steps / SLOTS)
+    assert (s.live <= s.steps * s.width * SHARDS).all() and (s.steps <= 64).all()
+    assert (s.cache_mean <= s.cache_worst).all()
+    assert (s.cache_worst <= s.steps * s.width * s.read).all()
+    assert (s.cache_worst <= s.cache_mean * SHARDS).all()
+    assert result.prefills[:, 1:].prod(axis=1).sum() == sum(x.prefill_tokens for x in result.steps)
+
+
+def test_a_schedule_is_a_function_of_its_arguments():
+    a, b, other = (simulate(config(), SHARDS, work(seed=seed)) for seed in (0, 0, 1))
+    assert a.steps == b.steps != other.steps
+    assert all(np.array_equal(x, y) for x, y in zip(a.segments, b.segments, strict=True))
+
+
+def test_one_slot_of_equal_responses_by_hand():
+    """One group of two responses of 100 tokens after prompts of 32: 2 x 100 decode steps."""
+    one = config(1, prompts_per_step=1, responses_per_prompt=2, responses_per_update=2)
+    constant = Workload(parse_lengths("lognormal:100:0", LONGEST), 32, kept=1.0, steps=1)
+    result = simulate(one, 1, constant)
+    assert result.decode_steps == 200 and result.live_share == 1.0 == result.shard_balance
+    prompt = result.prefills[0, 2] and result.segments.cache_mean.sum() / 2
+    # positions of 100 steps, twice: 100 p + 0 + 1 + ... + 99, p the prompt without its last token
+    assert (prompt - 4950) / 100 == int((prompt - 4950) / 100) > 0
+
+
+def test_the_benchmark_prints_a_table_and_json(tmp_path, capsys):
+    flags = ["--config", "configs/tiny_cpu.yaml", "--shards", "4", "--lengths", "lognormal:20:0.5"]
+    assert main(["schedule", *flags, "--set", "dapo.partial_rollouts=true", "--steps", "2"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert result["row_shards"] == 4 and result["slots"] == 256 and result["steps"] == 2
+    assert 0 < result["live_share_of_slots"] <= 1
+    assert result["decode_steps_per_step"] >= result["ideal_decode_steps"] > 0
+
+
+def test_lengths_of_a_run_are_those_of_its_samples(tmp_path):
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    with pytest.raises(InputError, match="has no samples/"):
+        measured(tmp_path)
+    for step, lengths in enumerate(([5, 7], [9]), 1):
+        lines = "".join(json.dumps({"length": n}) + "\n" for n in lengths)
+        (folder / f"step_{step:06d}.jsonl").write_text(lines)
+    shares = [{"step": n, "filter/kept_fraction": k} for n, k in ((1, 0.25), (2, 0.75))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shares))
+    lengths, kept = measured(tmp_path)
+    assert sorted(lengths.values) == [5, 7, 9] and kept == 0.5
