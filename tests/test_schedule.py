@@ -1,7 +1,6 @@
 """The scheduler simulation: real engine and dynamic sampling on programs that only count."""
 
 import collections
-import dataclasses
 import json
 
 import numpy as np

@@ -79,9 +79,12 @@ def run_benchmark(
         usage = "%(prog)s [--flag value ...], or --help"
         verb = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, usage=usage)
         for size in dataclasses.fields(defaults):
-            flag, kind = "--" + size.name.replace("_", "-"), "|".join(typing.get_args(size.type))
+            flag, several = "--" + size.name.replace("_", "-"), size.type == tuple[str, ...]
+            kind = "KEY=VALUE" if several else "|".join(typing.get_args(size.type))
             text = f"{size.metadata['description']} (default {getattr(defaults, size.name)})"
             options: Any = {"type": _value, "default": argparse.SUPPRESS, "metavar": kind or "N"}
+            if several:
+                options |= {"action": "append", "type": str}
             verb.add_argument(flag, help=text, **options)
     given = vars(parser.parse_args(argv))
     name = given.pop("benchmark")

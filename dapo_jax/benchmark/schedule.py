@@ -16,12 +16,14 @@ from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh
+from jax.sharding import Mesh
 
-from dapo_jax.benchmark.measure import Report, flag
+from dapo_jax.benchmark.measure import Report
 from dapo_jax.config import Config, ModelConfig, load_config
+from dapo_jax.config.schema import field
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.mixture import Mixture
+from dapo_jax.model.decoder import Cache
 from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool
 from dapo_jax.rollout.engine import Engine, Limits, Programs, Stream
 from dapo_jax.rollout.sampler import Arrivals, Decoding, Until
@@ -220,7 +222,8 @@ class _SimulatedEngine(Engine):
             config.rollout.max_response_len,
             prefill_tokens,
         )
-        mesh: Any = AbstractMesh((1, shards, 1), ("data", "fsdp", "tensor"))
+        devices = np.full((1, shards, 1), jax.devices("cpu")[0])  # only their number matters
+        mesh = Mesh(devices, ("data", "fsdp", "tensor"))
         super().__init__(ModelConfig(), Sampling(), (), limits, mesh=mesh, fetch=lambda tree: tree)
 
     def stream(self, params: Any, seed: Any) -> "Stream":
@@ -235,8 +238,10 @@ class _SimulatedEngine(Engine):
 
         return Programs(start, self._prefill, self._insert, self._move, self._decode, unused)
 
-    def _prefill(self, params: Any, prompts: np.ndarray) -> None:
+    def _prefill(self, params: Any, prompts: np.ndarray) -> Cache:
         self.prefills.append((self.rollout_step, *prompts.shape))
+        none: Any = None
+        return Cache(none, none)
 
     def _insert(
         self, state: _Slots, cache: Any, seed: Any, packed: np.ndarray, count: int
@@ -431,15 +436,15 @@ def simulate(config: Config, shards: int, work: Workload, prefill_tokens: int = 
 class ScheduleSizes:
     """Flags of `benchmark schedule`."""
 
-    config: str = flag("", "YAML config; neither its weights nor its data are read")
-    set: tuple[str, ...] = flag((), "override, as in `train`; may be repeated")
-    shards: int = flag(0, "row shards; 0: mesh.data x mesh.fsdp of the config", low=0)
-    lengths: str = flag("", "of responses, lognormal:MEAN:SIGMA (MEAN after truncation, tokens)")
-    lengths_from: str = flag("", "instead: run folder whose samples and kept groups count")
-    prompt_len: float = flag(256.0, "mean prompt, tokens", high=2**20)
-    kept_fraction: float = flag(0.5, "share of sampled groups that are informative")
-    steps: int = flag(4, "rollout steps")
-    seed: int = flag(0, "of lengths and verdicts", low=0)
+    config: str = field("", "YAML config; neither its weights nor its data are read")
+    set: tuple[str, ...] = field((), "override, as in `train`; may be repeated")
+    shards: int = field(0, "row shards; 0: mesh.data x mesh.fsdp of the config", ge=0)
+    lengths: str = field("", "of responses: lognormal:MEAN:SIGMA, MEAN tokens after truncation")
+    lengths_from: str = field("", "instead: run folder, for its samples and share of kept groups")
+    prompt_len: float = field(256.0, "mean prompt, tokens", ge=1)
+    kept_fraction: float = field(0.5, "share of sampled groups that are informative", gt=0, le=1)
+    steps: int = field(4, "rollout steps", ge=1)
+    seed: int = field(0, "of lengths and verdicts", ge=0)
 
 
 def benchmark_schedule(sizes: ScheduleSizes) -> Report:
