@@ -51,6 +51,11 @@ class Stopped(Exception):
         self.number = number
 
 
+def one_line(error: object) -> str:
+    """The text of an error, or its type if it has none, on a line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 @dataclasses.dataclass(frozen=True)
 class Message:
     """One turn of a chat prompt."""

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, set before jax looks for devices."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -33,14 +34,24 @@ hypothesis.settings.load_profile("repeatable")
 _LONG = ("process_faults", "processes", "train", "faults", "lora", "buckets", "benchmark")
 
 
-def _results(work, orders, **limits):
-    """`sandbox.results` without its process."""
-    module, _, name = work.partition(":")
-    worked = getattr(importlib.import_module(module), name)(
-        map(json.loads, map(json.dumps, orders))
-    )
-    next(worked)
-    return (json.loads(json.dumps(result, default=sandbox._plain)) for result in worked)
+class ProcessHere(contextlib.nullcontext):
+    """`sandbox.Process` without its process."""
+
+    def __init__(self, work, setup, **limits):
+        super().__init__(self)
+        module, _, name = work.partition(":")
+        self._work = getattr(importlib.import_module(module), name)
+        self._setup = json.loads(json.dumps(setup))
+
+    def start(self):
+        self._answer = self._work(*self._setup)
+
+    def send(self, order):
+        self._order = order
+
+    def receive(self):
+        result = self._answer(self._order)
+        return json.loads(json.dumps(result, default=sandbox._plain))
 
 
 @pytest.fixture
@@ -52,7 +63,7 @@ def table_process():
 def tables_are_read_here(monkeypatch, request):
     """The process that reads a table takes seconds to start."""
     if "table_process" not in request.fixturenames:
-        monkeypatch.setattr(files, "results", _results)
+        monkeypatch.setattr(files, "Process", ProcessHere)
 
 
 def pytest_collection_modifyitems(items):

@@ -15,6 +15,7 @@ import time
 import types
 import zlib
 from collections import defaultdict
+from concurrent.futures import Future
 from unittest import mock
 
 import jax
@@ -114,7 +115,7 @@ class ImposedVerdicts(RewardPool):
         self._keep_rate, self._seen = keep_rate, set()
 
     def submit(self, items):
-        pending = PendingVerdicts(len(items))
+        pending = PendingVerdicts([Future() for _ in items])
         for place, item in enumerate(items):
             key = item.problem.id
             correct = key not in self._seen and seeded(key).random() < self._keep_rate

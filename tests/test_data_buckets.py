@@ -87,7 +87,7 @@ def test_the_verb_reads_from_a_bucket_and_prepares_in_it(
         "gs://bucket/texts": "holds none of *.parquet, *.jsonl, *.jsonl.gz, *.json, *.csv, *.arrow",
         "gs://bucket": "cannot be used as input (not of the form gs://bucket/name",
         "gs://bucket/*.jsonl": "cannot be used as input (not of the form gs://bucket/name",
-        "gs://bucket/half.parquet": "corrupt Parquet after row 0",
+        "gs://bucket/half.parquet": "corrupt Parquet",
         "gs://bucket/bad.jsonl": "0 problems from 1 rows (1 skipped: not JSON (row 1))",
     }.items(),
 )

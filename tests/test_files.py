@@ -122,7 +122,7 @@ def test_folders_and_patterns_of_shards(tmp_path):
         "no answer (column key)": Skip(1, 11)
     }  # rows are numbered through
     (split / "train-00001-of-00002.parquet").write_bytes(b"PAR1")
-    assert f"{split}: train-00001-of-00002.parquet: corrupt Parquet after row 0" in error_of(split)
+    assert f"{split}: train-00001-of-00002.parquet: corrupt Parquet (" in error_of(split)
     for name in (
         "test-00000-of-00001.parquet",
         "train-00001-of-00002.parquet",
@@ -139,9 +139,9 @@ def test_a_shard_that_changes_while_another_is_read(tmp_path, monkeypatch):
         write(tmp_path / f"{name}.jsonl")
     read = files._json_lines
 
-    def write_then_read(where, path):
+    def write_then_read(path):
         Path(tmp_path, "a.jsonl").write_text("")
-        return read(where, path)
+        return read(path)
 
     monkeypatch.setattr(files, "_json_lines", write_then_read)
     assert "changed while it was read" in error_of(tmp_path, **COLUMNS)
@@ -183,7 +183,7 @@ def test_csv_rows_that_are_no_rows(tmp_path, monkeypatch):
         '"1"+2?,3\n',
     ):  # which would hide the rows behind them, or stand in a cell
         path.write_text("question,answer\n1+1?,2\n" + quotes)
-        assert "not CSV after row 1 (" in error_of(path)
+        assert ": after row 1: not CSV (" in error_of(path)
     for separator in ";\t":
         path.write_text(f'question{separator}answer\n"1,5+1?{separator}"{separator}2,5\n')
         [found], _ = load(path)
@@ -191,7 +191,7 @@ def test_csv_rows_that_are_no_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 200)
     path.write_text("question,answer\n1+1?,2\n" + '"' + "x\n" * 200)
     assert (
-        "not CSV after row 1 (field larger than field limit (200)); correct the quotes there"
+        ": after row 1: not CSV (field larger than field limit (200)); correct the quotes there"
         in error_of(path)
     )
 
@@ -211,7 +211,7 @@ def test_damaged_arrow(tmp_path):
     content = path.read_bytes()
     for damaged in (b"", b"ARROW1\0\0" * 9, content[: len(content) // 2]):
         path.write_bytes(damaged)
-        assert "corrupt Arrow after row" in error_of(path, **COLUMNS)
+        assert "corrupt Arrow (" in error_of(path, **COLUMNS)
 
 
 # Hostile sizes
@@ -229,7 +229,7 @@ def test_a_table_is_read_in_a_process_with_a_memory_limit(tmp_path, monkeypatch,
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     said = error_of(tmp_path / "c.parquet")
-    assert "cannot be read after row 0 (out of memory); write .jsonl, or smaller files" in said
+    assert ": cannot be read (out of memory); write .jsonl, or smaller files" in said
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
@@ -265,7 +265,7 @@ def test_text_without_rows_is_not_read_for_ever(tmp_path, monkeypatch):
     assert ": the rows so far are over 1000 times the file's " in error_of(tmp_path / "a.jsonl.gz")
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 1000)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"x" * 10**7))
-    assert ": row 1: the rows so far are over 1000 times" in error_of(tmp_path / "b.jsonl.gz")
+    assert ": the rows so far are over 1000 times" in error_of(tmp_path / "b.jsonl.gz")
 
 
 @pytest.mark.parametrize("ending", files.ENDINGS)

@@ -12,9 +12,9 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 import unicodedata
-from collections import deque
 from pathlib import Path
 
 import hypothesis
@@ -495,8 +495,8 @@ class Absent(sandbox.Process):
 
     def __init__(self, line):
         self._patience_s, self._max_line_bytes = 1.0, pool._MAX_LINE_BYTES
-        self._inbox = bytearray(line + b"\n")
         self._channel, self._other = socket.socketpair()
+        self._other.sendall(line + b"\n")
 
     def kill(self):
         self._channel.close()
@@ -504,13 +504,10 @@ class Absent(sandbox.Process):
 
 
 def verdict_of(line):
-    pending = pool.PendingVerdicts(1)
-    task = pool._Task(pool.RewardItem(Problem("p", "a", "1"), "1", 1), pending.futures[0])
-    worker = pool._Worker(pool._Queue(1), RewardSection(verifier="lenient"), None)
+    worker = pool._Worker(RewardSection(verifier="lenient"), None, threading.Event())
     worker._process = Absent(line)
-    worker._judge(deque([task]))
-    worker._discard()
-    [verdict] = pending.result()
+    verdict = worker.judge(pool.RewardItem(Problem("p", "a", "1"), "1", 1))
+    worker.discard()
     return verdict
 
 
@@ -526,7 +523,8 @@ def verdict_of(line):
 @example(b"[" * 100_000)
 @example(b"7")
 @example(b'["refused", "no"]')
-@example(b'["done", null]')
+@example(b'["failed", "no"]')
+@example(b'["result", [true, 1.0, null]] 7')
 @example(b'["result", {"correct": true, "score": 1, "error": null}]')
 def test_what_a_worker_says(line):
     """A custom function can reach the worker's socket: the caller gets a verdict whatever comes."""

@@ -5,17 +5,16 @@ lock, so that no thread could watch it) or gigabytes of text.
 """
 
 import datetime
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from dapo_jax.runtime.sandbox import ConfinedError, Process
+from dapo_jax.runtime.sandbox import Process
+from dapo_jax.types import one_line
 
 DEADLINE_S = 10.0  # for one conversation
 _MEMORY_BYTES = 1 << 30
-_BATCH, _BATCH_CHARS = 64, 1 << 20  # conversations sent together, and when to send fewer
 
-Conversation = Sequence[Mapping[str, str]]
+Conversation = list[dict[str, str]]
 
 
 def render(
@@ -38,41 +37,19 @@ def render(
 
     Raises ConfinedError if the template fails, or takes too much time or memory for a conversation.
     """
-    batches = _batches(conversations)
-    if not (batch := next(batches, [])):
-        return
-    with Process(f"{__name__}:work", deadline_s=DEADLINE_S, memory_bytes=_MEMORY_BYTES) as process:
-        process.wait_ready()
-        process.send([template, dict(variables), date, max_chars, add_generation_prompt])
-        while batch:
-            process.send(batch)
-            for _ in batch:
-                text, error = process.receive()
-                if error is not None:
-                    raise ConfinedError(error)
-                yield text
-            batch = next(batches, [])
+    setup = [template, dict(variables), date, max_chars, add_generation_prompt]
+    limits: Any = {"deadline_s": DEADLINE_S, "memory_bytes": _MEMORY_BYTES}
+    with Process(f"{__name__}:renderer", setup, **limits) as process:
+        process.start()
+        for turns in conversations:
+            yield process.call(turns)
 
 
-def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
-    batch: list[Conversation] = []
-    chars = 0
-    for turns in conversations:
-        batch.append(turns)
-        chars += sum(len(turn["content"]) for turn in turns)
-        if len(batch) == _BATCH or chars > _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def work(orders: Iterator[Any]) -> Iterator[Any]:
-    """Renders, in the process, and yields each text or why there is none."""
+def renderer(
+    template: str, variables: Mapping[str, Any], date: str, max_chars: int, answers: bool
+) -> Callable[[Conversation], str | None]:
+    """In the process: `render` of one conversation."""
     from transformers.utils import chat_template_utils
-
-    yield
-    template, variables, date, max_chars, add_generation_prompt = next(orders)
 
     class FixedDate(datetime.datetime):
         @classmethod
@@ -80,17 +57,19 @@ def work(orders: Iterator[Any]) -> Iterator[Any]:
             return cls.fromisoformat(date)
 
     chat_template_utils.datetime = FixedDate  # type: ignore[misc]  # of strftime_now
-    for turns in itertools.chain.from_iterable(orders):
-        is_open = add_generation_prompt and turns[-1]["role"] == "assistant"
+
+    def render_one(turns: Conversation) -> str | None:
+        is_open = answers and turns[-1]["role"] == "assistant"
+        how: Any = {
+            "add_generation_prompt": answers and not is_open,
+            "continue_final_message": is_open,
+        }
         try:
-            texts: Any = chat_template_utils.render_jinja_template(
-                [turns],
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt and not is_open,
-                continue_final_message=is_open,
-                **variables,
-            )[0]
-            yield [texts[0] if len(texts[0]) <= max_chars else None, None]
-        except Exception as e:  # a template is a program: it may raise anything
+            render = chat_template_utils.render_jinja_template
+            texts: Any = render([turns], chat_template=template, **how, **variables)[0]
+        except Exception as e:
             what = "cannot continue the assistant's last turn: " if is_open else ""
-            yield [None, what + (" ".join(str(e).split())[:200] or type(e).__name__)]
+            raise ValueError(what + one_line(e)) from None
+        return texts[0] if len(texts[0]) <= max_chars else None
+
+    return render_one

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.dataset_builders.adhoc_builder import AdhocBuilder
 
 from dapo_jax.config import ArithmeticConfig, ColumnsConfig
 from dapo_jax.data.files import MAX_ROW_BYTES, choose_split
 from dapo_jax.data.problems import load_problems
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.runtime.files import Folder, as_path, check_url, errors_as, is_bucket, upload
-from dapo_jax.types import InputError, Problem
+from dapo_jax.types import InputError, Problem, one_line
 
 _BATCH = 64  # records
 
@@ -32,32 +33,18 @@ def _registered_feature(cls: Any, name: str) -> Any:
 tfds.features.FeatureConnector.cls_from_name = classmethod(_registered_feature)
 
 
-class Problems(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Distinct problems in order, by split. A chat prompt is in `turns`, and `prompt` is empty."""
-
-    VERSION = tfds.core.Version("1.0.0")
+class _Builder(AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
     url_infos = None  # no downloads: looking for checksums needs importlib_resources
 
-    def __init__(self, name: str, splits: Mapping[str, list[Problem]], about: str, **kwargs: Any):
-        self.name, self._splits, self._about = name, splits, about
-        super().__init__(**kwargs)
+    def _split_generators(self, dl_manager: Any) -> Mapping[str, Any]:
+        return self._split_datasets  # its parent's needs TensorFlow
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
-        turns = tfds.features.Sequence({"role": text, "content": text})
-        columns = {"id": text, "prompt": text, "turns": turns, "answer": text, "solution": text}
-        features = tfds.features.FeaturesDict(columns)
-        info = {"builder": self, "description": self._about, "features": features}
-        return tfds.core.DatasetInfo(**info, disable_shuffling=True)
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        return {split: self._generate_examples(split) for split in self._splits}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, p in enumerate(self._splits[split]):
-            text, turns = (p.prompt, []) if isinstance(p.prompt, str) else ("", map(vars, p.prompt))
-            row = {"id": p.id, "prompt": text, "turns": [*turns], "answer": p.answer}
-            yield number, row | {"solution": p.solution or ""}
+def _example(p: Problem) -> dict[str, Any]:
+    """A record of a problem. A chat prompt is in `turns`, and `prompt` is empty."""
+    text, turns = (p.prompt, []) if isinstance(p.prompt, str) else ("", map(vars, p.prompt))
+    row = {"id": p.id, "prompt": text, "turns": [*turns], "answer": p.answer}
+    return row | {"solution": p.solution or ""}
 
 
 def prepare(
@@ -81,12 +68,12 @@ def prepare(
         check_url(folder, "a folder to write")
     splits, summaries = {}, []
     for split, path in {"train": source, "test": test}.items():
-        if path is None:
-            continue
-        how: Any = {"columns": columns, "heldout": split == "test"}
-        splits[split], report = load_problems(path, ArithmeticConfig(), **how)
-        summaries.append(report.summary())
-        info(summaries[-1])
+        if path is not None:
+            how: Any = {"columns": columns, "heldout": split == "test"}
+            problems, report = load_problems(path, ArithmeticConfig(), **how)
+            splits[split] = enumerate(map(_example, problems))
+            summaries.append(report.summary())
+            info(summaries[-1])
     if not is_bucket(folder):
         return _write(name, splits, "\n".join(summaries), folder)
     with tempfile.TemporaryDirectory() as temporary:
@@ -101,11 +88,23 @@ def prepare(
     return target
 
 
-def _write(name: str, splits: Mapping[str, list[Problem]], about: str, folder: str) -> Path:
+def _write(name: str, splits: Mapping[str, Any], about: str, folder: str) -> Path:
     tfds.disable_progress_bar()
+    text = tfds.features.Text()
+    turns = tfds.features.Sequence({"role": text, "content": text})
+    columns = {"id": text, "prompt": text, "turns": turns, "answer": text, "solution": text}
     no_gcs = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        builder = Problems(name, splits, about, data_dir=folder, file_format="array_record")
+        builder = _Builder(
+            name=name,
+            version="1.0.0",
+            features=tfds.features.FeaturesDict(columns),
+            split_datasets=splits,
+            description=about,
+            data_dir=folder,
+            file_format="array_record",
+            disable_shuffling=True,
+        )
         if Path(builder.data_dir).exists():
             where = f"{builder.data_dir}: already holds a prepared data set"
             raise InputError(f"{where}; choose another folder")
@@ -117,28 +116,32 @@ def _write(name: str, splits: Mapping[str, list[Problem]], about: str, folder: s
     return Path(builder.data_dir)
 
 
-def records(orders: Iterator[Any]) -> Iterator[Any]:
-    """Reads a prepared folder in the process of `files.prepared_rows`: [source, folder, heldout] →
-    [bytes, rows]. Raises InputError if the folder is damaged, or has no such split."""
-    yield
-    source, folder, heldout = next(orders)
-    raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
-    try:
-        builder = tfds.builder_from_directory(folder)
-        split = choose_split(source, list(builder.info.splits), heldout)
-        raw = builder.as_data_source(split=split, deserialize_method=raw_bytes)
-        for start in range(0, len(raw), _BATCH):
-            batch = raw.__getitems__(list(range(start, min(start + _BATCH, len(raw)))))
-            if not all(batch):  # a shortened file may read as empty records, without an error
-                raise ValueError(f"empty record {start + batch.index(b'') + 1}")
-            for record in batch:
-                yield [len(record), [_row(builder.info.features, record)]]
-    except (InputError, MemoryError):
-        raise
-    except Exception as e:  # tfds, protobuf and array_record raise many kinds on damaged files
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
-        where = f"{source}: not a readable data set ({reason})"
-        raise InputError(f"{where}; prepare it again as array_record") from None
+def records(folder: str, heldout: bool) -> Callable[[None], tuple[int, list[Any]] | None]:
+    """In the process of `files.py`: reads the next record of a prepared folder; None at the end.
+
+    Raises InputError if the folder is damaged, or has no such split.
+    """
+
+    def pieces() -> Iterator[tuple[int, list[Any]]]:
+        raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
+        try:
+            builder = tfds.builder_from_directory(folder)
+            split = choose_split(list(builder.info.splits), heldout)
+            raw = builder.as_data_source(split=split, deserialize_method=raw_bytes)
+            for start in range(0, len(raw), _BATCH):
+                batch = raw.__getitems__(list(range(start, min(start + _BATCH, len(raw)))))
+                if not all(batch):  # a shortened file may read as empty records, without an error
+                    raise ValueError(f"empty record {start + batch.index(b'') + 1}")
+                for record in batch:
+                    yield len(record), [_row(builder.info.features, record)]
+        except (InputError, MemoryError):
+            raise
+        except Exception as e:  # tfds, protobuf and array_record raise many kinds on damaged files
+            what = f"not a readable data set ({one_line(e)})"
+            raise InputError(f"{what}; prepare it again as array_record") from None
+
+    found = pieces()
+    return lambda order: next(found, None)
 
 
 def _row(features: Any, record: bytes) -> dict[str, Any] | str:

@@ -1,37 +1,37 @@
 """Judges answers in the background; no answer can stop the caller or outlive its deadline.
 
 The strict rule is cheap and bounded, and runs in the caller's process. math-verify and custom
-functions run in worker processes (`runtime/sandbox.py`), each owned by one thread. A worker that
-misses a deadline, crashes, exceeds its memory or sends malformed data is replaced, and only the
-answer it was judging goes without a verdict.
+functions run in worker processes (`runtime/sandbox.py`). A worker that misses a deadline, crashes,
+exceeds its memory or sends malformed data is replaced, and only the answer it was judging goes
+without a verdict.
 """
 
 import contextlib
+import dataclasses
 import os
+import queue
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 from dapo_jax.config import RewardSection
 from dapo_jax.reward.verify import (
     check_verdict,
+    described,
     extract_answer,
     function_source,
     lenient_judgement,
     lenient_verify,
     load_function,
-    one_line,
     strict_verify,
 )
 from dapo_jax.runtime import sandbox
-from dapo_jax.types import InputError, Message, Problem, SharedError, Verdict
+from dapo_jax.types import InputError, Message, Problem, SharedError, Verdict, one_line
 
 _RETRY_S = 1.0  # pause after a worker that could not start
-_MAX_FAILED_STARTS = 3  # in a row, each worker's last included, before answers are given up
-_BATCH = 16  # answers sent together
+_MAX_FAILED_STARTS = 3  # in all, each worker's last included, before answers are given up
 _MAX_LINE_BYTES = 1 << 16  # of a verdict
 _TIMED_OUT = "timed out"
 # Errors that reward.memory_mb causes.
@@ -46,11 +46,10 @@ class RewardItem(NamedTuple):
     response_len: int  # tokens, the end token included
 
 
-class PendingVerdicts:
-    """The verdicts of one submission: a future each, in the order of the items."""
+class PendingVerdicts(NamedTuple):
+    """The verdicts of one submission, in the order of the items."""
 
-    def __init__(self, count: int) -> None:
-        self.futures: list[Future[Verdict]] = [Future() for _ in range(count)]
+    futures: Sequence[Future[Verdict]]
 
     def wait(self, seconds: float) -> bool:
         """Waits at most `seconds`; returns whether `result` would then not wait."""
@@ -59,11 +58,6 @@ class PendingVerdicts:
     def result(self) -> list[Verdict]:
         """Waits for all verdicts. Raises RuntimeError if the pool was closed before."""
         return [future.result() for future in self.futures]
-
-
-class _Task(NamedTuple):
-    item: RewardItem
-    verdict: Future[Verdict]
 
 
 class RewardPool(contextlib.AbstractContextManager):
@@ -77,21 +71,22 @@ class RewardPool(contextlib.AbstractContextManager):
 
     def __init__(self, section: RewardSection, source: str | None = None) -> None:
         source = function_source(section.function) if source is None else source
-        self._queue: _Queue | None = None
+        self._closed = threading.Event()
+        self._given_up: str | None = None  # error of the answers that wait, if no worker starts
         self._workers: list[_Worker] = []
+        self._idle = queue.SimpleQueue[_Worker]()
         if section.verifier == "strict":
+            self._threads = ThreadPoolExecutor(1)
             return
         if missing := [name for name in section.environment if name not in os.environ]:
             raise InputError(
                 f"reward.environment: {missing[0]} is not set; set it before the start, "
                 "or leave it out"
             )
-        self._queue = _Queue(section.workers)
-        self._workers = [_Worker(self._queue, section, source) for _ in range(section.workers)]
-        for worker in self._workers:
-            worker.start()
+        self._threads = ThreadPoolExecutor(section.workers, "reward-worker")
+        self._workers = [_Worker(section, source, self._closed) for _ in range(section.workers)]
+        starts = [self._threads.submit(self._start, worker) for worker in self._workers]
         try:
-            starts = [worker.first_start for worker in self._workers]
             if error := wait(starts, return_when=FIRST_COMPLETED).done.pop().result():
                 raise InputError(error)
         except BaseException:
@@ -99,17 +94,11 @@ class RewardPool(contextlib.AbstractContextManager):
             raise
 
     def submit(self, items: Sequence[RewardItem]) -> PendingVerdicts:
-        """Judges the items, in the background where workers do it.
-
-        Raises RuntimeError if the pool is closed.
-        """
-        pending = PendingVerdicts(len(items))
-        if self._queue is not None:
-            self._queue.put([*map(_Task, items, pending.futures)])
-        else:
-            for item, future in zip(items, pending.futures, strict=True):
-                future.set_result(_judge_strict(*item))
-        return pending
+        """Judges the items in the background. Raises RuntimeError if the pool is closed."""
+        self._check_open()
+        self._given_up = None
+        judge = self._judge if self._workers else _judge_strict
+        return PendingVerdicts([self._threads.submit(judge, item) for item in items])
 
     def judge(self, items: Sequence[RewardItem]) -> list[Verdict]:
         """Judges the items and waits for the verdicts."""
@@ -117,13 +106,45 @@ class RewardPool(contextlib.AbstractContextManager):
 
     def close(self) -> None:
         """Ends the workers; answers without a verdict get none."""
-        if self._queue is not None:
-            self._queue.close(RuntimeError("no verdicts: the reward pool was closed"))
+        self._closed.set()
         for worker in self._workers:
-            worker.join()
+            worker.interrupt()
+        self._threads.shutdown()
+        for worker in self._workers:
+            worker.discard()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _start(self, worker: "_Worker") -> str | None:
+        try:
+            return worker.start()
+        finally:
+            self._idle.put(worker)
+
+    def _judge(self, item: RewardItem) -> Verdict:
+        """The verdict of an idle worker: there are as many threads as workers."""
+        worker = self._idle.get()
+        try:
+            while not worker.is_ready():
+                self._check_open()
+                if self._given_up is not None:
+                    return Verdict(False, -1.0, self._given_up)
+                if error := worker.start():
+                    failed = [one.failed_starts for one in self._workers]
+                    if all(failed) and sum(failed) >= _MAX_FAILED_STARTS:
+                        self._given_up = error
+                    else:
+                        self._closed.wait(_RETRY_S)
+            verdict = worker.judge(item)
+            self._check_open()
+            return verdict
+        finally:
+            self._idle.put(worker)
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise RuntimeError("no verdicts: the reward pool was closed")
 
 
 def no_answer_fraction(verdicts: Sequence[Verdict]) -> float:
@@ -166,162 +187,78 @@ def remedy(error: str, section: RewardSection) -> str:
     return "look at the responses"
 
 
-class _Queue:
-    """Tasks that wait for a worker, and what the workers' threads share."""
+class _Worker:
+    """One process at a time that judges; used by one thread at a time, except `interrupt`."""
 
-    def __init__(self, workers: int) -> None:
-        self.processes: set[sandbox.Process] = set()  # alive
+    def __init__(self, section: RewardSection, source: str | None, closed: threading.Event) -> None:
         self.failed_starts = 0  # in a row
-        self.failing: set[threading.Thread] = set()  # workers whose last start failed
-        self.closed: BaseException | None = None  # why
-        self._tasks: deque[_Task] = deque()
-        self._workers = workers
-        self._changed = threading.Condition()  # guards _tasks and closed
-
-    def put(self, tasks: Sequence[_Task]) -> None:
-        with self._changed:
-            if self.closed is not None:
-                raise RuntimeError("the reward pool is closed")
-            self._tasks.extend(tasks)
-            self._changed.notify_all()
-
-    def put_back(self, tasks: deque[_Task]) -> None:
-        """Returns taken tasks, which go first."""
-        with self._changed:
-            self._tasks.extendleft(reversed(tasks))
-            self._changed.notify_all()
-        if self.closed is not None:
-            self.close(self.closed)
-
-    def wait(self) -> bool:
-        """Waits for tasks; False if the pool is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._tasks or self.closed is not None)
-            return self.closed is None
-
-    def take(self) -> deque[_Task]:
-        """A batch: fewer tasks towards the end, so that none waits behind a slow one."""
-        with self._changed:
-            count = min(_BATCH, max(1, len(self._tasks) // (4 * self._workers)))
-            return deque(self._tasks.popleft() for _ in range(min(count, len(self._tasks))))
-
-    def started(self) -> None:
-        with self._changed:
-            self.failed_starts = 0
-            self.failing.discard(threading.current_thread())
-
-    def start_failed(self, error: str) -> None:
-        """Waits before the next start; gives the tasks up after several, if no worker can start."""
-        with self._changed:
-            self.failed_starts += 1
-            self.failing.add(threading.current_thread())
-            if self.failed_starts >= _MAX_FAILED_STARTS and len(self.failing) == self._workers:
-                self.failed_starts = 0
-                while self._tasks:
-                    self._tasks.popleft().verdict.set_result(Verdict(False, -1.0, error))
-            self._changed.wait_for(lambda: self.closed is not None, _RETRY_S)
-
-    def close(self, reason: BaseException) -> None:
-        with self._changed:
-            self.closed = self.closed or reason
-            while self._tasks:
-                self._tasks.popleft().verdict.set_exception(self.closed)
-            for process in [*self.processes]:
-                process.interrupt()
-            self._changed.notify_all()
-
-
-class _Worker(threading.Thread):
-    """Owns one process: sends it tasks, waits for the verdicts, replaces it."""
-
-    def __init__(self, queue: _Queue, section: RewardSection, source: str | None) -> None:
-        super().__init__(name="reward-worker", daemon=True)
-        self.first_start: Future[str | None] = Future()  # its error
-        self._queue, self._section = queue, section
+        self._section, self._closed = section, closed
         self._rule = [section.verifier, section.function, section.allowed_modules, source]
         self._environment = {name: os.environ[name] for name in section.environment}
         self._process: sandbox.Process | None = None
 
-    def run(self) -> None:
-        try:
-            self._start()
-            while self._queue.wait():
-                if self._process is not None and not self._process.is_quiet():
-                    self._discard()  # it died, or sent unexpected output
-                if self._process is not None or self._start():
-                    self._judge(self._queue.take())
-        except BaseException as e:  # the caller must not wait forever
-            self._queue.close(RuntimeError(f"no verdicts: {one_line(e)}"))
-            if not self.first_start.done():
-                self.first_start.set_result(f"reward: {one_line(e)}")
-        finally:
-            self._discard()
+    def is_ready(self) -> bool:
+        """Whether its process lives, and sends nothing by itself."""
+        return self._process is not None and self._process.is_quiet()
 
-    def _start(self) -> bool:
-        """Starts a process; after a failure, waits and returns False."""
-        error = self._start_error()
-        if not self.first_start.done():
-            self.first_start.set_result(error)
-        if error:
-            self._discard()
-            self._queue.start_failed(error)
-        return not error
-
-    def _start_error(self) -> str | None:
+    def start(self) -> str | None:
+        """Starts a new process, or returns why there is none."""
+        self.discard()
+        self.failed_starts += 1
         try:
             self._process = sandbox.Process(
-                f"{__name__}:work",
+                f"{__name__}:judging",
+                self._rule,
                 deadline_s=self._section.timeout_s,
                 memory_bytes=self._section.memory_mb << 20,
                 environment=self._environment,
                 max_line_bytes=_MAX_LINE_BYTES,
             )
-            self._queue.processes.add(self._process)
-            if self._queue.closed is not None:
+            if self._closed.is_set():
                 self._process.interrupt()
-            self._process.send(self._rule)
-            self._process.wait_ready()
-            self._queue.started()
+            self._process.start()
+            self.failed_starts = 0
             return None
         except OSError as e:
-            return f"reward: cannot start a worker ({one_line(e)}); free memory or file handles"
+            error = f"reward: cannot start a worker ({described(e)}); free memory or file handles"
         except InputError as e:
-            return _without_secrets(str(e), self._environment)
-        except (sandbox.ConfinedError, EOFError) as e:
+            error = _without_secrets(str(e), self._environment)
+        except sandbox.ConfinedError as e:
             key = "function" if self._section.verifier == "custom" else "verifier"
-            return (
-                f"reward.{key}: its worker could not start ({e}); check that what it imports works"
-            )
+            what = f"reward.{key}: its worker could not start ({e})"
+            error = f"{what}; check that what it imports works"
+        self.discard()
+        return error
 
-    def _judge(self, tasks: deque[_Task]) -> None:
-        """Settles the tasks, or the first without a verdict and returns the others."""
-        assert self._process is not None
+    def judge(self, item: RewardItem) -> Verdict:
+        """The verdict of its process, which is killed if it gives none."""
+        order = [dataclasses.asdict(item.problem), item.text, int(item.response_len)]
         error = "worker sent no verdict"
         try:
-            self._process.send([_fields(task.item) for task in tasks])
-            while tasks:
-                verdict = check_verdict(Verdict(*self._process.receive()))
-                if verdict.error is not None:
-                    text = _without_secrets(verdict.error, self._environment)
-                    verdict = verdict._replace(error=text)
-                tasks.popleft().verdict.set_result(verdict)
+            assert self._process is not None
+            verdict = check_verdict(Verdict(*self._process.call(order)))
+            if verdict.error is not None:
+                text = _without_secrets(verdict.error, self._environment)
+                verdict = verdict._replace(error=text)
+            return verdict
         except sandbox.OverMemoryError:
             error = f"MemoryError: needs more than reward.memory_mb {self._section.memory_mb}"
         except sandbox.ConfinedError as e:
             error = str(e)
-        except (InputError, EOFError, ValueError, TypeError):
+        except (InputError, ValueError, TypeError):
             pass
-        finally:
-            if tasks:
-                self._discard()
-                if self._queue.closed is None:
-                    tasks.popleft().verdict.set_result(Verdict(False, -1.0, error))
-                self._queue.put_back(tasks)
+        self.discard()
+        return Verdict(False, -1.0, error)
 
-    def _discard(self) -> None:
+    def interrupt(self) -> None:
+        """Makes `start` and `judge` of another thread fail at once."""
+        if (process := self._process) is not None:
+            process.interrupt()
+
+    def discard(self) -> None:
+        """Kills its process."""
         if self._process is not None:
             self._process.kill()
-            self._queue.processes.discard(self._process)
             self._process = None
 
 
@@ -334,57 +271,46 @@ def _without_secrets(error: str, environment: Mapping[str, str]) -> str:
     return error
 
 
-def _fields(item: RewardItem) -> list[Any]:
-    p = item.problem
-    prompt = p.prompt if isinstance(p.prompt, str) else [[t.role, t.content] for t in p.prompt]
-    return [p.id, prompt, p.answer, p.solution, p.source, item.text, int(item.response_len)]
-
-
-def _item(fields: list[Any]) -> RewardItem:
-    name, prompt, answer, solution, source, text, response_len = fields
-    turns = prompt if isinstance(prompt, str) else tuple(Message(*turn) for turn in prompt)
-    return RewardItem(Problem(name, turns, answer, solution, source), text, response_len)
+def _judge_strict(item: RewardItem) -> Verdict:
+    correct = strict_verify(item.text, item.problem.answer)
+    answered = correct or extract_answer(item.text) is not None
+    return Verdict(correct, 1.0 if correct else -1.0, None, answered)
 
 
 # ------------------------------------------------------------------------------------- the process
 
 
-def work(orders: Iterator[Any]) -> Iterator[Verdict | None]:
-    """Judges, in a sandboxed process: an order that says how, then batches of items."""
-    judge = _load_judge(*next(orders))
-    yield None
-    for batch in orders:
-        for item in map(_item, batch):
-            try:
-                yield check_verdict(judge(*item))
-            except MemoryError:
-                raise
-            except Exception as e:
-                yield Verdict(False, -1.0, one_line(e))
-
-
-def _load_judge(
+def judging(
     verifier: str, function: str, allowed_modules: Sequence[str], source: str | None
-) -> Callable[[Problem, str, int], object]:
+) -> Callable[[tuple[dict[str, Any], str, int]], Verdict]:
+    """In the process: a function from [problem, text, length] to the verdict."""
     if verifier == "custom":
         sys.path.append(os.getcwd())
-        return load_function(function, allowed_modules, source)
-    try:  # loads and compiles what the first answer would wait for
-        lenient_verify(r"Answer: $\frac{1}{3}$", "1/2")
-    except ImportError as e:
-        raise InputError(
-            f"reward.verifier: lenient needs math-verify ({one_line(e)}); "
-            "pip install math-verify, or use strict"
-        ) from None
-    return _judge_lenient
+        judge = load_function(function, allowed_modules, source)
+    else:
+        judge = _judge_lenient
+        try:  # loads and compiles what the first answer would wait for
+            lenient_verify(r"Answer: $\frac{1}{3}$", "1/2")
+        except ImportError as e:
+            raise InputError(
+                f"reward.verifier: lenient needs math-verify ({described(e)}); "
+                "pip install math-verify, or use strict"
+            ) from None
+
+    def answer(order: tuple[dict[str, Any], str, int]) -> Verdict:
+        fields, text, response_len = order
+        if not isinstance(fields["prompt"], str):
+            fields["prompt"] = tuple(Message(**turn) for turn in fields["prompt"])
+        try:
+            return check_verdict(judge(Problem(**fields), text, response_len))
+        except MemoryError:
+            raise
+        except Exception as e:
+            return Verdict(False, -1.0, described(e))
+
+    return answer
 
 
 def _judge_lenient(problem: Problem, text: str, response_len: int) -> Verdict:
     correct, answered = lenient_judgement(text, problem.answer)
-    return Verdict(correct, 1.0 if correct else -1.0, None, answered)
-
-
-def _judge_strict(problem: Problem, text: str, response_len: int) -> Verdict:
-    correct = strict_verify(text, problem.answer)
-    answered = correct or extract_answer(text) is not None
     return Verdict(correct, 1.0 if correct else -1.0, None, answered)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dapo_jax.config import read_text
-from dapo_jax.types import InputError, Problem, Verdict, canonical_answer
+from dapo_jax.types import InputError, Problem, Verdict, canonical_answer, one_line
 
 # fn(problem, response_text, response_len) -> (correct, score), or a Verdict
 RewardFunction = Callable[[Problem, str, int], Verdict | tuple[bool, float]]
@@ -30,7 +30,6 @@ STRICT_TAIL = 300  # last characters of a response, where the strict rule looks 
 LENIENT_TAIL = 2000  # the same for math-verify, which also reads longer forms
 
 _MAX_ANSWER_CHARS = 4096  # a longer text cannot match one from 300 characters, and is left as it is
-_MAX_ERROR_CHARS = 200
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
@@ -247,10 +246,9 @@ def _same_number(a: Any, b: Any) -> bool:
     return bool(abs((a - b).evalf()) <= 1e-14 * abs(a.evalf()))
 
 
-def one_line(error: BaseException | str) -> str:
-    """`ValueError: message`, or a text, on one line of at most 200 characters."""
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:_MAX_ERROR_CHARS]
+def described(error: Exception) -> str:
+    """`ValueError: message` on one line."""
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 def function_source(spec: str | None) -> str | None:
@@ -287,7 +285,7 @@ def load_function(
         module = importlib.import_module(name) if source is None else _import_text(name, source)
     except Exception as e:
         raise InputError(
-            f"reward.function: cannot import {name!r} ({one_line(e)}); correct the name, "
+            f"reward.function: cannot import {name!r} ({described(e)}); correct the name, "
             f"or fix the {kind}"
         ) from None
     function = getattr(module, attribute, None)

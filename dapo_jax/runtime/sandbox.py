@@ -18,11 +18,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dapo_jax.types import InputError
+from dapo_jax.types import InputError, one_line
 
 START_S = 120.0  # for the process to import what it needs
 _ALARM_S = 2.0  # beyond the deadline, when a process ends itself
@@ -53,11 +53,12 @@ class OverMemoryError(ConfinedError):
 
 
 class Process(contextlib.AbstractContextManager):
-    """A sandboxed process; a context manager that kills it. Not thread-safe, except `interrupt`.
+    """A sandboxed process that answers one order at a time; a context manager that kills it. Not
+    thread-safe, except `interrupt`.
 
-    work: "module:function" of a generator function of an iterator of orders. Its first yield means
-      that it is ready, the others are JSON-able results (a decimal becomes text).
-    deadline_s: for one result. memory_bytes: address space beyond what it has when it is ready.
+    work: "module:function" of a function that takes `setup` as its arguments and returns one from
+      an order to its result. Orders and results are JSON-able (a decimal becomes text).
+    deadline_s: for one result. memory_bytes: address space beyond what it has after `start`.
 
     Raises OSError if no process can be started.
     """
@@ -65,16 +66,16 @@ class Process(contextlib.AbstractContextManager):
     def __init__(
         self,
         work: str,
+        setup: Sequence[Any] = (),
         *,
         deadline_s: float,
         memory_bytes: int,
         environment: Mapping[str, str] | None = None,
         max_line_bytes: int = _MAX_LINE_BYTES,
     ):
-        self._deadline_s, self._max_line_bytes = deadline_s, max_line_bytes
-        self._patience_s = START_S  # deadline_s once it is ready
+        self._setup, self._deadline_s, self._max_line_bytes = setup, deadline_s, max_line_bytes
+        self._patience_s = START_S  # deadline_s once it has started
         self._mark = secrets.token_hex(8)
-        self._inbox = bytearray()
         kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         path = [os.path.abspath(entry) for entry in sys.path]
         self._channel, theirs = socket.socketpair()
@@ -93,27 +94,33 @@ class Process(contextlib.AbstractContextManager):
     def __exit__(self, *exception: object) -> None:
         self.kill()
 
-    def send(self, order: Any) -> None:
-        """Sends a JSON-able order. Raises ConfinedError if the process does not take it."""
-        self._channel.settimeout(self._patience_s)
-        try:  # ASCII, so that lone surrogates survive too
-            self._channel.sendall(json.dumps(order).encode() + b"\n")
-        except TimeoutError:
-            raise ConfinedError(f"timed out after {self._patience_s:g} s") from None
-        except OSError:
-            raise self._ended() from None
-
-    def wait_ready(self) -> None:
-        """Waits until the process has imported what it needs; raises as `receive` does."""
-        self.receive()
+    def start(self) -> None:
+        """Waits until `work` has returned its function; raises as `call` does."""
+        self.call(self._setup)
         self._patience_s = self._deadline_s
 
-    def receive(self) -> Any:
-        """Waits for the next result.
+    def call(self, order: Any) -> Any:
+        """The result of an order. Raises InputError if `work` does, else ConfinedError; kill it
+        then."""
+        self.send(order)
+        return self.receive()
 
-        Raises InputError if `work` does, EOFError if it is done, else ConfinedError; kill it then.
-        """
-        line = self._line()
+    def send(self, order: Any) -> None:
+        """Sends an order, whose result `receive` returns; raises as `call` does."""
+        with self._failures():
+            self._channel.settimeout(self._patience_s)
+            # ASCII, so that lone surrogates survive too
+            self._channel.sendall(json.dumps(order).encode() + b"\n")
+
+    def receive(self) -> Any:
+        """Waits for the result of the order that was sent."""
+        line, deadline = bytearray(), time.monotonic() + self._patience_s
+        with self._failures():
+            while not line.endswith(b"\n") and len(line) <= self._max_line_bytes:
+                self._channel.settimeout(max(0.001, deadline - time.monotonic()))
+                if not (data := self._channel.recv(1 << 18)):
+                    raise ConnectionResetError
+                line += data
         try:
             kind, value = json.loads(line)
         except (ValueError, TypeError, RecursionError):
@@ -125,42 +132,32 @@ class Process(contextlib.AbstractContextManager):
                 raise InputError(" ".join(str(value).split()))
             case "memory":
                 raise OverMemoryError("out of memory")
-            case "done":
-                raise EOFError("worker is done")
+            case "failed":
+                raise ConfinedError(one_line(value))
         raise ConfinedError("worker sent malformed data")
 
-    def _line(self) -> bytes:
-        deadline, searched = time.monotonic() + self._patience_s, 0
-        while (end := self._inbox.find(b"\n", searched)) < 0:
-            if (searched := len(self._inbox)) > self._max_line_bytes:
-                raise ConfinedError("worker sent malformed data")
-            self._channel.settimeout(max(0.001, deadline - time.monotonic()))
-            try:
-                data = self._channel.recv(1 << 18)
-            except TimeoutError:
-                raise ConfinedError(f"timed out after {self._patience_s:g} s") from None
-            except OSError:
-                data = b""
-            if not data:
-                raise self._ended()
-            self._inbox += data
-        line = bytes(self._inbox[:end])
-        del self._inbox[: end + 1]
-        return line
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError:
+            raise ConfinedError(f"timed out after {self._patience_s:g} s") from None
+        except OSError:
+            raise self._ended() from None
 
     def is_quiet(self) -> bool:
-        """Whether the process lives and has sent nothing that was not received."""
+        """Whether the process lives and has sent nothing that no order asked for."""
         try:
             self._channel.settimeout(0)
             self._channel.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
-            return not self._inbox
+            return True
         except OSError:
             pass
         return False
 
     def interrupt(self) -> None:
-        """Makes a `send` or `receive` of another thread raise at once."""
+        """Makes a `call` of another thread raise at once."""
         with contextlib.suppress(OSError):
             self._channel.shutdown(socket.SHUT_RDWR)
 
@@ -194,22 +191,6 @@ def _kill_marked(mark: str) -> None:
                 os.kill(int(file.parent.name), signal.SIGKILL)
 
 
-def results(
-    work: str, orders: Iterable[Any], *, deadline_s: float, memory_bytes: int
-) -> Iterator[Any]:
-    """The results of `work` on a few orders, which are all sent first (see `Process`).
-
-    Raises InputError if `work` does, and ConfinedError if the process fails.
-    """
-    with Process(work, deadline_s=deadline_s, memory_bytes=memory_bytes) as process:
-        process.wait_ready()
-        for order in orders:
-            process.send(order)
-        with contextlib.suppress(EOFError):
-            while True:
-                yield process.receive()
-
-
 # ------------------------------------------------------------------------------ inside the process
 
 
@@ -234,39 +215,32 @@ def _serve(channel: socket.socket, work: str, deadline_s: float, memory_bytes: i
     if sys.platform == "linux":  # the kernel kills it when its caller dies
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     channel.set_inheritable(False)
-    process, limit = os.getpid(), START_S
-
-    def alarm(seconds: float) -> None:  # in case the caller no longer enforces the deadline
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-    def orders() -> Iterator[Any]:
-        with channel.makefile("rb") as lines:
-            while True:
-                alarm(0)
-                if not (line := lines.readline()):
-                    return
-                alarm(limit + _ALARM_S)
-                yield json.loads(line)
+    module, _, name = work.partition(":")
+    process, limit, answer = os.getpid(), START_S, None
 
     def send(kind: str, value: Any = None) -> None:
         if os.getpid() != process:  # a forked child must not answer
             os._exit(0)
-        alarm(0)  # no deadline while the caller works
         channel.sendall(json.dumps([kind, value], default=_plain).encode() + b"\n")
+        signal.setitimer(signal.ITIMER_REAL, 0)  # no deadline while the caller works
 
     try:
-        module, _, name = work.partition(":")
-        for n, result in enumerate(getattr(importlib.import_module(module), name)(orders())):
-            if n == 0:
-                _limit_memory(memory_bytes)
-                limit = deadline_s
-            send("result", result)
-            alarm(limit + _ALARM_S)
-        send("done")
+        for line in channel.makefile("rb"):
+            # In case the caller no longer enforces the deadline.
+            signal.setitimer(signal.ITIMER_REAL, limit + _ALARM_S)
+            if answer is not None:
+                send("result", answer(json.loads(line)))
+                continue
+            answer = getattr(importlib.import_module(module), name)(*json.loads(line))
+            _limit_memory(memory_bytes)
+            limit = deadline_s
+            send("result")
     except InputError as e:
         send("refused", str(e))
     except MemoryError:
         send("memory")
+    except Exception as e:
+        send("failed", one_line(e))
 
 
 def _plain(value: Any) -> Any:
