@@ -8,7 +8,6 @@ import argparse
 import collections
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -18,15 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dapo_jax.config import DataSection, EvalSection, RewardSection, load_config
-from dapo_jax.data.problems import load_problems, problems_digest
-from dapo_jax.data.prompts import decode, make_prompts, without
-from dapo_jax.data.rows import AS_USUAL
+from dapo_jax.config import EvalSection, RewardSection, load_config
+from dapo_jax.data.problems import problems_digest
+from dapo_jax.data.prompts import decode
 from dapo_jax.reward.golds import check_data
 from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors, no_answer_fraction
 from dapo_jax.reward.verify import extract_answer, function_source
 from dapo_jax.rollout.engine import Engine
-from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import records_digest
 from dapo_jax.runtime.console import Console, make_console, progress
@@ -34,6 +31,7 @@ from dapo_jax.runtime.files import run_folder, write_result
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.training import setup
+from dapo_jax.training.inputs import by_key, load_eval_sets
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError, Params, Prompt, Request, Response, Verdict
 
@@ -197,33 +195,6 @@ def _summary(result: SetResult, k: int) -> str:
     return line
 
 
-def load_sets(
-    section: EvalSection, data: DataSection, policy: Policy, info: Callable[[str], None]
-) -> dict[str, list[Prompt]]:
-    """The problems of every evaluation set, rendered to prompts."""
-    sets, vocab_size = {}, policy.model.vocab_size
-    for name, one in section.sets.items():
-        columns = one.columns or AS_USUAL
-        problems, report = load_problems(one.path, data.arithmetic, columns=columns, heldout=True)
-        problems = problems[: section.max_problems]
-        sets[name], skipped = make_prompts(problems, policy.tokenizer, data, vocab_size)
-        left_out = "".join(f", {count} skipped: {reason}" for reason, count in skipped.items())
-        info(f"eval/{name}: {report.summary()}; {len(sets[name])} used{left_out}")
-    return sets
-
-
-def not_held_out(
-    prompts: Sequence[Prompt],
-    eval_sets: Mapping[str, Sequence[Prompt]],
-    info: Callable[[str], None],
-) -> list[Prompt]:
-    """The prompts that no evaluation set holds; reports how many are left out of training."""
-    kept = without(prompts, itertools.chain(*eval_sets.values()))
-    if held := len(prompts) - len(kept):
-        info(f"problems: {held} of the prompts are in eval.sets too, and left out of training")
-    return kept
-
-
 @contextlib.contextmanager
 def checked_pool(
     section: RewardSection,
@@ -244,10 +215,6 @@ def checked_pool(
             for line in check_data(name, problems, template, section, judge):
                 (console.result if line.startswith("warning") else console.info)(line)
         yield pool
-
-
-def eval_sampling(section: EvalSection) -> Sampling:
-    return Sampling(section.temperature, section.top_p)
 
 
 def answer_row(answer: Answer, policy: Policy) -> dict[str, Any]:
@@ -287,13 +254,13 @@ def main(argv: list[str] | None = None) -> int:
     policy = setup.load_policy(config, args.model)
     multihost.initialize()
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
-    sets = load_sets(config.eval, config.data, policy, console.info)
-    named = {f"eval.sets.{name}": prompts for name, prompts in sets.items()}
+    sets = load_eval_sets(config.eval, config.data, policy, console.info)
+    named = by_key(sets)
     source = function_source(config.reward.function)
     checkpoints = records_digest(run_dir / "checkpoints") if run_dir else None
     facts = {"the reward function": source}
     facts |= {"the digest of the checkpoints in --run-dir": checkpoints}
-    setup.check_started_alike(config, policy, named, facts)
+    setup.check_same_start(config, policy, named, facts)
     mesh = make_mesh(config.mesh)
     setup.check_divides(config, mesh, slots=True)
     console.info(setup.describe(policy, mesh))
@@ -304,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             step, params = None, setup.load_params(config, policy, mesh)
         weights = publisher(params, mesh, policy.model.compute_dtype)(params)
-        engine = setup.make_engine(config, policy, mesh, eval_sampling(config.eval))
+        engine = setup.make_engine(config, policy, mesh, held_out=True)
         with Guard(config.train.stall_timeout_s) as guard:
             shared = (config.eval, config.reward, config.seed, policy)
             evaluator = Evaluator(*shared, engine, pool, guard)

@@ -27,7 +27,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from dapo_jax.config import Config, ConfigError, ModelConfig, load_config
-from dapo_jax.evaluate import eval_sampling
 from dapo_jax.model import flops
 from dapo_jax.model.weights import load_model_config
 from dapo_jax.rollout.sampler import Arrivals, Until
@@ -232,7 +231,7 @@ def _rollout_programs(
     d, slots = config.dapo, config.rollout.decode_slots
     tensor, shards = mesh.shape["tensor"], row_shards(mesh)
     policy = setup.Policy(model, None, (0,))
-    engine = setup.make_engine(config, policy, mesh, setup.train_sampling(config))
+    engine = setup.make_engine(config, policy, mesh)
     functions, number = engine.programs, _shape()
     weights = jax.eval_shape(train.publish, train.state.params)
     state, resident = jax.eval_shape(functions.start), device_bytes(train.state)
@@ -280,7 +279,7 @@ def _rollout_programs(
     )
     found.append(decode)
     if config.eval.every:
-        other = setup.make_engine(config, policy, mesh, eval_sampling(config.eval)).programs.decode
+        other = setup.make_engine(config, policy, mesh, held_out=True).programs.decode
         found.append(decode._replace(name="eval decode step", function=other, calls=0.0))
     return found
 

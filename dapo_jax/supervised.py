@@ -11,10 +11,8 @@ from jax.sharding import Mesh
 
 from dapo_jax.config import Config, load_config
 from dapo_jax.dapo.packing import TrainItem, build_batch
-from dapo_jax.data.mixture import load_training
 from dapo_jax.data.problems import Cursor, advance
-from dapo_jax.data.prompts import check_embedded, make_prompts
-from dapo_jax.evaluate import load_sets, not_held_out
+from dapo_jax.data.prompts import check_embedded
 from dapo_jax.export import save_policy
 from dapo_jax.model.weights import check_new
 from dapo_jax.runtime import multihost
@@ -22,6 +20,7 @@ from dapo_jax.runtime.console import make_console
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, put_rows
 from dapo_jax.training import setup
+from dapo_jax.training.inputs import load_data
 from dapo_jax.training.programs import supervised_programs
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError, Prompt, TrainBatch, TrainState
@@ -129,18 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     multihost.initialize()
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
     info = console.info
-    problems, reports = load_training(config.data)
-    for report in reports:
-        info(report.summary())
-    prompts, _ = make_prompts(problems, policy.tokenizer, config.data, policy.model.vocab_size)
-    unseen = not_held_out(prompts, load_sets(config.eval, config.data, policy, info), info)
-    if not unseen:
-        raise InputError(
-            f"data.train: all {len(prompts)} prompts are in eval.sets too, and nothing is left to "
-            "train on; give more problems"
-        )
-    setup.check_started_alike(config, policy, {"data.train": unseen}, {})
-    items = solution_items(unseen, policy, config.rollout.max_response_len)
+    data = load_data(config.data, config.eval, policy, ("a warm-up", 1), info)
+    setup.check_same_start(config, policy, {"data.train": data.prompts}, {})
+    items = solution_items(data.prompts, policy, config.rollout.max_response_len)
     mesh, lora = make_mesh(config.mesh), config.model.lora
     setup.check_divides(config, mesh, rows=True)
     info(setup.describe(policy, mesh, lora))

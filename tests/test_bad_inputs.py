@@ -414,7 +414,7 @@ def test_fewer_problems_than_a_step_needs(config, tmp_path, refused, count):
         *train_args(config, tmp_path / "run", f"data.train={path}", "dapo.prompts_per_step=4"),
     )
     assert (
-        f"data.train: {count} prompts to train on are fewer than dapo.prompts_per_step 4; give more problems, or lower it"
+        f"data.train: {count} prompts to train on, but dapo.prompts_per_step needs 4; give more problems"
         in said
     )
 
@@ -434,7 +434,7 @@ def test_problems_that_are_evaluated_on_are_not_trained_on(config, tmp_path, ref
         train, *train_args(config, tmp_path / "run", *held_out, f"eval.sets.more={paths[2]}")
     )
     assert (
-        "data.train: 0 prompts to train on (9 more are in eval.sets) are fewer than dapo.prompts_per_step 2"
+        "data.train: 0 prompts to train on (9 more are in eval.sets), but dapo.prompts_per_step needs 2; "
         in said
     )
 
@@ -464,7 +464,7 @@ def test_problems_that_are_evaluated_on_are_not_warmed_up_on(config, tmp_path, r
     assert "data.train: no problem has a `solution`" in said
     assert "problems: 3 of the prompts are in eval.sets too, and left out of training" in out
     said, _ = refused(supervised, *args(*held_out, f"eval.sets.more={paths[2]}"))
-    assert "data.train: all 9 prompts are in eval.sets too" in said
+    assert "(9 more are in eval.sets), but a warm-up needs 1; give more problems" in said
 
 
 def test_warm_up_without_solutions(config, tmp_path, refused):

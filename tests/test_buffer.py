@@ -6,7 +6,7 @@ from flax import serialization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_jax.dapo.buffer import DynamicSamplingBuffer, StarvedError
+from dapo_jax.dapo.buffer import DynamicSamplingBuffer, UnderfilledError
 from dapo_jax.types import Group, InputError, Problem, Prompt, Response
 
 PROBLEMS = {p.id: p for p in (Problem(f"problem-{i}-½", f"What is {i}?", str(i)) for i in range(5))}
@@ -227,7 +227,7 @@ def test_prompts_per_step_is_checked():
 def test_a_step_may_train_with_what_there_is_but_not_with_nothing():
     buffer = DynamicSamplingBuffer(4, True, True)
     buffer.add([make_group(d, c) for d, c in enumerate([WRONG, WRONG, RIGHT])])
-    with pytest.raises(StarvedError) as caught:
+    with pytest.raises(UnderfilledError) as caught:
         buffer.take()
     assert isinstance(caught.value, InputError)
     assert "\n" not in str(caught.value) and "on_cap: train" not in str(caught.value)
@@ -238,7 +238,7 @@ def test_a_step_may_train_with_what_there_is_but_not_with_nothing():
 
 def test_the_message_at_the_cap_counts_and_advises():
     buffer = DynamicSamplingBuffer(8, True, True)
-    with pytest.raises(StarvedError) as caught:
+    with pytest.raises(UnderfilledError) as caught:
         buffer.add(
             [make_group(d, c) for d, c in enumerate([WRONG] * 3 + [RIGHT] * 2 + [MIXED])],
             at_least=2,
@@ -254,7 +254,7 @@ def test_the_message_at_the_cap_counts_and_advises():
     ):
         assert part in text
     with pytest.raises(
-        StarvedError,
+        UnderfilledError,
         match="1 of 8 groups .* drew 10: 6 all-correct, 3 all-incorrect, 1 informative; use harder",
     ):
         buffer.add(

@@ -5,6 +5,7 @@ The reference is a run that nothing happened to: metrics are compared line by li
 optimizer by their digests.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -20,11 +21,13 @@ import numpy as np
 import pytest
 from test_train import CONFIG, TESTS, compile_once, record, reward_module, run_train, steady, verb  # noqa: F401 - fixtures
 
-from dapo_jax import supervised, train
+from dapo_jax import supervised
+from dapo_jax.config import load_config
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.runtime import lock
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.metrics import read_metrics
+from dapo_jax.training import same_run
 from dapo_jax.training import step as training_step
 from dapo_jax.types import InputError, Stopped
 
@@ -162,37 +165,34 @@ def test_a_run_folder_without_its_config_is_compared_with_its_checkpoint(
     )
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     assert run_train(config, run, STEPS) == 0
-    monkeypatch.setattr(
-        train, "newest_host", lambda folder: {"digests": {"function": train.digest_of("before")}}
-    )
-    assert [train.function_changed(source, tmp_path) for source in ("before", "now", None)] == [
-        False,
-        True,
-        False,
-    ]
-    monkeypatch.setattr(train, "newest_host", lambda folder: {"digests": ["forged"]})
-    assert not train.function_changed("now", tmp_path)
+    allowed = load_config(config, ["reward.allow_change=true"])
+    changed = functools.partial(same_run.check_same_run, allowed, tmp_path)
+    for digests, found in (
+        ({"function": same_run.digest_of("before")}, [False, True, False]),
+        (["forged"], [False, False, False]),
+    ):
+        monkeypatch.setattr(same_run, "newest_host", lambda folder, d=digests: {"digests": d})
+        assert [changed(source) for source in ("before", "now", None)] == found
 
 
-def test_a_run_of_an_earlier_version_is_resumed_once_its_config_is_edited(
-    config, tmp_path, monkeypatch
-):
+def test_a_run_of_an_earlier_version_is_resumed_once_its_config_is_edited(config, tmp_path):
     """Its newest checkpoint holds the old keys too, and nobody can edit that: its digest would not
     match.
     """
     old = {"data": {"train": "arithmetic", "columns": {"arithmetic": {"prompt": "p"}}}}
-    monkeypatch.setattr(train, "newest_host", lambda folder: {"config": old})
     with pytest.raises(
         InputError,
         match=f"the newest checkpoint of {tmp_path}: data.columns: belongs to a data set",
     ):
-        train.stored_configs(tmp_path)
+        same_run.stored_configs(tmp_path, {"config": old})
     (tmp_path / "config.yaml").write_text(config.read_text())
-    assert [found.train.steps for found in train.stored_configs(tmp_path)] == [4]
+    assert [found.train.steps for found in same_run.stored_configs(tmp_path, {"config": old})] == [
+        4
+    ]
     old["data"]["columns"] = {}  # as every earlier config.yaml has it, where no column was named
     old["eval"] = {"sets": {"heldout": "arithmetic"}}
     old["model"] = {"folder": "m"}
-    assert len(train.stored_configs(tmp_path)) == 2
+    assert len(same_run.stored_configs(tmp_path, {"config": old})) == 2
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from dapo_jax.runtime import mesh as runtime_mesh
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.mesh import (
     PARTITION_RULES,
+    is_published_unchanged,
     make_mesh,
     params_sharding,
     partition_of,
-    published_as_it_is,
     publisher,
     put,
     put_rows,
@@ -383,4 +383,4 @@ def test_a_process_joins_the_others_where_tpu_chips_are_attached(
 )
 def test_weights_are_published_without_a_copy_where_layout_and_dtype_allow(layout, dtype, same):
     mesh = make_mesh(MeshSection(*layout), jax.devices()[: np.prod(layout)])
-    assert published_as_it_is(abstract_params(tiny.model()), mesh, dtype) == same
+    assert is_published_unchanged(abstract_params(tiny.model()), mesh, dtype) == same

@@ -21,7 +21,6 @@ import tiny
 from huggingface_hub import errors
 from test_buckets import bucket, empty  # noqa: F401 - fixtures
 
-from dapo_jax import train
 from dapo_jax.config import (
     Config,
     ConfigError,
@@ -38,6 +37,7 @@ from dapo_jax.model.weights import DESCRIPTION_FILES, load_pretrained, save_pret
 from dapo_jax.plan import load_model
 from dapo_jax.runtime.files import local_model
 from dapo_jax.runtime.mesh import make_mesh
+from dapo_jax.training import same_run
 from dapo_jax.training.setup import describe, load_params, load_policy, weights_folder, with_commit
 from dapo_jax.types import InputError
 
@@ -205,23 +205,25 @@ def test_only_what_is_read_is_fetched_and_weights_when_they_are_needed(hub, cach
 def test_a_run_resumes_with_the_commit_it_was_started_with(hub, tmp_path):
     begun = with_commit(settings(ID), tmp_path)
     assert begun.model.folder == f"{ID}@{'a' * 40}"
-    train.write_config(begun, tmp_path, None)
+    same_run.write_config(begun, tmp_path, None)
     assert load_config(tmp_path / "config.yaml").model.folder == f"{ID}@{'a' * 40}"
     hub["main"] = "e" * 40
     assert with_commit(settings(ID)).model.folder == f"{ID}@{'e' * 40}"
     assert with_commit(settings(ID), tmp_path) == begun
-    train.check_same_run(with_commit(settings(ID), tmp_path), tmp_path, None)
+    same_run.check_same_run(with_commit(settings(ID), tmp_path), tmp_path, None)
     for other in ("main", "v1", "e" * 40):
         with pytest.raises(
             ConfigError,
             match=f"model.folder: is '{ID}@[be]{{40}}', but .* was started with '{ID}@a{{40}}'",
         ):
-            train.check_same_run(with_commit(settings(f"{ID}@{other}"), tmp_path), tmp_path, None)
+            same_run.check_same_run(
+                with_commit(settings(f"{ID}@{other}"), tmp_path), tmp_path, None
+            )
 
 
 def test_what_is_no_id_of_the_hub_stays_as_it_is(tmp_path, folder):
     config = settings(str(folder))
-    train.write_config(config, tmp_path, None)
+    same_run.write_config(config, tmp_path, None)
     assert with_commit(config, tmp_path) == config and with_commit(
         settings("no/such/folder"), tmp_path
     ) == settings("no/such/folder")

@@ -19,7 +19,7 @@ import tiny
 from test_train import CONFIG, VOLATILE
 
 import dapo_jax
-from dapo_jax import cli, train
+from dapo_jax import cli
 from dapo_jax.config import config_from_dict
 from dapo_jax.data.prompts import load_tokenizer
 from dapo_jax.model import weights
@@ -431,7 +431,7 @@ def test_process_0_says_whether_first_weights_are_compared(
     for mine in (False, True):
         if mine:
             (run_dir / "config.yaml").write_text("")
-        train.check_first_weights(setup.Policy(model, None, (), folder, folder), run_dir)
+        setup.check_first_weights(setup.Policy(model, None, (), folder, folder), run_dir)
         assert bool(compared) == compares
         compared.clear()
 
@@ -450,7 +450,7 @@ def test_model_files_prompts_and_packages_are_compared(compared, tmp_path, monke
 
     def facts(prompt=Prompt(problem, tokens)):  # noqa: B008
         weights.file_digests.cache_clear()
-        setup.check_started_alike(
+        setup.check_same_start(
             config,
             setup.Policy(model, None, (), str(folder), str(folder)),
             {"data.train": [prompt]},

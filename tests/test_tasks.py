@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from test_train import CONFIG, run_train
 
-from dapo_jax import train
 from dapo_jax.config import ConfigError, RewardSection, dump_yaml, load_config
 from dapo_jax.reward.pool import RewardItem, RewardPool
 from dapo_jax.runtime import multihost
+from dapo_jax.training import same_run
 from dapo_jax.types import InputError, Problem, Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -314,7 +314,7 @@ def config(here):
 def test_a_run_resumes_with_the_task_it_was_started_with(config, here, capfd):
     """(A real run, which writes the same folder, is in docs/tasks.md.)"""
     run, original = here / "run", (here / "my.py").read_text()
-    train.write_config(load_config(config), run, original)
+    same_run.write_config(load_config(config), run, original)
     assert (run / "reward_function.py").read_text() == original
 
     (here / "my.py").write_text(original + "# another\n")
@@ -328,15 +328,12 @@ def test_a_run_resumes_with_the_task_it_was_started_with(config, here, capfd):
     assert (run / "reward_function.py").read_text() == original
 
     allowed = load_config(config, ["reward.allow_change=true"])
-    train.check_same_run(allowed, run, original + "# another\n")
-    assert train.function_changed(original + "# another\n", run) and not train.function_changed(
-        original, run
-    )
-    train.write_config(allowed, run, original + "# another\n")
+    assert same_run.check_same_run(allowed, run, original + "# another\n")
+    assert not same_run.check_same_run(allowed, run, original)
+    same_run.write_config(allowed, run, original + "# another\n")
     assert (run / "reward_function.py").read_text() == original + "# another\n"
-    train.check_same_run(
-        load_config(config), run, original + "# another\n"
-    )  # what it uses from now on
+    # What it uses from now on.
+    assert not same_run.check_same_run(load_config(config), run, original + "# another\n")
 
     (here / "my.py").write_text(original.replace("Work out", "Find"))
     assert run_train(config, run, "reward.allow_change=true") == 2  # prompts are not the reward's

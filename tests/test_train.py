@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from dapo_jax import cli, evaluate, export, supervised, train
 from dapo_jax.config import Config, load_config
 from dapo_jax.runtime.metrics import METRICS, read_metrics
+from dapo_jax.training import same_run
 from dapo_jax.training import step as training_step
 from dapo_jax.types import InputError
 
@@ -573,11 +574,11 @@ def test_a_run_folder_takes_its_data_from_anywhere(config, tmp_path):
         "data.train=[a.jsonl, {path: b.jsonl, weight: 2, columns: {prompt: q}}]",
         "eval.sets={e: e.jsonl}",
     )
-    train.write_config(load_config(config, two), tmp_path / "run", None)
+    same_run.write_config(load_config(config, two), tmp_path / "run", None)
 
     def refusal(*overrides):
         try:
-            train.check_same_run(load_config(config, (*two, *overrides)), tmp_path / "run", None)
+            same_run.check_same_run(load_config(config, (*two, *overrides)), tmp_path / "run", None)
         except InputError as e:
             return str(e)
 

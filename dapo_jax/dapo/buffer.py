@@ -17,7 +17,7 @@ from dapo_jax.dapo.groups import is_informative
 from dapo_jax.types import Group, InputError, Problem, Prompt, Response, SharedError
 
 
-class StarvedError(SharedError):
+class UnderfilledError(SharedError):
     """A step reached its cap on generation batches with too few groups to train on."""
 
 
@@ -78,7 +78,7 @@ class DynamicSamplingBuffer:
     def add(self, groups: Sequence[Group], *, at_least: int = 0) -> None:
         """Accepts judged groups in draw order; groups that the filter drops need no old log-probs.
 
-        Both errors leave the buffer unchanged. Raises StarvedError if it would have fewer than
+        Both errors leave the buffer unchanged. Raises UnderfilledError if it would have fewer than
         `at_least` groups to train on. Raises ValueError unless draw indices increase, also from
         call to call, and every accepted group is complete: a verdict and a reward for each
         response, both log-probs for each token.
@@ -105,7 +105,7 @@ class DynamicSamplingBuffer:
         )
         accepted, tally = [*self._accepted, *used], _Tally(*map(operator.add, self._tally, added))
         if len(accepted) < at_least:
-            raise StarvedError(_cap_message(len(accepted), self._prompts_per_step, tally))
+            raise UnderfilledError(_cap_message(len(accepted), self._prompts_per_step, tally))
         self._accepted, self._tally, self._last_draw = accepted, tally, draws[-1]
 
     def missing(self) -> int:
@@ -115,10 +115,10 @@ class DynamicSamplingBuffer:
     def ready(self) -> tuple[list[Group], StepCounts]:
         """The groups to train on, the first prompts_per_step accepted ones or fewer, and counts.
 
-        Changes nothing. Raises StarvedError if there is no group at all.
+        Changes nothing. Raises UnderfilledError if there is no group at all.
         """
         if not self._accepted:
-            raise StarvedError(_cap_message(0, self._prompts_per_step, self._tally))
+            raise UnderfilledError(_cap_message(0, self._prompts_per_step, self._tally))
         needed = self._prompts_per_step
         kept, surplus = self._accepted[:needed], self._accepted[needed:]
         dropped = [] if self._carry_surplus else surplus

@@ -165,7 +165,7 @@ def publisher(
     return jax.jit(publish, out_shardings=shardings)
 
 
-def published_as_it_is(params: Mapping[str, Any], mesh: Mesh, dtype: str) -> bool:
+def is_published_unchanged(params: Mapping[str, Any], mesh: Mesh, dtype: str) -> bool:
     """Whether rollout weights are the master weights, by dtype and devices."""
 
     def same(path: Any, leaf: Any, master: NamedSharding, rollout: NamedSharding) -> bool:

@@ -125,7 +125,7 @@ def load_policy(config: Config, source: str | None = None) -> Policy:
     return Policy(model, tokenizer, stop, source, folder)
 
 
-def check_started_alike(
+def check_same_start(
     config: Config, policy: Policy, sets: Mapping[str, Sequence[Prompt]], facts: Mapping[str, Any]
 ) -> None:
     """Raises InputError, on every process, unless all have the same config, software, model
@@ -155,6 +155,17 @@ def check_weights(folder: str) -> None:
     """Raises InputError unless the folder's weights are readable and the same on every process."""
     weights.check_pretrained(folder)
     multihost.check_alike(lambda: _file_facts(folder, weights.WEIGHT_FILES))
+
+
+def check_first_weights(policy: Policy, run_dir: Folder) -> None:
+    """Checks the weights that a new run starts from; a resumed run restores its own.
+
+    Process 0 decides whether the run is new: the check is a collective, and processes that do not
+    share the folder (found later, by `locked`) may disagree.
+    """
+    resumed = multihost.from_main("" if read(run_dir / "config.yaml") is None else "resumed")
+    if not resumed and (folder := weights_folder(policy)):
+        check_weights(folder)
 
 
 def _file_facts(folder: str | None, patterns: tuple[str, ...]) -> dict[str, str]:
@@ -263,19 +274,17 @@ def check_divides(config: Config, mesh: Mesh, *, rows: bool = False, slots: bool
             )
 
 
-def train_sampling(config: Config) -> Sampling:
-    """How training responses are sampled."""
-    return Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
-
-
-def make_engine(config: Config, policy: Policy, mesh: Mesh, sampling: Sampling) -> Engine:
-    """A rollout engine with the config's slots and length limits."""
+def make_engine(config: Config, policy: Policy, mesh: Mesh, *, held_out: bool = False) -> Engine:
+    """A rollout engine for training or held-out prompts: the config's slots and limits."""
+    rollout, held = config.rollout, config.eval
+    sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k)
+    sampling = Sampling(held.temperature, held.top_p) if held_out else sampling
     limits = Limits(
-        config.rollout.decode_slots,
+        rollout.decode_slots,
         config.data.max_prompt_len,
-        config.rollout.max_response_len,
+        rollout.max_response_len,
         prefill_tokens(mesh),
-        int8=config.rollout.kv_cache == "int8",
+        int8=rollout.kv_cache == "int8",
     )
     fetch = multihost.fetch
     return Engine(policy.model, sampling, policy.stop, limits, mesh=mesh, fetch=fetch)

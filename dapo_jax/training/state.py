@@ -93,8 +93,8 @@ class RunState:
     ) -> None:
         """Ends the sampling of a step. groups: those of `drawn`, with log π_old.
 
-        Raises StarvedError, and changes nothing, if there are fewer than `at_least` groups to train
-        on: the resumed run then samples the step again, under its own limits.
+        Raises UnderfilledError, and changes nothing, if there are fewer than `at_least` groups to
+        train on: the resumed run then samples the step again, under its own limits.
         """
         self.buffer.add(groups, at_least=at_least)
         self.draw = drawn.state

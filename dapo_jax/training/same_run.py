@@ -1,0 +1,102 @@
+"""Whether a run folder holds the same run: its config and its reward function."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from dapo_jax.config import Config, ConfigError, config_from_dict, dump_yaml, flatten, to_dict
+from dapo_jax.runtime import multihost
+from dapo_jax.runtime.checkpoint import newest_host
+from dapo_jax.runtime.files import Folder, read, write_whole, writing
+from dapo_jax.training.setup import stored_config
+
+# Options that may change on resume: length, logging and devices, not what is learned.
+MAY_CHANGE = tuple(
+    """
+    dapo.max_generation_batches dapo.on_cap data.allow_change eval. mesh. model.attention_block
+    model.remat optim.max_nonfinite_updates optim.rollback_steps reward.allow_change
+    reward.environment reward.max_error_fraction reward.memory_mb reward.timeout_s
+    reward.workers rollout.decode_slots supervised.save_every train.keep_checkpoints
+    train.profile_ train.rows_per_microbatch train.samples_per_step train.save_every
+    train.stall_timeout_s train.steps train.tracker
+    """.split()
+)
+
+_FUNCTION = "reward_function.py"  # in the run folder: a copy of the file of reward.function
+
+
+def digest_of(source: str | bytes | None) -> str | None:
+    """SHA-256 of the file of reward.function, as stored in checkpoints."""
+    content = source.encode() if isinstance(source, str) else source
+    return None if content is None else hashlib.sha256(content).hexdigest()
+
+
+def difference(before: Config, now: Config, may_change: tuple[str, ...]) -> tuple | None:
+    """The first key in which two configs differ, with its values before and now.
+
+    Keys that start with one of `may_change` do not count.
+    """
+    a, b = flatten(to_dict(before)), flatten(to_dict(now))
+    for key in sorted(a.keys() | b.keys()):
+        if a.get(key) != b.get(key) and not key.startswith(may_change):
+            return key, a.get(key), b.get(key)
+    return None
+
+
+def stored_configs(run_dir: Folder, host: Mapping[str, Any]) -> list[Config]:
+    """The configs in config.yaml and in `host`, of a checkpoint; either may be missing."""
+    found = [stored] if (stored := stored_config(run_dir)) else []
+    if isinstance(host.get("config"), dict):
+        try:
+            found.append(config_from_dict(host["config"], f"the newest checkpoint of {run_dir}"))
+        except ConfigError:  # keys of an earlier version; a user can edit config.yaml only
+            if not found:
+                raise
+    return found
+
+
+def check_same_run(config: Config, run_dir: Folder, source: str | None) -> bool:
+    """Whether the file of reward.function, now `source`, is another than when the run was started.
+
+    Raises ConfigError unless reward.allow_change is set, and if the config is not that of the run.
+    """
+    data: tuple[str, ...] = ("data.train",)
+    if not config.data.allow_change:  # files may move: digests identify their content
+        data = tuple(f"data.train.{n}.path" for n in range(len(config.data.train)))
+    host = newest_host(run_dir / "checkpoints") or {}
+    for before in stored_configs(run_dir, host):
+        if found := difference(before, config, MAY_CHANGE + data):
+            key, was, now = found
+            raise ConfigError(
+                f"{key}: is {now!r}, but {run_dir} was started with {was!r}; use another "
+                "--run-dir, or set it back"
+            )
+    digests = host.get("digests")
+    stored = digests.get("function") if isinstance(digests, dict) else None
+    started_with = digest_of(read(run_dir / _FUNCTION)) or stored
+    changed = None not in (started_with, source) and started_with != digest_of(source)
+    if changed and not config.reward.allow_change:
+        raise ConfigError(
+            f"reward.function: {config.reward.function} is not what {run_dir} was started with, "
+            f"which is in its {_FUNCTION} or checkpoint; restore the file, or set "
+            "reward.allow_change, or use another --run-dir"
+        )
+    return changed
+
+
+def write_config(config: Config, run_dir: Folder, source: str | None, done: int = 0) -> None:
+    """Writes the resolved config and the reward function into the run folder.
+
+    Raises ConfigError if the run has already done more than train.steps steps.
+    """
+    if (steps := config.train.steps) < done:
+        raise ConfigError(
+            f"train.steps: is {steps}, but {run_dir} has done {done} steps; set it to {done} or "
+            "more, or use another --run-dir"
+        )
+    multihost.sync("the run folder has been read")
+    if multihost.is_main():
+        with writing(run_dir / "config.yaml"):
+            if source is not None:
+                write_whole(run_dir / _FUNCTION, source.encode())
+            write_whole(run_dir / "config.yaml", dump_yaml(config).encode())
