@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import bootstrap
 
+from dapo_jax import cli
 from dapo_jax.config import open_regular, printable
 from dapo_jax.types import InputError
 
@@ -95,6 +96,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from dapo_jax.cli import run
-
-    run(main)
+    cli.run(main)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dapo_jax import cli
 from dapo_jax.config import EvalSection, RewardSection, load_config
 from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import decode
@@ -297,6 +298,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from dapo_jax.cli import run
-
-    run(main)
+    cli.run(main)

@@ -5,6 +5,7 @@ python -m dapo_jax.export --run-dir D --out FOLDER
 
 import argparse
 
+from dapo_jax import cli
 from dapo_jax.config import MeshSection, RolloutSection, load_config
 from dapo_jax.model.weights import check_new, save_pretrained
 from dapo_jax.runtime.files import local_copy, run_folder
@@ -53,6 +54,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from dapo_jax.cli import run
-
-    run(main)
+    cli.run(main)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dapo_jax import __version__
+from dapo_jax import __version__, cli
 from dapo_jax.config import ConfigError, flatten, load_config, to_dict
 from dapo_jax.runtime import files
 from dapo_jax.runtime.curves import running_mean
@@ -298,6 +298,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from dapo_jax.cli import run
-
-    run(main)
+    cli.run(main)

@@ -11,7 +11,6 @@ may be added; a run of another config is refused.
 
 import argparse
 import io
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from dapo_jax import supervised
+from dapo_jax import cli, supervised
 from dapo_jax.config import Config, ConfigError, config_from_dict, dump_yaml, load_config, merge
 from dapo_jax.config.checks import build
 from dapo_jax.config.load import read_mapping
@@ -108,30 +107,19 @@ def load_study(path: str) -> Study:
     return Study(warm_up, file.seeds, file.target_accuracy, tuple(rows))
 
 
-class Job(NamedTuple):
-    """A warm-up or a run: its config, the file that records it, and the folder that it fills."""
-
-    title: str
-    config: Config
-    file: Path
-    folder: Path
-    may_change: tuple[str, ...]
-
-
-def jobs(study: Study, out: Path) -> Iterator[Job]:
-    """Of each seed the warm-up, then every row."""
+def jobs(study: Study, out: Path) -> Iterator[tuple[str | None, Config, Path, Path]]:
+    """Of each seed the warm-up, then every row: its name, config, config's file, folder to fill."""
     for seed in study.seeds:
         warm = out / "warm" / str(seed)
+        start: dict[str, Any] = {}
         if study.warm_up is not None:
-            config = replace(study.warm_up, seed=seed)
-            yield Job("warm-up", config, warm.with_suffix(".yaml"), warm, _WARM_UP_MAY_CHANGE)
+            start = {"folder": str(warm), "architecture": None}
+            yield None, replace(study.warm_up, seed=seed), warm.with_suffix(".yaml"), warm
         for row in study.rows:
-            model, folder = row.config.model, out / "runs" / row.key / str(seed)
-            if study.warm_up is not None:
-                model = replace(model, folder=str(warm), architecture=None)
+            model, folder = replace(row.config.model, **start), out / "runs" / row.key / str(seed)
             supervised = replace(row.config.supervised, updates=0)
             config = replace(row.config, seed=seed, model=model, supervised=supervised)
-            yield Job(row.name, config, folder / "config.yaml", folder, _RUN_MAY_CHANGE)
+            yield row.name, config, folder / "config.yaml", folder
 
 
 def train_all(study: Study, out: Path, info: Callable[[str], None]) -> None:
@@ -139,25 +127,24 @@ def train_all(study: Study, out: Path, info: Callable[[str], None]) -> None:
 
     Raises ConfigError, before anything is trained, if `out` has runs of another config.
     """
-    for job in jobs(study, out):
-        found = load_config(job.file) if job.file.is_file() else job.config
-        if changed := difference(found, job.config, job.may_change):
+    for row, config, file, _ in jobs(study, out):
+        found = load_config(file) if file.is_file() else config
+        may_change = _WARM_UP_MAY_CHANGE if row is None else _RUN_MAY_CHANGE
+        if changed := difference(found, config, may_change):
             key, was, now = changed
             raise ConfigError(
-                f"{job.file}: {key}: was {was!r} when this was trained, and is {now!r} in the "
-                "study; give another --out, or change it back"
+                f"{file}: {key}: was {was!r} when this was trained, and is {now!r} in the study; "
+                "give another --out, or change it back"
             )
-    for job in jobs(study, out):
-        is_run, folder = job.file.parent == job.folder, job.folder
-        if last_step(folder) == job.config.train.steps if is_run else folder.is_dir():
-            continue
-        info(f"seed {job.config.seed}: {job.title}")
-        if is_run:
-            train(job.config, folder, quiet=True)
-            continue
-        with writing(job.file):
-            write_whole(job.file, dump_yaml(job.config).encode())
-        supervised.main(["--config", str(job.file), "--out", str(folder), "--quiet"])
+    for row, config, file, folder in jobs(study, out):
+        if row is None and not folder.is_dir():
+            info(f"seed {config.seed}: warm-up")
+            with writing(file):
+                write_whole(file, dump_yaml(config).encode())
+            supervised.main(["--config", str(file), "--out", str(folder), "--quiet"])
+        elif row is not None and last_step(folder) != config.train.steps:
+            info(f"seed {config.seed}: {row}")
+            train(config, folder, quiet=True)
 
 
 def last_step(folder: Path) -> int:
@@ -199,11 +186,11 @@ def evaluated(run: Curves, key: str) -> np.ndarray:
 
 def read_runs(study: Study, out: Path) -> list[dict[int, Curves]]:
     """The complete runs of each row by seed."""
-    rows: list[dict[int, Curves]] = [{} for _ in study.rows]
-    for (i, row), seed in itertools.product(enumerate(study.rows), study.seeds):
-        folder = out / "runs" / row.key / str(seed)
-        if last_step(folder) == row.config.train.steps:
-            rows[i][seed] = read_curves(folder)
+    rows = []
+    for row in study.rows:
+        runs, last = out / "runs" / row.key, row.config.train.steps
+        done = [seed for seed in study.seeds if last_step(runs / str(seed)) == last]
+        rows.append({seed: read_curves(runs / str(seed)) for seed in done})
     return rows
 
 
@@ -361,6 +348,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from dapo_jax.cli import run
-
-    run(main)
+    cli.run(main)

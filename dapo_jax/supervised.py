@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
+from dapo_jax import cli
 from dapo_jax.config import Config, load_config
 from dapo_jax.dapo.packing import TrainItem, build_batch
 from dapo_jax.data.problems import Cursor, advance
@@ -148,6 +149,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from dapo_jax.cli import run
-
-    run(main)
+    cli.run(main)

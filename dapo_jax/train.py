@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 
+from dapo_jax import cli
 from dapo_jax.config import (
     Config,
     SupervisedSection,
@@ -211,6 +212,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from dapo_jax.cli import run
-
-    run(main)
+    cli.run(main)
