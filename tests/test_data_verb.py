@@ -3,16 +3,15 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dapo_jax import cli, data
 from dapo_jax.config import ArithmeticConfig, load_config
+from dapo_jax.data.__main__ import length_stats
 from dapo_jax.data.problems import load_problems
-from dapo_jax.data.prompts import byte_tokenizer, make_prompts, prompt_lengths
-from dapo_jax.data.stats import length_stats
+from dapo_jax.data.prompts import byte_tokenizer, make_prompts
 
 ROWS = [
     {"question": "1+1?", "answer": "1+1=2\n#### 2"},
@@ -74,12 +73,11 @@ def test_the_counts_of_a_file(capsys):
     }
     assert capsys.readouterr().out.splitlines() == [
         "source: a.jsonl",
-        "  rows                      8",
-        "  problems                  4",
-        "  duplicates                2  rows whose prompt an earlier row has",
-        "  conflicts                 1  prompts with different answers, left out",
-        "  skipped                   1  no answer (first in row 6: columns question)",
-        "  with a solution           1  25.0% of them",
+        "          4  problems from 8 rows",
+        "          2  duplicates",
+        "          1  conflicting prompts dropped",
+        "          1  skipped: no answer (row 6: columns question)",
+        "          1  with a solution",
         "source: 4 of 4 (100.0%) ground truths are correct by the strict verifier",
         "source: 1 of 1 (100.0%) solutions are correct by the strict verifier",
     ]
@@ -98,7 +96,7 @@ def test_ground_truths_that_no_response_can_reach(capsys):
     assert verb("stats", "--config", "c.yaml", "--set", "data.train=math.jsonl") == 2
     said = capsys.readouterr()
     assert (
-        "  problems                  2\n" in said.out
+        "          2  problems from 2 rows\n" in said.out
         and f"dapo_jax: data.train: {line}" in said.err
     )
 
@@ -128,37 +126,36 @@ def test_the_sets_of_a_config_with_the_lengths_of_their_prompts(capsys):
     )
     assert (second["problems"], second["in_earlier_sets"], second["rows"]) == (2, 1, 3)
     lengths = first["prompt_tokens"]
-    assert [
-        lengths[key] for key in ("prompts", "with_control_tokens", "too_long", "min", "max", "p50")
-    ] == [3, 1, 1, 5, 34, 5]
+    assert [lengths[key] for key in ("prompts", "too_long", "min", "max", "p50")] == [
+        3,
+        1,
+        5,
+        34,
+        5,
+    ]
+    assert lengths["left_out"] == {"control tokens (<|end|>)": 1}
     assert held["prompt_tokens"]["prompts"] == 20
     out = capsys.readouterr().out
-    assert "  share of draws        75.0%  weight 3\n" in out
-    assert "  too long                  1  33.3% exceed 16 tokens\n" in out
-    assert "  control tokens            1  problems that hold <|end|>, left out\n" in out
+    assert "      75.0%  of the draws, weight 3\n" in out
+    assert "          1  longer than 16 tokens\n" in out
+    assert "          1  control tokens (<|end|>), left out\n" in out
+    assert "  prompt tokens: min 5  mean 14.667  p50 5  p90 34  p95 34  p99 34  max 34\n" in out
 
     section = load_config("c.yaml").data
     problems, _ = load_problems("a.jsonl", ArithmeticConfig())
     kept, left_out = make_prompts(problems, byte_tokenizer(), section)
-    measured, control, _ = prompt_lengths(problems, byte_tokenizer(), section)
-    assert [n for n in measured if n <= section.max_prompt_len] == [len(p.tokens) for p in kept]
-    assert dict(left_out) == {"control tokens (<|end|>)": control, "longer than 16 tokens": 1}
+    assert len(kept) == lengths["prompts"] - lengths["too_long"]
+    assert dict(left_out) == {"control tokens (<|end|>)": 1, "longer than 16 tokens": 1}
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(1, 3000))
-def test_percentiles_and_histogram_against_a_naive_count(lengths, limit):
-    found = length_stats(np.array(lengths, np.int64), 0, [], limit)
+def test_percentiles_against_a_naive_count(lengths, limit):
+    found = length_stats(lengths, limit)
     ordered = sorted(lengths)
     for p in (50, 90, 95, 99):
         assert found[f"p{p}"] == min(
             n for n in ordered if 100 * sum(m <= n for m in ordered) >= p * len(ordered)
         )
-    bins = found["histogram"]
-    assert [count for *_, count in bins] == [
-        sum(begin <= n < end for n in lengths) for begin, end, _ in bins
-    ]
-    assert sum(count for *_, count in bins) == len(lengths) and len(bins) <= 11
-    assert all(a[1] == b[0] for a, b in zip(bins, bins[1:], strict=False))
     assert found["too_long"] == sum(n > limit for n in lengths) and (
         found["min"],
         found["max"],
@@ -238,7 +235,7 @@ def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
             "prepare --source a.jsonl --out gs://bucket",
             "gs://bucket: cannot be used as a folder to write (not of the form gs://bucket/name",
         ),
-        ("prepare --source a.jsonl --out a.jsonl", "a.jsonl: cannot be written"),
+        ("prepare --source a.jsonl --out a.jsonl", "a.jsonl/problems/1.0.0: cannot be written"),
     ],
 )
 def test_refusals_are_one_line_and_status_2(folder, capsys, args, said):

@@ -10,8 +10,9 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
+
 from dapo_jax.config import (
-    ArithmeticConfig,
     ColumnsConfig,
     Config,
     DataSection,
@@ -20,16 +21,19 @@ from dapo_jax.config import (
     printable,
 )
 from dapo_jax.data.mixture import load_training, mix
-from dapo_jax.data.problems import load_problems
-from dapo_jax.data.prompts import load_tokenizer, prompt_lengths
+from dapo_jax.data.problems import LoadReport, load_problems
+from dapo_jax.data.prompts import load_tokenizer, make_prompts
 from dapo_jax.data.rows import AS_USUAL
-from dapo_jax.data.stats import length_stats, set_stats, table
 from dapo_jax.reward.golds import check_data
 from dapo_jax.reward.pool import RewardPool
 from dapo_jax.runtime.files import write_result
 from dapo_jax.types import InputError, Problem
 
-Found = dict[str, tuple[dict[str, Any], list[Problem]]]  # numbers and problems, by name
+POINTS = {f"p{percent}": percent for percent in (50, 90, 95, 99)}
+_MANY_TOKENS = 1 << 20  # of a prompt that is measured
+
+# By name: problems, the counts of their rows, and their weight and share in a mixture.
+Found = dict[str, tuple[list[Problem], LoadReport, dict[str, float]]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,19 +88,30 @@ def stats(args: argparse.Namespace) -> None:
         raise InputError("--set: goes with --config")
     config = load_config(args.config, args.set) if args.config else None
     section, reward = (config.data, config.reward) if config else (DataSection(), RewardSection())
-    found = _of_config(config) if config else _of_source(args)
-    if config or args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer or (config.model.folder if config else None))
-        for numbers, problems in found.values():
-            lengths = prompt_lengths(problems, tokenizer, section)
-            numbers["prompt_tokens"] = length_stats(*lengths, section.max_prompt_len)
-    for name, (numbers, _) in found.items():
-        print("\n".join(printable(line) for line in table(name, numbers)))
+    folder = args.tokenizer or (config.model.folder if config else None)
+    tokenizer = load_tokenizer(folder) if config or folder else None
+    if config:
+        found = _of_config(config)
+    else:
+        how: Any = {"columns": named_columns(args.columns), "heldout": args.heldout}
+        found = {"source": (*load_problems(args.source, section.arithmetic, **how), {})}
+    numbers = {}
+    for name, (problems, report, drawn) in found.items():
+        solved = sum(p.solution is not None for p in problems)
+        own = numbers[name] = dataclasses.asdict(report) | drawn | {"with_solution": solved}
+        counts = {f"problems from {report.rows:,} rows": report.problems, **report.counts()}
+        lines = [f"{count:>11,}  {what}" for what, count in counts.items()]
+        lines.append(f"{solved:>11,}  with a solution")
+        if drawn:
+            lines.append(f"{drawn['share']:>11.1%}  of the draws, weight {drawn['weight']:g}")
+        if tokenizer is not None:
+            own["prompt_tokens"], more = _lengths(problems, tokenizer, section)
+            lines += more
+        print("\n".join(map(printable, [f"{name}: {report.source}", *lines])))
     if args.json:
-        content = {name: numbers for name, (numbers, _) in found.items()}
-        write_result(args.json, json.dumps(content, indent=2) + "\n")
+        write_result(args.json, json.dumps(numbers, indent=2) + "\n")
     with RewardPool(reward) as pool:
-        for name, (_, problems) in found.items():
+        for name, (problems, _, _) in found.items():
             try:
                 lines = check_data(name, problems, section.template, reward, pool.judge)
             except InputError as e:
@@ -108,26 +123,47 @@ def stats(args: argparse.Namespace) -> None:
 
 
 def _of_config(config: Config) -> Found:
-    section, found = config.data, {}
+    section, found = config.data, Found()
     problems, reports = load_training(section)
     mixture = mix(section.train, problems)
     for n, (report, weight) in enumerate(zip(reports, mixture.weights, strict=True)):
         own = [p for p in problems if p.source == report.source]
-        drawn = {"weight": weight, "share": float(mixture.shares()[n])}
-        several = len(reports) > 1
-        numbers = set_stats(report, own) | (drawn if several else {})
-        found[f"data.train.{n}" if several else "data.train"] = numbers, own
+        if len(reports) == 1:
+            found["data.train"] = own, report, {}
+        else:
+            drawn = {"weight": weight, "share": float(mixture.shares()[n])}
+            found[f"data.train.{n}"] = own, report, drawn
     for name, one in config.eval.sets.items():
         how: Any = {"columns": one.columns or AS_USUAL, "heldout": True}
-        own, report = load_problems(one.path, section.arithmetic, **how)
-        found[f"eval.sets.{name}"] = set_stats(report, own), own
+        found[f"eval.sets.{name}"] = (*load_problems(one.path, section.arithmetic, **how), {})
     return found
 
 
-def _of_source(args: argparse.Namespace) -> Found:
-    how: Any = {"columns": named_columns(args.columns), "heldout": args.heldout}
-    problems, report = load_problems(args.source, ArithmeticConfig(), **how)
-    return {"source": (set_stats(report, problems), problems)}
+def _lengths(
+    problems: list[Problem], tokenizer: Any, section: DataSection
+) -> tuple[dict[str, Any], list[str]]:
+    """The distribution of prompt lengths in tokens, as numbers and as lines."""
+    unbounded = dataclasses.replace(section, max_prompt_len=_MANY_TOKENS)
+    try:
+        prompts, left_out = make_prompts(problems, tokenizer, unbounded)
+    except InputError as e:
+        return {"prompts": 0}, [f"warning: {e}"]
+    found = length_stats([len(prompt.tokens) for prompt in prompts], section.max_prompt_len)
+    counts = {f"{what}, left out": count for what, count in left_out.items()}
+    counts[f"longer than {section.max_prompt_len:,} tokens"] = found["too_long"]
+    lines = [f"{count:>11,}  {what}" for what, count in counts.items()]
+    shown = "  ".join(f"{key} {found[key]:,.5g}" for key in ("min", "mean", *POINTS, "max"))
+    return found | {"left_out": {**left_out}}, [*lines, f"  prompt tokens: {shown}"]
+
+
+def length_stats(lengths: list[int], max_prompt_len: int) -> dict[str, Any]:
+    """The distribution of lengths in tokens. The p-th percentile is the shortest length that at
+    least p% of the prompts do not exceed."""
+    points = np.percentile(lengths, [*POINTS.values()], method="inverted_cdf").astype(int).tolist()
+    found: dict[str, Any] = {"prompts": len(lengths), "max_prompt_len": max_prompt_len}
+    found["too_long"] = sum(length > max_prompt_len for length in lengths)
+    found |= {"min": min(lengths), "mean": sum(lengths) / len(lengths), "max": max(lengths)}
+    return found | dict(zip(POINTS, points, strict=True))
 
 
 def named_columns(pairs: list[str]) -> ColumnsConfig:

@@ -54,13 +54,16 @@ class LoadReport:
     in_earlier_sets: int = 0  # distinct prompts that an earlier data set of the mixture has
     normalized: Mapping[str, int] = dataclasses.field(default_factory=dict)  # rows by change
 
-    def summary(self) -> str:
-        """One line for the log."""
+    def counts(self) -> dict[str, int]:
+        """What became of the rows that are no problem of their own, and which ones changed."""
         counts = {"duplicates": self.duplicates, "conflicting prompts dropped": self.conflicts}
         counts |= {"in an earlier data set": self.in_earlier_sets}
         counts |= {f"skipped: {reason} ({s.where})": s.count for reason, s in self.skipped.items()}
-        counts |= self.normalized
-        noted = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        return {what: n for what, n in (counts | {**self.normalized}).items() if n}
+
+    def summary(self) -> str:
+        """One line for the log."""
+        noted = ", ".join(f"{count:,} {what}" for what, count in self.counts().items())
         line = f"{self.source}: {self.problems:,} problems from {self.rows:,} rows"
         return printable(f"{line} ({noted})" if noted else line)
 

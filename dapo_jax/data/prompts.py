@@ -5,12 +5,12 @@ import hashlib
 import itertools
 import json
 import os
-import queue
 import re
 import threading
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from dapo_jax.config import DataSection, open_regular, printable
 from dapo_jax.data import chat
 from dapo_jax.runtime.sandbox import ConfinedError
-from dapo_jax.types import InputError, Problem, Prompt
+from dapo_jax.types import InputError, Problem, Prompt, one_line
 
 if typing.TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -27,7 +27,6 @@ if typing.TYPE_CHECKING:
 _OTHER = "use another tokenizer"  # what to do
 _PAD, _END = "<|pad|>", "<|end|>"
 _CONVERT = "AutoTokenizer.from_pretrained('.').save_pretrained('.') of transformers in that folder"
-_CHECKED = ("Hello, world! Don't 1234+5.6=\\frac{1}{2}", "  two\n\n\tlines;\r\n} naïve 北京 😀")
 _ANSWER = "FORTYTWO"  # of the assistant, to find the end of its turn
 _MAX_CHARS = 1 << 20  # of that conversation
 _SHOWN_TOKENS = 4  # in a message
@@ -72,24 +71,22 @@ def byte_tokenizer() -> "Tokenizer":
 def load_tokenizer(folder: str | None) -> "Tokenizer":
     """The tokenizer.json of a model folder, or the byte-level tokenizer for None.
 
-    Runs no code of the folder and downloads nothing. The class in tokenizer_config.json is ignored:
-    transformers' classes rebuild the tokenizer from parts of the file, in their own way. Raises
-    InputError if there is no usable tokenizer, or it has no end-of-sequence token.
+    Runs no code of the folder and downloads nothing. Tokens and texts are those of the `tokenizers`
+    library: transformers' classes rebuild the tokenizer from parts of the file, in their own way.
+    Raises InputError if there is no usable tokenizer, or it has no end-of-sequence token.
     """
     if folder is None:
         return byte_tokenizer()
     path = Path(folder)
     _check_folder(path)
     with _errors_as_input(folder, "no readable tokenizer", "use another tokenizer.json", Exception):
-        transformers = _transformers()
-        load = transformers.PreTrainedTokenizerFast.from_pretrained
+        from tokenizers import Tokenizer
+
+        load = _transformers().PreTrainedTokenizerFast.from_pretrained
         tokenizer = load(folder, local_files_only=True)
+        tokenizer._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer._tokenizer.add_special_tokens(tokenizer.all_special_tokens)
         _check_decoding(tokenizer, f"{folder}/tokenizer.json")
-        changed = _changed_text(tokenizer, f"{folder}/tokenizer.json")
-    if changed is not None:
-        what = f"{transformers.__version__} does not read tokenizer.json as the tokenizers library"
-        what += f" does: {changed!r} becomes other tokens or text"
-        raise InputError(f"{folder}: transformers {what}; install that of requirements.txt")
     if tokenizer.eos_token_id is None:
         what = "the tokenizer has no end-of-sequence token"
         raise InputError(f"{folder}: {what}; set eos_token in tokenizer_config.json")
@@ -132,22 +129,6 @@ def _check_decoding(tokenizer: "Tokenizer", where: str) -> None:
         raise InputError(f"{where}: {what}; supported: {_MAX_TOKEN_CHARS:,}")
 
 
-def _changed_text(tokenizer: "Tokenizer", file: str) -> str | None:
-    """The first of a few texts that the `tokenizers` library encodes or decodes differently."""
-    from tokenizers import Tokenizer
-
-    reference = Tokenizer.from_file(file)
-    reference.no_truncation()
-    reference.no_padding()
-    for text in _CHECKED:
-        ids = reference.encode(text).ids
-        how: Any = {"skip_special_tokens": False}
-        decoded = tokenizer.decode(ids, **how, clean_up_tokenization_spaces=False)
-        if tokenizer(text)["input_ids"] != ids or decoded != reference.decode(ids, **how):
-            return text
-    return None
-
-
 @contextlib.contextmanager
 def _errors_as_input(where: str, what: str, fix: str, kinds: Any = ()) -> Iterator[None]:
     """Raises errors of these kinds, and panics of the Rust library, as one line of InputError."""
@@ -158,8 +139,7 @@ def _errors_as_input(where: str, what: str, fix: str, kinds: Any = ()) -> Iterat
     except BaseException as e:  # PanicException is no Exception, and cannot be imported
         if not isinstance(e, kinds) and type(e).__name__ != "PanicException":
             raise
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
-        raise InputError(f"{where}: {what} ({reason}); {fix}") from None
+        raise InputError(f"{where}: {what} ({one_line(e)}); {fix}") from None
 
 
 def stop_tokens(
@@ -270,18 +250,6 @@ def make_prompts(
     return prompts, counts
 
 
-def prompt_lengths(
-    problems: Sequence[Problem], tokenizer: "Tokenizer", section: DataSection
-) -> tuple[np.ndarray, int, list[str]]:
-    """Tokens of every prompt of `make_prompts`, int64 [Q]; how many it leaves out for which control
-    tokens. A text that no `section.max_prompt_len` tokens can hold counts one token more."""
-    clean, markup = _without_control_tokens(problems, tokenizer)
-    too_long = section.max_prompt_len + 1
-    tokens = _tokenised(clean, tokenizer, section)
-    lengths = [too_long if one is None else len(one) for one in tokens]
-    return np.array(lengths, np.int64), len(problems) - len(clean), markup
-
-
 def check_embedded(
     tokens: Sequence[int], vocab_size: int | None, tokenizer: "Tokenizer", where: str
 ) -> None:
@@ -368,24 +336,23 @@ def _tokenise(
 
     In a thread: regular expressions of a tokenizer may never end, and cannot be interrupted.
     """
-    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    answer: Future[list[list[int]]] = Future()
 
     def encode() -> None:
         try:
-            answer.put(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"])
-        except BaseException as e:  # raised below
-            answer.put(e)
+            how: Any = {"add_special_tokens": add_special_tokens}
+            answer.set_result(tokenizer(texts, **how)["input_ids"])
+        except BaseException as e:
+            answer.set_exception(e)
 
     where, end = tokenizer.name_or_path, tokenizer.eos_token_id
     with _errors_as_input(where, "the tokenizer fails on a prompt", _OTHER):
         threading.Thread(target=encode, daemon=True).start()
         try:
-            encoded = answer.get(timeout=DEADLINE_S)
-        except queue.Empty:
+            encoded = answer.result(DEADLINE_S)
+        except TimeoutError:
             what = f"the tokenizer takes over {DEADLINE_S:g} s for a prompt"
             raise InputError(f"{where}: {what}; {_OTHER}") from None
-        if isinstance(encoded, BaseException):
-            raise encoded
     for tokens in encoded:
         ends = add_special_tokens and len(tokens) > 1 and tokens[-1] == end
         yield tokens[:-1] if ends else tokens

@@ -21,6 +21,7 @@ from dapo_jax.runtime.files import Folder, as_path, check_url, errors_as, is_buc
 from dapo_jax.types import InputError, Problem, one_line
 
 _BATCH = 64  # records
+_VERSION, _INFO = "1.0.0", "dataset_info.json"
 
 
 def _registered_feature(cls: Any, name: str) -> Any:
@@ -74,17 +75,14 @@ def prepare(
             splits[split] = enumerate(map(_example, problems))
             summaries.append(report.summary())
             info(summaries[-1])
-    if not is_bucket(folder):
-        return _write(name, splits, "\n".join(summaries), folder)
-    with tempfile.TemporaryDirectory() as temporary:
-        prepared = _write(name, splits, "\n".join(summaries), temporary)
-        target = as_path(folder) / prepared.relative_to(temporary).as_posix()
-        fix = 'pip install "etils[epath-gcs]", and give this machine access to the bucket'
-        with errors_as(InputError, target, "cannot be written", fix):
-            if (target / "dataset_info.json").exists():
-                taken = "already holds a prepared data set; remove it or choose another folder"
-                raise InputError(f"{target}: {taken}")
-            upload(prepared, target, last="dataset_info.json")
+    target = as_path(folder) / name / _VERSION
+    fix = 'choose another folder; for a bucket, pip install "etils[epath-gcs]" and give access'
+    with errors_as(InputError, target, "cannot be written", fix):
+        if (target / _INFO).exists():
+            taken = "already holds a prepared data set; choose another folder"
+            raise InputError(f"{target}: {taken}")
+        with tempfile.TemporaryDirectory() as temporary:
+            upload(_write(name, splits, "\n".join(summaries), temporary), target, last=_INFO)
     return target
 
 
@@ -93,26 +91,19 @@ def _write(name: str, splits: Mapping[str, Any], about: str, folder: str) -> Pat
     text = tfds.features.Text()
     turns = tfds.features.Sequence({"role": text, "content": text})
     columns = {"id": text, "prompt": text, "turns": turns, "answer": text, "solution": text}
+    builder = _Builder(
+        name=name,
+        version=_VERSION,
+        features=tfds.features.FeaturesDict(columns),
+        split_datasets=splits,
+        description=about,
+        data_dir=folder,
+        file_format="array_record",
+        disable_shuffling=True,
+    )
     no_gcs = tfds.download.DownloadConfig(try_download_gcs=False)
-    try:
-        builder = _Builder(
-            name=name,
-            version="1.0.0",
-            features=tfds.features.FeaturesDict(columns),
-            split_datasets=splits,
-            description=about,
-            data_dir=folder,
-            file_format="array_record",
-            disable_shuffling=True,
-        )
-        if Path(builder.data_dir).exists():
-            where = f"{builder.data_dir}: already holds a prepared data set"
-            raise InputError(f"{where}; choose another folder")
-        with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_dir=empty, download_config=no_gcs)
-    except OSError as e:
-        reason = e.strerror or e
-        raise InputError(f"{folder}: cannot be written ({reason}); choose another folder") from None
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_dir=f"{folder}/none", download_config=no_gcs)
     return Path(builder.data_dir)
 
 

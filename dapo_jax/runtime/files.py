@@ -192,10 +192,12 @@ def remove(folder: Folder) -> None:
 
 
 def upload(folder: Path, target: Folder, last: str = "") -> None:
-    """Copies the files of a local folder to one in a bucket, the file named `last` at the end."""
+    """Copies the files of a local folder to another one, the file named `last` at the end."""
     for file in sorted(folder.rglob("*"), key=lambda file: (file.name == last, file)):
         if file.is_file():
             copy = target / file.relative_to(folder).as_posix()
+            if not is_bucket(copy):
+                copy.parent.mkdir(parents=True, exist_ok=True)
             with file.open("rb") as content, copy.open("wb") as stream:
                 shutil.copyfileobj(content, stream, 1 << 20)
 
