@@ -227,26 +227,22 @@ def answer_row(answer: Answer, policy: Policy) -> dict[str, Any]:
     return row | {"length": len(response.tokens), "truncated": bool(response.truncated)}
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    """Measures held-out accuracy of a run's newest checkpoint or of a Hugging Face model on the
+    config's evaluation sets."""
     parser = argparse.ArgumentParser(prog="python -m dapo_jax.evaluate", description=main.__doc__)
     add = parser.add_argument
     add("--config", required=True, help="YAML config; its `eval` section names the sets")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run-dir", help="run folder; its newest usable checkpoint is evaluated")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run-dir", help="run folder; its newest usable checkpoint is evaluated")
     model = "model to evaluate: a folder, gs://bucket/folder, or an id of the hub"
-    source.add_argument("--model", metavar="FOLDER", help=model)
+    which.add_argument("--model", metavar="FOLDER", help=model)
     add("--json", metavar="OUT", help="also write the results to this file, for dapo_jax.compare")
     add("--samples", metavar="OUT", help="also write every response and its verdict as JSON lines")
     override = "override, e.g. eval.samples_per_problem=8"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
     add("--quiet", action="store_true", help="only warnings, errors and one line per set")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measures held-out accuracy of a run's newest checkpoint or of a Hugging Face model on the
-    config's evaluation sets."""
-    args = _arguments(argv)
+    args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     if not config.eval.sets:
         raise InputError(f"{args.config}: eval.sets: is empty; name a data set")

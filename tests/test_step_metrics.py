@@ -101,7 +101,7 @@ def metrics(sums=SUMS, left=(CARRIED,), **algo):
     buffer.add(DRAWN)
     kept, counts = buffer.take()
     drawn = draw_metrics(Drawn(DRAWN, VERDICTS, 3, 40, 0, DrawState()), 2)
-    updates = Updates(kept, counts, 6, PACKED, 0, 1e-6)
+    updates = Updates(kept, counts, 6, [len(kept)], PACKED, 0, 1e-6)
     return drawn | update_metrics(updates, sums, DapoSection(**algo))
 
 

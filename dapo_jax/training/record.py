@@ -20,7 +20,7 @@ from dapo_jax.training.dynamic_sampling import Drawn
 from dapo_jax.training.samples import sample_rows
 from dapo_jax.training.setup import Policy
 from dapo_jax.training.state import RunState, RunStore
-from dapo_jax.training.step import Updates, groups_of_updates
+from dapo_jax.training.step import Updates
 from dapo_jax.types import Group, Params, RunError
 
 
@@ -64,7 +64,6 @@ def update_metrics(
     """
     applied, (kept, counts) = [s for s in sums if not s["skipped"]], step[:2]
     full = algo.responses_per_update // algo.responses_per_prompt
-    parts = groups_of_updates(len(kept), algo)
     metrics = {
         "reward/accuracy_kept": counts.accuracy_kept,
         "filter/carried_groups": min(counts.carried_in, counts.kept),
@@ -74,7 +73,7 @@ def update_metrics(
         "policy/long_share": float(np.mean([p.long_share for p in step.packed])),
         "optim/lr": step.rate,
         "optim/skipped_updates": len(sums) - len(applied),
-        "optim/underfilled_updates": sum(part.stop - part.start < full for part in parts),
+        "optim/underfilled_updates": sum(size < full for size in step.sizes),
         "pack/efficiency": float(np.mean([p.efficiency for p in step.packed])),
     }
     if applied:
@@ -159,7 +158,7 @@ class Recorder:
         metrics["optim/rollbacks"] = run.progress.rollbacks
         metrics |= throughput(drawn["rollout/tokens"], trained_tokens, times)
         self.info(self._table.line(step, metrics))
-        self._remark(step, len(updates.kept), metrics)
+        self._remark(step, updates.sizes, metrics)
         last = step == self.train.steps
         if self.eval_every and (step % self.eval_every == 0 or last):
             metrics |= self._evaluation(run.weights, times)
@@ -182,10 +181,9 @@ class Recorder:
             for key, value in result.metrics.items()
         }
 
-    def _remark(self, step: int, kept: int, metrics: Mapping[str, float]) -> None:
-        algo = self.algo
+    def _remark(self, step: int, sizes: Sequence[int], metrics: Mapping[str, float]) -> None:
+        algo, kept = self.algo, sum(sizes)
         if kept < algo.prompts_per_step:
-            sizes = [part.stop - part.start for part in groups_of_updates(kept, algo)]
             self.info(
                 f"step {step}: dapo.on_cap: trained on {kept} of {algo.prompts_per_step} groups, "
                 f"in {len(sizes)} updates of {min(sizes)} to {max(sizes)} groups "

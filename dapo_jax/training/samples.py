@@ -26,13 +26,10 @@ def sample_rows(
     """
     rows = []
     for group in [g for g in groups if g.responses][:count]:
-        problem, n_correct, response = (
-            group.prompt.problem,
-            int(group.correct.sum()),
-            group.responses[0],
-        )
+        problem, response = group.prompt.problem, group.responses[0]
+        prompt, n_correct = problem.prompt, int(group.correct.sum())
         text = decode(policy.tokenizer, response.tokens, policy.stop)
-        prompt, kinds = problem.prompt, {0: "all_wrong", len(group.correct): "all_correct"}
+        kinds = {0: "all_wrong", len(group.correct): "all_correct"}
         row = {
             "draw": group.draw,
             "id": problem.id,
@@ -68,19 +65,18 @@ def scored_texts(
     first = list(zip(_texts(policy, tokens[:head]), logprobs[:head], strict=True))
     last = list(zip(_texts(policy, tokens[n - tail :]), logprobs[n - tail :], strict=True))
     # A tokenizer may decode a part differently than the whole; texts from there on are unused.
-    start, end = 0, len(text)
-    for i, (piece, _) in enumerate(first):
-        if not text.startswith(piece, start):
-            first = first[:i]
-            break
-        start += len(piece)
-    for i, (piece, _) in reversed(list(enumerate(last))):
-        if not text.endswith(piece, start, end):
-            last = last[i + 1 :]
-            break
-        end -= len(piece)
-    between = [(text[start:end], None)] if start < end or len(first) + len(last) < n else []
+    while not text.startswith(_joined(first)):
+        first.pop()
+    rest = text[len(_joined(first)) :]
+    while not rest.endswith(_joined(last)):
+        last.pop(0)
+    middle = rest[: len(rest) - len(_joined(last))]
+    between = [(middle, None)] if middle or len(first) + len(last) < n else []
     return [*first, *between, *last]
+
+
+def _joined(pairs: Sequence[tuple[str, float]]) -> str:
+    return "".join(text for text, _ in pairs)
 
 
 def _texts(policy: Policy, tokens: np.ndarray) -> list[str]:

@@ -236,17 +236,16 @@ def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Pa
 
 def check_same_model(run: ModelSection, policy: Policy, run_dir: Folder) -> None:
     """Raises ConfigError unless the policy has the run's architecture. The folder may move."""
-    pairs = [("model.folder", run.folder, policy.source)]
+    pairs = {"folder": (run.folder, policy.source)}
     if (run.folder is None) == (policy.source is None):
-        pairs = []
-    for field in dataclasses.fields(Architecture) if run.architecture else ():
-        was, now = (getattr(model, field.name) for model in (run.architecture, policy.model))
-        pairs += [(f"model.architecture.{field.name}", was, now)]
-    for key, was, now in pairs:
+        pairs = {}
+    for name, value in vars(run.architecture).items() if run.architecture else ():
+        pairs[f"architecture.{name}"] = (value, getattr(policy.model, name))
+    for key, (was, now) in pairs.items():
         if was != now:
             raise ConfigError(
-                f"{key}: is {now!r}, but {run_dir} was trained with {was!r}; set it back, or give "
-                f"--config {run_dir}/config.yaml"
+                f"model.{key}: is {now!r}, but {run_dir} was trained with {was!r}; set it back, or "
+                f"give --config {run_dir}/config.yaml"
             )
 
 
@@ -296,16 +295,13 @@ def describe(policy: Policy, mesh: Mesh, lora: LoraConfig | None = None) -> str:
     def millions(params: Params) -> str:
         return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:,.1f} M parameters"
 
-    m, shape = policy.model, " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    stop = ", ".join(map(str, policy.tokenizer.convert_ids_to_tokens(list(policy.stop))))
-    text = m.family + (f" of {policy.source}" if policy.source else "")
+    m, device, shape = policy.model, jax.devices()[0], mesh.shape.items()
+    text = f"{m.family} of {policy.source}" if policy.source else m.family
     text += f", {millions(abstract_params(m))}"
     if lora:
         adapters = split(abstract_params(adapted(m, lora)), lora)[0]
         text += f" trained through {millions(adapters)} of adapters"
-    device, count = jax.devices()[0], len(jax.devices())
-    return (
-        f"{text}, {m.layers} layers, D {m.model_dim}, V {m.vocab_size}, {m.compute_dtype}; "
-        f"responses end with {stop}; {count} {device.platform} devices ({device.device_kind}) "
-        f"as {shape}"
-    )
+    text += f", {m.layers} layers, D {m.model_dim}, V {m.vocab_size}, {m.compute_dtype}; responses "
+    stop = ", ".join(map(str, policy.tokenizer.convert_ids_to_tokens(list(policy.stop))))
+    text += f"end with {stop}; {mesh.size} {device.platform} devices ({device.device_kind}) as "
+    return text + " x ".join(f"{axis} {size}" for axis, size in shape)

@@ -38,6 +38,7 @@ class Updates(NamedTuple):
     kept: Sequence[Group]
     counts: StepCounts
     first_draw: int  # of the step
+    sizes: Sequence[int]  # groups of each update
     packed: Sequence[PackStats]  # of each update
     resumed: int  # updates done before the run resumed
     rate: float  # learning rate
@@ -178,4 +179,5 @@ class Trainer:
             what = "had a non-finite loss or gradient and were skipped"
             raise NonFiniteError(f"{most} updates in a row {what}")
         self.publish_weights(run)
-        return Updates(kept, counts, first_draw, packed, resumed, rate)
+        sizes = [part.stop - part.start for part in groups_of_updates(len(kept), algo)]
+        return Updates(kept, counts, first_draw, sizes, packed, resumed, rate)
