@@ -122,6 +122,8 @@ class Response(NamedTuple):
     tokens: np.ndarray  # int32 [R]
     behavior_logprobs: np.ndarray  # float32 [R], the sampler's
     truncated: bool  # hit the length limit before an end token
+    # (rollout step, tokens) of each policy that sampled some of it, in order; () where not recorded
+    policies: tuple[tuple[int, int], ...] = ()
 
 
 class Verdict(NamedTuple):

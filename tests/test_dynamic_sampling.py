@@ -22,6 +22,7 @@ from dapo_jax.training.dynamic_sampling import (
     keep_rate_after,
     prompts_wanted,
 )
+from dapo_jax.training.record import age_metrics
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError, Problem, Prompt, Response, Verdict
 
@@ -144,6 +145,7 @@ def drawn(
     left_open=(),
     slots=32,
     max_error_fraction=0.9,
+    step=0,
     **algo,
 ):
     stream = FakeStream(outcome, slots)
@@ -153,7 +155,7 @@ def drawn(
     rollout = RolloutSection(decode_slots=slots, max_response_len=200)
     data, tools = (PROMPTS, MIXTURE, POLICY), (pool or FakePool(), Guard(None))
     sampler = DynamicSampler(engine, *data, *tools, algo, reward, rollout, seed=0)
-    state = DrawState(Cursor(), first_draw, keep_rate, tuple(left_open))
+    state = DrawState(Cursor(), first_draw, keep_rate, tuple(left_open), step)
     return sampler.draw({}, state, missing, {}), stream
 
 
@@ -356,8 +358,8 @@ def long_tailed(draw, sample):
 def steps(count, save=lambda groups: groups, outcome=long_tailed, **options):
     """So many steps of 8 groups, each continuing from the state of the one before."""
     found, left_open, draws = [], [], 0
-    for _ in range(count):
-        step, _ = drawn(outcome, first_draw=draws, left_open=save(left_open), **options)
+    for n in range(count):
+        step, _ = drawn(outcome, first_draw=draws, left_open=save(left_open), step=n, **options)
         left_open, draws = step.state.open, step.state.draws
         found.append(step)
     return found
@@ -391,6 +393,46 @@ def test_tokens_are_counted_in_the_step_that_samples_them():
         assert draws == settled + len(left_open)
 
 
+def test_ages_are_those_of_a_naive_count_of_each_token():
+    """By what every response held at the end of every step, a token at a time."""
+    sampled_in = collections.defaultdict(list)  # of each token of a response, its rollout step
+    ages, versions, seen = [], [], 0
+    for n, step in enumerate(steps(8, partial_rollouts=True, slots=96), 1):
+        assert step.state.step == n
+        for group in step.groups:
+            for sample, response in enumerate(group.responses):
+                tokens = sampled_in[group.draw, sample]
+                tokens += [n] * (len(response.tokens) - len(tokens))
+        for group in step.state.open:
+            for sample, response in enumerate(group.responses):
+                so_far = response or group.prefixes.get(sample)
+                tokens = sampled_in[group.draw, sample]
+                tokens += [n] * ((len(so_far.tokens) if so_far else 0) - len(tokens))
+        kept = [group for group in step.groups if is_informative(group)]
+        tokens = [sampled_in[g.draw, s] for g in kept for s in range(len(g.responses))]
+        ages = [n - at for response in tokens for at in response]
+        versions = [len(set(response)) for response in tokens]
+        seen = max(seen, *ages)
+        assert age_metrics(kept, n) == {
+            "policy/token_age_mean": pytest.approx(np.mean(ages)),
+            "policy/token_age_max": max(ages),
+            "policy/versions_mean": pytest.approx(np.mean(versions)),
+            "policy/versions_max": max(versions),
+        }
+    assert seen > 1 and max(versions) > 1
+
+
+def test_ages_without_partial_rollouts_are_of_carried_groups_only():
+    step, _ = drawn(mixed, missing=8, keep_rate=1.0)
+    assert age_metrics(step.groups, 1) == {
+        "policy/token_age_mean": 0,
+        "policy/token_age_max": 0,
+        "policy/versions_mean": 1,
+        "policy/versions_max": 1,
+    }
+    assert age_metrics(step.groups, 3)["policy/token_age_mean"] == 2 and age_metrics([], 3) == {}
+
+
 def test_open_groups_survive_a_checkpoint():
     def through_a_file(groups):
         packed = serialization.msgpack_serialize(DrawState(open=tuple(groups)).packed())
@@ -415,6 +457,8 @@ def test_open_groups_survive_a_checkpoint():
             and a.state[:3] == b.state[:3]
         )
         assert list(map(said, a.groups)) == list(map(said, b.groups))
+        ages = [[r.policies for g in x.groups for r in g.responses] for x in (a, b)]
+        assert ages[0] == ages[1] and a.state.step == b.state.step
     assert any(step.state.open for step in plain)
     assert any(v and v.error for step in plain for g in step.state.open for v in g.verdicts)
 

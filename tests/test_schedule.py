@@ -9,6 +9,7 @@ import pytest
 from dapo_jax.benchmark import main, schedule
 from dapo_jax.benchmark.schedule import Workload, measured, parse_lengths, simulate
 from dapo_jax.config import Config, DapoSection, DataSection, RewardSection, RolloutSection
+from dapo_jax.training.dynamic_sampling import DynamicSampler
 from dapo_jax.types import InputError
 
 SLOTS, SHARDS, G = 64, 4, 8
@@ -102,6 +103,45 @@ def test_a_schedule_is_a_function_of_its_arguments():
     a, b, other = (simulate(config(), SHARDS, work(seed=seed)) for seed in (0, 0, 1))
     assert a.steps == b.steps != other.steps
     assert all(np.array_equal(x, y) for x, y in zip(a.segments, b.segments, strict=True))
+
+
+def test_partial_rollouts_keep_slots_full():
+    """The shape of the 32B config over 16, with lengths over 16."""
+    full = config(88, responses_per_prompt=16, responses_per_update=16, partial_rollouts=True)
+    whole = config(88, responses_per_prompt=16, responses_per_update=16)
+    a, b = (simulate(c, SHARDS, work(), prefill_tokens=64) for c in (full, whole))
+    assert all(step.live_share >= 0.95 for step in a.steps)
+    ideal = 32 / 0.5 * 16 * 320 / 88  # decode steps of one step's tokens in full slots
+    later = [step.decode_steps for step in a.steps[1:]]
+    assert np.mean(later) < 1.1 * ideal and b.decode_steps > 1.15 * ideal
+
+
+@pytest.mark.parametrize("age", [0, 1, 2, None])
+def test_no_trained_token_is_older_than_the_bound(age):
+    """Many slots and few groups a step: without the bound tokens wait for several steps."""
+    for seed in range(3):
+        options = {"partial_rollouts": True, "max_policy_age": age, "prompts_per_step": 8}
+        result = simulate(config(256, **options), SHARDS, work(seed=seed, steps=12))
+        ages = [step.token_age_max for step in result.steps]
+        assert max(ages) == age if age is not None else max(ages) > 2
+        assert all(step.versions_max <= step.token_age_max + 1 for step in result.steps)
+        assert all(step.trained == 8 for step in result.steps)
+
+
+def test_open_groups_hold_a_bounded_number_of_tokens(monkeypatch):
+    """While the first of them is sampled, at most slots x longest tokens are, twice over."""
+    held, draw = [], DynamicSampler.draw
+
+    def watch(*args):
+        drawn = draw(*args)
+        held.append(sum(group.tokens() for group in drawn.state.open))
+        return drawn
+
+    monkeypatch.setattr(DynamicSampler, "draw", watch)
+    for kept in (0.1, 0.5):
+        small = config(128, partial_rollouts=True, prompts_per_step=4)
+        simulate(small, SHARDS, work(kept=kept, steps=20))
+    assert 0 < max(held) < 2 * 128 * LONGEST
 
 
 def test_one_slot_of_equal_responses_by_hand():

@@ -110,9 +110,11 @@ def test_prompts_of_other_tokens_are_other_data():
 
 
 OPEN = OpenGroup(5, PROMPTS[0], 2)
-OPEN.responses[0] = Response(np.array([4, 5], np.int32), np.zeros(2, np.float32), True)
+OPEN.responses[0] = Response(
+    np.array([4, 5], np.int32), np.zeros(2, np.float32), True, ((1, 1), (2, 1))
+)
 OPEN.verdicts[0] = Verdict(True, 1.0)
-OPEN.prefixes[1] = (np.array([4], np.int32), np.zeros(1, np.float32))
+OPEN.prefixes[1] = Response(np.array([4], np.int32), np.zeros(1, np.float32), False, ((2, 1),))
 DRAWN = {"rollout/prompts": 2, "rollout/tokens": 7.0, "filter/wasted_tokens": 0}
 PARTIAL = PartialStep(DRAWN, [{"loss": 0.5, "skipped": 0.0}])
 

@@ -32,6 +32,7 @@ from dapo_jax.runtime.files import Folder, run_folder
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.metrics import read_metrics
 from dapo_jax.training.dynamic_sampling import DrawState, DynamicSampler
+from dapo_jax.training.record import age_metrics
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError, Problem, Prompt, Response, Verdict
 
@@ -93,6 +94,9 @@ class StepSummary(NamedTuple):
     prefill_tokens: int  # padding included
     inserts: int
     moves: int
+    token_age_mean: float  # of the groups trained on, rollout steps
+    token_age_max: int
+    versions_max: int  # most policies that sampled one of their responses
 
 
 class Schedule(NamedTuple):
@@ -406,6 +410,7 @@ def simulate(config: Config, shards: int, work: Workload, prefill_tokens: int = 
         state = drawn.state
         buffer.add(drawn.groups, at_least=algo.prompts_per_step if algo.on_cap == "error" else 1)
         kept, counts = buffer.take()
+        ages = age_metrics(kept, state.step)
         segments = np.array(engine.segments[first:]).reshape(-1, len(Segments._fields))
         decode_steps = int(segments[:, 1].sum())
         prefilled = sum(rows * width for _, rows, width in engine.prefills[first_prefill:])
@@ -422,6 +427,9 @@ def simulate(config: Config, shards: int, work: Workload, prefill_tokens: int = 
                 prefill_tokens=prefilled,
                 inserts=engine.inserts - before[0],
                 moves=engine.moves - before[1],
+                token_age_mean=ages["policy/token_age_mean"],
+                token_age_max=int(ages["policy/token_age_max"]),
+                versions_max=int(ages["policy/versions_max"]),
             )
         )
     columns = np.array(engine.segments).reshape(-1, len(Segments._fields)).T

@@ -235,5 +235,7 @@ def _check_dapo(d: DapoSection, fail: Fail) -> None:
         )
     if d.partial_rollouts and not d.dynamic_sampling:
         fail("dapo.partial_rollouts", "needs dapo.dynamic_sampling")
+    if d.max_policy_age is not None and not d.partial_rollouts:
+        fail("dapo.max_policy_age", "needs dapo.partial_rollouts")
     if d.advantage_ddof >= group:
         fail("dapo.advantage_ddof", f"must be below responses_per_prompt {group}")

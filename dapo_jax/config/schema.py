@@ -231,6 +231,7 @@ class DapoSection:
     on_cap: Literal["error", "train"] = field("error", "or train on fewer groups")
     carry_surplus: bool = field(True, "use surplus groups next step, with their log-probs")
     partial_rollouts: bool = field(False, "continue unfinished responses in the next step")
+    max_policy_age: int | None = field(None, "partial rollouts: steps a token may wait", ge=0)
     overlong_filtering: bool = field(False, "give truncated responses weight 0 in the loss")
     old_logprobs: Literal["recompute", "sampler"] = field("recompute", "of pi_old")
     importance_cap: float | None = field(None, "truncated importance sampling: cap of its weight")

@@ -165,10 +165,18 @@ def packed_array(value: Any, dtype: type[np.generic]) -> np.ndarray:
     return value
 
 
+def unpacked_policies(found: Sequence[Sequence[int]], tokens: int) -> tuple[tuple[int, int], ...]:
+    """`Response.policies` of plain data. Raises ValueError or TypeError if malformed."""
+    policies = tuple((int(step), int(count)) for step, count in found)
+    if policies and sum(count for _, count in policies) != tokens:
+        raise ValueError("policies of a response that sampled other numbers of tokens")
+    return policies
+
+
 def _packed(group: Group) -> dict[str, Any]:
     responses = [
         {"tokens": r.tokens, "logprobs": r.behavior_logprobs, "old_logprobs": old}
-        | {"truncated": bool(r.truncated)}
+        | {"truncated": bool(r.truncated), "policies": [list(policy) for policy in r.policies]}
         for r, old in zip(group.responses, group.old_logprobs, strict=True)
     ]
     # As JSON, because an id may hold lone surrogates.
@@ -188,7 +196,8 @@ def _unpacked(data: Mapping[str, Any], problems: Mapping[str, Problem]) -> Group
     for r in data["responses"]:
         tokens = packed_array(r["tokens"], np.int32)
         logprobs = packed_array(r["logprobs"], np.float32)
-        responses.append(Response(tokens, logprobs, bool(r["truncated"])))
+        policies = unpacked_policies(r.get("policies", ()), len(tokens))
+        responses.append(Response(tokens, logprobs, bool(r["truncated"]), policies))
         old_logprobs.append(packed_array(r["old_logprobs"], np.float32))
     group = Group(
         draw=draw,

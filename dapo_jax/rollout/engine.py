@@ -65,6 +65,11 @@ def _are_finite(params: Params) -> Any:
     return jax.tree.map(lambda p: jnp.isfinite(p).all(), params)
 
 
+def refill_size(slots: int) -> int:
+    """How many of the slots are free before they are refilled, while requests are queued."""
+    return max(1, slots // _REFILL)
+
+
 def _lengths(first: int, *tops: int) -> list[int]:
     """Few static lengths: powers of two from `first`, and the tops."""
     return sorted({first << i for i in range(32) if first << i < max(tops)} | set(tops))
@@ -268,7 +273,7 @@ class Stream:
         few = half = 0
         if self._queue:  # all slots are taken: decode until enough are free for a refill
             slots = engine.shards * engine.slots
-            few = slots - max(1, slots // _REFILL)
+            few = slots - refill_size(slots)
         else:  # decode until fewer slots suffice
             half = max((w for w in engine.widths if w < width), default=0)
         until = Until(np.int32(few), np.int32(half), np.int32(min(_SEGMENT, read + 1 - used)))

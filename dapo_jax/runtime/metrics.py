@@ -71,6 +71,11 @@ METRICS: Mapping[str, str] = {
     "policy/upclipped_prob_mean": "mean probability of the tokens clipped from above",
     "policy/long_share": "share of sum |weight x advantage| on the longest quarter of responses",
     "policy/sampler_gap_mean": "mean |log-prob of trainer - of sampler| before any update, nats",
+    # A policy version is that of one rollout step: partial rollouts continue under the next.
+    "policy/token_age_mean": "mean age of the trained tokens: rollout steps since their sampling",
+    "policy/token_age_max": "age of the oldest trained token, rollout steps",
+    "policy/versions_mean": "mean number of policy versions that sampled a trained response",
+    "policy/versions_max": "most policy versions that sampled a trained response",
     # Optimization
     "optim/grad_norm": "global gradient norm before clipping, mean of the step's updates",
     "optim/lr": "learning rate of the step's updates",

@@ -5,9 +5,10 @@ responses are judged as they finish.
     informative groups? draw more
 
 Every drawn group is sampled to its end, and a step trains on the first informative ones in draw
-order. "First finished wins" would favour short responses. With partial rollouts a step ends as soon
-as the first groups in draw order suffice; later groups stay open, and the next step continues their
-responses under new weights, each token with the log-prob of the policy that sampled it.
+order. "First finished wins" would favour short responses. With partial rollouts prompts are drawn
+ahead, so that slots stay full, and a step ends as soon as the first groups in draw order suffice.
+Later groups stay open, and the next step continues their responses under new weights, each token
+with the log-prob of the policy that sampled it.
 
 Time is logical. A verdict on a response of segment k is used from segment k + VERDICT_DELAY on:
 never earlier, and decoding waits for it if needed. So two runs, and all hosts, draw the same
@@ -25,14 +26,14 @@ import jax
 import numpy as np
 
 from dapo_jax.config import DapoSection, RewardSection, RolloutSection
-from dapo_jax.dapo.buffer import packed_array
+from dapo_jax.dapo.buffer import packed_array, unpacked_policies
 from dapo_jax.dapo.groups import is_informative
 from dapo_jax.data.mixture import Mixture, next_problems
 from dapo_jax.data.problems import Cursor
 from dapo_jax.data.prompts import decode
 from dapo_jax.reward.overlong import overlong_penalty
 from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool, check_errors
-from dapo_jax.rollout.engine import Engine, Stream
+from dapo_jax.rollout.engine import Engine, Stream, refill_size
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.console import progress
 from dapo_jax.runtime.guard import Guard
@@ -44,7 +45,7 @@ Times = dict[str, float]
 
 VERDICT_DELAY = 2  # segments that workers have before decoding waits for them
 
-_NO_PREFIX = (np.zeros(0, np.int32), np.zeros(0, np.float32))
+_NOTHING = Response(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
 _PRIOR_GROUPS = 8  # weight of the previous keep rate, in groups of this step
 
 
@@ -55,8 +56,7 @@ class OpenGroup:
         self.draw, self.prompt, self.problem = draw, prompt, problem
         self.responses: list[Response | None] = [None] * size
         self.verdicts: list[Verdict | None] = [None] * size
-        # tokens and log-probs so far of responses that an earlier step left unfinished
-        self.prefixes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.prefixes: dict[int, Response] = {}  # that an earlier step left unfinished, so far
 
     def copy(self) -> "OpenGroup":
         other = OpenGroup(self.draw, self.prompt, len(self.responses), self.problem)
@@ -67,18 +67,24 @@ class OpenGroup:
     def requests(self) -> list[Request]:
         """One request per unfinished response."""
         return [
-            Request(self.draw, sample, self.prompt.tokens, self.prefixes.get(sample))
+            Request(self.draw, sample, self.prompt.tokens, self._sampled(sample)[:2])
             for sample, response in enumerate(self.responses)
             if response is None
         ]
 
+    def continued(self, sample: int, response: Response, step: int) -> Response:
+        """`response`, whole or unfinished, as the policy of a rollout step has continued it."""
+        before = self._sampled(sample)
+        new = len(response.tokens) - len(before.tokens)
+        policies = (*before.policies, (step, new)) if new else before.policies
+        return response._replace(policies=policies)
+
     def tokens(self) -> int:
         """Response tokens sampled so far."""
-        return sum(len(self._sampled(n)[0]) for n in range(len(self.responses)))
+        return sum(len(self._sampled(n).tokens) for n in range(len(self.responses)))
 
-    def _sampled(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        response = self.responses[sample]
-        return response[:2] if response else self.prefixes.get(sample, _NO_PREFIX)
+    def _sampled(self, sample: int) -> Response:
+        return self.responses[sample] or self.prefixes.get(sample, _NOTHING)
 
     def is_judged(self) -> bool:
         return None not in self.verdicts
@@ -119,9 +125,10 @@ class OpenGroup:
         """As plain data, for a checkpoint."""
         samples = []
         for n, (response, verdict) in enumerate(zip(self.responses, self.verdicts, strict=True)):
-            sample: dict[str, Any] = dict(
-                zip(("tokens", "logprobs"), self._sampled(n), strict=True)
-            )
+            so_far = self._sampled(n)
+            sample: dict[str, Any] = {"tokens": so_far.tokens}
+            sample["logprobs"] = so_far.behavior_logprobs
+            sample["policies"] = [list(policy) for policy in so_far.policies]
             if response is not None:
                 sample["truncated"] = bool(response.truncated)
             if verdict is not None:
@@ -145,10 +152,12 @@ class OpenGroup:
             logprobs = packed_array(sample["logprobs"], np.float32)
             if len(tokens) != len(logprobs):
                 raise ValueError("an open group whose tokens and log-probs differ in number")
+            policies = unpacked_policies(sample.get("policies", ()), len(tokens))
             if "truncated" in sample:
-                group.responses[n] = Response(tokens, logprobs, bool(sample["truncated"]))
+                truncated = bool(sample["truncated"])
+                group.responses[n] = Response(tokens, logprobs, truncated, policies)
             elif len(tokens):
-                group.prefixes[n] = (tokens, logprobs)
+                group.prefixes[n] = Response(tokens, logprobs, False, policies)
             if "verdict" in sample:
                 correct, score, failed = sample["verdict"]
                 error = "no verdict" if failed else None
@@ -163,6 +172,7 @@ class DrawState(NamedTuple):
     draws: int = 0  # prompts drawn since the run began
     keep_rate: float = 1.0  # expected share of informative groups
     open: tuple[OpenGroup, ...] = ()  # left by partial rollouts, in draw order
+    step: int = 0  # rollout steps sampled
 
     def packed(self) -> dict[str, Any]:
         """As plain data, for a checkpoint."""
@@ -174,8 +184,8 @@ class DrawState(NamedTuple):
         """Inverse of `packed`. Raises as `OpenGroup.unpacked`."""
         groups = tuple(OpenGroup.unpacked(group, prompts) for group in data["open"])
         state = cls(**{**data, "open": groups, "cursor": Cursor(*data["cursor"])})
-        found = (*state.cursor, state.draws, state.keep_rate)
-        if [type(value) for value in found] != [int, int, int, float]:
+        found = (*state.cursor, state.draws, state.step, state.keep_rate)
+        if [type(value) for value in found] != [int, int, int, int, float]:
             raise TypeError("counts of draws of other types")
         if min(found) < 0 or not state.keep_rate <= 1:
             raise ValueError("counts of draws out of range")
@@ -256,12 +266,13 @@ class DynamicSampler:
         """Draws until `missing` groups are informative (without dynamic sampling: have a verdict),
         or the cap on draws is reached.
 
-        Prompts are drawn when the engine runs short of requests, and only as many as the keep rate
-        predicts to be needed. params: rollout weights. times: time/rollout_s and time/reward_s are
-        added to. Raises InputError if too many responses get no verdict, Stopped on a signal.
+        Prompts are drawn when the engine runs short of requests; without partial rollouts only as
+        many as the keep rate predicts to be needed. params: rollout weights. times: time/rollout_s
+        and time/reward_s are added to. Raises InputError if too many responses get no verdict,
+        Stopped on a signal.
         """
         if not missing:
-            return Drawn([], [], 0, 0, 0, state)
+            return Drawn([], [], 0, 0, 0, state._replace(step=state.step + 1))
         stream = self.engine.stream(params, jax.random.key(self.seed))
         step = _StepDraw(self, stream, state, missing, times)
         partial = self.algo.partial_rollouts
@@ -289,6 +300,7 @@ class _StepDraw:
         algo = sampler.algo
         self.sampler, self.stream, self.state = sampler, stream, state
         self.missing, self.times, self.cursor = missing, times, state.cursor
+        self.step = state.step + 1
         cap = algo.max_generation_batches * algo.prompts_per_draw
         self.cap = cap if algo.dynamic_sampling else max(cap, missing)
         self.keep_rate = max(state.keep_rate, missing / self.cap)
@@ -305,9 +317,9 @@ class _StepDraw:
 
     def _submit(self, groups: Sequence[OpenGroup]) -> None:
         self.groups += groups
-        self.counts.update(groups)
         self.by_draw |= {group.draw: group for group in groups}
         self.stream.submit([request for group in groups for request in group.requests()])
+        self._count(groups)
 
     def wanted(self) -> int:
         """Prompts to draw now."""
@@ -315,11 +327,27 @@ class _StepDraw:
         if not algo.dynamic_sampling:
             usable = sum(bool(g.outcomes()) or not g.is_judged() for g in self.groups)
             return min(self.missing - usable, left)
-        # Enough requests to fill all slots once more, in whole groups, rounded up.
-        queued = self.stream.live + self.stream.pending
-        free = 2 * self.sampler.rollout.decode_slots - queued
-        room = -(-free // algo.responses_per_prompt)
-        return min(prompts_wanted(self.missing, self.counts, self.keep_rate), room, left)
+        slots = self.sampler.rollout.decode_slots
+        if algo.partial_rollouts:
+            if algo.max_policy_age is not None:
+                left = min(left, self._young(algo.max_policy_age))
+            return 0 if self.enough() else min(self._room(slots + refill_size(slots)), left)
+        wanted = prompts_wanted(self.missing, self.counts, self.keep_rate)
+        return min(wanted, self._room(2 * slots), left)
+
+    def _room(self, requests: int) -> int:
+        """Prompts that give the engine so many requests, rounded up."""
+        more = requests - self.stream.live - self.stream.pending
+        return -(-more // self.sampler.algo.responses_per_prompt)
+
+    def _young(self, age: int) -> int:
+        """Prompts that are trained on at most `age` steps from now, whatever their verdicts.
+
+        A step trains on exactly N groups, in draw order. Of the groups drawn, all that are not
+        dropped yet may come first.
+        """
+        ahead = self.counts.informative + len(self.counts.undecided)
+        return self.missing + age * self.sampler.algo.prompts_per_step - ahead
 
     def draw(self, count: int) -> None:
         """Draws the next prompts and submits their requests."""
@@ -338,7 +366,8 @@ class _StepDraw:
         self.sampler.guard.reach("rollout")
         with timed(self.times, "time/reward_s"):
             for q, response in finished:
-                self.by_draw[q.draw].responses[q.sample] = response
+                group = self.by_draw[q.draw]
+                group.responses[q.sample] = group.continued(q.sample, response, self.step)
             items = [
                 RewardItem(
                     self.by_draw[q.draw].prompt.problem,
@@ -376,8 +405,8 @@ class _StepDraw:
                 check_errors(self.verdicts, sampler.reward)
             everything = everything or (algo.partial_rollouts and self.enough())
 
-    def _count(self) -> None:
-        self.counts.update()
+    def _count(self, new_groups: Sequence[OpenGroup] = ()) -> None:
+        self.counts.update(new_groups)
         new = list(itertools.takewhile(OpenGroup.is_judged, self.groups[self.settled :]))
         self.settled += len(new)
         self.settled_informative += sum(group.is_informative() for group in new)
@@ -390,8 +419,9 @@ class _StepDraw:
         """Closes the stream and returns the result; unfinished responses stay with their groups."""
         for request, response in self.stream.unfinished():
             if len(response.tokens):
-                prefix = (response.tokens, response.behavior_logprobs)
-                self.by_draw[request.draw].prefixes[request.sample] = prefix
+                group = self.by_draw[request.draw]
+                prefix = group.continued(request.sample, response, self.step)
+                group.prefixes[request.sample] = prefix
         self.stream.close()
         sampler, state = self.sampler, self.state
         check_errors(self.verdicts, sampler.reward)
@@ -407,5 +437,5 @@ class _StepDraw:
             self.draws,
             tokens,
             sum(group.tokens() for group in done) - kept,
-            DrawState(self.cursor, state.draws + self.draws, rate, still_open),
+            DrawState(self.cursor, state.draws + self.draws, rate, still_open, self.step),
         )

@@ -95,6 +95,23 @@ def update_metrics(
     return metrics
 
 
+def age_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:
+    """How old the tokens of groups are that rollout step `step` trains on, by the policies that
+    sampled them.
+    """
+    policies = [r.policies for group in groups for r in group.responses if r.policies]
+    if not policies:
+        return {}
+    ages, counts = np.array([(step - at, n) for p in policies for at, n in p]).T
+    versions = [len(p) for p in policies]
+    return {
+        "policy/token_age_mean": float(np.average(ages, weights=counts)),
+        "policy/token_age_max": int(ages.max()),
+        "policy/versions_mean": float(np.mean(versions)),
+        "policy/versions_max": max(versions),
+    }
+
+
 def throughput(
     sampled_tokens: float, trained_tokens: int, seconds: Mapping[str, float]
 ) -> dict[str, float]:
@@ -154,6 +171,7 @@ class Recorder:
         trained_tokens = sum(p.tokens for p in updates.packed[updates.resumed :])
         metrics = drawn | update_metrics(updates, run.partial.sums, self.algo) | times
         metrics["filter/wasted_tokens"] += drawn["filter/wasted_tokens"]
+        metrics |= age_metrics(updates.kept, run.draw.step)
         metrics["filter/open_groups"] = len(run.draw.open)
         metrics["optim/rollbacks"] = run.progress.rollbacks
         metrics |= throughput(drawn["rollout/tokens"], trained_tokens, times)
