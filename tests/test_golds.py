@@ -3,7 +3,7 @@
 import pytest
 
 from dapo_jax.config import DAPO_TEMPLATE, RewardSection
-from dapo_jax.reward.golds import check_data, judge_golds
+from dapo_jax.reward.golds import check_data
 from dapo_jax.reward.pool import RewardPool
 from dapo_jax.types import InputError, Message, Problem, Verdict
 
@@ -110,9 +110,13 @@ def test_math_verify_judges_a_few_of_many():
         judged.extend(item.problem.id for item in items)
         return [Verdict(True, 1.0)] * len(items)
 
-    assert judge_golds(some, "lenient", judge)["ground truths"].judged == 250
-    assert judged == [f"p{n}" for n in range(0, 1000, 4)]
-    assert judge_golds(some, "strict", judge)["ground truths"].judged == 1000
+    for verifier, count in (
+        ("lenient", "250 of 250 (100.0%) sampled"),
+        ("strict", "1,000 of 1,000 (100.0%)"),
+    ):
+        [line] = check_data("a", some, "{prompt}", RewardSection(verifier=verifier), judge)
+        assert line == f"a: {count} ground truths are correct by the {verifier} verifier"
+    assert judged == [f"p{n}" for n in (*range(0, 1000, 4), *range(1000))]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ the verifier; so are worked solutions. A custom function is called once.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from dapo_jax.config import RewardSection
 from dapo_jax.reward.pool import RewardItem, remedy
@@ -24,48 +23,52 @@ _VERB = re.compile(r"(?i)\b(?:is|are|was|were|has|have|equals|gives)\b")
 _BOXED = re.compile(r"(?s).*\\boxed\{(.*)\}")
 
 
-class Share(NamedTuple):
-    """How many texts the verifier judges correct; all of them should be."""
-
-    judged: int
-    correct: int
-    failures: tuple[str, ...]  # a few of the others
-
-    def __str__(self) -> str:
-        return f"{self.correct:,} of {self.judged:,} ({self.correct / self.judged:.1%})"
-
-
-def judge_golds(
-    problems: Sequence[Problem], verifier: str, judge: Judge, imitated: bool = True
-) -> dict[str, Share]:
-    """Which ground truths and solutions a verifier, strict or lenient, finds correct.
+def check_data(
+    name: str, problems: Sequence[Problem], template: str, section: RewardSection, judge: Judge
+) -> list[str]:
+    """Findings: does the verifier suit a data set? One per line; warnings start with `warning`.
 
     A ground truth counts if `Answer:` and the ground truth is correct, as it is and as a model
-    would write it. Solutions of embedded arithmetic are left out: some are wrong on purpose.
-    imitated: the model may be trained on the solutions; if not, as in evaluation sets, those
-    without an answer to the verifier are left out.
+    would write it. Solutions of embedded arithmetic are left out: some are wrong on purpose; and
+    in evaluation sets, which no model imitates, those without an answer to the verifier.
+
+    Raises InputError if a custom function fails on a first answer, or no ground truth is correct.
     """
-    if verifier == "lenient":
-        problems = problems[:: max(1, -(-len(problems) // _JUDGED))]
-    golds = [(p, canonical_answer(p.answer)) for p in problems]
-    written = [(p, text) for p, gold in golds for text in dict.fromkeys((gold, _as_written(gold)))]
-    responses = {
-        "ground truths": [(p, f"Answer: {text}") for p, text in written],
-        "solutions": [(p, p.solution) for p in problems if p.source != "arithmetic" and p.solution],
-    }
-    shares = {}
-    for name, texts in responses.items():
-        items = [RewardItem(problem, text, 0) for problem, text in texts]
-        judged: dict[int, str] = {}  # by problem: its first failure, "" without any
+    if not problems:
+        return []
+    if section.verifier == "custom":
+        _call_once(problems[0], section, judge)
+        return []
+    lenient, lines = section.verifier == "lenient", []
+    some = problems[:: max(1, -(-len(problems) // _JUDGED))] if lenient else problems
+    texts: dict[str, list[tuple[Problem, str]]] = {"ground truths": [], "solutions": []}
+    for p in some:
+        gold = canonical_answer(p.answer)
+        written = dict.fromkeys((gold, _as_written(gold)))
+        texts["ground truths"] += [(p, f"Answer: {text}") for text in written]
+        texts["solutions"] += [(p, p.solution)] if p.solution and p.source != "arithmetic" else []
+    for what, pairs in texts.items():
+        items = [RewardItem(p, text, 0) for p, text in pairs]
+        unread = what == "solutions" and name.startswith("eval.sets.")
+        first: dict[int, str] = {}  # failure by problem, "" without any
         for item, verdict in zip(items, judge(items) if items else (), strict=True):
-            if name == "ground truths" or imitated or verdict.answered:
+            if verdict.answered or not unread:
                 failure = "" if verdict.correct else _failure(item, verdict)
-                judged[id(item.problem)] = judged.get(id(item.problem)) or failure
-        if judged:
-            failures = [failure for failure in judged.values() if failure]
-            correct = len(judged) - len(failures)
-            shares[name] = Share(len(judged), correct, tuple(failures[:_EXAMPLES]))
-    return shares
+                first[id(item.problem)] = first.get(id(item.problem)) or failure
+        if not first:
+            continue
+        failures = [failure for failure in first.values() if failure]
+        correct = len(first) - len(failures)
+        share = f"{correct:,} of {len(first):,} ({correct / len(first):.1%})"
+        sampled = "sampled " if len(some) < len(problems) else ""
+        line = f"{name}: {share} {sampled}{what} are correct by the {section.verifier} verifier"
+        if failures:
+            line += f"; not, for example, {'; '.join(failures[:_EXAMPLES])}"
+        if what == "ground truths" and not correct:
+            raise InputError(f"{line}; name the column of the bare answer, or another verifier")
+        lines.append(f"warning: {line}" if failures else line)
+    lines += _sentences(name, problems)
+    return lines if lenient else lines + _other_forms(name, problems, template)
 
 
 def _as_written(gold: str) -> str:
@@ -83,33 +86,6 @@ def _failure(item: RewardItem, verdict: Verdict) -> str:
     return f"{item.problem.id} with the answer {item.problem.answer[:60]!r}: {text!r} {why}"
 
 
-def check_data(
-    name: str, problems: Sequence[Problem], template: str, section: RewardSection, judge: Judge
-) -> list[str]:
-    """Findings: does the verifier suit a data set? One per line; warnings start with `warning`.
-
-    Raises InputError if a custom function fails on a first answer, or no ground truth is correct.
-    """
-    if not problems:
-        return []
-    if section.verifier == "custom":
-        _call_once(problems[0], section, judge)
-        return []
-    lines = []
-    sampled = "sampled " if section.verifier == "lenient" and len(problems) > _JUDGED else ""
-    shares = judge_golds(problems, section.verifier, judge, not name.startswith("eval.sets."))
-    for what, share in shares.items():
-        line = f"{name}: {share} {sampled}{what} are correct by the {section.verifier} verifier"
-        if share.failures:
-            line = f"warning: {line}; not, for example, {'; '.join(share.failures)}"
-        if what == "ground truths" and not share.correct:
-            problem = line.removeprefix("warning: ")
-            raise InputError(f"{problem}; name the column of the bare answer, or another verifier")
-        lines.append(line)
-    lines += _sentences(name, problems)
-    return lines + (_other_forms(name, problems, template) if section.verifier == "strict" else [])
-
-
 def _call_once(problem: Problem, section: RewardSection, judge: Judge) -> None:
     text = f"Answer: {problem.answer}"
     [verdict] = judge([RewardItem(problem, text, 1)])
@@ -123,7 +99,11 @@ def _call_once(problem: Problem, section: RewardSection, judge: Judge) -> None:
 
 def _sentences(name: str, problems: Sequence[Problem]) -> list[str]:
     """A warning of ground truths that are sentences, in which no verifier looks for an answer."""
-    found = [p for p in problems if _is_sentence(p.answer)]
+    found = [
+        p
+        for p in problems
+        if len(_WORD.findall(p.answer)) >= (_SHORT if _VERB.search(p.answer) else _LONG)
+    ]
     if not found:
         return []
     return [
@@ -131,10 +111,6 @@ def _sentences(name: str, problems: Sequence[Problem]) -> list[str]:
         f"example {found[0].answer[:60]!r} of {found[0].id}; an answer must repeat them, "
         "so give the bare answers"
     ]
-
-
-def _is_sentence(gold: str) -> bool:
-    return len(_WORD.findall(gold)) >= (_SHORT if _VERB.search(gold) else _LONG)
 
 
 def _other_forms(name: str, problems: Sequence[Problem], template: str) -> list[str]:

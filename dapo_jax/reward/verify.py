@@ -6,7 +6,7 @@ compares values.
 """
 
 import importlib
-import importlib.abc
+import importlib.machinery
 import importlib.util
 import itertools
 import logging
@@ -297,22 +297,20 @@ def load_function(
     return function
 
 
-class _Text(importlib.abc.ExecutionLoader):
+class _Text(importlib.machinery.SourceFileLoader):
     """Imports source text that was read from a file; later changes of it have no effect."""
 
     def __init__(self, path: str, source: str):
-        self._path, self._source = path, source
+        super().__init__("dapo_jax_task", path)
+        self._source = source
 
-    def get_filename(self, fullname: str) -> str:
-        return self._path
-
-    def get_source(self, fullname: str) -> str:
-        return self._source
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self._source, self.path)
 
 
 def _import_text(path: str, source: str) -> types.ModuleType:
     loader = _Text(path, source)
-    spec = importlib.util.spec_from_loader("dapo_jax_task", loader, is_package=False)
+    spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # where dataclasses look for the module of a class
