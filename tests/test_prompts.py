@@ -633,8 +633,7 @@ def test_a_token_beyond_the_embedding_is_refused_where_a_prompt_holds_it():
         make_prompts([problem("a"), problem("an <image>")], byte_level, BARE, 258)
 
 
-def test_order_is_kept_across_batches(byte_level, monkeypatch):
-    monkeypatch.setattr(module, "_BATCH", 3)
+def test_order_is_kept(byte_level):
     texts = [f"{i}" * (1 + i % 4) for i in range(20)]
     assert prompt_tokens([problem(t) for t in texts], byte_level) == [bytes_of(t) for t in texts]
 

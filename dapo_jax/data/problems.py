@@ -37,8 +37,9 @@ class Skip:
     @property
     def where(self) -> str:
         """The first row, as text: `row 3: columns text, label`."""
-        columns = f": columns {', '.join(self.columns)}" if self.columns else ""
-        return f"row {self.first_row}{columns}"
+        shown = [printable(name)[:40] for name in self.columns[:_SHOWN_COLUMNS]]
+        shown += ["..."] if len(self.columns) > _SHOWN_COLUMNS else []
+        return f"row {self.first_row}" + (f": columns {', '.join(shown)}" if shown else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,8 @@ def load_problems(
 ) -> tuple[list[Problem], LoadReport]:
     """Distinct problems of a data set, in order of first appearance, and the counts of its rows.
 
+    A prompt whose answers conflict is left out. Only distinct prompts stay in memory.
+
     source: a file, a folder or pattern of shards (`files.py`), a folder that tensorflow-datasets
     prepared, or the word `arithmetic`, which generates the problems of `arithmetic`. heldout:
     evaluation problems where a source has both kinds. Raises InputError if the source cannot be
@@ -85,61 +88,40 @@ def load_problems(
     if source == "arithmetic":
         problems = arithmetic_problems(arithmetic, heldout=heldout)
         report = LoadReport(source, len(problems), len(problems))
-    else:
-        with local_copy(source, [f"*{ending}" for ending in ENDINGS]) as path:
-            rows = rows_of(source, str(path), column_names(columns), heldout)
-            problems, report = collect_problems(source, rows, columns)
-    return [dataclasses.replace(p, source=source) for p in problems], report
-
-
-def collect_problems(
-    source: str, rows: Iterable[tuple[int, Any]], columns: ColumnsConfig
-) -> tuple[list[Problem], LoadReport]:
-    """One problem for each distinct prompt of numbered rows, unless its answers conflict.
-
-    A row may be a BadRow. Only distinct prompts stay in memory. Raises InputError if no problem is
-    left.
-    """
+        return [dataclasses.replace(p, source=source) for p in problems], report
     found: dict[str | tuple[Message, ...], Problem | None] = {}  # None: answers conflict
     skipped: dict[str, Skip] = {}
     normalized: Counter[str] = Counter()
     total = duplicates = 0
-    for number, row in rows:
-        total += 1
-        notes: list[str] = []
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            problem = problem_from_row(row, columns, notes)
-        except BadRow as e:
-            skip = skipped.get(str(e)) or Skip(0, number, _shown(e.columns))
-            skipped[str(e)] = dataclasses.replace(skip, count=skip.count + 1)
-            continue
-        normalized.update(dict.fromkeys(notes, 1))
-        first = found.setdefault(problem.prompt, problem)
-        if first is not problem:
-            duplicates += 1
-            if first is not None and _plain(first.answer) != _plain(problem.answer):
-                found[problem.prompt] = None
-    problems = with_unique_ids([p for p in found.values() if p is not None])
-    conflicts = len(found) - len(problems)
-    report = LoadReport(source, total, len(problems), duplicates, conflicts, skipped)
-    report = dataclasses.replace(report, normalized=dict(normalized))
-    if not problems:
+    with local_copy(source, [f"*{ending}" for ending in ENDINGS]) as path:
+        for number, row in rows_of(source, str(path), column_names(columns), heldout):
+            total += 1
+            notes: list[str] = []
+            try:
+                problem = problem_from_row(row, columns, notes)
+            except BadRow as e:
+                skip = skipped.setdefault(str(e), Skip(0, number, e.columns))
+                skipped[str(e)] = dataclasses.replace(skip, count=skip.count + 1)
+                continue
+            normalized.update(list(dict.fromkeys(notes)))
+            first = found.setdefault(problem.prompt, problem)
+            if first is not problem:
+                duplicates += 1
+                if first is not None and _plain(first.answer) != _plain(problem.answer):
+                    found[problem.prompt] = None
+    kept = [dataclasses.replace(p, source=source) for p in found.values() if p is not None]
+    conflicts = len(found) - len(kept)
+    counts: Any = {"skipped": skipped, "normalized": dict(normalized)}
+    report = LoadReport(source, total, len(kept), duplicates, conflicts, **counts)
+    if not kept:
         recipe = f"{{path: {source}, columns: {{prompt: COLUMN, answer: COLUMN}}}}"
         remedy = f"give rows with a `prompt` and an `answer`, or name their columns: {recipe}"
         raise InputError(f"{report.summary()}; {remedy}")
-    return problems, report
+    return with_unique_ids(kept), report
 
 
 def _plain(answer: str) -> str:
     return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
-
-
-def _shown(columns: Sequence[str]) -> list[str]:
-    """Names of columns as messages hold them: few, short and without control characters."""
-    shown = [printable(name)[:40] for name in columns[:_SHOWN_COLUMNS]]
-    return shown if len(columns) <= _SHOWN_COLUMNS else [*shown, "..."]
 
 
 def with_unique_ids(problems: list[Problem]) -> list[Problem]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -30,8 +29,7 @@ _CONVERT = "AutoTokenizer.from_pretrained('.').save_pretrained('.') of transform
 _ANSWER = "FORTYTWO"  # of the assistant, to find the end of its turn
 _MAX_CHARS = 1 << 20  # of that conversation
 _SHOWN_TOKENS = 4  # in a message
-DEADLINE_S = 60.0  # to tokenise a batch
-_BATCH = 16  # texts tokenised together, each within the characters of max_prompt_len tokens
+DEADLINE_S = 60.0  # to tokenise a prompt
 _DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece")
 _SUPPORTED = f"{', '.join(_DECODERS)}, Strip at the start, Replace by no longer text"
 _MAX_STEPS = 16  # of a decoder; WordPiece adds a space in each
@@ -164,7 +162,7 @@ def stop_tokens(
     if section.chat and tokenizer.chat_template:
         stops |= _end_of_turn(tokenizer, section.chat_date)
     for text in more:
-        [ids] = _tokenise(tokenizer, [text], add_special_tokens=False)
+        ids = _tokenise(tokenizer, text, add_special_tokens=False)
         if len(ids) != 1:
             what = f"{text!r} is {len(ids)} tokens of this tokenizer"
             raise InputError(f"rollout.stop_tokens: {what}; give texts of single tokens")
@@ -208,7 +206,7 @@ def decode(
         ids.pop()
     how: Any = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     with _errors_as_input(tokenizer.name_or_path, "the tokenizer fails on a response", _OTHER):
-        return typing.cast(str, tokenizer.decode(ids, **how))
+        return str(tokenizer.decode(ids, **how))
 
 
 # ---------------------------------------------------------------------------------------- prompts
@@ -311,37 +309,32 @@ def _conversation(problem: Problem, template: str = "{prompt}") -> list[dict[str
 def _tokenised(
     problems: Sequence[Problem], tokenizer: "Tokenizer", section: DataSection
 ) -> Iterator[list[int] | None]:
-    """Each problem through template, chat template and tokenizer, a batch in memory at a time.
+    """Each problem through template, chat template and tokenizer, one in memory at a time.
 
     None for a text that is longer than any `max_prompt_len` tokens.
     """
     conversations = (_conversation(p, section.template) for p in problems)
     max_chars = section.max_prompt_len * max(map(len, tokenizer.get_vocab()))
-    texts: Iterator[str | None]
+    texts: Iterator[str | None] = ("\n\n".join(t["content"] for t in c) for c in conversations)
     if as_chat := section.chat and bool(tokenizer.chat_template):
         texts = _chat_texts(tokenizer, conversations, section.chat_date, max_chars)
-    else:
-        joined = ("\n\n".join(turn["content"] for turn in c) for c in conversations)
-        texts = (text if len(text) <= max_chars else None for text in joined)
-    while batch := [*itertools.islice(texts, _BATCH)]:
-        short = [text for text in batch if text is not None]
-        tokens = _tokenise(tokenizer, short, add_special_tokens=not as_chat)
-        yield from (None if text is None else next(tokens) for text in batch)
+    for text in texts:
+        if text is None or len(text) > max_chars:
+            yield None
+        else:
+            yield _tokenise(tokenizer, text, add_special_tokens=not as_chat)
 
 
-def _tokenise(
-    tokenizer: "Tokenizer", texts: list[str], *, add_special_tokens: bool
-) -> Iterator[list[int]]:
-    """Tokens of each text, without an end token, behind which a model starts a new text.
+def _tokenise(tokenizer: "Tokenizer", text: str, *, add_special_tokens: bool) -> list[int]:
+    """Tokens of a text, without an end token, behind which a model starts a new text.
 
     In a thread: regular expressions of a tokenizer may never end, and cannot be interrupted.
     """
-    answer: Future[list[list[int]]] = Future()
+    answer: Future[list[int]] = Future()
 
     def encode() -> None:
         try:
-            how: Any = {"add_special_tokens": add_special_tokens}
-            answer.set_result(tokenizer(texts, **how)["input_ids"])
+            answer.set_result(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
         except BaseException as e:
             answer.set_exception(e)
 
@@ -349,13 +342,12 @@ def _tokenise(
     with _errors_as_input(where, "the tokenizer fails on a prompt", _OTHER):
         threading.Thread(target=encode, daemon=True).start()
         try:
-            encoded = answer.result(DEADLINE_S)
+            tokens = answer.result(DEADLINE_S)
         except TimeoutError:
             what = f"the tokenizer takes over {DEADLINE_S:g} s for a prompt"
             raise InputError(f"{where}: {what}; {_OTHER}") from None
-    for tokens in encoded:
-        ends = add_special_tokens and len(tokens) > 1 and tokens[-1] == end
-        yield tokens[:-1] if ends else tokens
+    ends = add_special_tokens and len(tokens) > 1 and tokens[-1] == end
+    return tokens[:-1] if ends else tokens
 
 
 def _chat_texts(

@@ -58,15 +58,12 @@ class BadRow(Exception):
         self.columns = tuple(row)
 
 
-def _named(c: ColumnsConfig) -> dict[str, str | None]:
-    return {"prompt": c.prompt, "answer": c.answer, "solution": c.solution, "id": c.id}
-
-
 def column_names(columns: ColumnsConfig) -> list[str]:
     """Every column that `problem_from_row` may look at: a reader may leave out the others."""
     names = [*_BEFORE, *_AFTER, "input"]
-    for part, named in _named(columns).items():
-        names += _USUAL[part].split() if named is None else _FIELD.findall(named) or [named]
+    for part, usual in _USUAL.items():
+        named = getattr(columns, part)
+        names += usual.split() if named is None else _FIELD.findall(named) or [named]
     return names
 
 
@@ -80,11 +77,13 @@ def problem_from_row(
     strict verifier reads. notes: gets an entry for each way in which the problem differs from its
     row. Raises BadRow with the reason if the row is no problem.
     """
+    if isinstance(row, BadRow):  # of the reader
+        raise row
     if not isinstance(row, Mapping):
         raise BadRow("not a JSON object")
     notes = [] if notes is None else notes
-    parts = {part: _found(row, part, named) for part, named in _named(columns).items()}
-    (prompt, called), answer, solution = parts["prompt"], parts["answer"][0], parts["solution"][0]
+    found = (_found(row, part, getattr(columns, part)) for part in _USUAL)
+    (prompt, called), (answer, _), (solution, _), (name, _) = found
     if not called:
         raise BadRow("no prompt", row)
     prompt = _prompt(prompt, notes)
@@ -107,19 +106,18 @@ def problem_from_row(
         gsm8k = columns.prompt is None and called == "question" and _GSM8K in answer
         after = _GSM8K if gsm8k else _BOXED if _BOXED in answer else None
     answer, solution = _answer_and_solution(answer, solution, after, notes)
-    name = parts["id"][0]
-    name = "" if _missing(name) else _text(name, "id", or_number=True)
+    name = "" if name is None else _text(name, "id", or_number=True)
     return Problem(name, prompt, answer, solution)
 
 
 def _found(row: Mapping[str, Any], part: str, named: str | None) -> tuple[Any, str]:
     """A part of a problem and the name of its column; (None, "") if the row has none."""
     if named is not None and _FIELD.search(named):
-        fields = {path: _at(row, path) for path in _FIELD.findall(named)}
-        for path, value in fields.items():
-            if _missing(value):
+        texts = {}
+        for path in _FIELD.findall(named):
+            if _missing(value := _at(row, path)):
                 raise BadRow(f"no {path}", row)
-        texts = {path: _text(value, path, or_number=True) for path, value in fields.items()}
+            texts[path] = _text(value, path, or_number=True)
         return _FIELD.sub(lambda field: texts[field[1]], named), named
     for path in _USUAL[part].split() if named is None else (named,):
         if not _missing(value := _at(row, path)):
