@@ -28,7 +28,7 @@ from dapo_jax.config import ModelConfig, dump_yaml, load_config
 from dapo_jax.data import chat, problems
 from dapo_jax.data.prompts import byte_tokenizer
 from dapo_jax.data.tfds_builder import prepare
-from dapo_jax.model.families import tensors
+from dapo_jax.model.families import base_params
 from dapo_jax.model.weights import load_pretrained, save_pretrained
 from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.types import TrainState
@@ -531,17 +531,14 @@ def sound_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "m"
     model = ModelConfig(**SIZES)
     rng = np.random.default_rng(0)
-    params: dict = {}
-    for t in tensors(model):
-        at = params
-        for key in t.path[:-1]:
-            at = at.setdefault(key, {})
-        shape = t.shape if t.layer is None else (model.layers, *t.shape)
-        at[t.path[-1]] = (
-            np.ones(shape, np.float32)
-            if "scale" in t.path
-            else rng.normal(0, 0.1, shape).astype(np.float32)
-        )
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            np.ones(leaf.shape, np.float32)
+            if path[-1].key == "scale"
+            else rng.normal(0, 0.1, leaf.shape).astype(np.float32)
+        ),
+        base_params(model),
+    )
     save_pretrained(folder, model, params, tokenizer=byte_tokenizer())
     return folder
 

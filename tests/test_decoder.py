@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dapo_jax.config import RopeScaling, Windows
+from dapo_jax.config import RopeScaling, Windows, flatten
 from dapo_jax.model.decoder import (
     Cache,
     abstract_params,
@@ -264,15 +264,17 @@ def test_rotation_turns_the_first_half_against_the_second_as_complex_numbers():
 def test_parameters_are_those_of_the_hugging_face_models(family, tied):
     config = tiny.model(family, tie_embeddings=tied)
     abstract = abstract_params(config)
-    found = {
-        "/".join(key.key for key in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+    found = {(leaf, layer) for _, leaf, _, _, layer in tensors(config)}
+    leaves = flatten(abstract)
+    assert found == {
+        (leaf, layer)
+        for leaf in leaves
+        for layer in (range(config.layers) if leaf.startswith("layers.") else [None])
     }
-    expected = {
-        "/".join(t.path): t.shape if t.layer is None else (config.layers, *t.shape)
-        for t in tensors(config)
-    }
-    assert found == expected
+    filled = dict.fromkeys(leaves, 0)
+    for t in tensors(config):
+        filled[t.leaf] += math.prod(t.shape)
+    assert filled == {leaf: array.size for leaf, array in leaves.items()}
     vocab, d, heads, kv, h, ffn = 40, 16, 4, 2, 8, 24
     layer = 2 * d + 2 * d * heads * h + 2 * d * kv * h + 3 * d * ffn
     layer += {

@@ -434,7 +434,7 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "gemma-layers-text": (GEMMA3_1B, {"layer_types": "full_attention"}, "layer_types"),
     "gemma-pattern": (GEMMA3_1B, {"sliding_window_pattern": "LLG"}, "sliding_window_pattern"),
     "gemma-head-dim": (GEMMA3_1B, {"head_dim": None}, "head_dim"),
-    "gemma-llama3": (GEMMA3_1B, {"rope_scaling": ROPE}, "rope_parameters.full_attention.rope_type"),
+    "gemma-llama3": (GEMMA3_1B, {"rope_scaling": ROPE}, "rope_scaling.rope_type"),
     "gemma-no-factor": (
         GEMMA3_1B,
         {"rope_scaling": {"rope_type": "linear"}},
@@ -467,7 +467,7 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "gemma-rope-key": (
         GEMMA3_1B,
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}},
-        "rope_parameters.full_attention.x",
+        "rope_scaling.x",
     ),
     "gemma-scalar": (GEMMA3_1B, {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
     "gemma-local-base": (
@@ -687,7 +687,7 @@ def test_memory_holds_the_model_once(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "config.json").write_text(json.dumps(model_config_to_hf(config)))
-    file = {t.name: rng.standard_normal(t.file_shape, np.float32) for t in tensors(config)}
+    file = {t.name: rng.standard_normal(t.shape, np.float32) for t in tensors(config)}
     save_file(file, tmp_path / "in" / "model.safetensors")
     size = sum(values.nbytes for values in file.values())
     tracemalloc.start()

@@ -6,13 +6,14 @@ What the decoder cannot compute exactly is refused, never approximated.
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dapo_jax.config import ModelConfig, RopeScaling, Windows, check_model, printable
-from dapo_jax.types import InputError
+from dapo_jax.config import ModelConfig, RopeScaling, Windows, check_model, flatten, printable
+from dapo_jax.model.decoder import abstract_params
+from dapo_jax.types import InputError, Params
 
 Fail = Callable[[str, str], typing.NoReturn]
 
@@ -23,6 +24,7 @@ _ARCHITECTURES = {
     "Gemma3ForCausalLM": "gemma3_text",
 }
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_GELU = "gelu_pytorch_tanh"
 
 # ModelConfig field → Hugging Face key
 _SIZES = {
@@ -35,28 +37,51 @@ _SIZES = {
     "ffn_dim": "intermediate_size",
     "max_position": "max_position_embeddings",
 }
+_KEYS = {**_SIZES, "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
 _LLAMA3 = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
     "original_max_position": "original_max_position_embeddings",
 }
-_KEYS = {
-    **_SIZES,
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "rope_scaling": "rope_scaling",
-    "tie_embeddings": "tie_word_embeddings",
-}
-_CHECKED = {
+_CHECKED = {  # fields that `check_model` names, where the key is another
     **_KEYS,
-    **{f"rope_scaling.{field}": f"rope_scaling.{key}" for field, key in _LLAMA3.items()},
+    "rope_scaling.original_max_position": "rope_scaling.original_max_position_embeddings",
     "windows": "sliding_window",
     "windows.size": "sliding_window",
     "windows.every": "sliding_window_pattern",
     "windows.rope_theta": "rope_local_base_freq",
     "rope_factor": "rope_scaling.factor",
     "query_scalar": "query_pre_attn_scalar",
+}
+
+# transformers' defaults of keys that may be left out
+_DEFAULTS = {"rope_theta": 1e4, "tie_word_embeddings": False, "max_window_layers": 28}
+_GEMMA_DEFAULTS = {
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True,
+}
+# parameters of each rope_type besides rope_theta
+_ROPE_TYPES: dict[str, dict[str, type]] = {
+    "default": {},
+    "linear": {"factor": float},
+    "llama3": {_LLAMA3[f]: kind for f, kind in typing.get_type_hints(RopeScaling).items()},
+}
+_NO_QUANTIZATION = "quantized weights are not supported; use a bfloat16, float16 or float32 model"
+_REFUSED = {  # keys that must be absent, null or false
+    "auto_map": "the model comes with its own code, which is never run; use a model of a built-in "
+    "architecture without auto_map",
+    "quantization_config": _NO_QUANTIZATION,
+    "quantization": _NO_QUANTIZATION,  # MLX's
+    "attention_bias": "attention biases are not supported; supported: false",
+    "mlp_bias": "feed-forward biases are not supported; supported: false",
+    "attn_logit_softcapping": "soft-capping is not supported; supported: null",
+    "final_logit_softcapping": "soft-capping is not supported; supported: null",
+    "use_bidirectional_attention": "is not supported; supported: null",
 }
 
 
@@ -74,16 +99,17 @@ def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
         raise InputError(f"{where}: {printable(key)[:100]}: {message[:300]}")
 
     family = _family(hf, fail)
+    hf = {**_DEFAULTS, **(_GEMMA_DEFAULTS if family == "gemma3_text" else {}), **hf}
     _refuse_unsupported(hf, family, fail)
-    hf = _with_defaults(hf, family, fail)
+    hf = _with_sizes(hf, family, fail)
     sizes = {field: _number(hf, key, int, fail) for field, key in _SIZES.items()}
-    rope = _gemma_fields(hf, sizes["layers"], fail) if family == "gemma3_text" else _rope(hf, fail)
-    tied = hf.get("tie_word_embeddings", family == "gemma3_text")  # transformers' defaults
+    gemma, tied = family == "gemma3_text", hf["tie_word_embeddings"]
+    own = _gemma_fields(hf, sizes["layers"], fail) if gemma else _llama_fields(hf, fail)
     if not isinstance(tied, bool):
         fail("tie_word_embeddings", f"expected true or false, got {tied!r}")
     eps = _number(hf, "rms_norm_eps", float, fail)
-    config = ModelConfig(family=family, **sizes, **rope, norm_eps=eps, tie_embeddings=tied)
-    check_model(config, lambda field, message: fail(_CHECKED[field], message))
+    config = ModelConfig(family=family, **sizes, **own, norm_eps=eps, tie_embeddings=tied)
+    check_model(config, lambda field, message: fail(_CHECKED.get(field, field), message))
     return config
 
 
@@ -91,25 +117,25 @@ def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read: the inverse of `model_config_from_hf` but for
     compute_dtype and remat.
     """
-    s, w = config.rope_scaling, config.windows
+    scaling, windows = config.rope_scaling, config.windows
     names = [name for name, family in _ARCHITECTURES.items() if family == config.family]
-    common = {"architectures": names, "model_type": config.family}
+    common = {"architectures": names, "model_type": config.family, "rope_theta": config.rope_theta}
     common |= {key: getattr(config, field) for field, key in _KEYS.items()}
-    if w is None:
-        llama3: dict[str, Any] | None = None
-        if s is not None:
-            llama3 = {key: getattr(s, field) for field, key in _LLAMA3.items()}
-            llama3 = {"rope_type": "llama3", **llama3}
-        return common | {"hidden_act": "silu", "rope_scaling": llama3}
+    if windows is None:
+        rope: dict[str, Any] | None = None
+        if scaling is not None:
+            rope = {key: getattr(scaling, field) for field, key in _LLAMA3.items()}
+            rope["rope_type"] = "llama3"
+        return common | {"hidden_act": "silu", "rope_scaling": rope}
     scalar, factor = config.query_scalar, config.rope_factor
     return common | {
-        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_activation": _GELU,
         "query_pre_attn_scalar": config.head_dim if scalar is None else scalar,
-        "rope_local_base_freq": w.rope_theta,
+        "rope_local_base_freq": windows.rope_theta,
         "rope_scaling": None if factor == 1 else {"rope_type": "linear", "factor": factor},
-        "sliding_window": w.size,
-        "sliding_window_pattern": w.every,
-        "layer_types": _layer_types(config.layers, w.every),
+        "sliding_window": windows.size,
+        "sliding_window_pattern": windows.every,
+        "layer_types": _layer_types(config.layers, windows.every),
     }
 
 
@@ -144,63 +170,50 @@ def _hint(hf: Mapping[str, Any], names: Any) -> str:
 
 def _refuse_unsupported(hf: Mapping[str, Any], family: str, fail: Fail) -> None:
     """Refuses what changes the logits in a way that the decoder does not implement."""
-
-    def refuse(key: str, supported: str) -> None:
-        fail(key, f"{hf[key]!r} is not supported; supported: {supported}")
-
-    gemma, quantized = family == "gemma3_text", "quantized weights are not supported; use a "
-    own_code = "the model comes with its own code, which is never run; use a model of a built-in "
-    if hf.get("auto_map"):
-        fail("auto_map", own_code + "architecture without auto_map")
-    for key in ("quantization_config", "quantization"):  # the latter is MLX's
-        if hf.get(key):
-            fail(key, quantized + "bfloat16, float16 or float32 model")
-    key = "hidden_activation" if gemma else "hidden_act"
-    activation = "gelu_pytorch_tanh" if gemma else "silu"
-    if hf.get(key, activation) != activation:
-        refuse(key, activation)
-    if hf.get("attention_bias") and family != "qwen2":  # Qwen2 always has them
-        fail("attention_bias", f"{family} with attention biases is not supported; supported: false")
-    if hf.get("mlp_bias"):
-        fail("mlp_bias", "feed-forward biases are not supported; supported: false")
-    if hf.get("partial_rotary_factor") not in (None, 1):
-        refuse("partial_rotary_factor", "1")
+    for key, message in _REFUSED.items():
+        if hf.get(key) and (key, family) != ("attention_bias", "qwen2"):  # Qwen2 always has them
+            fail(key, message)
+    gemma = family == "gemma3_text"
+    key, activation = ("hidden_activation", _GELU) if gemma else ("hidden_act", "silu")
+    if (found := hf.get(key, activation)) != activation:
+        fail(key, f"{found!r} is not supported; supported: {activation}")
+    if (factor := hf.get("partial_rotary_factor")) not in (None, 1):
+        fail("partial_rotary_factor", f"{factor!r} is not supported; supported: 1")
     if gemma:
-        softcaps = ("attn_logit_softcapping", "final_logit_softcapping")
-        for key in (*softcaps, "use_bidirectional_attention"):
-            if hf.get(key):
-                refuse(key, "null")
-    elif layer_types := hf.get("layer_types"):
-        if not isinstance(layer_types, list) or any(kind != _FULL for kind in layer_types):
+        return
+    if types := hf.get("layer_types"):
+        if not isinstance(types, list) or any(kind != _FULL for kind in types):
             fail("layer_types", f"only {_FULL} in every layer is supported")
     elif hf.get("use_sliding_window") and hf.get("sliding_window") is not None:
-        defaults = {"max_window_layers": 28, **hf}
-        first = _number(defaults, "max_window_layers", int, fail, least=0)
-        if first < _number(hf, "num_hidden_layers", int, fail):
+        first = hf["max_window_layers"]
+        if not isinstance(first, int) or first < _number(hf, "num_hidden_layers", int, fail):
             message = "sliding-window attention is not supported; supported: false"
             fail("use_sliding_window", message)
 
 
-def _with_defaults(hf: Mapping[str, Any], family: str, fail: Fail) -> Mapping[str, Any]:
+def _with_sizes(hf: Mapping[str, Any], family: str, fail: Fail) -> Mapping[str, Any]:
     """`hf` with head counts and sizes that transformers lets be left out."""
     filled = {**hf}
     if hf.get("num_key_value_heads") is None and (family == "llama" or "num_key_value_heads" in hf):
         filled["num_key_value_heads"] = hf.get("num_attention_heads")
     if hf.get("head_dim") is None and family in ("llama", "qwen2"):
-        width, heads = (
-            _number(hf, "hidden_size", int, fail),
-            _number(hf, "num_attention_heads", int, fail),
-        )
+        width = _number(hf, "hidden_size", int, fail)
+        heads = _number(hf, "num_attention_heads", int, fail)
         if width % heads:
-            fail(
-                "num_attention_heads", f"{heads} does not divide hidden_size {width}; give head_dim"
-            )
+            message = f"{heads} does not divide hidden_size {width}; give head_dim"
+            fail("num_attention_heads", message)
         filled["head_dim"] = width // heads
     return filled
 
 
-def _layer_types(layers: int, every: int) -> list[str]:
-    return [_SLIDING if (i + 1) % every else _FULL for i in range(layers)]
+def _llama_fields(hf: Mapping[str, Any], fail: Fail) -> dict[str, Any]:
+    """The rotary frequencies; `rope_scaling` wins over `rope_parameters`, as in transformers 5."""
+    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    given = {"rope_theta": hf["rope_theta"], **_object(hf, key, fail)}
+    rope = _rope(given, key, ("default", "llama3"), fail)
+    theta = rope.pop("rope_theta")
+    own = {field: rope[name] for field, name in _LLAMA3.items() if name in rope}
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(**own) if own else None}
 
 
 def _gemma_fields(hf: Mapping[str, Any], layers: int, fail: Fail) -> dict[str, Any]:
@@ -209,181 +222,137 @@ def _gemma_fields(hf: Mapping[str, Any], layers: int, fail: Fail) -> dict[str, A
     Rotary frequencies are two, spelled out flat by transformers 4 and by kind of layer by
     transformers 5.
     """
-    kinds, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
-    for key, value in (("rope_parameters", kinds), ("rope_scaling", scaling)):
-        if not isinstance(value, Mapping):
-            fail(key, f"expected an object, got {value!r}")
-    for kind, value in kinds.items():
-        if kind not in (_FULL, _SLIDING) or not isinstance(value or {}, Mapping):
-            fail(
-                f"rope_parameters.{kind}",
-                f"is not supported; supported: {_FULL} and {_SLIDING}, each with its own rope_type "
-                "and rope_theta",
-            )
-    near = {"rope_theta": hf.get("rope_local_base_freq", 1e4), **(kinds.get(_SLIDING) or {})}
-    whole = {"rope_theta": hf.get("rope_theta", 1e6), **(kinds.get(_FULL) or {}), **scaling}
-    types = ("default", "linear")
-    for kind, rope in ((_SLIDING, near), (_FULL, whole)):
-        name = rope.get("rope_type", rope.get("type", "default"))
-        supported = types if kind == _FULL else types[:1]
-        if name not in supported:
-            fail(
-                f"rope_parameters.{kind}.rope_type",
-                f"{name!r} is not supported; supported: {', '.join(supported)}",
-            )
-        for key in rope.keys() - {
-            "rope_type",
-            "type",
-            "rope_theta",
-            *(("factor",) if name == "linear" else ()),
-        }:
-            fail(f"rope_parameters.{kind}.{key}", f"is not supported with rope_type {name}")
-    linear = whole.get("rope_type", whole.get("type")) == "linear"
-    scalar = _number({"query_pre_attn_scalar": 256, **hf}, "query_pre_attn_scalar", int, fail)
-    window = _number({"sliding_window": 4096, **hf}, "sliding_window", int, fail)
+    kinds, scaling = _object(hf, "rope_parameters", fail), _object(hf, "rope_scaling", fail)
+    prefix = "rope_parameters."
+    if unknown := [kind for kind in kinds if kind not in (_FULL, _SLIDING)]:
+        supported = f"{_FULL} and {_SLIDING}, each with its own rope_type and rope_theta"
+        fail(prefix + unknown[0], f"is not supported; supported: {supported}")
+    near = {"rope_theta": hf["rope_local_base_freq"], **_object(kinds, _SLIDING, fail, prefix)}
+    near = _rope(near, prefix + _SLIDING, ("default",), fail)
+    whole = {"rope_theta": hf["rope_theta"], **_object(kinds, _FULL, fail, prefix), **scaling}
+    key = "rope_scaling" if scaling else prefix + _FULL
+    whole = _rope(whole, key, ("default", "linear"), fail)
+    scalar = _number(hf, "query_pre_attn_scalar", int, fail)
+    size, every = _number(hf, "sliding_window", int, fail), _window_pattern(hf, layers, fail)
     return {
-        "rope_theta": _number(whole, "rope_theta", float, fail, prefix=f"rope_parameters.{_FULL}."),
-        "rope_factor": _number(whole, "factor", float, fail, prefix="rope_scaling.")
-        if linear
-        else 1.0,
-        "windows": Windows(
-            window,
-            _window_pattern(hf, layers, fail),
-            _number(near, "rope_theta", float, fail, prefix=f"rope_parameters.{_SLIDING}."),
-        ),
+        "rope_theta": whole["rope_theta"],
+        "rope_factor": whole.get("factor", 1.0),
+        "windows": Windows(size, every, near["rope_theta"]),
         "query_scalar": None if scalar == hf.get("head_dim") else scalar,
     }
+
+
+def _layer_types(layers: int, every: int) -> list[str]:
+    return [_SLIDING if (i + 1) % every else _FULL for i in range(layers)]
 
 
 def _window_pattern(hf: Mapping[str, Any], layers: int, fail: Fail) -> int:
     """The period of the layers without a window; layers + 1 if all have one."""
     types = hf.get("layer_types")
     if types is None:
-        return min(
-            layers + 1,
-            _number({"sliding_window_pattern": 6, **hf}, "sliding_window_pattern", int, fail),
-        )
-    every = types.index(_FULL) + 1 if isinstance(types, list) and _FULL in types else layers + 1
-    if not isinstance(types, list) or len(types) != layers or types != _layer_types(layers, every):
-        fail(
-            "layer_types",
-            f"only {_FULL} in every n-th of {layers} layers and {_SLIDING} in the others is "
-            "supported",
-        )
-    return every
+        return min(layers + 1, _number(hf, "sliding_window_pattern", int, fail))
+    if isinstance(types, list) and len(types) == layers:
+        every = types.index(_FULL) + 1 if _FULL in types else layers + 1
+        if types == _layer_types(layers, every):
+            return every
+    every_nth = f"{_FULL} in every n-th of {layers} layers and {_SLIDING} in the others"
+    return fail("layer_types", f"only {every_nth} is supported")
 
 
-def _rope(hf: Mapping[str, Any], fail: Fail) -> dict[str, Any]:
-    """Base of the frequencies and their scaling; `rope_scaling` wins over `rope_parameters`, as in
-    transformers 5.
-    """
-    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
-    rope = hf.get(key) or {}
-    if not isinstance(rope, Mapping):
-        fail(key, f"expected an object, got {rope!r}")
+def _rope(rope: Mapping[str, Any], key: str, types: Iterable[str], fail: Fail) -> dict[str, Any]:
+    """rope_theta and the parameters of the rope_type, which is one of `types`."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        fail(f"{key}.rope_type", f"{kind!r} is not supported; supported: default, llama3")
-    known = {"rope_type", "type", "rope_theta", *(_LLAMA3.values() if kind == "llama3" else ())}
-    for name in rope:  # also catches parameters nested by layer type
-        if name not in known:
-            fail(
-                f"{key}.{name}",
-                f"is not supported with rope_type {kind}; supported: {', '.join(sorted(known))}",
-            )
-    theta = _number(
-        {"rope_theta": 10000.0, **hf, **rope}, "rope_theta", float, fail
-    )  # transformers' default
-    if kind == "default":
-        return {"rope_theta": theta}
-    kinds = typing.get_type_hints(RopeScaling)
-    scaling = RopeScaling(
-        **{
-            field: _number(rope, name, kinds[field], fail, prefix=f"{key}.")
-            for field, name in _LLAMA3.items()
-        }
-    )
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    if kind not in types:
+        fail(f"{key}.rope_type", f"{kind!r} is not supported; supported: {', '.join(types)}")
+    known = {"rope_theta": float, **_ROPE_TYPES[kind]}
+    unknown = [name for name in rope if name not in {"rope_type", "type", *known}]
+    if unknown:  # parameters by kind of layer, too
+        message = f"is not supported with rope_type {kind}; supported: {', '.join(known)}"
+        fail(f"{key}.{unknown[0]}", message)
+    return {name: _number(rope, name, kind, fail, f"{key}.") for name, kind in known.items()}
 
 
-def _number(
-    hf: Mapping[str, Any],
-    key: str,
-    kind: type,
-    fail: Fail,
-    least: int | None = None,
-    prefix: str = "",
-) -> Any:
-    """hf[key] as an int or float that is positive (or at least `least`) and of a size that makes
-    sense.
-    """
-    if hf.get(key) is None:
+def _object(hf: Mapping[str, Any], key: str, fail: Fail, prefix: str = "") -> Mapping[str, Any]:
+    value = hf.get(key) or {}
+    return value if isinstance(value, Mapping) else fail(prefix + key, "expected an object")
+
+
+def _number(hf: Mapping[str, Any], key: str, kind: type, fail: Fail, prefix: str = "") -> Any:
+    """hf[key] as a positive int or float of a size that makes sense."""
+    value = hf.get(key)
+    if value is None:
         fail(prefix + key, "is missing; this is no complete config.json of a supported model")
-    value = hf[key]
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         fail(prefix + key, f"expected {'an integer' if kind is int else 'a number'}, got {value!r}")
-    if not (value > 0 if least is None else value >= least) or not value < 2**40:
+    if not 0 < value < 2**40:
         fail(prefix + key, f"{value} is out of range")
     return kind(value)
+
+
+# Leaf of the parameter tree → tensor of the file, in the order of the computation
+_LAYER = {
+    "attn_norm.scale": "input_layernorm.weight",
+    **{
+        f"attn.{part}.{leaf}": f"self_attn.{part}{name}"
+        for part in "qkvo"
+        for leaf, name in (("kernel", "_proj.weight"), ("bias", "_proj.bias"))
+    },
+    "attn.q_norm.scale": "self_attn.q_norm.weight",
+    "attn.k_norm.scale": "self_attn.k_norm.weight",
+    "attn_post_norm.scale": "post_attention_layernorm.weight",
+    "mlp_norm.scale": "post_attention_layernorm.weight",
+    **{f"mlp.{part}.kernel": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
+    "mlp_post_norm.scale": "post_feedforward_layernorm.weight",
+}
+_GEMMA_LAYER = {**_LAYER, "mlp_norm.scale": "pre_feedforward_layernorm.weight"}
 
 
 class Tensor(NamedTuple):
     """A tensor of a Hugging Face file and its place in the parameter tree."""
 
     name: str  # in the file
-    path: tuple[str, ...]  # of its leaf
-    shape: tuple[int, ...]  # in the leaf, without the layer axis
-    file_shape: tuple[int, ...]  # in the file, heads and head size in one axis
-    transposed: bool = False  # the file's kernels are [out, in], the leaf's [in, out]
+    leaf: str  # in the flattened tree
+    shape: tuple[int, ...]  # in the file, heads and head size in one axis
+    transposed: bool  # the file's kernels are [out, in], the leaf's [in, out]
     layer: int | None = None  # index on the leaf's axis 0; None where the leaf is not stacked
+
+
+def base_params(config: ModelConfig) -> Params:
+    """The decoder's parameters without adapters, as shapes."""
+    return abstract_params(dataclasses.replace(config, lora=None))
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
     """Every tensor of the model, in the order of the computation. A tied head is no tensor."""
-    d, h, ffn, vocab = config.model_dim, config.head_dim, config.ffn_dim, config.vocab_size
-    yield _plain("model.embed_tokens.weight", "embed/embedding", vocab, d)
-    layer = [_plain("input_layernorm.weight", "attn_norm/scale", d)]
-    for name, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
-        part, place = f"self_attn.{name}", f"attn/{name}"
-        layer.append(_kernel(f"{part}_proj.weight", f"{place}/kernel", (d,), (heads, h)))
-        if config.family == "qwen2":
-            bias = _plain(f"{part}_proj.bias", f"{place}/bias", heads, h)
-            layer.append(bias._replace(file_shape=(heads * h,)))
-        if config.family in ("qwen3", "gemma3_text") and name != "v":
-            layer.append(_plain(f"{part}_norm.weight", f"{place}_norm/scale", h))
-    layer.append(_kernel("self_attn.o_proj.weight", "attn/o/kernel", (config.heads, h), (d,)))
-    if config.family == "gemma3_text":  # its post-attention norm is of the branch's output
-        layer.append(_plain("post_attention_layernorm.weight", "attn_post_norm/scale", d))
-        layer.append(_plain("pre_feedforward_layernorm.weight", "mlp_norm/scale", d))
-    else:
-        layer.append(_plain("post_attention_layernorm.weight", "mlp_norm/scale", d))
-    for name, inputs, outputs in (("gate", d, ffn), ("up", d, ffn), ("down", ffn, d)):
-        kernel = f"mlp/{name}/kernel"
-        layer.append(_kernel(f"mlp.{name}_proj.weight", kernel, (inputs,), (outputs,)))
-    if config.family == "gemma3_text":
-        layer.append(_plain("post_feedforward_layernorm.weight", "mlp_post_norm/scale", d))
+    shapes = {leaf: array.shape for leaf, array in flatten(base_params(config)).items()}
+
+    def tensor(name: str, leaf: str, layer: int | None = None) -> Tensor:
+        shape = shapes[leaf] if layer is None else shapes[leaf][1:]
+        if not leaf.endswith(".kernel"):
+            flat = (math.prod(shape),) if leaf.endswith(".bias") else shape
+            return Tensor(name, leaf, flat, False, layer)
+        inputs = 2 if leaf.endswith(".o.kernel") else 1  # axes
+        flat = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+        return Tensor(name, leaf, flat, True, layer)
+
+    layer_names = _GEMMA_LAYER if config.family == "gemma3_text" else _LAYER
+    yield tensor("model.embed_tokens.weight", "embed.embedding")
     for i in range(config.layers):
-        for t in layer:
-            yield t._replace(name=f"model.layers.{i}.{t.name}", path=("layers", *t.path), layer=i)
-    yield _plain("model.norm.weight", "final_norm/scale", d)
+        for leaf, name in layer_names.items():
+            if f"layers.{leaf}" in shapes:
+                yield tensor(f"model.layers.{i}.{name}", f"layers.{leaf}", i)
+    yield tensor("model.norm.weight", "final_norm.scale")
     if not config.tie_embeddings:
-        yield _kernel("lm_head.weight", "head/kernel", (d,), (vocab,))
+        yield tensor("lm_head.weight", "head.kernel")
 
 
-def _plain(name: str, path: str, *shape: int) -> Tensor:
-    return Tensor(name, tuple(path.split("/")), shape, shape)
-
-
-def _kernel(name: str, path: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Tensor:
-    file_shape = (math.prod(outputs), math.prod(inputs))
-    return Tensor(name, tuple(path.split("/")), inputs + outputs, file_shape, transposed=True)
-
-
-def in_file_layout(array: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """A view of a leaf in the file's shape, to write into (loading) or to read from (saving)."""
+def in_file_layout(leaves: Mapping[str, Any], tensor: Tensor) -> np.ndarray:
+    """The tensor's part of its leaf in the file's shape, a view to read, or to write in numpy."""
+    leaf = leaves[tensor.leaf]
+    part = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
     if tensor.transposed:
-        return array.reshape(tensor.file_shape[::-1]).T
-    return array.reshape(tensor.file_shape)
+        return part.reshape(tensor.shape[::-1]).T
+    return part.reshape(tensor.shape)
 
 
 def same_architecture(a: ModelConfig, b: ModelConfig) -> bool:

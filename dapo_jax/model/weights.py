@@ -8,12 +8,13 @@ import math
 import os
 import re
 import shutil
-import uuid
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes  # noqa: F401  (teaches numpy, and so safetensors, the name bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from dapo_jax.config import ModelConfig, flatten, open_regular
 from dapo_jax.model.families import (
     Tensor,
+    base_params,
     in_file_layout,
     model_config_from_hf,
     model_config_to_hf,
@@ -103,10 +105,10 @@ def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
     folder = Path(folder)
     config = load_model_config(folder)
     with _opened(folder, config) as stored:
-        params: dict[str, Any] = {}
+        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), base_params(config))
+        leaves = flatten(params)
         for t in tensors(config):
-            values = _read_tensor(*stored[t.name], t.name)
-            in_file_layout(_slot(params, t, config.layers), t)[...] = values
+            in_file_layout(leaves, t)[...] = _read_tensor(*stored[t.name], t.name)
         if config.tie_embeddings and _HEAD in stored:
             head = _read_tensor(*stored[_HEAD], _HEAD)
             if not np.array_equal(head, params["embed"]["embedding"]):
@@ -128,7 +130,11 @@ def _opened(folder: Path, config: ModelConfig) -> Iterator[dict[str, tuple[Path,
     with contextlib.ExitStack() as stack:
         stored: dict[str, tuple[Path, Any]] = {}
         for path in _weight_files(folder):
-            opened = stack.enter_context(_open(path))
+            try:
+                opened: Any = stack.enter_context(safe_open(path, framework="numpy"))
+            except (SafetensorError, OSError) as e:
+                reason = " ".join(str(e).split())[:100]
+                raise InputError(f"{path}: truncated or corrupt ({reason}); {_AGAIN}") from None
             for name in opened.keys():
                 if name in stored:
                     other = stored[name][0].name
@@ -197,14 +203,6 @@ def _refuse_adapter(folder: Path) -> None:
         )
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as e:
-        reason = " ".join(str(e).split())[:100]
-        raise InputError(f"{path}: truncated or corrupt ({reason}); {_AGAIN}") from None
-
-
 def _check_stored(
     folder: Path, config: ModelConfig, stored: Mapping[str, tuple[Path, Any]]
 ) -> None:
@@ -212,7 +210,7 @@ def _check_stored(
     if quantized := next(filter(_QUANTIZED.search, sorted(stored)), None):
         message = "quantized weights are not supported; use a bfloat16, float16 or float32 model"
         raise InputError(f"{folder}: {_shown(quantized)}: {message}")
-    expected = {t.name: t.file_shape for t in tensors(config)}
+    expected = {t.name: t.shape for t in tensors(config)}
     for name, shape in expected.items():
         if name not in stored:
             message = f"tensor missing, expected with shape {shape} by config.json"
@@ -235,17 +233,6 @@ def _check_stored(
             raise InputError(f"{path}: {_shown(name)}: {message}")
 
 
-def _slot(params: dict[str, Any], t: Tensor, layers: int) -> np.ndarray:
-    """The part of the tree that tensor `t` fills; makes its leaf at the first visit."""
-    *parents, last = t.path
-    node = params
-    for key in parents:
-        node = node.setdefault(key, {})
-    if last not in node:
-        node[last] = np.empty(t.shape if t.layer is None else (layers, *t.shape), np.float32)
-    return node[last] if t.layer is None else node[last][t.layer]
-
-
 def _read_tensor(path: Path, opened: Any, name: str) -> np.ndarray:
     values = opened.get_tensor(name).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
@@ -264,8 +251,8 @@ def save_pretrained(
     generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a float32 Hugging Face folder, whole or not at all: a hidden sibling is filled, then
-    renamed. Memory holds one tensor beyond `params`, numpy or (fully addressable) jax arrays.
+    """Writes a float32 Hugging Face folder, whole or not at all: it is filled in a hidden folder
+    beside. Memory holds one tensor beyond `params`, numpy or (fully addressable) jax arrays.
 
     Args:
       folder: new, or empty.
@@ -282,8 +269,12 @@ def save_pretrained(
     source = None if source_folder is None else Path(source_folder)
     hf = _export_config(config, source, tokenizer)
     check_new(folder)
+    target = Path(folder).resolve()
     try:
-        with _appearing_whole(Path(folder).resolve()) as partial:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as hidden:
+            partial = Path(hidden, target.name)
+            partial.mkdir()
             _write_json(partial / "config.json", hf)
             if source is not None:
                 for name in ("generation_config.json", *_TOKENIZER_FILES):
@@ -294,6 +285,7 @@ def save_pretrained(
             if generation and not (partial / "generation_config.json").exists():
                 _write_json(partial / "generation_config.json", generation)
             _write_weights(partial, config, params, max_shard_bytes)
+            partial.rename(target)
     except OSError as e:
         raise InputError(f"{folder}: cannot write ({e.strerror or e}); {_PLACE}") from e
 
@@ -311,24 +303,11 @@ def check_new(folder: str | Path) -> None:
         raise InputError(f"{folder}: cannot write (below {above}); {_PLACE}")
 
 
-@contextlib.contextmanager
-def _appearing_whole(target: Path) -> Iterator[Path]:
-    """A hidden sibling folder, renamed to `target` at the end, removed on any error."""
-    partial = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def _check_params(config: ModelConfig, params: Params) -> None:
-    expected = {}
-    for t in tensors(config):
-        expected[".".join(t.path)] = t.shape if t.layer is None else (config.layers, *t.shape)
-    found = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
+    found, expected = (
+        {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
+        for tree in (params, base_params(config))
+    )
     if found != expected:
         name, _ = min(found.items() ^ expected.items())
         shapes = f"found {found.get(name)}, expected {expected.get(name)}"
@@ -351,28 +330,21 @@ def _export_config(config: ModelConfig, source: Path | None, tokenizer: Any) -> 
 
 
 def _write_weights(folder: Path, config: ModelConfig, params: Params, max_shard_bytes: int) -> None:
-    shards: list[list[Tensor]] = [[]]
-    room = max_shard_bytes
-    for t in tensors(config):
-        if shards[-1] and _nbytes(t) > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(t)
-        room -= _nbytes(t)
-    if len(shards) == 1:
-        _write_safetensors(folder / _SINGLE, shards[0], params)
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards):
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / name, shard, params)
-        weight_map.update({t.name: name for t in shard})
-    total = sum(_nbytes(t) for t in tensors(config))
-    _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    # not at the top: takes a second
+    from huggingface_hub import split_state_dict_into_shards_factory as split
+
+    by_name = {t.name: t for t in tensors(config)}
+    sizes: dict[str, Any] = {"get_storage_size": _nbytes, "max_shard_size": max_shard_bytes}
+    shards = split(by_name, filename_pattern="model{suffix}.safetensors", **sizes)
+    for name, held in shards.filename_to_tensors.items():
+        _write_safetensors(folder / name, [by_name[tensor] for tensor in held], params)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        _write_json(folder / _INDEX, index)
 
 
 def _nbytes(t: Tensor) -> int:
-    return 4 * math.prod(t.file_shape)
+    return 4 * math.prod(t.shape)
 
 
 def _write_safetensors(path: Path, shard: Iterable[Tensor], params: Params) -> None:
@@ -383,16 +355,14 @@ def _write_safetensors(path: Path, shard: Iterable[Tensor], params: Params) -> N
     end = 0
     for t in shard:
         start, end = end, end + _nbytes(t)
-        header[t.name] = {"dtype": "F32", "shape": t.file_shape, "data_offsets": (start, end)}
+        header[t.name] = {"dtype": "F32", "shape": t.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     leaves = flatten(params)
     with path.open("xb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for t in shard:
-            leaf = leaves[".".join(t.path)]
-            part = np.asarray(leaf if t.layer is None else leaf[t.layer])
-            f.write(np.ascontiguousarray(in_file_layout(part, t), dtype="<f4").data)
+            f.write(np.ascontiguousarray(in_file_layout(leaves, t), dtype="<f4").data)
         f.flush()
         os.fsync(f.fileno())
 
