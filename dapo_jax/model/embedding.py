@@ -3,14 +3,14 @@ its gradient.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
+from dapo_jax.model.logprobs import ROW_AXES, ROWS, VOCAB_AXIS, split_axis, sum_over_rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -31,50 +31,37 @@ def embed(
     """
     if mesh is None:
         return table.astype(dtype)[tokens]
-    split = _split(table, mesh)
+    spec = _table_spec(table, mesh)
 
     def local(table, tokens):
         part = table.astype(dtype)
-        part = jax.lax.all_gather(part, "fsdp", axis=1, tiled=True) if split.dim else part
-        at, hit = _places(tokens, part.shape[0], split)
+        part = jax.lax.all_gather(part, "fsdp", axis=1, tiled=True) if spec[1] else part
+        at, hit = _places(tokens, part.shape[0], spec)
         x = jnp.where(hit[..., None], part[jnp.where(hit, at, 0)], 0)
         if not split_sequence:
-            return jax.lax.psum(x, VOCAB_AXIS) if split.vocab else x
-        if split.vocab:
+            return jax.lax.psum(x, VOCAB_AXIS) if spec[0] else x
+        if spec[0]:
             return jax.lax.psum_scatter(x, VOCAB_AXIS, scatter_dimension=1, tiled=True)
         size = x.shape[1] // mesh.shape[VOCAB_AXIS]
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(VOCAB_AXIS) * size, size, axis=1)
 
-    inputs, rows = (split.spec, PartitionSpec(ROW_AXES)), _rows(split_sequence)
+    inputs, rows = (spec, ROWS), _rows(split_sequence)
     lookup = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=rows, check_vma=False)
     return lookup(table, tokens)
 
 
-class _Split(NamedTuple):
-    """Whether V and D of the table are split."""
-
-    vocab: bool
-    dim: bool
-
-    @property
-    def spec(self) -> PartitionSpec:
-        return PartitionSpec(VOCAB_AXIS if self.vocab else None, "fsdp" if self.dim else None)
-
-
-def _split(table: Array, mesh: Mesh) -> _Split:
-    parts = mesh.shape[VOCAB_AXIS]
-    return _Split(
-        parts > 1 and table.shape[0] % parts == 0, table.shape[1] % mesh.shape["fsdp"] == 0
-    )
+def _table_spec(table: Array, mesh: Mesh) -> PartitionSpec:
+    v, d = table.shape
+    return PartitionSpec(split_axis(mesh, VOCAB_AXIS, v), split_axis(mesh, "fsdp", d))
 
 
 def _rows(split_sequence: bool) -> PartitionSpec:
     return PartitionSpec(ROW_AXES, VOCAB_AXIS if split_sequence else None)
 
 
-def _places(tokens: Array, size: int, split: _Split) -> tuple[Array, Array]:
+def _places(tokens: Array, size: int, spec: PartitionSpec) -> tuple[Array, Array]:
     """Tokens as rows of this device's part of the table, and which of them are in it."""
-    at = tokens - jax.lax.axis_index(VOCAB_AXIS) * size if split.vocab else tokens
+    at = tokens - jax.lax.axis_index(VOCAB_AXIS) * size if spec[0] else tokens
     return at, (at >= 0) & (at < size)
 
 
@@ -86,24 +73,20 @@ def _backward(dtype, mesh, split_sequence, inputs, d_rows):
     table, tokens = inputs
     if mesh is None:
         return jnp.zeros(table.shape, jnp.float32).at[tokens].add(d_rows).astype(table.dtype), None
-    split = _split(table, mesh)
-    size = table.shape[0] // mesh.shape[VOCAB_AXIS] if split.vocab else table.shape[0]
+    spec = _table_spec(table, mesh)
+    size = table.shape[0] // (mesh.shape[VOCAB_AXIS] if spec[0] else 1)
 
     def local(tokens, d_rows):
         if split_sequence:
             d_rows = jax.lax.all_gather(d_rows, VOCAB_AXIS, axis=1, tiled=True)
-        at, hit = _places(tokens, size, split)
+        at, hit = _places(tokens, size, spec)
         d_table = jnp.zeros((size, d_rows.shape[-1]), jnp.float32)
         d_table = d_table.at[jnp.where(hit, at, size)].add(d_rows, mode="drop")
-        if not split.dim:
-            return jax.lax.psum(d_table, ROW_AXES)
-        own = jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=1, tiled=True)
-        return jax.lax.psum(own, "data")
+        return sum_over_rows(d_table, 1 if spec[1] else None)
 
-    specs: dict[str, Any] = {"out_specs": split.spec, "check_vma": False}
-    specs["in_specs"] = (PartitionSpec(ROW_AXES), _rows(split_sequence))
-    d_table = jax.shard_map(local, mesh=mesh, **specs)(tokens, d_rows)
-    return d_table.astype(table.dtype), None
+    inputs = (ROWS, _rows(split_sequence))
+    gradient = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=spec, check_vma=False)
+    return gradient(tokens, d_rows).astype(table.dtype), None
 
 
 embed.defvjp(_forward, _backward)

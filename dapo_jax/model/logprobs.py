@@ -26,19 +26,46 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int
 TokenLoss = Callable[[Array, Array, Any], tuple[Array, Mapping[str, Array]]]
 
 ROW_AXES = ("data", "fsdp")  # mesh axes that rows are split over
+ROWS = PartitionSpec(ROW_AXES)
 VOCAB_AXIS = "tensor"  # mesh axis that the vocabulary is split over
 
 
+def split_axis(mesh: Mesh | None, axis: str, size: int) -> str | None:
+    """The mesh axis, if it splits a dimension of this size: evenly, over several devices."""
+    parts = mesh.shape[axis] if mesh else 1
+    return axis if parts > 1 and size % parts == 0 else None
+
+
+def sum_over_rows(x: Array, scattered: int | None) -> Array:
+    """A per-device sum over rows as the sum over all devices' rows, its axis `scattered` split over
+    "fsdp" (None: whole on every device).
+    """
+    if scattered is None:
+        return jax.lax.psum(x, ROW_AXES)
+    own = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=scattered, tiled=True)
+    return jax.lax.psum(own, "data")
+
+
 class _Static(NamedTuple):
+    """How to compute: hashable, static under jit."""
+
     temperature: float
     chunk_size: int
     mesh: Mesh | None
-    split: bool  # each device holds a part of the vocabulary, along VOCAB_AXIS
+    # Of the head [D, V] and its gradient. The head is gathered over "fsdp" once per call, its
+    # gradient reduced once, after the loop. Over "tensor" each device computes its columns only.
+    head: PartitionSpec
 
     @classmethod
     def of(cls, head: Array, temperature: float, chunk_size: int, mesh: Mesh | None) -> "_Static":
-        parts = mesh.shape[VOCAB_AXIS] if mesh else 1
-        return cls(temperature, chunk_size, mesh, parts > 1 and head.shape[1] % parts == 0)
+        d, v = head.shape
+        spec = PartitionSpec(split_axis(mesh, "fsdp", d), split_axis(mesh, VOCAB_AXIS, v))
+        return cls(temperature, chunk_size, mesh, spec)
+
+    @property
+    def split(self) -> bool:
+        """Whether each device holds a part of the vocabulary, along VOCAB_AXIS."""
+        return self.head[1] is not None
 
     def local(self, targets: Array, size: int) -> Array:
         """Targets as columns of this device's part; outside 0..size - 1 where not in it."""
@@ -50,22 +77,18 @@ class _Static(NamedTuple):
     def sum(self, x: Any) -> Any:
         return jax.lax.psum(x, VOCAB_AXIS) if self.split else x
 
-    def specs(self, head: Array) -> tuple[PartitionSpec, PartitionSpec]:
-        """Partitions of rows, and of the head and its gradient: over `fsdp` where that divides D.
+    def whole_head(self, hidden: Array, head: Array) -> Array:
+        """The head [D, v], cast before it is gathered: half the bytes in bfloat16."""
+        head = head.astype(hidden.dtype)
+        return jax.lax.all_gather(head, "fsdp", tiled=True) if self.head[0] else head
 
-        The head is gathered over `fsdp` once per call, its gradient reduced once, after the loop.
-        """
-        assert self.mesh is not None
-        split = "fsdp" if head.shape[0] % self.mesh.shape["fsdp"] == 0 else None
-        return PartitionSpec(ROW_AXES), PartitionSpec(split, VOCAB_AXIS if self.split else None)
-
-    def reduce_head(self, d_head: Array) -> Array:
-        """∂head summed over the row axes, [D / fsdp, v] where `specs` says so."""
-        assert self.mesh is not None
-        if d_head.shape[0] % self.mesh.shape["fsdp"]:
-            return jax.lax.psum(d_head, ROW_AXES)
-        own = jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=0, tiled=True)
-        return jax.lax.psum(own, "data")
+    def over_mesh(self, function: Callable, outputs: Any) -> Callable:
+        """function(hidden, head, rest) on each device's rows and part of the head."""
+        if self.mesh is None:
+            return function
+        inputs = (ROWS, self.head, ROWS)
+        specs: dict[str, Any] = {"in_specs": inputs, "out_specs": outputs, "check_vma": False}
+        return jax.shard_map(function, mesh=self.mesh, **specs)
 
 
 class _Scored(NamedTuple):
@@ -138,26 +161,18 @@ def _add_rows(buffer: Array, rows: Array, valid: Array, values: Array) -> Array:
     return buffer.at[jnp.where(valid, rows, buffer.shape[0])].set(values, mode="drop")
 
 
-def _whole_head(hidden: Array, head: Array) -> Array:
-    """The head [D, v], cast to compute dtype before it is gathered: half the bytes in bfloat16."""
-    head = head.astype(hidden.dtype)
-    split = head.shape[0] != hidden.shape[1]
-    return jax.lax.all_gather(head, "fsdp", tiled=True) if split else head
-
-
-# --------------------------------------------------------------------------------------------------
-# linear_loss
-# --------------------------------------------------------------------------------------------------
-
 _Rest = tuple[Array, Array, Any]  # targets [n], mask [n], token_args
 
 
-def _loss_forward(
-    token_loss: TokenLoss, static: _Static, with_grad: bool, hidden, head, rest: _Rest
+def _loss_and_grads(
+    token_loss: TokenLoss, static: _Static, slopes_in: tuple[str, ...], hidden, head, rest: _Rest
 ):
-    """Loss, metric sums and (if asked) both gradients, over one device's rows and columns."""
+    """Loss, metric sums, ∂loss/∂hidden and ∂loss/∂head over one device's rows and columns.
+
+    slopes_in: what the gradients go through, "logprobs" and "entropy"; without any they are None.
+    """
     targets, mask, token_args = rest
-    chunks, head = _Chunks.of(mask, static), _whole_head(hidden, head)
+    chunks, head = _Chunks.of(mask, static), static.whole_head(hidden, head)
 
     def chunk_loss(logprobs, entropy, args, valid):
         loss, metrics = token_loss(jnp.where(valid, logprobs, 0.0), entropy, args)
@@ -170,53 +185,49 @@ def _loss_forward(
         h, y = hidden[rows], targets[rows]
         args = jax.tree.map(lambda a: a[rows], token_args)
         scored = _score(h, head, y, static)
-        slopes = jax.value_and_grad(chunk_loss, has_aux=True)
-        (part, sums), slope = slopes(scored.logprobs, scored.entropy, args, valid)
+        slopes = jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True)
+        (part, sums), (slope, entropy_slope) = slopes(scored.logprobs, scored.entropy, args, valid)
         metrics = {name: metrics[name] + sums[name] for name in metrics}
-        if with_grad:
+        if slopes_in:
             slope /= static.temperature
             d_logits = jnp.where(scored.hit, slope[:, None], 0.0)
             d_logits = d_logits - scored.weights * (slope / scored.total)[:, None]
+            if "entropy" in slopes_in:  # ∂entropy/∂z = -softmax z · (log softmax z + entropy)
+                share = entropy_slope / static.temperature / scored.total
+                surprise = scored.logits - (scored.lse - scored.entropy)[:, None]
+                d_logits -= scored.weights * surprise * share[:, None]
             d_logits = d_logits.astype(h.dtype)
             d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, head))
             d_head += _d_head(h, d_logits)
         return loss + part, metrics, d_hidden, d_head
 
-    number = jax.ShapeDtypeStruct((chunks.size,), jnp.float32)
-    example = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((chunks.size, *a.shape[1:]), a.dtype), token_args
-    )
-    zeros = {name: jnp.zeros(()) for name in jax.eval_shape(token_loss, number, number, example)[1]}
+    number = jax.ShapeDtypeStruct(mask.shape, jnp.float32)
+    names = jax.eval_shape(token_loss, number, number, token_args)[1]
+    zeros = dict.fromkeys(names, jnp.zeros(()))
     grads = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
-    first = (jnp.zeros(()), zeros, *(grads if with_grad else (None, None)))
+    first = (jnp.zeros(()), zeros, *(grads if slopes_in else (None, None)))
     loss, metrics, d_hidden, d_head = jax.lax.fori_loop(0, chunks.number, body, first)
-    return loss, metrics, static.sum(d_hidden) if with_grad else None, d_head
+    if static.mesh is not None:
+        loss, metrics = jax.lax.psum((loss, metrics), ROW_AXES)
+        if slopes_in:
+            d_head = sum_over_rows(d_head, 0 if static.head[0] else None)
+    return loss, metrics, static.sum(d_hidden) if slopes_in else None, d_head
 
 
-def _loss_sharded(token_loss, static: _Static, with_grad: bool, hidden, head, rest: _Rest):
-    run = functools.partial(_loss_forward, token_loss, static, with_grad)
-    if static.mesh is None:
-        return run(hidden, head, rest)
-
-    def local(*inputs):
-        loss, metrics, d_hidden, d_head = run(*inputs)
-        d_head = static.reduce_head(d_head) if with_grad else None
-        return *jax.lax.psum((loss, metrics), ROW_AXES), d_hidden, d_head
-
-    rows, kernel = static.specs(head)
-    outputs = (PartitionSpec(), PartitionSpec(), rows, kernel)
-    specs: dict[str, Any] = {"in_specs": (rows, kernel, rows), "out_specs": outputs}
-    over_mesh = jax.shard_map(local, mesh=static.mesh, check_vma=False, **specs)
-    return over_mesh(hidden, head, rest)
+def _loss_over_mesh(token_loss: TokenLoss, static: _Static, slopes_in: tuple[str, ...], *inputs):
+    run = functools.partial(_loss_and_grads, token_loss, static, slopes_in)
+    outputs = (PartitionSpec(), PartitionSpec(), ROWS, static.head)
+    return static.over_mesh(run, outputs)(*inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _linear_loss(token_loss, static, hidden, head, rest):
-    return _loss_sharded(token_loss, static, False, hidden, head, rest)[:2]
+    return _loss_over_mesh(token_loss, static, (), hidden, head, rest)[:2]
 
 
 def _linear_loss_fwd(token_loss, static, hidden, head, rest):
-    loss, metrics, *grads = _loss_sharded(token_loss, static, True, hidden, head, rest)
+    slopes_in = ("logprobs",)
+    loss, metrics, *grads = _loss_over_mesh(token_loss, static, slopes_in, hidden, head, rest)
     d_hidden, d_head = grads
     return (loss, metrics), (d_hidden, d_head.astype(head.dtype))
 
@@ -261,13 +272,9 @@ def linear_loss(
     return _linear_loss(token_loss, static, *inputs)
 
 
-# --------------------------------------------------------------------------------------------------
-# linear_logprobs
-# --------------------------------------------------------------------------------------------------
-
-
-def _logprobs_forward(static: _Static, hidden, head, targets, mask):
-    chunks, head = _Chunks.of(mask, static), _whole_head(hidden, head)
+def _logprobs_and_entropy(static: _Static, hidden, head, rest):
+    targets, mask = rest
+    chunks, head = _Chunks.of(mask, static), static.whole_head(hidden, head)
 
     def body(i, carry):
         rows, valid = chunks.rows(i)
@@ -279,37 +286,10 @@ def _logprobs_forward(static: _Static, hidden, head, targets, mask):
     return jax.lax.fori_loop(0, chunks.number, body, (zeros, zeros))
 
 
-def _logprobs_backward(static: _Static, inputs, cotangents):
-    hidden, head, targets, mask = inputs
-    chunks, head = _Chunks.of(mask, static), _whole_head(hidden, head)
-
-    def body(i, carry):
-        d_hidden, d_head = carry
-        rows, valid = chunks.rows(i)
-        d_logprobs, d_entropy = (jnp.where(valid, d[rows], 0.0)[:, None] for d in cotangents)
-        h = hidden[rows]
-        scored = _score(h, head, targets[rows], static)
-        softmax = scored.weights / scored.total[:, None]
-        log_softmax = scored.logits - scored.lse[:, None]
-        d_logits = (scored.hit - softmax) * d_logprobs
-        d_logits -= softmax * (log_softmax + scored.entropy[:, None]) * d_entropy
-        d_logits = (d_logits / static.temperature).astype(h.dtype)
-        d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, head))
-        return d_hidden, d_head + _d_head(h, d_logits)
-
-    zeros = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
-    d_hidden, d_head = jax.lax.fori_loop(0, chunks.number, body, zeros)
-    return static.sum(d_hidden), d_head
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_logprobs(static, hidden, head, targets, mask):
-    run = functools.partial(_logprobs_forward, static)
-    if static.mesh is not None:
-        rows, kernel = static.specs(head)
-        specs: dict[str, Any] = {"in_specs": (rows, kernel, rows, rows), "out_specs": (rows, rows)}
-        run = jax.shard_map(run, mesh=static.mesh, check_vma=False, **specs)
-    return run(hidden, head, targets, mask)
+def _linear_logprobs(static, hidden, head, rest):
+    run = functools.partial(_logprobs_and_entropy, static)
+    return static.over_mesh(run, (ROWS, ROWS))(hidden, head, rest)
 
 
 def _linear_logprobs_fwd(static, *inputs):
@@ -317,19 +297,15 @@ def _linear_logprobs_fwd(static, *inputs):
 
 
 def _linear_logprobs_bwd(static, inputs, cotangents):
-    head = inputs[1]
+    """The gradient of the loss that is linear in both outputs, with the cotangents as slopes."""
 
-    def run(inputs, cotangents):
-        d_hidden, d_head = _logprobs_backward(static, inputs, cotangents)
-        return d_hidden, d_head if static.mesh is None else static.reduce_head(d_head)
+    def linear(logprobs, entropy, slopes):
+        return logprobs * slopes[0] + entropy * slopes[1], {}
 
-    if static.mesh is not None:
-        rows, kernel = static.specs(head)
-        specs: dict[str, Any] = {"in_specs": ((rows, kernel, rows, rows), (rows, rows))}
-        specs["out_specs"] = (rows, kernel)
-        run = jax.shard_map(run, mesh=static.mesh, check_vma=False, **specs)
-    d_hidden, d_head = run(inputs, cotangents)
-    return d_hidden, d_head.astype(head.dtype), None, None
+    hidden, head, rest = inputs
+    rest, slopes_in = (*rest, cotangents), ("logprobs", "entropy")
+    *_, d_hidden, d_head = _loss_over_mesh(linear, static, slopes_in, hidden, head, rest)
+    return d_hidden, d_head.astype(head.dtype), None
 
 
 _linear_logprobs.defvjp(_linear_logprobs_fwd, _linear_logprobs_bwd)
@@ -358,5 +334,5 @@ def linear_logprobs(
     (0.6667, 0.6365)
     """
     mask = jnp.ones(np.shape(targets), bool) if mask is None else mask
-    inputs = jax.tree.map(jnp.asarray, (hidden, head, targets, mask))
+    inputs = jax.tree.map(jnp.asarray, (hidden, head, (targets, mask)))
     return _linear_logprobs(_Static.of(inputs[1], temperature, chunk_size, mesh), *inputs)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jaxtyping import Array
 
 from dapo_jax.config import LoraConfig
@@ -50,24 +50,16 @@ def split(params: Params, lora: LoraConfig | None) -> tuple[Params, Params]:
     """(trained, frozen): with LoRA the adapters and the rest, else everything and nothing."""
     if lora is None:
         return params, {}
-    trained: dict[str, Any] = {}
-    frozen: dict[str, Any] = {}
-    for key, value in params.items():
-        if key == _ADAPTER:
-            trained[key] = value
-        elif isinstance(value, Mapping):
-            inner, frozen[key] = split(value, lora)
-            if inner:
-                trained[key] = inner
-        else:
-            frozen[key] = value
-    return trained, frozen
+    flat = traverse_util.flatten_dict(params)
+    adapters = {path: leaf for path, leaf in flat.items() if _ADAPTER in path}
+    frozen = {path: leaf for path, leaf in flat.items() if _ADAPTER not in path}
+    return traverse_util.unflatten_dict(adapters), traverse_util.unflatten_dict(frozen)
 
 
 def join(trained: Params, frozen: Params) -> Params:
     """The inverse of `split`."""
-    both = trained.keys() & frozen.keys()
-    return {**frozen, **trained, **{key: join(trained[key], frozen[key]) for key in both}}
+    flat = {**traverse_util.flatten_dict(frozen), **traverse_util.flatten_dict(trained)}
+    return traverse_util.unflatten_dict(flat)
 
 
 def stored(params: Params, lora: LoraConfig | None, compute_dtype: str) -> Params:
