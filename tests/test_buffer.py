@@ -56,7 +56,7 @@ def test_the_first_informative_groups_in_draw_order_are_taken_and_the_rest_carri
     assert buffer.missing() == 0
     groups, counts = buffer.take()
     assert draws(groups) == [1, 3]
-    assert dataclasses.asdict(counts) == {
+    assert counts._asdict() == {
         "drawn": 7,
         "kept": 2,
         "all_correct": 1,
@@ -64,10 +64,11 @@ def test_the_first_informative_groups_in_draw_order_are_taken_and_the_rest_carri
         "surplus": 3,
         "carried_in": 0,
         "wasted_tokens": tokens(step[0]) + tokens(step[2]),
-        "accuracy": 0.5,
-        "accuracy_kept": 0.5,
+        "unjudged": 0,
+        "responses": 14,
+        "correct": 7,
     }
-    # The next step needs no draw at all, and says that it has no accuracy of its own.
+    # The next step needs no draw at all.
     assert buffer.missing() == 0
     groups, counts = buffer.take()
     assert draws(groups) == [4, 7] and groups[0] is more[1]
@@ -78,7 +79,7 @@ def test_the_first_informative_groups_in_draw_order_are_taken_and_the_rest_carri
         1,
         0,
     )
-    assert counts.accuracy is None and counts.accuracy_kept == 0.5
+    assert counts.responses == counts.correct == 0
     assert buffer.missing() == 1
 
 
@@ -120,14 +121,12 @@ def test_groups_of_the_answers_that_got_a_verdict_are_of_any_size_and_an_empty_o
         restored = DynamicSamplingBuffer(len(kept), dynamic, True)
         restored.restore(through_a_file(buffer.state()), PROBLEMS)
         taken, counts = restored.take()
-        assert draws(taken) == kept and counts.accuracy_kept == pytest.approx(
-            (2 / 3 * 3 + 1 + (not dynamic)) / (5 + (not dynamic))
-        )
-        assert (counts.drawn, counts.all_correct, counts.all_wrong, counts.accuracy) == (
+        assert draws(taken) == kept
+        assert (counts.drawn, counts.all_correct, counts.all_wrong, counts.unjudged) == (
             5,
             1,
             0,  # a group without a verdict is not all-incorrect
-            pytest.approx(4 / 6),
+            2,
         )
 
 
@@ -178,12 +177,7 @@ def test_steps_equal_a_naive_simulation(needed, dynamic, carry, generation_batch
             assert counts.wasted_tokens == sum(
                 tokens(e[0]) for e in ledger if e[1] == step and e[2] in ("filtered", "dropped")
             )
-            assert counts.accuracy == (
-                pytest.approx(sum(right) / (3 * len(mine))) if mine else None
-            )
-            assert counts.accuracy_kept == pytest.approx(
-                sum(sum(g.correct) for g in groups) / (3 * needed)
-            )
+            assert (counts.responses, counts.correct) == (3 * len(mine), sum(right))
             removed = counts.all_correct + counts.all_wrong if dynamic else 0
             assert counts.drawn + counts.carried_in == counts.kept + removed + counts.surplus
             previous += draws(groups)

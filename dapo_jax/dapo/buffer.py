@@ -4,7 +4,6 @@ Groups are accepted in the order in which their prompts were drawn: the order in
 would favour short responses. Decisions depend on the groups alone, never on the clock.
 """
 
-import dataclasses
 import itertools
 import json
 import operator
@@ -21,36 +20,24 @@ class UnderfilledError(SharedError):
     """A step reached its cap on generation batches with too few groups to train on."""
 
 
-@dataclasses.dataclass(frozen=True)
-class StepCounts:
+class StepCounts(NamedTuple):
     """Counts of one rollout step: groups drawn, kept, dropped and carried.
 
     With dynamic sampling: drawn + carried_in == kept + all_correct + all_wrong + surplus; without,
     every group with a verdict is trained on: drawn + carried_in == kept + surplus.
     """
 
-    drawn: int  # groups completed in this step
-    kept: int  # groups to train on; the first min(carried_in, kept) of them are carried ones
-    all_correct: int  # drawn groups without an incorrect response
-    all_wrong: int  # drawn groups without a correct response
-    surplus: int  # groups beyond what the step needs, carried to the next step or dropped
-    carried_in: int  # groups that the previous step left over
-    wasted_tokens: int  # response tokens of groups that will never be trained on
-    accuracy: float | None  # share of correct responses in the drawn groups, None without any
-    accuracy_kept: float  # the same in the groups to train on
-
-
-class _Tally(NamedTuple):
-    """Counts of the current step so far."""
-
-    carried_in: int = 0
-    drawn: int = 0
-    all_correct: int = 0
-    all_wrong: int = 0
-    unjudged: int = 0  # groups without any verdict
-    responses: int = 0
-    right: int = 0
-    wasted_tokens: int = 0
+    carried_in: int = 0  # groups that the previous step left over
+    drawn: int = 0  # groups completed in this step
+    all_correct: int = 0  # drawn groups without an incorrect response
+    all_wrong: int = 0  # drawn groups without a correct response
+    unjudged: int = 0  # drawn groups without any verdict
+    responses: int = 0  # with a verdict, of the drawn groups
+    correct: int = 0  # of these
+    wasted_tokens: int = 0  # response tokens of groups that will never be trained on
+    # Both 0 until the step ends; the first min(carried_in, kept) kept groups are carried ones.
+    kept: int = 0  # groups to train on
+    surplus: int = 0  # groups beyond what the step needs, carried to the next step or dropped
 
 
 class DynamicSamplingBuffer:
@@ -73,7 +60,7 @@ class DynamicSamplingBuffer:
         """Forgets all groups and counts."""
         self._accepted: list[Group] = []  # in draw order, the carried ones first
         self._last_draw = -1
-        self._tally = _Tally()
+        self._counts = StepCounts()
 
     def add(self, groups: Sequence[Group], *, at_least: int = 0) -> None:
         """Accepts judged groups in draw order; groups that the filter drops need no old log-probs.
@@ -92,21 +79,21 @@ class DynamicSamplingBuffer:
         used = [group for group in groups if accepts(group.correct)]
         for group in used:
             _check_lengths(group)
-        sizes = [len(group.correct) for group in groups]
-        correct = [int(np.sum(group.correct)) for group in groups]
-        added = _Tally(
+        judged = [group.correct for group in groups if len(group.correct)]
+        added = StepCounts(
             drawn=len(groups),
-            all_correct=sum(c == n > 0 for c, n in zip(correct, sizes, strict=True)),
-            all_wrong=sum(c == 0 < n for c, n in zip(correct, sizes, strict=True)),
-            unjudged=sizes.count(0),
-            responses=sum(sizes),
-            right=sum(correct),
-            wasted_tokens=sum(map(_response_tokens, groups)) - sum(map(_response_tokens, used)),
+            all_correct=sum(map(all, judged)),
+            all_wrong=sum(not any(correct) for correct in judged),
+            unjudged=len(groups) - len(judged),
+            responses=sum(map(len, judged)),
+            correct=sum(int(np.sum(correct)) for correct in judged),
+            wasted_tokens=_response_tokens(groups) - _response_tokens(used),
         )
-        accepted, tally = [*self._accepted, *used], _Tally(*map(operator.add, self._tally, added))
+        accepted = [*self._accepted, *used]
+        counts = StepCounts(*map(operator.add, self._counts, added))
         if len(accepted) < at_least:
-            raise UnderfilledError(_cap_message(len(accepted), self._prompts_per_step, tally))
-        self._accepted, self._tally, self._last_draw = accepted, tally, draws[-1]
+            raise UnderfilledError(_cap_message(len(accepted), self._prompts_per_step, counts))
+        self._accepted, self._counts, self._last_draw = accepted, counts, draws[-1]
 
     def missing(self) -> int:
         """Groups that the step still needs."""
@@ -117,35 +104,24 @@ class DynamicSamplingBuffer:
 
         Changes nothing. Raises UnderfilledError if there is no group at all.
         """
+        needed, counts = self._prompts_per_step, self._counts
         if not self._accepted:
-            raise UnderfilledError(_cap_message(0, self._prompts_per_step, self._tally))
-        needed = self._prompts_per_step
+            raise UnderfilledError(_cap_message(0, needed, counts))
         kept, surplus = self._accepted[:needed], self._accepted[needed:]
-        dropped = [] if self._carry_surplus else surplus
-        t = self._tally
-        return kept, StepCounts(
-            drawn=t.drawn,
-            kept=len(kept),
-            all_correct=t.all_correct,
-            all_wrong=t.all_wrong,
-            surplus=len(surplus),
-            carried_in=t.carried_in,
-            wasted_tokens=t.wasted_tokens + sum(map(_response_tokens, dropped)),
-            accuracy=t.right / t.responses if t.responses else None,
-            accuracy_kept=float(np.mean(np.concatenate([group.correct for group in kept]))),
-        )
+        wasted = counts.wasted_tokens + _response_tokens([] if self._carry_surplus else surplus)
+        return kept, counts._replace(kept=len(kept), surplus=len(surplus), wasted_tokens=wasted)
 
     def take(self) -> tuple[list[Group], StepCounts]:
         """Ends the step and returns `ready()`; raises as it does."""
         kept, counts = self.ready()
         self._accepted = self._accepted[len(kept) :] if self._carry_surplus else []
-        self._tally = _Tally(carried_in=len(self._accepted))
+        self._counts = StepCounts(carried_in=len(self._accepted))
         return kept, counts
 
     def state(self) -> dict[str, Any]:
         """The whole state as plain data, for a checkpoint."""
         groups = [_packed(group) for group in self._accepted]
-        return {"last_draw": self._last_draw, "tally": list(self._tally), "groups": groups}
+        return {"last_draw": self._last_draw, "tally": list(self._counts), "groups": groups}
 
     def restore(self, state: Mapping[str, Any], problems: Mapping[str, Problem]) -> None:
         """Inverse of `state`. problems: by id.
@@ -154,8 +130,8 @@ class DynamicSamplingBuffer:
         ValueError, TypeError or KeyError for malformed data.
         """
         groups = [_unpacked(group, problems) for group in state["groups"]]
-        tally, last_draw = _Tally(*map(int, state["tally"])), int(state["last_draw"])
-        self._last_draw, self._tally, self._accepted = last_draw, tally, groups
+        counts, last_draw = StepCounts(*map(int, state["tally"])), int(state["last_draw"])
+        self._last_draw, self._counts, self._accepted = last_draw, counts, groups
 
 
 def packed_array(value: Any, dtype: type[np.generic]) -> np.ndarray:
@@ -206,13 +182,13 @@ def _unpacked(data: Mapping[str, Any], problems: Mapping[str, Problem]) -> Group
         correct=packed_array(data["correct"], np.bool_),
         reward=packed_array(data["reward"], np.float32),
         penalty=packed_array(data["penalty"], np.float32),
-        old_logprobs=tuple(old_logprobs),
+        old_logprobs=tuple(packed_array(r["old_logprobs"], np.float32) for r in data["responses"]),
     )
     _check_lengths(group)
     return group
 
 
-def _cap_message(accepted: int, needed: int, t: _Tally) -> str:
+def _cap_message(accepted: int, needed: int, t: StepCounts) -> str:
     """One line for a step with too few groups at its cap: what was drawn, and what to do."""
     informative = t.drawn - t.all_correct - t.all_wrong - t.unjudged
     easier, harder = "easier problems or a supervised warm-up", "harder problems"
@@ -238,5 +214,5 @@ def _check_lengths(group: Group) -> None:
         raise ValueError(f"{where}, but not as many verdicts, rewards and penalties")
 
 
-def _response_tokens(group: Group) -> int:
-    return sum(len(response.tokens) for response in group.responses)
+def _response_tokens(groups: Sequence[Group]) -> int:
+    return sum(len(response.tokens) for group in groups for response in group.responses)

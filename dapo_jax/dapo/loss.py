@@ -199,14 +199,8 @@ def batch_logprobs(
     mesh: Mesh | None = None,
 ) -> Float32[Array, "N T"]:
     """Log-prob of every response token, float32 [N, T], 0 elsewhere: the trainer's log π_old."""
-    flat = _flat(batch)
-    logprobs, _ = linear_logprobs(
-        batch_hidden(params, batch, model, mesh),
-        head_kernel(params),
-        flat.tokens,
-        mask=flat.target_mask,
-        temperature=temperature,
-        chunk_size=chunk_size,
-        mesh=mesh,
-    )
+    options: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size, "mesh": mesh}
+    flat, hidden = _flat(batch), batch_hidden(params, batch, model, mesh)
+    head, mask = head_kernel(params), flat.target_mask
+    logprobs, _ = linear_logprobs(hidden, head, flat.tokens, mask=mask, **options)
     return logprobs.reshape(batch.tokens.shape)

@@ -65,7 +65,7 @@ def update_metrics(
     applied, (kept, counts) = [s for s in sums if not s["skipped"]], step[:2]
     full = algo.responses_per_update // algo.responses_per_prompt
     metrics = {
-        "reward/accuracy_kept": counts.accuracy_kept,
+        "reward/accuracy_kept": float(np.concatenate([g.correct for g in kept]).mean()),
         "filter/carried_groups": min(counts.carried_in, counts.kept),
         "filter/surplus_groups": counts.surplus,
         "filter/wasted_tokens": counts.wasted_tokens,
