@@ -168,13 +168,12 @@ def _unpacked(data: Mapping[str, Any], problems: Mapping[str, Problem]) -> Group
             f"checkpoint: the buffered group of draw {draw} belongs to problem {problem[:60]!r}, "
             "which the data set does not have; resume with the data set that the run started with"
         )
-    responses, old_logprobs = [], []
+    responses = []
     for r in data["responses"]:
         tokens = packed_array(r["tokens"], np.int32)
         logprobs = packed_array(r["logprobs"], np.float32)
         policies = unpacked_policies(r.get("policies", ()), len(tokens))
         responses.append(Response(tokens, logprobs, bool(r["truncated"]), policies))
-        old_logprobs.append(packed_array(r["old_logprobs"], np.float32))
     group = Group(
         draw=draw,
         prompt=Prompt(problems[problem], packed_array(data["prompt"], np.int32)),
