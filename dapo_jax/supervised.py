@@ -27,10 +27,11 @@ from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError, Prompt, TrainBatch, TrainState
 
 
-def solution_items(
-    prompts: Sequence[Prompt], policy: Policy, max_response_len: int
-) -> list[TrainItem]:
-    """Prompts with their worked solutions and the end token, without those that are too long."""
+def solution_items(config: Config, prompts: Sequence[Prompt], policy: Policy) -> list[TrainItem]:
+    """Prompts with their worked solutions and the end token, without those that are too long; none
+    without a warm-up."""
+    if not config.supervised.updates:
+        return []
     solved = [prompt for prompt in prompts if prompt.problem.solution]
     if not solved:
         raise InputError(
@@ -47,10 +48,10 @@ def solution_items(
         check_embedded(ids, vocab_size, tokenizer, where)
         response = np.array([*ids, tokenizer.eos_token_id], np.int32)
         zeros = np.zeros(len(response), np.float32)
-        if len(response) <= max_response_len:
+        if len(response) <= config.rollout.max_response_len:
             items.append(TrainItem(prompt.tokens, response, zeros, zeros, 0.0, 0.0))
     if not items:
-        limit = f"rollout.max_response_len {max_response_len}"
+        limit = f"rollout.max_response_len {config.rollout.max_response_len}"
         raise InputError(f"data.train: every solution is longer than {limit}; raise it")
     return items
 
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     info = console.info
     data = load_data(config.data, config.eval, policy, ("a warm-up", 1), info)
     setup.check_same_start(config, policy, {"data.train": data.prompts}, {})
-    items = solution_items(data.prompts, policy, config.rollout.max_response_len)
+    items = solution_items(config, data.prompts, policy)
     mesh, lora = make_mesh(config.mesh), config.model.lora
     setup.check_divides(config, mesh, rows=True)
     info(setup.describe(policy, mesh, lora))

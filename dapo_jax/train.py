@@ -62,8 +62,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     policy = setup.load_policy(config)
     needs = ("dapo.prompts_per_step", algo.prompts_per_step)
     data = load_data(config.data, config.eval, policy, needs, info)
-    limit, warm_ups = config.rollout.max_response_len, config.supervised.updates
-    solutions = solution_items(data.prompts, policy, limit) if warm_ups else []
+    solutions = solution_items(config, data.prompts, policy)
     source = function_source(config.reward.function)
     setup.check_same_start(config, policy, data.sets, {"the reward function": source})
     mesh = make_mesh(config.mesh)
@@ -129,7 +128,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         )
 
         with tracker, log, store.saving_on_exit(run):
-            if run.progress.warmed < warm_ups:
+            if run.progress.warmed < config.supervised.updates:
                 before = (run.progress.warmed, run.progress.nonfinite)
                 warming = warm_up(config, policy, mesh, solutions, run.state, info, before)
                 reset = programs.init_optimizer
