@@ -40,12 +40,9 @@ def solution_items(config: Config, prompts: Sequence[Prompt], policy: Policy) ->
         )
     tokenizer, vocab_size = policy.tokenizer, policy.model.vocab_size
     solutions = [prompt.problem.solution for prompt in solved]
-    items = []
-    for prompt, ids in zip(
-        solved, tokenizer(solutions, add_special_tokens=False)["input_ids"], strict=True
-    ):
-        where = f"the solution of problem {prompt.problem.id}"
-        check_embedded(ids, vocab_size, tokenizer, where)
+    tokenized, items = tokenizer(solutions, add_special_tokens=False)["input_ids"], []
+    for prompt, ids in zip(solved, tokenized, strict=True):
+        check_embedded(ids, vocab_size, tokenizer, f"the solution of problem {prompt.problem.id}")
         response = np.array([*ids, tokenizer.eos_token_id], np.int32)
         zeros = np.zeros(len(response), np.float32)
         if len(response) <= config.rollout.max_response_len:
