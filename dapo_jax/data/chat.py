@@ -5,6 +5,7 @@ lock, so that no thread could watch it) or gigabytes of text.
 """
 
 import datetime
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,6 @@ def render(
     date: str,
     *,
     max_chars: int,
-    add_generation_prompt: bool = True,
 ) -> Iterator[str | None]:
     """Each conversation as text, with the header of the assistant's turn at the end.
 
@@ -37,7 +37,7 @@ def render(
 
     Raises ConfinedError if the template fails, or takes too much time or memory for a conversation.
     """
-    setup = [template, dict(variables), date, max_chars, add_generation_prompt]
+    setup = [template, dict(variables), date, max_chars]
     limits: Any = {"deadline_s": DEADLINE_S, "memory_bytes": _MEMORY_BYTES}
     with Process(f"{__name__}:renderer", setup, **limits) as process:
         process.start()
@@ -46,7 +46,7 @@ def render(
 
 
 def renderer(
-    template: str, variables: Mapping[str, Any], date: str, max_chars: int, answers: bool
+    template: str, variables: Mapping[str, Any], date: str, max_chars: int
 ) -> Callable[[Conversation], str | None]:
     """In the process: `render` of one conversation."""
     from transformers.utils import chat_template_utils
@@ -57,16 +57,15 @@ def renderer(
             return cls.fromisoformat(date)
 
     chat_template_utils.datetime = FixedDate  # type: ignore[misc]  # of strftime_now
+    render: Any = functools.partial(
+        chat_template_utils.render_jinja_template, chat_template=template, **variables
+    )
 
     def render_one(turns: Conversation) -> str | None:
-        is_open = answers and turns[-1]["role"] == "assistant"
-        how: Any = {
-            "add_generation_prompt": answers and not is_open,
-            "continue_final_message": is_open,
-        }
+        is_open = turns[-1]["role"] == "assistant"
+        ends: Any = {"add_generation_prompt": not is_open, "continue_final_message": is_open}
         try:
-            render = chat_template_utils.render_jinja_template
-            texts: Any = render([turns], chat_template=template, **how, **variables)[0]
+            texts = render([turns], **ends)[0]
         except Exception as e:
             what = "cannot continue the assistant's last turn: " if is_open else ""
             raise ValueError(what + one_line(e)) from None

@@ -271,8 +271,7 @@ def table(path: str, columns: list[str]) -> Callable[[None], tuple[int, list[Any
 
     def pieces() -> Iterator[tuple[int, list[Any]]]:
         try:
-            read = _parquet if path.endswith(".parquet") else _arrow
-            for names, batch in read(pa, path, columns):
+            for names, batch in _batches(pa, path, columns):
                 every = dict.fromkeys([*names, *batch.schema.names])  # a row shows its columns
                 count = max(1, len(batch) * _PIECE_BYTES // max(1, batch.nbytes))
                 for start in range(0, len(batch), count):
@@ -291,14 +290,13 @@ def table(path: str, columns: list[str]) -> Callable[[None], tuple[int, list[Any
     return lambda order: next(found, None)
 
 
-def _parquet(pa: Any, path: str, columns: list[str]) -> Iterator[tuple[list[str], Any]]:
+def _batches(pa: Any, path: str, columns: list[str]) -> Iterator[tuple[list[str], Any]]:
     """The names of all columns, and record batches of those that are needed."""
-    with pa.parquet.ParquetFile(path, pre_buffer=False) as file:
-        for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
-            yield file.schema_arrow.names, batch
-
-
-def _arrow(pa: Any, path: str, columns: list[str]) -> Iterator[tuple[list[str], Any]]:
+    if path.endswith(".parquet"):
+        with pa.parquet.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
+                yield file.schema_arrow.names, batch
+        return
     with pa.OSFile(path) as file, pa.ipc.open_stream(file) as reader:
         needed = {column.partition(".")[0] for column in columns} | {*columns}
         chosen = [i for i, name in enumerate(reader.schema.names) if name in needed]

@@ -173,11 +173,11 @@ def stop_tokens(
 def _end_of_turn(tokenizer: "Tokenizer", date: str) -> set[int]:
     """The token that the chat template writes after the assistant's text; empty if it is no token
     or the template fails, which `_chat_texts` reports."""
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
-    how: Any = {"max_chars": _MAX_CHARS, "add_generation_prompt": False}
+    texts = {"user": "question", "assistant": _ANSWER}
+    turns = [{"role": role, "content": texts[role]} for role in ("user", "assistant", "user")]
     try:
         template, variables = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        [text] = chat.render(template, variables, [turns], date, **how)
+        [text] = chat.render(template, variables, [turns], date, max_chars=_MAX_CHARS)
     except (ConfinedError, ValueError, OSError):
         return set()
     before, _, following = (text or "").rpartition(_ANSWER)

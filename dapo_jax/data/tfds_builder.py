@@ -123,8 +123,10 @@ def records(folder: str, heldout: bool) -> Callable[[None], tuple[int, list[Any]
                 batch = raw.__getitems__(list(range(start, min(start + _BATCH, len(raw)))))
                 if not all(batch):  # a shortened file may read as empty records, without an error
                     raise ValueError(f"empty record {start + batch.index(b'') + 1}")
-                for record in batch:
-                    yield len(record), [_row(builder.info.features, record)]
+                size = len(batch) if sum(map(len, batch)) <= MAX_ROW_BYTES else 1
+                for part in (batch[n : n + size] for n in range(0, len(batch), size)):
+                    rows = [_row(builder.info.features, record) for record in part]
+                    yield sum(map(len, part)), rows
         except (InputError, MemoryError):
             raise
         except Exception as e:  # tfds, protobuf and array_record raise many kinds on damaged files
@@ -144,15 +146,16 @@ def _row(features: Any, record: bytes) -> dict[str, Any] | str:
 
 def _plain(value: Any) -> Any:
     """Arrays and bytes as lists and text; a dict of lists of roles and contents as chat turns."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, dict):
-        fields = {key: _plain(item) for key, item in value.items()}
-        if isinstance(fields.get("role"), list) and isinstance(fields.get("content"), list):
-            pairs = zip(fields["role"], fields["content"], strict=True)
+    match value:
+        case np.ndarray() | np.generic():
+            return _plain(value.tolist())
+        case {"role": np.ndarray() | list() as roles, "content": contents}:
+            pairs = zip(_plain(roles), _plain(contents), strict=True)
             return [{"role": role, "content": content} for role, content in pairs]
-        return fields
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    # Lone surrogates stand for bytes that are not UTF-8: a counted skip.
-    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list():
+            return [_plain(item) for item in value]
+        case bytes():  # lone surrogates stand for bytes that are not UTF-8: a counted skip
+            return value.decode("utf-8", "surrogateescape")
+    return value
