@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dapo_jax import __version__
 from dapo_jax.config import printable
 from dapo_jax.runtime import multihost
+from dapo_jax.runtime.compile_cache import use_compilation_cache
 from dapo_jax.runtime.console import escaped_output
 from dapo_jax.runtime.files import reason
 from dapo_jax.runtime.guard import signals_end
@@ -44,6 +45,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     with signals_end(), escaped_output():
         try:
             _check_arguments(sys.argv[1:] if argv is None else argv)
+            use_compilation_cache()
             status = main(argv)
             sys.stdout.flush()
         except Stopped as e:

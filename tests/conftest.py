@@ -12,12 +12,20 @@ from jaxtyping import install_import_hook
 
 from dapo_jax.data import files
 from dapo_jax.runtime import sandbox
+from dapo_jax.runtime.compile_cache import cache_folder, drop_oldest
 
 # Most of the suite's time is compiling, and LLVM's costly passes gain such small programs nothing:
 # four tenths less without them. What XLA itself does to a program, which some tests look at, stays.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
+# What is compiled is kept for all processes of the suite, and for its next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder("tests")))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -64,6 +72,11 @@ def tables_are_read_here(monkeypatch, request):
     """The process that reads a table takes seconds to start."""
     if "table_process" not in request.fixturenames:
         monkeypatch.setattr(files, "Process", ProcessHere)
+
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput"):
+        drop_oldest(cache_folder("tests"), limit=2**30)
 
 
 def pytest_collection_modifyitems(items):

@@ -66,20 +66,6 @@ def tests_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(TESTS))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_once(tmp_path_factory):
-    """The first run here leaves its programs to the others."""
-    before = (
-        jax.config.jax_compilation_cache_dir,
-        jax.config.jax_persistent_cache_min_compile_time_secs,
-    )
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
-
-
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "c.yaml"

@@ -15,7 +15,7 @@ import faults
 import jax
 import pytest
 from test_checkpoint import GROUPS, HOST, abstract, bits, make_state
-from test_train import compile_once, config, reward_module, run_train, steady, verb  # noqa: F401 - fixtures
+from test_train import config, reward_module, run_train, steady, verb  # noqa: F401 - fixtures
 
 from dapo_jax import evaluate, export
 from dapo_jax.runtime import files, lock, multihost

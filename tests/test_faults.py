@@ -19,7 +19,7 @@ import faults
 import jax
 import numpy as np
 import pytest
-from test_train import CONFIG, TESTS, compile_once, record, reward_module, run_train, steady, verb  # noqa: F401 - fixtures
+from test_train import CONFIG, TESTS, record, reward_module, run_train, steady, verb  # noqa: F401 - fixtures
 
 from dapo_jax import supervised
 from dapo_jax.config import load_config
@@ -42,7 +42,7 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory, compile_once):  # noqa: F811
+def whole(config, tmp_path_factory):
     """A run of 2 steps that nothing happened to."""
     run = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:

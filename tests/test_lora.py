@@ -428,14 +428,7 @@ def verb(module, *args) -> int:
 
 
 @pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """All runs here compile the same programs; the first one leaves them to the others."""
-    with tiny.compilation_cache(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, compile_once):
+def finished(tmp_path_factory):
     """A config and a run of 2 steps, and one that was stopped after the first and started again."""
     folder = tmp_path_factory.mktemp("lora")
     config = folder / "lora.yaml"

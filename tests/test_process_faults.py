@@ -61,9 +61,6 @@ class Job:
             "JAX_NUM_CPU_DEVICES": "1",
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
             "JAX_NUM_PROCESSES": str(processes),
-            "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
             "PYTHONPATH": os.pathsep.join(
                 [
                     str(Path(dapo_jax.__file__).parents[1]),

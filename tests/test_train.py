@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-import tiny
 from test_tracker import install
 from transformers import GenerationConfig
 
@@ -41,13 +40,6 @@ supervised: {updates: 2, responses_per_update: 8}
 train: {steps: 4, rows_per_microbatch: 8, save_every: 2}
 """
 VOLATILE = ("time/", "throughput/", "memory/")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_once(tmp_path_factory):
-    """Every run here compiles the same programs; the first one leaves them to the others."""
-    with tiny.compilation_cache(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +83,7 @@ def record(run, step) -> dict:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, compile_once):
+def finished(tmp_path_factory):
     """A run of 4 steps, and its config."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "tiny.yaml").write_text(CONFIG)
@@ -243,8 +235,6 @@ def test_killed_run_resumes_from_its_checkpoint(config, tmp_path):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,6 +1,5 @@
 """A tiny model, tiny batches, and a plain loss to hold the packed and fused one against."""
 
-import contextlib
 import functools
 
 import jax
@@ -57,22 +56,6 @@ def params(config: ModelConfig):
         )
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
-
-
-@contextlib.contextmanager
-def compilation_cache(folder):
-    """What is compiled inside lies in the folder, and is compiled once for all who run it."""
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 _SHAPE = (12, 13)  # of unpacked rows: one shape, one compilation a model

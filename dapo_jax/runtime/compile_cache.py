@@ -1,0 +1,52 @@
+"""Compiled programs kept between runs: jax's persistent compilation cache, on by default.
+
+jax's own JAX_COMPILATION_CACHE_DIR puts it elsewhere, JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+import jaxlib
+
+_LIMIT = 2 * 2**30  # bytes of all that is kept
+_LEAST_S = 0.1  # of compile time: below, reading a file is no faster
+
+
+def use_compilation_cache() -> None:
+    """Turns the cache on, unless the environment says where it is, or that there is none.
+
+    Not in jobs of several processes: hosts that find different programs would wait for each other.
+    """
+    decided = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
+    if any(name in os.environ for name in (*decided, "JAX_COORDINATOR_ADDRESS")):
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # a home that is read-only, or not known
+        folder = cache_folder("jax")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        drop_oldest(folder.parent)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_S)
+
+
+def cache_folder(name: str) -> Path:
+    """`~/.cache/dapo_jax/<name>-<hash>`: code compiled for one CPU may crash another."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    features = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    key = repr((jaxlib.__version__, platform.machine(), platform.processor(), features))
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    return Path(home) / "dapo_jax" / f"{name}-{digest}"
+
+
+def drop_oldest(folder: Path, limit: int = _LIMIT) -> None:
+    """Deletes the oldest files below a folder until the rest is at most `limit` bytes."""
+    files = [(f.stat().st_mtime_ns, f.stat().st_size, f) for f in folder.rglob("*") if f.is_file()]
+    for _, size, file in sorted(files, reverse=True):
+        limit -= size
+        if limit < 0:
+            file.unlink(missing_ok=True)
