@@ -102,7 +102,7 @@ def test_neither_tensorflow_nor_jax_is_needed(source, prepared, tmp_path):
         "from dapo_jax.data.problems import load_problems\n"
         "from dapo_jax.data.tfds_builder import prepare, records\n"
         f"read = records({str(prepared)!r}, False)\n"
-        "assert len(list(iter(lambda: read(None), None))) == 3\n"
+        "assert [len(rows) for _, rows in iter(lambda: read(None), None)] == [3]\n"
         f"assert len(load_problems(str(prepare({source!r}, {str(tmp_path)!r})), "
         f"ArithmeticConfig())[0]) == 3\n"
     )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dapo_jax.config import (
+    ArithmeticConfig,
     ColumnsConfig,
     Config,
     DataSection,
@@ -90,36 +91,42 @@ def stats(args: argparse.Namespace) -> None:
     section, reward = (config.data, config.reward) if config else (DataSection(), RewardSection())
     folder = args.tokenizer or (config.model.folder if config else None)
     tokenizer = load_tokenizer(folder) if config or folder else None
-    if config:
-        found = _of_config(config)
-    else:
-        how: Any = {"columns": named_columns(args.columns), "heldout": args.heldout}
-        found = {"source": (*load_problems(args.source, section.arithmetic, **how), {})}
-    numbers = {}
+    found, numbers = _of_config(config) if config else _of_source(args), {}
     for name, (problems, report, drawn) in found.items():
         solved = sum(p.solution is not None for p in problems)
         own = numbers[name] = dataclasses.asdict(report) | drawn | {"with_solution": solved}
         counts = {f"problems from {report.rows:,} rows": report.problems, **report.counts()}
-        lines = [f"{count:>11,}  {what}" for what, count in counts.items()]
-        lines.append(f"{solved:>11,}  with a solution")
+        counts["with a solution"] = solved
+        notes = []
         if drawn:
-            lines.append(f"{drawn['share']:>11.1%}  of the draws, weight {drawn['weight']:g}")
+            notes.append(f"{drawn['share']:>11.1%}  of the draws, weight {drawn['weight']:g}")
         if tokenizer is not None:
-            own["prompt_tokens"], more = _lengths(problems, tokenizer, section)
-            lines += more
-        print("\n".join(map(printable, [f"{name}: {report.source}", *lines])))
+            unbounded = dataclasses.replace(section, max_prompt_len=_MANY_TOKENS)
+            try:
+                prompts, left_out = make_prompts(problems, tokenizer, unbounded)
+            except InputError as e:
+                notes.append(f"warning: {e}")
+            else:
+                lengths = length_stats([len(p.tokens) for p in prompts], section.max_prompt_len)
+                own["prompt_tokens"] = lengths | {"left_out": left_out}
+                counts |= {f"{what}, left out": count for what, count in left_out.items()}
+                counts[f"longer than {section.max_prompt_len:,} tokens"] = lengths["too_long"]
+                keys = ("min", "mean", *POINTS, "max")
+                points = "  ".join(f"{key} {lengths[key]:,.5g}" for key in keys)
+                notes.append(f"  prompt tokens: {points}")
+        lines = [f"{count:>11,}  {what}" for what, count in counts.items()]
+        print("\n".join(map(printable, [f"{name}: {report.source}", *lines, *notes])))
     if args.json:
         write_result(args.json, json.dumps(numbers, indent=2) + "\n")
     with RewardPool(reward) as pool:
-        for name, (problems, _, _) in found.items():
+        for name, (problems, *_) in found.items():
             try:
                 lines = check_data(name, problems, section.template, reward, pool.judge)
             except InputError as e:
                 if config:
                     raise
                 lines = [f"warning: {e}"]  # no config names the verifier of a source
-            for line in lines:
-                print(printable(line))
+            print("".join(f"{printable(line)}\n" for line in lines), end="")
 
 
 def _of_config(config: Config) -> Found:
@@ -128,32 +135,22 @@ def _of_config(config: Config) -> Found:
     mixture = mix(section.train, problems)
     for n, (report, weight) in enumerate(zip(reports, mixture.weights, strict=True)):
         own = [p for p in problems if p.source == report.source]
-        if len(reports) == 1:
-            found["data.train"] = own, report, {}
-        else:
-            drawn = {"weight": weight, "share": float(mixture.shares()[n])}
-            found[f"data.train.{n}"] = own, report, drawn
+        drawn = {"weight": weight, "share": float(mixture.shares()[n])}
+        several = len(reports) > 1
+        found[f"data.train.{n}" if several else "data.train"] = (
+            own,
+            report,
+            drawn if several else {},
+        )
     for name, one in config.eval.sets.items():
         how: Any = {"columns": one.columns or AS_USUAL, "heldout": True}
         found[f"eval.sets.{name}"] = (*load_problems(one.path, section.arithmetic, **how), {})
     return found
 
 
-def _lengths(
-    problems: list[Problem], tokenizer: Any, section: DataSection
-) -> tuple[dict[str, Any], list[str]]:
-    """The distribution of prompt lengths in tokens, as numbers and as lines."""
-    unbounded = dataclasses.replace(section, max_prompt_len=_MANY_TOKENS)
-    try:
-        prompts, left_out = make_prompts(problems, tokenizer, unbounded)
-    except InputError as e:
-        return {"prompts": 0}, [f"warning: {e}"]
-    found = length_stats([len(prompt.tokens) for prompt in prompts], section.max_prompt_len)
-    counts = {f"{what}, left out": count for what, count in left_out.items()}
-    counts[f"longer than {section.max_prompt_len:,} tokens"] = found["too_long"]
-    lines = [f"{count:>11,}  {what}" for what, count in counts.items()]
-    shown = "  ".join(f"{key} {found[key]:,.5g}" for key in ("min", "mean", *POINTS, "max"))
-    return found | {"left_out": {**left_out}}, [*lines, f"  prompt tokens: {shown}"]
+def _of_source(args: argparse.Namespace) -> Found:
+    how: Any = {"columns": named_columns(args.columns), "heldout": args.heldout}
+    return {"source": (*load_problems(args.source, ArithmeticConfig(), **how), {})}
 
 
 def length_stats(lengths: list[int], max_prompt_len: int) -> dict[str, Any]:
