@@ -111,9 +111,8 @@ def jobs(study: Study, out: Path) -> Iterator[tuple[str | None, Config, Path, Pa
     """Of each seed the warm-up, then every row: its name, config, config's file, folder to fill."""
     for seed in study.seeds:
         warm = out / "warm" / str(seed)
-        start: dict[str, Any] = {}
-        if study.warm_up is not None:
-            start = {"folder": str(warm), "architecture": None}
+        start: Any = {"folder": str(warm), "architecture": None} if study.warm_up else {}
+        if study.warm_up:
             yield None, replace(study.warm_up, seed=seed), warm.with_suffix(".yaml"), warm
         for row in study.rows:
             model, folder = replace(row.config.model, **start), out / "runs" / row.key / str(seed)
@@ -248,14 +247,12 @@ def columns(study: Study, rows: Sequence[Mapping[int, Curves]], number: int) -> 
     """
     above, tokens, table = rows[number - 1] if number else {}, budget(rows), []
     for seed, run in rows[number].items():
-        final = evaluated(run, "avg")[-1]
-        before = evaluated(above[seed], "avg")[-1] if seed in above else math.nan
-        held_out = (final, final - before, at(run, tokens))
-        length = evaluated(run, "response_len_mean")[-1]
-        truncated = evaluated(run, "truncated_fraction")[-1]
+        keys = ("avg", "response_len_mean", "truncated_fraction")
+        final, length, truncated = (evaluated(run, key)[-1] for key in keys)
+        gain = final - evaluated(above[seed], "avg")[-1] if seed in above else math.nan
         entropy, kept = late(run, "policy/entropy"), late(run, "filter/kept_fraction")
         target = steps_to(run, study.target_accuracy)
-        table.append((*held_out, target, entropy, length, truncated, kept))
+        table.append((final, gain, at(run, tokens), target, entropy, length, truncated, kept))
     return [estimate(values) for values in zip(*table, strict=True)]
 
 

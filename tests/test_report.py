@@ -491,7 +491,7 @@ def test_in_a_browser(tmp_path, capsys, width):
             "(c) => c.querySelectorAll('.plot path').length)"
         )
         assert (
-            len(charts) == 16 and min(charts) >= 2
+            len(charts) == 17 and min(charts) >= 2
         )  # the curves to watch, with the time of a step
         assert browser.run(
             "document.querySelectorAll('.plot path').length"
