@@ -7,7 +7,6 @@ python -m dapo_jax.evaluate --config C --model FOLDER       a model as in `model
 import argparse
 import collections
 import contextlib
-import hashlib
 import json
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -161,9 +160,9 @@ class Evaluator:
         check_errors(verdicts, self.reward)
         votes = None
         if self.reward.verifier == "strict":  # other verifiers do not expose the answer they read
-            own_votes = np.array([_vote(extract_answer(text)) for text in texts], np.int64)
-            gathered = multihost.gather_shares(own_votes, len(responses)).reshape(-1, k)
-            votes = [[vote or None for vote in row] for row in gathered.tolist()]
+            answers = [extract_answer(text) for text in texts]
+            answers = multihost.gather_shares(answers, len(responses))
+            votes = [answers[i : i + k] for i in range(0, len(answers), k)]
         problems = sorted((prompt.problem for prompt in prompts), key=lambda problem: problem.id)
         metrics = estimates(np.array([v.correct for v in verdicts]).reshape(-1, k), votes) | {
             "response_len_mean": float(np.mean([len(r.tokens) for r in responses])),
@@ -174,14 +173,6 @@ class Evaluator:
         }
         judged = zip(requests, responses, verdicts, strict=True)
         return SetResult(metrics, [Answer(prompts[q.draw], q.sample, r, v) for q, r, v in judged])
-
-
-def _vote(answer: str | None) -> int:
-    """An integer, equal for equal answers, that processes can gather; 0 for no answer."""
-    if answer is None:
-        return 0
-    digest = hashlib.sha256(answer.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], signed=True)
 
 
 def _summary(result: SetResult, k: int) -> str:

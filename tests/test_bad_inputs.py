@@ -133,8 +133,8 @@ BAD_CONFIGS = {
         "c.yaml: dapo.clip_eps: unknown key; did you mean 'clip_eps_",
     ),
     "key with controls": ('"a\\n\\e[31m": 1', "unknown key"),
-    "nan": ("optim: {learning_rate: .nan}", "c.yaml: optim.learning_rate: must be finite"),
-    "inf": ("rollout: {temperature: .inf}", "c.yaml: rollout.temperature: must be finite"),
+    "nan": ("optim: {learning_rate: .nan}", "c.yaml: optim.learning_rate: must be a finite number"),
+    "inf": ("rollout: {temperature: .inf}", "c.yaml: rollout.temperature: must be a finite number"),
     "negative size": (
         "rollout: {decode_slots: -8}",
         "c.yaml: rollout.decode_slots: must be at least 1",
@@ -163,8 +163,8 @@ BAD_CONFIGS = {
         "dapo: {clip_eps_low: 1}",
         "c.yaml: dapo.clip_eps_low: must be at least 0 and below 1",
     ),
-    "octal": ("seed: 010", "c.yaml: seed: expected a whole number, got '010'"),
-    "base 60": ("seed: 1:30", "c.yaml: seed: expected a whole number, got '1:30'"),
+    "octal": ("seed: 010", "c.yaml: seed: must be a valid integer, got '010'"),
+    "base 60": ("seed: 1:30", "c.yaml: seed: must be a valid integer, got '1:30'"),
     "NUL": ('data: {train: "x\\0.jsonl"}', "c.yaml: data.train: contains a NUL"),
     "NUL in a set": ('eval: {sets: {a: "x\\0.jsonl"}}', "c.yaml: eval.sets.a: contains a NUL"),
     "NUL in a list": (

@@ -387,7 +387,7 @@ def test_a_folder_is_loaded_frozen(tmp_path):
         ({"alpha": 0}, r"model.lora.alpha: must be above 0"),
         (
             {"targets": ["q", "w"]},
-            r"model.lora.targets.1: expected one of 'q', 'k', 'v', 'o', 'gate', 'up' or 'down', got 'w'",
+            r"model.lora.targets.1: must be 'q', 'k', 'v', 'o', 'gate', 'up' or 'down', got 'w'",
         ),
         ({"targets": []}, r"model.lora.targets"),
         ({"targets": ["q", "q"]}, r"each once"),

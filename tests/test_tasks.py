@@ -197,8 +197,8 @@ def test_a_bad_file_is_one_line(here, case):
             "task: my\nreward: {allowed_modules: [my]}\n",
             "task: expected a Python file, name.py, got my",
         ),
-        ("task: [my.py]\n", "task: expected text, got ['my.py']"),
-        ("data: 3\ntask: my.py\n", "data: expected a mapping"),
+        ("task: [my.py]\n", "task: must be a valid string, got ['my.py']"),
+        ("data: 3\ntask: my.py\n", "data: must be an object"),
         (
             "task: my.py\nreward: {function: 'my.py:a.b', allowed_modules: [my.py]}\n",
             "expected package.module:function or file.py:function",

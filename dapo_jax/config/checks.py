@@ -24,8 +24,6 @@ from dapo_jax.types import InputError
 
 Fail = Callable[[str, str], Any]  # raises an error about a key
 _CREDENTIALS = re.compile(r"(?<=\w\w):/{1,2}[^/?#\s]*@")  # https://user:password@host; or one slash
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
-_TYPES |= {"tuple": "a list", "dict": "a mapping", "dataclass": "a mapping"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -105,13 +103,10 @@ def _in_words(cls: type, error: Mapping[str, Any]) -> str:
         return "is missing; give it"
     if kind in ("too_short", "string_too_short", "string_pattern_mismatch"):
         return "is empty; give something, or leave it out"
-    if kind == "finite_number":
-        return f"must be finite, got {got[:20]}; give a number"
     if kind.startswith(("greater_than", "less_than")):
         return f"must be {limits(fields[name])}, got {got}"
-    one_of = f"one of {error['ctx']['expected']}" if kind == "literal_error" else ""
-    expected = one_of or _TYPES[kind.removesuffix("_type")]
-    return f"expected {expected}, got {got}; correct the value"
+    must = error["msg"].replace("Input should", "must")
+    return f"{must}, got {got}; correct the value"
 
 
 def check_model(model: Architecture, fail: Fail) -> None:

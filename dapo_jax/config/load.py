@@ -2,11 +2,10 @@
 
 import ast
 import errno
-import itertools
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -19,81 +18,70 @@ _MAX_DEPTH = 16
 _MAX_BYTES = 1 << 20
 _MAX_NODES = 10_000  # keys and values: 1 MB of them take PyYAML half a minute
 
-_FLOAT = re.compile(
-    r"[-+]?(?=\.?[0-9])(?:0|[1-9][0-9]*)?(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?"
-    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-)
-_SCALARS: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (
-    (re.compile(r"null|~|"), lambda text: None),
-    (re.compile(r"true|false"), lambda text: text == "true"),
-    (re.compile(r"[-+]?(?:0|[1-9][0-9]*)"), int),
-    (_FLOAT, lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))),
-)
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars (010, 1:30 and yes are text), keys of text once each, no alias, no tag."""
 
-def _parse_yaml(text: str, where: str) -> Any:
-    """The tree of a YAML document: 1.2 scalars, keys of text once each, no alias, no tag."""
-    try:
-        events = _events(text)
-        trees = [_tree(event, events) for event in events if isinstance(event, yaml.NodeEvent)]
-    except (yaml.YAMLError, ValueError) as e:
-        mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = problem or f"not valid YAML ({(str(e) or 'unreadable').splitlines()[0]})"
-        raise ConfigError(f"{where}{line}: {printable(problem)[:200]}; correct the file") from None
-    if len(trees) > 1:
-        raise ConfigError(f"{where}: holds more than one YAML document; keep one")
-    return trees[0] if trees else None
+    yaml_implicit_resolvers: dict[str | None, Any] = {}
+    _nodes = _depth = 0
 
-
-def _refuse(event: Any, problem: str) -> NoReturn:
-    raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-
-
-def _events(text: str) -> Iterator[yaml.Event]:
-    """The events of a YAML text, up to the first that no config has."""
-    nodes = depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        nodes += isinstance(event, yaml.NodeEvent)
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        self._nodes, self._depth = self._nodes + 1, self._depth + 1
         if isinstance(event, yaml.AliasEvent):
             _refuse(event, "aliases are not allowed")
-        if (tag := getattr(event, "tag", None)) is not None:
-            _refuse(event, f"tags are not allowed, got {tag}")
-        if nodes > _MAX_NODES:
+        if event.tag is not None:
+            _refuse(event, f"tags are not allowed, got {event.tag}")
+        if self._nodes > _MAX_NODES:
             _refuse(event, f"more than {_MAX_NODES:,} keys and values")
-        if depth > _MAX_DEPTH:
+        if self._depth > _MAX_DEPTH:
             _refuse(event, "nested too deeply")
-        yield event
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
-
-def _tree(event: yaml.Event, events: Iterator[yaml.Event]) -> Any:
-    """The value that begins with an event; takes the rest of it from `events`."""
-    if isinstance(event, yaml.ScalarEvent):
-        kinds = () if event.style else _SCALARS  # what is quoted is text
-        return next((f(event.value) for p, f in kinds if p.fullmatch(event.value)), event.value)
-    inner = itertools.takewhile(lambda e: not isinstance(e, yaml.CollectionEndEvent), events)
-    if isinstance(event, yaml.SequenceStartEvent):
-        return [_tree(one, events) for one in inner]
-    tree: dict[str, Any] = {}
-    for one in inner:
-        key = _tree(one, events)
-        if not isinstance(key, str):
-            _refuse(one, f"key {repr(key)[:60]} is not text")
-        if key in tree:
-            _refuse(one, f"duplicate key {key[:60]!r}")
-        tree[key] = _tree(next(events), events)
-    return tree
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)[:60]
+            if key.tag != "tag:yaml.org,2002:str":
+                _refuse(key, f"key {name} is not text")
+            if key.value in seen:
+                _refuse(key, f"duplicate key {name!r}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_tree` would read as a number."""
+    """Quotes what the loader would read as a number."""
 
 
-_Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789")
-)
+for _tag, _form in {
+    "null": r"null|~|",
+    "bool": r"true|false",
+    "int": r"[-+]?(?:0|[1-9][0-9]*)",
+    "float": r"[-+]?(?=\.?[0-9])(?:0|[1-9][0-9]*)?(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}.items():
+    _resolver = f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_form})\Z"), None
+    _Loader.add_implicit_resolver(*_resolver)
+    _Dumper.add_implicit_resolver(*_resolver)
+
+
+def _refuse(at: Any, problem: str) -> NoReturn:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    """The tree of a YAML document."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as e:
+        problem, line = f"not valid YAML ({(str(e) or 'unreadable').splitlines()[0]})", ""
+        if isinstance(e, yaml.MarkedYAMLError):
+            problem = " ".join(filter(None, (e.context, e.problem)))
+            line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
+        raise ConfigError(f"{where}{line}: {printable(problem)[:200]}; correct the file") from None
 
 
 def dump_yaml(config: Config) -> str:

@@ -46,10 +46,6 @@ _WAIT_S = 20.0  # until a process that waits for the others prints a hint
 _LAST_WORDS_S = 2.0  # for the others' messages: they end with the first process
 _ALL_HOSTS = "the same command must run on every host (tpu_scripts/run starts it on all)"
 _FREE_IT = "end it (tpu_scripts/stop does, on every host), then start again"
-# A verdict as it is gathered; an error's text is truncated.
-_VERDICT = np.dtype(
-    [("correct", np.bool_), ("score", np.float32), ("error", "S160"), ("answered", np.bool_)]
-)
 
 
 def initialize() -> None:
@@ -236,27 +232,15 @@ def share(items: Sequence[_T], before: int = 0) -> Sequence[_T]:
     return items[(jax.process_index() - before) % jax.process_count() :: jax.process_count()]
 
 
-def gather_shares(own: np.ndarray, total: int, before: int = 0) -> np.ndarray:
-    """Rows on `total` items, in their order, from each process's rows on its `share`."""
+def gather_shares(own: Sequence[_T], total: int, before: int = 0) -> list[_T]:
+    """Results (JSON-able) on `total` items, in their order, from each process's on its `share`."""
     count = jax.process_count()
     if count == 1:
-        return own
-    padded = np.zeros((-(-total // count), *own.shape[1:]), own.dtype)  # one shape everywhere
-    padded[: len(own)] = own
-    # [process, row of its share]; first the process of the first item
-    by_process = np.roll(multihost_utils.process_allgather(padded), -before, axis=0)
-    return by_process.swapaxes(0, 1).reshape(-1, *own.shape[1:])[:total]
+        return list(own)
+    rows = [iter(json.loads(text)) for text in gather_texts(json.dumps(own))]
+    return [next(rows[(before + n) % count]) for n in range(total)]
 
 
 def gather_verdicts(own: Sequence[Verdict], total: int, before: int = 0) -> list[Verdict]:
     """The verdicts on `total` items, in their order, from each process's on its `share`."""
-    if jax.process_count() == 1:
-        return list(own)
-    errors = [b"" if v.error is None else (v.error or " ").encode(errors="replace") for v in own]
-    rows = [(v.correct, v.score, e, v.answered) for v, e in zip(own, errors, strict=True)]
-    packed = np.array(rows, _VERDICT).view(np.uint8).reshape(len(rows), _VERDICT.itemsize)
-    gathered: list[Any] = gather_shares(packed, total, before).reshape(-1).view(_VERDICT).tolist()
-    return [
-        Verdict(correct, score, error.decode(errors="replace") or None, answered)
-        for correct, score, error, answered in gathered
-    ]
+    return [Verdict(*verdict) for verdict in gather_shares(own, total, before)]
