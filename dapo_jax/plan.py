@@ -4,10 +4,15 @@ does a step cost at least?
     python -m dapo_jax.plan --config C [--topology v5p:4x4x8] [--json OUT] [--suggest] [--set K=V]
     python -m dapo_jax.plan --config C --topology "v5p:4x4x8*2" --set mesh.data=2     two slices
 
-Memory and collectives are the compiler's. Times are a roofline, max(FLOPs / peak, HBM bytes /
-bandwidth, bytes sent in a slice / ICI bandwidth, bytes sent between slices / DCN bandwidth), from
-published peaks (`runtime/chips.py`): a lower bound, not a forecast. Needs `pip install libtpu` on
-an x86-64 Linux machine. Exit status: 0 all fits, 1 not, 2 bad input.
+Memory, HBM traffic, collectives and the number of operations are the compiler's; the decode steps
+are those of the real scheduler for a distribution of response lengths (`benchmark schedule`).
+
+    bound = max(FLOPs / peak, HBM bytes / bandwidth, overlapped ICI, DCN)
+            + synchronous ICI + small operations x 1.2 µs
+
+of each program, with published peaks (`runtime/chips.py`). `expected` adds all of these: nothing
+overlaps. Host time is in neither. Needs `pip install libtpu` on an x86-64 Linux machine. Exit
+status: 0 all fits, 1 not, 2 bad input.
 """
 
 import argparse
@@ -23,16 +28,31 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from dapo_jax.benchmark.schedule import (
+    Schedule,
+    Segments,
+    Workload,
+    measured,
+    parse_lengths,
+    simulate,
+)
 from dapo_jax.config import Config, ConfigError, ModelConfig, load_config
 from dapo_jax.model import flops
 from dapo_jax.model.weights import load_model_config
 from dapo_jax.rollout.sampler import Arrivals, Until
-from dapo_jax.runtime.chips import CHIPS, Chip, loss_chunk
-from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, compile_program, device_bytes
-from dapo_jax.runtime.files import local_model, write_result
+from dapo_jax.runtime.chips import CHIPS, OPERATION_SECONDS, Chip, loss_chunk, prefill_tokens
+from dapo_jax.runtime.compiled import (
+    BETWEEN_SLICES,
+    Compiled,
+    Counting,
+    compile_program,
+    device_bytes,
+)
+from dapo_jax.runtime.files import local_model, run_folder, write_result
 from dapo_jax.runtime.mesh import make_mesh, row_shards
 from dapo_jax.training import programs as training
 from dapo_jax.training import setup
@@ -40,6 +60,9 @@ from dapo_jax.types import InputError
 
 _GIB = 2**30
 _COMFORT = 0.9  # share of HBM that --suggest fills
+_SIGMA = 0.8  # of the logarithm of response lengths, unless they are given
+_SAVE_BANDWIDTH = 1e9  # bytes/s that a host is assumed to write to a bucket
+_SERIAL = ("synchronous ICI", "small operations")  # limits that add to the time
 
 Info = Callable[[str], None]  # prints a line
 
@@ -53,21 +76,12 @@ class Pod(NamedTuple):
     chip: Chip  # per device: half a chip where a chip is two devices
 
 
-class Lengths(NamedTuple):
-    """Mean lengths, in tokens, that the cost of a run depends on and no config holds."""
-
-    prompt: float
-    response: float
-    kept: float  # share of sampled groups that are informative
-
-
 class Work(NamedTuple):
-    """Work of one call: over all devices, but for hbm_bytes."""
+    """Work of one call, over all devices."""
 
     flops: float  # the model's
     computed: float  # with recomputation and padding
     tokens: float
-    hbm_bytes: float  # on each device
 
 
 class Program(NamedTuple):
@@ -78,7 +92,7 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
     resident_bytes: int  # in use on each device during a call, without the arguments
     work: Work
-    calls: float  # in a rollout step
+    calls: float = 0.0  # in a rollout step; of rollout programs the scheduler decides
     trips: tuple[int, ...] = ()  # of loops with a data-dependent end, outermost first
     settings: str = ""  # what to change where it does not fit
     static: Mapping[str, int] = {}
@@ -112,29 +126,33 @@ class Result(NamedTuple):
         return self.compiled.fits and self.hbm_fraction <= 1
 
     @property
-    def between_slices(self) -> float:
-        """Bytes that each device sends to other slices in a call."""
-        return self.compiled.collectives.get(BETWEEN_SLICES, 0.0)
-
-    @property
-    def sent_bytes(self) -> float:
-        """Bytes that each device sends inside its slice in a call."""
-        return sum(self.compiled.collectives.values()) - self.between_slices
-
-    @property
     def times(self) -> dict[str, float]:
         """Least seconds of a call by each limit."""
-        chip, work = self.pod.chip, self.program.work
+        chip, t = self.pod.chip, self.compiled.traffic
+        sent = {True: 0.0, False: 0.0}  # seconds, by whether other work runs meanwhile
+        for link, size in self.compiled.sent.items():
+            if link.kind != BETWEEN_SLICES:
+                sent[link.overlapped] += size / (chip.ici_bandwidth * link.axes / chip.torus)
+        between = self.compiled.collectives.get(BETWEEN_SLICES, 0.0)
+        small = t.small * OPERATION_SECONDS - t.small_bytes / chip.hbm_bandwidth
         return {
-            "FLOPs": work.computed / len(self.pod.devices) / chip.flops,
-            "HBM": work.hbm_bytes / chip.hbm_bandwidth,
-            "ICI": self.sent_bytes / chip.ici_bandwidth,
-            "DCN": self.between_slices / chip.dcn_bandwidth,
+            "FLOPs": self.program.work.computed / len(self.pod.devices) / chip.flops,
+            "HBM": t.bytes / chip.hbm_bandwidth,
+            "ICI": sent[True],
+            "DCN": between / chip.dcn_bandwidth,
+            "synchronous ICI": sent[False],
+            "small operations": small,
         }
 
     @property
     def seconds(self) -> float:
-        return max(self.times.values())
+        return float(bound(self.times))
+
+
+def bound(times: Mapping[str, Any]) -> Any:
+    """Least seconds: of the limits that may overlap the largest, and all of the others."""
+    overlapping = [times[limit] for limit in times if limit not in _SERIAL]
+    return np.maximum.reduce(overlapping) + sum(times[limit] for limit in _SERIAL)
 
 
 def load_pod(topology: str) -> Pod:
@@ -162,7 +180,10 @@ def load_pod(topology: str) -> Pod:
         what = f"libtpu does not support it ({why}); give another"
         raise InputError(f"topology {topology!r}: {what}") from None
     chips = slices * len({tuple(d.coords) for d in devices})
-    return Pod(topology, devices, chips, Chip(*(n * chips / len(devices) for n in CHIPS[name])))
+    whole = CHIPS[name]
+    share = {key: n * chips / len(devices) for key, n in whole._asdict().items()}
+    chip = Chip(**{**share, "torus": whole.torus})
+    return Pod(topology, devices, chips, chip)
 
 
 def load_model(config: Config) -> ModelConfig:
@@ -173,12 +194,12 @@ def load_model(config: Config) -> ModelConfig:
     return setup.with_computation(config, model)
 
 
-def programs(config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths) -> list[Program]:
+def programs(config: Config, model: ModelConfig, mesh: Mesh, load: Workload) -> list[Program]:
     """The jitted programs of a run whose size matters, in the order of a step."""
     setup.check_divides(config, mesh, rows=True, slots=True)
     trained, temperature = setup.adapted(model, config.model.lora), config.rollout.temperature
     train = training.train_programs(trained, mesh, config.dapo, config.optim, temperature)
-    arguments = config, model, mesh, lengths, train
+    arguments = config, model, mesh, load, train
     return _rollout_programs(*arguments) + _training_programs(*arguments)
 
 
@@ -187,31 +208,29 @@ def _shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
 
 
 def _training_programs(
-    config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: training.TrainPrograms
+    config: Config, model: ModelConfig, mesh: Mesh, load: Workload, train: training.TrainPrograms
 ) -> list[Program]:
     """Old log-probs and an update of one mini-batch, and publishing the rollout weights."""
     d, shape = config.dapo, setup.batch_shape(config, mesh)
-    responses, segment = d.responses_per_update, lengths.prompt + lengths.response
-    rows = max(1.0, responses * segment / shape.row_len)
+    responses, segments = d.responses_per_update, load.prompt_len + load.lengths.values
+    tokens = responses * float(segments.mean())
+    rows = max(1.0, tokens / shape.row_len)
     used = min(shape.microbatches, math.ceil(rows / shape.rows_per_microbatch))
-    tokens, padded = responses * segment, used * shape.rows_per_microbatch * shape.row_len
+    padded = used * shape.rows_per_microbatch * shape.row_len
 
     c = setup.adapted(model, config.model.lora)
-    pairs, targets = responses * flops.visible_pairs(model, segment), responses * lengths.response
+    pairs = responses * float(np.mean([flops.visible_pairs(model, n) for n in segments]))
+    targets = responses * load.lengths.mean
     forward = flops.forward_flops(c, padded, pairs, targets)
     backward = flops.backward_flops(c, padded, pairs, targets)
     backward += flops.recomputed_flops(c, padded, pairs)
-    weights = 2 * flops.weights(model) / mesh.shape["tensor"]  # bytes in bfloat16
-    read = used * weights  # once a pass and micro-batch
 
     state, batch = train.state, training.abstract_batch(shape, mesh)
     params, rate = state.params, _shape(dtype=jnp.float32)
     moments = device_bytes(state) - device_bytes(params)
     held = moments + device_bytes(jax.eval_shape(train.publish, params))
-    score = Work(flops.forward_flops(c, tokens, pairs, targets), forward, tokens, read)
-    useful, traffic = flops.train_flops(c, tokens, pairs, targets), 3 * read + 3 * moments
-    learn = Work(useful, forward + backward, tokens, traffic)
-    publish = Work(0, 0, 0, device_bytes(params) + weights)
+    score = Work(flops.forward_flops(c, tokens, pairs, targets), forward, tokens)
+    learn = Work(flops.train_flops(c, tokens, pairs, targets), forward + backward, tokens)
     updates = d.prompts_per_step * d.responses_per_prompt / responses
     scores = updates if d.old_logprobs == "recompute" else 0
     loops = used, math.ceil(targets / used / row_shards(mesh) / loss_chunk(mesh))
@@ -220,74 +239,66 @@ def _training_programs(
     return [
         Program("old log-probs", train.old_logprobs, inputs, held, score, scores, loops, fix),
         Program("update", train.update, (state, batch, rate), 0, learn, updates, loops, fix_update),
-        Program("publish", train.publish, (params,), moments, publish, 1, (), "mesh.tensor"),
+        Program("publish", train.publish, (params,), moments, Work(0, 0, 0), 1, (), "mesh.tensor"),
     ]
 
 
 def _rollout_programs(
-    config: Config, model: ModelConfig, mesh: Mesh, lengths: Lengths, train: training.TrainPrograms
+    config: Config, model: ModelConfig, mesh: Mesh, load: Workload, train: training.TrainPrograms
 ) -> list[Program]:
     """Prefill, insertion into slots, and a decode step, at the longest prompts and a full cache."""
-    d, slots = config.dapo, config.rollout.decode_slots
-    tensor, shards = mesh.shape["tensor"], row_shards(mesh)
-    policy = setup.Policy(model, None, (0,))
+    d = config.dapo
+    shards, policy = row_shards(mesh), setup.Policy(model, None, (0,))
     engine = setup.make_engine(config, policy, mesh)
     functions, number = engine.programs, _shape()
     weights = jax.eval_shape(train.publish, train.state.params)
     state, resident = jax.eval_shape(functions.start), device_bytes(train.state)
     fix = "rollout.decode_slots, rollout.kv_cache, mesh.tensor"
-    read = 2 * flops.layer_weights(model) / tensor
 
-    def prefill(name: str, longest: int, calls: float) -> Program:
-        width, mean = next(n for n in engine.prompt_lens if n >= longest), lengths.prompt
-        useful, computed = (
-            flops.forward_flops(model, shards * n, shards * flops.visible_pairs(model, n), 0)
-            for n in (mean, width)
-        )
-        work, held = Work(useful, computed, shards * mean, read), resident + device_bytes(state)
+    def prefill(name: str, longest: int) -> Program:
+        width = next(n for n in engine.prompt_lens if n >= longest)
+        tokens, pairs = shards * width, shards * flops.visible_pairs(model, width)
+        computed = flops.forward_flops(model, tokens, pairs, 0)
+        work, held = Work(computed, computed, tokens), resident + device_bytes(state)
         arguments = weights, _shape(shards, width)
-        return Program(name, functions.prefill, arguments, held, work, calls, (), fix)
+        return Program(name, functions.prefill, arguments, held, work, settings=fix)
 
-    responses = d.prompts_per_step / lengths.kept * d.responses_per_prompt
-    prompts = responses / d.responses_per_prompt / shards
-    found = [prefill("prefill", config.data.max_prompt_len, prompts)]
+    found = [prefill("prefill", config.data.max_prompt_len)]
     prefilled = jax.eval_shape(functions.prefill, *found[0].arguments)
     arrivals = _shape(len(Arrivals._fields), shards, engine.slots)
     inserted = state, prefilled, jax.eval_shape(jax.random.key, 0), arrivals, number
-    held, calls = resident + device_bytes(weights), responses / slots
-    work = Work(0, 0, 0, 0)
-    found.append(Program("insert", functions.insert, inserted, held, work, calls, (), fix))
+    held, trips = resident + device_bytes(weights), (max(1, engine.slots // 16),)  # at a refill
+    arguments = functions.insert, inserted, held, Work(0, 0, 0), 0, trips, fix
+    found.append(Program("insert", *arguments))
     if d.partial_rollouts:  # prompts with what unfinished responses hold so far
-        found.append(prefill("prefill of prefixes", engine.cache_len, 0))
+        found.append(prefill("prefill of prefixes", engine.cache_len))
         prefilled = jax.eval_shape(functions.prefill, *found[-1].arguments)
 
-    mean = lengths.prompt + lengths.response / 2  # tokens in the cache of a live sequence
-    step = flops.forward_flops(model, slots, slots * flops.visible_keys(model, mean), slots)
-    split = tensor if model.kv_heads % tensor == 0 else 1
-    cached = flops.cache_bytes(model, int8=config.rollout.kv_cache == "int8") / split
-    traffic = read + 2 * flops.head_weights(model) / tensor + slots / shards * mean * cached
-    decode = Program(
-        "decode step",
-        functions.decode,
-        (weights, state, Until(number, number, number)),
-        resident + device_bytes(prefilled),
-        Work(step, step, slots, traffic),
-        max(responses * lengths.response / slots, config.rollout.max_response_len),
-        (1,),  # the program decodes a segment of steps; its loop counts as one of them
-        fix,
-        {"width": engine.slots, "read": engine.cache_len},
-    )
-    found.append(decode)
+    def decode(name: str, width: int, read: int) -> Program:
+        keys, tokens = flops.visible_keys(model, read), width * shards
+        step = flops.forward_flops(model, tokens, tokens * keys, tokens)
+        arguments = weights, state, Until(number, number, number)
+        held, sizes = resident + device_bytes(prefilled), {"width": width, "read": read}
+        work, trips = Work(step, step, tokens), (1,)  # a segment of one step
+        return Program(name, functions.decode, arguments, held, work, 0, trips, fix, sizes)
+
+    most = decode("decode step", engine.slots, engine.cache_len)
+    found.append(most)
+    # From three sizes follows the cost of any: a + b width + c width x read.
+    half = next(n for n in engine.reads if 2 * n >= engine.cache_len)
+    found.append(decode("decode step, half the cache", engine.slots, half))
+    if engine.widths[0] < engine.slots:
+        found.append(decode("decode step, few slots", engine.widths[0], engine.cache_len))
     if config.eval.every:
         other = setup.make_engine(config, policy, mesh, held_out=True).programs.decode
-        found.append(decode._replace(name="eval decode step", function=other, calls=0.0))
+        found.append(most._replace(name="eval decode step", function=other))
     return found
 
 
 def compile_all(
     config: Config,
     pod: Pod,
-    lengths: Lengths,
+    load: Workload,
     only: Sequence[str] = (),
     info: Info = print,
     known: Mapping[Any, Compiled] | None = None,
@@ -295,13 +306,16 @@ def compile_all(
     """Compiles the programs of a config (those named, or all); `known` ones, by key, are reused."""
     mesh = make_mesh(config.mesh, pod.devices)
     results = []
-    for program in programs(config, load_model(config), mesh, lengths):
+    for program in programs(config, load_model(config), mesh, load):
         if only and program.name not in only:
             continue
         if (compiled := (known or {}).get(program.key)) is None:
             info(f"compiling {program.name} ...")
             size = device_bytes(program.arguments)
-            compiled = compile_program(program.lower(), size, program.trips)
+            small = OPERATION_SECONDS * pod.chip.hbm_bandwidth
+            coords = [getattr(device, "coords", ()) for device in mesh.devices.flat]
+            count = Counting(program.trips, small, coords)
+            compiled = compile_program(program.lower(), size, count)
         results.append(Result(program, compiled, pod))
     return results
 
@@ -315,10 +329,11 @@ _COLUMNS: dict[str, Callable[[Result], str]] = {
     "of HBM": lambda r: f"{r.hbm_fraction:.0%}",
     "fits": lambda r: "yes" if r.fits else "NO",
     "TFLOP": lambda r: f"{r.program.work.flops / 1e12:,.1f}",
-    "sent GB": lambda r: f"{r.sent_bytes / 1e9:,.2f}",
+    "HBM GB": lambda r: f"{r.compiled.traffic.bytes / 1e9:,.1f}",
+    "sent GB": lambda r: f"{sum(r.compiled.sent.values()) / 1e9:,.2f}",
+    "operations": lambda r: f"{r.compiled.traffic.operations:,.0f}",
     "least s": lambda r: f"{r.seconds:.3g}",
     "limit": lambda r: max(r.times, key=lambda key: r.times[key]),
-    "x step": lambda r: f"{r.program.calls:,.0f}",
 }
 
 
@@ -331,23 +346,145 @@ def table(results: Sequence[Result]) -> str:
     )
 
 
-def estimate(results: Sequence[Result], config: Config, lengths: Lengths) -> dict[str, float]:
-    """Least seconds of a step, most tokens/s a chip, and least chip-hours of the run."""
-    chips, d = results[0].pod.chips, config.dapo
-    seconds = {r.program.name: r.program.calls * r.seconds for r in results}
-    rollout = sum(seconds.get(name, 0.0) for name in ("prefill", "insert", "decode step"))
-    training = sum(seconds.get(name, 0.0) for name in ("old log-probs", "update", "publish"))
-    trained = d.prompts_per_step * d.responses_per_prompt * lengths.response
-    sampled = trained / lengths.kept
+class Part(NamedTuple):
+    """A part of a rollout step."""
+
+    name: str
+    bound: float  # least seconds
+    times: Mapping[str, float]  # least seconds by each limit
+
+
+def decode_part(results: Sequence[Result], schedule: Schedule) -> Part:
+    """All decode steps of a mean rollout step. `cache` is the part of HBM that grows with what is
+    read of the caches.
+    """
+    known = [r for r in results if r.program.name.startswith("decode step")]
+    most = known[0].program.static
+
+    def sizes(width: Any, read: Any) -> np.ndarray:
+        share = np.asarray(width / most["width"])
+        return np.stack([np.ones_like(share), share, share * read / most["read"]], axis=-1)
+
+    compiled = np.stack([sizes(**r.program.static) for r in known])
+    seen = schedule.segments
+    steps, at = seen.steps / len(schedule.steps), sizes(seen.width, seen.read)
+    times, cache = {}, 0.0
+    for limit in known[0].times:
+        line = np.linalg.lstsq(compiled, np.array([r.times[limit] for r in known]))[0]
+        times[limit] = steps * np.maximum(at @ line, 0)
+        if limit == "HBM":
+            cache = float(steps @ at[:, 2] * line[2])
+    total = {limit: float(seconds.sum()) for limit, seconds in times.items()}
+    return Part("decode", float(bound(times).sum()), total | {"cache": cache})
+
+
+def steady(schedule: Schedule) -> Schedule:
+    """Without the first rollout step, where there are more: with open groups it draws more."""
+    if len(schedule.steps) == 1:
+        return schedule
+    seen = schedule.segments
+    later = Segments(*(column[seen.rollout_step > 0] for column in seen))
+    prefills = schedule.prefills[schedule.prefills[:, 0] > 0]
+    return Schedule(schedule.slots, later, prefills, schedule.steps[1:])
+
+
+def prefill_part(results: Sequence[Result], schedule: Schedule) -> Part:
+    """All prefills of a mean rollout step: by tokens, from the program compiled for the longest.
+    However few tokens, the weights are read.
+    """
+    known = [r for r in results if r.program.name.startswith("prefill")]
+    total = dict.fromkeys(known[0].times, 0.0)
+    seconds = 0.0
+    for _, rows, width in schedule.prefills:
+        r = next((r for r in known if width <= r.program.arguments[1].shape[1]), known[-1])
+        share = rows * width / r.program.work.tokens
+        read = device_bytes(r.program.arguments[0]) / r.pod.chip.hbm_bandwidth
+        seconds += max(share * r.seconds, read)
+        total = {limit: time + share * r.times[limit] for limit, time in total.items()}
+    n = len(schedule.steps)
+    return Part("prefill", seconds / n, {limit: time / n for limit, time in total.items()})
+
+
+def parts(results: Sequence[Result], schedule: Schedule) -> list[Part]:
+    """The parts of a rollout step in their order."""
+    by_name = {r.program.name: r for r in results}
+
+    def several(name: str, calls: float) -> Part:
+        r = by_name[name]
+        times = {limit: calls * time for limit, time in r.times.items()}
+        return Part(name, calls * r.seconds, times)
+
+    inserts = sum(step.inserts for step in schedule.steps) / len(schedule.steps)
+    rollout = [prefill_part(results, schedule), several("insert", inserts)]
+    rollout.append(decode_part(results, schedule))
+    training = ("old log-probs", "update", "publish")
+    return rollout + [several(name, by_name[name].program.calls) for name in training]
+
+
+def estimate(
+    results: Sequence[Result], schedule: Schedule, config: Config, load: Workload
+) -> dict[str, float]:
+    """Least seconds of a step, expected ones, most tokens/s a chip, chip-hours of the run, ..."""
+    pod, d, found = results[0].pod, config.dapo, parts(results, schedule)
+    rollout, training = (sum(p.bound for p in some) for some in (found[:3], found[3:]))
+    expected = sum(time for p in found for limit, time in p.times.items() if limit != "cache")
+    useful = sum(r.program.calls * r.program.work.flops for r in results)
+    trained = d.prompts_per_step * d.responses_per_prompt * load.lengths.mean
+    sampled = sum(step.tokens for step in schedule.steps) / len(schedule.steps)
     hours = config.train.steps * (rollout + training) / 3600
+    (state,) = (r.program.arguments[0] for r in results if r.program.name == "update")
+    hosts = len({device.process_index for device in pod.devices})
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    seen = schedule.segments
     return {
         "rollout_s": rollout,
         "training_s": training,
-        "rollout_tokens_per_s_per_chip": sampled / rollout / chips if rollout else 0.0,
-        "train_tokens_per_s_per_chip": trained / training / chips if training else 0.0,
+        "bound_s": rollout + training,
+        "expected_s": expected,
+        "decode_steps": schedule.decode_steps,
+        "live_share": schedule.live_share,
+        "cache_read_per_live_token": float(
+            (seen.steps * seen.width * seen.read).sum() / max(1, seen.cache_mean.sum())
+        ),
+        "token_age_mean": float(np.mean([step.token_age_mean for step in schedule.steps])),
+        "token_age_max": max(step.token_age_max for step in schedule.steps),
+        "training_mfu": useful / (training * len(pod.devices) * pod.chip.flops),
+        "rollout_tokens_per_s_per_chip": sampled / rollout / pod.chips,
+        "train_tokens_per_s_per_chip": trained / training / pod.chips,
+        "checkpoint_s": size / hosts / _SAVE_BANDWIDTH,
         "hours": hours,
-        "chip_hours": hours * chips,
+        "chip_hours": hours * pod.chips,
     }
+
+
+# What changes a cost.
+_CURES = {
+    "cache": "rollout.kv_cache: int8 reads less; a smaller rollout.max_response_len too",
+    "decode HBM": "more rollout.decode_slots or a larger mesh.tensor read fewer weights",
+    "FLOPs": "model.remat recomputes less where memory allows",
+    "HBM": "more train.rows_per_microbatch, or another mesh.tensor",
+    "ICI": "more train.rows_per_microbatch, or another mesh.tensor",
+    "DCN": "more train.rows_per_microbatch",
+    "synchronous ICI": "a smaller mesh.tensor",
+    "small operations": "more rollout.decode_slots, so fewer decode steps",
+}
+
+
+def largest_cost(found: Sequence[Part]) -> tuple[str, float, str]:
+    """Of all parts and limits: what costs most, its seconds, and what would change it."""
+    costs = []
+    for part in found:
+        times = dict(part.times)
+        cache = times.pop("cache", 0.0)
+        serial = {limit: times.pop(limit) for limit in _SERIAL}
+        largest = max(times, key=lambda limit: times[limit])
+        named = {**serial, largest: times[largest]}
+        if part.name == "decode" and largest == "HBM":
+            named = {**serial, "decode HBM": times["HBM"] - cache, "cache": cache}
+        costs += [(seconds, part.name, limit) for limit, seconds in named.items()]
+    seconds, name, limit = max(costs)
+    words = {"cache": "reading the caches", "decode HBM": "HBM traffic without the caches"}
+    return f"{words.get(limit, limit)} of {name}", seconds, _CURES[limit]
 
 
 def complaints(results: Sequence[Result]) -> list[str]:
@@ -368,7 +505,7 @@ def complaints(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def to_json(results: Sequence[Result], estimates: Mapping[str, float]) -> dict[str, Any]:
+def to_json(results: Sequence[Result], estimates: Mapping[str, Any]) -> dict[str, Any]:
     """The output of `--json`."""
 
     def entry(r: Result) -> dict[str, Any]:
@@ -382,9 +519,11 @@ def to_json(results: Sequence[Result], estimates: Mapping[str, float]) -> dict[s
             "flops": r.program.work.flops,
             "computed_flops": r.program.work.computed,
             "tokens": r.program.work.tokens,
-            "collective_bytes": r.sent_bytes,
-            "between_slices_bytes": r.between_slices,
-            "collectives": dict(r.compiled.collectives),
+            "hbm_traffic_bytes": r.compiled.traffic.bytes,
+            "operations": r.compiled.traffic.operations,
+            "small_operations": r.compiled.traffic.small,
+            "collective_bytes": sum(r.compiled.sent.values()),
+            "collectives": r.compiled.collectives,
             "seconds": r.seconds,
             "limits": r.times,
             "calls_per_step": r.program.calls,
@@ -435,7 +574,7 @@ def largest_that_fits(
 
 
 def suggest(
-    config: Config, pod: Pod, lengths: Lengths, results: Sequence[Result], info: Info = print
+    config: Config, pod: Pod, load: Workload, results: Sequence[Result], info: Info = print
 ) -> list[str]:
     """The most decode slots and rows of a micro-batch that fit. results: of the config as it is."""
     known = {r.program.key: r.compiled for r in results}
@@ -444,7 +583,7 @@ def suggest(
         info(f"trying {section}.{key}: {n}")
         values: Any = {section: dataclasses.replace(getattr(config, section), **{key: n})}
         changed = dataclasses.replace(config, **values)
-        found = compile_all(changed, pod, lengths, names, info, known)
+        found = compile_all(changed, pod, load, names, info, known)
         known.update({r.program.key: r.compiled for r in found})
         return [r.peak_bytes for r in found]
 
@@ -481,8 +620,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", metavar="OUT", help="also write the results to this file")
     text = "search decode slots and micro-batch rows for the largest that fit in 90%% of HBM"
     add("--suggest", action="store_true", help=text)
-    text = "tokens (default: a quarter of rollout.max_response_len)"
-    add("--response-len", help=f"mean response, {text}", type=float)
+    text = "lognormal:MEAN:SIGMA, MEAN tokens after truncation and SIGMA of the logarithm"
+    default = f"(default: a quarter of rollout.max_response_len, {_SIGMA})"
+    add("--lengths", help=f"of responses: {text} {default}")
+    text = "instead: a run folder, for its samples and share of kept groups"
+    add("--lengths-from", metavar="RUN_DIR", help=text)
     text = "tokens (default: an eighth of data.max_prompt_len)"
     add("--prompt-len", help=f"mean prompt, {text}", type=float)
     text = "share of sampled groups that are informative (default 0.5)"
@@ -494,15 +636,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _summary(estimates: Mapping[str, float], config: Config, lengths: Lengths) -> str:
-    e = estimates
-    return (
-        f"a step takes at least: rollout {e['rollout_s']:,.0f} s "
-        f"({e['rollout_tokens_per_s_per_chip']:,.0f} tokens/s/chip), training "
-        f"{e['training_s']:,.0f} s ({e['train_tokens_per_s_per_chip']:,.0f} tokens/s/chip); "
-        f"{config.train.steps} steps: {e['hours']:,.0f} hours, {e['chip_hours']:,.0f} chip-hours. "
-        f"Assumed: prompts of {lengths.prompt:,.0f} tokens, responses of {lengths.response:,.0f}, "
-        f"{lengths.kept:.0%} of the groups kept"
+def _load(args: argparse.Namespace, config: Config) -> Workload:
+    kept, longest = args.kept_fraction, config.rollout.max_response_len
+    if not 0 < kept <= 1:
+        raise InputError("--kept-fraction: must be above 0 and at most 1")
+    if args.lengths_from:
+        lengths, kept = measured(run_folder(args.lengths_from))
+    else:
+        lengths = parse_lengths(args.lengths or f"lognormal:{longest / 4:g}:{_SIGMA}", longest)
+    steps = 3 if config.dapo.partial_rollouts else 1
+    return Workload(lengths, args.prompt_len or config.data.max_prompt_len / 8, kept, steps)
+
+
+def _summary(e: Mapping[str, float], found: Sequence[Part], config: Config, load: Workload) -> str:
+    cost, seconds, cure = largest_cost(found)
+    each = ", ".join(f"{part.name} {part.bound:,.1f} s" for part in found)
+    steps = config.train.steps
+    return "\n".join(
+        [
+            f"a step takes at least {e['bound_s']:,.0f} s: rollout {e['rollout_s']:,.0f} s "
+            f"({e['rollout_tokens_per_s_per_chip']:,.0f} tokens/s/chip), training "
+            f"{e['training_s']:,.0f} s ({e['train_tokens_per_s_per_chip']:,.0f} tokens/s/chip, MFU "
+            f"at most {e['training_mfu']:.0%}); {each}",
+            f"expected if nothing overlaps: {e['expected_s']:,.0f} s",
+            f"decode steps: {e['decode_steps']:,.0f}, {e['live_share']:.0%} of the slots live; "
+            f"{e['cache_read_per_live_token']:.1f} cache entries are read for each live token",
+            f"tokens trained on are {e['token_age_mean']:.2f} rollout steps old on average, "
+            f"{e['token_age_max']:.0f} at most",
+            f"largest cost: {cost}, {seconds:,.0f} s; {cure}",
+            f"a checkpoint: {e['checkpoint_s']:,.0f} s at {_SAVE_BANDWIDTH / 1e9:g} GB/s a host",
+            f"{steps} steps at least: {e['hours']:,.0f} hours, {e['chip_hours']:,.0f} chip-hours",
+            f"assumed: prompts of {load.prompt_len:,.0f} tokens, responses of "
+            f"{load.lengths.mean:,.0f} ({load.lengths.name}; a live one has "
+            f"{load.lengths.live_mean:,.0f} on average), {load.kept:.0%} of the groups kept",
+        ]
     )
 
 
@@ -516,16 +683,12 @@ def main(argv: list[str] | None = None) -> int:
     if topology is None:
         what = "is null; set the chips to plan for, or give --topology, e.g. v5p:4x4x8"
         raise ConfigError(f"{args.config}: mesh.topology: {what}")
-    if not 0 < args.kept_fraction <= 1:
-        raise InputError("--kept-fraction: must be above 0 and at most 1")
-    prompt_len = args.prompt_len or config.data.max_prompt_len / 8
-    response_len = args.response_len or config.rollout.max_response_len / 4
-    lengths = Lengths(prompt_len, response_len, args.kept_fraction)
+    load = _load(args, config)
     _compile_for_other_machines()
     pod = load_pod(topology)
     hbm = f"{pod.chip.hbm_bytes / 1e9:.0f} GB HBM a device"
     print(f"{args.config}: {pod.topology}, {pod.chips} chips, {hbm}")
-    results = compile_all(config, pod, lengths, args.only)
+    results = compile_all(config, pod, load, args.only)
     if not results:
         raise InputError(f"--only: no program is called {' or '.join(args.only)}")
     print(table(results))
@@ -533,13 +696,19 @@ def main(argv: list[str] | None = None) -> int:
         collectives = sorted(r.compiled.collectives.items())
         sent = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in collectives)
         print(f"{r.program.name} sends a call and device: {sent or 'nothing'}")
-    estimates = estimate(results, config, lengths)
+    estimates: dict[str, Any] = {}
     if not args.only:  # else there is no whole step
-        print(_summary(estimates, config, lengths))
+        mesh = make_mesh(config.mesh, pod.devices)
+        schedule = steady(simulate(config, row_shards(mesh), load, prefill_tokens(mesh)))
+        found = parts(results, schedule)
+        least = estimate(results, schedule, config, load)
+        print(_summary(least, found, config, load))
+        facts = {"parts": [part._asdict() for part in found], "lengths": load.lengths.name}
+        estimates = least | facts | {"largest_cost": largest_cost(found)}
     for line in complaints(results):
         print(line)
     if args.suggest:
-        print("\n".join(suggest(config, pod, lengths, results)))
+        print("\n".join(suggest(config, pod, load, results)))
     if args.json:
         write_result(args.json, json.dumps(to_json(results, estimates), indent=2) + "\n")
     return 0 if all(r.fits for r in results) else 1

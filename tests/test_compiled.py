@@ -10,13 +10,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dapo_jax.config import MeshSection
+from dapo_jax.runtime import compiled
 from dapo_jax.runtime.compiled import (
     BETWEEN_SLICES,
+    Counting,
+    Link,
     compile_program,
     device_bytes,
     refused_bytes,
-    sent_bytes,
 )
+from dapo_jax.runtime.hlo import Module
 from dapo_jax.runtime.mesh import make_mesh
 
 TEXT = """HloModule jit_f, num_partitions=8
@@ -76,6 +79,14 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """  # noqa: E501
 
 
+def sent_bytes(text, trips=()):
+    """By kind of collective."""
+    total = {}
+    for link, size in compiled.sent_bytes(Module(text), Counting(trips)).items():
+        total[link.kind] = total.get(link.kind, 0) + size
+    return total
+
+
 def test_sent_bytes_by_hand():
     found = sent_bytes(TEXT, trips=(3,))
     assert found == {
@@ -111,6 +122,38 @@ def test_bytes_between_slices_by_hand():
     } == sent_bytes(TEXT)
 
 
+def test_links_have_the_axes_of_their_devices_and_whether_other_work_runs():
+    """Eight devices on 4 x 2 chips: 0 1 / 2 3 / 4 5 / 6 7. All-gathers of groups [2,4] lie along
+    both axes, of {0,1} along one.
+    """
+    coords = [(x, y, 0) for x in range(4) for y in range(2)]
+    found = compiled.sent_bytes(Module(TEXT), Counting((3,), coords=coords))
+    assert found == {
+        Link("all-gather", 2, False): 3 * 6 * 1600 * 3 / 4 + 64 * 3 / 4,  # start, end: no work
+        Link("all-gather", 1, True): 128 / 2,  # in fusions
+        Link("all-reduce", 1, False): 3 * 2 * 40 / 2,
+        Link("reduce-scatter", 2, False): 320 * 7 / 8 + 2 * 20 * 3,
+        Link("collective-permute", 1, False): 64,
+        Link("all-to-all", 2, False): 32 * 7 / 8,
+    }
+
+
+@pytest.mark.parametrize(
+    "groups, expected",
+    [
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", [0, 2, 4, 6]),
+        ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
+        ("replica_groups=mesh['a'=4,'b'=2] {'b'}", [0, 1]),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", [0, 2, 4, 6]),
+        ("source_target_pairs={{0,6},{2,0}}", [0, 6]),
+        ("replica_groups={}", list(range(8))),
+    ],
+)
+def test_the_first_group_of_a_collective(groups, expected):
+    assert compiled._group(f", channel_id=1, {groups}, dimensions={{0}}", 8) == expected
+
+
 def test_a_program_of_this_machine():
     """An all-reduce of [16, 8] numbers a device, 5 times in a scan, in a loop of 2 that ends by
     data.
@@ -133,10 +176,10 @@ def test_a_program_of_this_machine():
     x = jax.ShapeDtypeStruct((128, 8), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     inputs = x, jax.ShapeDtypeStruct((1,), jnp.int32, sharding=NamedSharding(mesh, P()))
     assert device_bytes(inputs) == 16 * 8 * 4 + 4
-    compiled = compile_program(run.lower(*inputs), device_bytes(inputs), trips=(2,))
-    assert compiled.fits and compiled.argument_bytes == device_bytes(inputs)
-    assert compiled.peak_bytes >= compiled.argument_bytes + compiled.temp_bytes
-    assert compiled.collectives == {"all-reduce": 2 * 5 * 2 * 512 * 7 / 8}
+    found = compile_program(run.lower(*inputs), device_bytes(inputs), Counting((2,)))
+    assert found.fits and found.argument_bytes == device_bytes(inputs)
+    assert found.peak_bytes >= found.argument_bytes + found.temp_bytes
+    assert found.collectives == {"all-reduce": 2 * 5 * 2 * 512 * 7 / 8}
 
 
 def test_a_refusal_is_read():

@@ -11,39 +11,50 @@ import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import dapo_jax
 from dapo_jax import plan
+from dapo_jax.benchmark.schedule import (
+    LengthDistribution,
+    Schedule,
+    Segments,
+    StepSummary,
+    Workload,
+)
 from dapo_jax.config import MeshSection, load_config
 from dapo_jax.plan import (
-    Lengths,
+    Part,
     Pod,
     Program,
     Result,
     Work,
     complaints,
+    decode_part,
     estimate,
+    largest_cost,
     largest_that_fits,
     load_pod,
+    prefill_part,
     table,
     to_json,
 )
 from dapo_jax.runtime.chips import CHIPS, Chip
-from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled
+from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, Link
+from dapo_jax.runtime.hlo import Traffic
 from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.types import InputError
 
 CONFIGS = Path(dapo_jax.__file__).parent.parent / "configs"
 SMALLEST = CONFIGS / "qwen2.5-1.5b_dapo17k_v5e-8.yaml"
 POD = Pod(
-    "v5e:2x4",
-    [None] * 8,
-    8,
-    Chip(flops=100.0, hbm_bytes=1000.0, hbm_bandwidth=10.0, ici_bandwidth=5.0, dcn_bandwidth=0.5),
+    "v5e:2x4", [types.SimpleNamespace(process_index=0)] * 8, 8, Chip(100, 1000, 10, 6, 0.5, 2)
 )
-
 LARGEST = ("9.00MiB f32[2]",)
+LOAD = Workload(LengthDistribution("by hand", np.array([50, 150])), 10.0, 0.5)
+SENT = {Link("all-gather", 2, True): 12.0, Link("all-reduce", 1, False): 3.0}
+STATE = {"w": jax.ShapeDtypeStruct((1000, 1000), "float32")}
 
 
 def result(
@@ -52,55 +63,120 @@ def result(
     peak=600,
     resident=100,
     fits=True,
-    sent=20.0,
-    between=0.0,
+    sent=SENT,
+    traffic=Traffic(6.0, 4.0, 9.0),  # noqa: B008
     calls=4.0,
-    work=None,
+    work=Work(800.0, 1600.0, 50.0),  # noqa: B008
+    arguments=(STATE,),
+    static=None,
 ):
-    work = work or Work(800.0, 1600.0, 50.0, 10.0)
-    program = Program(name, None, (), resident, work, calls, settings="train.rows_per_microbatch")
-    return Result(
-        program,
-        Compiled(
-            peak - 100, 100, peak, fits, {"all-gather": sent, BETWEEN_SLICES: between}, LARGEST
-        ),
-        POD,
-    )
+    settings, sizes = "train.rows_per_microbatch", static or {}
+    program = Program(name, None, arguments, resident, work, calls, (), settings, sizes)
+    compiled = Compiled(peak - 100, 100, peak, fits, sent, traffic, LARGEST)
+    return Result(program, compiled, POD)
+
+
+def schedule(segments, prefills=(), tokens=0, inserts=0):
+    """One rollout step of 80 slots. segments: of decode steps, width, read."""
+    steps, width, read = np.array(segments, float).T
+    seen = Segments(0 * steps, steps, width, read, steps * 100, steps * 200, steps * 60)
+    one = StepSummary(0, int(steps.sum()), 0.75, 9, tokens, 8, 0, 0, 0, inserts, 0, 0.5, 2, 3)
+    return Schedule(80, seen, np.array(prefills, int).reshape(-1, 3), [one])
 
 
 def test_a_result_by_hand():
+    """Over both axes of the torus 6 bytes/s, over one 3."""
     r = result()
     assert r.peak_bytes == 700 and r.fits
-    assert (
-        r.times == {"FLOPs": 1600 / 8 / 100, "HBM": 1.0, "ICI": 4.0, "DCN": 0.0}
-        and r.seconds == 4.0
-    )
-    several = result(between=7.0)  # other links, ten times as slow
-    assert (
-        several.sent_bytes == 20
-        and several.times["ICI"] == 4.0
-        and several.times["DCN"] == several.seconds == 14.0
-    )
+    times = {"FLOPs": 1600 / 8 / 100, "HBM": 1.0, "ICI": 2.0, "DCN": 0.0}
+    assert r.times == {**times, "synchronous ICI": 1.0, "small operations": 0.0}
+    assert r.seconds == 2.0 + 1.0
+    several = result(sent={**SENT, Link(BETWEEN_SLICES, 1, True): 7.0})  # ten times as slow
+    assert several.times == {**r.times, "DCN": 14.0} and several.seconds == 15.0
+    small = result(traffic=Traffic(6.0, 4.0, 9e6, 2e6, 5.0))
+    assert small.times["small operations"] == pytest.approx(2e6 * 1.2e-6 - 5 / 10)
+    assert small.seconds == pytest.approx(2.0 + 1.0 + 1.9)
     assert not result(resident=500).fits  # 600 + 500 of 1000
     assert not result(fits=False).fits
+
+
+def test_decode_steps_of_any_size_follow_from_three():
+    """HBM bytes 100 + 2 width + width x read / 10, at 10 bytes/s; 7 µs of small operations."""
+
+    def decode(name, width, read):
+        traffic = Traffic(100 + 2 * width + width * read / 10, 0, 10, 7e-6 / 1.2e-6, 0)
+        sizes, work = {"width": width, "read": read}, Work(0, 0, 0)
+        return result(name, sent={}, traffic=traffic, work=work, static=sizes)
+
+    known = [decode("decode step", 80, 400), decode("decode step, half the cache", 80, 200)]
+    known.append(decode("decode step, few slots", 10, 400))
+    part = decode_part(known, schedule([(3, 80, 100), (5, 20, 300)]))
+    hbm = (3 * (100 + 160 + 800) + 5 * (100 + 40 + 600)) / 10
+    assert part.times["HBM"] == pytest.approx(hbm)
+    assert part.times["cache"] == pytest.approx((3 * 800 + 5 * 600) / 10)
+    assert part.bound == pytest.approx(hbm + 8 * 7e-6)
+
+
+def test_prefills_are_scaled_by_tokens_and_read_the_weights():
+    """Compiled for 8 rows of 64 tokens: 3 s. Weights of 16 bytes: 1.6 s."""
+    weights = jax.ShapeDtypeStruct((8,), "bfloat16")
+    arguments = weights, jax.ShapeDtypeStruct((8, 64), "int32")
+    known = [result("prefill", arguments=arguments, work=Work(800, 1600, 512))]
+    part = prefill_part(known, schedule([(1, 1, 1)], [(0, 16, 64), (0, 8, 16)]))
+    assert part.bound == 2 * 3.0 + 1.6 and part.times["HBM"] == 2.25
+
+
+def step():
+    """The programs of a step."""
+    prompts = (STATE, jax.ShapeDtypeStruct((8, 64), "int32"))
+    decode = result("decode step", static={"width": 10, "read": 200}, calls=0)
+    rollout = [result("prefill", arguments=prompts, calls=0), result("insert", calls=0), decode]
+    return [*rollout, result("old log-probs"), result(), result("publish", calls=1)]
 
 
 def test_what_a_run_comes_to_by_hand():
     config = load_config(
         SMALLEST, ["dapo.prompts_per_step=16", "dapo.responses_per_update=128", "train.steps=9"]
     )
-    results = [
-        result("prefill", calls=1),
-        result("decode step", calls=10),
-        result("old log-probs"),
-        result(),
-        result("publish", calls=1),
+    results = step()
+    seen = schedule([(10, 10, 200)], tokens=4000, inserts=2)
+    found = estimate(results, seen, config, LOAD)
+    assert found["rollout_s"] == 2 * 3 + 10 * 3 and found["training_s"] == 3 * (4 + 4 + 1)
+    assert found["bound_s"] == 63 and found["expected_s"] == (2 + 10 + 9) * (2 + 1 + 2 + 1)
+    assert found["decode_steps"] == 10 and found["live_share"] == 0.75
+    assert found["token_age_mean"] == 0.5 and found["token_age_max"] == 2
+    assert found["cache_read_per_live_token"] == 10 * 200 / 100
+    assert found["training_mfu"] == 9 * 800 / (27 * 8 * 100)
+    assert found["rollout_tokens_per_s_per_chip"] == 4000 / 36 / 8
+    assert found["train_tokens_per_s_per_chip"] == 16 * 8 * 100 / 27 / 8
+    assert found["checkpoint_s"] == 4e6 / 1e9
+    assert found["hours"] == 9 * 63 / 3600 and found["chip_hours"] == 8 * found["hours"]
+
+
+def test_the_first_of_several_rollout_steps_is_left_out():
+    one = schedule([(3, 80, 100)], [(0, 16, 64)])
+    assert plan.steady(one) is one
+    both = [
+        np.concatenate([a, a + (name == "rollout_step")])
+        for name, a in one.segments._asdict().items()
     ]
-    found = estimate(results, config, Lengths(10, 100, 0.5))
-    assert found["rollout_s"] == 44 and found["training_s"] == 16 + 16 + 4
-    assert found["rollout_tokens_per_s_per_chip"] == 16 * 8 * 100 / 0.5 / 44 / 8
-    assert found["train_tokens_per_s_per_chip"] == 16 * 8 * 100 / 36 / 8
-    assert found["hours"] == 9 * 80 / 3600 and found["chip_hours"] == 8 * found["hours"]
+    later = one.steps[0]._replace(rollout_step=1)
+    several = Schedule(
+        80, Segments(*both), np.array([(0, 16, 64), (1, 8, 64)]), [*one.steps, later]
+    )
+    found = plan.steady(several)
+    assert found.steps == [later] and found.prefills.tolist() == [[1, 8, 64]]
+    assert found.segments.rollout_step.tolist() == [1] and found.decode_steps == 3
+
+
+def test_the_largest_cost_has_words_and_a_setting():
+    zero = dict.fromkeys(result().times, 0.0)
+    decode = Part("decode", 9.0, {**zero, "HBM": 8.0, "cache": 6.0, "small operations": 5.0})
+    update = Part("update", 7.0, {**zero, "FLOPs": 5.5, "HBM": 5.0})
+    words, seconds, cure = largest_cost([decode, update])
+    assert (words, seconds) == ("reading the caches of decode", 6.0) and "rollout.kv_cache" in cure
+    words, seconds, cure = largest_cost([decode._replace(times={**zero, "HBM": 1.0}), update])
+    assert (words, seconds) == ("FLOPs of update", 5.5) and "model.remat" in cure
 
 
 def test_the_table_has_a_line_a_program():
@@ -136,7 +212,7 @@ def test_json_has_the_documented_keys():
     assert all(keys <= p.keys() for p in found["programs"])
     assert (
         found["programs"][0]["hbm_fraction"] == 0.7
-        and found["programs"][0]["collective_bytes"] == 20
+        and found["programs"][0]["collective_bytes"] == 15
     )
 
 
@@ -189,7 +265,7 @@ def test_suggestions_are_the_largest_that_fit_and_known_programs_are_not_compile
     )
     pod = POD._replace(devices=[])
 
-    def programs(config, model, mesh, lengths):
+    def programs(config, model, mesh, load):
         slots, rows = config.rollout.decode_slots, config.train.rows_per_microbatch
         sizes = {
             "prefill": (1, slots * 10),
@@ -209,17 +285,16 @@ def test_suggestions_are_the_largest_that_fit_and_known_programs_are_not_compile
             for name, (own, held) in sizes.items()
         ]
 
-    def compile_program(lowered, argument_bytes, trips):
+    def compile_program(lowered, argument_bytes, count):
         compiled.append(lowered)
-        return Compiled(argument_bytes, 0, argument_bytes, True, {}, ())
+        return Compiled(argument_bytes, 0, argument_bytes, True, {}, Traffic(), ())
 
     monkeypatch.setattr(plan, "programs", programs)
     monkeypatch.setattr(plan, "load_model", lambda config: None)
     monkeypatch.setattr(plan, "make_mesh", lambda section, devices: make_mesh(MeshSection(1, 4, 2)))
     monkeypatch.setattr(plan, "compile_program", compile_program)
-    lengths = Lengths(10, 100, 0.5)
-    results = plan.compile_all(config, pod, lengths, info=lambda line: None)
-    lines = plan.suggest(config, pod, lengths, results, lambda line: None)
+    results = plan.compile_all(config, pod, LOAD, info=lambda line: None)
+    lines = plan.suggest(config, pod, LOAD, results, lambda line: None)
     assert lines == [
         "rollout.decode_slots: 8; at most 80 fit in 90% of HBM",
         "train.rows_per_microbatch: 4; at most 24 fit in 90% of HBM",
@@ -237,10 +312,7 @@ def test_unfinished_responses_are_read_again_and_take_their_memory():
     def found(*settings):
         config = load_config(SMALLEST, list(settings))
         mesh = make_mesh(config.mesh)
-        return {
-            p.name: p
-            for p in plan.programs(config, plan.load_model(config), mesh, Lengths(128, 768, 0.5))
-        }
+        return {p.name: p for p in plan.programs(config, plan.load_model(config), mesh, LOAD)}
 
     whole, partial = found(), found("dapo.partial_rollouts=true")
     assert partial.keys() - whole.keys() == {"prefill of prefixes"}
@@ -257,14 +329,18 @@ def fake(monkeypatch, *results):
     monkeypatch.setattr(plan, "_compile_for_other_machines", lambda: None)
     monkeypatch.setattr(plan, "load_pod", lambda topology: POD)
     monkeypatch.setattr(plan, "compile_all", lambda *args: list(results))
+    monkeypatch.setattr(plan, "make_mesh", lambda section, devices: make_mesh(MeshSection(1, 4, 2)))
+    monkeypatch.setattr(plan, "simulate", lambda *args: schedule([(10, 10, 200)]))
 
 
 @pytest.mark.parametrize("resident, status", [(100, 0), (500, 1)])
 def test_exit_status_says_whether_all_fits(monkeypatch, capsys, tmp_path, resident, status):
-    fake(monkeypatch, result(), result("publish", resident=resident))
+    fake(monkeypatch, *step()[:-1], result("publish", resident=resident, calls=1))
     assert plan.main(["--config", str(SMALLEST), "--json", str(tmp_path / "out.json")]) == status
     assert ("publish does not fit" in capsys.readouterr().out) == bool(status)
-    assert json.loads((tmp_path / "out.json").read_text())["fits"] == (not status)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["fits"] == (not status) and found["estimate"]["lengths"] == "lognormal:768:0.8"
+    assert [part["name"] for part in found["estimate"]["parts"]][2:4] == ["decode", "old log-probs"]
 
 
 @pytest.mark.parametrize(
@@ -274,6 +350,7 @@ def test_exit_status_says_whether_all_fits(monkeypatch, capsys, tmp_path, reside
         (["--topology", "v9:2x2"], "NAME one of v4, v5e, v5p, v6e, tpu7x"),
         (["--topology", "v5p:2x2x1*0"], r"and \*N after it for N slices"),
         (["--kept-fraction", "0"], "--kept-fraction: must be above 0"),
+        (["--lengths", "normal:9:1"], "lengths: expected lognormal:MEAN:SIGMA"),
         (["--set", "mesh.topology=null"], "mesh.topology: is null; set the chips to plan for"),
     ],
 )
@@ -353,18 +430,19 @@ for refused in (lambda: plan.load_pod("v5e:3x77"), undivided):
     except plan.InputError as e:
         print(e)
 config = load_config("{SMALLEST}", ["mesh.data=2", "train.rows_per_microbatch=8"])
-lengths = plan.Lengths(128, 768, 0.5)
+lengths = plan.Workload(plan.parse_lengths("lognormal:768:0.8", 3072), 128, 0.5)
 (insert,) = plan.compile_all(config, pods[-1], lengths, ["insert"], lambda line: None)
 mesh = make_mesh(config.mesh, pods[-1].devices)
 found = plan.programs(config, plan.load_model(config), mesh, lengths)
 prefill = next(p for p in found if p.name == "prefill")
-print(json.dumps([insert.between_slices, "tpu_custom_call" in prefill.lower().as_text()]))
+print(json.dumps([insert.compiled.collectives["between slices"], "tpu_custom_call" in prefill.lower().as_text()]))
 """
     done = run("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found, unknown, undivided, sent = done.stdout.splitlines()[-4:]
-    one_slice = [[8, 8, 32e9], [8, 8, 16e9], [8, 8, 95e9], [256, 256, 32e9], [4, 8, 96e9]]
-    assert json.loads(found) == [[*one_slice, [8, 8, 32e9], [8, 16, 96e9], [16, 16, 16e9]], 256]
+    v4, v5e, v5p, v6e, half = (n * 2**30 for n in (30.75, 15.75, 95.73, 31.24, 94.74))
+    one_slice = [[8, 8, v4], [8, 8, v5e], [8, 8, v5p], [256, 256, v6e], [4, 8, half]]
+    assert json.loads(found) == [[*one_slice, [8, 8, v4], [8, 16, half], [16, 16, v5e]], 256]
     assert unknown.startswith("topology 'v5e:3x77': libtpu does not support it")
     assert undivided.startswith("mesh.data: 1 cannot be split over 2 slices")
     assert json.loads(sent) == [

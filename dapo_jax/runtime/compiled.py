@@ -1,52 +1,74 @@
-"""Memory and communication of a compiled program, from the compiler's own reports."""
+"""Memory, HBM traffic and communication of a compiled program, from the compiler's own reports."""
 
 import math
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+
+from dapo_jax.runtime.hlo import FUSED_SCATTER, Module, Traffic, arrays
 
 BETWEEN_SLICES = "between slices"  # sent over the data centre network; other kinds: inside a slice
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
-_SHAPE = re.compile(r"\b(?:pred|(?:bf|[suf])(\d+))\w*\[([\d,]*)\]")  # bits, sizes
 _COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?"
 )
 _SLICE_SEND = re.compile(
-    r'= (.*?) send\(.*_xla_megascale_target="\{([^}]*)\}'
-    r'.*_xla_megascale_transfer_type="(\w+)"'
-)
-_WHILE = re.compile(r" while\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_LIMIT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|(?:called|true|false)_computation|(?:branch|called)_computations)"
-    r"=(\{[^}]*\}|%?[\w.\-]+)"
+    r'_xla_megascale_target="\{([^}]*)\}.*_xla_megascale_transfer_type="(\w+)"'
 )
 _PIECE = re.compile(r"fused_computation|async_collective_fusion")
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _BUFFER = re.compile(r"^ +[\d.]+\wi?B\([^)]*\); +([\d.]+\wi?B); +\d+; +\d+; (.*)$", re.MULTILINE)
 
 
+class Link(NamedTuple):
+    """How bytes are sent."""
+
+    kind: str  # of collective
+    axes: int = 1  # of the torus, along which the devices of a group lie
+    overlapped: bool = False  # other work runs meanwhile
+
+
 class Compiled(NamedTuple):
-    """Bytes on each device, and bytes that each device sends in one call."""
+    """Bytes on each device, and what each device does in one call."""
 
     argument_bytes: int
     temp_bytes: int
     peak_bytes: int  # arguments, temporaries, code, and results that reuse no argument
     fits: bool  # for the compiler, with nothing else on the device
-    collectives: Mapping[str, float]  # bytes sent, by kind
+    sent: Mapping[Link, float]  # bytes
+    traffic: Traffic
     largest: tuple[str, ...]  # size and shapes of the largest temporaries
 
+    @property
+    def collectives(self) -> dict[str, float]:
+        """Bytes sent, by kind."""
+        total: dict[str, float] = defaultdict(float)
+        for link, size in self.sent.items():
+            total[link.kind] += size
+        return dict(total)
 
-def compile_program(lowered: Any, argument_bytes: int, trips: Sequence[int] = ()) -> Compiled:
+
+class Counting(NamedTuple):
+    """What the text of a program does not say."""
+
+    trips: Sequence[int] = ()  # of loops with a data-dependent end (`Module.executed`)
+    small_bytes: float = 0.0  # an operation that moves fewer is small (`Traffic`)
+    coords: Sequence[Sequence[int]] = ()  # of the devices on the torus, in the order of the mesh
+
+
+_NOTHING = Counting()
+
+
+def compile_program(lowered: Any, argument_bytes: int, count: Counting = _NOTHING) -> Compiled:
     """Compiles; a program that does not fit returns what it would need.
 
-    argument_bytes: of its arguments on each device (`device_bytes`). trips: see `sent_bytes`.
+    argument_bytes: of its arguments on each device (`device_bytes`).
     """
     with tempfile.TemporaryDirectory() as folder:
         try:  # the dump, not as_text(): jaxlib may be too old to parse what a newer libtpu writes
@@ -54,14 +76,15 @@ def compile_program(lowered: Any, argument_bytes: int, trips: Sequence[int] = ()
         except jax.errors.JaxRuntimeError as e:
             if (temp := refused_bytes(str(e))) is None:
                 raise
-            largest = _largest(folder)
-            return Compiled(argument_bytes, temp, argument_bytes + temp, False, {}, largest)
-        sent, largest = sent_bytes(_dumped(folder, "after_optimizations"), trips), _largest(folder)
+            largest, peak = _largest(folder), argument_bytes + temp
+            return Compiled(argument_bytes, temp, peak, False, {}, Traffic(), largest)
+        module, largest = Module(_dumped(folder, "after_optimizations")), _largest(folder)
     m = program.memory_analysis()
     arguments, temp = m.argument_size_in_bytes, m.temp_size_in_bytes
     results = m.output_size_in_bytes - m.alias_size_in_bytes
     peak = arguments + temp + m.generated_code_size_in_bytes + results
-    return Compiled(arguments, temp, peak, True, sent, largest)
+    traffic = module.traffic(count.trips, count.small_bytes)
+    return Compiled(arguments, temp, peak, True, sent_bytes(module, count), traffic, largest)
 
 
 def device_bytes(tree: Any) -> int:
@@ -92,76 +115,43 @@ def _largest(folder: str) -> tuple[str, ...]:
     return tuple(f"{size} {shapes[:80]}" for size, shapes in found[:3])
 
 
-def sent_bytes(text: str, trips: Sequence[int] = ()) -> dict[str, float]:
-    """Bytes that each device sends in one call, by kind of collective, from a compiled program.
+def sent_bytes(module: Module, count: Counting = _NOTHING) -> dict[Link, float]:
+    """Bytes that each device sends in one call.
 
     A ring over g devices sends (g-1)/g of an all-gather's result and of a reduce-scatter's or
-    all-to-all's input, and twice that of an all-reduce's. A loop whose condition compares with one
-    constant (a scan) runs so often; any other trips[0] times, trips[1] times inside one such loop,
-    and so on; beyond `trips` once. A collective that overlaps several fusions is written in each
-    of them, with one channel, and counts once. One over several slices is compiled into those
-    inside a slice, and sends between devices of different slices: these are BETWEEN_SLICES.
+    all-to-all's input, and twice that of an all-reduce's. A collective that overlaps several
+    fusions is written in each of them, with one channel, and counts once. One over several slices
+    is compiled into those inside a slice, and sends between devices of different slices: these are
+    BETWEEN_SLICES.
     """
-    found = re.search(r"num_partitions=(\d+)", text)
-    devices = int(found[1]) if found else 1
-    total: dict[str, float] = defaultdict(float)
+    total: dict[Link, float] = defaultdict(float)
     pieces: set[tuple[str, ...]] = set()
-    for computation, line, times in _executed(text, trips):
-        if found := _SLICE_SEND.search(line):
-            total[BETWEEN_SLICES] += times * _sent_between(*found.groups())
-        elif found := _COLLECTIVE.search(line):
-            result, kind, started = found.groups()
-            if _PIECE.match(computation):
-                sizes = (dims for _, dims in _SHAPE.findall(result))
-                piece = (kind, *re.findall(r"channel_id=\d+", line), *sizes)
+    for e in module.executed(count.trips):
+        i = e.instruction
+        if i.opcode == "send" and (found := _SLICE_SEND.search(i.attributes)):
+            operand = i.type.removeprefix("(").partition(", u32[]")[0]
+            link = Link(BETWEEN_SLICES, overlapped=True)
+            total[link] += e.times * _sent_between(operand, *found.groups())
+        elif found := _COLLECTIVE.fullmatch(i.opcode):
+            kind, started = found.groups()
+            if _PIECE.match(e.computation):
+                channel = re.findall(r"channel_id=\d+", i.attributes)
+                piece = (kind, *channel, *(str(a.size) for a in arrays(i.type)))
                 if piece in pieces:
                     continue
                 pieces.add(piece)
-            size = _sent(kind, _sizes(result), bool(started), _group_size(line, devices))
-            if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-                kind, size = "reduce-scatter", size / 2  # fused with a slice of its result
-            total[kind] += times * size
+            group = _group(i.attributes, module.devices)
+            size = _sent(kind, _sizes(i.type), bool(started), len(group))
+            if kind == "all-reduce" and e.computation.startswith(FUSED_SCATTER):
+                kind, size = "reduce-scatter", size / 2
+            link = Link(kind, _axes(group, count.coords), module.overlaps(e))
+            total[link] += e.times * size
     return dict(total)
 
 
-def _executed(text: str, trips: Sequence[int]) -> Iterator[tuple[str, str, float]]:
-    """Every operation that a call runs: its computation, its line, and how often it runs."""
-    entry, name = "", ""
-    computations: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            name = header[2]
-            computations[name] = []
-            entry = name if header[1] else entry
-        elif line.startswith("  ") and name:
-            computations[name].append(line)
-    walked: set[str] = set()
-
-    def walk(name: str, times: float, depth: int) -> Iterator[tuple[str, str, float]]:
-        if name in walked:  # an asynchronous one is called by its start and by its end
-            return
-        walked.add(name)
-        for line in computations.get(name, ()):
-            yield name, line, times
-            if loop := _WHILE.search(line):
-                limits = set(_LIMIT.findall("\n".join(computations.get(loop[1], ()))))
-                if len(limits) == 1:
-                    yield from walk(loop[2], times * int(limits.pop()), depth)
-                else:
-                    again = trips[depth] if depth < len(trips) else 1
-                    yield from walk(loop[2], times * again, depth + 1)
-                continue
-            for names in _CALLED.findall(line):
-                for called in re.findall(r"[\w.\-]+", names):
-                    yield from walk(called, times, depth)
-
-    return walk(entry, 1.0, 0)
-
-
 def _sizes(result: str) -> list[float]:
-    """Bytes of the arrays in an operation's type, scalars left out."""
-    arrays = ((int(bits or 8), dims) for bits, dims in _SHAPE.findall(result) if dims)
-    return [math.prod(map(int, dims.split(","))) * bits / 8 for bits, dims in arrays] or [0.0]
+    """Bytes of the arrays in an operation's type, without padding, scalars left out."""
+    return [a.size * a.bits / 8 for a in arrays(result) if not a.scalar] or [0.0]
 
 
 def _sent_between(operand: str, targets: str, transfer: str) -> float:
@@ -182,13 +172,35 @@ def _sent(kind: str, sizes: Sequence[float], started: bool, g: int) -> float:
     return size * shares.get(kind, (g - 1) / g)
 
 
-def _group_size(line: str, devices: int) -> int:
-    """Devices that take part in a collective, of the three forms of `replica_groups`."""
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
-    return devices
+def _group(attributes: str, devices: int) -> list[int]:
+    """The first group of devices of a collective, of the four forms that name it."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(n) for n in re.findall(r"\d+", text)]
+
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes):
+        return numbers(found[1])
+    if found := re.search(
+        r"replica_groups=\[(\d+),(\d+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", attributes
+    ):
+        shape = numbers(found[3] or str(int(found[1]) * int(found[2])))
+        ids = np.arange(math.prod(shape)).reshape(shape)
+        return (
+            (ids.transpose(numbers(found[4])) if found[4] else ids)
+            .ravel()[: int(found[2])]
+            .tolist()
+        )
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", attributes):
+        sizes, used = re.findall(r"'(\w+)'=(\d+)", found[1]), re.findall(r"'(\w+)'", found[2])
+        ids = np.arange(math.prod(int(n) for _, n in sizes)).reshape([int(n) for _, n in sizes])
+        return ids[tuple(slice(None) if axis in used else 0 for axis, _ in sizes)].ravel().tolist()
+    return list(range(devices))
+
+
+def _axes(group: Sequence[int], coords: Sequence[Sequence[int]]) -> int:
+    """How many axes of the torus a group's devices lie along, at least 1."""
+    if not coords:
+        return 1
+    return max(
+        1, sum(len(set(values)) > 1 for values in zip(*(coords[n] for n in group), strict=True))
+    )
