@@ -204,7 +204,6 @@ class _Worker:
     def start(self) -> str | None:
         """Starts a new process, or returns why there is none."""
         self.discard()
-        self.failed_starts += 1
         try:
             self._process = sandbox.Process(
                 f"{__name__}:judging",
@@ -227,6 +226,7 @@ class _Worker:
             key = "function" if self._section.verifier == "custom" else "verifier"
             what = f"reward.{key}: its worker could not start ({e})"
             error = f"{what}; check that what it imports works"
+        self.failed_starts += 1
         self.discard()
         return error
 
