@@ -1,5 +1,7 @@
 # make demo   trains the tiny model on a CPU, in its own environment
-# make test   lint, types, tests
+# make test   lint, types, the default tests (tests/README.md: which they are)
+# make test-all   all tests; make test-rest: those that make test leaves out;
+#             make test-jax: those of make test that depend on jax and its kin
 # make plan   compiles every pod config with the TPU compiler (130 MB from PyPI, no TPU): does it fit
 # make study  the paper's ablation in miniature, two hours (STUDY.md); resumes
 # make torture  an hour of kills, stops and bombs, and what was survived (RELIABILITY.md)
@@ -7,14 +9,25 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+FULL := multiprocess or bucket or fuzz or scripts or browser or benchmark or slow
+TIER := not ($(FULL))
 REAL := real/asdiv_train.jsonl real/asdiv_heldout.jsonl real/smollm2-135m/model.safetensors
 
-.PHONY: demo test lint pytest plan real study torture clean
+.PHONY: demo test test-all test-rest test-jax lint pytest plan real study torture clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m dapo_jax.train --config configs/tiny_cpu.yaml --run-dir runs/tiny
 
 test: lint pytest
+
+test-all: lint
+	$(MAKE) pytest TIER=
+
+test-rest:
+	$(MAKE) pytest TIER="$(FULL)"
+
+test-jax:
+	$(MAKE) pytest TIER="not host and $(TIER)"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -22,7 +35,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 pytest: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "$(TIER)" $(PYTEST)
 
 plan: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable .[plan]

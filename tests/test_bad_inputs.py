@@ -33,6 +33,8 @@ from dapo_jax.model.weights import load_pretrained, save_pretrained
 from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.types import TrainState
 
+pytestmark = pytest.mark.host
+
 TESTS = Path(__file__).parent
 SIZES = dict(
     family="qwen3",

@@ -21,6 +21,8 @@ from dapo_jax.benchmark.rollout import RolloutSizes, response_lengths
 from dapo_jax.benchmark.update import UpdateSizes, padded_rows, train_items
 from dapo_jax.types import InputError
 
+pytestmark = pytest.mark.benchmark
+
 SAMPLING = ({}, [measure_sampling.__file__])
 MODEL = (
     "--layers 1 --model-dim 16 --heads 4 --kv-heads 2 --head-dim 8 --ffn 32 --vocab 64 --repeats 2"

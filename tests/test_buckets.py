@@ -26,6 +26,8 @@ from dapo_jax.runtime.metrics import MetricsLog, read_metrics
 from dapo_jax.runtime.profile import Profiler
 from dapo_jax.types import InputError, RunError
 
+pytestmark = pytest.mark.bucket
+
 # As gcsfs itself asks for bucket types by gRPC, which the fake does not speak; and no client looks
 # for credentials.
 CLIENT = {

@@ -18,6 +18,8 @@ from dapo_jax.data.problems import load_problems, problems_digest
 from dapo_jax.data.tfds_builder import prepare
 from dapo_jax.types import InputError
 
+pytestmark = pytest.mark.bucket
+
 ROWS = [
     {"prompt": f"{n}+1\u00e9", "answer": n + 1, "solution": f"Answer: {n + 1}"} for n in range(50)
 ]

@@ -13,6 +13,8 @@ from dapo_jax.data.__main__ import length_stats
 from dapo_jax.data.problems import load_problems
 from dapo_jax.data.prompts import byte_tokenizer, make_prompts
 
+pytestmark = pytest.mark.host
+
 ROWS = [
     {"question": "1+1?", "answer": "1+1=2\n#### 2"},
     {"question": "1+1?", "answer": "1+1=2\n#### 2"},

@@ -68,12 +68,19 @@ STOPS = (
 )
 
 
-def test_signals_in_every_phase_lose_nothing(config, whole, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param([STOPS[n] for n in (1, 3, 6, 7, 10)], id="five"),
+        pytest.param(STOPS, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_signals_in_every_phase_lose_nothing(config, whole, tmp_path, monkeypatch, capfd, stops):
     """One run, stopped at each of these places and started again: its lines, weights and buffered
     groups are those of a whole run.
     """
     run = tmp_path / "run"
-    for stop, stands in STOPS:
+    for stop, stands in stops:
         faults.inject(stop, monkeypatch.setattr)
         number = signal.SIGINT if stop.endswith("int") else signal.SIGTERM
         assert run_train(config, run, STEPS) == 128 + number, stop

@@ -53,6 +53,8 @@ from dapo_jax.runtime import checkpoint, sandbox
 from dapo_jax.runtime.checkpoint import Checkpoints, restore_params
 from dapo_jax.types import InputError, NoCheckpointError, Problem, TrainState, Verdict
 
+pytestmark = pytest.mark.fuzz
+
 HERE = Path(__file__).parent
 FUZZ = int(os.environ.get("FUZZ", "1"))
 

@@ -15,6 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from dapo_jax.types import InputError
 
+pytestmark = pytest.mark.scripts
+
 SCRIPT = Path(real.__file__)
 HEADS, KV_HEADS, DIM, FFN, LAYERS = 3, 1, 12, 5, 2
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

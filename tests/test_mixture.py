@@ -24,6 +24,8 @@ from dapo_jax.data.mixture import (
 from dapo_jax.data.problems import Cursor, advance, epoch_order, problems_digest
 from dapo_jax.types import InputError, Problem
 
+pytestmark = pytest.mark.host
+
 mixtures = st.lists(
     st.tuples(st.integers(1, 12), st.sampled_from([0.5, 1.0, 2.0, 3.0, 1 / 3, 0.1])),
     min_size=1,

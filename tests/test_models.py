@@ -325,6 +325,7 @@ def uploaded(empty, folder, tmp_path, monkeypatch):  # noqa: F811
     return empty
 
 
+@pytest.mark.bucket
 def test_a_model_in_a_bucket(uploaded, folder, capfd):
     policy = load_policy(settings(URL))
     assert names(policy.folder) < set(DESCRIPTION_FILES) and policy.source == URL
@@ -342,6 +343,7 @@ def test_a_model_in_a_bucket(uploaded, folder, capfd):
     )  # all there
 
 
+@pytest.mark.bucket
 def test_processes_of_a_machine_fetch_once_and_changed_objects_again(uploaded, folder, capfd):
     found = []
     threads = [
@@ -362,6 +364,7 @@ def test_processes_of_a_machine_fetch_once_and_changed_objects_again(uploaded, f
     )
 
 
+@pytest.mark.bucket
 def test_a_bucket_folder_that_is_empty_or_cannot_be_read(uploaded):
     for name in ("gs://bucket/models/none", "gs://bucket/models"):
         with pytest.raises(
@@ -377,6 +380,7 @@ def test_a_bucket_folder_that_is_empty_or_cannot_be_read(uploaded):
     assert "tokenizer.json" in names(local_model(URL, FILES).folder)
 
 
+@pytest.mark.bucket
 def test_a_copy_that_cannot_be_written(uploaded, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

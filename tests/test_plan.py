@@ -402,6 +402,7 @@ def run(*command, cwd):
     )
 
 
+@pytest.mark.slow
 @COMPILER
 def test_pods_of_every_generation(tmp_path):
     """A chip is one device, but for TPU7x: two, each with half of its memory.
@@ -451,6 +452,7 @@ print(json.dumps([insert.compiled.collectives["between slices"], "tpu_custom_cal
     ]  # k and v, L, P, h, bytes; one of two kv heads on each device
 
 
+@pytest.mark.slow
 @COMPILER
 def test_the_smallest_pod_config_fits(tmp_path):
     """Through the real compiler, as a user would; all but the programs that take it longest."""

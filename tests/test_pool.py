@@ -27,6 +27,8 @@ from dapo_jax.reward.pool import (
 )
 from dapo_jax.types import InputError, Message, Problem, Verdict
 
+pytestmark = pytest.mark.host
+
 HERE = Path(__file__).parent
 LIMIT_S = 1.0
 

@@ -29,6 +29,8 @@ from dapo_jax.data.problems import (
 )
 from dapo_jax.types import InputError, Message, Problem
 
+pytestmark = pytest.mark.host
+
 GOOD = {"prompt": "What is 6 x 7?", "answer": 42}
 DAPO_ROW = {
     "data_source": "math_dapo",

@@ -18,6 +18,8 @@ from test_train import CONFIG, TESTS, VOLATILE, record, steady
 import dapo_jax
 from dapo_jax.runtime.metrics import read_metrics
 
+pytestmark = pytest.mark.multiprocess
+
 SECONDS = 60  # within which all have to have ended once one has
 
 

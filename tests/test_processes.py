@@ -92,6 +92,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.multiprocess
 def test_loss_and_gradient_are_those_of_one_process(runs):
     """Measured: equal bit for bit; with 4 devices a process 1e-7 and 2e-8 relative."""
     one, *two = (np.load(runs / f"{name}.npz") for name in ("one0", "two0", "two1"))
@@ -101,12 +102,14 @@ def test_loss_and_gradient_are_those_of_one_process(runs):
     assert np.linalg.norm(one["gradient"]) > 1e-3
 
 
+@pytest.mark.multiprocess
 def test_each_process_holds_rows_and_judges_answers_of_its_own(runs):
     rows = [set(np.load(runs / f"two{i}.npz")["rows"]) for i in (0, 1)]
     assert rows[0] and rows[1] and not rows[0] & rows[1] and rows[0] | rows[1] == set(range(8))
     assert [int(np.load(runs / f"two{i}.npz")["judged"]) for i in (0, 1)] == [4, 3]
 
 
+@pytest.mark.multiprocess
 def test_what_differs_between_processes_is_refused_on_each(runs):
     """The first fact that differs, in their order; and a run folder that a process does not find.
 
@@ -127,6 +130,7 @@ def test_what_differs_between_processes_is_refused_on_each(runs):
     assert np.load(runs / "one0.npz")["refusals"].tolist() == []  # a process alone
 
 
+@pytest.mark.multiprocess
 def test_a_training_run_keeps_the_same_groups_and_learns_the_same(runs):
     """Counts and samples exactly; what devices compute within 1e-6 (the loss, near 0 by its nature,
     of the size of its terms).
@@ -169,6 +173,7 @@ def test_a_training_run_keeps_the_same_groups_and_learns_the_same(runs):
         assert a == b and a
 
 
+@pytest.mark.multiprocess
 def test_one_process_writes_the_logs(runs):
     assert "done: 2 steps" in (runs / "two0.log").read_text()
     assert "step" not in (runs / "two1.log").read_text()
@@ -256,6 +261,7 @@ def test_chips_that_another_process_holds_are_named(devices, said, monkeypatch):
     assert "tpu_scripts/stop" in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.multiprocess
 def test_a_signal_ends_a_process_that_starts_up(tmp_path):
     """One waits for the others, and prints that: started alone, the mistake of starting a pod's job on
     one host only. One has joined, is a job of its own, and loads something for long.

@@ -16,6 +16,8 @@ from dapo_jax import cli, report
 from dapo_jax.config import dump_yaml, load_config
 from dapo_jax.runtime.metrics import METRICS, write_samples
 
+pytestmark = pytest.mark.host
+
 CONFIG = """
 model:
   architecture:
@@ -471,6 +473,7 @@ def test_without_out_the_page_lies_in_the_run_folder(tmp_path, capsys):
 # ---- In a browser --------------------------------------------------------------------------------
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium on PATH")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser(tmp_path, capsys, width):

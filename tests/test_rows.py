@@ -24,6 +24,8 @@ from dapo_jax.data.rows import BadRow, column_names, problem_from_row
 from dapo_jax.reward.verify import strict_verify
 from dapo_jax.types import InputError, Message, Problem
 
+pytestmark = pytest.mark.host
+
 GSM8K = {
     "question": (
         "Natalia sold clips to 48 friends in April, and half as many in May. How many altogether?"

@@ -27,6 +27,8 @@ from dapo_jax.study import (
 )
 from dapo_jax.types import InputError
 
+pytestmark = pytest.mark.host
+
 SHIPPED = Path(__file__).parent.parent / "configs" / "study_arithmetic_cpu.yaml"
 TREE = {
     "base": {

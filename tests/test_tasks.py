@@ -15,6 +15,8 @@ from dapo_jax.runtime import multihost
 from dapo_jax.training import same_run
 from dapo_jax.types import InputError, Problem, Verdict
 
+pytestmark = pytest.mark.host
+
 ROOT = Path(__file__).parents[1]
 TASKS = ROOT / "configs/tasks"
 TASK = """

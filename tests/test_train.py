@@ -220,6 +220,7 @@ def test_finished_run_started_again_does_nothing(finished):
     assert (finished[1] / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.multiprocess
 def test_killed_run_resumes_from_its_checkpoint(config, tmp_path):
     command = [
         sys.executable,
