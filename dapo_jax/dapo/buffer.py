@@ -134,25 +134,34 @@ class DynamicSamplingBuffer:
         self._last_draw, self._counts, self._accepted = last_draw, counts, groups
 
 
-def packed_array(value: Any, dtype: type[np.generic]) -> np.ndarray:
+def _array(value: Any, dtype: type[np.generic]) -> np.ndarray:
     """A one-dimensional array of plain data. Raises ValueError for any other value."""
     if not isinstance(value, np.ndarray) or value.dtype != dtype or value.ndim != 1:
         raise ValueError(f"not a one-dimensional array of {dtype.__name__}")
     return value
 
 
-def unpacked_policies(found: Sequence[Sequence[int]], tokens: int) -> tuple[tuple[int, int], ...]:
-    """`Response.policies` of plain data. Raises ValueError or TypeError if malformed."""
-    policies = tuple((int(step), int(count)) for step, count in found)
-    if policies and sum(count for _, count in policies) != tokens:
-        raise ValueError("policies of a response that sampled other numbers of tokens")
-    return policies
+def packed_response(r: Response) -> dict[str, Any]:
+    """As plain data, for a checkpoint."""
+    sampled = {"tokens": r.tokens, "logprobs": r.behavior_logprobs}
+    policies = [list(policy) for policy in r.policies]
+    return sampled | {"truncated": bool(r.truncated), "policies": policies}
+
+
+def unpacked_response(data: Mapping[str, Any], truncated: Any) -> Response:
+    """Inverse of `packed_response`. Raises ValueError, TypeError or KeyError for malformed data."""
+    tokens = _array(data["tokens"], np.int32)
+    logprobs = _array(data["logprobs"], np.float32)
+    policies = tuple((int(step), int(count)) for step, count in data.get("policies", ()))
+    by_policy = sum(count for _, count in policies) if policies else len(tokens)
+    if not len(logprobs) == by_policy == len(tokens):
+        raise ValueError("a response whose tokens, log-probs and policies differ in number")
+    return Response(tokens, logprobs, bool(truncated), policies)
 
 
 def _packed(group: Group) -> dict[str, Any]:
     responses = [
-        {"tokens": r.tokens, "logprobs": r.behavior_logprobs, "old_logprobs": old}
-        | {"truncated": bool(r.truncated), "policies": [list(policy) for policy in r.policies]}
+        packed_response(r) | {"old_logprobs": old}
         for r, old in zip(group.responses, group.old_logprobs, strict=True)
     ]
     # As JSON, because an id may hold lone surrogates.
@@ -168,20 +177,14 @@ def _unpacked(data: Mapping[str, Any], problems: Mapping[str, Problem]) -> Group
             f"checkpoint: the buffered group of draw {draw} belongs to problem {problem[:60]!r}, "
             "which the data set does not have; resume with the data set that the run started with"
         )
-    responses = []
-    for r in data["responses"]:
-        tokens = packed_array(r["tokens"], np.int32)
-        logprobs = packed_array(r["logprobs"], np.float32)
-        policies = unpacked_policies(r.get("policies", ()), len(tokens))
-        responses.append(Response(tokens, logprobs, bool(r["truncated"]), policies))
     group = Group(
         draw=draw,
-        prompt=Prompt(problems[problem], packed_array(data["prompt"], np.int32)),
-        responses=tuple(responses),
-        correct=packed_array(data["correct"], np.bool_),
-        reward=packed_array(data["reward"], np.float32),
-        penalty=packed_array(data["penalty"], np.float32),
-        old_logprobs=tuple(packed_array(r["old_logprobs"], np.float32) for r in data["responses"]),
+        prompt=Prompt(problems[problem], _array(data["prompt"], np.int32)),
+        responses=tuple(unpacked_response(r, r["truncated"]) for r in data["responses"]),
+        correct=_array(data["correct"], np.bool_),
+        reward=_array(data["reward"], np.float32),
+        penalty=_array(data["penalty"], np.float32),
+        old_logprobs=tuple(_array(r["old_logprobs"], np.float32) for r in data["responses"]),
     )
     _check_lengths(group)
     return group

@@ -97,7 +97,7 @@ class _Scored(NamedTuple):
     logits: Array  # [n, v] float32
     weights: Array  # [n, v] float32, exp(logits - max)
     total: Array  # [n], sum of the weights
-    lse: Array  # [n]
+    mean: Array  # [n], of the logits under their softmax
     logprobs: Array  # [n]
     entropy: Array  # [n]
     hit: Array  # [n, v] bool, the target's column
@@ -117,9 +117,9 @@ def _score(hidden: Array, head: Array, targets: Array, static: _Static) -> _Scor
     at_target = jnp.where((column >= 0) & (column < size), at_target, 0.0)
     sums = (weights.sum(axis=-1), (weights * logits).sum(axis=-1), at_target)
     total, dot, at_target = static.sum(sums)
-    log_total = jnp.log(total)
-    lse = log_total + top
-    return _Scored(logits, weights, total, lse, at_target - top - log_total, lse - dot / total, hit)
+    log_total, mean = jnp.log(total), dot / total
+    logprobs, entropy = at_target - top - log_total, log_total + top - mean
+    return _Scored(logits, weights, total, mean, logprobs, entropy, hit)
 
 
 def _d_head(hidden: Array, d_logits: Array) -> Array:
@@ -192,10 +192,10 @@ def _loss_and_grads(
             slope /= static.temperature
             d_logits = jnp.where(scored.hit, slope[:, None], 0.0)
             d_logits = d_logits - scored.weights * (slope / scored.total)[:, None]
-            if "entropy" in slopes_in:  # ∂entropy/∂z = -softmax z · (log softmax z + entropy)
-                share = entropy_slope / static.temperature / scored.total
-                surprise = scored.logits - (scored.lse - scored.entropy)[:, None]
-                d_logits -= scored.weights * surprise * share[:, None]
+            if "entropy" in slopes_in:  # ∂entropy/∂z = -softmax z · (z - mean)
+                slope = entropy_slope / static.temperature / scored.total
+                centred = scored.logits - scored.mean[:, None]
+                d_logits -= scored.weights * centred * slope[:, None]
             d_logits = d_logits.astype(h.dtype)
             d_hidden = _add_rows(d_hidden, rows, valid, jnp.einsum("nv,dv->nd", d_logits, head))
             d_head += _d_head(h, d_logits)

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from dapo_jax.config import DapoSection, RewardSection, RolloutSection
-from dapo_jax.dapo.buffer import packed_array, unpacked_policies
+from dapo_jax.dapo.buffer import packed_response, unpacked_response
 from dapo_jax.dapo.groups import is_informative
 from dapo_jax.data.mixture import Mixture, next_problems
 from dapo_jax.data.problems import Cursor
@@ -125,12 +125,9 @@ class OpenGroup:
         """As plain data, for a checkpoint."""
         samples = []
         for n, (response, verdict) in enumerate(zip(self.responses, self.verdicts, strict=True)):
-            so_far = self._sampled(n)
-            sample: dict[str, Any] = {"tokens": so_far.tokens}
-            sample["logprobs"] = so_far.behavior_logprobs
-            sample["policies"] = [list(policy) for policy in so_far.policies]
-            if response is not None:
-                sample["truncated"] = bool(response.truncated)
+            sample = packed_response(self._sampled(n))
+            if response is None:
+                del sample["truncated"]
             if verdict is not None:
                 failed = verdict.error is not None
                 sample["verdict"] = [bool(verdict.correct), float(verdict.score), failed]
@@ -148,16 +145,11 @@ class OpenGroup:
             raise ValueError("an open group of a negative index")
         group = cls(draw, prompts[problem], len(samples), problem)
         for n, sample in enumerate(samples):
-            tokens = packed_array(sample["tokens"], np.int32)
-            logprobs = packed_array(sample["logprobs"], np.float32)
-            if len(tokens) != len(logprobs):
-                raise ValueError("an open group whose tokens and log-probs differ in number")
-            policies = unpacked_policies(sample.get("policies", ()), len(tokens))
+            response = unpacked_response(sample, sample.get("truncated", False))
             if "truncated" in sample:
-                truncated = bool(sample["truncated"])
-                group.responses[n] = Response(tokens, logprobs, truncated, policies)
-            elif len(tokens):
-                group.prefixes[n] = Response(tokens, logprobs, False, policies)
+                group.responses[n] = response
+            elif len(response.tokens):
+                group.prefixes[n] = response
             if "verdict" in sample:
                 correct, score, failed = sample["verdict"]
                 error = "no verdict" if failed else None
