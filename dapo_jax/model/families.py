@@ -38,11 +38,11 @@ _SIZES = {
     "max_position": "max_position_embeddings",
 }
 _KEYS = {**_SIZES, "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
-_LLAMA3 = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position": "original_max_position_embeddings",
+_LLAMA3 = {  # the fields of RopeScaling, in order
+    "factor": float,
+    "low_freq_factor": float,
+    "high_freq_factor": float,
+    "original_max_position_embeddings": int,
 }
 _CHECKED = {  # fields that `check_model` names, where the key is another
     **_KEYS,
@@ -69,7 +69,7 @@ _GEMMA_DEFAULTS = {
 _ROPE_TYPES: dict[str, dict[str, type]] = {
     "default": {},
     "linear": {"factor": float},
-    "llama3": {_LLAMA3[f]: kind for f, kind in typing.get_type_hints(RopeScaling).items()},
+    "llama3": _LLAMA3,
 }
 _NO_QUANTIZATION = "quantized weights are not supported; use a bfloat16, float16 or float32 model"
 _REFUSED = {  # keys that must be absent, null or false
@@ -122,10 +122,8 @@ def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
     common = {"architectures": names, "model_type": config.family, "rope_theta": config.rope_theta}
     common |= {key: getattr(config, field) for field, key in _KEYS.items()}
     if windows is None:
-        rope: dict[str, Any] | None = None
-        if scaling is not None:
-            rope = {key: getattr(scaling, field) for field, key in _LLAMA3.items()}
-            rope["rope_type"] = "llama3"
+        llama3 = scaling and dict(zip(_LLAMA3, dataclasses.astuple(scaling), strict=True))
+        rope = llama3 and {"rope_type": "llama3", **llama3}
         return common | {"hidden_act": "silu", "rope_scaling": rope}
     scalar, factor = config.query_scalar, config.rope_factor
     return common | {
@@ -212,8 +210,8 @@ def _llama_fields(hf: Mapping[str, Any], fail: Fail) -> dict[str, Any]:
     given = {"rope_theta": hf["rope_theta"], **_object(hf, key, fail)}
     rope = _rope(given, key, ("default", "llama3"), fail)
     theta = rope.pop("rope_theta")
-    own = {field: rope[name] for field, name in _LLAMA3.items() if name in rope}
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(**own) if own else None}
+    # what is left, if anything, is llama3's
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(*rope.values()) if rope else None}
 
 
 def _gemma_fields(hf: Mapping[str, Any], layers: int, fail: Fail) -> dict[str, Any]:

@@ -65,9 +65,8 @@ def file_digests(folder: str, patterns: tuple[str, ...]) -> dict[str, str]:
 
     Reads them whole, several at a time, and only once.
     """
-    paths = sorted(
-        {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
-    )
+    named = {path for pattern in patterns for path in Path(folder).glob(pattern)}
+    paths = sorted(filter(Path.is_file, named))
 
     def digest(path: Path) -> str:
         with path.open("rb") as file:
@@ -112,8 +111,8 @@ def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
         if config.tie_embeddings and _HEAD in stored:
             head = _read_tensor(*stored[_HEAD], _HEAD)
             if not np.array_equal(head, params["embed"]["embedding"]):
-                todo = "set tie_word_embeddings to false in config.json"
-                raise InputError(f"{folder}: {_HEAD}: differs from the embedding; {todo}")
+                fix = "set tie_word_embeddings to false in config.json"
+                raise _bad(folder, _HEAD, f"differs from the embedding; {fix}")
     return config, params
 
 
@@ -137,8 +136,7 @@ def _opened(folder: Path, config: ModelConfig) -> Iterator[dict[str, tuple[Path,
                 raise InputError(f"{path}: truncated or corrupt ({reason}); {_AGAIN}") from None
             for name in opened.keys():
                 if name in stored:
-                    other = stored[name][0].name
-                    raise InputError(f"{path}: {_shown(name)}: also in {other}; {_AGAIN}")
+                    raise _bad(path, name, f"also in {stored[name][0].name}; {_AGAIN}")
                 stored[name] = path, opened
         _check_stored(folder, config, stored)
         yield stored
@@ -147,6 +145,10 @@ def _opened(folder: Path, config: ModelConfig) -> Iterator[dict[str, tuple[Path,
 def _shown(name: str) -> str:
     """A tensor's name, escaped for messages: a file may hold any name."""
     return name if re.fullmatch(r"[\w.-]{1,100}", name) else repr(name)[:100]
+
+
+def _bad(path: Path, tensor: str, message: str) -> InputError:
+    return InputError(f"{path}: {_shown(tensor)}: {message}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -209,35 +211,32 @@ def _check_stored(
     """Raises InputError unless the files hold the config's tensors and nothing else of value."""
     if quantized := next(filter(_QUANTIZED.search, sorted(stored)), None):
         message = "quantized weights are not supported; use a bfloat16, float16 or float32 model"
-        raise InputError(f"{folder}: {_shown(quantized)}: {message}")
+        raise _bad(folder, quantized, message)
     expected = {t.name: t.shape for t in tensors(config)}
-    for name, shape in expected.items():
-        if name not in stored:
-            message = f"tensor missing, expected with shape {shape} by config.json"
-            raise InputError(f"{folder}: {name}: {message}")
     if config.tie_embeddings and _HEAD in stored:
         expected[_HEAD] = (config.vocab_size, config.model_dim)
     for name, shape in expected.items():
+        if name not in stored:
+            message = f"tensor missing, expected with shape {shape} by config.json"
+            raise _bad(folder, name, message)
         path, opened = stored[name]
         tensor = opened.get_slice(name)
         found, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
         if found != shape:
-            message = f"expected shape {shape} by config.json, got {found}"
-            raise InputError(f"{path}: {name}: {message}")
+            raise _bad(path, name, f"expected shape {shape} by config.json, got {found}")
         if dtype not in _DTYPES:
             message = f"dtype {dtype} is not supported; supported: {', '.join(_DTYPES)}"
-            raise InputError(f"{path}: {name}: {message}")
+            raise _bad(path, name, message)
     for name, (path, _) in stored.items():  # old files keep inv_freq, a constant
         if name not in expected and not name.endswith("rotary_emb.inv_freq"):
             message = f"tensor has no place in the {config.family} architecture of config.json"
-            raise InputError(f"{path}: {_shown(name)}: {message}")
+            raise _bad(path, name, message)
 
 
 def _read_tensor(path: Path, opened: Any, name: str) -> np.ndarray:
     values = opened.get_tensor(name).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
-        message = "holds NaN or infinite values; use another copy of the model"
-        raise InputError(f"{path}: {name}: {message}")
+        raise _bad(path, name, "holds NaN or infinite values; use another copy of the model")
     return values
 
 
