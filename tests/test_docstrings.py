@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = {  # module: functions with examples; a function that loses its own is noticed
+    "benchmark.schedule": {"parse_lengths"},
     "config.load": {"load_config"},
     "dapo.groups": {"group_advantages", "informative_groups"},
     "dapo.loss": {"dapo_token_loss"},

@@ -204,37 +204,46 @@ def keep_rate_after(rate: float, groups: Sequence[Group]) -> float:
 
 @dataclasses.dataclass
 class GroupCounts:
-    """How many of a step's groups are informative, dropped, and neither yet."""
+    """How many of a step's groups are judged, and what is known of the others."""
 
-    informative: int = 0
-    dropped: int = 0
-    undecided: list[OpenGroup] = dataclasses.field(default_factory=list)
+    kept: int = 0  # judged and informative
+    dropped: int = 0  # judged and not
+    early: int = 0  # informative already, though not judged
+    unjudged: list[OpenGroup] = dataclasses.field(default_factory=list)  # those included
 
     def update(self, new: Sequence[OpenGroup] = ()) -> "GroupCounts":
-        """Counts the groups that verdicts have decided meanwhile, and new ones."""
-        groups, self.undecided = [*self.undecided, *new], []
+        """Counts new groups, and those that verdicts have decided meanwhile."""
+        groups, self.unjudged = [*self.unjudged, *new], []
         for group in groups:
-            if group.is_informative():
-                self.informative += 1
-            elif group.is_judged():
-                self.dropped += 1
+            if not group.is_judged():
+                self.unjudged.append(group)
+            elif group.is_informative():
+                self.kept += 1
             else:
-                self.undecided.append(group)
+                self.dropped += 1
+        self.early = sum(group.is_informative() for group in self.unjudged)
         return self
 
 
 def prompts_wanted(missing: int, counts: GroupCounts, rate: float) -> int:
     """How many more prompts the step needs, given the groups drawn so far.
 
-    (missing - informative ones - p x undecided ones) / p, rounded up. p, the keep rate, is the mean
-    of `rate`, weighted as a few groups, and of the groups decided so far.
+    (missing - kept - max(early, p x unjudged) + margin) / p, rounded up. p, the keep rate, is the
+    mean of `rate`, weighted as a few groups, and of the judged groups. Groups known early do not
+    count in it: an informative group often is, another never, so the last prompts would be drawn a
+    few at a time, each as slow as its longest response. The margin is one standard deviation of
+    what is still missing, from the first verdicts on.
 
     >>> prompts_wanted(6, GroupCounts(), 0.5), prompts_wanted(6, GroupCounts(), 0.25)
     (12, 24)
     """
-    informative, dropped = counts.informative, counts.dropped
-    p = (_PRIOR_GROUPS * rate + informative) / (_PRIOR_GROUPS + informative + dropped)
-    short = missing - informative - p * len(counts.undecided)
+    p = (_PRIOR_GROUPS * rate + counts.kept) / (_PRIOR_GROUPS + counts.kept + counts.dropped)
+    left = missing - counts.kept - counts.early
+    if left <= 0:
+        return 0
+    known = counts.kept + counts.dropped + counts.early > 0
+    margin = math.sqrt(left * (1 - p)) if known else 0.0
+    short = missing - counts.kept - max(counts.early, p * len(counts.unjudged)) + margin
     return math.ceil(short / p - 1e-9) if short > 0 else 0
 
 
@@ -338,7 +347,7 @@ class _StepDraw:
         A step trains on exactly N groups, in draw order. Of the groups drawn, all that are not
         dropped yet may come first.
         """
-        ahead = self.counts.informative + len(self.counts.undecided)
+        ahead = self.counts.kept + len(self.counts.unjudged)
         return self.missing + age * self.sampler.algo.prompts_per_step - ahead
 
     def draw(self, count: int) -> None:
