@@ -34,6 +34,7 @@ from dapo_jax.model.attention import Cache, Window, attend_cached, attend_rows, 
 from dapo_jax.model.embedding import embed
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
 from dapo_jax.model.lora import Adapter, adapter_of, stored
+from dapo_jax.runtime.mesh import gather_layer
 from dapo_jax.types import Params
 
 Rope = tuple[Float32[Array, "*N half"], Float32[Array, "*N half"]]  # cosine and sine
@@ -351,6 +352,8 @@ def hidden_states(
     @jax.named_scope("layer")
     def layer(x, inputs):
         layer_params, on = inputs
+        if mesh is not None:
+            layer_params = gather_layer(layer_params, mesh, config.compute_dtype)
         rope, window = view(on)
         options: dict[str, Any] = {"mesh": mesh, "block": config.attention_block}
         attend = functools.partial(attend_rows, segment_ids=segment_ids, window=window, **options)

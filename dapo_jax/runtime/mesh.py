@@ -123,6 +123,41 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
     return tree_map_with_path(place, state)
 
 
+def gather_layer(layer: Mapping[str, Any], mesh: Mesh, dtype: str) -> Any:
+    """One layer's weights, without axis L, in compute dtype and gathered over `fsdp`; gradients are
+    reduce-scattered.
+
+    Left to itself, XLA on TPU splits each product with such a weight into one loop step a shard
+    (a windowed einsum), which adds to the whole result in HBM every time.
+    """
+
+    def gather(path: Any, leaf: Array) -> Array:
+        name = "layers/" + keystr(path, simple=True, separator="/")
+        split = partition_of(name, (1, *leaf.shape), mesh)[1:]
+        if "fsdp" not in split or mesh.shape["fsdp"] == 1:
+            return leaf
+        own = NamedSharding(mesh, P(*split))
+        whole = NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in split)))
+        pin = jax.lax.with_sharding_constraint
+
+        @jax.custom_vjp
+        def gathered(weight: Array) -> Array:
+            if weight.dtype != dtype:  # cast first: half the bytes to gather
+                weight = pin(weight.astype(dtype), own)
+            return pin(weight, whole)
+
+        def forward(weight: Array) -> tuple[Array, None]:
+            return gathered(weight), None
+
+        def backward(_: None, gradient: Array) -> tuple[Array]:
+            return (pin(pin(gradient, whole), own).astype(leaf.dtype),)
+
+        gathered.defvjp(forward, backward)
+        return gathered(leaf)
+
+    return tree_map_with_path(gather, layer)
+
+
 def rollout_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
     """Shardings of rollout weights: split over `tensor` only, whole on every row shard."""
     return tree_map_with_path(lambda path, leaf: _place(mesh, path, leaf, ("tensor",)), params)
