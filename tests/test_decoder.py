@@ -26,6 +26,7 @@ from dapo_jax.model.decoder import (
     rotate,
     segment_positions,
     windowed_layers,
+    write_cache,
 )
 from dapo_jax.model.families import tensors
 
@@ -134,6 +135,27 @@ def test_default_positions_are_those_of_the_segments_and_only_distances_count():
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def decoded(params, config, tokens, lengths, cache, *read):
+    """A decode step of one shard, its entries written into the cache."""
+    hidden, new = decode_step(params, config, tokens, lengths, cache, *read)
+    shard = [jax.tree.map(lambda x: x[None], tree) for tree in (cache, new, jnp.asarray(lengths))]
+    return hidden, jax.tree.map(lambda x: x[0], write_cache(*shard))
+
+
+def test_an_entry_of_every_sequence_is_written_where_it_belongs():
+    """Two shards, two of three slots, 8-bit entries and their scales."""
+    shape, lengths = (2, 4, 3, 2, 5, 6), np.array([[0, 4], [2, 3]], np.int32)
+    numbers = np.random.default_rng(0).integers(-127, 127, shape).astype(np.int8)
+    old = Cache(numbers, -numbers, *(numbers[..., 0].astype(np.float32),) * 2)
+    new = Cache(*(3 * x[:, :, :2, :, 0] + 1 for x in old))
+    expected = [x.copy() for x in old]
+    for n, i in np.ndindex(2, 2):
+        for into, fresh in zip(expected, new, strict=True):
+            into[n, :, i, :, lengths[n, i]] = fresh[n, :, i]
+    for found, whole in zip(jax.jit(write_cache)(old, new, lengths), expected, strict=True):
+        np.testing.assert_array_equal(found, whole)
+
+
 @pytest.mark.parametrize("config", [SCALED, BIASED, NORMED, WINDOWED], ids=lambda c: c.family)
 def test_decoding_token_by_token_gives_the_logits_of_the_whole_row(config):
     """Sequences of different lengths side by side; the cache beyond them holds garbage."""
@@ -148,7 +170,7 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole_row(config):
 
     @jax.jit
     def step(tokens, lengths, cache):
-        hidden, cache = decode_step(params, config, tokens, lengths, cache)
+        hidden, cache = decoded(params, config, tokens, lengths, cache)
         return logits_of(params, hidden), cache
 
     for offset in range(WIDTH - 3):
@@ -169,7 +191,7 @@ def test_a_step_reads_and_writes_only_the_slots_and_the_length_it_is_told():
     holes = [x.copy() for x in exact]
     for x in holes:
         x[:, 1], x[:, :, :, 5], x[:, :, :, 6:] = np.nan, 1e3, np.nan
-    step = jax.jit(lambda t, n, c: decode_step(params, NORMED, t, n, c, 6))
+    step = jax.jit(lambda t, n, c: decoded(params, NORMED, t, n, c, 6))
     hidden, cache = step(TOKENS[:1, 5], np.array([5]), Cache(*map(jnp.asarray, holes)))
     np.testing.assert_allclose(logits_of(params, hidden), whole[:1, 5], rtol=0, atol=5e-6)
     for found, hole, full in zip(cache[:2], holes, exact, strict=True):
@@ -192,7 +214,7 @@ def test_an_8_bit_cache_holds_the_scaled_keys_and_values():
             rtol=0,
             atol=np.abs(exact).max() / 250,
         )
-    step = jax.jit(lambda t, n, c: decode_step(params, NORMED, t, n, c))
+    step = jax.jit(lambda t, n, c: decoded(params, NORMED, t, n, c))
     hidden, after = step(tokens, lengths, cache)
     assert 1e-5 < tiny.gap(logits_of(params, hidden), whole[np.arange(2), lengths]) < 0.02
     for old, new in zip(cache, after, strict=True):  # the new token, and nothing else

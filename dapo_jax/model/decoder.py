@@ -373,29 +373,37 @@ def make_cache(k: Float[Array, "*S h"], v: Float[Array, "*S h"], *, int8: bool) 
     return Cache(k, v, scale_k, scale_v)
 
 
-def _write(old: Array, new: Array, lengths: Array) -> Array:
-    """new [L, b, K, ...] into old [L, B, K, S, ...] at (i, lengths[i]) for i < b; dropped beyond S.
+def write_cache(cache: Cache, new: Cache, lengths: Int[Array, "N b"]) -> Cache:
+    """Writes an entry a sequence: new [N, L, b, K, ...] into the cache [N, L, B, K, S, ...] at
+    `lengths` < S of the first b ≤ B slots of each shard.
 
-    A GPU launches a program for every step of a loop, so there one scatter writes all. On a TPU one
-    scatter would change the cache's layout and copy all of it, so it writes a sequence at a time.
+    On a TPU one scatter would change the cache's layout and copy all of it, so it writes a sequence
+    at a time. A GPU launches a program for every step of a loop, so there one scatter writes all.
     """
 
-    def each(old, new, lengths):
-        def one(i, old):
-            at = (0, i, 0, jnp.minimum(lengths[i], old.shape[3] - 1), *(0,) * (old.ndim - 4))
-            fresh = jax.lax.dynamic_slice_in_dim(new, i, 1, axis=1)[:, :, :, None]
-            kept = jax.lax.dynamic_slice(old, at, fresh.shape)
-            written = jnp.where(lengths[i] < old.shape[3], fresh, kept)
-            return jax.lax.dynamic_update_slice(old, written, at)
+    def each(cache, new, lengths):
+        def sequence(i, cache, n):
+            def write(old, new):
+                fresh = jax.lax.dynamic_slice_in_dim(new[n : n + 1], i, 1, axis=2)
+                at = (n, 0, i, 0, lengths[n, i], *(0,) * (old.ndim - 5))
+                return jax.lax.dynamic_update_slice(old, fresh[:, :, :, :, None], at)
 
-        return jax.lax.fori_loop(0, len(lengths), one, old)
+            return jax.tree.map(write, cache, new)
 
-    def at_once(old, new, lengths):
-        # Two index arrays with a slice between them: their common axis comes first in the values.
-        places = old.at[:, jnp.arange(len(lengths)), :, lengths]
-        return places.set(jnp.moveaxis(new, 1, 0), mode="drop")
+        for n, slots in enumerate(lengths):
+            cache = jax.lax.fori_loop(0, len(slots), functools.partial(sequence, n=n), cache)
+        return cache
 
-    return jax.lax.platform_dependent(old, new, jnp.asarray(lengths), cuda=at_once, default=each)
+    @jax.vmap
+    def at_once(cache, new, lengths):
+        def write(old, new):
+            # Two indices with a slice between them: their common axis comes first in the values.
+            places = old.at[:, jnp.arange(len(lengths)), :, lengths]
+            return places.set(jnp.moveaxis(new, 1, 0), mode="drop")
+
+        return jax.tree.map(write, cache, new)
+
+    return jax.lax.platform_dependent(cache, new, lengths, cuda=at_once, default=each)
 
 
 def decode_step(
@@ -406,14 +414,15 @@ def decode_step(
     cache: Cache,
     read: int | None = None,
 ) -> tuple[Float[Array, "b D"], Cache]:
-    """Hidden state of one new token per sequence, and the cache with that token in it.
+    """Hidden state of one new token per sequence, and its entry for the cache.
 
     Args:
       tokens: new tokens of the first b ≤ B sequences of the cache.
       lengths: how many of their tokens are in the cache; also the new token's position.
       read: how much of S is read, at least every length; None is all.
 
-    Returns: hidden states after the final norm; the cache, written at `lengths`.
+    Returns: hidden states after the final norm; keys and values [L, b, K, h] as the cache stores
+      them, for `write_cache`.
     """
     ends, view = _bind_ends(config, params), layer_views(config, lengths)
     with jax.named_scope("embed"):
@@ -436,11 +445,8 @@ def decode_step(
     layers = (jnp.arange(config.layers), params["layers"], windowed_layers(config))
     x, kv = jax.lax.scan(layer, x, layers)
     new = make_cache(*kv, int8=cache.scale_k is not None)
-    with jax.named_scope("cache"):
-        cache = jax.tree.map(
-            lambda old, new: _write(old, new.astype(old.dtype), lengths), cache, new
-        )
-    return ends.final_norm(x), cache
+    new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, cache)
+    return ends.final_norm(x), new
 
 
 @jax.named_scope("head")
