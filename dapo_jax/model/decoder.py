@@ -375,24 +375,36 @@ def make_cache(k: Float[Array, "*S h"], v: Float[Array, "*S h"], *, int8: bool) 
 
 def write_cache(cache: Cache, new: Cache, lengths: Int[Array, "N b"]) -> Cache:
     """Writes an entry a sequence: new [N, L, b, K, ...] into the cache [N, L, B, K, S, ...] at
-    `lengths` < S of the first b ≤ B slots of each shard.
+    `lengths` of the first b ≤ B slots of each shard; dropped beyond S.
 
     On a TPU one scatter would change the cache's layout and copy all of it, so it writes a sequence
     at a time. A GPU launches a program for every step of a loop, so there one scatter writes all.
     """
 
     def each(cache, new, lengths):
-        def sequence(i, cache, n):
+        last = cache.k.shape[4] - 1
+        at, fits = jnp.minimum(lengths, last), lengths <= last
+
+        def sequence(i, kv, n):
             def write(old, new):
-                fresh = jax.lax.dynamic_slice_in_dim(new[n : n + 1], i, 1, axis=2)
-                at = (n, 0, i, 0, lengths[n, i], *(0,) * (old.ndim - 5))
-                return jax.lax.dynamic_update_slice(old, fresh[:, :, :, :, None], at)
+                start = (n, 0, i, 0, at[n, i], 0)
+                fresh = jax.lax.dynamic_slice_in_dim(new[n : n + 1], i, 1, axis=2)[..., None, :]
+                kept = jax.lax.dynamic_slice(old, start, fresh.shape)
+                return jax.lax.dynamic_update_slice(old, jnp.where(fits[n, i], fresh, kept), start)
 
-            return jax.tree.map(write, cache, new)
+            return jax.tree.map(write, kv, (new.k, new.v))
 
+        kv = cache.k, cache.v
         for n, slots in enumerate(lengths):
-            cache = jax.lax.fori_loop(0, len(slots), functools.partial(sequence, n=n), cache)
-        return cache
+            kv = jax.lax.fori_loop(0, len(slots), functools.partial(sequence, n=n), kv)
+        return Cache(*kv, *(jax.tree.map(select, cache[2:], new[2:])))
+
+    def select(old, new):
+        """Scales: a loop would want them in another layout than attention does, and copy all."""
+        places = jnp.arange(old.shape[4])[None, None, None, None]
+        at = places == lengths[:, None, :, None, None]
+        b = new.shape[2]
+        return old.at[:, :, :b].set(jnp.where(at, new[..., None], old[:, :, :b]))
 
     @jax.vmap
     def at_once(cache, new, lengths):
