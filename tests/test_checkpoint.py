@@ -205,6 +205,20 @@ def test_later_checkpoints_of_a_step_take_the_place_of_each_other(folder):
     assert names() == ["5", "6", "bad-5.2"]
 
 
+def test_a_whole_step_replaces_the_partial_ones_before_it(tmp_path):
+    """Those of a warm-up: what follows finds the weights of step 0."""
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for seed in (1, 2):
+            checkpoints.save(0, make_state(seed), {}, {}, partial=True)
+        checkpoints.save(0, make_state(3), {}, {})
+        checkpoints.wait()
+        assert [path.name for path in tmp_path.iterdir()] == ["0"]
+        assert bits(checkpoints.restore(make_state(0)).state) == bits(make_state(3))
+        checkpoints.save(0, make_state(4), {}, {}, partial=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "0.1"]
+    assert restore_params(tmp_path, abstract(make_state(0)).params)[0] == 0
+
+
 def test_groups_come_back_as_they_were(tmp_path):
     groups = {"draw": 3, "open": [{"texts": ["a", "é"], "done": [True, 0.5]}], **GROUPS}
     with Checkpoints(tmp_path, keep=1) as checkpoints:

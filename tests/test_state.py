@@ -16,6 +16,7 @@ from dapo_jax.types import InputError, NoCheckpointError, Prompt, Response, Verd
 
 DATA = Digests("loaded", "trained on", "tokens", None)
 PROMPTS = [Prompt(problem, np.array([1], np.int32)) for problem in PROBLEMS.values()]
+CONFIG = {"supervised": {"updates": 0}}
 
 
 class Folder:
@@ -46,13 +47,13 @@ def make_run(draw=DrawState(), **progress):  # noqa: B008
 
 
 def restored(folder, run, data=DATA, allow_change=False, at_most=None):
-    store = RunStore(folder, None, PROMPTS, {}, data, allow_change)
+    store = RunStore(folder, None, PROMPTS, CONFIG, data, allow_change)
     assert store.restore(run, at_most=at_most)
     return run
 
 
 def write(run, folder):
-    RunStore(folder, None, PROMPTS, {}, DATA).save(run)
+    RunStore(folder, None, PROMPTS, CONFIG, DATA).save(run)
 
 
 def test_a_rollback_is_written_once_and_restored():

@@ -8,7 +8,8 @@
 
 A name is `40`, the rollout step that it completes, or `40.1`, `40.2`, ... for a later one at that
 step: inside step 41, or step 40 saved again after a rollback. The newest is the highest
-(step, number). The newest checkpoint and the newest `keep` whole steps are kept.
+(step, number). The newest checkpoint and the newest `keep` whole steps are kept. A whole `0`
+replaces the `0.1`, ... of the warm-up before it.
 
 orbax writes in the background. It leaves to its caller: stored bytes have no checksum, a failed
 write shows only when it is waited for, and a target of another dtype is cast silently. On a disk a
@@ -86,7 +87,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Folder, *, keep: int):
-        self._folder, self._keep, self._saved = _absolute(folder), keep, False
+        self._folder, self._keep, self._saved = _absolute(folder), keep, ""
         # If a background thread created the folders and failed, others would wait for it for five
         # minutes and keep the interpreter alive.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
@@ -159,17 +160,18 @@ class Checkpoints:
         name = self._new_name(step, partial)
         with self._writing():
             self._writer.save(self._folder / name, args=parts)
-        self._saved = True
+        self._saved = name
 
     def wait(self) -> None:
         """Waits for the save in progress. Raises InputError if it failed; nothing else does."""
         with self._writing():
             self._writer.wait_until_finished()
         if self._saved:
-            stored = _listed(self._folder)
+            listed = _listed(self._folder)
+            stored = [path for path in listed if not path.name.startswith(f"{self._saved}.")]
             whole = [path for path in stored if _key(path)[1] == 0]
-            self._remove({*stored[1:]} - {*whole[: self._keep]})
-        self._saved = False
+            self._remove({*listed} - {stored[0], *whole[: self._keep]})
+        self._saved = ""
 
     def restore(self, abstract_state: TrainState, *, at_most: int | None = None) -> Restored | None:
         """The newest complete checkpoint of the expected tree, shapes, dtypes and digests.
@@ -208,8 +210,9 @@ class Checkpoints:
         keys = [_key(path) for path in _listed(self._folder)]
         if keys and step < keys[0][0]:
             raise ValueError(f"step {step} is before the newest checkpoint, of step {keys[0][0]}")
-        number = max((n + 1 for at, n in keys if at == step), default=int(partial))
-        return f"{step}.{number}" if number else str(step)
+        if not partial and (step, 0) not in keys:
+            return str(step)
+        return f"{step}.{max((n for at, n in keys if at == step), default=0) + 1}"
 
     def _remove(self, paths: Collection[Folder]) -> None:
         for path in paths if multihost.is_main() else ():

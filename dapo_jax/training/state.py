@@ -2,8 +2,8 @@
 
 A checkpoint holds a whole step or a partial one. While a step samples, the state is that of the end
 of the previous step: a resumed run samples the step again, bit for bit. While a step updates and
-evaluates, a partial checkpoint holds its groups and the updates done so far. Before step 1, partial
-checkpoints hold the supervised warm-up.
+evaluates, a partial checkpoint holds its groups and the updates done so far. Partial checkpoints
+of step 0 hold an unfinished warm-up, too; step 0 is whole once that is done.
 """
 
 import contextlib
@@ -140,7 +140,8 @@ class RunStore:
 
     def save(self, run: RunState) -> None:
         """Saves a checkpoint, unless the newest one has the same counts."""
-        whole = run.progress.begun and run.partial is None
+        warmed = run.progress.warmed >= self.config["supervised"]["updates"]
+        whole = warmed and run.partial is None
         if whole and run.counts() == run.saved:
             return
         host = {"progress": run.progress._asdict(), "config": self.config}
