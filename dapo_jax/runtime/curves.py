@@ -30,11 +30,9 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "axes.xmargin": 0.0,
     "grid.color": "#e8eaee",
-    "grid.linewidth": 0.8,
     **dict.fromkeys(("xtick.color", "ytick.color"), _GREY),
-    **dict.fromkeys(("xtick.major.size", "ytick.major.size", "ytick.minor.size"), 0),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
     "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
 }
 
 
@@ -71,18 +69,9 @@ _PANELS: dict[str, list[_Line]] = {
     ],
 }
 # Names of lines in their colors between title and panel, where they cover no data.
-_LEGEND: Any = {
-    "loc": "lower left",
-    "bbox_to_anchor": (0.0, 1.0),
-    "borderaxespad": 0.2,
-    "borderpad": 0.0,
-    "ncols": 5,
-    "frameon": False,
-    "labelcolor": "linecolor",
-    "handlelength": 0.9,
-    "handletextpad": 0.4,
-    "columnspacing": 1.1,
-}
+_LEGEND: Any = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderpad": 0.0, "ncols": 5}
+_LEGEND |= {"frameon": False, "labelcolor": "linecolor", "handlelength": 0.9}
+_LEGEND |= {"columnspacing": 1.1, "handletextpad": 0.4}
 
 
 def plot_curves(run_dir: str | Folder) -> Folder:
@@ -114,12 +103,10 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def _draw(records: Sequence[dict[str, Any]], name: str) -> Any:
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     last = max(record["step"] for record in records)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.06)
-    figure = Figure(figsize=(12, 6.4), facecolor="white", layout=layout)
+    figure = Figure(figsize=(12, 6.4), facecolor="white", layout="constrained")
     title = f"{name}, {last} rollout steps"
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
     for axes, (title, lines) in zip(figure.subplots(2, 3).ravel(), _PANELS.items(), strict=True):
