@@ -98,7 +98,7 @@ def test_signals_in_every_phase_lose_nothing(config, whole, tmp_path, monkeypatc
     assert {key: record(run, 2)[key] for key in ("leaves", "groups")} == {
         key: record(whole, 2)[key] for key in ("leaves", "groups")
     }
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"1", "2"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"0", "1", "2"}
 
 
 def test_a_second_signal_leaves_at_once_and_the_watchdog_ends_a_run_that_hangs(tmp_path):
