@@ -31,6 +31,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Shapes and dtypes in signatures are checked at every call, in this process only.
 install_import_hook(["dapo_jax.dapo", "dapo_jax.model", "dapo_jax.rollout"], "typechecker.check")
+from runs import CONFIG, TESTS  # noqa: E402 - it imports the package
+
 # Eight devices share few cores here: programs in flight together can take each other's threads and
 # wait for ever in a collective.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -60,6 +62,19 @@ class ProcessHere(contextlib.nullcontext):
     def receive(self):
         result = self._answer(self._order)
         return json.loads(json.dumps(result, default=sandbox._plain))
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The file of a tiny run."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def reward_module(monkeypatch):
+    monkeypatch.syspath_prepend(str(TESTS))
 
 
 @pytest.fixture

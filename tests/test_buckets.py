@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import faults
 import jax
 import pytest
+from runs import run_train, steady, verb
 from test_checkpoint import GROUPS, HOST, abstract, bits, make_state
-from test_train import config, reward_module, run_train, steady, verb  # noqa: F401 - fixtures
 
 from dapo_jax import evaluate, export
 from dapo_jax.runtime import files, lock, multihost
@@ -26,7 +26,7 @@ from dapo_jax.runtime.metrics import MetricsLog, read_metrics
 from dapo_jax.runtime.profile import Profiler
 from dapo_jax.types import InputError, RunError
 
-pytestmark = pytest.mark.bucket
+pytestmark = [pytest.mark.bucket, pytest.mark.usefixtures("reward_module")]
 
 # As gcsfs itself asks for bucket types by gRPC, which the fake does not speak; and no client looks
 # for credentials.
@@ -72,7 +72,7 @@ def damage(bucket, prefix):
     bucket.put(name, bytes(byte ^ 0xFF for byte in bucket[name]))
 
 
-def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, config, tmp_path, monkeypatch, capfd):  # noqa: F811
+def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, config, tmp_path, monkeypatch, capfd):
     """Stopped in the midst of step 2, resumed, evaluated, exported; then an object of its newest
     checkpoint is damaged.
     """
@@ -297,7 +297,7 @@ def test_a_job_whose_folder_was_taken_over_leaves(empty, monkeypatch, capsys):
         "gs://other/run": "(404 GET ",
     }.items(),
 )
-def test_what_cannot_be_a_run_folder_is_one_line_and_status_2(empty, config, capfd, where, said):  # noqa: F811
+def test_what_cannot_be_a_run_folder_is_one_line_and_status_2(empty, config, capfd, where, said):
     assert run_train(config, where) == 2
     assert capfd.readouterr().err.startswith(
         f"dapo_jax: {where}: cannot be used as a run folder {said}"
@@ -314,7 +314,7 @@ def test_a_bucket_that_orbax_may_not_ask_for_is_refused_at_the_start(empty):
         run_folder(RUN)
 
 
-def test_without_network_it_is_one_line_and_status_2(empty, config, monkeypatch, capfd):  # noqa: F811
+def test_without_network_it_is_one_line_and_status_2(empty, config, monkeypatch, capfd):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     for command in (
         lambda: run_train(config, RUN),

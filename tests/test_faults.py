@@ -19,7 +19,7 @@ import faults
 import jax
 import numpy as np
 import pytest
-from test_train import CONFIG, TESTS, record, reward_module, run_train, steady, verb  # noqa: F401 - fixtures
+from runs import CONFIG, TESTS, record, run_train, steady, verb
 
 from dapo_jax import supervised
 from dapo_jax.config import load_config
@@ -30,6 +30,8 @@ from dapo_jax.runtime.metrics import read_metrics
 from dapo_jax.training import same_run
 from dapo_jax.training import step as training_step
 from dapo_jax.types import InputError, Stopped
+
+pytestmark = pytest.mark.usefixtures("reward_module")
 
 STEPS = "train.steps=2"
 

@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_processes import free_port
-from test_train import CONFIG, TESTS, VOLATILE, record, steady
+from runs import CONFIG, TESTS, VOLATILE, free_port, record, steady
 
 import dapo_jax
 from dapo_jax.runtime.metrics import read_metrics

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_train import CONFIG, VOLATILE
+from runs import CONFIG, VOLATILE, free_port
 
 import dapo_jax
 from dapo_jax import cli
@@ -31,12 +31,6 @@ from dapo_jax.types import InputError, Problem, Prompt, RunError
 
 TESTS = Path(__file__).parent
 MESH = "mesh: {data: 2, fsdp: 2}\n"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start(folder: Path, name: str, processes: int, devices: int) -> list[subprocess.Popen]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_train import CONFIG, run_train
+from runs import CONFIG, run_train
 
 from dapo_jax.config import ConfigError, RewardSection, dump_yaml, load_config
 from dapo_jax.reward.pool import RewardItem, RewardPool

@@ -7,9 +7,10 @@ import sys
 import threading
 import time
 from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
+from runs import install
 
 from dapo_jax.runtime import tracker
 from dapo_jax.runtime.files import as_path
@@ -27,13 +28,6 @@ def environment(monkeypatch):
         monkeypatch.setenv(name, KEY)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-
-
-def install(monkeypatch, name: str, **members) -> None:
-    module = ModuleType(name)
-    module.__spec__ = ModuleSpec(name, None)
-    vars(module).update(members)
-    monkeypatch.setitem(sys.modules, name, module)
 
 
 @pytest.fixture
