@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dapo_jax.config import MeshSection
 from dapo_jax.model.logprobs import linear_logprobs, linear_loss
 from dapo_jax.runtime.compiled import sent_bytes
+from dapo_jax.runtime.hlo import Module
 from dapo_jax.runtime.mesh import make_mesh, put_rows
 
 N, D, V = 40, 16, 130
@@ -271,7 +272,7 @@ def test_the_head_is_gathered_in_compute_dtype(layout, function):
 
     program = jax.jit(run).lower(hidden, head, targets, weight).compile()
     assert (
-        sent_bytes(program.as_text())["all-gather"]
+        sent_bytes(Module(program.as_text()))["all-gather"]
         == 2 * d * v // layout[2] * (layout[1] - 1) / layout[1]
     )
 
