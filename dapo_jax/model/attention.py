@@ -25,6 +25,7 @@ Queries = Float[Array, "N T H h"]
 Keys = Float[Array, "N T K h"]  # or values; K divides H
 Segments = Int[Array, "N T"]
 
+SAVED = "matmul"  # name of what `remat: dots` keeps for the backward pass
 _MASKED = -1e30  # finite, so that a row without any key gives numbers, not NaN
 _LANES = 128  # splash blocks are multiples of this
 _CAUSAL_PARTS = 4  # parts of a row's queries in `attend`
@@ -141,8 +142,9 @@ def attend_splash(
 
     def kernel(mask):
         masks = splash_attention_mask.MultiHeadMask([mask] * heads)
-        shards: dict[str, Any] = {"head_shards": 1, "q_seq_shards": 1}
-        made = splash.make_splash_mha(masks, block_sizes=blocks, interpret=interpret, **shards)
+        options: dict[str, Any] = {"head_shards": 1, "q_seq_shards": 1, "interpret": interpret}
+        options["residual_checkpoint_name"] = SAVED  # the output and its log-sums
+        made = splash.make_splash_mha(masks, block_sizes=blocks, **options)
         return jax.vmap(lambda q, k, v, s: made(q, k, v, splash.SegmentIds(s, s)))
 
     shape = (length, length)

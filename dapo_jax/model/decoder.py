@@ -26,11 +26,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from dapo_jax.config import LoraConfig, ModelConfig
-from dapo_jax.model.attention import Cache, Window, attend_cached, attend_rows, quantize
+from dapo_jax.model.attention import SAVED, Cache, Window, attend_cached, attend_rows, quantize
 from dapo_jax.model.embedding import embed
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
 from dapo_jax.model.lora import Adapter, adapter_of, stored
@@ -39,13 +40,18 @@ from dapo_jax.types import Params
 
 Rope = tuple[Float32[Array, "*N half"], Float32[Array, "*N half"]]  # cosine and sine
 _REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 def _same(x: Array) -> Array:
     return x
+
+
+def _saved(x: Array) -> Array:
+    """x, which `remat: dots` keeps. By then it has its sharding: without, XLA replicates rows."""
+    return checkpoint_name(x, SAVED)
 
 
 class Layout(NamedTuple):
@@ -56,8 +62,9 @@ class Layout(NamedTuple):
     """
 
     whole: Callable[[Array], Array] = _same  # [N, T, D], the input of a block's matmuls
-    inner: Callable[[Array], Array] = _same  # [N, T, F], the feed-forward's hidden layer
-    spread: Callable[[Array], Array] = _same  # [N, T, D], the residual stream between them
+    heads: Callable[[Array], Array] = _saved  # [N, T, heads, h], queries, keys and values
+    inner: Callable[[Array], Array] = _saved  # [N, T, F], the feed-forward's hidden layer
+    spread: Callable[[Array], Array] = _saved  # [N, T, D], the residual stream between them
 
     @classmethod
     def over(cls, mesh: Mesh | None, length: int) -> "Layout":
@@ -71,8 +78,15 @@ class Layout(NamedTuple):
             sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES, *axes))
             return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
+        def heads(x: Array) -> Array:
+            divides = x.shape[2] % mesh.shape[VOCAB_AXIS] == 0
+            return _saved(pin(None, VOCAB_AXIS if divides else None)(x))
+
+        def inner(x: Array) -> Array:
+            return _saved(pin(None, VOCAB_AXIS)(x))
+
         spread = pin(VOCAB_AXIS) if splits_sequence(mesh, length) else pin()
-        return cls(pin(), pin(None, VOCAB_AXIS), spread)
+        return cls(pin(), heads, inner, lambda x: _saved(spread(x)))
 
 
 def splits_sequence(mesh: Mesh | None, length: int) -> bool:
@@ -155,8 +169,8 @@ class Attention(nnx.Module):
         self.q_norm = Norm(c.head_dim, c, gain) if normed else None
         self.k_norm = Norm(c.head_dim, c) if normed else None
 
-    def qkv(self, x: Array, rope: Rope) -> tuple[Array, Array, Array]:
-        q, k, v = self.q(x), self.k(x), self.v(x)
+    def qkv(self, x: Array, rope: Rope, layout: Layout) -> tuple[Array, Array, Array]:
+        q, k, v = (layout.heads(project(x)) for project in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, rope), rotate(k, rope), v
@@ -190,7 +204,7 @@ class Block(nnx.Module):
     ) -> tuple[Array, tuple[Array, Array]]:
         """The residual stream, keys and values. `attend(q, k, v)` is over a row or a cache."""
         with jax.named_scope("attention"):
-            q, k, v = self.attn.qkv(layout.whole(self.attn_norm(x)), rope)
+            q, k, v = self.attn.qkv(layout.whole(self.attn_norm(x)), rope, layout)
             mixed = layout.spread(self.attn.o(attend(q, k, v)))
             x = x + (mixed if self.attn_post_norm is None else self.attn_post_norm(mixed))
         with jax.named_scope("mlp"):

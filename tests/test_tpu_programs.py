@@ -1,0 +1,73 @@
+"""What the TPU compiler makes of training and decoding, where it is installed: no TPU is needed."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dapo_jax
+
+COMPILER = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu"
+)
+START = """
+import pathlib, re, tempfile
+from dapo_jax import plan
+plan._compile_for_other_machines()
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from dapo_jax.config import MeshSection, ModelConfig
+from dapo_jax.model import decoder
+from dapo_jax.runtime.mesh import ROWS, make_mesh, params_sharding, rollout_sharding
+
+def placed(shapes, sharding):
+    struct = jax.ShapeDtypeStruct
+    return jax.tree.map(lambda a, s: struct(a.shape, a.dtype, sharding=s), shapes, sharding)
+
+def hlo(lowered):
+    with tempfile.TemporaryDirectory() as folder:
+        lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        found = pathlib.Path(folder).glob("*after_optimizations.txt")
+        return max((path.read_text() for path in found), key=len)
+"""
+
+
+def run(code):
+    """In a process of its own: libtpu stays out of this one. Returns what it printed."""
+    path = os.pathsep.join([str(Path(dapo_jax.__file__).parent.parent), *sys.path])
+    command, env = [sys.executable, "-c", START + code], {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@COMPILER
+def test_no_layer_of_a_decode_step_copies_the_scales_of_all_layers():
+    """Of an 8-bit cache; a loop of a decode step is a body without a loop."""
+    code = """
+from dapo_jax.rollout.engine import Engine, Limits
+from dapo_jax.rollout.sampler import Sampling, Until
+sizes = dict(vocab_size=4096, model_dim=512, layers=6, heads=8, kv_heads=4, ffn_dim=1024)
+model = ModelConfig(family="qwen2", compute_dtype="bfloat16", **sizes)
+mesh = make_mesh(MeshSection(1, 2, 4), plan.load_pod("v5e:2x4").devices)
+limits = Limits(22, 256, 3840, int8=True)
+engine = Engine(model, Sampling(1.0, 1.0, 0), (0,), limits, mesh=mesh, fetch=None)
+shapes = decoder.abstract_params(model)
+shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, "bfloat16"), shapes)
+params = placed(shapes, rollout_sharding(shapes, mesh))
+number = jax.ShapeDtypeStruct((), jnp.int32)
+inputs = params, jax.eval_shape(engine.programs.start), Until(number, number, number)
+text = hlo(engine.programs.decode.lower(*inputs, width=11, read=4096))
+inner, copies = 0, 0
+for part in re.split(r"\\n(?=\\S.*\\{\\n)", text):
+    scales = re.findall(r"= f32\\[1,6,11,1,4096\\]\\S* copy\\(", part)
+    if not part.startswith("ENTRY") and " while(" not in part:
+        copies += len(scales)
+        inner += "f32[1,6,11,1,4096]" in part
+print(inner, copies)
+"""
+    inner, copies = map(int, run(code)[-1].split())
+    assert inner > 0 and copies == 0
