@@ -257,9 +257,9 @@ def test_lengths_of_responses(lengths, median):
     "arguments, said",
     [
         ("loss --tokens 0", "--tokens"),
-        ("loss --vocab many", "--vocab: expected a whole number, got 'many'"),
+        ("loss --vocab many", "--vocab: must be a valid integer, got 'many'"),
         ("loss --vocab 2147483648", "--vocab: 2147483648 is too large"),
-        ("rollout --family bert", "--family: expected one of 'llama', 'qwen2' or 'qwen3', got"),
+        ("rollout --family bert", "--family: must be 'llama', 'qwen2' or 'qwen3', got"),
         ("loss --chunk -1", "--chunk"),
         ("loss --target-fraction 1.5", "--target-fraction"),
         ("loss --target-fraction nan", "--target-fraction"),
