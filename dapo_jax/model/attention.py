@@ -26,7 +26,7 @@ Keys = Float[Array, "N T K h"]  # or values; K divides H
 Segments = Int[Array, "N T"]
 
 SAVED = "matmul"  # name of what `remat: dots` keeps for the backward pass
-_MASKED = -1e30  # finite, so that a row without any key gives numbers, not NaN
+MASKED = -1e30  # finite, so that a row without any key gives numbers, not NaN
 _LANES = 128  # splash blocks are multiples of this
 _CAUSAL_PARTS = 4  # parts of a row's queries in `attend`
 _LONG = 4096  # longer rows use no implementation that holds a [T, T] array
@@ -79,7 +79,7 @@ def attend(
         scores = scores.reshape(n, groups, per_group, -1, end)
         visible = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
         visible &= _visible(jnp.arange(start, end), end, window)
-        scores = jnp.where(visible[:, None, None], scores, _MASKED)
+        scores = jnp.where(visible[:, None, None], scores, MASKED)
         probs = jax.nn.softmax(scores, axis=-1).reshape(n, groups, -1, end)
         part = jnp.matmul(probs.astype(v.dtype), values[:, :, :end])
         parts.append(part.reshape(n, groups, per_group, -1, h))
@@ -109,7 +109,7 @@ def attend_chunked(
         scores = jnp.einsum("ntkgh,nskh->nkgts", q, k, preferred_element_type=jnp.float32) * h**-0.5
         visible = segments[:, :, None] == segment_ids[:, None, :]
         visible &= _visible(places, t, window)
-        probs = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1)
+        probs = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
         return jnp.einsum("nkgts,nskh->ntkgh", probs.astype(v.dtype), v)
 
     parts = jax.lax.map(part, (jnp.moveaxis(grouped, 1, 0), jnp.moveaxis(segments, 1, 0), places))
@@ -261,7 +261,7 @@ def attend_cached(
     filled = places < lengths[:, None]
     if window:
         filled &= window.shows(lengths[:, None] - places)
-    past = jnp.where(filled[:, None, None], past, _MASKED)
+    past = jnp.where(filled[:, None, None], past, MASKED)
     own = jnp.einsum("bkgh,bkh->bkg", grouped, k, preferred_element_type=jnp.float32)
     scores = jnp.concatenate([past, own[..., None] * h**-0.5], axis=-1)
     probs = jax.nn.softmax(scores, axis=-1)

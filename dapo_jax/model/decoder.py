@@ -35,6 +35,7 @@ from dapo_jax.model.attention import SAVED, Cache, Window, attend_cached, attend
 from dapo_jax.model.embedding import embed
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
 from dapo_jax.model.lora import Adapter, adapter_of, stored
+from dapo_jax.model.ragged_attention import LayerCache, attend_ragged_over, is_ragged
 from dapo_jax.runtime.mesh import gather_layer
 from dapo_jax.types import Params
 
@@ -439,18 +440,21 @@ def decode_step(
     lengths: Int[Array, " b"],
     cache: Cache,
     read: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "b D"], Cache]:
     """Hidden state of one new token per sequence, and its entry for the cache.
 
     Args:
       tokens: new tokens of the first b ≤ B sequences of the cache.
       lengths: how many of their tokens are in the cache; also the new token's position.
-      read: how much of S is read, at least every length; None is all.
+      read: how much of S is read, at least every length; None is all. On a TPU live entries are.
+      mesh: given where this is vmapped over row shards, with `spmd_axis_name`.
 
     Returns: hidden states after the final norm; keys and values [L, b, K, h] as the cache stores
       them, for `write_cache`.
     """
     ends, view = _bind_ends(config, params), layer_views(config, lengths)
+    ragged = is_ragged(mesh, config.head_dim)
     with jax.named_scope("embed"):
         x = scale_embedded(config, ends.embed.embedding[...].astype(config.compute_dtype)[tokens])
 
@@ -464,8 +468,12 @@ def decode_step(
     def layer(x, inputs):
         index, layer_params, on = inputs
         rope, window = view(on)
-        seen = jax.tree.map(functools.partial(part, index), cache)
-        attend = functools.partial(attend_cached, cache=seen, lengths=lengths, window=window)
+        if mesh is not None and ragged:
+            own = LayerCache(cache, index, lengths)
+            attend = functools.partial(attend_ragged_over, mesh, seen=own, window=window)
+        else:
+            seen = jax.tree.map(functools.partial(part, index), cache)
+            attend = functools.partial(attend_cached, cache=seen, lengths=lengths, window=window)
         return _bind(Block, config, layer_params)(x, rope, attend, Layout())
 
     layers = (jnp.arange(config.layers), params["layers"], windowed_layers(config))

@@ -21,6 +21,7 @@ from jaxtyping import Key
 from dapo_jax.config import ModelConfig
 from dapo_jax.model.decoder import Cache
 from dapo_jax.model.logprobs import ROW_AXES
+from dapo_jax.model.ragged_attention import LANES, is_ragged
 from dapo_jax.rollout import sampler
 from dapo_jax.rollout.sampler import Arrivals, Decoding, SamplerState, Sampling, Slots, Until
 from dapo_jax.types import NonFiniteError, Params, Request, Response
@@ -105,7 +106,11 @@ class Engine:
             )
         self.slots = slots // self.shards
         self.max_response_len, self.cache_len = response_len, limits.max_prompt_len + response_len
-        self.reads = sorted({*_lengths(64, self.cache_len), *_lengths(192, self.cache_len)})
+        if is_ragged(mesh, model.head_dim):  # reads live entries only, in whole tiles
+            self.cache_len += -self.cache_len % LANES
+            self.reads = [self.cache_len]
+        else:
+            self.reads = sorted({*_lengths(64, self.cache_len), *_lengths(192, self.cache_len)})
         self.prompt_lens = _lengths(16, limits.max_prompt_len, self.cache_len)
         halvings = range(_HALVINGS + 1 if compact else 1)
         self.widths = sorted({self.slots >> i for i in halvings} - {0})

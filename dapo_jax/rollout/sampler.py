@@ -326,11 +326,13 @@ def decode(
     """
     model = how.model
 
+    def one_shard(token, position, cache):
+        return decode_step(params, model, token, position, cache, read, how.mesh)
+
     def step(carry):
         count, cache, slots = carry
-        hidden, new = jax.vmap(lambda t, p, c: decode_step(params, model, t, p, c, read))(
-            slots.token, slots.position, cache
-        )
+        each = jax.vmap(one_shard, spmd_axis_name=ROW_AXES)
+        hidden, new = each(slots.token, slots.position, cache)
         cache = _write_on_mesh(cache, new, slots.position, how.mesh)
         keys = jax.vmap(jax.random.fold_in)(slots.keys.ravel(), slots.position.ravel() + 1)
         # Without this barrier XLA fuses the LM-head matmul into the softmax, which is 3x slower on

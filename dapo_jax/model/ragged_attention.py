@@ -1,0 +1,235 @@
+"""Attention of one new token per sequence to its own entries of a key/value cache, as a TPU kernel.
+
+XLA reads as much of every sequence's cache as the longest one holds. This kernel copies blocks of
+each sequence's own entries from HBM, so its traffic is proportional to live tokens. The copy of the
+next block, also that of the next sequence, runs while the current one is used.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from dapo_jax.model.attention import MASKED, Cache, Window
+
+LANES = 128  # S and h are multiples of this: copies are of whole tiles
+_CORES = 2  # of a v4 or v5p chip; a single core runs both halves one after the other
+_BLOCK = 256  # cache entries of a copy
+_SUBLANES = 8  # the query heads of a kv head are padded to a multiple of this
+
+
+class LayerCache(NamedTuple):
+    """What one layer sees of a cache."""
+
+    cache: Cache  # of all layers, [L, B', K, S, h] with B' ≥ B: a slice per layer would be a copy
+    layer: Int[Any, ""]
+    lengths: Int[Any, " B"]  # filled entries
+
+
+def is_ragged(mesh: Mesh | None, head_dim: int) -> bool:
+    """Whether decoding on this mesh uses the kernel."""
+    return mesh is not None and mesh.devices.flat[0].platform == "tpu" and head_dim % LANES == 0
+
+
+def attend_ragged_over(
+    mesh: Mesh,
+    q: Float[Array, "B H h"],
+    k: Float[Array, "B K h"],
+    v: Float[Array, "B K h"],
+    seen: LayerCache,
+    window: Window | None = None,
+) -> Float[Array, "B H h"]:
+    """`attend_ragged` for the sequences of one row shard, with heads split over "tensor" where it
+    divides the kv heads. For use under vmap over the row shards, with their axes as
+    `spmd_axis_name`.
+    """
+    heads = "tensor" if k.shape[1] % mesh.shape["tensor"] == 0 else None
+    entries, stored = PartitionSpec(None, heads), PartitionSpec(None, None, heads)
+    on = jnp.zeros((), bool) if window is None else window.on
+
+    def local(q, k, v, seen, on):  # a function under shard_map takes no closed-over array
+        return attend_ragged(q, k, v, seen, None if window is None else Window(window.size, on))
+
+    view: Any = LayerCache(stored, PartitionSpec(), PartitionSpec())  # type: ignore[arg-type]
+    inputs = entries, entries, entries, view, PartitionSpec()
+    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": entries, "check_vma": False}
+    return jax.shard_map(local, mesh=mesh, **specs)(q, k, v, seen, on)
+
+
+def attend_ragged(
+    q: Float[Array, "B H h"],
+    k: Float[Array, "B K h"],
+    v: Float[Array, "B K h"],
+    seen: LayerCache,
+    window: Window | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B H h"]:
+    """`attention.attend_cached` as a kernel.
+
+    o = (Σ_s exp(a_s - m) v_s + exp(a - m) v) / (Σ_s exp(a_s - m) + exp(a - m)), with the scores a_s
+    of the cached entries, a = q · k / √h of the new one, and m the largest. Blocks are added one by
+    one to the new entry's own term, with the largest score so far as m (Milakov and Gimelshein,
+    arXiv:1805.02867). interpret: run on any platform, for tests.
+    """
+    (b, heads, h), groups = q.shape, k.shape[1]
+    cores, block = min(_CORES, b), min(_BLOCK, seen.cache.k.shape[3])
+
+    def dealt(x: Array, rows: int) -> Array:
+        """[B, K, n, h] as [B / cores, cores, K, n padded to a multiple of `rows`, h]."""
+        x = jnp.pad(x, ((0, -b % cores), (0, 0), (0, -x.shape[2] % rows), (0, 0)))
+        return x.reshape(-1, cores, *x.shape[1:])
+
+    grouped = (q * h**-0.5).reshape(b, groups, heads // groups, h)
+    new = [dealt(grouped, _SUBLANES), *(dealt(x[:, :, None], 1) for x in (k, v))]
+    blocks = [
+        pl.BlockSpec((len(x), 1, *x.shape[2:]), lambda core, *_: (0, core, 0, 0, 0)) for x in new
+    ]
+    stored = [x for x in seen.cache if x is not None]
+    buffers = [pltpu.VMEM((2, groups, block, *x.shape[4:]), x.dtype) for x in stored]
+    on = jnp.zeros((), bool) if window is None else window.on
+    scalars = jnp.stack([seen.layer, on]).astype(jnp.int32)
+    size = 0 if window is None else window.size
+    out = pl.pallas_call(
+        functools.partial(_kernel, slots=b, block=block, size=size),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(cores,),
+            in_specs=[*blocks, *[pl.BlockSpec(memory_space=pl.ANY)] * len(stored)],
+            out_specs=blocks[0],
+            scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2, len(stored)))],
+        ),
+        out_shape=jax.ShapeDtypeStruct(new[0].shape, jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpret,
+        name="ragged_attention",
+    )(scalars, seen.lengths.astype(jnp.int32), *new, *stored)
+    out = out.reshape(-1, *out.shape[2:])[:b, :, : heads // groups]
+    return out.reshape(b, heads, h).astype(q.dtype)
+
+
+@dataclasses.dataclass
+class _Core:
+    """The work of one core: every `cores`-th sequence, block by block. Refs as `_kernel` gets them.
+
+    A block is (slot, at, half): its sequence, its number in the sequence, and the half of the
+    buffers that it is copied to.
+    """
+
+    scalars: Any  # layer, and whether the window is on
+    lengths: Any
+    new: Any  # scaled queries, keys and values
+    caches: Any
+    out: Any
+    buffers: Any
+    semaphores: Any
+    slots: int
+    block: int
+    size: int  # of the window; 0 is none
+
+    def span(self, slot: Any) -> tuple[Any, Any]:
+        """First and last + 1 block of a sequence, one at least."""
+        length, first = self.lengths[slot], 0
+        end = jnp.maximum(1, pl.cdiv(length, self.block))
+        if self.size:
+            first = jnp.maximum(0, length - self.size + 1) * self.scalars[1] // self.block
+        return jnp.minimum(first, end - 1), end
+
+    def after(self, slot: Any, at: Any) -> tuple[Any, Any]:
+        """The following block; its slot is `slots` or more after the last."""
+        ends, next_slot = at + 1 == self.span(slot)[1], slot + pl.num_programs(0)
+        first = self.span(jnp.minimum(next_slot, self.slots - 1))[0]
+        return jnp.where(ends, next_slot, slot), jnp.where(ends, first, at + 1)
+
+    def begin(self, at: Any) -> Any:
+        """First entry of a copy: the last block overlaps the one before if it would not fit."""
+        entries = self.caches[0].shape[3]
+        return pl.multiple_of(jnp.minimum(at * self.block, entries - self.block), LANES)
+
+    def copies(self, slot: Any, at: Any, half: Any) -> list[Any]:
+        own = self.scalars[0], slot, slice(None), pl.ds(self.begin(at), self.block)
+        return [
+            pltpu.make_async_copy(cache.at[own], buffer.at[half], self.semaphores.at[half, n])
+            for n, (cache, buffer) in enumerate(zip(self.caches, self.buffers, strict=True))
+        ]
+
+    def visible(self, slot: Any, at: Any) -> Array:
+        length = self.lengths[slot]
+        place = self.begin(at) + jax.lax.broadcasted_iota(jnp.int32, (1, self.block), 1)
+        seen = (place < length) & (place >= at * self.block)
+        if self.size:
+            seen &= (length - place < self.size) | (self.scalars[1] == 0)
+        return seen
+
+    def own(self, slot: Any, group: int) -> tuple[Array, Array, Array]:
+        """The new entry's term: its score, weight 1 and value, of a kv head's queries."""
+        q, k, v = (x[slot // pl.num_programs(0), 0, group] for x in self.new)
+        score = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(axis=1, keepdims=True)
+        return score, jnp.ones_like(score), jnp.broadcast_to(v, q.shape).astype(jnp.float32)
+
+    def add(self, queries: Array, half: Any, group: int, visible: Array, sums: Any) -> Any:
+        """The largest score, the sum of weights and of weighted values, with one more block."""
+        most, total, mixed = sums
+        k, v, *scales = (buffer[half, group] for buffer in self.buffers)
+        contract: Any = (((1,), (1,)), ((), ()))
+        scores = jax.lax.dot_general(
+            queries, k.astype(queries.dtype), contract, preferred_element_type=jnp.float32
+        )
+        if scales:  # int8: applied outside the products
+            scores *= scales[0][None]
+        scores = jnp.where(visible, scores, MASKED)
+        highest = jnp.maximum(most, scores.max(axis=1, keepdims=True))
+        weights, faded = jnp.exp(scores - highest), jnp.exp(most - highest)
+        total = total * faded + weights.sum(axis=1, keepdims=True)
+        if scales:
+            weights *= scales[1][None]
+        values, weights = v.astype(queries.dtype), weights.astype(queries.dtype)
+        added = jnp.dot(weights, values, preferred_element_type=jnp.float32)
+        return highest, total, mixed * faded + added
+
+    def step(self, carry: Any) -> Any:
+        """Uses one block while the next is copied."""
+        slot, at, half, sums = carry
+        first, end = self.span(slot)
+        next_slot, next_at = self.after(slot, at)
+
+        @pl.when(next_slot < self.slots)
+        def _():
+            for copy in self.copies(next_slot, next_at, 1 - half):
+                copy.start()
+
+        for copy in self.copies(slot, at, half):
+            copy.wait()
+        visible, row, new = self.visible(slot, at), slot // pl.num_programs(0), []
+        for group, before in enumerate(sums):
+            own = self.own(slot, group)
+            start = [jnp.where(at == first, *pair) for pair in zip(own, before, strict=True)]
+            new.append(self.add(self.new[0][row, 0, group], half, group, visible, start))
+
+        @pl.when(at + 1 == end)
+        def _():
+            for group, (_, total, mixed) in enumerate(new):
+                self.out[row, 0, group] = mixed / total
+
+        return next_slot, next_at, 1 - half, new
+
+
+def _kernel(scalars: Any, lengths: Any, *refs: Any, slots: int, block: int, size: int) -> None:
+    """refs: queries, keys, values; caches; output; a buffer for each cache; semaphores."""
+    count = (len(refs) - 5) // 2
+    new, caches, out, buffers = refs[:3], refs[3 : 3 + count], refs[3 + count], refs[4 + count : -1]
+    work = _Core(scalars, lengths, new, caches, out, buffers, refs[-1], slots, block, size)
+    core = pl.program_id(0)
+    start = core, work.span(core)[0], jnp.int32(0)
+    for copy in work.copies(*start):
+        copy.start()
+    groups, padded, h = refs[0].shape[2:]
+    column, mixed = jnp.zeros((padded, 1), jnp.float32), jnp.zeros((padded, h), jnp.float32)
+    init = *start, [(column, column, mixed)] * groups
+    jax.lax.while_loop(lambda carry: carry[0] < slots, work.step, init)
