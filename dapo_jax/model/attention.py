@@ -6,6 +6,8 @@ also compiled for chips that are not attached.
     TPU   splash attention (Pallas): rows padded to whole blocks, no [T, T] array in memory
     GPU   cuDNN where it takes the inputs; its mask is [N, 1, T, T], so long rows use XLA
     else  XLA: `attend`, on long rows `attend_chunked`
+
+A new token attends to a cache by `attend_cached`, on a TPU by `ragged_attention`.
 """
 
 import functools

@@ -1,0 +1,140 @@
+"""The TPU kernel of decode attention, run by Pallas' interpreter, against attention by XLA."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from dapo_jax.config import MeshSection
+from dapo_jax.model import decoder, ragged_attention
+from dapo_jax.model.attention import Cache, Window, attend_cached, quantize
+from dapo_jax.model.ragged_attention import LayerCache, attend_ragged
+from dapo_jax.rollout import engine
+from dapo_jax.rollout.sampler import Sampling
+from dapo_jax.runtime.mesh import make_mesh, publisher
+from dapo_jax.runtime.multihost import fetch
+from dapo_jax.types import Request
+
+LAYERS, SLOTS, H = 2, 6, 128
+
+
+@functools.partial(jax.jit, static_argnames="window")
+def both(q, k, v, cache, lengths, on, window=None):
+    """The kernel's output for layer 1, and XLA's."""
+    seen = None if window is None else Window(window, on)
+    layer = jax.tree.map(lambda x: x[1, : len(q)], cache)
+    view = LayerCache(cache, jnp.int32(1), lengths)
+    return (
+        attend_ragged(q, k, v, view, seen, interpret=True),
+        attend_cached(q, k, v, layer, lengths, seen),
+    )
+
+
+@pytest.mark.parametrize(
+    ("slots", "groups", "per_group", "entries", "int8", "window", "on"),
+    [
+        (5, 2, 5, 512, False, None, False),  # an odd number of sequences, in a wider cache
+        (1, 1, 8, 128, False, None, False),  # one core, one block
+        (4, 1, 2, 640, False, None, False),  # entries that the last whole block does not reach
+        (6, 2, 3, 640, True, None, False),
+        (5, 2, 3, 640, False, 300, True),
+        (5, 2, 3, 640, False, 300, False),
+        (4, 2, 3, 640, True, 40, True),
+    ],
+)
+def test_live_entries_give_the_attention_of_the_whole_cache(
+    slots, groups, per_group, entries, int8, window, on
+):
+    """Whatever lies behind a sequence's entries is not seen."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    stored = [normal(LAYERS, SLOTS, groups, entries, H) for _ in "kv"]
+    parts = [quantize(x) for x in stored]
+    cache = Cache(*(x for x, _ in parts), *(s for _, s in parts)) if int8 else Cache(*stored)
+    q, k, v = (normal(slots, n, H) for n in (groups * per_group, groups, groups))
+    edges = [0, entries, 1, 256, 257, entries - 1]
+    lengths = jnp.asarray([n for n in edges if n <= entries][:slots], jnp.int32)
+    out, expected = both(q, k, v, cache, lengths, jnp.asarray(on), window=window)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_an_engine_with_the_kernel_samples_the_same_responses(monkeypatch, layout, family):
+    """Through the decoder, sharded over rows and heads, with prompts of one token among them."""
+    model = tiny.model(family, head_dim=H)
+    mesh = make_mesh(MeshSection(*layout), jax.devices()[: np.prod(layout)])
+    params = publisher(decoder.abstract_params(model), mesh, "float32")(tiny.params(model))
+    rng, key = np.random.default_rng(0), jax.random.key(7)
+    prompts = [rng.integers(5, 40, 1 + n % 5).astype(np.int32) for n in range(11)]
+    requests = [Request(n // 2, n % 2, prompt) for n, prompt in enumerate(prompts)]
+
+    def sampled():
+        limits = engine.Limits(8, 8, 70)
+        made = engine.Engine(model, Sampling(1.0, 0.95), (3, 4), limits, mesh=mesh, fetch=fetch)
+        return made, made.generate(params, requests, key)
+
+    _, expected = sampled()
+    for module in (engine, decoder):
+        monkeypatch.setattr(module, "is_ragged", lambda mesh, head_dim: True)
+    interpreted = functools.partial(attend_ragged, interpret=True)
+    monkeypatch.setattr(ragged_attention, "attend_ragged", interpreted)
+    kernel, found = sampled()
+    assert kernel.cache_len == 128 and kernel.reads == [128]
+    assert len({len(r.tokens) for r in expected}) > 3
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.behavior_logprobs, b.behavior_logprobs, rtol=0, atol=1e-5)
+
+
+COMPILE = """
+    import sys
+    import jax
+    import tiny
+    from dapo_jax import plan
+    from dapo_jax.config import MeshSection
+    from dapo_jax.rollout.engine import Engine, Limits
+    from dapo_jax.rollout.sampler import Sampling, Until
+    from dapo_jax.runtime.mesh import make_mesh
+    from dapo_jax.model.decoder import abstract_params
+
+    topology, int8 = sys.argv[1], sys.argv[2] == "int8"
+    plan._compile_for_other_machines()
+    pod = plan.load_pod(topology)
+    mesh = make_mesh(MeshSection(1, len(pod.devices) // 2, 2), pod.devices)
+    model = tiny.model(layers=4, head_dim=128, compute_dtype="bfloat16")
+    limits = Limits(8 * len(pod.devices), 512, 3584, int8=int8)
+    engine = Engine(model, Sampling(1.0, 1.0), (1,), limits, mesh=mesh, fetch=None)
+    state, number = jax.eval_shape(engine.programs.start), jax.ShapeDtypeStruct((), "int32")
+    weights = jax.eval_shape(lambda p: p, abstract_params(model))
+    sizes = {"width": engine.slots, "read": engine.cache_len}
+    lowered = engine.programs.decode.lower(weights, state, Until(*[number] * 3), **sizes)
+    compiled = lowered.compile()
+    kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
+    print(kernels, compiled.memory_analysis().temp_size_in_bytes, cache // len(pod.devices))
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_decoding_for_a_tpu_makes_no_copy_of_the_cache(topology):
+    code = [sys.executable, "-c", textwrap.dedent(COMPILE), topology, "bfloat16"]
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    done = subprocess.run(
+        code, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels, temporaries, cache = map(int, done.stdout.split()[-3:])
+    assert kernels == 1 and temporaries < cache / 8
