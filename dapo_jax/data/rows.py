@@ -58,11 +58,17 @@ class BadRow(Exception):
         self.columns = tuple(row)
 
 
+def _parts(columns: ColumnsConfig) -> dict[str, str | None]:
+    """The columns that a config names, by the keys of `_USUAL`."""
+    parts = columns.prompt, columns.answer, columns.solution, columns.id
+    return dict(zip(_USUAL, parts, strict=True))
+
+
 def column_names(columns: ColumnsConfig) -> list[str]:
     """Every column that `problem_from_row` may look at: a reader may leave out the others."""
     names = [*_BEFORE, *_AFTER, "input"]
-    for part, usual in _USUAL.items():
-        named = getattr(columns, part)
+    for part, named in _parts(columns).items():
+        usual = _USUAL[part]
         names += usual.split() if named is None else _FIELD.findall(named) or [named]
     return names
 
@@ -82,7 +88,7 @@ def problem_from_row(
     if not isinstance(row, Mapping):
         raise BadRow("not a JSON object")
     notes = [] if notes is None else notes
-    found = (_found(row, part, getattr(columns, part)) for part in _USUAL)
+    found = (_found(row, part, named) for part, named in _parts(columns).items())
     (prompt, called), (answer, _), (solution, _), (name, _) = found
     if not called:
         raise BadRow("no prompt", row)
