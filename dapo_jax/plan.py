@@ -42,6 +42,7 @@ from dapo_jax.benchmark.schedule import (
 )
 from dapo_jax.config import Config, ConfigError, ModelConfig, load_config
 from dapo_jax.model import flops
+from dapo_jax.model.ragged_attention import is_ragged
 from dapo_jax.model.weights import load_model_config
 from dapo_jax.rollout.sampler import Arrivals, Until
 from dapo_jax.runtime.chips import CHIPS, OPERATION_SECONDS, Chip, loss_chunk, prefill_tokens
@@ -96,6 +97,7 @@ class Program(NamedTuple):
     trips: tuple[int, ...] = ()  # of loops with a data-dependent end, outermost first
     settings: str = ""  # what to change where it does not fit
     static: Mapping[str, int] = {}
+    entry_bytes: float = 0.0  # of a live cache entry on a device, where no others are read
 
     @property
     def key(self) -> Any:
@@ -274,19 +276,28 @@ def _rollout_programs(
         found.append(prefill("prefill of prefixes", engine.cache_len))
         prefilled = jax.eval_shape(functions.prefill, *found[-1].arguments)
 
+    ragged = is_ragged(mesh, model.head_dim)
+    split = mesh.shape["tensor"] if model.kv_heads % mesh.shape["tensor"] == 0 else 1
+    entry = flops.cache_bytes(model, int8=config.rollout.kv_cache == "int8") / split
+
     def decode(name: str, width: int, read: int) -> Program:
-        keys, tokens = flops.visible_keys(model, read), width * shards
+        keys = flops.visible_keys(
+            model, load.prompt_len + load.lengths.live_mean if ragged else read
+        )
+        tokens = width * shards
         step = flops.forward_flops(model, tokens, tokens * keys, tokens)
         arguments = weights, state, Until(number, number, number)
         held, sizes = resident + device_bytes(prefilled), {"width": width, "read": read}
         work, trips = Work(step, step, tokens), (1,)  # a segment of one step
-        return Program(name, functions.decode, arguments, held, work, 0, trips, fix, sizes)
+        rest = trips, fix, sizes, entry if ragged else 0.0
+        return Program(name, functions.decode, arguments, held, work, 0, *rest)
 
     most = decode("decode step", engine.slots, engine.cache_len)
     found.append(most)
     # From three sizes follows the cost of any: a + b width + c width x read.
     half = next(n for n in engine.reads if 2 * n >= engine.cache_len)
-    found.append(decode("decode step, half the cache", engine.slots, half))
+    if half < engine.cache_len:
+        found.append(decode("decode step, half the cache", engine.slots, half))
     if engine.widths[0] < engine.slots:
         found.append(decode("decode step, few slots", engine.widths[0], engine.cache_len))
     if config.eval.every:
@@ -356,7 +367,7 @@ class Part(NamedTuple):
 
 def decode_part(results: Sequence[Result], schedule: Schedule) -> Part:
     """All decode steps of a mean rollout step. `cache` is the part of HBM that grows with what is
-    read of the caches.
+    read of the caches: where only live entries are, those of the shard that has most.
     """
     known = [r for r in results if r.program.name.startswith("decode step")]
     most = known[0].program.static
@@ -374,6 +385,9 @@ def decode_part(results: Sequence[Result], schedule: Schedule) -> Part:
         times[limit] = steps * np.maximum(at @ line, 0)
         if limit == "HBM":
             cache = float(steps @ at[:, 2] * line[2])
+    if entry := known[0].program.entry_bytes:
+        worst = seen.cache_worst / len(schedule.steps) * entry / known[0].pod.chip.hbm_bandwidth
+        times["HBM"], cache = times["HBM"] + worst, float(worst.sum())
     total = {limit: float(seconds.sum()) for limit, seconds in times.items()}
     return Part("decode", float(bound(times).sum()), total | {"cache": cache})
 
@@ -436,6 +450,8 @@ def estimate(
     hosts = len({device.process_index for device in pod.devices})
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     seen = schedule.segments
+    ragged = any(r.program.entry_bytes for r in results)
+    read = seen.cache_worst if ragged else seen.steps * seen.width * seen.read
     return {
         "rollout_s": rollout,
         "training_s": training,
@@ -443,9 +459,7 @@ def estimate(
         "expected_s": expected,
         "decode_steps": schedule.decode_steps,
         "live_share": schedule.live_share,
-        "cache_read_per_live_token": float(
-            (seen.steps * seen.width * seen.read).sum() / max(1, seen.cache_mean.sum())
-        ),
+        "cache_read_per_live_token": float(read.sum() / max(1, seen.cache_mean.sum())),
         "token_age_mean": float(np.mean([step.token_age_mean for step in schedule.steps])),
         "token_age_max": max(step.token_age_max for step in schedule.steps),
         "training_mfu": useful / (training * len(pod.devices) * pod.chip.flops),

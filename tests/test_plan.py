@@ -117,6 +117,22 @@ def test_decode_steps_of_any_size_follow_from_three():
     assert part.bound == pytest.approx(hbm + 8 * 7e-6)
 
 
+def test_a_kernel_reads_live_entries_of_the_shard_that_has_most():
+    """HBM without caches a + b width, a 100, b 2; 200 entries of half a byte in every step."""
+
+    def decode(width):
+        traffic, sizes = Traffic(100 + 2 * width, 0, 0, 0, 0), {"width": width, "read": 400}
+        found = result("decode step", sent={}, traffic=traffic, work=Work(0, 0, 1), static=sizes)
+        return found._replace(program=found.program._replace(entry_bytes=0.5))
+
+    part = decode_part([decode(80), decode(10)], schedule([(3, 80, 400), (5, 20, 400)]))
+    cache = (3 + 5) * 200 * 0.5 / 10
+    assert part.times["cache"] == pytest.approx(cache)
+    hbm = (3 * (100 + 160) + 5 * (100 + 40)) / 10 + cache
+    assert part.times["HBM"] == pytest.approx(hbm)
+    assert part.bound == pytest.approx(hbm)
+
+
 def test_prefills_are_scaled_by_tokens_and_read_the_weights():
     """Compiled for 8 rows of 64 tokens: 3 s. Weights of 16 bytes: 1.6 s."""
     weights = jax.ShapeDtypeStruct((8,), "bfloat16")

@@ -22,6 +22,9 @@ _HALVES = ("-start", "-done")  # of an asynchronous operation
 FUSED_SCATTER = "all-reduce-scatter"  # a fusion of an all-reduce and a slice of its result
 _VIEWS = ("bitcast", "get-tuple-element")
 _SLICES = ("dynamic-slice", "slice", "gather")
+# A kernel that reads these first operands whole, and live entries of the caches after them: `plan`
+# adds those.
+_RAGGED, _RAGGED_WHOLE = "ragged_attention", 5
 _KERNEL = "tpu_custom_call"  # Pallas; other custom calls are the compiler's own notes
 
 
@@ -235,6 +238,8 @@ class Module:
         if i.opcode == "async-start":
             (root,) = (j for j in self.computations[i.called[0]].values() if j.root)
             return self.moved(i.called[0], root)
+        if i.name.startswith(_RAGGED):
+            types = types[:_RAGGED_WHOLE]
         if i.opcode.endswith("-start"):  # (operands, result)
             read = sum(map(hbm_bytes, types))
             return read, max(hbm_bytes(i.type) - read, 0)
