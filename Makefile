@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-FULL := multiprocess or bucket or fuzz or scripts or browser or benchmark or slow
+FULL := multiprocess or bucket or fuzz or scripts or browser or benchmark or compiler or slow
 TIER := not ($(FULL))
 REAL := real/asdiv_train.jsonl real/asdiv_heldout.jsonl real/smollm2-135m/model.safetensors
 

@@ -1,7 +1,7 @@
 """Eight virtual CPU devices for every test, set before jax looks for devices."""
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import os
 
@@ -98,4 +98,9 @@ def pytest_collection_modifyitems(items):
     """The longest files first: at the end one of them would keep one worker busy and the others
     idle.
     """
+    if importlib.util.find_spec("libtpu") is None:
+        for item in items:
+            if item.get_closest_marker("compiler"):
+                why = "needs the TPU compiler: pip install libtpu"
+                item.add_marker(pytest.mark.skip(reason=why))
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONG)

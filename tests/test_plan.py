@@ -2,7 +2,6 @@
 real compiler, where that is installed.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -399,11 +398,6 @@ def test_every_pod_config_says_its_topology_and_divides(path):
     assert config.mesh.data * config.mesh.fsdp * config.mesh.tensor == chips
 
 
-COMPILER = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu"
-)
-
-
 def run(*command, cwd):
     """In a process of its own: libtpu stays out of this one."""
     path = os.pathsep.join([str(CONFIGS.parent), os.environ.get("PYTHONPATH", "")])
@@ -418,8 +412,7 @@ def run(*command, cwd):
     )
 
 
-@pytest.mark.slow
-@COMPILER
+@pytest.mark.compiler
 def test_pods_of_every_generation(tmp_path):
     """A chip is one device, but for TPU7x: two, each with half of its memory.
 
@@ -468,8 +461,7 @@ print(json.dumps([insert.compiled.collectives["between slices"], "tpu_custom_cal
     ]  # k and v, L, P, h, bytes; one of two kv heads on each device
 
 
-@pytest.mark.slow
-@COMPILER
+@pytest.mark.compiler
 def test_the_smallest_pod_config_fits(tmp_path):
     """Through the real compiler, as a user would; all but the programs that take it longest."""
     out = tmp_path / "plan.json"

@@ -1,7 +1,6 @@
 """The TPU kernel of decode attention, run by Pallas' interpreter, against attention by XLA."""
 
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
@@ -127,7 +126,7 @@ COMPILE = """
 """
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+@pytest.mark.compiler
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_decoding_for_a_tpu_makes_no_copy_of_the_cache(topology):
     code = [sys.executable, "-c", textwrap.dedent(COMPILE), topology, "bfloat16"]

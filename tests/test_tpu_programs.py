@@ -1,6 +1,5 @@
 """What the TPU compiler makes of training and decoding, where it is installed: no TPU is needed."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,9 +9,6 @@ import pytest
 
 import dapo_jax
 
-COMPILER = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu"
-)
 START = """
 import pathlib, re, tempfile
 from dapo_jax import plan
@@ -44,7 +40,7 @@ def run(code):
     return done.stdout.splitlines()
 
 
-@COMPILER
+@pytest.mark.compiler
 def test_no_layer_of_a_decode_step_copies_the_scales_of_all_layers():
     """Of an 8-bit cache; a loop of a decode step is a body without a loop."""
     code = """
