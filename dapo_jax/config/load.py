@@ -75,7 +75,7 @@ def _refuse(at: Any, problem: str) -> NoReturn:
 def _parse_yaml(text: str, where: str) -> Any:
     """The tree of a YAML document."""
     try:
-        return yaml.load(text, _Loader)
+        return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError) as e:
         problem, line = f"not valid YAML ({(str(e) or 'unreadable').splitlines()[0]})", ""
         if isinstance(e, yaml.MarkedYAMLError):

@@ -304,7 +304,7 @@ class _StepDraw:
         self.step = state.step + 1
         cap = algo.max_generation_batches * algo.prompts_per_draw
         self.cap = cap if algo.dynamic_sampling else max(cap, missing)
-        self.keep_rate = max(state.keep_rate, missing / self.cap)
+        self.keep_rate = min(1.0, max(state.keep_rate, missing / self.cap))
         self.draws, self.finished = 0, 0
         self.groups: list[OpenGroup] = []  # in draw order
         self.counts = GroupCounts()
