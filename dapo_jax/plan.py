@@ -623,6 +623,8 @@ def _compile_for_other_machines() -> None:
     quiet = ("TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL")
     os.environ.update({**here, **dict.fromkeys(switches, "1"), **dict.fromkeys(quiet, "3")})
     jax.config.update("jax_platforms", "cpu")
+    # A program for another machine cannot be read back from a cache.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _parser() -> argparse.ArgumentParser:
