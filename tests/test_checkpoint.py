@@ -211,7 +211,6 @@ def test_a_whole_step_replaces_the_partial_ones_before_it(tmp_path):
         for seed in (1, 2):
             checkpoints.save(0, make_state(seed), {}, {}, partial=True)
         checkpoints.save(0, make_state(3), {}, {})
-        checkpoints.wait()
         assert [path.name for path in tmp_path.iterdir()] == ["0"]
         assert bits(checkpoints.restore(make_state(0)).state) == bits(make_state(3))
         checkpoints.save(0, make_state(4), {}, {}, partial=True)
@@ -581,6 +580,30 @@ def test_a_folder_that_refuses_a_step_leaves_no_thread_waiting(folder, monkeypat
         assert thread.daemon or not thread.is_alive(), thread.name
     monkeypatch.undo()
     assert restored(folder).step == 5
+
+
+@pytest.mark.parametrize("before", [[], [True]])
+def test_a_checkpoint_that_was_not_written_replaces_none(tmp_path, monkeypatch, before):
+    """In a bucket its folder is seen all the same."""
+
+    def fail():
+        (tmp_path / "0").mkdir(exist_ok=True)
+        monkeypatch.undo()
+        raise OSError(28, "No space left on device")
+
+    with (
+        pytest.raises(InputError, match="could not be written .No space left"),
+        Checkpoints(tmp_path, keep=2) as checkpoints,
+    ):
+        for partial in before:
+            checkpoints.save(0, make_state(1), {}, {}, partial=partial)
+            checkpoints.wait()
+        checkpoints.save(0, make_state(3), {}, {}, partial=True)
+        checkpoints._writer.wait_until_finished()
+        monkeypatch.setattr(checkpoints._writer, "wait_until_finished", fail)
+        checkpoints.wait()
+    kept = sorted(path.name for path in tmp_path.iterdir() if path.name != "0")
+    assert kept == ["0.1", "0.2"][: len(before) + 1]
 
 
 # ------------------------------------------------------------------------------------------- forged

@@ -26,8 +26,18 @@ def undecided(monkeypatch, tmp_path):
 def test_a_verb_keeps_programs_in_the_user_s_cache_folder(tmp_path):
     use_compilation_cache()
     folder = Path(jax.config.jax_compilation_cache_dir)
-    assert folder == cache_folder("jax") and folder.parent == tmp_path / "cache" / "dapo_jax"
+    assert folder == cache_folder("jax")
+    assert folder.parent == tmp_path / "cache" / "dapo_jax" / "programs"
     assert folder.stat().st_mode & 0o777 == 0o700  # what lies there is run
+
+
+def test_copies_of_models_beside_the_programs_stay(monkeypatch, tmp_path):
+    monkeypatch.setattr("dapo_jax.runtime.compile_cache._LIMIT", 10)
+    model = tmp_path / "cache" / "dapo_jax" / "models" / "abc" / "model.safetensors"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(bytes(100))
+    use_compilation_cache()
+    assert model.stat().st_size == 100
 
 
 @pytest.mark.parametrize("name", DECIDED)

@@ -161,17 +161,19 @@ class Checkpoints:
         with self._writing():
             self._writer.save(self._folder / name, args=parts)
         self._saved = name
+        if any(path.name.startswith(f"{name}.") for path in _listed(self._folder)):
+            self.wait()  # until they are removed, these would count as newer
 
     def wait(self) -> None:
         """Waits for the save in progress. Raises InputError if it failed; nothing else does."""
+        saved, self._saved = self._saved, ""  # one that fails replaces nothing
         with self._writing():
             self._writer.wait_until_finished()
-        if self._saved:
+        if saved:
             listed = _listed(self._folder)
-            stored = [path for path in listed if not path.name.startswith(f"{self._saved}.")]
+            stored = [path for path in listed if not path.name.startswith(f"{saved}.")]
             whole = [path for path in stored if _key(path)[1] == 0]
             self._remove({*listed} - {stored[0], *whole[: self._keep]})
-        self._saved = ""
 
     def restore(self, abstract_state: TrainState, *, at_most: int | None = None) -> Restored | None:
         """The newest complete checkpoint of the expected tree, shapes, dtypes and digests.
