@@ -1,6 +1,7 @@
 """What a checkpoint is written for, and what is taken up from one, without disks or devices."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ from dapo_jax.data.problems import Cursor
 from dapo_jax.runtime.checkpoint import Restored
 from dapo_jax.training.dynamic_sampling import DrawState, OpenGroup
 from dapo_jax.training.state import Digests, PartialStep, Progress, RunState, RunStore
-from dapo_jax.types import InputError, NoCheckpointError, Prompt, Response, Verdict
+from dapo_jax.types import (
+    InputError,
+    NoCheckpointError,
+    NonFiniteError,
+    Prompt,
+    Response,
+    Verdict,
+)
 
 DATA = Digests("loaded", "trained on", "tokens", None)
 PROMPTS = [Prompt(problem, np.array([1], np.int32)) for problem in PROBLEMS.values()]
@@ -95,6 +103,34 @@ def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
     assert [g.draw for g in groups] == ([6, 7] if changed else [0, 6]) and counts.drawn == (
         2 if changed else 3
     )
+
+
+def test_a_run_rolled_back_to_step_0_has_begun():
+    """Its checkpoint was saved after the warm-up, before the evaluation that begins a run."""
+    folder, run = Folder(), make_run(DrawState(draws=1))
+    run.progress = run.progress._replace(begun=False)
+    write(run, folder)
+    run.progress = run.progress._replace(begun=True, step=1)
+    run.draw = DrawState(draws=4)
+    dropped, store = [], RunStore(folder, None, PROMPTS, CONFIG, DATA)
+    log = types.SimpleNamespace(rollback=dropped.append)
+    with store.rolling_back(run, 1, log, lambda line: None):
+        raise NonFiniteError("update 2")
+    assert run.progress == Progress(begun=True, rollbacks=1) and dropped == [0]
+    assert restored(folder, make_run()).progress.begun and run.draw.draws == 4
+
+
+def test_open_responses_of_an_earlier_version_stay_without_policies():
+    group = OpenGroup(5, PROMPTS[0], 2)
+    group.prefixes[0] = response(3)
+    group.prefixes[0] = group.continued(0, response(5), step=2)
+    group.prefixes[1] = group.continued(1, response(4), step=2)
+    again = OpenGroup.unpacked(group.packed(), PROMPTS)
+    assert [again.prefixes[n].policies for n in (0, 1)] == [(), ((2, 4),)]
+
+
+def response(length):
+    return Response(np.arange(length, dtype=np.int32), np.zeros(length, np.float32), False)
 
 
 def test_prompts_of_other_tokens_are_other_data():

@@ -73,10 +73,14 @@ class OpenGroup:
         ]
 
     def continued(self, sample: int, response: Response, step: int) -> Response:
-        """`response`, whole or unfinished, as the policy of a rollout step has continued it."""
+        """`response`, whole or unfinished, as the policy of a rollout step has continued it.
+
+        Tokens of a checkpoint of an earlier version have no policies; none are added to them.
+        """
         before = self._sampled(sample)
         new = len(response.tokens) - len(before.tokens)
-        policies = (*before.policies, (step, new)) if new else before.policies
+        known = new and (before.policies or not len(before.tokens))
+        policies = (*before.policies, (step, new)) if known else before.policies
         return response._replace(policies=policies)
 
     def tokens(self) -> int:

@@ -258,7 +258,8 @@ class RunStore:
                 "train.save_every or optim.rollback_steps"
             )
         run.draw = run.draw._replace(draws=draw.draws, cursor=draw.cursor)
-        run.progress = run.progress._replace(rollbacks=rollbacks + 1)
+        # The checkpoint of step 0 is saved before the evaluation that begins the run.
+        run.progress = run.progress._replace(rollbacks=rollbacks + 1, begun=True)
         log.rollback(run.progress.step)
         self.save(run)  # so that a later exit keeps these draws and this rollback counted
         info(
