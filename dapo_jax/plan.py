@@ -33,15 +33,16 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from dapo_jax.benchmark.schedule import (
+    SIGMA,
     Schedule,
     Segments,
     Workload,
-    measured,
-    parse_lengths,
+    lengths_and_kept,
     simulate,
 )
 from dapo_jax.config import Config, ConfigError, ModelConfig, load_config
 from dapo_jax.model import flops
+from dapo_jax.model.logprobs import split_axis
 from dapo_jax.model.ragged_attention import is_ragged
 from dapo_jax.model.weights import load_model_config
 from dapo_jax.rollout.sampler import Arrivals, Until
@@ -53,7 +54,7 @@ from dapo_jax.runtime.compiled import (
     compile_program,
     device_bytes,
 )
-from dapo_jax.runtime.files import local_model, run_folder, write_result
+from dapo_jax.runtime.files import local_model, write_result
 from dapo_jax.runtime.mesh import make_mesh, row_shards
 from dapo_jax.training import programs as training
 from dapo_jax.training import setup
@@ -61,7 +62,6 @@ from dapo_jax.types import InputError
 
 _GIB = 2**30
 _COMFORT = 0.9  # share of HBM that --suggest fills
-_SIGMA = 0.8  # of the logarithm of response lengths, unless they are given
 _SAVE_BANDWIDTH = 1e9  # bytes/s that a host is assumed to write to a bucket
 _SERIAL = ("synchronous ICI", "small operations")  # limits that add to the time
 
@@ -277,7 +277,7 @@ def _rollout_programs(
         prefilled = jax.eval_shape(functions.prefill, *found[-1].arguments)
 
     ragged = is_ragged(mesh, model.head_dim)
-    split = mesh.shape["tensor"] if model.kv_heads % mesh.shape["tensor"] == 0 else 1
+    split = mesh.shape["tensor"] if split_axis(mesh, "tensor", model.kv_heads) else 1
     entry = flops.cache_bytes(model, int8=config.rollout.kv_cache == "int8") / split
 
     def decode(name: str, width: int, read: int) -> Program:
@@ -637,7 +637,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "search decode slots and micro-batch rows for the largest that fit in 90%% of HBM"
     add("--suggest", action="store_true", help=text)
     text = "lognormal:MEAN:SIGMA, MEAN tokens after truncation and SIGMA of the logarithm"
-    default = f"(default: a quarter of rollout.max_response_len, {_SIGMA})"
+    default = f"(default: a quarter of rollout.max_response_len, {SIGMA})"
     add("--lengths", help=f"of responses: {text} {default}")
     text = "instead: a run folder, for its samples and share of kept groups"
     add("--lengths-from", metavar="RUN_DIR", help=text)
@@ -653,13 +653,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(args: argparse.Namespace, config: Config) -> Workload:
-    kept, longest = args.kept_fraction, config.rollout.max_response_len
+    kept = args.kept_fraction
     if not 0 < kept <= 1:
         raise InputError("--kept-fraction: must be above 0 and at most 1")
-    if args.lengths_from:
-        lengths, kept = measured(run_folder(args.lengths_from))
-    else:
-        lengths = parse_lengths(args.lengths or f"lognormal:{longest / 4:g}:{_SIGMA}", longest)
+    given = args.lengths, args.lengths_from, config.rollout.max_response_len
+    lengths, kept = lengths_and_kept(*given, kept)
     steps = 3 if config.dapo.partial_rollouts else 1
     return Workload(lengths, args.prompt_len or config.data.max_prompt_len / 8, kept, steps)
 

@@ -424,6 +424,7 @@ def test_pods_of_every_generation(tmp_path):
     code = f"""
 import json
 from dapo_jax import plan
+from dapo_jax.benchmark.schedule import parse_lengths
 from dapo_jax.config import MeshSection, load_config
 from dapo_jax.runtime.mesh import make_mesh
 plan._compile_for_other_machines()
@@ -440,7 +441,7 @@ for refused in (lambda: plan.load_pod("v5e:3x77"), undivided):
     except plan.InputError as e:
         print(e)
 config = load_config("{SMALLEST}", ["mesh.data=2", "train.rows_per_microbatch=8"])
-lengths = plan.Workload(plan.parse_lengths("lognormal:768:0.8", 3072), 128, 0.5)
+lengths = plan.Workload(parse_lengths("lognormal:768:0.8", 3072), 128, 0.5)
 (insert,) = plan.compile_all(config, pods[-1], lengths, ["insert"], lambda line: None)
 mesh = make_mesh(config.mesh, pods[-1].devices)
 found = plan.programs(config, plan.load_model(config), mesh, lengths)

@@ -39,6 +39,7 @@ from dapo_jax.types import InputError, Problem, Prompt, Response, Verdict
 _PROBLEMS = 1 << 14  # of the simulated data set
 _POINTS = 1 << 14  # of a parametric distribution
 _PROMPT_SIGMA = 0.4  # of the logarithm of prompt lengths
+SIGMA = 0.8  # of the logarithm of response lengths, unless they are given
 _NEWEST = 20  # rollout steps that a run's lengths are taken from
 
 
@@ -167,6 +168,17 @@ def measured(run_dir: Folder) -> tuple[LengthDistribution, float]:
     name = f"{len(rows)} samples of {run_dir}"
     values = np.array([row["length"] for row in rows], np.int64)
     return LengthDistribution(name, values), float(np.mean(kept[-_NEWEST:]))
+
+
+def lengths_and_kept(
+    text: str | None, run_dir: str | None, longest: int, kept: float
+) -> tuple[LengthDistribution, float]:
+    """Those of a run if its folder is given; else `kept`, and the lengths of `parse_lengths`, by
+    default log-normal with a mean of a quarter of `longest`.
+    """
+    if run_dir:
+        return measured(run_folder(run_dir))
+    return parse_lengths(text or f"lognormal:{longest / 4:g}:{SIGMA}", longest), kept
 
 
 # ---- Fake device programs ----
@@ -387,8 +399,8 @@ class _NoGuard(Guard):
 def simulate(config: Config, shards: int, work: Workload, prefill_tokens: int = 512) -> Schedule:
     """Samples `work.steps` rollout steps from the start of a run.
 
-    shards: of the mesh's rows, data x fsdp; they divide `rollout.decode_slots`. Raises StarvedError
-    where the groups of a step are too few, as a run does.
+    shards: of the mesh's rows, data x fsdp; they divide `rollout.decode_slots`. Raises
+    UnderfilledError where the groups of a step are too few, as a run does.
     """
     algo, slots = config.dapo, config.rollout.decode_slots
     samples = _Samples(work, algo.responses_per_prompt)
@@ -469,11 +481,8 @@ def benchmark_schedule(sizes: ScheduleSizes) -> Report:
     shards = sizes.shards or mesh.data * mesh.fsdp
     if shards < 1:
         raise InputError("--shards: the config's mesh depends on the machine; give a number")
-    kept, longest = sizes.kept_fraction, config.rollout.max_response_len
-    if sizes.lengths_from:
-        lengths, kept = measured(run_folder(sizes.lengths_from))
-    else:
-        lengths = parse_lengths(sizes.lengths or f"lognormal:{longest / 4:g}:0.8", longest)
+    given = sizes.lengths, sizes.lengths_from, config.rollout.max_response_len
+    lengths, kept = lengths_and_kept(*given, sizes.kept_fraction)
     work = Workload(lengths, sizes.prompt_len, kept, sizes.steps, sizes.seed)
     try:
         schedule = simulate(config, shards, work)

@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Num
 
-from dapo_jax.model.logprobs import ROW_AXES
+from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
 
 Queries = Float[Array, "N T H h"]
 Keys = Float[Array, "N T K h"]  # or values; K divides H
@@ -219,7 +219,7 @@ def _over_mesh(
     divides these but not the kv heads, kv heads are repeated until it does.
     """
     parts = mesh.shape["tensor"]
-    heads = "tensor" if q.shape[2] % parts == 0 else None
+    heads = split_axis(mesh, VOCAB_AXIS, q.shape[2])
     if heads and k.shape[2] % parts:
         k, v = (jnp.repeat(x, math.lcm(k.shape[2], parts) // k.shape[2], axis=2) for x in (k, v))
     rows = PartitionSpec(ROW_AXES, None, heads)

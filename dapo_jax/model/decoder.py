@@ -33,7 +33,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, Int32, PRNGKe
 from dapo_jax.config import LoraConfig, ModelConfig
 from dapo_jax.model.attention import SAVED, Cache, Window, attend_cached, attend_rows, quantize
 from dapo_jax.model.embedding import embed
-from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
+from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
 from dapo_jax.model.lora import Adapter, adapter_of, stored
 from dapo_jax.model.ragged_attention import LayerCache, attend_ragged_over, is_ragged
 from dapo_jax.runtime.mesh import gather_layer
@@ -80,8 +80,7 @@ class Layout(NamedTuple):
             return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
         def heads(x: Array) -> Array:
-            divides = x.shape[2] % mesh.shape[VOCAB_AXIS] == 0
-            return _saved(pin(None, VOCAB_AXIS if divides else None)(x))
+            return _saved(pin(None, split_axis(mesh, VOCAB_AXIS, x.shape[2]))(x))
 
         def inner(x: Array) -> Array:
             return _saved(pin(None, VOCAB_AXIS)(x))
@@ -92,7 +91,7 @@ class Layout(NamedTuple):
 
 def splits_sequence(mesh: Mesh | None, length: int) -> bool:
     """Whether the residual stream of rows of this length is split over "tensor" along T."""
-    return mesh is not None and mesh.shape[VOCAB_AXIS] > 1 and length % mesh.shape[VOCAB_AXIS] == 0
+    return split_axis(mesh, VOCAB_AXIS, length) is not None
 
 
 def _lead(x: Array, ndim: int) -> Array:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dapo_jax.model.attention import MASKED, Cache, Window
+from dapo_jax.model.logprobs import VOCAB_AXIS, split_axis
 
 LANES = 128  # S and h are multiples of this: copies are of whole tiles
 _CORES = 2  # of a v4 or v5p chip; a single core runs both halves one after the other
@@ -49,7 +50,7 @@ def attend_ragged_over(
     divides the kv heads. For use under vmap over the row shards, with their axes as
     `spmd_axis_name`.
     """
-    heads = "tensor" if k.shape[1] % mesh.shape["tensor"] == 0 else None
+    heads = split_axis(mesh, VOCAB_AXIS, k.shape[1])
     entries, stored = PartitionSpec(None, heads), PartitionSpec(None, None, heads)
     on = jnp.zeros((), bool) if window is None else window.on
 

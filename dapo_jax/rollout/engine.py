@@ -20,7 +20,7 @@ from jaxtyping import Key
 
 from dapo_jax.config import ModelConfig
 from dapo_jax.model.decoder import Cache
-from dapo_jax.model.logprobs import ROW_AXES
+from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
 from dapo_jax.model.ragged_attention import LANES, is_ragged
 from dapo_jax.rollout import sampler
 from dapo_jax.rollout.sampler import Arrivals, Decoding, SamplerState, Sampling, Slots, Until
@@ -124,7 +124,7 @@ class Engine:
     def _programs(self, how: Decoding, int8: bool) -> Programs:
         model, mesh = how.model, how.mesh
         whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(ROW_AXES))
-        heads = sampler.kv_axis(model.kv_heads, mesh)
+        heads = split_axis(mesh, VOCAB_AXIS, model.kv_heads)
 
         def layout(*axes: Any) -> Cache:
             kv = NamedSharding(mesh, P(*axes, heads))

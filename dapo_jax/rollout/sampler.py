@@ -24,7 +24,7 @@ from dapo_jax.model.decoder import (
     make_cache,
     write_cache,
 )
-from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS
+from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
 from dapo_jax.rollout.token_sampling import Sampling, sample_tokens
 from dapo_jax.types import Params
 
@@ -93,11 +93,6 @@ def empty_state(
             **dict.fromkeys(("ended", "live"), flag),
         ),
     )
-
-
-def kv_axis(kv_heads: int, mesh: Mesh) -> str | None:
-    """The mesh axis that a cache's kv heads are split over, if any."""
-    return VOCAB_AXIS if kv_heads % mesh.shape[VOCAB_AXIS] == 0 else None
 
 
 def prefill(
@@ -179,7 +174,7 @@ def insert(
       packed: `Arrivals` as one array. count: most arrivals of a shard.
     """
     arrivals = Arrivals(*packed)
-    heads = kv_axis(state.cache.k.shape[3], mesh)
+    heads = split_axis(mesh, VOCAB_AXIS, state.cache.k.shape[3])
     rows, cache = PartitionSpec(ROW_AXES), PartitionSpec(ROW_AXES, None, None, heads)
     inputs = (cache, PartitionSpec(None, ROW_AXES, heads), rows, rows, PartitionSpec())
     specs: dict[str, Any] = {"in_specs": inputs, "out_specs": cache, "check_vma": False}
@@ -274,8 +269,7 @@ def sample_on_mesh(
     """`sample_tokens` under shard_map: each device has its own rows, and its own part of the
     vocabulary where "tensor" divides it.
     """
-    parts = mesh.shape[VOCAB_AXIS]
-    axis = VOCAB_AXIS if parts > 1 and logits.shape[1] % parts == 0 else None
+    axis = split_axis(mesh, VOCAB_AXIS, logits.shape[1])
     draw, rows = (
         functools.partial(sample_tokens, sampling=sampling, axis=axis),
         PartitionSpec(ROW_AXES),
@@ -291,7 +285,8 @@ def _write_on_mesh(cache: Cache, new: Cache, lengths: Int32[Array, "N b"], mesh:
     twice the operations in every step.
     """
     rows = PartitionSpec(ROW_AXES)
-    entries = PartitionSpec(ROW_AXES, None, None, kv_axis(cache.k.shape[3], mesh))
+    heads = split_axis(mesh, VOCAB_AXIS, cache.k.shape[3])
+    entries = PartitionSpec(ROW_AXES, None, None, heads)
     specs: dict[str, Any] = {"in_specs": (entries, entries, rows), "out_specs": entries}
     write = jax.shard_map(write_cache, mesh=mesh, check_vma=False, **specs)
     return write(cache, new, lengths)
