@@ -33,7 +33,7 @@ from dapo_jax.model.weights import load_pretrained, save_pretrained
 from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.types import TrainState
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.usefixtures("reward_module")]
 
 TESTS = Path(__file__).parent
 SIZES = dict(
@@ -61,11 +61,6 @@ train: {{steps: 1, rows_per_microbatch: 8}}
 """
 NO_MESH = "mesh.fsdp=3"  # refused after data and model, before anything is written: what comes before it was accepted
 ACCEPTED = "mesh: data 1 x fsdp 3 x tensor 1 does not cover 8 devices"
-
-
-@pytest.fixture(autouse=True)
-def tests_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(TESTS))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Num
 
-from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
+from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis
 
 Queries = Float[Array, "N T H h"]
 Keys = Float[Array, "N T K h"]  # or values; K divides H
@@ -223,7 +223,7 @@ def _over_mesh(
     if heads and k.shape[2] % parts:
         k, v = (jnp.repeat(x, math.lcm(k.shape[2], parts) // k.shape[2], axis=2) for x in (k, v))
     rows = PartitionSpec(ROW_AXES, None, heads)
-    inputs = (rows, rows, rows, PartitionSpec(ROW_AXES), PartitionSpec())
+    inputs = (rows, rows, rows, ROW_SPEC, PartitionSpec())
 
     def local(q, k, v, segment_ids, scalars):
         return function(q, k, v, segment_ids, **scalars)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dapo_jax.model.logprobs import ROW_AXES, ROWS, VOCAB_AXIS, split_axis, sum_over_rows
+from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis, sum_over_rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -45,7 +45,7 @@ def embed(
         size = x.shape[1] // mesh.shape[VOCAB_AXIS]
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(VOCAB_AXIS) * size, size, axis=1)
 
-    inputs, rows = (spec, ROWS), _rows(split_sequence)
+    inputs, rows = (spec, ROW_SPEC), _rows(split_sequence)
     lookup = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=rows, check_vma=False)
     return lookup(table, tokens)
 
@@ -84,7 +84,7 @@ def _backward(dtype, mesh, split_sequence, inputs, d_rows):
         d_table = d_table.at[jnp.where(hit, at, size)].add(d_rows, mode="drop")
         return sum_over_rows(d_table, 1 if spec[1] else None)
 
-    inputs = (ROWS, _rows(split_sequence))
+    inputs = (ROW_SPEC, _rows(split_sequence))
     gradient = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=spec, check_vma=False)
     return gradient(tokens, d_rows).astype(table.dtype), None
 

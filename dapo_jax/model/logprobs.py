@@ -26,7 +26,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int
 TokenLoss = Callable[[Array, Array, Any], tuple[Array, Mapping[str, Array]]]
 
 ROW_AXES = ("data", "fsdp")  # mesh axes that rows are split over
-ROWS = PartitionSpec(ROW_AXES)
+ROW_SPEC = PartitionSpec(ROW_AXES)
 VOCAB_AXIS = "tensor"  # mesh axis that the vocabulary is split over
 
 
@@ -86,7 +86,7 @@ class _Static(NamedTuple):
         """function(hidden, head, rest) on each device's rows and part of the head."""
         if self.mesh is None:
             return function
-        inputs = (ROWS, self.head, ROWS)
+        inputs = (ROW_SPEC, self.head, ROW_SPEC)
         specs: dict[str, Any] = {"in_specs": inputs, "out_specs": outputs, "check_vma": False}
         return jax.shard_map(function, mesh=self.mesh, **specs)
 
@@ -216,7 +216,7 @@ def _loss_and_grads(
 
 def _loss_over_mesh(token_loss: TokenLoss, static: _Static, slopes_in: tuple[str, ...], *inputs):
     run = functools.partial(_loss_and_grads, token_loss, static, slopes_in)
-    outputs = (PartitionSpec(), PartitionSpec(), ROWS, static.head)
+    outputs = (PartitionSpec(), PartitionSpec(), ROW_SPEC, static.head)
     return static.over_mesh(run, outputs)(*inputs)
 
 
@@ -289,7 +289,7 @@ def _logprobs_and_entropy(static: _Static, hidden, head, rest):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_logprobs(static, hidden, head, rest):
     run = functools.partial(_logprobs_and_entropy, static)
-    return static.over_mesh(run, (ROWS, ROWS))(hidden, head, rest)
+    return static.over_mesh(run, (ROW_SPEC, ROW_SPEC))(hidden, head, rest)
 
 
 def _linear_logprobs_fwd(static, *inputs):

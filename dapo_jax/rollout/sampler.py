@@ -24,7 +24,7 @@ from dapo_jax.model.decoder import (
     make_cache,
     write_cache,
 )
-from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
+from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis
 from dapo_jax.rollout.token_sampling import Sampling, sample_tokens
 from dapo_jax.types import Params
 
@@ -102,7 +102,7 @@ def prefill(
 
     E is split over the row shards.
     """
-    rows = NamedSharding(mesh, PartitionSpec(ROW_AXES))
+    rows = NamedSharding(mesh, ROW_SPEC)
     prompts = jax.lax.with_sharding_constraint(prompts, rows)
     kv = hidden_states(params, model, prompts, mesh=mesh)[1]
     return make_cache(*(jnp.swapaxes(x, 2, 3) for x in kv), int8=int8)
@@ -175,7 +175,7 @@ def insert(
     """
     arrivals = Arrivals(*packed)
     heads = split_axis(mesh, VOCAB_AXIS, state.cache.k.shape[3])
-    rows, cache = PartitionSpec(ROW_AXES), PartitionSpec(ROW_AXES, None, None, heads)
+    rows, cache = ROW_SPEC, PartitionSpec(ROW_AXES, None, None, heads)
     inputs = (cache, PartitionSpec(None, ROW_AXES, heads), rows, rows, PartitionSpec())
     specs: dict[str, Any] = {"in_specs": inputs, "out_specs": cache, "check_vma": False}
     copy = jax.shard_map(_copy_arrivals, mesh=mesh, **specs)
@@ -231,7 +231,7 @@ def take(
         here = (at >= 0) & (at < count)
         return jax.lax.psum(jnp.where(here[None, :, None], bits, 0), ROW_AXES)
 
-    rows, whole = PartitionSpec(ROW_AXES), PartitionSpec()
+    rows, whole = ROW_SPEC, PartitionSpec()
     specs: dict[str, Any] = {"in_specs": (rows, rows, whole), "out_specs": whole}
     over_mesh = jax.shard_map(own, mesh=mesh, check_vma=False, **specs)
     return over_mesh(slots.tokens, slots.logprobs, blocks)
@@ -270,12 +270,9 @@ def sample_on_mesh(
     vocabulary where "tensor" divides it.
     """
     axis = split_axis(mesh, VOCAB_AXIS, logits.shape[1])
-    draw, rows = (
-        functools.partial(sample_tokens, sampling=sampling, axis=axis),
-        PartitionSpec(ROW_AXES),
-    )
-    inputs = (PartitionSpec(ROW_AXES, axis), rows)
-    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": (rows, rows), "check_vma": False}
+    draw = functools.partial(sample_tokens, sampling=sampling, axis=axis)
+    inputs, outputs = (PartitionSpec(ROW_AXES, axis), ROW_SPEC), (ROW_SPEC, ROW_SPEC)
+    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": outputs, "check_vma": False}
     return jax.shard_map(draw, mesh=mesh, **specs)(logits, keys)
 
 
@@ -284,10 +281,9 @@ def _write_on_mesh(cache: Cache, new: Cache, lengths: Int32[Array, "N b"], mesh:
     """`write_cache` under shard_map: XLA would partition the loop over slots as a scatter, with
     twice the operations in every step.
     """
-    rows = PartitionSpec(ROW_AXES)
     heads = split_axis(mesh, VOCAB_AXIS, cache.k.shape[3])
     entries = PartitionSpec(ROW_AXES, None, None, heads)
-    specs: dict[str, Any] = {"in_specs": (entries, entries, rows), "out_specs": entries}
+    specs: dict[str, Any] = {"in_specs": (entries, entries, ROW_SPEC), "out_specs": entries}
     write = jax.shard_map(write_cache, mesh=mesh, check_vma=False, **specs)
     return write(cache, new, lengths)
 

@@ -157,11 +157,12 @@ class Checkpoints:
         items["groups"] = {"msgpack": np.frombuffer(blob, np.uint8)}
         saves = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items()}
         parts = ocp.args.Composite(host=ocp.args.JsonSave(record), **saves)
-        name = self._new_name(step, partial)
+        stored = _listed(self._folder)
+        name = _new_name(stored, step, partial)
         with self._writing():
             self._writer.save(self._folder / name, args=parts)
         self._saved = name
-        if any(path.name.startswith(f"{name}.") for path in _listed(self._folder)):
+        if any(path.name.startswith(f"{name}.") for path in stored):
             self.wait()  # until they are removed, these would count as newer
 
     def wait(self) -> None:
@@ -207,14 +208,6 @@ class Checkpoints:
                 path.rename(target)
             warn(f"{path}: moved to {target.name}; the run resumes from step {step}")
         multihost.sync("checkpoints moved aside")
-
-    def _new_name(self, step: int, partial: bool) -> str:
-        keys = [_key(path) for path in _listed(self._folder)]
-        if keys and step < keys[0][0]:
-            raise ValueError(f"step {step} is before the newest checkpoint, of step {keys[0][0]}")
-        if not partial and (step, 0) not in keys:
-            return str(step)
-        return f"{step}.{max((n for at, n in keys if at == step), default=0) + 1}"
 
     def _remove(self, paths: Collection[Folder]) -> None:
         for path in paths if multihost.is_main() else ():
@@ -288,6 +281,15 @@ def _stored(folder: Folder) -> list[Folder]:
             found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
             return sorted(found, key=_key, reverse=True)
     return []
+
+
+def _new_name(stored: Sequence[Folder], step: int, partial: bool) -> str:
+    keys = [_key(path) for path in stored]
+    if keys and step < keys[0][0]:
+        raise ValueError(f"step {step} is before the newest checkpoint, of step {keys[0][0]}")
+    if not partial and (step, 0) not in keys:
+        return str(step)
+    return f"{step}.{max((n for at, n in keys if at == step), default=0) + 1}"
 
 
 def _listed(folder: Folder) -> list[Folder]:
