@@ -354,7 +354,9 @@ def test_flips_that_the_store_does_not_see_are_noticed(folder, capsys):
             file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
             step, params = restore_params(folder, target)
             assert bits(params) == want[step]
-            reasons.append(capsys.readouterr().err)
+            reason = capsys.readouterr().err
+            if len(content) > size // 12:  # smaller files describe arrays and hold none
+                reasons.append(reason)
         file.write_bytes(content)
     assert sum("does not match its digest" in reason for reason in reasons) >= len(reasons) / 2
 
