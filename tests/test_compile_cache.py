@@ -77,3 +77,21 @@ def test_the_oldest_programs_go_first(tmp_path):
     assert (tmp_path / "old").exists()
     drop_oldest(tmp_path, limit=25)
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["middle", "new"]
+
+
+def test_a_folder_of_another_user_is_not_used(monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_file_that_another_run_deletes_meanwhile_is_no_error(monkeypatch, tmp_path):
+    (tmp_path / "kept").write_bytes(bytes(8))
+    found = [tmp_path / "kept", tmp_path / "gone"]
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: iter(found))
+    drop_oldest(tmp_path, 8)
+    assert found[0].exists()
+    drop_oldest(tmp_path, 7)
+    assert not found[0].exists()

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import stat
 from pathlib import Path
 
 import jax
@@ -27,6 +28,8 @@ def use_compilation_cache() -> None:
     with contextlib.suppress(OSError, RuntimeError):  # a home that is read-only, or not known
         folder = cache_folder("jax")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():  # programs are native code: run only one's own
+            return
         drop_oldest(folder.parent, _LIMIT)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_S)
@@ -45,7 +48,12 @@ def cache_folder(name: str) -> Path:
 
 def drop_oldest(folder: Path, limit: int) -> None:
     """Deletes the oldest files below a folder until the rest is at most `limit` bytes."""
-    files = [(f.stat().st_mtime_ns, f.stat().st_size, f) for f in folder.rglob("*") if f.is_file()]
+    files = []
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another run deletes too
+            found = file.lstat()
+            if stat.S_ISREG(found.st_mode):
+                files.append((found.st_mtime_ns, found.st_size, file))
     for _, size, file in sorted(files, reverse=True):
         limit -= size
         if limit < 0:
