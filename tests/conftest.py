@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+from types import SimpleNamespace
 
 import hypothesis
 import jax
@@ -11,6 +12,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 from dapo_jax.data import files
+from dapo_jax.runtime import files as runtime_files
 from dapo_jax.runtime import sandbox
 from dapo_jax.runtime.compile_cache import cache_folder, drop_oldest
 
@@ -42,6 +44,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 _LONG = ("process_faults", "processes", "train", "faults", "lora", "buckets", "benchmark")
+
+# As gcsfs itself asks for bucket types by gRPC, which the fake does not speak; and no client looks
+# for credentials.
+_BUCKET_CLIENT = {
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    "NO_GCE_CHECK": "true",
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+}
 
 
 class ProcessHere(contextlib.nullcontext):
@@ -87,6 +97,34 @@ def tables_are_read_here(monkeypatch, request):
     """The process that reads a table takes seconds to start."""
     if "table_process" not in request.fixturenames:
         monkeypatch.setattr(files, "Process", ProcessHere)
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in _BUCKET_CLIENT.items():
+            patch.setenv(key, value)
+        pytest.importorskip("gcsfs", reason='gs:// needs gcsfs: pip install "etils[epath-gcs]"')
+        import fake_gcs
+
+        with fake_gcs.serve("bucket") as (bucket, address):
+            patch.setenv("STORAGE_EMULATOR_HOST", address)  # of gcsfs and google-cloud-storage
+            patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+            yield bucket
+
+
+@pytest.fixture
+def empty(bucket, monkeypatch):
+    """The bucket with nothing in it, and clients that do not wait before they try again."""
+
+    async def sleep(seconds):
+        pass
+
+    bucket.objects.clear()
+    monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(runtime_files, "_ASK_S", 0.1)
+    yield bucket
+    bucket.failing, bucket.fails_at = 0, ""
 
 
 def pytest_sessionfinish(session):

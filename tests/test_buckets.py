@@ -9,13 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import faults
 import jax
 import pytest
 from runs import run_train, steady, verb
-from test_checkpoint import GROUPS, HOST, abstract, bits, make_state
+from states import GROUPS, HOST, abstract, bits, make_state
 
 from dapo_jax import evaluate, export
 from dapo_jax.runtime import files, lock, multihost
@@ -28,42 +27,7 @@ from dapo_jax.types import InputError, RunError
 
 pytestmark = [pytest.mark.bucket, pytest.mark.usefixtures("reward_module")]
 
-# As gcsfs itself asks for bucket types by gRPC, which the fake does not speak; and no client looks
-# for credentials.
-CLIENT = {
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    "NO_GCE_CHECK": "true",
-    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
-}
 RUN = "gs://bucket/deep/run"
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in CLIENT.items():
-            patch.setenv(key, value)
-        pytest.importorskip("gcsfs", reason='gs:// needs gcsfs: pip install "etils[epath-gcs]"')
-        import fake_gcs
-
-        with fake_gcs.serve("bucket") as (bucket, address):
-            patch.setenv("STORAGE_EMULATOR_HOST", address)  # of gcsfs and google-cloud-storage
-            patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
-            yield bucket
-
-
-@pytest.fixture
-def empty(bucket, monkeypatch):
-    """The bucket with nothing in it, and clients that do not wait before they try again."""
-
-    async def sleep(seconds):
-        pass
-
-    bucket.objects.clear()
-    monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=sleep))
-    monkeypatch.setattr(files, "_ASK_S", 0.1)
-    yield bucket
-    bucket.failing, bucket.fails_at = 0, ""
 
 
 def damage(bucket, prefix):

@@ -10,7 +10,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_buckets import bucket, empty  # noqa: F401 - fixtures
 
 from dapo_jax import data
 from dapo_jax.config import ArithmeticConfig
@@ -48,7 +47,7 @@ def local(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "problems/1.0.0", "shards"])
-def test_a_bucket_holds_the_same_problems(empty, local, name):  # noqa: F811
+def test_a_bucket_holds_the_same_problems(empty, local, name):
     for file in (local / name).iterdir() if (local / name).is_dir() else [local / name]:
         empty.put(f"deep/{file.relative_to(local).as_posix()}", file.read_bytes())
     there, report = load(f"gs://bucket/deep/{name}")
@@ -59,7 +58,7 @@ def test_a_bucket_holds_the_same_problems(empty, local, name):  # noqa: F811
 
 
 def test_the_verb_reads_from_a_bucket_and_prepares_in_it(
-    empty,  # noqa: F811
+    empty,
     local,
     tmp_path,
     monkeypatch,
@@ -93,7 +92,7 @@ def test_the_verb_reads_from_a_bucket_and_prepares_in_it(
         "gs://bucket/bad.jsonl": "0 problems from 1 rows (1 skipped: not JSON (row 1))",
     }.items(),
 )
-def test_what_is_no_data_set_is_one_line(empty, source, said):  # noqa: F811
+def test_what_is_no_data_set_is_one_line(empty, source, said):
     empty.put("half.parquet", b"PAR1")
     empty.put("bad.jsonl", b"{")
     empty.put("texts/a.txt", b"a")
@@ -102,7 +101,7 @@ def test_what_is_no_data_set_is_one_line(empty, source, said):  # noqa: F811
     assert str(e.value).startswith(f"{source}: {said}") and "\n" not in str(e.value)
 
 
-def test_a_bucket_that_refuses_is_one_line(empty, tmp_path):  # noqa: F811
+def test_a_bucket_that_refuses_is_one_line(empty, tmp_path):
     empty.put("a.jsonl", b"{}")
     empty.failing = 403
     with pytest.raises(
@@ -120,7 +119,7 @@ def test_a_bucket_that_refuses_is_one_line(empty, tmp_path):  # noqa: F811
         prepare(str(tmp_path / "a.jsonl"), "gs://bucket/out")
 
 
-def test_an_object_that_changes_while_it_is_read(empty, monkeypatch):  # noqa: F811
+def test_an_object_that_changes_while_it_is_read(empty, monkeypatch):
     empty.put("a.jsonl", b'{"prompt": "a", "answer": 1}\n')
     system = fsspec.filesystem("gs")
     get = system.get

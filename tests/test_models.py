@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import tiny
 from huggingface_hub import errors
-from test_buckets import bucket, empty  # noqa: F401 - fixtures
 
 from dapo_jax.config import (
     Config,
@@ -317,7 +316,7 @@ URL = "gs://bucket/models/tiny"
 
 
 @pytest.fixture
-def uploaded(empty, folder, tmp_path, monkeypatch):  # noqa: F811
+def uploaded(empty, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for file in folder.rglob("*"):
         if file.is_file():

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
+from groups import MIXED, RIGHT, WRONG, make_group
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_buffer import MIXED, RIGHT, WRONG, make_group
 
 from dapo_jax.config import DapoSection, MeshSection
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer

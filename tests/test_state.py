@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 from flax import serialization
-from test_buffer import MIXED, PROBLEMS, make_group
+from groups import MIXED, PROBLEMS, make_group
 
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.problems import Cursor

@@ -143,6 +143,12 @@ def test_the_lists_above_name_files_that_exist():
     assert not [n for n in names if "utils" in n]
 
 
+@pytest.mark.parametrize("file", sorted(Path(__file__).parent.glob("*.py")), ids=lambda f: f.stem)
+def test_what_tests_share_is_in_helper_modules(file):
+    """Fixtures in conftest: a test module imports no other, so each runs, moves and changes alone."""
+    assert not [m for m in imported(file) if m.startswith(("test_", "tests.", "conftest"))]
+
+
 def config_classes(cls: type = Config) -> set[type]:
     classes = {cls}
     for hint in typing.get_type_hints(cls).values():
