@@ -17,6 +17,10 @@ REAL := real/asdiv_train.jsonl real/asdiv_heldout.jsonl real/smollm2-135m/model.
 
 demo: $(VENV)/installed
 	$(BIN)/python -m dapo_jax.train --config configs/tiny_cpu.yaml --run-dir runs/tiny
+	@echo "Next:"
+	@echo "  source $(VENV)/bin/activate"
+	@echo "  python -m dapo_jax.report   --run-dir runs/tiny              # one page: curves, samples"
+	@echo "  python -m dapo_jax.generate --run-dir runs/tiny '3+4*2'      # a response of the policy"
 
 test: lint pytest
 

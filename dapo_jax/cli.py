@@ -1,7 +1,10 @@
-"""Exit statuses of every verb, and the `dapo-jax VERB ...` console script."""
+"""Exit statuses and shared flags of the verbs, and the `dapo-jax VERB ...` console script."""
 
+import argparse
+import difflib
 import errno
 import importlib
+import inspect
 import itertools
 import os
 import signal
@@ -23,14 +26,15 @@ from dapo_jax.types import InputError, NoCheckpointError, RunError, Stopped
 VERBS = {
     "train": "trains a policy with DAPO, or resumes a run",
     "evaluate": "held-out accuracy of a run or of a model folder",
+    "generate": "responses of a run or a model to text, a file of prompts, or in a chat",
     "compare": "two results of evaluate, paired bootstrap",
     "supervised": "only the warm-up on worked solutions, to a model folder",
     "plan": "compiles a config for a TPU pod, with no TPU: does it fit",
     "benchmark": "speed and memory of loss, rollout, update",
     "study": "the paper's ablation in miniature: rows, seeds, one table and one figure",
-    "export": "a run's newest checkpoint as a Hugging Face folder",
+    "export": "a run's checkpoint as a Hugging Face folder, or to the hub",
     "report": "one HTML page about one run or several",
-    "data": "prepares data sets, and lists what they hold",
+    "data": "prepares data sets, shows rows as they are fed, counts what they hold",
     "config": "every config field with its default and meaning",
 }
 
@@ -70,6 +74,26 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
         if status and not all(thread.daemon for thread in others):
             threading.Thread(target=_leave_late_threads, args=(status,), daemon=True).start()
         sys.exit(status)
+
+
+def parser(verb: str, what: str | None, *examples: str) -> argparse.ArgumentParser:
+    """The argument parser of a verb. examples: arguments, for the end of its `--help`."""
+    lines = [f"  python -m dapo_jax.{verb} {example}" for example in examples]
+    return argparse.ArgumentParser(
+        prog=f"python -m dapo_jax.{verb}",
+        description=inspect.cleandoc(what or ""),
+        epilog="\n".join(["examples:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that choose a checkpoint of --run-dir."""
+    which = parser.add_mutually_exclusive_group()
+    what = "the checkpoint of this rollout step (default: the newest)"
+    which.add_argument("--step", type=int, metavar="N", help=what)
+    best = "the checkpoint with the highest held-out accuracy (see train.keep_best)"
+    which.add_argument("--best", action="store_true", help=best)
 
 
 def _explained(e: Exception) -> tuple[str, int]:
@@ -148,5 +172,7 @@ def main() -> None:
         verbs = {**VERBS, "--version": "the version of this package"}
         lines += [f"  {name:<11} {what}" for name, what in verbs.items()]
         print("\n".join(lines), file=sys.stdout if wanted else sys.stderr)
+        if near := difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5):
+            _print(f"{verb}: no such verb; did you mean {near[0]}?")
         sys.exit(0 if wanted else 2)
     sys.exit(0)

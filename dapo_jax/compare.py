@@ -6,7 +6,6 @@ Both evaluations must be of the same problems. The difference B - A is taken pro
 that the spread of difficulty, which both share, does not count as noise.
 """
 
-import argparse
 import json
 from typing import Any, NamedTuple
 
@@ -69,7 +68,7 @@ def _load(path: str) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Compares two evaluations of the same problems: difference in avg@k with a paired bootstrap
     interval, for each set in both."""
-    parser = argparse.ArgumentParser(prog="python -m dapo_jax.compare", description=main.__doc__)
+    parser = cli.parser("compare", main.__doc__, "before.json after.json")
     parser.add_argument("first", metavar="A.json", help="written by dapo_jax.evaluate --json")
     parser.add_argument("second", metavar="B.json", help="the same of another run, step or model")
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Held-out accuracy: avg@k, pass@k and cons@k with standard errors.
 
-python -m dapo_jax.evaluate --config C --run-dir D          the newest checkpoint of a run
-python -m dapo_jax.evaluate --config C --model FOLDER       a model as in `model.folder`
+python -m dapo_jax.evaluate --run-dir D [--step N | --best]   a checkpoint of a run
+python -m dapo_jax.evaluate --config C --model FOLDER         a model as in `model.folder`
 """
 
 import argparse
@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from dapo_jax import cli
-from dapo_jax.config import EvalSection, RewardSection, load_config
+from dapo_jax.config import EvalSection, RewardSection
 from dapo_jax.data.problems import problems_digest
-from dapo_jax.data.prompts import decode
+from dapo_jax.data.prompts import decode, shown_prompt
 from dapo_jax.reward.golds import check_data
 from dapo_jax.reward.pool import RewardItem, RewardPool, check_errors, no_answer_fraction
 from dapo_jax.reward.verify import extract_answer, function_source
@@ -29,7 +29,7 @@ from dapo_jax.runtime.checkpoint import records_digest
 from dapo_jax.runtime.console import Console, make_console, progress
 from dapo_jax.runtime.files import run_folder, write_result
 from dapo_jax.runtime.guard import Guard
-from dapo_jax.runtime.mesh import make_mesh, publisher
+from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.training import setup
 from dapo_jax.training.inputs import by_key, load_eval_sets
 from dapo_jax.training.setup import Policy
@@ -210,22 +210,24 @@ def checked_pool(
 
 
 def answer_row(answer: Answer, policy: Policy) -> dict[str, Any]:
-    """One line of `--samples`. error: why there is no verdict."""
+    """One line of `--samples`. prompt: as fed. error: why there is no verdict."""
     problem, response, verdict = answer.prompt.problem, answer.response, answer.verdict
     text = decode(policy.tokenizer, response.tokens, policy.stop)
     row = {"id": problem.id, "sample": answer.sample, "answer": problem.answer, "response": text}
+    row["prompt"] = shown_prompt(policy.tokenizer, answer.prompt.tokens)
     row |= {"extracted": extract_answer(text), "correct": verdict.correct, "error": verdict.error}
     return row | {"length": len(response.tokens), "truncated": bool(response.truncated)}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measures held-out accuracy of a run's newest checkpoint or of a Hugging Face model on the
-    config's evaluation sets."""
-    parser = argparse.ArgumentParser(prog="python -m dapo_jax.evaluate", description=main.__doc__)
+def _parser() -> argparse.ArgumentParser:
+    run = "--run-dir runs/tiny --best --json tiny.json"
+    parser = cli.parser("evaluate", main.__doc__, run, "--config C.yaml --model exported")
     add = parser.add_argument
-    add("--config", required=True, help="YAML config; its `eval` section names the sets")
+    text = "YAML config; its `eval` section names the sets (default: that of --run-dir)"
+    add("--config", help=text)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run-dir", help="run folder; its newest usable checkpoint is evaluated")
+    which.add_argument("--run-dir", help="run folder; its newest usable checkpoint, unless:")
+    cli.add_checkpoint(parser)
     model = "model to evaluate: a folder, gs://bucket/folder, or an id of the hub"
     which.add_argument("--model", metavar="FOLDER", help=model)
     add("--json", metavar="OUT", help="also write the results to this file, for dapo_jax.compare")
@@ -233,12 +235,21 @@ def main(argv: list[str] | None = None) -> int:
     override = "override, e.g. eval.samples_per_problem=8"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
     add("--quiet", action="store_true", help="only warnings, errors and one line per set")
-    args = parser.parse_args(argv)
-    config = load_config(args.config, args.set)
-    if not config.eval.sets:
-        raise InputError(f"{args.config}: eval.sets: is empty; name a data set")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures held-out accuracy of a run's checkpoint or of a Hugging Face model on the config's
+    evaluation sets."""
+    args = _parser().parse_args(argv)
     run_dir = run_folder(args.run_dir) if args.run_dir else None
+    if (args.best or args.step is not None) and run_dir is None:
+        raise InputError("--step, --best: go with --run-dir")
+    config = setup.config_of(args.config, run_dir, args.set)
+    if not config.eval.sets:
+        raise InputError(f"{args.config or run_dir}: eval.sets: is empty; name a data set")
     config = setup.with_commit(config, run_dir) if run_dir else config
+    asked = setup.chosen_step(run_dir, args.step, args.best) if run_dir else None
     policy = setup.load_policy(config, args.model)
     multihost.initialize()
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
@@ -246,19 +257,16 @@ def main(argv: list[str] | None = None) -> int:
     named = by_key(sets)
     source = function_source(config.reward.function)
     checkpoints = records_digest(run_dir / "checkpoints") if run_dir else None
-    facts = {"the reward function": source}
-    facts |= {"the digest of the checkpoints in --run-dir": checkpoints}
+    facts: dict[str, Any] = {"the reward function": source}
+    facts |= {"the digest of the checkpoints in --run-dir": checkpoints, "--step": asked}
     setup.check_same_start(config, policy, named, facts)
     mesh = make_mesh(config.mesh)
     setup.check_divides(config, mesh, slots=True)
     console.info(setup.describe(policy, mesh))
     with checked_pool(config.reward, config.data.template, source, named, console) as pool:
-        if run_dir:
-            step, params = setup.restore_params(run_dir, policy, mesh)
+        step, weights = setup.rollout_weights(config, policy, mesh, run_dir, asked)
+        if step is not None:
             console.info(f"checkpoint of step {step}")
-        else:
-            step, params = None, setup.load_params(config, policy, mesh)
-        weights = publisher(params, mesh, policy.model.compute_dtype)(params)
         engine = setup.make_engine(config, policy, mesh, held_out=True)
         with Guard(config.train.stall_timeout_s) as guard:
             shared = (config.eval, config.reward, config.seed, policy)

@@ -1,16 +1,26 @@
-"""A run's newest checkpoint as a Hugging Face folder.
+"""A run's checkpoint as a Hugging Face folder, and on the hub.
 
-python -m dapo_jax.export --run-dir D --out FOLDER
+python -m dapo_jax.export --run-dir D --out FOLDER [--step N | --best] [--push OWNER/NAME]
 """
 
-import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from dapo_jax import cli
-from dapo_jax.config import MeshSection, RolloutSection, load_config
+from dapo_jax import __version__, cli
+from dapo_jax.config import Config, MeshSection, RolloutSection, dump_yaml
 from dapo_jax.model.weights import check_new, save_pretrained
-from dapo_jax.runtime.files import local_copy, run_folder
+from dapo_jax.runtime.files import Folder, is_id, read, run_folder, without_secrets, write_result
 from dapo_jax.runtime.mesh import make_mesh
-from dapo_jax.training.setup import Policy, describe, load_policy, restore_params
+from dapo_jax.runtime.metrics import read_metrics
+from dapo_jax.training.setup import (
+    Policy,
+    chosen_step,
+    config_of,
+    describe,
+    load_policy,
+    restore_params,
+)
 from dapo_jax.types import InputError, Params
 
 
@@ -31,25 +41,122 @@ def save_policy(out: str, policy: Policy, params: Params, section: RolloutSectio
     save_pretrained(out, policy.model, params, **files)
 
 
+_CARD = """---
+{front}---
+
+# {name}
+
+{model}, trained with DAPO ([arXiv 2503.14476](https://arxiv.org/abs/2503.14476)) by dapo_jax
+{version}: rollout step {step} of {steps}.
+
+- Start: {base}
+- Training data: {data}
+- Held-out accuracy at step {step}: {accuracy}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+Prompts were made by this template{chat}:
+
+```
+{template}
+```
+
+The run's config:
+
+```yaml
+{config}```
+"""
+
+
+def model_card(config: Config, run_dir: Folder, step: int, name: str, policy: Policy) -> str:
+    """The README.md of an exported checkpoint: base model, data, accuracy, how to load, config."""
+    base, k = config.model.folder, config.eval.samples_per_problem
+    front = "library_name: transformers\npipeline_tag: text-generation\ntags: [dapo, dapo_jax]\n"
+    if base and is_id(base):
+        front += f"base_model: {base.partition('@')[0]}\n"
+    found: dict[str, Any] = {}
+    if read(run_dir / "metrics.jsonl") is not None:
+        for record in read_metrics(run_dir):
+            found |= record if record["step"] == step else {}
+    scores = [
+        f"{key.split('/')[1]} avg@{k} {value:.3f} ± {found.get(f'{key}_se', 0.0):.3f}"
+        for key, value in found.items()
+        if key.startswith("eval/") and key.endswith("/avg")
+    ]
+    chat = config.data.chat and bool(policy.tokenizer.chat_template)
+    return _CARD.format(
+        front=front,
+        name=name,
+        model=policy.model.family,
+        version=__version__,
+        step=step,
+        steps=config.train.steps,
+        base=base or f"random weights, and {config.supervised.updates} updates on solutions",
+        data=", ".join(one.path for one in config.data.train),
+        accuracy=", ".join(scores) or "not measured",
+        chat=", then the chat template" if chat else "",
+        template=config.data.template,
+        config=dump_yaml(config),
+    )
+
+
+def create_repository(name: str) -> Callable[[str], str]:
+    """Creates a repository of the hub, private if it is new, and returns the function that uploads
+    a folder to it and returns its address. Raises InputError where the hub refuses."""
+    from huggingface_hub import HfApi  # not at the top: takes a second
+
+    def refused(e: Exception) -> InputError:
+        fix = "give OWNER/NAME, and log in with `hf auth login` or set HF_TOKEN (write access)"
+        return InputError(f"--push {name}: the hub refuses ({without_secrets(e)}); {fix}")
+
+    api = HfApi()
+    try:
+        api.create_repo(name, private=True, exist_ok=True)
+    except Exception as e:  # of huggingface_hub, its HTTP client
+        raise refused(e) from None
+
+    def upload(folder: str) -> str:
+        try:
+            return str(api.upload_folder(repo_id=name, folder_path=folder))
+        except Exception as e:
+            raise refused(e) from None
+
+    return upload
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Writes the newest usable checkpoint of a run as a Hugging Face folder: config, float32
-    safetensors, tokenizer, generation config."""
-    parser = argparse.ArgumentParser(prog="python -m dapo_jax.export", description=main.__doc__)
+    """Writes a checkpoint of a run as a Hugging Face folder: config, float32 safetensors,
+    tokenizer, generation config, model card."""
+    run = "--run-dir runs/tiny --out exported"
+    parser = cli.parser("export", main.__doc__, run, f"{run} --best --push me/my-model")
     parser.add_argument("--run-dir", required=True, help="run folder of dapo_jax.train")
     parser.add_argument("--out", required=True, help="folder to write; must not exist, or be empty")
+    cli.add_checkpoint(parser)
+    text = "also upload the folder to this repository of the hub, created private if missing"
+    parser.add_argument("--push", metavar="OWNER/NAME", help=text)
     args = parser.parse_args(argv)
     if "://" in args.out:
         do = "give --out one, and copy it with `gcloud storage cp -r`"
         raise InputError(f"{args.out}: is no local folder; {do}")
     run_dir = run_folder(args.run_dir)
-    with local_copy(run_dir / "config.yaml") as file:
-        config = load_config(file)
+    config = config_of(None, run_dir)
     check_new(args.out)
+    asked = chosen_step(run_dir, args.step, args.best)
+    upload = create_repository(args.push) if args.push else None
     policy = load_policy(config)
     mesh = make_mesh(MeshSection())
-    step, params = restore_params(run_dir, policy, mesh)
+    step, params = restore_params(run_dir, policy, mesh, asked)
     save_policy(args.out, policy, params, config.rollout)
+    card = model_card(config, run_dir, step, args.push or Path(args.out).resolve().name, policy)
+    write_result(str(Path(args.out, "README.md")), card)
     print(f"wrote step {step} of {args.run_dir} to {args.out}: {describe(policy, mesh)}")
+    if upload:
+        print(f"uploaded to {upload(args.out)}")
     return 0
 
 

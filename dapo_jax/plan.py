@@ -32,6 +32,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from dapo_jax import cli
 from dapo_jax.benchmark.schedule import (
     SIGMA,
     Schedule,
@@ -628,7 +629,8 @@ def _compile_for_other_machines() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dapo_jax.plan", description=main.__doc__)
+    example = "--config configs/qwen2.5-7b_dapo17k_v5p-64.yaml --topology v5p:4x4x4"
+    parser = cli.parser("plan", main.__doc__, example)
     add = parser.add_argument
     text = "YAML config; neither its weights, its tokenizer nor its data are read"
     add("--config", required=True, help=text)
@@ -729,6 +731,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from dapo_jax.cli import run
-
-    run(main)
+    cli.run(main)

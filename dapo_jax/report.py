@@ -3,7 +3,6 @@
 python -m dapo_jax.report --run-dir D [D ...] [--out FILE]
 """
 
-import argparse
 import base64
 import contextlib
 import hashlib
@@ -278,7 +277,8 @@ def run_names(run_dirs: Sequence[Folder]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Writes one HTML page about one run or several: curves, samples with the probability of each
     token, comparison."""
-    parser = argparse.ArgumentParser(prog="python -m dapo_jax.report", description=main.__doc__)
+    examples = "--run-dir runs/tiny", "--run-dir runs/a runs/b --out comparison.html"
+    parser = cli.parser("report", main.__doc__, *examples)
     given = "run folders of dapo_jax.train; may be running"
     parser.add_argument("--run-dir", required=True, nargs="+", help=given)
     parser.add_argument("--out", help="file to write; default report.html in the first run folder")

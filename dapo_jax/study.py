@@ -9,7 +9,6 @@ skips complete runs. Several commands may share the seeds between them. Rows, se
 may be added; a run of another config is refused.
 """
 
-import argparse
 import io
 import math
 import re
@@ -320,7 +319,8 @@ def _band(panel: Any, x: np.ndarray, curves: Any, study: Study, number: int) -> 
 
 def main(argv: list[str] | None = None) -> int:
     """Trains every row of a study with every seed, then writes one table and one figure."""
-    parser = argparse.ArgumentParser(prog="python -m dapo_jax.study", description=main.__doc__)
+    example = "--config configs/study_arithmetic_cpu.yaml --out runs/study"
+    parser = cli.parser("study", main.__doc__, example)
     parser.add_argument("--config", required=True, help="YAML file of the study")
     parser.add_argument("--out", required=True, help="folder of the study, created or resumed")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of the study's seeds")

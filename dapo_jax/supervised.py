@@ -3,7 +3,6 @@
 python -m dapo_jax.supervised --config C --out FOLDER        writes a Hugging Face folder
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -110,7 +109,7 @@ def _batches(
 
 def main(argv: list[str] | None = None) -> int:
     """Trains on worked solutions (`supervised` section) and writes a Hugging Face folder."""
-    parser = argparse.ArgumentParser(prog="python -m dapo_jax.supervised", description=main.__doc__)
+    parser = cli.parser("supervised", main.__doc__, "--config configs/tiny_cpu.yaml --out warm")
     add, override = parser.add_argument, "override, e.g. supervised.updates=500"
     used = "YAML config; its supervised, data and model sections are used, without eval.sets"
     add("--config", required=True, help=used)

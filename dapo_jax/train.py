@@ -5,7 +5,6 @@
 Run the same command again to resume from the newest checkpoint.
 """
 
-import argparse
 import functools
 from collections.abc import Callable, Iterable
 
@@ -30,7 +29,7 @@ from dapo_jax.runtime.files import Folder, run_folder
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.lock import locked
 from dapo_jax.runtime.mesh import is_published_unchanged, make_mesh
-from dapo_jax.runtime.metrics import MetricsLog, read_metrics, timed
+from dapo_jax.runtime.metrics import MetricsLog, best_step, read_metrics, timed
 from dapo_jax.runtime.profile import Profiler
 from dapo_jax.runtime.tracker import Tracker, check_tracker
 from dapo_jax.supervised import solution_items, warm_up
@@ -78,6 +77,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     programs = train_programs(model, mesh, algo, config.optim, config.rollout.temperature)
     same = lora is None and is_published_unchanged(programs.state.params, mesh, dtype)
     publish = (lambda params: params) if same else programs.publish
+    also = functools.partial(best_step, run_dir) if section.keep_best else lambda steps: None
     engine = setup.make_engine(config, policy, mesh)
     eval_engine = setup.make_engine(config, policy, mesh, held_out=True)
 
@@ -86,7 +86,9 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         checked_pool(config.reward, config.data.template, source, data.sets, console) as pool,
         Guard(section.stall_timeout_s) as guard,
         locked(run_dir),
-        Checkpoints(run_dir / "checkpoints", keep=section.keep_checkpoints) as checkpoints,
+        Checkpoints(
+            run_dir / "checkpoints", keep=section.keep_checkpoints, keep_also=also
+        ) as checkpoints,
         Profiler(run_dir / "profile", section.profile_start, section.profile_steps) as profiler,
     ):
         check_same_run(config, run_dir, source)  # another job may have started it since
@@ -193,7 +195,11 @@ def main(argv: list[str] | None = None) -> int:
     The run folder gets metrics.jsonl, curves.png, config.yaml, checkpoints/, samples/ and
     tensorboard/. Run the same command again to resume from the newest checkpoint.
     """
-    parser = argparse.ArgumentParser(prog="python -m dapo_jax.train", description=main.__doc__)
+    examples = (
+        "--config configs/tiny_cpu.yaml --run-dir runs/tiny",
+        "--config configs/tiny_cpu.yaml --run-dir runs/b --set optim.learning_rate=1e-4",
+    )
+    parser = cli.parser("train", main.__doc__, *examples)
     add = parser.add_argument
     fields = "`python -m dapo_jax.config` lists every field"
     add("--config", required=True, help=f"YAML config, e.g. configs/tiny_cpu.yaml; {fields}")

@@ -184,7 +184,8 @@ def test_help_of_every_verb(monkeypatch, capsys, verb):
     with pytest.raises(SystemExit) as done:
         cli.main()
     assert done.value.code == 0
-    assert "usage" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "usage" in said and f"examples:\n  python -m dapo_jax.{verb} " in said
     assert importlib.import_module(f"dapo_jax.{verb}").main.__doc__
 
 
@@ -201,6 +202,61 @@ def test_usage(monkeypatch, capsys, argv, status):
         assert said.out == f"dapo_jax {dapo_jax.__version__}\n"
     else:
         assert all(f"  {verb} " in (said.err if status else said.out) for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("typed, near", [("trian", "train"), ("eval", "evaluate")])
+def test_a_mistyped_verb_gets_the_nearest_one(typed, near):
+    command = [sys.executable, "-m", "dapo_jax", typed]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    last = f"dapo_jax: {typed}: no such verb; did you mean {near}?"
+    assert done.stderr.splitlines()[-1] == last
+
+
+def test_a_python_without_jax_is_told_what_to_activate():
+    """`python -m` prints one line; an import raises."""
+    block = "import sys, importlib.util as u; u.find_spec = lambda name: None; sys.argv = [{!r}]; import dapo_jax"
+    for argv, status in (("-m", 2), ("x.py", 1)):
+        command = [sys.executable, "-c", block.format(argv)]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == status and "has no jax; run `source .venv/bin/activate`" in last
+        assert (len(done.stderr.splitlines()) == 1) == (argv == "-m")
+
+
+@pytest.mark.parametrize(
+    "key, first",
+    [
+        ("optim.grad_clip", "grad_clip: 1.0 "),
+        ("mesh", "mesh:  # devices"),
+        ("model.lora.rank", "# rank: 16 "),
+        ("eval.sets", "sets: {} "),
+    ],
+)
+def test_a_config_key_is_explained(capsys, key, first):
+    from dapo_jax import config
+
+    assert config.main([key]) == 0
+    assert capsys.readouterr().out.startswith(first)
+
+
+def test_an_unknown_config_key_gets_the_nearest_ones():
+    from dapo_jax import config
+
+    with pytest.raises(
+        InputError, match="lerning_rate: no such .*did you mean optim.learning_rate"
+    ):
+        config.main(["optim.lerning_rate"])
+
+
+def test_shipped_configs_are_listed_with_their_headers(capsys):
+    from dapo_jax import config
+
+    assert config.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    assert lines[::2] == [f"configs/{file.name}" for file in files]
+    assert all(len(line.strip()) > 20 for line in lines[1::2])
 
 
 def test_signals_of_a_verb_that_has_ended_end_nothing_else():

@@ -10,10 +10,10 @@ Each prints a table, and one JSON object as its last line. Rates and `seconds` a
 accelerator). Quote ratios within one run.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
+from dapo_jax import cli
 from dapo_jax.benchmark.loss import LossSizes, benchmark_loss
 from dapo_jax.benchmark.measure import Report, run_benchmark
 from dapo_jax.benchmark.rollout import RolloutSizes, benchmark_rollout
@@ -23,10 +23,7 @@ from dapo_jax.benchmark.update import UpdateSizes, benchmark_update
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one benchmark. Its JSON is the last line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m dapo_jax.benchmark", description=__doc__, formatter_class=raw
-    )
+    parser = cli.parser("benchmark", __doc__, "loss --tokens 2048 --vocab 32000")
     update = UpdateSizes(heads=4, kv_heads=2, head_dim=64, vocab=32000)
     update.prompt_len, update.max_response_len = 128, 384
     benchmarks: dict[str, tuple[Callable[[Any], Report], Any]] = {

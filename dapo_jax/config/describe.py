@@ -2,10 +2,13 @@
 
 import argparse
 import dataclasses
+import difflib
 import json
+import textwrap
 import typing
+from pathlib import Path
 
-from dapo_jax.config.checks import limits
+from dapo_jax.config.checks import ConfigError, limits, printable
 from dapo_jax.config.load import dump_yaml, load_config
 from dapo_jax.config.schema import Config
 
@@ -42,12 +45,50 @@ def _shown(field: dataclasses.Field) -> str:
     return shown if len(shown) <= 50 else f"{shown[:40]!r}..."
 
 
+def explain(key: str) -> list[str]:
+    """The lines of a field or section. Raises ConfigError for an unknown key."""
+    found, path = dict[str, list[str]](), list[str]()
+    for line in describe():
+        lead = line[: len(line) - len(line.lstrip(" #"))]  # of what else a field may hold: `  # `
+        depth = len(lead.replace("# ", "")) // 2
+        path = [*path[:depth], line[len(lead) :].partition(":")[0]]
+        for end in range(1, len(path) + 1):
+            found.setdefault(".".join(path[:end]), []).append(line)
+    if key not in found:
+        near = difflib.get_close_matches(key, found, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "without KEY, all are listed"
+        raise ConfigError(f"{printable(key)[:100]}: no such field or section; {hint}")
+    return textwrap.dedent("\n".join(found[key])).splitlines()
+
+
+def shipped(folder: Path) -> list[str]:
+    """The configs in a folder, each with the first line of its header."""
+    found = []
+    for file in sorted(folder.glob("*.yaml")):
+        header = file.read_text().partition("\n")[0]
+        found += [f"configs/{file.name}", f"    {header.lstrip('# ')}"]
+    return found or [f"no configs in {folder}; they come with the repository"]
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Prints every config field with its default and meaning, or a resolved config file."""
-    parser = argparse.ArgumentParser(prog="python -m dapo_jax.config", description=main.__doc__)
+    """Prints every config field with its default and meaning, one of them, or a resolved config."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dapo_jax.config",
+        description=main.__doc__,
+        epilog="examples:\n  python -m dapo_jax.config optim.learning_rate\n"
+        "  python -m dapo_jax.config --config configs/tiny_cpu.yaml --set optim.grad_clip=0.5",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("key", nargs="?", help="a field or section, e.g. dapo.clip_eps_high")
+    parser.add_argument("--list", action="store_true", help="the configs of this repository")
     parser.add_argument("--config", help="print this file, resolved and checked")
     text = "override, e.g. optim.learning_rate=1e-5"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
     args = parser.parse_args(argv)
-    print(dump_yaml(load_config(args.config, args.set)) if args.config else "\n".join(describe()))
+    if args.config:
+        print(dump_yaml(load_config(args.config, args.set)))
+    elif args.list:
+        print("\n".join(shipped(Path(__file__).parents[2] / "configs")))
+    else:
+        print("\n".join(explain(args.key) if args.key else describe()))
     return 0

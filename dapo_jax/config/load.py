@@ -212,8 +212,12 @@ def _task_template(path: str, where: str) -> str:
     return template
 
 
-def config_from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
-    """Builds and checks a Config. `where` names the source in errors."""
+def config_from_dict(
+    tree: Mapping[str, Any], where: str = "config", overrides: Sequence[str] = ()
+) -> Config:
+    """Builds and checks a Config, with overrides. `where` names the source in errors."""
+    for assignment in overrides:
+        tree = _override(tree, assignment)
 
     def fail(key: str, message: str) -> NoReturn:
         raise ConfigError(f"{where}: {key}: {message}")
@@ -251,7 +255,4 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     >>> config.dapo.clip_eps_high, config.optim.learning_rate, config.dapo.responses_per_prompt
     (0.2, 1e-05, 8)
     """
-    tree: Mapping[str, Any] = read_mapping(path)
-    for assignment in overrides:
-        tree = _override(tree, assignment)
-    return config_from_dict(tree, printable(str(path)))
+    return config_from_dict(read_mapping(path), printable(str(path)), overrides)

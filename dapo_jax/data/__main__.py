@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dapo_jax import cli
 from dapo_jax.config import (
     ArithmeticConfig,
     ColumnsConfig,
@@ -39,8 +40,7 @@ Found = dict[str, tuple[list[Problem], LoadReport, dict[str, float]]]
 
 def main(argv: list[str] | None = None) -> int:
     """Prepares data sets, and prints what is in them. Uses no device."""
-    how: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="python -m dapo_jax.data", description=__doc__, **how)
+    parser = cli.parser("data", __doc__, "show --config configs/tiny_cpu.yaml")
     verbs = parser.add_subparsers(required=True, metavar="prepare|stats")
     source = "a file, a folder or pattern of shards, here or at gs://bucket/..."
 
@@ -175,6 +175,4 @@ def named_columns(pairs: list[str]) -> ColumnsConfig:
 
 
 if __name__ == "__main__":
-    from dapo_jax.cli import run
-
-    run(main)
+    cli.run(main)

@@ -209,6 +209,12 @@ def decode(
         return str(tokenizer.decode(ids, **how))
 
 
+def shown_prompt(tokenizer: "Tokenizer", tokens: Sequence[int] | np.ndarray) -> str:
+    """The text of a prompt as it is fed, special tokens included."""
+    how: Any = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(np.asarray(tokens, np.int64).tolist(), **how))
+
+
 # ---------------------------------------------------------------------------------------- prompts
 
 

@@ -84,10 +84,19 @@ class Checkpoints:
 
     Leaving the context waits for the save in progress. Raises InputError where the folder cannot be
     used. All methods raise RunError in place of InputError for a bucket: it may answer in a minute.
+
+    keep_also: one of the given whole steps, or None; that step is kept too.
     """
 
-    def __init__(self, folder: str | Folder, *, keep: int):
+    def __init__(
+        self,
+        folder: str | Folder,
+        *,
+        keep: int,
+        keep_also: Callable[[Collection[int]], int | None] = lambda steps: None,
+    ):
         self._folder, self._keep, self._saved = _absolute(folder), keep, ""
+        self._keep_also = keep_also
         # If a background thread created the folders and failed, others would wait for it for five
         # minutes and keep the interpreter alive.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
@@ -126,7 +135,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Whole steps in the folder, newest first; not verified."""
-        return [step for step, number in map(_key, _listed(self._folder)) if number == 0]
+        return stored_steps(self._folder)
 
     def save(
         self, step: int, state: TrainState, host: _Dict, groups: _Dict, *, partial: bool = False
@@ -174,7 +183,10 @@ class Checkpoints:
             listed = _listed(self._folder)
             stored = [path for path in listed if not path.name.startswith(f"{saved}.")]
             whole = [path for path in stored if _key(path)[1] == 0]
-            self._remove({*listed} - {stored[0], *whole[: self._keep]})
+            excess = {*listed} - {stored[0], *whole[: self._keep]}
+            if excess and multihost.is_main():
+                also = self._keep_also([int(path.name) for path in whole])
+                self._remove({path for path in excess if path.name != str(also)})
 
     def restore(self, abstract_state: TrainState, *, at_most: int | None = None) -> Restored | None:
         """The newest complete checkpoint of the expected tree, shapes, dtypes and digests.
@@ -241,14 +253,23 @@ def records_digest(folder: str | Folder) -> str:
     return digest.hexdigest()
 
 
-def restore_params(folder: str | Folder, abstract_params: Params) -> tuple[int, Params]:
-    """Step and weights of the newest usable whole step, without its optimizer. Changes no file.
+def stored_steps(folder: str | Folder) -> list[int]:
+    """Whole steps in the folder, newest first; not verified."""
+    return [step for step, number in map(_key, _listed(_absolute(folder))) if number == 0]
+
+
+def restore_params(
+    folder: str | Folder, abstract_params: Params, step: int | None = None
+) -> tuple[int, Params]:
+    """Step and weights of the newest usable whole step, or of `step`, without its optimizer.
+    Changes no file.
 
     abstract_params: arrays, or jax.ShapeDtypeStruct leaves with shardings. Unusable checkpoints are
     named on stderr. Raises NoCheckpointError if there is no usable one.
     """
     folder, target = _absolute(folder), jax.tree.map(_target, abstract_params)
     whole = [path for path in _listed(folder) if _key(path)[1] == 0]
+    whole = [path for path in whole if step is None or path.name == str(step)]
     found = _newest(folder, whole, {"params": _named(target)}, groups=False)
     if found is None:
         raise NoCheckpointError(

@@ -286,6 +286,11 @@ def same_commit(asked: str, started: str | None) -> str:
     return f"{repo}@{commit}" if repo == asked and _COMMIT.fullmatch(commit) else asked
 
 
+def without_secrets(e: Exception) -> str:
+    """An error of the hub on one line, without tokens."""
+    return _SECRET.sub("***", " ".join(f"{type(e).__name__}: {e}".split()))[:300]
+
+
 def _from_hub(name: str, files: Sequence[str]) -> LocalModel:
     from huggingface_hub import constants, snapshot_download  # not at the top: takes a second
 
@@ -296,7 +301,7 @@ def _from_hub(name: str, files: Sequence[str]) -> LocalModel:
             repo, revision=revision or None, allow_patterns=list(files), local_files_only=offline
         )
     except Exception as e:  # of huggingface_hub, its HTTP client, the file system
-        why = _SECRET.sub("***", " ".join(f"{type(e).__name__}: {e}".split()))[:300]
+        why = without_secrets(e)
         fix = f"correct the name, set HF_TOKEN, or give the folder of `hf download {repo}`"
         raise InputError(f"{name}: no such folder, and no download ({why}); {fix}") from None
     return LocalModel(f"{repo}@{Path(folder).name}", folder)  # the cache's folder is the commit

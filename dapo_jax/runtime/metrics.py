@@ -15,7 +15,7 @@ import resource
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,21 @@ def read_metrics(run_dir: str | Folder) -> list[dict[str, Any]]:
         number = records.index(None) + 1
         raise InputError(f"{path}: line {number} is not a JSON object with a step; remove the line")
     return [record for record in records if record is not None]
+
+
+def best_step(run_dir: str | Folder, steps: Collection[int]) -> int | None:
+    """The one of `steps` with the highest held-out accuracy: avg@k, averaged over the sets. The
+    earliest among equals; None if none was evaluated on the problems of the last evaluation."""
+    problems: dict[int, Any] = {}
+    accuracy: dict[int, float] = {}
+    for record in read_metrics(run_dir):
+        if keys := [key for key in record if re.fullmatch(r"eval/[^/]+/avg", key)]:
+            step, digests = record["step"], [f"{key[:-3]}digest" for key in sorted(keys)]
+            problems[step] = {key: record.get(key) for key in digests}
+            accuracy[step] = sum(record[key] for key in keys) / len(keys)
+    last = problems[max(problems)] if problems else None
+    same = [step for step in sorted(steps) if problems.get(step, {}) == last]
+    return max(same, key=lambda step: accuracy[step], default=None)
 
 
 def write_samples(run_dir: str | Folder, step: int, rows: Sequence[Mapping[str, Any]]) -> Folder:

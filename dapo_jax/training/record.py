@@ -178,13 +178,14 @@ class Recorder:
         self.info(self._table.line(step, metrics))
         self._remark(step, updates.sizes, metrics)
         last = step == self.train.steps
-        if self.eval_every and (step % self.eval_every == 0 or last):
+        evaluated = self.eval_every and (step % self.eval_every == 0 or last)
+        if evaluated:
             metrics |= self._evaluation(run.weights, times)
         run.end_step()
         check_agreement(run, metrics)
         metrics |= times | self._saving | {"memory/peak_bytes": peak_memory()}
         self.log.write(step, run.progress.updates, run.draw.draws, metrics)
-        if step % self.train.save_every == 0 or last:
+        if step % self.train.save_every == 0 or last or (evaluated and self.train.keep_best):
             self._saving = {"time/save_s": 0.0}
             with timed(self._saving, "time/save_s"):
                 self.store.save(run)

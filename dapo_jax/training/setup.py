@@ -31,8 +31,9 @@ from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import checkpoint, multihost
 from dapo_jax.runtime.chips import prefill_tokens
 from dapo_jax.runtime.files import Folder, is_id, local_copy, local_model, read, same_commit
-from dapo_jax.runtime.mesh import params_sharding, put, row_shards
-from dapo_jax.types import NoCheckpointError, Params, Prompt
+from dapo_jax.runtime.mesh import params_sharding, publisher, put, row_shards
+from dapo_jax.runtime.metrics import best_step
+from dapo_jax.types import InputError, NoCheckpointError, Params, Prompt
 
 
 class Policy(NamedTuple):
@@ -86,12 +87,34 @@ def adapted(model: ModelConfig, lora: LoraConfig | None) -> ModelConfig:
     return dataclasses.replace(model, lora=lora)
 
 
-def stored_config(run_dir: Folder) -> Config | None:
-    """The config.yaml of a run folder, if there is one."""
+def stored_config(run_dir: Folder, overrides: Sequence[str] = ()) -> Config | None:
+    """The config.yaml of a run folder, if there is one, with overrides."""
     if read(run_dir / "config.yaml") is None:
         return None
     with local_copy(run_dir / "config.yaml") as file:
-        return load_config(file)
+        return load_config(file, overrides)
+
+
+def config_of(path: str | None, run_dir: Folder | None, overrides: Sequence[str] = ()) -> Config:
+    """The config at `path`, or else that of the run folder, with overrides."""
+    if path is not None:
+        return load_config(path, overrides)
+    if run_dir is None:
+        raise InputError("--config: is missing; give one, or the --run-dir of a run")
+    if (config := stored_config(run_dir, overrides)) is None:
+        raise InputError(f"{run_dir}: holds no config.yaml; give the folder of a run, or --config")
+    return config
+
+
+def chosen_step(run_dir: Folder, step: int | None, best: bool) -> int | None:
+    """The step of the checkpoint that --step or --best asks for; None for the newest."""
+    stored = checkpoint.stored_steps(run_dir / "checkpoints")
+    held = f"its checkpoints are of steps {', '.join(map(str, stored[::-1])) or 'none'}"
+    if best and (step := best_step(run_dir, stored)) is None:
+        raise InputError(f"--best: no checkpoint of {run_dir} was evaluated; {held}; give --step")
+    if step is not None and step not in stored:
+        raise InputError(f"--step: {run_dir} holds no checkpoint of step {step}; {held}")
+    return step
 
 
 def with_commit(config: Config, run_dir: Folder | None = None) -> Config:
@@ -211,8 +234,10 @@ def merged(params: Params, policy: Policy, lora: LoraConfig | None, mesh: Mesh) 
     return jax.jit(functools.partial(merge, lora=lora), out_shardings=shardings)(params)
 
 
-def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Params]:
-    """Step and weights of the newest usable whole step of a run folder, adapters merged.
+def restore_params(
+    run_dir: Folder, policy: Policy, mesh: Mesh, step: int | None = None
+) -> tuple[int, Params]:
+    """Step and weights of a whole step of a run folder (None: the newest usable), adapters merged.
 
     Raises NoCheckpointError if there is none, ConfigError if the run trains another model.
     """
@@ -230,8 +255,20 @@ def restore_params(run_dir: Folder, policy: Policy, mesh: Mesh) -> tuple[int, Pa
         abstract,
         params_sharding(abstract, mesh),
     )
-    step, params = checkpoint.restore_params(folder, target)
+    step, params = checkpoint.restore_params(folder, target, step)
     return step, merged(params, policy, lora, mesh)
+
+
+def rollout_weights(
+    config: Config, policy: Policy, mesh: Mesh, run_dir: Folder | None, step: int | None
+) -> tuple[int | None, Params]:
+    """Weights for sampling, and their rollout step: of a run's checkpoint (as `restore_params`), or
+    those that the policy starts from."""
+    if run_dir:
+        found, params = restore_params(run_dir, policy, mesh, step)
+    else:
+        found, params = None, load_params(config, policy, mesh)
+    return found, publisher(params, mesh, policy.model.compute_dtype)(params)
 
 
 def check_same_model(run: ModelSection, policy: Policy, run_dir: Folder) -> None:
