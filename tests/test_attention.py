@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import Mesh
 
 from dapo_jax.config import MeshSection
@@ -209,6 +211,21 @@ def test_other_forms_give_the_same_output_and_gradients(form, t, width, size):
     for on in (True, False) if size else (False,):
         for a, b in zip(found(on), expected(on), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("window, before, after", [(1024, 36, 20), (150, 21, 19)])
+def test_the_kernel_skips_blocks_of_other_segments(window, before, after):
+    """Segments of 300, 400, 200 and padding in blocks of 128: 3, 4 and 3 rows of blocks see their own
+    only, counted by hand; with a window of 150 a row of blocks sees at most 3.
+    """
+    mask = splash_attention_mask.LocalMask((1024, 1024), (window - 1, 0), offset=0)
+    heads, sizes = splash_attention_mask.MultiHeadMask([mask] * 2), splash.BlockSizes(*(128,) * 8)
+    kernel = splash.make_splash_mha(heads, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    segments = np.repeat([1, 2, 3, 0], [300, 400, 200, 124]).reshape(8, 128)
+    own = attention.within_segments(kernel, jnp.asarray(segments))
+    for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
+        counts = [np.count_nonzero(getattr(one, name).block_mask) for one in (kernel, own)]
+        assert counts == [before, after], name
 
 
 @pytest.mark.parametrize(

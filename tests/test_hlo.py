@@ -138,10 +138,13 @@ def test_asynchronous_copies_move_bytes_but_are_no_operation():
         f"  %s = ({CORE}, {BLOCK}, u32[]) copy-start(%x)\n"
         f"  %d = {CORE} copy-done(%s)\n"
         f"  %s2 = (({CACHE}), {CORE}, s32[]) async-start(%cache), calls=%async\n"
-        f"  %d2 = {CORE} async-done(%s2), calls=%async",
+        f"  %u2 = (({CACHE}), {CORE}, s32[]) async-update(%s2, %x), calls=%async\n"
+        f"  %d2 = {CORE} async-done(%u2), calls=%async\n"
+        f"  %s3 = (({CACHE}), {BLOCK}, s32[]) slice-start(%cache), slice={{[0:1], [0:8], [0:128]}}\n"
+        f"  %d3 = {BLOCK} slice-done(%s3)",
         sliced,
     )
-    assert module.traffic() == Traffic(2 * 4096, 0, 0)
+    assert module.traffic() == Traffic(3 * 4096, 4096, 0)
 
 
 def test_kernels_move_their_operands_and_notes_nothing():

@@ -118,6 +118,23 @@ def attend_chunked(
     return jnp.moveaxis(parts, 0, 1).reshape(n, -1, heads, h)[:, :t]
 
 
+def within_segments(kernel: Any, segments: Int[Array, "blocks size"]) -> Any:
+    """A splash kernel that skips blocks whose queries and keys have no segment in common."""
+    ids = jnp.where(segments == 0, jnp.iinfo(segments.dtype).max, segments)  # padding comes last
+    first, last = ids.min(1), ids.max(1)
+    meet = (first[:, None] <= last[None]) & (first[None] <= last[:, None])
+
+    def skip(info: Any, *, axis: int) -> Any:  # axis: of the blocks that lie in their own order
+        other = jnp.asarray(info.data_next, jnp.int32)
+        own = jax.lax.broadcasted_iota(jnp.int32, other.shape, axis)
+        runs = meet[own, other].astype(info.block_mask.dtype)
+        return info._replace(block_mask=info.block_mask * runs)
+
+    forward, dq, dkv = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+    infos = skip(forward, axis=1), skip(dq, axis=1), skip(dkv, axis=2)
+    return type(kernel)(*infos, **kernel.kwargs)
+
+
 def attend_splash(
     q: Queries,
     k: Keys,
@@ -131,8 +148,8 @@ def attend_splash(
     """`attend` as a TPU kernel, forward and backward.
 
     Blocks are of at most `block` positions, rounded up to a multiple of 128; padding comes last,
-    where no other position sees it. A kernel skips blocks that its mask hides, so layers with a
-    window have a kernel of their own. interpret: run on any platform, for tests.
+    where no other position sees it. A kernel skips blocks that its mask hides or that are of other
+    segments; layers with a window have a kernel of their own. interpret: run anywhere, for tests.
     """
     t, heads, h = q.shape[1:]
     size = _LANES * math.ceil(min(block, t) / _LANES)
@@ -147,7 +164,12 @@ def attend_splash(
         options: dict[str, Any] = {"head_shards": 1, "q_seq_shards": 1, "interpret": interpret}
         options["residual_checkpoint_name"] = SAVED  # the output and its log-sums
         made = splash.make_splash_mha(masks, block_sizes=blocks, **options)
-        return jax.vmap(lambda q, k, v, s: made(q, k, v, splash.SegmentIds(s, s)))
+
+        def attend(q, k, v, s):
+            own = within_segments(made, s.reshape(-1, size))
+            return own(q, k, v, splash.SegmentIds(s, s))
+
+        return jax.vmap(attend)
 
     shape = (length, length)
     whole = kernel(splash_attention_mask.CausalMask(shape))

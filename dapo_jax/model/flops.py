@@ -72,10 +72,16 @@ def train_flops(c: ModelConfig, tokens: float, pairs: float, targets: float) -> 
 
 
 def recomputed_flops(c: ModelConfig, tokens: float, pairs: float) -> float:
-    """Work of remat in the backward pass: all of the layers with "full", attention with "dots"."""
-    if c.remat == "none":
-        return 0.0
-    return forward_flops(c, tokens if c.remat == "full" else 0, pairs, 0)
+    """What the backward pass computes again on a TPU.
+
+    The attention kernels take 7 products a pair where `backward_flops` has 4, for they compute
+    scores and probabilities' gradients twice. Remat "full" computes the layers again, without the
+    product with `down`, which no gradient needs; "dots" saves all products.
+    """
+    product = 2 * c.layers * c.heads * c.head_dim * pairs
+    down = 2 * c.layers * c.model_dim * c.ffn_dim * tokens
+    layers = forward_flops(c, tokens, pairs, 0) - down if c.remat == "full" else 0.0
+    return 3 * product + layers
 
 
 def cache_bytes(c: ModelConfig, *, int8: bool) -> int:

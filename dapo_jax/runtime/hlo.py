@@ -18,7 +18,7 @@ _FREE = frozenset(
     "get-tuple-element bitcast constant parameter tuple while conditional call after-all "
     "partition-id replica-id opt-barrier add-dependency".split()
 )
-_HALVES = ("-start", "-done")  # of an asynchronous operation
+_PHASES = ("-start", "-update", "-done")  # of an asynchronous operation
 FUSED_SCATTER = "all-reduce-scatter"  # a fusion of an all-reduce and a slice of its result
 _VIEWS = ("bitcast", "get-tuple-element")
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -178,7 +178,7 @@ class Module:
         for other in own[own.index(i) + 1 :]:
             if i.name in other.operands:
                 return False
-            if not (other.opcode in _FREE or other.opcode.endswith(_HALVES) or _is_note(other)):
+            if not (other.opcode in _FREE or other.opcode.endswith(_PHASES) or _is_note(other)):
                 return True
         return True  # it ends in a later turn of a loop
 
@@ -209,7 +209,7 @@ class Module:
                 continue
             r, w = self.moved(name, i)
             read, written = read + times * r, written + times * w
-            if i.opcode.endswith(_HALVES) or _is_note(i):
+            if i.opcode.endswith(_PHASES) or _is_note(i):
                 continue
             if i.opcode != "fusion" and max(a.size for a in arrays(i.type) or [_NONE]) < 8:
                 continue  # of a few numbers: the scalar core's
@@ -221,7 +221,7 @@ class Module:
     def moved(self, name: str, i: Instruction) -> tuple[int, int]:
         """HBM bytes that an instruction of a computation reads and writes."""
         types = [self._type(name, operand) for operand in i.operands]
-        if i.opcode in _FREE or i.opcode.endswith("-done") or _is_note(i):
+        if i.opcode in _FREE or i.opcode.endswith(_PHASES[1:]) or _is_note(i):
             return 0, 0
         if i.opcode == "fusion":
             (fused,) = i.called
@@ -232,9 +232,10 @@ class Module:
         if i.opcode in ("dynamic-update-slice", "scatter"):
             update = types[1 if i.opcode == "dynamic-update-slice" else 2]
             return hbm_bytes(update), _touched(update, i.type)
-        if i.opcode == "copy-start":  # (target, source, context)
-            target, source = (a.padded if a.hbm else 0 for a in arrays(i.type)[:2])
-            return source, target
+        if i.opcode in ("copy-start", "slice-start"):
+            first, second = arrays(i.type)[:2]  # (target, source, ...), or ((source), target, ...)
+            target, source = (first, second) if i.opcode == "copy-start" else (second, first)
+            return target.padded * source.hbm, target.padded * target.hbm
         if i.opcode == "async-start":
             (root,) = (j for j in self.computations[i.called[0]].values() if j.root)
             return self.moved(i.called[0], root)
