@@ -180,8 +180,15 @@ def test_a_group_to_train_on_needs_a_log_prob_a_token_and_another_does_not():
         buffer.add(
             [make_group(0, MIXED), dataclasses.replace(make_group(1, MIXED), old_logprobs=())]
         )
-    with pytest.raises(ValueError, match="draw 0: 2 responses"):
-        buffer.add([dataclasses.replace(make_group(0, MIXED), reward=np.ones(1, np.float32))])
+    for lacking in ("correct", "reward", "penalty"):
+        group = make_group(0, [1, 0, 1])
+        short = {lacking: getattr(group, lacking)[:2]}
+        with pytest.raises(ValueError, match="draw 0: 3 responses"):
+            buffer.add([dataclasses.replace(group, **short)])
+    first, second = group.responses[0], group.responses[1:]
+    first = first._replace(behavior_logprobs=np.zeros(9, np.float32))
+    with pytest.raises(ValueError, match="draw 0: .* have \\[9, "):
+        buffer.add([dataclasses.replace(group, responses=(first, *second))])
     assert buffer.missing() == 4
     buffer.add([make_group(0, MIXED), dataclasses.replace(make_group(1, WRONG), old_logprobs=())])
     assert buffer.missing() == 3
@@ -231,6 +238,14 @@ def test_the_message_at_the_cap_counts_and_advises():
         )
     buffer.add([make_group(0, MIXED), make_group(1, MIXED)], at_least=2)
     assert buffer.ready()[1].drawn == 2  # what was refused left no trace
+
+
+def test_the_message_at_the_cap_leaves_groups_without_a_verdict_out_and_advises_on_a_tie():
+    buffer = DynamicSamplingBuffer(8, True, True)
+    drawn = [make_group(d, c) for d, c in enumerate([WRONG, RIGHT, MIXED, []])]
+    tie = "drew 4: 1 all-correct, 1 all-incorrect, 1 informative; use easier"
+    with pytest.raises(UnderfilledError, match=tie):
+        buffer.add(drawn, at_least=2)
 
 
 def assert_same(left, right):

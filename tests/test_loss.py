@@ -171,6 +171,12 @@ def test_truncated_importance_sampling_weights_by_what_the_sampler_drew(mode, lo
     assert metrics["importance_capped"].tolist() == (
         [0, 0, 1] if mode == "recompute" else [0, 0, 0]
     )
+    # At π_θ / π_old = 4, with the sampler's log-probs as old ones, only the ratio itself is capped.
+    same = args._replace(behavior_logprobs=old)
+    loss, metrics = dapo_terms(old + np.float32(np.log(4)), zeros.astype(np.float32), same, algo)
+    ratio = 3 * (1 + math.log(4 / 3)) if mode == "sampler" else 4
+    np.testing.assert_allclose(loss, [2 * ratio] * 3, rtol=1e-6)
+    assert metrics["importance_capped"].tolist() == [mode == "sampler"] * 3
     off, metrics = dapo_terms(old, zeros.astype(np.float32), args, DapoSection(old_logprobs=mode))
     np.testing.assert_allclose(off, [2, 2, 2], rtol=1e-6)
     assert "importance_capped" not in metrics
@@ -300,6 +306,36 @@ def test_dual_clipped_tokens_are_counted_only_where_it_is_on():
     assert np.asarray(flat.behavior_logprobs - flat.old_logprobs)[found > 0] == pytest.approx(
         [np.log(2)], rel=1e-5
     )
+
+
+def token_args(n, advantages, log_ratio=0.0):
+    """n tokens whose old and the sampler's log-probs are -1, and log-probs of that ratio."""
+    zeros, ones = np.zeros(n, np.int32), np.full(n, -1, np.float32)
+    signed = np.float32(advantages)
+    args = TrainBatch(zeros, zeros, zeros, zeros == 0, ones, ones, signed, -ones, zeros == 0)
+    return np.float32(log_ratio) + ones, args
+
+
+def test_a_ratio_at_its_bound_is_not_counted_as_clipped():
+    logprobs, args = token_args(2, [1, -1])
+    for mode in ("sampler", "recompute"):
+        algo = DapoSection(
+            clip_eps_low=0.0,
+            clip_eps_high=0.0,
+            dual_clip=1.0,
+            importance_cap=1.0,
+            old_logprobs=mode,
+        )
+        counts = policy_metrics(logprobs, logprobs, args, algo)
+        for name in ("clipped_low", "clipped_high", "clipped_dual", "importance_capped"):
+            assert counts[name].tolist() == [0, 0], name
+
+
+def test_a_token_without_advantage_is_never_counted_as_clipped():
+    logprobs, args = token_args(2, [0, 0], [np.log(12), np.log(0.5)])
+    counts = policy_metrics(logprobs, logprobs, args, DapoSection(dual_clip=10.0))
+    for name in ("clipped_low", "clipped_high", "clipped_dual", "upclipped_prob"):
+        assert counts[name].tolist() == [0, 0], name
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,16 @@ def test_share_of_the_longest_quarter_counts_advantages():
     assert long_share([3, 4], [0.5, 0.5], [0.0, 0.0]) == 0.0
 
 
+def test_equal_lengths_are_long_in_their_order():
+    """Of 80 responses of one length the first 20 are the quarter, and rows keep their order."""
+    assert long_share([5] * 80, [1.0] * 80, [1.0] * 20 + [0.0] * 60) == 1.0
+    assert pack_rows([3, 4, 4, 3] * 10, 4) == [
+        [i] for i in np.argsort([1, 0, 0, 1] * 10, stable=True)
+    ]
+    _, stats = build_batch(make_items([(1, 3)] * 40), row_len=4, rows_per_microbatch=40)
+    assert [p.row for p in stats.placement] == list(range(40))
+
+
 def test_a_group_that_is_masked_whole_does_not_count_as_a_group():
     assert tiny_objective([True, True, False, False], "group-token-mean") == pytest.approx(
         -2.62 / 6, abs=1e-6
@@ -113,8 +123,10 @@ def test_normalizer_weights_checks_its_input():
         normalizer_weights(one, one, one > 0, normalizer="mean")
     with pytest.raises(ValueError, match="must be"):
         normalizer_weights(one, np.ones(2, int), one > 0, normalizer="token-mean")
+    with pytest.raises(ValueError, match="must be"):
+        normalizer_weights(*[np.ones((2, 2), int)] * 3, normalizer="token-mean")
     with pytest.raises(ValueError, match="negative"):
-        normalizer_weights(one, -one, one > 0, normalizer="token-mean")
+        normalizer_weights([1, 1], [2, -1], [True, True], normalizer="token-mean")
 
 
 def naive_first_fit_decreasing(lengths, row_len):
@@ -167,8 +179,9 @@ def test_max_microbatches_is_never_exceeded_and_is_attained(
 
 
 def test_max_microbatches_checks_its_input():
-    with pytest.raises(ValueError, match="max_item_len"):
-        max_microbatches(4, row_len=10, max_item_len=11, rows_per_microbatch=2)
+    for length in (0, 11):
+        with pytest.raises(ValueError, match="max_item_len"):
+            max_microbatches(4, row_len=10, max_item_len=length, rows_per_microbatch=2)
 
 
 def make_items(sizes, seed=0):
@@ -341,6 +354,7 @@ def test_a_row_by_hand():
             np.array([-8, -9, -10]),
             advantage=-0.5,
             weight=0.0,
+            current=False,
         ),
     ]
     batch, stats = build_batch(items, row_len=9, rows_per_microbatch=2)
@@ -353,6 +367,7 @@ def test_a_row_by_hand():
     assert row.behavior_logprobs == [0, -3, -4, 0, 0, -8, -9, -10, 0]
     assert row.advantages == [0, 1.5, 1.5, 0, 0, -0.5, -0.5, -0.5, 0]
     assert row.weight == [0, 0.25, 0.25, 0, 0, 0, 0, 0, 0]
+    assert row.current == [False, True, True, False, False, False, False, False, False]
     assert not any(field[0, 1].any() for field in batch)
     assert stats.placement == ((0, 0, 1, 2), (0, 0, 5, 3))
 
@@ -368,6 +383,8 @@ def test_build_batch_checks_its_input():
         build_batch([too_long], **sizes)
     with pytest.raises(ValueError, match="item 0 has 3 response tokens, but 2 old"):
         build_batch([good._replace(old_logprobs=good.old_logprobs[1:])], **sizes)
+    with pytest.raises(ValueError, match="3 old and 2 behavior log-probs"):
+        build_batch([good._replace(behavior_logprobs=good.old_logprobs[1:])], **sizes)
     with pytest.raises(ValueError, match="3 rows do not divide over 2 devices"):
         build_batch([good], row_len=16, rows_per_microbatch=3, row_shards=2)
     with pytest.raises(ValueError, match="need 2 micro-batches"):

@@ -329,6 +329,8 @@ def test_summarize_divides_by_tokens_and_by_clipped_tokens():
     )
     nothing = summarize(sums | {"clipped_high": 0.0, "upclipped_prob": 0.0})
     assert nothing["policy/clip_fraction_high"] == 0 and "policy/upclipped_prob_mean" not in nothing
+    one = {"tokens": 1.0, "entropy": 0.5, "approx_kl": 0.25}
+    assert summarize(one) == {"policy/entropy": 0.5, "policy/approx_kl": 0.25}
     assert summarize({"tokens": 0.0, "entropy": 0.0, "approx_kl": 0.0}) == {
         "policy/entropy": 0,
         "policy/approx_kl": 0,

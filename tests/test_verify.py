@@ -150,6 +150,25 @@ def test_normalisation(text, normal):
     assert normalize_answer(text) == normal
 
 
+REMOVED = (  # REMOVED_EXPRESSIONS of the released rule (verl, math_dapo.py)
+    *"square ways integers dollars mph inches hours km units sue points feet minutes".split(),
+    *"digits cents degrees cm gm pounds meters meals edges students childrentickets".split(),
+    *r"multiples \ldots \text{s} \text{.} \text{}^2 \text{}^3 \text{} \mathrm{th}".split(),
+    *r"^\circ ^{\circ} \; ,\! {,} \dots".split(),
+    *('"', "\\text{\ns}", "\\text{\n}"),
+)
+
+
+def test_normalisation_removes_what_the_released_rule_removes():
+    found = {text: normalize_answer(f"12 {text}") for text in REMOVED}
+    assert found == dict.fromkeys(REMOVED, "12")
+
+
+def test_a_text_of_more_than_4096_characters_is_left_as_it_is():
+    assert normalize_answer("a " * 2047 + "12") == "12"
+    assert normalize_answer("a " * 2047 + " 12") == "a " * 2047 + " 12"
+
+
 def test_no_answer_line_is_no_answer():
     assert extract_answer("The answer is 42") is None
     assert extract_answer("") is None
