@@ -25,13 +25,10 @@ def make_inputs(dtype=np.float32):
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(N, D)), dtype)
     head = jnp.asarray(rng.normal(size=(D, V)) / 2, np.float32)
-    return (
-        hidden,
-        head,
-        rng.integers(0, V, N).astype(np.int32),
-        rng.random(N) < 0.6,
-        rng.normal(size=N).astype(np.float32),
-    )
+    targets, mask = rng.integers(0, V, N).astype(np.int32), rng.random(N) < 0.6
+    targets[:6] = 0, 25, 26, 64, 65, V - 1  # where a vocabulary over 2 or 5 devices is split
+    mask[:6] = True
+    return hidden, head, targets, mask, rng.normal(size=N).astype(np.float32)
 
 
 def plain_logprobs(hidden, head, targets, mask):
@@ -137,6 +134,12 @@ def test_cotangents_scale_both_gradients_and_no_mask_is_all_rows():
         )(hidden, head)
 
     assert tiny.gap(run(fused_loss, None), run(plain_loss, everything)) < 2e-6
+
+
+def test_the_default_temperature_is_1():
+    found = linear_loss(*make_inputs()[:3], token_loss, make_inputs()[4])[0]
+    one = linear_loss(*make_inputs()[:3], token_loss, make_inputs()[4], temperature=1.0)[0]
+    assert found == one
 
 
 def test_bfloat16_hidden_states():

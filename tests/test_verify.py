@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dapo_jax.reward.verify import (
     check_verdict,
     extract_answer,
+    lenient_judgement,
     lenient_verify,
     load_function,
     normalize_answer,
@@ -355,6 +356,22 @@ def test_lenient_accepts_no_part_and_no_other_value(response, truth):
     assert lenient_verify(response, truth) is False
 
 
+@pytest.mark.parametrize(
+    ("response", "correct", "answered"),
+    [
+        ("Answer: 72", True, True),  # the same text
+        ("Answer: 144/2", True, True),  # the same value
+        ("Answer: 71", False, True),
+        ("Answer: unknown", False, True),  # marked, though without a value
+        (r"So it is $\boxed{71}$, I think.", False, True),  # not marked, found
+        ("I do not know what to say.", False, False),
+        ("", False, False),
+    ],
+)
+def test_whether_a_response_has_an_answer(response, correct, answered):
+    assert lenient_judgement(response, "72") == (correct, answered)
+
+
 # The rows of math-verify's own table that `lenient` judges otherwise: the first 40 characters of
 # gold and prediction, what the table says, and why.
 EXCEPTIONS = {
@@ -414,6 +431,8 @@ def test_lenient_agrees_with_the_table_of_math_verify():
         ((np.bool_(False), np.float32(-0.5)), Verdict(False, -0.5)),
         ((False, 2), Verdict(False, 2.0)),
         (Verdict(True, 0.25), Verdict(True, 0.25)),
+        (Verdict(False, 0.0, None, False), Verdict(False, 0.0, None, False)),
+        ((True, -3.4028234663852886e38), Verdict(True, -3.4028234663852886e38)),
         (Verdict(False, -1.0, "no\nidea"), Verdict(False, -1.0, "no idea")),
     ],
 )
