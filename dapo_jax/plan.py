@@ -24,6 +24,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -358,6 +359,19 @@ def table(results: Sequence[Result]) -> str:
     )
 
 
+def markdown(config: str, results: Sequence[Result], e: Mapping[str, float]) -> str:
+    """The config's line in the table of tpu_scripts/README.md."""
+    by_name = {r.program.name: r for r in results}
+    longest = "prefill of prefixes" if "prefill of prefixes" in by_name else "prefill"
+    shown = [by_name[n] for n in ("update", "old log-probs", "publish", longest, "decode step")]
+    memory = [f"{r.peak_bytes / _GIB:.1f} ({r.hbm_fraction:.0%})" for r in shown]
+    fits = "yes" if all(r.fits for r in results) else "NO"
+    least = f"{e['rollout_s']:,.0f} + {e['training_s']:,.0f}", f"{e['expected_s']:,.0f}"
+    rest = f"{e['live_share']:.0%}", f"{e['chip_hours']:,.0f}"
+    cells = [f"`{Path(config).stem}`", results[0].pod.topology, *memory, fits, *least, *rest]
+    return f"| {' | '.join(cells)} |"
+
+
 class Part(NamedTuple):
     """A part of a rollout step."""
 
@@ -371,11 +385,12 @@ def decode_part(results: Sequence[Result], schedule: Schedule) -> Part:
     read of the caches: where only live entries are, those of the shard that has most.
     """
     known = [r for r in results if r.program.name.startswith("decode step")]
-    most = known[0].program.static
+    most, entry = known[0].program.static, known[0].program.entry_bytes
 
     def sizes(width: Any, read: Any) -> np.ndarray:
         share = np.asarray(width / most["width"])
-        return np.stack([np.ones_like(share), share, share * read / most["read"]], axis=-1)
+        grows = [] if entry else [share * read / most["read"]]
+        return np.stack([np.ones_like(share), share, *grows], axis=-1)
 
     compiled = np.stack([sizes(**r.program.static) for r in known])
     seen = schedule.segments
@@ -384,9 +399,9 @@ def decode_part(results: Sequence[Result], schedule: Schedule) -> Part:
     for limit in known[0].times:
         line = np.linalg.lstsq(compiled, np.array([r.times[limit] for r in known]))[0]
         times[limit] = steps * np.maximum(at @ line, 0)
-        if limit == "HBM":
+        if limit == "HBM" and not entry:
             cache = float(steps @ at[:, 2] * line[2])
-    if entry := known[0].program.entry_bytes:
+    if entry:
         worst = seen.cache_worst / len(schedule.steps) * entry / known[0].pod.chip.hbm_bandwidth
         times["HBM"], cache = times["HBM"] + worst, float(worst.sum())
     total = {limit: float(seconds.sum()) for limit, seconds in times.items()}
@@ -719,6 +734,7 @@ def main(argv: list[str] | None = None) -> int:
         found = parts(results, schedule)
         least = estimate(results, schedule, config, load)
         print(_summary(least, found, config, load))
+        print(markdown(args.config, results, least))
         facts = {"parts": [part._asdict() for part in found], "lengths": load.lengths.name}
         estimates = least | facts | {"largest_cost": largest_cost(found)}
     for line in complaints(results):

@@ -127,6 +127,14 @@ def test_loops_run_as_often_as_they_say_or_as_they_are_told():
     assert module.traffic(trips=(5,)) == Traffic(0, 30 * 4096, 30)
 
 
+def test_a_loop_that_compares_with_zero_ends_by_data():
+    counted = LOOPS.replace("ROOT %lt = pred[] compare(%i, %n)", "%n = s32[] constant(0)")
+    module = program(
+        "  %w = (s32[]) while(%t), condition=%data_condition, body=%data_body", counted
+    )
+    assert module.traffic(trips=(5,)) == Traffic(0, 30 * 4096, 30)
+
+
 def test_asynchronous_copies_move_bytes_but_are_no_operation():
     sliced = f"""%async (x: f32[]) -> f32[] {{
   %x = {CACHE} parameter(0)

@@ -35,6 +35,7 @@ from dapo_jax.plan import (
     largest_cost,
     largest_that_fits,
     load_pod,
+    markdown,
     prefill_part,
     table,
     to_json,
@@ -124,7 +125,7 @@ def test_a_kernel_reads_live_entries_of_the_shard_that_has_most():
         found = result("decode step", sent={}, traffic=traffic, work=Work(0, 0, 1), static=sizes)
         return found._replace(program=found.program._replace(entry_bytes=0.5))
 
-    part = decode_part([decode(80), decode(10)], schedule([(3, 80, 400), (5, 20, 400)]))
+    part = decode_part([decode(80), decode(10)], schedule([(3, 80, 100), (5, 20, 300)]))
     cache = (3 + 5) * 200 * 0.5 / 10
     assert part.times["cache"] == pytest.approx(cache)
     hbm = (3 * (100 + 160) + 5 * (100 + 40)) / 10 + cache
@@ -198,6 +199,14 @@ def test_the_table_has_a_line_a_program():
     lines = table([result(), result("publish", resident=500)]).splitlines()
     assert len(lines) == 3 and lines[0].split()[0] == "program"
     assert lines[1].split()[5:7] == ["70%", "yes"] and lines[2].split()[5:7] == ["110%", "NO"]
+
+
+def test_a_config_has_a_line_in_the_table_of_the_page():
+    times = {"rollout_s": 1234.4, "training_s": 56.6, "expected_s": 2000.0}
+    line = markdown("configs/a_b.yaml", step(), times | {"live_share": 0.987, "chip_hours": 4e4})
+    assert (
+        line == f"| `a_b` | v5e:2x4 |{' 0.0 (70%) |' * 5} yes | 1,234 + 57 | 2,000 | 99% | 40,000 |"
+    )
 
 
 def test_complaints_name_program_cause_and_settings():

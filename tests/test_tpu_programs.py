@@ -67,3 +67,26 @@ print(inner, copies)
 """
     inner, copies = map(int, run(code)[-1].split())
     assert inner > 0 and copies == 0
+
+
+@pytest.mark.compiler
+def test_no_product_with_a_layers_weights_is_split_into_windows():
+    """Two layers of the 32B over fsdp 32; without `gather_layer` five products are windowed."""
+    code = """
+sizes = dict(vocab_size=1024, model_dim=5120, layers=2, heads=40, kv_heads=8, ffn_dim=27648)
+model = ModelConfig(family="qwen2", compute_dtype="bfloat16", **sizes)
+mesh = make_mesh(MeshSection(1, 32, 4), plan.load_pod("v5p:4x4x8").devices)
+shapes = decoder.abstract_params(model)
+params = placed(shapes, params_sharding(shapes, mesh))
+tokens = jax.ShapeDtypeStruct((32, 4096), jnp.int32, sharding=NamedSharding(mesh, P(ROWS)))
+
+def windows():
+    hidden = jax.jit(lambda *inputs: decoder.hidden_states(*inputs, mesh=mesh)[0], static_argnums=1)
+    return hlo(hidden.lower(params, model, tokens)).count("windowed_dot_general_body")
+
+found = windows()
+decoder.gather_layer = lambda layer, mesh, dtype: layer
+print(found, windows())
+"""
+    found, without = map(int, run(code)[-1].split())
+    assert found == 0 and without > 0

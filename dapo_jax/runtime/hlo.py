@@ -193,7 +193,7 @@ class Module:
                     yield from limits(called)
 
         found = set(limits(_attribute(loop, "condition")))
-        return found.pop() if len(found) == 1 else None
+        return (found.pop() or None) if len(found) == 1 else None  # compared with 0: data
 
     # ---- HBM traffic -----------------------------------------------------------------------------
 
