@@ -9,14 +9,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dapo_jax import cli
-from dapo_jax.config import Config, load_config
+from dapo_jax.config import Config, SupervisedSection, load_config
 from dapo_jax.dapo.packing import TrainItem, build_batch
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import check_embedded
 from dapo_jax.export import save_policy
 from dapo_jax.model.weights import check_new
 from dapo_jax.runtime import multihost
-from dapo_jax.runtime.console import make_console
+from dapo_jax.runtime.console import announced, make_console, progress
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, put_rows
 from dapo_jax.training import setup
@@ -77,6 +77,7 @@ def warm_up(
     batches = _batches(config, mesh, items, updates)
     model = setup.adapted(policy.model, config.model.lora)
     update = supervised_programs(model, mesh, config.optim).update
+    update = announced("update of the warm-up", update, info)
     batch = next(batches, None)
     for u in range(updates + 1, section.updates + 1):
         rate = section.learning_rate * min(1.0, u / max(1, section.warmup_updates))
@@ -90,6 +91,16 @@ def warm_up(
             do = "lower supervised.learning_rate, or check the solutions"
             raise InputError(f"warm-up update {u}: {what}; {do}")
         yield u, skipped, state
+
+
+def warming_bar(
+    updates: Iterator[tuple[int, int, TrainState]], section: SupervisedSection, bars: bool
+) -> Iterator[tuple[int, int, TrainState]]:
+    """The updates of `warm_up`, with a progress bar."""
+    with progress(section.updates, "warm-up", enabled=bars) as bar:
+        for update in updates:
+            bar.update(update[0] - bar.n)
+            yield update
 
 
 def _batches(
@@ -136,7 +147,8 @@ def main(argv: list[str] | None = None) -> int:
     init_optimizer = supervised_programs(model, mesh, config.optim).init_optimizer
     state = init_optimizer(setup.load_params(config, policy, mesh, lora=lora))
     with Guard(config.train.stall_timeout_s) as guard:
-        for _, _, warmed in warm_up(config, policy, mesh, items, state, info):  # noqa: B007
+        warming = warm_up(config, policy, mesh, items, state, info)
+        for _, _, warmed in warming_bar(warming, config.supervised, console.bars):  # noqa: B007
             guard.reach("warm-up")
     params = multihost.fetch(setup.merged(warmed.params, policy, lora, mesh))
     if multihost.is_main():

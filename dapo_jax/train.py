@@ -5,8 +5,9 @@
 Run the same command again to resume from the newest checkpoint.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 
@@ -22,34 +23,36 @@ from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.evaluate import Evaluator, checked_pool
 from dapo_jax.reward.verify import function_source
 from dapo_jax.runtime import multihost
-from dapo_jax.runtime.checkpoint import Checkpoints
-from dapo_jax.runtime.console import make_console
+from dapo_jax.runtime.checkpoint import Checkpoints, stored_steps
+from dapo_jax.runtime.console import announced, make_console
 from dapo_jax.runtime.curves import plot_curves
-from dapo_jax.runtime.files import Folder, run_folder
+from dapo_jax.runtime.files import Folder, read, run_folder
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.lock import locked
 from dapo_jax.runtime.mesh import is_published_unchanged, make_mesh
 from dapo_jax.runtime.metrics import MetricsLog, best_step, read_metrics, timed
 from dapo_jax.runtime.profile import Profiler
 from dapo_jax.runtime.tracker import Tracker, check_tracker
-from dapo_jax.supervised import solution_items, warm_up
+from dapo_jax.supervised import solution_items, warm_up, warming_bar
 from dapo_jax.training import setup
 from dapo_jax.training.dynamic_sampling import DrawState, DynamicSampler
 from dapo_jax.training.inputs import load_data
 from dapo_jax.training.programs import train_programs
 from dapo_jax.training.record import Recorder
-from dapo_jax.training.same_run import check_same_run, digest_of, write_config
+from dapo_jax.training.same_run import OPTIM, check_same_run, digest_of, write_config
 from dapo_jax.training.state import RunState, RunStore
 from dapo_jax.training.step import Trainer
-from dapo_jax.types import Params, TrainState
+from dapo_jax.types import InputError, Params, RunError, Stopped, TrainState
 
 _PHASES = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s")
 
 
-def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
+def train(
+    config: Config, run_dir: Folder, *, quiet: bool = False, allow: tuple[str, ...] = ()
+) -> None:
     """Runs DAPO training with output in `run_dir`, or resumes the run that is there.
 
-    quiet: suppresses progress output.
+    quiet: suppresses progress output. allow: prefixes of keys that may differ from the run's.
     """
     config = setup.with_commit(config, run_dir)
     console = make_console(main=multihost.is_main(), quiet=quiet)
@@ -66,8 +69,8 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     setup.check_same_start(config, policy, data.sets, {"the reward function": source})
     mesh = make_mesh(config.mesh)
     setup.check_divides(config, mesh, rows=True, slots=True)
-    if check_same_run(config, run_dir, source):
-        info("reward.function: its file has changed, which reward.allow_change allows")
+    for remark in check_same_run(config, run_dir, source, allow):
+        info(remark)
     setup.check_first_weights(policy, run_dir)
     info(f"policy: {setup.describe(policy, mesh, config.model.lora)}")
 
@@ -76,13 +79,18 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
     model = setup.adapted(policy.model, lora)
     programs = train_programs(model, mesh, algo, config.optim, config.rollout.temperature)
     same = lora is None and is_published_unchanged(programs.state.params, mesh, dtype)
+    programs = programs._replace(
+        update=announced("update", programs.update, info),
+        old_logprobs=announced("log-probs", programs.old_logprobs, info),
+    )
     publish = (lambda params: params) if same else programs.publish
     also = functools.partial(best_step, run_dir) if section.keep_best else lambda steps: None
     engine = setup.make_engine(config, policy, mesh)
     eval_engine = setup.make_engine(config, policy, mesh, held_out=True)
 
     with (
-        # The first two come before the run folder is created: they raise on bad input.
+        curves_at_end(run_dir, info),
+        # The next two come before the run folder is created: they raise on bad input.
         checked_pool(config.reward, config.data.template, source, data.sets, console) as pool,
         Guard(section.stall_timeout_s) as guard,
         locked(run_dir),
@@ -91,7 +99,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         ) as checkpoints,
         Profiler(run_dir / "profile", section.profile_start, section.profile_steps) as profiler,
     ):
-        check_same_run(config, run_dir, source)  # another job may have started it since
+        check_same_run(config, run_dir, source, allow)  # another job may have started it since
         write_config(config, run_dir, source, done=max(checkpoints.steps(), default=0))
 
         # ---- Resume or start ----
@@ -103,8 +111,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
             draw=DrawState(keep_rate=min(1.0, algo.prompts_per_step / algo.prompts_per_draw)),
         )
         if store.restore(run):
-            counts = f"{run.progress.updates} updates, {run.draw.draws} draws"
-            info(f"resumed from the checkpoint of {run.where}: {counts}")
+            info(store.resumed(run))
         else:
             params = setup.load_params(config, policy, mesh, lora=lora)
             run.state = programs.init_optimizer(params)
@@ -121,7 +128,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
         evaluator = Evaluator(*shared, eval_engine, pool, guard)
         sections = (algo, config.reward, config.rollout, config.seed)
         drawing = (engine, data.prompts, data.mixture, policy, pool, guard)
-        sampler = DynamicSampler(*drawing, *sections, bars)
+        draw = announced("sampling", DynamicSampler(*drawing, *sections, bars).draw, info)
         shape = setup.batch_shape(config, mesh)
         trainer = Trainer(programs, publish, algo, config.optim, shape, mesh, guard, bars)
         evaluate = functools.partial(evaluator.evaluate_sets, data.eval_sets, info=info, bars=bars)
@@ -134,6 +141,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                 before = (run.progress.warmed, run.progress.nonfinite)
                 warming = warm_up(config, policy, mesh, solutions, run.state, info, before)
                 reset = programs.init_optimizer
+                warming = warming_bar(warming, config.supervised, bars)
                 warm_up_run(run, warming, config.supervised, reset, store, guard)
             if not run.progress.begun:
                 trainer.publish_weights(run)
@@ -149,7 +157,7 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
                     with timed(times, "time/step_s"), trace:
                         if run.partial is None:  # else a checkpoint holds the groups of this step
                             trainer.publish_weights(run)
-                            drawn = sampler.draw(run.weights, run.draw, run.buffer.missing(), times)
+                            drawn = draw(run.weights, run.draw, run.buffer.missing(), times)
                             groups = trainer.score(run, drawn.groups, times)
                             recorder.commit(run, drawn, groups)
                         updates = trainer.update(run, times)
@@ -157,10 +165,32 @@ def train(config: Config, run_dir: Folder, *, quiet: bool = False) -> None:
             checkpoints.wait()
 
     if multihost.is_main():
-        info(f"curves: {plot_curves(run_dir)}")
         done = f"done: {run.progress.step} steps, {run.progress.updates} updates"
         where = f"{run.draw.draws} draws in {run_dir}"
         console.result(f"{done}, {where}{last_accuracies(run_dir)}")
+        info(f"checkpoints: {held_checkpoints(run_dir)}")
+
+
+@contextlib.contextmanager
+def curves_at_end(run_dir: Folder, info: Callable[[str], None]) -> Iterator[None]:
+    """Draws the curves when the block ends, or a signal ends it, if a step is recorded."""
+    try:
+        yield
+    except Stopped:
+        if multihost.is_main() and read(run_dir / "metrics.jsonl"):
+            with contextlib.suppress(InputError, RunError):  # the stop matters more
+                info(f"curves: {plot_curves(run_dir)}")
+        raise
+    if multihost.is_main():
+        info(f"curves: {plot_curves(run_dir)}")
+
+
+def held_checkpoints(run_dir: Folder) -> str:
+    """The steps of the stored checkpoints, and which is the best."""
+    steps = stored_steps(run_dir / "checkpoints")
+    best = best_step(run_dir, steps)
+    shown = [f"{step} (best held-out accuracy)" if step == best else f"{step}" for step in steps]
+    return f"steps {', '.join(shown[::-1])}"
 
 
 def warm_up_run(
@@ -207,12 +237,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--run-dir", required=True, help=folder)
     override = "override, e.g. --set optim.learning_rate=1e-5; may be repeated"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
+    text = "optim: resume with another learning rate, weight decay or clip bound (optim.*, clips)"
+    add("--allow-change", choices=["optim"], help=text)
     add("--quiet", action="store_true", help="only warnings, errors and the last line")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     run_dir = run_folder(args.run_dir)
     multihost.initialize()
-    train(config, run_dir, quiet=args.quiet)
+    train(config, run_dir, quiet=args.quiet, allow=OPTIM if args.allow_change else ())
     return 0
 
 

@@ -156,6 +156,7 @@ def benchmark_loss(sizes: LossSizes) -> Report:
         calls[name] = functools.partial(program, *inputs)
         memory[name] = measure.temp_bytes(program)
         errors[name] = gradient_error(program(*inputs)[1], exact)
+        print(f"{name}: compiled, gradient error {errors[name]:.2g}", flush=True)
     times = measure.time_in_turn(calls, sizes.repeats)
     peak = matmul_gflop / min(times["matmul"])[0]
     gflop = 6 * sizes.targets * sizes.model_dim * sizes.vocab / 1e9

@@ -132,7 +132,9 @@ def time_in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[s
     for repeat in range(repeats + 1):
         for name, call in calls.items():
             taken = timed(call)
-            if repeat:
+            if not repeat:
+                print(f"{name}: first call {taken[0]:.3g} s", flush=True)
+            else:
                 times[name].append(taken)
     return times
 

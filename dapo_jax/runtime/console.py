@@ -4,9 +4,11 @@ A log file gets the same lines, without control characters.
 """
 
 import contextlib
+import itertools
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -28,7 +30,7 @@ _COLUMNS = (
     ("clip-%", "policy/clip_fraction_low", 6, 100, ".2f", False),
     ("clip+%", "policy/clip_fraction_high", 6, 100, ".2f", False),
     ("gnorm", "optim/grad_norm", 6, 1, ".3g", True),
-    ("tok/s", "throughput/rollout_tokens_per_s", 7, 1, ".0f", True),
+    ("tok/s", "throughput/rollout_tokens_per_s", 7, 1, ".0f", False),
     ("draw_s", "time/rollout_s", 6, 1, ".1f", False),
     ("train_s", "time/update_s", 7, 1, ".1f", False),
     ("step_s", "time/step_s", 6, 1, ".1f", True),
@@ -77,7 +79,8 @@ def make_console(*, main: bool, quiet: bool = False) -> Console:
     """main: whether this is the first process. quiet: no `info`, no bars."""
 
     def line(text: str) -> None:
-        print(text, flush=True)
+        tqdm.write(text)  # above a bar, if there is one
+        sys.stdout.flush()
 
     def nothing(text: str) -> None:
         pass
@@ -86,12 +89,37 @@ def make_console(*, main: bool, quiet: bool = False) -> Console:
     return Console(line if loud else nothing, line if main else nothing, loud)
 
 
+def announced(name: str, function: Callable[..., Any], info: Callable[[str], None]) -> Any:
+    """The function, whose first call says that its programs are compiled, which takes a while."""
+    calls = itertools.count()
+
+    def call(*args: Any) -> Any:
+        if next(calls) == 0:
+            info(f"compiling {name} ...")
+        return function(*args)
+
+    return call
+
+
+def duration(seconds: float) -> str:
+    """A time in at most five characters: 45m, 3h05m, 2d04h."""
+    minutes = round(seconds / 60)
+    days, hours = minutes // 1440, minutes // 60
+    if days >= 10 or minutes < 60:
+        return f"{days}d" if days else f"{minutes}m"
+    return f"{days}d{hours % 24:02}h" if days else f"{hours}h{minutes % 60:02}m"
+
+
 class StepTable:
-    """The table of a run of `steps` steps; its titles repeat. columns: width in characters."""
+    """The table of a run of `steps` steps; its titles repeat. columns: width in characters.
+
+    `left` is the time left, by the mean time from line to line so far, evaluations included. The
+    first line, before which programs compile, does not count.
+    """
 
     def __init__(self, steps: int, columns: int | None = None):
         terminal = sys.stdout.isatty() and shutil.get_terminal_size().columns
-        self._steps, self._lines = steps, 0
+        self._steps, self._lines, self._start = steps, 0, 0.0
         wide = (columns or terminal or _WIDE) >= _WIDE
         self._columns = [column for column in _COLUMNS if wide or column[-1]]
 
@@ -101,6 +129,11 @@ class StepTable:
         for title, key, width, factor, form, _ in self._columns:
             cell = format(metrics[key] * factor, form) if key in metrics else "-"
             titles, line = f"{titles} {title:>{width}}", f"{line} {cell:>{width}}"
+        now, left = time.monotonic(), "-"
+        if self._lines:
+            left = duration((now - self._start) / self._lines * (self._steps - step))
+        self._start = self._start or now
+        titles, line = f"{titles} {'left':>5}", f"{line} {left:>5}"
         self._lines += 1
         return f"{titles}\n{line}" if self._lines % _REPEAT == 1 else line
 

@@ -17,7 +17,7 @@ from dapo_jax.runtime.files import Folder
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.metrics import VOLATILE, MetricsLog, peak_memory, timed, write_samples
 from dapo_jax.training.dynamic_sampling import Drawn
-from dapo_jax.training.samples import sample_rows
+from dapo_jax.training.samples import sample_rows, shown_answer
 from dapo_jax.training.setup import Policy
 from dapo_jax.training.state import RunState, RunStore
 from dapo_jax.training.step import Updates
@@ -194,6 +194,8 @@ class Recorder:
     def _evaluation(self, weights: Params, times: dict[str, float]) -> dict[str, Any]:
         with timed(times, "time/eval_s"):
             results = self.evaluate(weights)
+        for result in results.values():
+            self.info(shown_answer(result.answers[0], self.policy))
         return {
             f"eval/{name}/{key}": value
             for name, result in results.items()

@@ -1,6 +1,7 @@
 """Whether a run folder holds the same run: its config and its reward function."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,9 @@ MAY_CHANGE = tuple(
     """.split()
 )
 
+# Those that may change with --allow-change optim, too: the optimizer's state keeps its shapes.
+OPTIM = ("optim.", "dapo.clip_eps_", "dapo.dual_clip", "dapo.importance_cap")
+_CHANGES = "changes.jsonl"  # in the run folder: these changes, and after which step
 _FUNCTION = "reward_function.py"  # in the run folder: a copy of the file of reward.function
 
 
@@ -55,22 +59,35 @@ def stored_configs(run_dir: Folder, host: Mapping[str, Any]) -> list[Config]:
     return found
 
 
-def check_same_run(config: Config, run_dir: Folder, source: str | None) -> bool:
-    """Whether the file of reward.function, now `source`, is another than when the run was started.
+def changes(before: Config, now: Config, prefixes: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Values before and now of the keys that differ and start with one of the prefixes."""
+    a, b = flatten(to_dict(before)), flatten(to_dict(now))
+    keys = [key for key in sorted(b) if key.startswith(prefixes) and a.get(key) != b[key]]
+    return {key: [a.get(key), b[key]] for key in keys}
 
-    Raises ConfigError unless reward.allow_change is set, and if the config is not that of the run.
+
+def check_same_run(
+    config: Config, run_dir: Folder, source: str | None, allow: tuple[str, ...] = ()
+) -> list[str]:
+    """What differs from the run, and may: keys that start with one of `allow`, and the file of
+    reward.function, now `source`, if reward.allow_change is set.
+
+    Raises ConfigError for other differences.
     """
     data: tuple[str, ...] = ("data.train",)
     if not config.data.allow_change:  # files may move: digests identify their content
         data = tuple(f"data.train.{n}.path" for n in range(len(config.data.train)))
-    host = newest_host(run_dir / "checkpoints") or {}
+    host, remarks = newest_host(run_dir / "checkpoints") or {}, []
     for before in stored_configs(run_dir, host):
-        if found := difference(before, config, MAY_CHANGE + data):
+        if found := difference(before, config, MAY_CHANGE + data + allow):
             key, was, now = found
+            may = ", or give --allow-change optim" if key.startswith(OPTIM) else ""
             raise ConfigError(
                 f"{key}: is {now!r}, but {run_dir} was started with {was!r}; use another "
-                "--run-dir, or set it back"
+                f"--run-dir, or set it back{may}"
             )
+        differ = changes(before, config, allow) if allow else {}
+        remarks += [f"{key}: was {was}, is {now}" for key, (was, now) in differ.items()]
     digests = host.get("digests")
     stored = digests.get("function") if isinstance(digests, dict) else None
     started_with = digest_of(read(run_dir / _FUNCTION)) or stored
@@ -81,11 +98,13 @@ def check_same_run(config: Config, run_dir: Folder, source: str | None) -> bool:
             f"which is in its {_FUNCTION} or checkpoint; restore the file, or set "
             "reward.allow_change, or use another --run-dir"
         )
-    return changed
+    if changed:
+        remarks.append("reward.function: its file has changed, which reward.allow_change allows")
+    return list(dict.fromkeys(remarks))
 
 
 def write_config(config: Config, run_dir: Folder, source: str | None, done: int = 0) -> None:
-    """Writes the resolved config and the reward function into the run folder.
+    """Writes the resolved config, changes of OPTIM and the reward function into the run folder.
 
     Raises ConfigError if the run has already done more than train.steps steps.
     """
@@ -96,7 +115,12 @@ def write_config(config: Config, run_dir: Folder, source: str | None, done: int 
         )
     multihost.sync("the run folder has been read")
     if multihost.is_main():
+        before = stored_config(run_dir)
         with writing(run_dir / "config.yaml"):
+            if before and (changed := changes(before, config, OPTIM)):
+                line = json.dumps({"after_step": done} | changed) + "\n"
+                old = read(run_dir / _CHANGES) or b""
+                write_whole(run_dir / _CHANGES, old + line.encode())
             if source is not None:
                 write_whole(run_dir / _FUNCTION, source.encode())
             write_whole(run_dir / "config.yaml", dump_yaml(config).encode())

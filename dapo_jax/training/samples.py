@@ -3,6 +3,7 @@ of each token.
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 
 from dapo_jax.config import DapoSection
 from dapo_jax.dapo.groups import advantages_of
-from dapo_jax.data.prompts import decode
+from dapo_jax.data.prompts import decode, shown_prompt
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import Group, Response
 
 _TOKENS = 1024  # written with log-probs at each end of a response, to keep long rows short
+_SHOWN = 300  # characters at each end of a prompt and response on the console
 
 
 def sample_rows(
@@ -49,6 +51,18 @@ def sample_rows(
         }
         rows.append(row)
     return rows
+
+
+def shown_answer(answer: Any, policy: Policy) -> str:
+    """An answer of an evaluation for the console: prompt as fed, response, verdict."""
+    text = shown_prompt(policy.tokenizer, answer.prompt.tokens)
+    text += decode(policy.tokenizer, answer.response.tokens, policy.stop)
+    if len(text) > 2 * _SHOWN:
+        text = f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
+    verdict = "correct" if answer.verdict.correct else "incorrect"
+    return textwrap.indent(
+        f"{text}\n[{verdict}; the answer is {answer.prompt.problem.answer}]", "  | "
+    )
 
 
 def scored_texts(

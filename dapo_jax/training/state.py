@@ -175,6 +175,14 @@ class RunStore:
             ) from None
         return True
 
+    def resumed(self, run: RunState) -> str:
+        """Where a restored run resumes, in words."""
+        warmed, planned = run.progress.warmed, self.config["supervised"]["updates"]
+        if warmed < planned:
+            return f"resumed in warm-up, update {warmed} of {planned}"
+        counts = f"{run.progress.updates} updates, {run.draw.draws} draws"
+        return f"resumed from the checkpoint of {run.where}: {counts}"
+
     def _unpack(self, run: RunState, restored: Restored) -> None:
         host, groups = restored.host, restored.groups
         progress, partial = _progress(host["progress"], restored.step), groups.get("partial")
