@@ -37,7 +37,7 @@ from dapo_jax.supervised import solution_items, warm_up, warming_bar
 from dapo_jax.training import setup
 from dapo_jax.training.dynamic_sampling import DrawState, DynamicSampler
 from dapo_jax.training.inputs import load_data
-from dapo_jax.training.programs import train_programs
+from dapo_jax.training.programs import TrainPrograms, train_programs
 from dapo_jax.training.record import Recorder
 from dapo_jax.training.same_run import OPTIM, check_same_run, digest_of, write_config
 from dapo_jax.training.state import RunState, RunStore
@@ -78,11 +78,8 @@ def train(
     lora, dtype = config.model.lora, policy.model.compute_dtype
     model = setup.adapted(policy.model, lora)
     programs = train_programs(model, mesh, algo, config.optim, config.rollout.temperature)
+    programs = announcing(programs, info)
     same = lora is None and is_published_unchanged(programs.state.params, mesh, dtype)
-    programs = programs._replace(
-        update=announced("update", programs.update, info),
-        old_logprobs=announced("log-probs", programs.old_logprobs, info),
-    )
     publish = (lambda params: params) if same else programs.publish
     also = functools.partial(best_step, run_dir) if section.keep_best else lambda steps: None
     engine = setup.make_engine(config, policy, mesh)
@@ -132,6 +129,7 @@ def train(
         shape = setup.batch_shape(config, mesh)
         trainer = Trainer(programs, publish, algo, config.optim, shape, mesh, guard, bars)
         evaluate = functools.partial(evaluator.evaluate_sets, data.eval_sets, info=info, bars=bars)
+        evaluate = announced("evaluation", evaluate, info)
         recorder = Recorder(
             run_dir, log, info, store, guard, policy, algo, section, config.eval.every, evaluate
         )
@@ -169,6 +167,12 @@ def train(
         where = f"{run.draw.draws} draws in {run_dir}"
         console.result(f"{done}, {where}{last_accuracies(run_dir)}")
         info(f"checkpoints: {held_checkpoints(run_dir)}")
+
+
+def announcing(programs: TrainPrograms, info: Callable[[str], None]) -> TrainPrograms:
+    """The programs, which say so when they are compiled."""
+    scored = announced("log-probs", programs.old_logprobs, info)
+    return programs._replace(update=announced("update", programs.update, info), old_logprobs=scored)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,36 @@ def test_columns_line_up_and_show_what_they_say(columns):
     assert {key for _, key, *_ in console._COLUMNS} <= METRICS.keys()
 
 
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0m"),
+        (89, "1m"),
+        (3570, "1h00m"),
+        (11100, "3h05m"),
+        (86400 * 2.2, "2d05h"),
+        (864000, "10d"),
+    ],
+)
+def test_a_duration_has_at_most_five_characters(seconds, text):
+    assert console.duration(seconds) == text and len(text) <= 5
+
+
+def test_the_time_left_is_of_the_mean_step_after_the_first(monkeypatch):
+    """Lines at 1000, 1060 and 1180 s: a mean of 60, then of 90 s, for 8 and 7 steps."""
+    clock = iter([1000.0, 1060.0, 1180.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    table = StepTable(10, 80)
+    titles = table.line(1, VALUES).split("\n")[0]
+    assert [cells(titles, table.line(step, VALUES))["left"] for step in (2, 3)] == ["8m", "10m"]
+
+
+def test_the_first_call_of_a_program_is_announced():
+    said = []
+    add = console.announced("update", lambda a, b: a + b, said.append)
+    assert (add(1, 2), add(3, 4), said) == (3, 7, ["compiling update ..."])
+
+
 def test_titles_come_again():
     table = StepTable(100, 80)
     lines = [table.line(step, VALUES) for step in range(1, 46)]

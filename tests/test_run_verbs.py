@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -10,12 +11,13 @@ import huggingface_hub
 import pytest
 from runs import CONFIG, run_train, verb
 
-from dapo_jax import evaluate, export, generate
+from dapo_jax import evaluate, export, generate, train
 from dapo_jax.config import load_config
 from dapo_jax.data.prompts import byte_tokenizer
 from dapo_jax.runtime.checkpoint import stored_steps
 from dapo_jax.runtime.metrics import best_step, read_metrics
-from dapo_jax.types import Message
+from dapo_jax.training.state import Progress, RunState, RunStore
+from dapo_jax.types import Message, Stopped
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,67 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(run, tmp_path):
     assert stored_steps(tmp_path / "run" / "checkpoints") == sorted({best, 5}, reverse=True)
     assert verb(evaluate, "--run-dir", tmp_path / "run", "--best", "--json", tmp_path / "b") == 0
     assert json.loads((tmp_path / "b").read_text())["step"] == best
+
+
+# ------------------------------------------------------------------------------------------ train
+
+
+def test_the_learning_rate_changes_on_resume_if_it_may(run, tmp_path, capsys):
+    """And clip bounds, not the group size. The change is in the run folder, with its step."""
+    config, folder = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(CONFIG)
+    shutil.copytree(run, folder)
+    new = ("--set", "optim.learning_rate=5e-4", "--set", "dapo.clip_eps_high=0.3")
+    args = ("--config", config, "--run-dir", folder, "--set", "train.steps=5", *new)
+    assert verb(train, *args) == 2
+    assert "set it back, or give --allow-change optim" in capsys.readouterr().err
+    more = ("--allow-change", "optim")
+    assert verb(train, *args, *more, "--set", "dapo.responses_per_prompt=2") == 2
+    said = capsys.readouterr().err
+    assert "dapo.responses_per_prompt: is 2" in said and "--allow-change" not in said
+    assert verb(train, *args, *more) == 0
+    out = capsys.readouterr().out
+    assert "optim.learning_rate: was 0.001, is 0.0005\n" in out
+    assert "checkpoints: steps " in out and "2, 4" in out.rpartition("checkpoints: ")[2]
+    changed = [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()]
+    keys = {"optim.learning_rate": [0.001, 0.0005], "dapo.clip_eps_high": [0.28, 0.3]}
+    assert changed == [{"after_step": 4} | keys]
+    assert [line["optim/lr"] for line in read_metrics(folder)[-2:]] == pytest.approx([1e-3, 5e-4])
+    assert verb(train, *args) == 0  # its checkpoint has the new values: nothing to allow
+    assert len((folder / "changes.jsonl").read_text().splitlines()) == 1
+
+
+def test_where_a_run_resumes_is_said():
+    store = SimpleNamespace(config={"supervised": {"updates": 500}})
+    for progress, said in (
+        (Progress(warmed=64), "resumed in warm-up, update 64 of 500"),
+        (
+            Progress(step=3, warmed=500, begun=True, updates=6),
+            "resumed from the checkpoint of step 3: 6 updates, 0 draws",
+        ),
+    ):
+        assert RunStore.resumed(store, RunState(None, progress)) == said
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_curves_are_drawn_when_a_signal_ends_a_run(run, tmp_path, recorded):
+    said = []
+    if recorded:
+        shutil.copy(run / "metrics.jsonl", tmp_path)
+    with pytest.raises(Stopped), train.curves_at_end(tmp_path, said.append):
+        raise Stopped(15)
+    assert (tmp_path / "curves.png").exists() == recorded == bool(said)
+
+
+def test_an_evaluation_shows_a_sample(run, tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG)
+    assert run_train(config, tmp_path / "run", "train.steps=1", "eval.every=1") == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("  | [")]
+    assert len(rows) == 2 and all("the ground truth is " in row for row in rows)
+    for name in ("update of the warm-up", "evaluation", "sampling", "log-probs", "update"):
+        assert out.count(f"compiling {name} ...\n") == 1
 
 
 # ----------------------------------------------------------------------------------------- export

@@ -130,7 +130,7 @@ class StepTable:
             cell = format(metrics[key] * factor, form) if key in metrics else "-"
             titles, line = f"{titles} {title:>{width}}", f"{line} {cell:>{width}}"
         now, left = time.monotonic(), "-"
-        if self._lines:
+        if self._lines and step < self._steps:
             left = duration((now - self._start) / self._lines * (self._steps - step))
         self._start = self._start or now
         titles, line = f"{titles} {'left':>5}", f"{line} {left:>5}"

@@ -3,7 +3,6 @@ of each token.
 """
 
 import dataclasses
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,14 +54,13 @@ def sample_rows(
 
 def shown_answer(answer: Any, policy: Policy) -> str:
     """An answer of an evaluation for the console: prompt as fed, response, verdict."""
-    text = shown_prompt(policy.tokenizer, answer.prompt.tokens)
+    text = "  | " + shown_prompt(policy.tokenizer, answer.prompt.tokens)
     text += decode(policy.tokenizer, answer.response.tokens, policy.stop)
     if len(text) > 2 * _SHOWN:
         text = f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
     verdict = "correct" if answer.verdict.correct else "incorrect"
-    return textwrap.indent(
-        f"{text}\n[{verdict}; the answer is {answer.prompt.problem.answer}]", "  | "
-    )
+    gold = answer.prompt.problem.answer
+    return f"{text}\n[{verdict}; the ground truth is {gold}]".replace("\n", "\n  | ")
 
 
 def scored_texts(
