@@ -104,10 +104,12 @@ def announced(name: str, function: Callable[..., Any], info: Callable[[str], Non
 def duration(seconds: float) -> str:
     """A time in at most five characters: 45m, 3h05m, 2d04h."""
     minutes = round(seconds / 60)
-    days, hours = minutes // 1440, minutes // 60
-    if days >= 10 or minutes < 60:
-        return f"{days}d" if days else f"{minutes}m"
-    return f"{days}d{hours % 24:02}h" if days else f"{hours}h{minutes % 60:02}m"
+    hours, days = minutes // 60, minutes // 1440
+    if days:
+        return f"{days}d{hours % 24:02}h" if days < 10 else f"{days}d"
+    if hours:
+        return f"{hours}h{minutes % 60:02}m" if hours < 10 else f"{hours}h"
+    return f"{minutes}m"
 
 
 class StepTable:
