@@ -150,6 +150,34 @@ def test_the_sets_of_a_config_with_the_lengths_of_their_prompts(capsys):
     assert dict(left_out) == {"control tokens (<|end|>)": 1, "longer than 16 tokens": 1}
 
 
+def test_rows_as_fed_and_the_verdict_on_every_solution(capsys):
+    """Without evaluation sets. Two of three solutions state the ground truth; the third row is too
+    long for the config.
+    """
+    rows = [
+        {"question": "1+1?", "answer": "2", "solution": "Adding.\nAnswer: 2"},
+        {"question": "2+2?", "answer": "4", "solution": "Answer: 5"},
+        {"question": "9" * 40, "answer": "7", "solution": "Answer: 7"},
+    ]
+    Path("s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ("--set", "data.train=s.jsonl", "--set", "eval.sets={}", "--set", "eval.every=5")
+    Path("c.yaml").write_text(CONFIG.replace("eval: {sets: {held: arithmetic}}\n", ""))
+    assert verb("show", "--config", "c.yaml", "--set", "data.train=s.jsonl") == 0
+    out = capsys.readouterr().out
+    first = out.partition("---- ground truth: 2\n---- solution: Adding.\nAnswer: 2\n")
+    assert first[1] and first[0].endswith(": prompt as fed\n1+1?=\n")
+    assert "(data: no usable prompt (1 longer than 16 tokens)" in out
+    line = "data.train: 2 of 3 (66.7%) solutions are correct by the strict verifier\n"
+    failure = out.partition(line)[2]
+    assert failure.count("---- ") == 1 and ": incorrect; ground truth: 4\nAnswer: 5\n" in failure
+    assert verb("stats", "--config", "c.yaml", "--set", "data.train=s.jsonl") == 0
+    assert verb("stats", "--config", "c.yaml", *more) == 2  # what is asked for is checked
+    capsys.readouterr()
+    assert verb("show", "--source", "s.jsonl", "--first", "1") == 0
+    out = capsys.readouterr().out
+    assert out.count(": prompt as fed\n") == 1 and "Solve the following math problem" in out
+
+
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(1, 3000))
 def test_percentiles_against_a_naive_count(lengths, limit):
     found = length_stats(lengths, limit)

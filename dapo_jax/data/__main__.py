@@ -1,5 +1,6 @@
 """Prepares data sets, and prints what is in them. Uses no device.
 
+python -m dapo_jax.data show    --config C                          rows as fed, and verdicts
 python -m dapo_jax.data stats   --config C                          the data sets of a config
 python -m dapo_jax.data stats   --source FILE [--tokenizer FOLDER]  any other data set
 python -m dapo_jax.data prepare --source FILE --out FOLDER          a tensorflow-datasets folder
@@ -24,10 +25,10 @@ from dapo_jax.config import (
 )
 from dapo_jax.data.mixture import load_training, mix
 from dapo_jax.data.problems import LoadReport, load_problems
-from dapo_jax.data.prompts import load_tokenizer, make_prompts
+from dapo_jax.data.prompts import load_tokenizer, make_prompts, shown_prompt
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.reward.golds import check_data
-from dapo_jax.reward.pool import RewardPool
+from dapo_jax.reward.pool import RewardItem, RewardPool
 from dapo_jax.runtime.files import write_result
 from dapo_jax.types import InputError, Problem
 
@@ -41,7 +42,7 @@ Found = dict[str, tuple[list[Problem], LoadReport, dict[str, float]]]
 def main(argv: list[str] | None = None) -> int:
     """Prepares data sets, and prints what is in them. Uses no device."""
     parser = cli.parser("data", __doc__, "show --config configs/tiny_cpu.yaml")
-    verbs = parser.add_subparsers(required=True, metavar="prepare|stats")
+    verbs = parser.add_subparsers(required=True, metavar="prepare|show|stats")
     source = "a file, a folder or pattern of shards, here or at gs://bucket/..."
 
     sub = verbs.add_parser("prepare", help=prepare.__doc__, description=prepare.__doc__)
@@ -51,17 +52,19 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--name", default="problems", help="of the data set, e.g. dapo_math_17k")
     sub.set_defaults(run=prepare)
 
-    sub = verbs.add_parser("stats", help=stats.__doc__, description=stats.__doc__)
-    which = sub.add_mutually_exclusive_group(required=True)
-    which.add_argument("--config", help="YAML config: its data.train and eval.sets")
-    which.add_argument("--source", help=f"one data set: {source}, or `arithmetic`")
-    sub.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="of the config"
-    )
-    sub.add_argument("--heldout", action="store_true", help="the test split of --source")
-    sub.add_argument("--tokenizer", metavar="FOLDER", help="a model folder, to measure prompts")
+    for run in (stats, show):
+        sub = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        which = sub.add_mutually_exclusive_group(required=True)
+        which.add_argument("--config", help="YAML config: its data.train and eval.sets")
+        which.add_argument("--source", help=f"one data set: {source}, or `arithmetic`")
+        text = "override of the config"
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+        sub.add_argument("--heldout", action="store_true", help="the test split of --source")
+        sub.add_argument("--tokenizer", metavar="FOLDER", help="a model folder, to make prompts")
+        sub.set_defaults(run=run)
+    sub.add_argument("--first", type=int, default=3, metavar="N", help="rows and failures shown")
+    sub = verbs.choices["stats"]
     sub.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
-    sub.set_defaults(run=stats)
 
     columns = "as in a config, e.g. prompt=problem.text answer=label"
     for sub in verbs.choices.values():
@@ -80,18 +83,58 @@ def prepare(args: argparse.Namespace) -> None:
     print(f"wrote {folder}")
 
 
-def stats(args: argparse.Namespace) -> None:
-    """Prints the rows, skips and prompt lengths of one data set, or of those of a config."""
+def show(args: argparse.Namespace) -> None:
+    """Prints the first rows as they are fed to the model, and the verifier's verdict on every
+    solution."""
+    config, found = _loaded(args)
+    section, reward = (config.data, config.reward) if config else (DataSection(), RewardSection())
+    tokenizer = load_tokenizer(args.tokenizer or (config.model.folder if config else None))
+    with RewardPool(reward) as pool:
+        for name, (problems, report, _) in found.items():
+            print(f"{name}: {report.source}, {len(problems):,} problems")
+            for problem in problems[: args.first]:
+                try:
+                    [prompt], _ = make_prompts([problem], tokenizer, section)
+                    fed = shown_prompt(tokenizer, prompt.tokens)
+                except InputError as e:
+                    fed = f"({e})"
+                print(
+                    f"---- {problem.id}: prompt as fed\n{fed}\n---- ground truth: {problem.answer}"
+                )
+                print(f"---- solution: {problem.solution}" * (problem.solution is not None))
+            solved = [p for p in problems if p.solution]
+            verdicts = pool.judge([RewardItem(p, p.solution or "", 0) for p in solved])
+            pairs = [(p, v) for p, v in zip(solved, verdicts, strict=True) if not v.correct]
+            if solved:
+                correct = len(solved) - len(pairs)
+                share = f"{correct:,} of {len(solved):,} ({correct / len(solved):.1%})"
+                print(f"{name}: {share} solutions are correct by the {reward.verifier} verifier")
+            for problem, verdict in pairs[: args.first]:
+                why = verdict.error or "incorrect"
+                print(f"---- {problem.id}: {why}; ground truth: {problem.answer}")
+                print(problem.solution)
+
+
+def _loaded(args: argparse.Namespace) -> tuple[Config | None, Found]:
+    """The config, if one is given, and its data sets, or else --source. Needs no eval.sets."""
     if args.config and (args.columns or args.heldout):
         fix = "a config has `columns` in data.train and eval.sets"
         raise InputError(f"--columns, --heldout: go with --source; {fix}")
     if args.set and not args.config:
         raise InputError("--set: goes with --config")
-    config = load_config(args.config, args.set) if args.config else None
+    if not args.config:
+        return None, _of_source(args)
+    config = load_config(args.config, ["eval.every=0", *args.set])
+    return config, _of_config(config)
+
+
+def stats(args: argparse.Namespace) -> None:
+    """Prints the rows, skips and prompt lengths of one data set, or of those of a config."""
+    config, found = _loaded(args)
     section, reward = (config.data, config.reward) if config else (DataSection(), RewardSection())
     folder = args.tokenizer or (config.model.folder if config else None)
     tokenizer = load_tokenizer(folder) if config or folder else None
-    found, numbers = _of_config(config) if config else _of_source(args), {}
+    numbers = {}
     for name, (problems, report, drawn) in found.items():
         solved = sum(p.solution is not None for p in problems)
         own = numbers[name] = dataclasses.asdict(report) | drawn | {"with_solution": solved}
