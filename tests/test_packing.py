@@ -82,8 +82,10 @@ def test_share_of_the_longest_quarter_counts_advantages():
 
 
 def test_equal_lengths_are_long_in_their_order():
-    """Of 80 responses of one length the first 20 are the quarter, and rows keep their order."""
-    assert long_share([5] * 80, [1.0] * 80, [1.0] * 20 + [0.0] * 60) == 1.0
+    """Of 80 responses, 40 of them long, the first 20 of these are the quarter, and rows keep their
+    order.
+    """
+    assert long_share([4, 5] * 40, [1.0] * 80, [1.0] * 40 + [0.0] * 40) == 100 / 180
     assert pack_rows([3, 4, 4, 3] * 10, 4) == [
         [i] for i in np.argsort([1, 0, 0, 1] * 10, stable=True)
     ]
@@ -335,6 +337,14 @@ def test_rows_are_dealt_back_and_forth():
     )
     # Costs 16², 15², 14², 13² go to micro-batches 0, 1, 1, 0: 425 against 421.
     assert [(p.microbatch, p.row) for p in stats.placement] == [(1, 1), (0, 0), (0, 1), (1, 0)]
+
+
+def test_a_row_costs_the_sum_of_its_squared_lengths():
+    """12² > 8² + 8² > 11²; neither lengths nor their cubes are in this order."""
+    _, stats = build_batch(
+        make_items([(1, 10), (1, 7), (1, 7), (1, 11)]), row_len=16, rows_per_microbatch=3
+    )
+    assert [p.row for p in stats.placement] == [2, 1, 1, 0]
 
 
 def test_a_row_by_hand():

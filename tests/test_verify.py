@@ -279,6 +279,7 @@ def test_lenient_refuses(response, truth):
         ("<think>9*8</think><answer>72</answer>", "72"),
         ("<think>Answer: 5</think><answer>\nAnswer: $72$\n</answer>", "72"),
         ("<answer>72", "72"),
+        ("<ANSWER>71</ANSWER> <ANSWER>72</ANSWER>", "72"),
         ("We add.\n**Answer:**\n\n\\[\n\\boxed{72}\n\\]", "72"),
         ("We add.\n**Final Answer:**\n\n$$\\boxed{72}$$", "72"),
         ("We add.\n**Answer:**\n72", "72"),
@@ -297,6 +298,7 @@ def test_lenient_refuses(response, truth):
             for form in ("Answer: {}", "Answer: ${}$", "\\boxed{{{}}}", "${}$", "{}")
         ),
         ("Answer: 48 and 384", "$48$, $384$"),
+        (r"Answer: $48\mbox{ or }384$", "$48$, and $384$"),
         ("Answer: x=1 or x=-2", "x=1, x=-2"),
         (r"Answer: $12\text{ and }13$", "12, 13"),
         # what math-verify compares as text, because its reading has no value
@@ -310,7 +312,11 @@ def test_lenient_refuses(response, truth):
         ("Answer: 0.333333", "1/3"),
         ("Answer: 0.000000100000001", "0.0000001"),
         (r"Answer: \frac{1}{2006!}", r"\frac{1}{2006!}"),
+        ("Answer: 8.7 × 10^{-8}", "8.7e-8"),
+        ("Answer: 2.5x10^-3", "2.5E-3"),
+        ("Answer: 870", "8.7e+2"),
         ("Answer: 1 024", "1024"),
+        ("Answer: 1 000 000", "1000000"),
         (r"Answer: \$1,024.50", "1024.50"),
     ],
 )
