@@ -263,6 +263,40 @@ BAD = {
         "dapo: {importance_cap: 1.2}\n",
         "dapo.importance_cap: must be at least 1 + clip_eps_high = 1.28",
     ),
+    "a mask that removes every exact token": (
+        "dapo: {token_mask: [1.1, 2]}\n",
+        "dapo.token_mask: expected [a, b] with 0 < a < 1 < b, got [1.1, 2.0]",
+    ),
+    "a mask with a bound at 0": (
+        "dapo: {sequence_mask: [0, 2]}\n",
+        "dapo.sequence_mask: expected [a, b] with 0 < a < 1 < b, got [0.0, 2.0]",
+    ),
+    "a mask of one bound": ("dapo: {token_mask: [0.5]}\n", "dapo.token_mask"),
+    "veto": ("dapo: {sequence_veto: 1}\n", "dapo.sequence_veto: must be above 0 and below 1"),
+    "a cap above the mask": (
+        "dapo: {importance_cap: 3, token_mask: [0.5, 2]}\n",
+        "dapo.importance_cap: never acts: token_mask removes what is above 2",
+    ),
+    "a mask of responses by the sampler's own log-probs": (
+        "dapo: {old_logprobs: sampler, sequence_mask: [0.9, 1.1]}\n",
+        "dapo.sequence_mask: needs dapo.old_logprobs: recompute",
+    ),
+    "a veto by the sampler's own log-probs": (
+        "dapo: {old_logprobs: sampler, sequence_veto: 1.0e-4}\n",
+        "dapo.sequence_veto: needs dapo.old_logprobs: recompute",
+    ),
+    "cispo with dual clip": (
+        "dapo: {objective: cispo, dual_clip: 10}\n",
+        "dapo.dual_clip: goes with dapo.objective: dapo only; set it to null",
+    ),
+    "cispo with a cap of the same ratio": (
+        "dapo: {objective: cispo, importance_cap: 2, old_logprobs: sampler}\n",
+        "dapo.importance_cap: never acts: cispo clips the same ratio; set it to null",
+    ),
+    "a constant length of a mean over tokens": (
+        "dapo: {loss_length: 100}\n",
+        "dapo.loss_length: goes with dapo.loss_normalizer: seq-mean-token-sum only",
+    ),
     "dual clip": ("dapo: {dual_clip: 1}\n", "dapo.dual_clip: must be above 1"),
     "ddof": (
         "dapo: {advantage_ddof: 16}\n",

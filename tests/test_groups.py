@@ -4,7 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapo_jax.config import DapoSection
-from dapo_jax.dapo.groups import advantages_of, group_advantages, informative_groups, is_informative
+from dapo_jax.dapo.groups import (
+    group_advantages,
+    informative_groups,
+    is_informative,
+    step_advantages,
+)
 
 
 def test_a_group_is_informative_when_it_holds_correct_and_incorrect():
@@ -97,14 +102,14 @@ def test_a_group_of_the_answers_that_got_a_verdict_is_one_of_their_number():
     """
     algo = DapoSection()
     np.testing.assert_allclose(
-        advantages_of(np.array([1, -1, -1, -1], np.float32), algo),
+        step_advantages([np.array([1, -1, -1, -1], np.float32)], algo)[0],
         [1.4999985, *[-0.4999995] * 3],
         rtol=0,
         atol=1e-6,
     )
-    assert advantages_of(np.float32([1]), algo).tolist() == [0.0]
+    assert step_advantages([np.float32([1])], algo)[0].tolist() == [0.0]
     np.testing.assert_allclose(
-        advantages_of(np.float32([1, -1]), DapoSection(advantage_ddof=2)),
+        step_advantages([np.float32([1, -1])], DapoSection(advantage_ddof=2))[0],
         [0.5**0.5, -(0.5**0.5)],
         atol=1e-6,
     )

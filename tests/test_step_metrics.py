@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dapo_jax.config import Config, DapoSection
-from dapo_jax.dapo.buffer import DynamicSamplingBuffer
+from dapo_jax.dapo.buffer import DynamicSamplingBuffer, StepCounts
 from dapo_jax.dapo.packing import PackStats
 from dapo_jax.training.dynamic_sampling import Drawn, DrawState
 from dapo_jax.training.record import draw_metrics, throughput, update_metrics
@@ -63,6 +63,9 @@ SUMS = [
         "upclipped_prob": 0.0,
         "sampler_gap": 1.0,
         "gap_tokens": 6.0,
+        "ratio_tight": 2.0,
+        "ratio_one_percent": 3.0,
+        "ratio_five_percent": 5.0,
     },
     {
         "loss": 0.4,
@@ -79,6 +82,9 @@ SUMS = [
         "upclipped_prob": 1.0,
         "sampler_gap": 8.0,
         "gap_tokens": 8.0,
+        "ratio_tight": 8.0,
+        "ratio_one_percent": 8.0,
+        "ratio_five_percent": 8.0,
     },
 ]
 SUMS.append(dict.fromkeys(SUMS[0], np.nan) | {"skipped": 1.0})
@@ -138,6 +144,12 @@ def test_every_metric_of_a_step():
         "policy/importance_capped_fraction": 0,
         "policy/upclipped_prob_mean": 1 / 4,
         "policy/sampler_gap_mean": 0.1,  # of the 14 tokens drawn in this step, not of the 4 carried ones
+        # of the 14 tokens too: all at a ratio of e^-0.1 = 0.905
+        "policy/sampler_ratio_tight": 0,
+        "policy/sampler_ratio_one_percent": 0,
+        "policy/sampler_ratio_five_percent": 0,
+        "policy/sampler_ratio_max": np.exp(-0.1),
+        "policy/advantage_rms": 0.5**0.5,  # of ±1 / √2, but for ε
         "policy/long_share": 0.4,
         "optim/grad_norm": 2.0,
         "optim/lr": 1e-6,
@@ -184,12 +196,42 @@ def test_with_the_samplers_logprobs_the_gap_is_that_of_the_first_update_on_new_t
 
     A skipped update does not change it; carried tokens are of another.
     """
-    assert metrics(old_logprobs="sampler")["policy/sampler_gap_mean"] == pytest.approx(1.0 / 6)
+    found = metrics(old_logprobs="sampler")
+    assert found["policy/sampler_gap_mean"] == pytest.approx(1.0 / 6)
+    names = ("tight", "one_percent", "five_percent")
+    shares = [found[f"policy/sampler_ratio_{name}"] for name in names]
+    assert shares == pytest.approx([2 / 6, 3 / 6, 5 / 6])
+    assert "policy/sampler_ratio_max" not in found
     assert metrics([SUMS[2], SUMS[1]], old_logprobs="sampler")[
         "policy/sampler_gap_mean"
     ] == pytest.approx(8.0 / 8)
     none_new = SUMS[0] | {"gap_tokens": 0.0, "sampler_gap": 0.0}
     assert "policy/sampler_gap_mean" not in metrics([none_new, SUMS[1]], old_logprobs="sampler")
+
+
+def test_shares_of_the_ratio_of_trainer_to_sampler():
+    """e^gap is 1.0015, 0.9985 and 1.03 on 2 tokens each, 0.94 and 1.2 on one: of 8 tokens, 2 are in
+    [0.999, 1.002], 4 within 1%, 6 within 5%.
+    """
+    ratios = np.float32([1.0015, 1.0015, 0.9985, 0.9985, 1.03, 1.03, 0.94, 1.2])
+    made = group(6, [1, 0], [4, 4], [False, False], [0, 0], gap=0)
+    old = tuple(np.log(r) - 1 for r in np.split(ratios, 2))
+    kept = [dataclasses.replace(made, old_logprobs=old)]
+    updates = Updates(kept, StepCounts(kept=1), 6, [1], PACKED, 0, 1e-6)
+    found = update_metrics(updates, SUMS, DapoSection())
+    names = ("tight", "one_percent", "five_percent", "max")
+    shares = [found[f"policy/sampler_ratio_{name}"] for name in names]
+    assert shares == pytest.approx([2 / 8, 4 / 8, 6 / 8, 1.2], rel=1e-6)
+
+
+def test_shares_of_responses_that_masks_remove():
+    """Geometric means of e^0.5 on the 2 carried responses and of e^-0.1 on the 2 drawn ones."""
+    keys = [f"policy/sequence_{name}_fraction" for name in ("masked", "vetoed")]
+    found = metrics(sequence_mask=(0.95, 2.0), sequence_veto=0.5)
+    assert [found[key] for key in keys] == [0.5, 0]
+    found = metrics(sequence_mask=(0.5, 1.1), sequence_veto=0.95)
+    assert [found[key] for key in keys] == [0.5, 0.5]
+    assert not metrics().keys() & set(keys)
 
 
 def test_groups_carried_in_count_if_they_are_trained_on_and_give_no_gap():
@@ -203,7 +245,12 @@ def test_a_step_whose_updates_were_all_skipped_says_so_and_nothing_of_the_policy
     assert found["optim/skipped_updates"] == 2 and found["pack/efficiency"] == 0.5
     assert {key for key in found if key.startswith(("policy/", "optim/"))} == {
         "policy/long_share",
+        "policy/advantage_rms",
         "policy/sampler_gap_mean",
+        "policy/sampler_ratio_tight",
+        "policy/sampler_ratio_one_percent",
+        "policy/sampler_ratio_five_percent",
+        "policy/sampler_ratio_max",
         "optim/lr",
         "optim/skipped_updates",
         "optim/underfilled_updates",

@@ -207,6 +207,27 @@ def _check_reward(r: RewardSection, max_response_len: int, fail: Fail) -> None:
             fail("reward.function", f"{what}; add it if you trust it")
 
 
+def _check_correction(d: DapoSection, fail: Fail) -> None:
+    masks = {"token_mask": d.token_mask, "sequence_mask": d.sequence_mask}
+    for name, bounds in masks.items():
+        if bounds and not 0 < bounds[0] < 1 < bounds[1]:
+            fail(f"dapo.{name}", f"expected [a, b] with 0 < a < 1 < b, got {list(bounds)}")
+    if d.token_mask and d.importance_cap is not None and d.importance_cap >= d.token_mask[1]:
+        fail(
+            "dapo.importance_cap",
+            f"never acts: token_mask removes what is above {d.token_mask[1]:g}",
+        )
+    for name in ("sequence_mask", "sequence_veto"):
+        if getattr(d, name) is not None and d.old_logprobs == "sampler":
+            fail(f"dapo.{name}", "needs dapo.old_logprobs: recompute")
+    if d.objective == "cispo" and d.dual_clip is not None:
+        fail("dapo.dual_clip", "goes with dapo.objective: dapo only; set it to null")
+    if d.objective == "cispo" and d.importance_cap is not None and d.old_logprobs == "sampler":
+        fail("dapo.importance_cap", "never acts: cispo clips the same ratio; set it to null")
+    if d.loss_length is not None and d.loss_normalizer != "seq-mean-token-sum":
+        fail("dapo.loss_length", "goes with dapo.loss_normalizer: seq-mean-token-sum only")
+
+
 def _check_dapo(d: DapoSection, fail: Fail) -> None:
     group, update = d.responses_per_prompt, d.responses_per_update
     drawn, wanted = d.prompts_per_draw * d.max_generation_batches, d.prompts_per_step
@@ -221,6 +242,7 @@ def _check_dapo(d: DapoSection, fail: Fail) -> None:
     if d.importance_cap is not None and d.importance_cap < (least := 1 + d.clip_eps_high):
         bound = f"must be at least 1 + clip_eps_high = {least:g}"
         fail("dapo.importance_cap", f"{bound}, got {d.importance_cap:g}")
+    _check_correction(d, fail)
     if d.dynamic_sampling and d.on_cap == "error" and drawn < wanted:
         fail(
             "dapo.max_generation_batches",

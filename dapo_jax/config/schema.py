@@ -220,8 +220,13 @@ class DapoSection:
     clip_eps_low: float = field(0.2, "ratio is clipped below 1 - this", ge=0, lt=1)
     clip_eps_high: float = field(0.28, "ratio is clipped above 1 + this (clip-higher)", ge=0)
     dual_clip: float | None = field(None, "caps the loss of A < 0 at this times |A|", gt=1)
+    objective: Literal["dapo", "cispo"] = field("dapo", "cispo: the clipped ratio is a weight")
     loss_normalizer: Normalizer = field(
         "token-mean", "group-token-mean: Eq. 8; the third: naive GRPO"
+    )
+    loss_length: int | None = field(None, "seq-mean-token-sum: divides by it too (Dr. GRPO)", ge=1)
+    advantage_scale: Literal["group", "batch", "none"] = field(
+        "group", "std that divides rewards: of the group, of all rewards of the step, or none"
     )
     advantage_ddof: int = field(1, "std divides by G - this", ge=0)
     advantage_eps: float = field(1e-6, "added to the std", ge=0)
@@ -235,6 +240,15 @@ class DapoSection:
     overlong_filtering: bool = field(False, "give truncated responses weight 0 in the loss")
     old_logprobs: Literal["recompute", "sampler"] = field("recompute", "of pi_old")
     importance_cap: float | None = field(None, "truncated importance sampling: cap of its weight")
+    token_mask: tuple[float, float] | None = field(
+        None, "[a, b]: tokens with pi_old / pi_sampler outside get weight 0 (IcePop)"
+    )
+    sequence_mask: tuple[float, float] | None = field(
+        None, "[a, b]: the same of responses, by the geometric mean over their tokens"
+    )
+    sequence_veto: float | None = field(
+        None, "responses with a token of pi_old / pi_sampler below this get weight 0", gt=0, lt=1
+    )
 
 
 @dataclass(frozen=True)

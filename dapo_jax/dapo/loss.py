@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from dapo_jax.config import DapoSection, ModelConfig
+from dapo_jax.dapo.groups import RATIO_RANGES
 from dapo_jax.model.decoder import head_kernel, hidden_states
-from dapo_jax.model.logprobs import linear_logprobs, linear_loss
+from dapo_jax.model.logprobs import exp, linear_logprobs, linear_loss
 from dapo_jax.types import Params, TrainBatch
 
 LossFn = Callable[[Params, TrainBatch], tuple[jax.Array, dict[str, Any]]]
@@ -55,11 +56,11 @@ def dapo_token_loss(
     log_ratio = logprobs - old_logprobs
     if ratio_cap is not None:
         capped = jnp.minimum(log_ratio, math.log(ratio_cap))
-        ratio = jnp.exp(capped) * (1 + log_ratio - capped)
+        ratio = exp(capped) * (1 + log_ratio - capped)
     else:  # where the objective is constant from some ratio on, its slope must not become 0 · inf
         capped = jnp.minimum(log_ratio, _LOG_RATIO_CAP)
         uncapped = jnp.where(advantages < 0, log_ratio, capped) if dual_clip is None else capped
-        ratio = jnp.exp(uncapped)
+        ratio = exp(uncapped)
     clipped = jnp.clip(ratio, 1.0 - clip_eps_low, 1.0 + clip_eps_high)
     objective = jnp.minimum(ratio * advantages, clipped * advantages)
     if dual_clip is not None:
@@ -68,29 +69,73 @@ def dapo_token_loss(
     return -objective
 
 
+def cispo_token_loss(
+    logprobs: Float[Any, "*S"],
+    old_logprobs: Float[Any, "*S"],
+    advantages: Float[Any, "*S"],
+    *,
+    clip_eps_low: float,
+    clip_eps_high: float,
+) -> Float[Array, "*S"]:
+    """CISPO: the clipped ratio is a constant weight, so that every token keeps a gradient.
+
+        loss = -sg(clip(r, 1 - ε_low, 1 + ε_high)) A log π_θ        gradient: -clip(r) A
+
+    Arguments as `dapo_token_loss`. Source: MiniMax-M1 (arXiv 2506.13585) Eq. 4 and 5.
+
+    >>> logprobs, advantage = jnp.log(jnp.array([0.2, 0.4])), jnp.array([1.0, -1.0])
+    >>> clip = {"clip_eps_low": 0.2, "clip_eps_high": 0.28}
+    >>> loss = cispo_token_loss(logprobs, jnp.log(jnp.array([0.1, 0.4])), advantage, **clip)
+    >>> [round(float(x), 4) for x in loss]  # ratios 2 and 1: -1.28 log 0.2 and log 0.4
+    [2.0601, -0.9163]
+    """
+    ratio = exp(logprobs - old_logprobs)
+    weight = jnp.clip(ratio, 1.0 - clip_eps_low, 1.0 + clip_eps_high)
+    return -jax.lax.stop_gradient(weight) * advantages * logprobs
+
+
+def _log_mismatch(logprobs: Any, args: TrainBatch, algo: DapoSection) -> Any:
+    """log π_old / π_sampler of each token; log π_θ / π_sampler where π_old is the sampler's."""
+    if algo.old_logprobs == "sampler":
+        return jax.lax.stop_gradient(logprobs - args.old_logprobs)
+    return args.old_logprobs - args.behavior_logprobs
+
+
+def _token_masked(logprobs: Any, args: TrainBatch, algo: DapoSection) -> Any:
+    """Tokens that `dapo.token_mask` [a, b] takes out of the loss: mismatch outside [a, b]."""
+    low, high = map(math.log, algo.token_mask or (1.0, 1.0))
+    mismatch = _log_mismatch(logprobs, args, algo)
+    return (mismatch < low) | (mismatch > high)
+
+
 def policy_metrics(
     logprobs: Float[Any, "*S"], entropy: Float[Any, "*S"], args: TrainBatch, algo: DapoSection
 ) -> dict[str, Float32[Array, "*S"]]:
     """Quantities of each token whose sums give the `policy/` metrics (`update.summarize`)."""
     log_ratio = logprobs - args.old_logprobs
-    ratio = jnp.exp(log_ratio)
-    token_prob = jnp.exp(logprobs)
-    up_clipped = (args.advantages > 0) & (ratio > 1 + algo.clip_eps_high)
+    ratio = exp(log_ratio)
+    token_prob = exp(logprobs)
+    both = algo.objective == "cispo"  # clips both sides whatever the sign of A
+    up_clipped = ((args.advantages > 0) | both) & (ratio > 1 + algo.clip_eps_high)
     metrics = {
         "tokens": jnp.ones_like(logprobs),
         "entropy": entropy,
         "token_prob": token_prob,
         "approx_kl": ratio - 1 - log_ratio,
-        "clipped_low": (args.advantages < 0) & (ratio < 1 - algo.clip_eps_low),
+        "clipped_low": ((args.advantages < 0) | both) & (ratio < 1 - algo.clip_eps_low),
         "clipped_high": up_clipped,
         "upclipped_prob": jnp.where(up_clipped, token_prob, 0.0),
         "sampler_gap": jnp.where(args.current, jnp.abs(logprobs - args.behavior_logprobs), 0.0),
         "gap_tokens": args.current,
     }
     if algo.importance_cap is not None:
-        mismatch = jnp.exp(args.old_logprobs - args.behavior_logprobs)
-        weight = ratio if algo.old_logprobs == "sampler" else mismatch
-        metrics["importance_capped"] = weight > algo.importance_cap
+        mismatch = exp(_log_mismatch(logprobs, args, algo))
+        metrics["importance_capped"] = mismatch > algo.importance_cap
+    if algo.token_mask is not None:
+        metrics["token_masked"] = _token_masked(logprobs, args, algo)
+    if algo.old_logprobs == "sampler":
+        for name, (low, high) in RATIO_RANGES.items():
+            metrics[f"ratio_{name}"] = args.current & (ratio >= low) & (ratio <= high)
     if algo.dual_clip is not None:
         metrics["clipped_dual"] = (args.advantages < 0) & (ratio > algo.dual_clip)
     return {name: value.astype(jnp.float32) for name, value in metrics.items()}
@@ -122,29 +167,31 @@ def _batch_loss(params, batch, terms, model, **options):
 def dapo_terms(
     logprobs: Float[Any, "*S"], entropy: Float[Any, "*S"], args: TrainBatch, algo: DapoSection
 ) -> tuple[Float[Array, "*S"], dict[str, Float32[Array, "*S"]]]:
-    """Weight · `dapo_token_loss` and `policy_metrics` of each token: `token_loss` of `linear_loss`.
+    """Weight · token loss of the objective and `policy_metrics`: `token_loss` of `linear_loss`.
 
     With an importance cap C, truncated importance sampling corrects for the sampler's numerics:
 
         old_logprobs "recompute"   weight · min(π_old / π_sampler, C) · loss
         old_logprobs "sampler"     the ratio π_θ / π_sampler is itself capped: `ratio_cap`
+
+    `_token_masked` tokens get weight 0.
     """
     # Tokens of weight 0 (overlong filtering) are masked before the ratio, which may overflow.
-    trained = args.weight > 0
+    trained, weight, cap = args.weight > 0, args.weight, algo.importance_cap
+    if algo.token_mask is not None:
+        trained &= ~_token_masked(logprobs, args, algo)
+        weight = jnp.where(trained, weight, 0.0)
     old = jnp.where(trained, args.old_logprobs, 0.0)
-    weight, cap = args.weight, algo.importance_cap
     if cap is not None and algo.old_logprobs == "recompute":
         mismatch = old - jnp.where(trained, args.behavior_logprobs, 0.0)
-        weight = weight * jnp.exp(jnp.minimum(mismatch, math.log(cap)))
-    loss = dapo_token_loss(
-        jnp.where(trained, logprobs, 0.0),
-        old,
-        args.advantages,
-        clip_eps_low=algo.clip_eps_low,
-        clip_eps_high=algo.clip_eps_high,
-        dual_clip=algo.dual_clip,
-        ratio_cap=cap if algo.old_logprobs == "sampler" else None,
-    )
+        weight = weight * exp(jnp.minimum(mismatch, math.log(cap)))
+    inputs = jnp.where(trained, logprobs, 0.0), old, args.advantages
+    clip = {"clip_eps_low": algo.clip_eps_low, "clip_eps_high": algo.clip_eps_high}
+    if algo.objective == "cispo":
+        loss = cispo_token_loss(*inputs, **clip)
+    else:
+        ratio_cap = cap if algo.old_logprobs == "sampler" else None
+        loss = dapo_token_loss(*inputs, **clip, dual_clip=algo.dual_clip, ratio_cap=ratio_cap)
     return weight * loss, policy_metrics(logprobs, entropy, args, algo)
 
 

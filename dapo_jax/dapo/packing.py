@@ -51,14 +51,19 @@ class PackStats(NamedTuple):
 
 
 def normalizer_weights(
-    group_of: ArrayLike, target_counts: ArrayLike, kept: ArrayLike, *, normalizer: str
+    group_of: ArrayLike,
+    target_counts: ArrayLike,
+    kept: ArrayLike,
+    *,
+    normalizer: str,
+    length: int | None = None,
 ) -> Float32[np.ndarray, " n"]:
     """Weight w_i of each token of response i: the loss of a mini-batch is Σ_i w_i Σ_t loss_it.
 
         token-mean           1 / sum of |o|
         group-token-mean     1 / (groups x sum of |o| in the group of i)   arXiv 2503.14476, Eq. 8
         seq-mean-token-mean  1 / (responses x |o_i|)                       naive GRPO
-        seq-mean-token-sum   1 / responses
+        seq-mean-token-sum   1 / (responses x length)                      Dr. GRPO; length 1: None
 
     Args, [n] each: group_of: the group of a response, any integers. target_counts: |o_i|, tokens.
       kept: False takes a response out of the loss and of all sums; so does having no tokens.
@@ -92,7 +97,7 @@ def normalizer_weights(
         case "seq-mean-token-mean":
             divisor = counts.size * counts
         case "seq-mean-token-sum":
-            divisor = np.full(counts.size, counts.size)
+            divisor = np.full(counts.size, counts.size * (length or 1))
         case _:
             raise ValueError(f"unknown normalizer {normalizer!r}")
     weights = np.zeros(trained.size, np.float32)

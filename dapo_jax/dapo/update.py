@@ -126,6 +126,8 @@ def summarize(sums: Mapping[str, float]) -> dict[str, float]:
             "importance_capped_fraction": "importance_capped",
         }
     means = {f"policy/{name}": sums.get(key, 0.0) / tokens for name, key in names.items()}
+    if "token_masked" in sums:
+        means["policy/token_masked_fraction"] = sums["token_masked"] / tokens
     if clipped := sums.get("clipped_high"):
         means["policy/upclipped_prob_mean"] = sums["upclipped_prob"] / clipped
     return means

@@ -29,6 +29,10 @@ ROW_AXES = ("data", "fsdp")  # mesh axes that rows are split over
 ROW_SPEC = PartitionSpec(ROW_AXES)
 VOCAB_AXIS = "tensor"  # mesh axis that the vocabulary is split over
 
+# By default a TPU computes both with an error of about 1e-4 in a logsumexp.
+exp = functools.partial(jax.lax.exp, accuracy=jax.lax.AccuracyMode.HIGHEST)
+log = functools.partial(jax.lax.log, accuracy=jax.lax.AccuracyMode.HIGHEST)
+
 
 def split_axis(mesh: Mesh | None, axis: str, size: int) -> str | None:
     """The mesh axis, if it splits a dimension of this size: evenly, over several devices."""
@@ -108,7 +112,7 @@ def _score(hidden: Array, head: Array, targets: Array, static: _Static) -> _Scor
     logits = logits / static.temperature
     top = jax.lax.stop_gradient(static.max(logits.max(axis=-1)))
     # Subtracting `top` after the sums avoids another [n, V] array.
-    weights = jnp.exp(logits - top[:, None])
+    weights = exp(logits - top[:, None])
     size = head.shape[1]
     column = static.local(targets, size)
     hit = jnp.arange(size)[None] == column[:, None]
@@ -117,8 +121,9 @@ def _score(hidden: Array, head: Array, targets: Array, static: _Static) -> _Scor
     at_target = jnp.where((column >= 0) & (column < size), at_target, 0.0)
     sums = (weights.sum(axis=-1), (weights * logits).sum(axis=-1), at_target)
     total, dot, at_target = static.sum(sums)
-    log_total, mean = jnp.log(total), dot / total
-    logprobs, entropy = at_target - top - log_total, log_total + top - mean
+    log_total, mean = log(total), dot / total
+    logprobs = jnp.minimum(at_target - top - log_total, 0.0)  # rounding must give no p > 1
+    entropy = log_total + top - mean
     return _Scored(logits, weights, total, mean, logprobs, entropy, hit)
 
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float32, Int32, Key
 
+from dapo_jax.model.logprobs import exp, log
+
 _BLOCK = 128  # vocabulary entries
 # Rounds of rejection for top-p. n rejections need n uniforms whose product is at least max(top_p,
 # 1 / V): as likely as a Poisson variable of mean ln min(1 / top_p, V) is to reach n, below 1e-24
@@ -165,16 +167,16 @@ def sample_tokens(
     vocab = logits.shape[1]
     highest = scaled.max(axis=-1)
     top = highest if axis is None else jax.lax.pmax(highest, axis)
-    blocks = _as_blocks(jnp.exp(scaled - top[:, None]))
+    blocks = _as_blocks(exp(scaled - top[:, None]))
     sums = _block_sums(blocks, jnp.zeros(blocks.shape[0]), axis)
-    log_total = jnp.log(sums.sum(axis=-1))
+    log_total = log(sums.sum(axis=-1))
     if not sampling.temperature:
         tokens = jnp.argmax(logits, axis=-1)
         if axis is not None:
             tokens = tokens + vocab * jax.lax.axis_index(axis)
             tokens = jnp.where(highest == top, tokens, jnp.iinfo(jnp.int32).max)
             tokens = jax.lax.pmin(tokens, axis)
-        return tokens.astype(jnp.int32), -log_total
+        return tokens.astype(jnp.int32), jnp.minimum(-log_total, 0.0)
     block, place, weight = _draw(blocks, sums, keys, sampling, axis)
     tokens = block // blocks.shape[1] * vocab + block % blocks.shape[1] * _BLOCK + place
-    return tokens.astype(jnp.int32), jnp.log(weight) - log_total
+    return tokens.astype(jnp.int32), jnp.minimum(log(weight) - log_total, 0.0)

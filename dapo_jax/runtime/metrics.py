@@ -68,9 +68,18 @@ METRICS: Mapping[str, str] = {
     "policy/clip_fraction_high": "share of tokens whose ratio is clipped from above",
     "policy/clip_fraction_dual": "share of tokens whose loss is capped by the dual clip",
     "policy/importance_capped_fraction": "share of tokens with weight dapo.importance_cap",
+    "policy/token_masked_fraction": "share of tokens that dapo.token_mask takes out of the loss",
+    "policy/sequence_masked_fraction": "share of responses that dapo.sequence_mask takes out",
+    "policy/sequence_vetoed_fraction": "share of responses that dapo.sequence_veto takes out",
     "policy/upclipped_prob_mean": "mean probability of the tokens clipped from above",
+    "policy/advantage_rms": "root mean square of the advantages of the responses trained on",
     "policy/long_share": "share of sum |weight x advantage| on the longest quarter of responses",
     "policy/sampler_gap_mean": "mean |log-prob of trainer - of sampler| before any update, nats",
+    # Of the same tokens; the ratio of the first update where dapo.old_logprobs is sampler
+    "policy/sampler_ratio_tight": "share of tokens with pi_trainer / pi_sampler in [0.999, 1.002]",
+    "policy/sampler_ratio_one_percent": "share of tokens with the ratio in [0.99, 1.01]",
+    "policy/sampler_ratio_five_percent": "share of tokens with the ratio in [0.95, 1.05]",
+    "policy/sampler_ratio_max": "largest ratio of any token (dapo.old_logprobs: recompute only)",
     # A policy version is that of one rollout step: partial rollouts continue under the next.
     "policy/token_age_mean": "mean age of the trained tokens: rollout steps since their sampling",
     "policy/token_age_max": "age of the oldest trained token, rollout steps",

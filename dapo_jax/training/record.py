@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 
 from dapo_jax.config import DapoSection, TrainSection
-from dapo_jax.dapo.groups import is_informative
+from dapo_jax.dapo.groups import (
+    RATIO_RANGES,
+    is_informative,
+    removed_responses,
+    step_advantages,
+)
 from dapo_jax.dapo.update import summarize
 from dapo_jax.reward.pool import error_counts, no_answer_fraction
 from dapo_jax.runtime import multihost
@@ -63,6 +68,7 @@ def update_metrics(
     skipped one may be non-finite.
     """
     applied, (kept, counts) = [s for s in sums if not s["skipped"]], step[:2]
+    advantages = np.concatenate(step_advantages([g.reward for g in kept], algo))
     full = algo.responses_per_update // algo.responses_per_prompt
     metrics = {
         "reward/accuracy_kept": float(np.concatenate([g.correct for g in kept]).mean()),
@@ -71,6 +77,7 @@ def update_metrics(
         "filter/wasted_tokens": counts.wasted_tokens,
         "filter/trained_informative": float(np.mean([is_informative(g.correct) for g in kept])),
         "policy/long_share": float(np.mean([p.long_share for p in step.packed])),
+        "policy/advantage_rms": float(np.sqrt(np.mean(advantages**2))),
         "optim/lr": step.rate,
         "optim/skipped_updates": len(sums) - len(applied),
         "optim/underfilled_updates": sum(size < full for size in step.sizes),
@@ -80,18 +87,30 @@ def update_metrics(
         metrics |= summarize({name: sum(s[name] for s in applied) for name in applied[0]})
         metrics["policy/loss"] = float(np.mean([s["loss"] for s in applied]))
         metrics["optim/grad_norm"] = float(np.mean([s["grad_norm"] for s in applied]))
+    if algo.sequence_mask is not None or algo.sequence_veto is not None:
+        removed = np.concatenate([removed_responses(g, algo) for g in kept], axis=1).mean(axis=1)
+        metrics["policy/sequence_masked_fraction"] = float(removed[0])
+        metrics["policy/sequence_vetoed_fraction"] = float(removed[1])
     # Sampler and trainer are compared on tokens that this step's policy sampled, before an update.
     if algo.old_logprobs == "recompute":
         gaps = [
-            np.abs(old - r.behavior_logprobs)
+            old - r.behavior_logprobs
             for g in kept
             if g.draw >= step.first_draw
             for old, r in zip(g.old_logprobs, g.responses, strict=True)
         ]
         if gaps:
-            metrics["policy/sampler_gap_mean"] = float(np.concatenate(gaps).mean())
-    elif applied and applied[0]["gap_tokens"]:
-        metrics["policy/sampler_gap_mean"] = applied[0]["sampler_gap"] / applied[0]["gap_tokens"]
+            gap = np.concatenate(gaps)
+            ratio = np.exp(gap)
+            metrics["policy/sampler_gap_mean"] = float(np.abs(gap).mean())
+            metrics["policy/sampler_ratio_max"] = float(ratio.max())
+            for name, (low, high) in RATIO_RANGES.items():
+                inside = (ratio >= low) & (ratio <= high)
+                metrics[f"policy/sampler_ratio_{name}"] = float(inside.mean())
+    elif applied and (count := applied[0]["gap_tokens"]):
+        metrics["policy/sampler_gap_mean"] = applied[0]["sampler_gap"] / count
+        for name in RATIO_RANGES:
+            metrics[f"policy/sampler_ratio_{name}"] = applied[0][f"ratio_{name}"] / count
     return metrics
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dapo_jax.config import DapoSection
-from dapo_jax.dapo.groups import advantages_of
+from dapo_jax.dapo.groups import step_advantages
 from dapo_jax.data.prompts import decode, shown_prompt
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import Group, Response
@@ -25,8 +25,9 @@ def sample_rows(
 
     `group` is all_correct, all_wrong, or kept. `tokens` are of `scored_texts`.
     """
-    rows = []
-    for group in [g for g in groups if g.responses][:count]:
+    rows, judged = [], [g for g in groups if g.responses]
+    advantages = step_advantages([g.reward for g in judged], algo)
+    for group, scores in [*zip(judged, advantages, strict=True)][:count]:
         problem, response = group.prompt.problem, group.responses[0]
         prompt, n_correct = problem.prompt, int(group.correct.sum())
         text = decode(policy.tokenizer, response.tokens, policy.stop)
@@ -43,7 +44,7 @@ def sample_rows(
             "group_size": len(group.correct),
             "reward": float(group.reward[0]),
             "penalty": float(group.penalty[0]),
-            "advantage": float(advantages_of(group.reward, algo)[0]),
+            "advantage": float(scores[0]),
             "length": len(response.tokens),
             "truncated": bool(response.truncated),
             "tokens": scored_texts(policy, response, text),

@@ -12,7 +12,12 @@ from jax.sharding import Mesh
 
 from dapo_jax.config import DapoSection, OptimSection
 from dapo_jax.dapo.buffer import StepCounts
-from dapo_jax.dapo.groups import advantages_of, is_informative
+from dapo_jax.dapo.groups import (
+    corrects_mismatch,
+    is_informative,
+    removed_responses,
+    step_advantages,
+)
 from dapo_jax.dapo.packing import (
     PackStats,
     TrainItem,
@@ -63,6 +68,7 @@ def minibatches(
     first_draw: of the step. Where the sampler's log-probs are in the ratio, those of earlier draws
     are not compared with the trainer's.
     """
+    advantages = step_advantages([g.reward for g in groups], algo)
     for part in groups_of_updates(len(groups), algo):
         mine = groups[part]
         responses = [r for group in mine for r in group.responses]
@@ -71,14 +77,16 @@ def minibatches(
             np.array([len(r.tokens) for r in responses]),
             np.array([not (r.truncated and algo.overlong_filtering) for r in responses]),
             normalizer=algo.loss_normalizer,
+            length=algo.loss_length,
         )
         weight, items = iter(weights.tolist()), []
-        for g in mine:
-            prompt, advantages = g.prompt.tokens, advantages_of(g.reward, algo).tolist()
+        for g, scores in zip(mine, advantages[part], strict=True):
+            removed = np.logical_or(*removed_responses(g, algo))  # the normaliser still counts them
             current = algo.old_logprobs == "recompute" or g.draw >= first_draw
-            for r, old, a in zip(g.responses, g.old_logprobs, advantages, strict=True):
-                w, behavior = next(weight), r.behavior_logprobs
-                items.append(TrainItem(prompt, r.tokens, old, behavior, a, w, current))
+            each = zip(g.responses, g.old_logprobs, scores.tolist(), removed, strict=True)
+            for r, old, a, out in each:
+                w, tokens = next(weight) * (not out), (g.prompt.tokens, r.tokens)
+                items.append(TrainItem(*tokens, old, r.behavior_logprobs, a, w, current))
         yield build_batch(items, **shape._asdict())
 
 
@@ -106,13 +114,15 @@ class Trainer:
         Done once, when groups are drawn: the first update's ratio is then exactly 1, and groups
         carried to a later step keep the log-probs of the policy that drew them. Groups that are not
         trained on keep the sampler's. So do groups of earlier steps that partial rollouts finished
-        in this one: several policies sampled their tokens.
+        in this one, whose tokens several policies sampled, unless an option corrects for the ratio
+        of the trainer's policy to those (`corrects_mismatch`).
 
         Raises NonFiniteError if a log-prob is non-finite.
         """
         if self.algo.old_logprobs != "recompute":
             return groups
-        dynamic, first = self.algo.dynamic_sampling, run.draw.draws
+        dynamic = self.algo.dynamic_sampling
+        first = 0 if corrects_mismatch(self.algo) else run.draw.draws
         wanted = [
             g for g in groups if g.draw >= first and (not dynamic or is_informative(g.correct))
         ]
