@@ -5,20 +5,24 @@ python process_worker.py OUT.npz CONFIG RUN_DIR     with JAX_COORDINATOR_ADDRESS
 """
 
 import functools
+import shutil
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import tiny
+from safetensors.numpy import load_file, save_file
 
 from dapo_jax import cli, train
 from dapo_jax.config import DapoSection, MeshSection
 from dapo_jax.dapo.loss import loss_fn
 from dapo_jax.dapo.packing import build_batch
 from dapo_jax.dapo.update import accumulate
+from dapo_jax.model import weights
 from dapo_jax.runtime import lock, multihost
 from dapo_jax.runtime.mesh import make_mesh, params_sharding, put, put_rows
+from dapo_jax.training import setup
 from dapo_jax.types import InputError, Verdict
 
 VERDICTS = [
@@ -71,6 +75,30 @@ def refusals(run_dir: str) -> list[str]:
     return said
 
 
+def loading(out: str) -> dict[str, np.ndarray]:
+    """Weights of a folder over fsdp 2 x tensor 2 devices: all of them, the bytes that this process
+    read of the files, and those of its shards. Then what it says of a NaN in the last column.
+    """
+    weights.safe_open = tiny.CountedReads
+    goldens = Path(__file__).parent / "goldens/qwen3_untied"
+    like = weights.base_params(weights.load_model_config(goldens))
+    shardings = params_sharding(like, make_mesh(MeshSection(1, 2, 2)))
+    params = setup._own_shards(str(goldens), like, shardings)
+    read, own = tiny.CountedReads.total, tiny.shard_bytes(params)
+    folder = Path(out).parent / f"model-{Path(out).stem}{jax.process_index()}"
+    shutil.copytree(goldens, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][0, -1] = np.nan  # read by one process
+    save_file(tensors, folder / "model.safetensors")
+    said = ""
+    try:
+        setup._own_shards(str(folder), like, shardings)
+    except InputError as e:
+        said = str(e)
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(multihost.fetch(params))])
+    return {"weights": flat, "read": read, "own": own, "nan": said}
+
+
 def main(out: str, config: str, run_dir: str) -> int:
     multihost.initialize()
     found = gradient()
@@ -83,6 +111,7 @@ def main(out: str, config: str, run_dir: str) -> int:
     np.savez(
         out.replace(".npz", f"{jax.process_index()}.npz"),
         **found,
+        **loading(out),
         judged=len(mine),
         refusals=refusals(run_dir),
     )

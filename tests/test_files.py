@@ -99,6 +99,8 @@ def test_a_folder_that_datasets_saved(tmp_path):
         '{"_data_files": [{"filename": "../../etc/gone.arrow"}]}'
     )
     assert "no such file" in error_of(tmp_path / "saved")
+    (tmp_path / "saved/state.json").write_text('{"_data_files": [{"filename": "a\\u0000.arrow"}]}')
+    assert r"state.json: _data_files: 'a\x00.arrow' is no file name" in error_of(tmp_path / "saved")
 
 
 def test_folders_and_patterns_of_shards(tmp_path):

@@ -104,6 +104,23 @@ def test_each_process_holds_rows_and_judges_answers_of_its_own(runs):
 
 
 @pytest.mark.multiprocess
+def test_each_process_reads_its_own_shards_and_all_refuse_what_one_finds(runs):
+    """Half of all but the norms, which both hold; bit for bit what `load_pretrained` reads."""
+    goldens = TESTS / "goldens/qwen3_untied"
+    leaves = jax.tree.leaves(weights.load_pretrained(goldens)[1])
+    whole = sum(leaf.nbytes for leaf in leaves)
+    norms = sum(leaf.nbytes for leaf in leaves if leaf.ndim < 3 and 96 not in leaf.shape)
+    for i in (0, 1):
+        part = np.load(runs / f"two{i}.npz")
+        np.testing.assert_array_equal(part["weights"], np.concatenate([*map(np.ravel, leaves)]))
+        assert part["read"] == part["own"] == (whole - norms) / 2 + norms
+        assert str(part["nan"]).endswith(
+            "model.safetensors: model.layers.1.self_attn.q_proj.weight: holds NaN or infinite "
+            "values; use another copy of the model"
+        )
+
+
+@pytest.mark.multiprocess
 def test_what_differs_between_processes_is_refused_on_each(runs):
     """The first fact that differs, in their order; and a run folder that a process does not find.
 
@@ -234,6 +251,22 @@ def test_a_port_that_is_in_use_is_named(monkeypatch):
         in done.stderr
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("pod, seconds", [(True, 60), (False, 10)])
+def test_hosts_of_a_pod_may_pause_for_a_minute(pod, seconds, monkeypatch):
+    """A live migration pauses a VM for longer than the 10 s after which a dead process is noticed
+    elsewhere."""
+    given = {"COORDINATOR_ADDRESS": "localhost:8476", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}
+    for name, value in given.items():
+        monkeypatch.delenv(f"JAX_{name}", raising=False)
+        if not pod:
+            monkeypatch.setenv(f"JAX_{name}", value)
+    monkeypatch.setattr(multihost, "on_tpu_vm", lambda: pod)
+    asked = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: asked.update(kwargs))
+    multihost._join()
+    assert asked == {"heartbeat_timeout_seconds": seconds}
 
 
 IN_USE = "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 4711. Not attempting to load libtpu.so"

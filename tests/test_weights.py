@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
 
-from dapo_jax.config import ModelConfig, RopeScaling, Windows, flatten
+from dapo_jax.config import MeshSection, ModelConfig, RopeScaling, Windows, flatten
 from dapo_jax.model.families import model_config_from_hf, model_config_to_hf, tensors
 from dapo_jax.model.weights import load_pretrained, save_pretrained
+from dapo_jax.runtime.mesh import make_mesh, params_sharding
 from dapo_jax.types import InputError
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -561,6 +563,30 @@ def test_window_that_no_layer_uses_is_accepted():
 # --------------------------------------------------------------------------------------------------------------------
 # Loading and saving
 # --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [(1, 8, 1), (1, 2, 4), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_shards_are_read_alone_and_equal_the_whole(name, layout, monkeypatch):
+    """Over 8 devices, each way to split them, bit for bit; each byte of a shard is read once."""
+    _, whole = load_pretrained(GOLDENS / name)
+    monkeypatch.setattr("dapo_jax.model.weights.safe_open", tiny.CountedReads)
+    shardings = params_sharding(whole, make_mesh(MeshSection(*layout)))
+    for dtype in ("float32", "bfloat16"):
+        tiny.CountedReads.total = 0
+        target = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),  # noqa: B023
+            whole,
+            shardings,
+        )
+        found = load_pretrained(GOLDENS / name, target)[1]
+        assert jax.tree.map(lambda leaf: leaf.sharding, found) == shardings
+        jax.tree.map(
+            lambda a, b: np.testing.assert_array_equal(a, b.astype(dtype)),  # noqa: B023
+            found,
+            whole,
+        )
+        assert tiny.CountedReads.total * np.dtype(dtype).itemsize == 4 * tiny.shard_bytes(found)
 
 
 @pytest.mark.parametrize("name", NAMES)

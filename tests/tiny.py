@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 
 from dapo_jax.config import ModelConfig, Windows
 from dapo_jax.dapo.packing import TrainItem, normalizer_weights
@@ -163,3 +164,43 @@ def nucleus_by_sorting(weights, top_p, top_k) -> np.ndarray:
     order = np.sort(weights)[::-1]
     enough = int(np.argmax(np.cumsum(order) >= top_p * order.sum()))
     return np.where(weights >= order[enough], weights, 0)
+
+
+class CountedReads:
+    """safe_open as `model.weights` uses it, which adds up the bytes of the parts that are read."""
+
+    total = 0
+
+    def __init__(self, path, framework):
+        self.opened = safetensors.safe_open(path, framework=framework)
+        self.keys = self.opened.keys
+
+    def __enter__(self):
+        self.opened.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.opened.__exit__(*error)
+
+    def get_slice(self, name):
+        return CountedSlice(self.opened.get_slice(name))
+
+
+class CountedSlice:
+    def __init__(self, part):
+        self.part, self.get_shape, self.get_dtype = part, part.get_shape, part.get_dtype
+
+    def __getitem__(self, index):
+        values = self.part[index]
+        CountedReads.total += values.nbytes
+        return values
+
+
+def shard_bytes(params) -> int:
+    """Bytes of this process's shards, a replicated leaf once."""
+    whole = [leaf.is_fully_replicated for leaf in jax.tree.leaves(params)]
+    return sum(
+        shard.data.nbytes
+        for leaf, once in zip(jax.tree.leaves(params), whole, strict=True)
+        for shard in leaf.addressable_shards[: 1 if once else None]
+    )

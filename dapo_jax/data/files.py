@@ -114,7 +114,10 @@ def _files(path: str, heldout: bool) -> list[str]:
         path = os.path.join(path, choose_split(splits, heldout))
     if os.path.isfile(f"{path}/state.json"):
         shards = _listed(path, "state.json", "_data_files", dict)
-        return [os.path.join(path, os.path.basename(str(s.get("filename")))) for s in shards]
+        names = [os.path.basename(str(s.get("filename"))) for s in shards]
+        if bad := next((name for name in names if "\0" in name), None):
+            raise InputError(f"state.json: _data_files: {bad!r} is no file name; save it again")
+        return [os.path.join(path, name) for name in names]
     if os.path.isdir(path):
         return [os.path.join(path, name) for name in _shards(os.listdir(path), heldout)]
     is_pattern = glob.has_magic(path) and not os.path.exists(path)

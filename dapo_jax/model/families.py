@@ -4,9 +4,10 @@ What the decoder cannot compute exactly is refused, never approximated.
 """
 
 import dataclasses
+import itertools
 import math
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -329,7 +330,7 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
         if not leaf.endswith(".kernel"):
             flat = (math.prod(shape),) if leaf.endswith(".bias") else shape
             return Tensor(name, leaf, flat, False, layer)
-        inputs = 2 if leaf.endswith(".o.kernel") else 1  # axes
+        inputs = _input_axes(leaf)
         flat = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
         return Tensor(name, leaf, flat, True, layer)
 
@@ -351,6 +352,26 @@ def in_file_layout(leaves: Mapping[str, Any], tensor: Tensor) -> np.ndarray:
     if tensor.transposed:
         return part.reshape(tensor.shape[::-1]).T
     return part.reshape(tensor.shape)
+
+
+def part_of_file(tensor: Tensor, shape: Sequence[int], part: Sequence[slice]) -> tuple[slice, ...]:
+    """Where a part of the tensor's leaf is in the file; `shape` and `part` without axis L.
+
+    Of heads and head size, one axis in the file, only the heads may be split.
+    """
+
+    def flat(first: int, end: int) -> slice:
+        start, stop, _ = part[first].indices(shape[first])
+        inner = math.prod(shape[first + 1 : end])
+        return slice(start * inner, stop * inner)
+
+    cuts = [0, _input_axes(tensor.leaf), len(shape)] if len(tensor.shape) == 2 else [0, len(shape)]
+    found = [flat(*ends) for ends in itertools.pairwise(cuts)]
+    return tuple(found[::-1] if tensor.transposed else found)
+
+
+def _input_axes(leaf: str) -> int:
+    return 2 if leaf.endswith(".o.kernel") else 1
 
 
 def same_architecture(a: ModelConfig, b: ModelConfig) -> bool:

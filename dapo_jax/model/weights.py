@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401  (teaches numpy, and so safetensors, the name bfloat16)
 import numpy as np
+from jax.tree_util import keystr, tree_map_with_path
 from safetensors import SafetensorError, safe_open
 
 from dapo_jax.config import ModelConfig, flatten, open_regular
@@ -26,6 +27,7 @@ from dapo_jax.model.families import (
     in_file_layout,
     model_config_from_hf,
     model_config_to_hf,
+    part_of_file,
     same_architecture,
     tensors,
 )
@@ -89,31 +91,71 @@ def load_model_config(folder: str | Path) -> ModelConfig:
     return model_config_from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
 
 
-def load_pretrained(folder: str | Path) -> tuple[ModelConfig, Params]:
+def load_pretrained(folder: str | Path, target: Params | None = None) -> tuple[ModelConfig, Params]:
     """Reads a Hugging Face folder: config.json, and model.safetensors or the shards of its index.
 
     Weights may be bfloat16, float16 or float32. Files are memory-mapped; beyond the returned
-    arrays, one tensor is copied at a time.
+    arrays, the largest leaf's shards of this process are copied at a time.
+
+    Args:
+      target: shapes with dtypes and shardings. The parameters are then jax arrays of these, and
+        this process reads only the parts of the files that are in its own shards.
 
     Returns: The architecture (compute_dtype and remat at their defaults), and its parameters,
-      float32 numpy, layers stacked.
+      layers stacked; float32 numpy without a target.
 
     Raises: InputError: anything in the folder is missing, corrupt, unsafe, or beyond what the
-      decoder does exactly.
+      decoder does exactly. With a target only the processes that read a non-finite value raise.
     """
     folder = Path(folder)
     config = load_model_config(folder)
+    by_leaf: dict[str, list[Tensor]] = {}
+    for t in tensors(config):
+        by_leaf.setdefault(t.leaf, []).append(t)
     with _opened(folder, config) as stored:
-        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), base_params(config))
-        leaves = flatten(params)
-        for t in tensors(config):
-            in_file_layout(leaves, t)[...] = _read_tensor(*stored[t.name], t.name)
-        if config.tie_embeddings and _HEAD in stored:
-            head = _read_tensor(*stored[_HEAD], _HEAD)
-            if not np.array_equal(head, params["embed"]["embedding"]):
-                fix = "set tie_word_embeddings to false in config.json"
-                raise _bad(folder, _HEAD, f"differs from the embedding; {fix}")
-    return config, params
+        tied = config.tie_embeddings and _HEAD in stored
+
+        def load(path: Any, like: Any) -> Any:
+            parts = by_leaf[keystr(path, simple=True, separator=".")]
+
+            def read(index: Any) -> np.ndarray:
+                values = _read_leaf(stored, parts, like, index)
+                if tied and parts[0].leaf == "embed.embedding":
+                    head = _read_leaf(stored, [parts[0]._replace(name=_HEAD)], like, index)
+                    if not np.array_equal(head, values):
+                        fix = "set tie_word_embeddings to false in config.json"
+                        raise _bad(folder, _HEAD, f"differs from the embedding; {fix}")
+                return values
+
+            if target is None:
+                return read((slice(None),) * len(like.shape))
+            return jax.make_array_from_callback(like.shape, like.sharding, read, dtype=like.dtype)
+
+        shapes = base_params(config) if target is None else target
+        return config, tree_map_with_path(load, shapes)
+
+
+def _read_leaf(
+    stored: Mapping[str, tuple[Path, Any]],
+    parts: list[Tensor],
+    like: Any,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """The part `index` of a leaf, of the shape and dtype of `like`; parts: its tensors by layer."""
+    lengths = [len(range(*s.indices(n))) for s, n in zip(index, like.shape, strict=True)]
+    values = np.empty(lengths, like.dtype)
+    stacked = int(parts[0].layer is not None)
+    shape, index_in_layer = like.shape[stacked:], index[stacked:]
+    read = parts[index[0]] if stacked else parts
+    for out, t in zip(values if stacked else [values], read, strict=True):
+        path, opened = stored[t.name]
+        part = opened.get_slice(t.name)[part_of_file(t, shape, index_in_layer)]
+        part = part.astype(np.float32, copy=False)
+        if not np.isfinite(part).all():
+            fix = "use another copy of the model"
+            raise _bad(path, t.name, f"holds NaN or infinite values; {fix}")
+        out[...] = (part.T if t.transposed else part).reshape(out.shape)
+    return values
 
 
 def check_pretrained(folder: str | Path) -> None:
@@ -231,13 +273,6 @@ def _check_stored(
         if name not in expected and not name.endswith("rotary_emb.inv_freq"):
             message = f"tensor has no place in the {config.family} architecture of config.json"
             raise _bad(path, name, message)
-
-
-def _read_tensor(path: Path, opened: Any, name: str) -> np.ndarray:
-    values = opened.get_tensor(name).astype(np.float32, copy=False)
-    if not np.isfinite(values).all():
-        raise _bad(path, name, "holds NaN or infinite values; use another copy of the model")
-    return values
 
 
 def save_pretrained(

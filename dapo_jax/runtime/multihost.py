@@ -42,6 +42,7 @@ DECIDING_PACKAGES = tuple(
 )
 
 _HEARTBEAT_S = 10  # after a process has died until the others notice; jax's default is 100
+_POD_HEARTBEAT_S = 60  # the same on TPU VMs, which a live migration or maintenance can pause
 _WAIT_S = 20.0  # until a process that waits for the others prints a hint
 _LAST_WORDS_S = 2.0  # for the others' messages: they end with the first process
 _ALL_HOSTS = "the same command must run on every host (tpu_scripts/run starts it on all)"
@@ -84,7 +85,7 @@ def _join() -> None:
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if not address:
         if on_tpu_vm():
-            jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_S)
+            jax.distributed.initialize(heartbeat_timeout_seconds=_POD_HEARTBEAT_S)
         return
     # jax would hang on a bad address, and may crash in its C++ on a port that is in use.
     found = re.fullmatch(r"(?:[^:]+|\[[^]]+\]):(\d{1,5})", address)
@@ -215,6 +216,11 @@ def fetch(tree: Any) -> Any:
 def from_main(text: str) -> str:
     """The first process's text, on every process."""
     return text if jax.process_count() == 1 else gather_texts(text)[0]
+
+
+def first_text(text: str) -> str:
+    """The text of the first process whose text is not empty, on every process."""
+    return text if jax.process_count() == 1 else next(filter(None, gather_texts(text)), "")
 
 
 def gather_texts(text: str) -> list[str]:

@@ -31,7 +31,7 @@ from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import checkpoint, multihost
 from dapo_jax.runtime.chips import prefill_tokens
 from dapo_jax.runtime.files import Folder, is_id, local_copy, local_model, read, same_commit
-from dapo_jax.runtime.mesh import params_sharding, publisher, put, row_shards
+from dapo_jax.runtime.mesh import params_sharding, publisher, row_shards
 from dapo_jax.runtime.metrics import best_step
 from dapo_jax.types import InputError, NoCheckpointError, Params, Prompt
 
@@ -214,16 +214,31 @@ def load_params(
     if not (folder := weights_folder(policy)):
         return jax.jit(functools.partial(init, model), out_shardings=shardings)(key)
     check_weights(folder)
-    loaded = weights.load_pretrained(folder)[1]
     if lora is None:
-        return jax.tree.map(put, loaded, shardings)
+        return _own_shards(folder, abstract, shardings)
     places, frozen_places = split(shardings, lora)
     adapters = jax.jit(lambda k: split(init(model, k), lora)[0], out_shardings=places)(key)
-    frozen = split(abstract, lora)[1]
-    return join(
-        adapters,
-        jax.tree.map(lambda v, a, s: put(v.astype(a.dtype), s), loaded, frozen, frozen_places),
-    )
+    return join(adapters, _own_shards(folder, split(abstract, lora)[1], frozen_places))
+
+
+def _own_shards(folder: str, abstract: Params, shardings: Params) -> Params:
+    """The folder's weights on the mesh. What one process finds wrong, all raise."""
+    loaded: Params = {}
+    wrong = ""
+    try:
+        loaded = weights.load_pretrained(folder, _on_devices(abstract, shardings))[1]
+    except InputError as e:
+        wrong = str(e)
+    if wrong := multihost.first_text(wrong):
+        raise InputError(wrong)
+    return loaded
+
+
+def _on_devices(abstract: Params, shardings: Params) -> Params:
+    def place(a: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+    return jax.tree.map(place, abstract, shardings)
 
 
 def merged(params: Params, policy: Policy, lora: LoraConfig | None, mesh: Mesh) -> Params:
@@ -250,11 +265,7 @@ def restore_params(
         check_same_model(run.model, policy, run_dir)
         lora = run.model.lora  # no other config knows the adapters' alpha
     abstract = abstract_params(adapted(policy.model, lora))
-    target = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        abstract,
-        params_sharding(abstract, mesh),
-    )
+    target = _on_devices(abstract, params_sharding(abstract, mesh))
     step, params = checkpoint.restore_params(folder, target, step)
     return step, merged(params, policy, lora, mesh)
 
