@@ -137,13 +137,12 @@ class Result(NamedTuple):
         for link, size in self.compiled.sent.items():
             if link.kind != BETWEEN_SLICES:
                 sent[link.overlapped] += size / (chip.ici_bandwidth * link.axes / chip.torus)
-        between = self.compiled.collectives.get(BETWEEN_SLICES, 0.0)
         small = t.small * OPERATION_SECONDS - t.small_bytes / chip.hbm_bandwidth
         return {
             "FLOPs": self.program.work.computed / len(self.pod.devices) / chip.flops,
             "HBM": t.bytes / chip.hbm_bandwidth,
             "ICI": sent[True],
-            "DCN": between / chip.dcn_bandwidth,
+            "DCN": self.compiled.collectives.get(BETWEEN_SLICES, 0.0) / chip.dcn_bandwidth,
             "synchronous ICI": sent[False],
             "small operations": small,
         }

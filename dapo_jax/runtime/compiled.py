@@ -185,11 +185,8 @@ def _group(attributes: str, devices: int) -> list[int]:
     ):
         shape = numbers(found[3] or str(int(found[1]) * int(found[2])))
         ids = np.arange(math.prod(shape)).reshape(shape)
-        return (
-            (ids.transpose(numbers(found[4])) if found[4] else ids)
-            .ravel()[: int(found[2])]
-            .tolist()
-        )
+        ids = ids.transpose(numbers(found[4])) if found[4] else ids
+        return ids.ravel()[: int(found[2])].tolist()
     if found := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", attributes):
         sizes, used = re.findall(r"'(\w+)'=(\d+)", found[1]), re.findall(r"'(\w+)'", found[2])
         ids = np.arange(math.prod(int(n) for _, n in sizes)).reshape([int(n) for _, n in sizes])
@@ -201,6 +198,5 @@ def _axes(group: Sequence[int], coords: Sequence[Sequence[int]]) -> int:
     """How many axes of the torus a group's devices lie along, at least 1."""
     if not coords:
         return 1
-    return max(
-        1, sum(len(set(values)) > 1 for values in zip(*(coords[n] for n in group), strict=True))
-    )
+    along = zip(*(coords[n] for n in group), strict=True)
+    return max(1, sum(len(set(values)) > 1 for values in along))
