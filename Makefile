@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	@echo "Next:"
 	@echo "  source $(VENV)/bin/activate"
 	@echo "  python -m dapo_jax.report   --run-dir runs/tiny              # one page: curves, samples"
-	@echo "  python -m dapo_jax.generate --run-dir runs/tiny '3+4*2'      # a response of the policy"
+	@echo "  python -m dapo_jax.generate --run-dir runs/tiny '((6-3)-2)+4'  # a response of the policy"
 
 test: lint pytest
 
