@@ -254,6 +254,23 @@ def test_responses_are_removed_by_their_geometric_mean_or_by_one_token():
     assert only.tolist() == [[False] * 6, [True, False, True, False, True, False]]
 
 
+def test_a_mismatch_at_a_bound_stays_in():
+    one, same = entries([1], [1]), with_mismatch([1, 1])
+    for mask in ((1.0, 2.0), (0.5, 1.0)):
+        *_, metrics = terms_and_slopes(*one, DapoSection(token_mask=mask))
+        assert metrics["token_masked"].tolist() == [0]
+        assert not removed_responses(same, DapoSection(sequence_mask=mask)).any()
+    assert not removed_responses(same, DapoSection(sequence_veto=1.0)).any()
+
+
+def test_tokens_of_earlier_policies_are_in_no_share_of_the_ratio():
+    logprobs, batch = entries([1, 1], [1, 1])
+    batch = batch._replace(current=np.array([True, False]))
+    *_, metrics = terms_and_slopes(logprobs, batch, DapoSection(old_logprobs="sampler"))
+    for name in ("tight", "one_percent", "five_percent"):
+        assert metrics[f"ratio_{name}"].tolist() == [1, 0]
+
+
 SHAPE = BatchShape(row_len=256, rows_per_microbatch=2, microbatches=2, row_shards=1)
 
 
