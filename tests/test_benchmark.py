@@ -73,7 +73,10 @@ def test_loss():
     ]
     assert result["gflop"] == pytest.approx(6 * 40 * 16 * 300 / 1e9)
     assert positive(result["matmul_gflops"])
-    assert list(result["variants"]) == ["plain", "plain_lse", "checkpointed", "fused", "fused_bare"]
+    assert list(result["variants"]) == [
+        *("plain", "plain_lse", "checkpointed", "fused", "fused_bare"),
+        *("fused_cispo", "fused_masked"),
+    ]
     for name, variant in result["variants"].items():
         assert set(variant) == {*SPEED, "peak_fraction", "temp_bytes", "grad_error"}
         assert positive(

@@ -115,4 +115,4 @@ def test_code_next_to_the_equations_is_the_programs(file, functions, code):
 
 
 def test_every_section_of_the_algorithm_has_its_code():
-    assert len(CODE) == 7
+    assert len(CODE) == 9

@@ -16,13 +16,18 @@ from dapo_jax.benchmark import measure
 from dapo_jax.benchmark.measure import Report, Sizes
 from dapo_jax.config import DapoSection
 from dapo_jax.config.schema import field
-from dapo_jax.dapo.loss import dapo_token_loss, policy_metrics
+from dapo_jax.dapo.loss import dapo_terms
 from dapo_jax.model.logprobs import ROW_AXES, linear_loss
 from dapo_jax.runtime.chips import loss_chunk
 from dapo_jax.runtime.mesh import partition_of, put_rows, row_shards
 from dapo_jax.types import TrainBatch
 
 _ALGO = DapoSection()
+# What options cost beside `fused`. Sampler and trainer agree here: the masks act on no token.
+_OPTIONS = {
+    "fused_cispo": DapoSection(objective="cispo"),
+    "fused_masked": DapoSection(importance_cap=2.0, token_mask=(0.5, 5.0)),
+}
 
 LossInputs = tuple[Array, Array, TrainBatch]  # hidden [N, D], head [D, V], rows of [N]
 Result = tuple[Array, dict[str, Array]]  # loss, metric sums
@@ -41,19 +46,22 @@ class LossSizes(Sizes):
         return max(1, round(self.target_fraction * self.tokens))
 
 
-def _token_loss(logprobs: Array, rows: TrainBatch) -> Array:
-    eps = {"clip_eps_low": _ALGO.clip_eps_low, "clip_eps_high": _ALGO.clip_eps_high}
-    return rows.weight * dapo_token_loss(logprobs, rows.old_logprobs, rows.advantages, **eps)
-
-
-def _plain(hidden: Array, head: Array, rows: TrainBatch, lse: bool = False, **_: Any) -> Result:
+def _plain(
+    hidden: Array,
+    head: Array,
+    rows: TrainBatch,
+    lse: bool = False,
+    algo: DapoSection = _ALGO,
+    **_: Any,
+) -> Result:
     weight = head.astype(hidden.dtype)
     logits = jnp.einsum("nd,dv->nv", hidden, weight, preferred_element_type=jnp.float32)
     scores = logits if lse else jax.nn.log_softmax(logits)
     logprobs = jnp.take_along_axis(scores, rows.tokens[:, None], axis=-1)[:, 0]
     if lse:
         logprobs -= jax.nn.logsumexp(logits, axis=-1)
-    return _token_loss(jnp.where(rows.target_mask, logprobs, 0.0), rows).sum(), {}
+    logprobs = jnp.where(rows.target_mask, logprobs, 0.0)
+    return dapo_terms(logprobs, jnp.zeros_like(logprobs), rows, algo)[0].sum(), {}
 
 
 def _checkpointed(hidden: Array, head: Array, rows: TrainBatch, chunk: int, mesh: Mesh) -> Result:
@@ -66,11 +74,17 @@ def _checkpointed(hidden: Array, head: Array, rows: TrainBatch, chunk: int, mesh
 
 
 def _fused(
-    hidden: Array, head: Array, rows: TrainBatch, chunk: int, mesh: Mesh, metrics: bool = True
+    hidden: Array,
+    head: Array,
+    rows: TrainBatch,
+    chunk: int,
+    mesh: Mesh,
+    algo: DapoSection = _ALGO,
+    metrics: bool = True,
 ) -> Result:
     def terms(logprobs, entropy, rows):
-        sums = policy_metrics(logprobs, entropy, rows, _ALGO) if metrics else {}
-        return _token_loss(logprobs, rows), sums
+        loss, sums = dapo_terms(logprobs, entropy, rows, algo)
+        return loss, sums if metrics else {}
 
     options: dict[str, Any] = {"mask": rows.target_mask, "chunk_size": chunk, "mesh": mesh}
     return linear_loss(hidden, head, rows.tokens, terms, rows, **options)
@@ -82,6 +96,7 @@ _VARIANTS: dict[str, Callable[..., Result]] = {
     "checkpointed": _checkpointed,
     "fused": _fused,
     "fused_bare": functools.partial(_fused, metrics=False),  # without entropy and metrics
+    **{name: functools.partial(_fused, algo=algo) for name, algo in _OPTIONS.items()},
 }
 
 
@@ -114,10 +129,10 @@ def loss_inputs(sizes: LossSizes, mesh: Mesh) -> LossInputs:
     return hidden, head, put_rows(rows, mesh, axis=0)
 
 
-def exact_gradients(inputs: LossInputs) -> tuple[Array, Array]:
+def exact_gradients(inputs: LossInputs, algo: DapoSection = _ALGO) -> tuple[Array, Array]:
     """Of `plain` in float32, from the same inputs in compute dtype."""
     hidden, head, rows = inputs
-    plain = jax.jit(jax.grad(lambda h, w: _plain(h, w, rows)[0], argnums=(0, 1)))
+    plain = jax.jit(jax.grad(lambda h, w: _plain(h, w, rows, algo=algo)[0], argnums=(0, 1)))
     with jax.default_matmul_precision("highest"):
         return plain(hidden.astype(jnp.float32), head.astype(hidden.dtype).astype(jnp.float32))
 
@@ -141,7 +156,7 @@ def benchmark_loss(sizes: LossSizes) -> Report:
     """Forward and backward of the DAPO loss to hidden and head.
 
     Useful work is 6 x targets x D x V FLOPs for every variant; `fused` also computes entropy and
-    policy metrics. peak_fraction is the share of the speed of a square matmul.
+    policy metrics, as do `_OPTIONS`. peak_fraction is the share of the speed of a square matmul.
     """
     mesh = measure.mesh_of(sizes, "tokens")
     chunk = min(sizes.chunk or loss_chunk(mesh), sizes.tokens // row_shards(mesh))
@@ -155,7 +170,8 @@ def benchmark_loss(sizes: LossSizes) -> Report:
         program = gradients.lower(*inputs).compile()
         calls[name] = functools.partial(program, *inputs)
         memory[name] = measure.temp_bytes(program)
-        errors[name] = gradient_error(program(*inputs)[1], exact)
+        own = exact_gradients(inputs, _OPTIONS[name]) if name in _OPTIONS else exact
+        errors[name] = gradient_error(program(*inputs)[1], own)
         print(f"{name}: compiled, gradient error {errors[name]:.2g}", flush=True)
     times = measure.time_in_turn(calls, sizes.repeats)
     peak = matmul_gflop / min(times["matmul"])[0]
