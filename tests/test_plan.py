@@ -338,7 +338,8 @@ def test_unfinished_responses_are_read_again_and_take_their_memory():
         mesh = make_mesh(config.mesh)
         return {p.name: p for p in plan.programs(config, plan.load_model(config), mesh, LOAD)}
 
-    whole, partial = found(), found("dapo.partial_rollouts=true")
+    off = "dapo.partial_rollouts=false", "dapo.max_policy_age=null"
+    whole, partial = found(*off), found()
     assert partial.keys() - whole.keys() == {"prefill of prefixes"}
     assert partial["prefill"].arguments[1].shape == (4, 1024) and partial[
         "prefill of prefixes"
