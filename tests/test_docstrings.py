@@ -10,7 +10,7 @@ EXAMPLES = {  # module: functions with examples; a function that loses its own i
     "benchmark.schedule": {"parse_lengths"},
     "config.load": {"load_config"},
     "dapo.groups": {"group_advantages", "informative_groups"},
-    "dapo.loss": {"dapo_token_loss"},
+    "dapo.loss": {"cispo_token_loss", "dapo_token_loss"},
     "dapo.packing": {"normalizer_weights"},
     "dapo.update": {"learning_rate"},
     "training.dynamic_sampling": {"prompts_wanted"},
