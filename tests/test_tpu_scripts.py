@@ -44,10 +44,12 @@ NASTY = [
 FAKES = {
     "gcloud": r"""printf -v call '%s\x1f' gcloud "$@"
 printf '%s\x1e' "$call" >>"$FAKE/calls"
-words=() clobber=yes
+words=() clobber=yes format=""
+if [[ -e $FAKE/fail && "$*" == *"$(<"$FAKE/fail")"* ]]; then echo "ERROR: (gcloud) Quota exceeded" >&2; exit 1; fi
 for a; do
   case $a in
     --no-clobber) clobber=no ;;
+    --format=*) format=$a ;;
     --command=*) command=${a#*=} ;;
     --metadata-from-file=startup-script=*) cp "${a#*=*=}" "$FAKE/startup-script" ;;
     --*) ;;
@@ -68,7 +70,23 @@ case "$1 $2 $4" in
     if [[ -n $rest ]]; then echo "$rest" >"$FAKE/state"; fi
     if [[ $state == NONE ]]; then echo "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: no such resource" >&2; exit 1; fi
     echo "$state" ;;
+  *" list-instances")
+    read -r state rest <"$FAKE/state"
+    if [[ -n $rest ]]; then echo "$rest" >"$FAKE/state"; fi
+    if [[ $state == NONE ]]; then echo "ERROR: (gcloud) The resource 'instanceGroupManagers/pod' was not found" >&2; exit 1; fi
+    if [[ $format == *name* ]]; then printf 'pod-x\npod-y\n'; else printf '%s\n' "${state//+/$'\n'}"; fi ;;
+  "compute ssh "*) if [[ -e $FAKE/host ]]; then bash -c "$command"; fi ;;
   *" ssh") if [[ -e $FAKE/host ]]; then bash -c "$command"; fi ;;
+esac""",
+    "kubectl": r"""printf -v call '%s\x1f' kubectl "$@"
+printf '%s\x1e' "$call" >>"$FAKE/calls"
+if [[ -e $FAKE/fail && "$*" == *"$(<"$FAKE/fail")"* ]]; then echo "error: no connection" >&2; exit 1; fi
+case $1 in
+  apply) cp "${2#*=}" "$FAKE/jobset.yaml" ;;
+  get)
+    read -r state <"$FAKE/state"
+    if [[ $2 == jobset && $state == NONE ]]; then echo 'Error from server (NotFound): jobsets "pod" not found' >&2; exit 1; fi
+    if [[ $2 == jobset ]]; then echo "${state#ACTIVE}"; fi ;;
 esac""",
     "sudo": 'exec "$@"',
     # Only the waits that a test is about take their time.
@@ -355,7 +373,7 @@ BAD = {
     "name with a newline": (dict(NAME="$'pod\\nx'"), "lower-case"),
     "name that looks like a flag": (dict(NAME="--force"), "lower-case"),
     "name too long": (dict(NAME="a" * 59), "58"),
-    "capacity": (dict(CAPACITY="preemptible"), "on-demand, spot or reserved"),
+    "capacity": (dict(CAPACITY="preemptible"), "on-demand, spot, reserved or flex-start"),
     "no slices": (dict(SLICES="0"), "slices"),
     "bucket without gs": (dict(BUCKET="my-bucket"), "gs://"),
     "bucket with a slash at the end": (dict(BUCKET="gs://my-bucket/"), "slash"),
@@ -954,3 +972,235 @@ def test_jobset_is_one_whole_slice_that_runs_the_worker_script():
         0
     ].endswith("worker.sh once")
     assert subprocess.run(["bash", "-n", "-c", container["args"][0]]).returncode == 0
+
+
+# ---- The other roads ------------------------------------------------------------------------------------------------
+
+ROADS = {
+    "mig": dict(ROAD="mig", ACCELERATOR_TYPE="v5p-16", TOPOLOGY="2x2x2"),
+    "gke": dict(ROAD="gke", ACCELERATOR_TYPE="v5p-16", TOPOLOGY="2x2x2", CLUSTER="c"),
+}
+REGION = "--region=us-east5"
+POLICY = ["gcloud", "compute", "resource-policies", "create", "workload-policy", "pod"]
+POLICY += ["--project=my-project", REGION, "--type=HIGH_THROUGHPUT"]
+MIG = ["gcloud", "compute", "instance-groups", "managed"]
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_dry_run_of_every_road_prints_what_is_called(pod, script, road):
+    if (script, road) == ("setup", "gke"):
+        pytest.skip("pods set themselves up")
+    pod.settings(**ROADS[road])
+    absent = script in ("create", "launch")
+    pod.state("NONE" if absent else "RUNNING+RUNNING" if road == "mig" else "ACTIVE")
+    printed = pod(script, "--dry-run").stdout
+    assert pod.calls() == []
+    printed = [
+        shlex.split(line)
+        for line in re.sub(rf"{re.escape(str(pod.tmp))}/tmp\.\w+", "TMP", printed).splitlines()
+    ]
+    pod(script)
+
+    def names(calls):
+        return sorted(
+            [re.sub("pod-([xy]|EACH)$", "VM", word) for word in call]
+            for call in {tuple(c) for c in calls if c[0] in ("gcloud", "kubectl")}
+        )
+
+    called = names(pod.calls())
+    assert called and [c for i, c in enumerate(called) if c not in called[:i]] == [
+        c for i, c in enumerate(names(printed)) if c not in names(printed)[:i]
+    ]
+
+
+@pytest.mark.parametrize(
+    "capacity, flags, size",
+    [
+        ({}, [], 2),
+        (
+            dict(CAPACITY="spot"),
+            ["--provisioning-model=SPOT", "--instance-termination-action=STOP"],
+            2,
+        ),
+        (
+            dict(CAPACITY="flex-start", MAX_RUN_DURATION="7d"),
+            [
+                "--provisioning-model=FLEX_START",
+                "--max-run-duration=7d",
+                "--instance-termination-action=DELETE",
+            ],
+            0,
+        ),
+    ],
+)
+def test_a_managed_instance_group_is_one_slice(pod, capacity, flags, size):
+    """Policy, template with the startup script, group, all hosts at once. Flags of `gcloud compute
+    resource-policies create workload-policy` and `instance-groups managed create`."""
+    pod.settings(**ROADS["mig"], **capacity)
+    pod("launch")
+    calls = [c for c in pod.calls() if c[1] == "compute"][1:]
+    place = "projects/my-project/regions/us-east5"
+    group = ["create", "pod", *WHERE, f"--size={size}"]
+    group += [f"--template={place}/instanceTemplates/pod", "--target-size-policy-mode=bulk"]
+    group += [f"--workload-policy={place}/resourcePolicies/pod"]
+    group += ["--default-action-on-vm-failure=do-nothing"]
+    assert calls[0] == [*POLICY, "--accelerator-topology=2x2x2"]
+    assert calls[2][:5] == ["gcloud", "compute", "instance-templates", "create", "pod"]
+    assert calls[2][-len(flags) - 1 :] == [
+        *flags,
+        "--metadata-from-file=startup-script=TMP/worker.sh",
+    ]
+    assert {"--machine-type=ct5p-hightpu-4t", "--boot-disk-size=200GB"} <= {*calls[2]}
+    assert calls[3] == [*MIG, *group]
+    assert calls[4:] == ([[*MIG, "resize", "pod", *WHERE, "--size=2"]] if size == 0 else [])
+
+
+@pytest.mark.parametrize(
+    "accelerator, topology, machine, image",
+    [
+        ("v6e-16", "4x4", "ct6e-standard-4t", "ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e"),
+        ("tpu7x-128", "4x4x4", "tpu7x-standard-4t", "ubuntu-accel-2404-amd64-tpu-tpu7x"),
+    ],
+)
+def test_machine_and_image_of_a_generation(pod, accelerator, topology, machine, image):
+    pod.settings(ROAD="mig", ACCELERATOR_TYPE=accelerator, TOPOLOGY=topology)
+    pod("create")
+    (template,) = (c for c in pod.calls() if c[2:4] == ["instance-templates", "create"])
+    assert {f"--machine-type={machine}", f"--image-family={image}"} <= {*template}
+
+
+@pytest.mark.parametrize(
+    "step", ["resource-policies create", "instance-templates create", "managed create"]
+)
+def test_a_failed_step_of_a_group_is_said_and_repeated_without_the_steps_before(pod, step):
+    pod.settings(**ROADS["mig"])
+    (pod.fake / "fail").write_text(step)
+    assert "Quota exceeded" in pod("launch", rc=1).stderr
+    (pod.fake / "fail").unlink()
+    pod.calls()
+    pod("launch")
+    assert [c[2:5] for c in pod.calls() if c[1] == "compute"][-1] == [
+        "instance-groups",
+        "managed",
+        "create",
+    ]
+
+
+@pytest.mark.parametrize(
+    "vms, said",
+    [
+        ("RUNNING+RUNNING", "ACTIVE"),
+        ("RUNNING+STAGING", "WAITING"),
+        ("RUNNING+TERMINATED", "SUSPENDED"),
+    ],
+)
+def test_the_state_of_a_group_is_that_of_all_its_hosts(pod, vms, said):
+    pod.settings(**ROADS["mig"])
+    pod.state(vms)
+    assert f"pod: {said}" in pod("status").stderr
+
+
+def test_a_lost_host_of_a_group_is_replaced_by_a_new_group(pod):
+    pod.settings(**ROADS["mig"], CAPACITY="spot")
+    pod.state("RUNNING+TERMINATED")
+    pod("launch")
+    assert [c[2:5] for c in pod.calls() if c[1] == "compute" and "delete" in c][0] == [
+        "instance-groups",
+        "managed",
+        "delete",
+    ]
+
+
+def test_flex_start_is_requested_and_its_end_is_no_preemption(pod):
+    pod.settings(CAPACITY="flex-start", MAX_RUN_DURATION="24h")
+    pod.env["FAKE_FAST"] = "1"
+    pod.state("NONE", "ACTIVE", "SUSPENDED")
+    assert "has reached MAX_RUN_DURATION=24h" in pod("launch", "--watch", rc=1).stderr
+    creates = [c for c in pod.calls() if "create" in c]
+    assert len(creates) == 1 and creates[0][1:6] == ["alpha", *QUEUED[1:], "create"]
+    assert {"--provisioning-model=flex-start", "--max-run-duration=24h"} <= {*creates[0]}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(ROAD="slurm"), "queued-resource, mig or gke"),
+        (dict(CAPACITY="flex-start"), "MAX_RUN_DURATION is not set"),
+        (dict(CAPACITY="flex-start", MAX_RUN_DURATION="8d"), "at most seven days"),
+        (dict(MAX_RUN_DURATION="7d"), "CAPACITY=flex-start"),
+        (dict(ROAD="mig"), "TOPOLOGY is not set"),
+        (dict(ROAD="mig", TOPOLOGY="4x4x4"), "has 64 chips, v5p-256 has 128"),
+        (dict(ROAD="mig", TOPOLOGY="4x4x8", SLICES="2"), "one slice only"),
+        (dict(ROAD="mig", ACCELERATOR_TYPE="v4-8", TOPOLOGY="2x2x1"), "v5p, v6e and TPU7x only"),
+        (dict(ROAD="gke", TOPOLOGY="4x4x8"), "CLUSTER is not set"),
+        (dict(RUN_ENV="(A=1 B)"), "RUN_ENV: B is not NAME=VALUE"),
+    ],
+)
+def test_settings_of_a_road_are_checked_first(pod, changes, said):
+    pod.settings(**changes)
+    assert said in pod("launch", rc=2).stderr and pod.calls() == []
+
+
+def test_launch_on_gke_makes_node_pools_and_applies_the_settings(pod):
+    pod.settings(**ROADS["gke"] | dict(SLICES="2", QUEUE="team", CAPACITY="spot", MAX_RESTARTS="7"))
+    pod("launch")
+    pools = [c for c in pod.calls() if c[1:4] == ["container", "node-pools", "create"]]
+    assert [c[4] for c in pools] == ["pod-0", "pod-1"]
+    assert {"--tpu-topology=2x2x2", "--num-nodes=2", "--disk-size=200", "--spot"} <= {*pools[0]}
+    jobset = yaml.safe_load((pod.fake / "jobset.yaml").read_text())
+    assert jobset["metadata"]["name"] == "pod"
+    assert jobset["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 7
+    (slices,) = jobset["spec"]["replicatedJobs"]
+    job = slices["template"]["spec"]
+    assert (slices["replicas"], job["completions"], job["parallelism"]) == (2, 2, 2)
+    spec = job["template"]["spec"]
+    assert spec["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+        "cloud.google.com/gke-tpu-topology": "2x2x2",
+        "cloud.google.com/gke-spot": "true",
+    }
+    assert [e["value"] for e in spec["containers"][0]["env"]] == ["gs://my-bucket/dapo", "pod"]
+    assert "hostNetwork" not in spec
+
+
+def test_tpu7x_on_gke_takes_a_workload_policy_in_place_of_the_topology(pod):
+    pod.settings(ROAD="gke", ACCELERATOR_TYPE="tpu7x-128", TOPOLOGY="4x4x4", CLUSTER="c")
+    pod("create")
+    policy, pool = pod.calls()
+    assert policy == [*POLICY, "--accelerator-topology=4x4x4"]
+    assert "--placement-policy=pod" in pool and not any("tpu-topology" in word for word in pool)
+
+
+@pytest.mark.parametrize("step", ["node-pools create", "storage cp", "apply"])
+def test_a_failed_step_of_gke_ends_launch(pod, step):
+    pod.settings(**ROADS["gke"])
+    (pod.fake / "fail").write_text(step)
+    assert pod("launch", rc=1).stderr
+    assert not (pod.fake / "jobset.yaml").exists()
+
+
+def test_setup_survives_a_hiccup_of_the_network_and_a_full_disk_is_status_1(pod):
+    """Twice no answer, then one. What fails for good is 1: 2 would end a JobSet."""
+    pod.statuses(0)
+    pod("sync")
+    executable(
+        pod.fake / "uv",
+        UV
+        + """
+if [[ $1 == pip && $(grep -c pip "$FAKE/host_calls") -lt 3 ]]; then exit 2; fi""",
+    )
+    done = pod.worker("once")
+    assert done.stdout.count("setup failed, again in") == 2 and len(pod.runs()) == 1
+    shutil.rmtree(pod.home)
+    executable(pod.tmp / "bin/tar", 'echo "tar: No space left on device" >&2; exit 2')
+    done = pod.worker("once", rc=1)
+    assert "No space left" in done.stderr and "setup failed 6 times" in done.stderr
+
+
+def test_run_env_reaches_the_program(pod):
+    pod.settings(RUN_ENV="('LIBTPU_INIT_ARGS=--a=1 --b=2' EMPTY=)")
+    executable(pod.fake / "python", 'echo "got $LIBTPU_INIT_ARGS, ${EMPTY-unset}"')
+    pod("sync")
+    assert "got --a=1 --b=2, \n" in pod.worker("once").stdout

@@ -1,5 +1,6 @@
 """The main job through its real command line: what it writes, how it resumes, how it refuses."""
 
+import itertools
 import json
 import math
 import os
@@ -18,9 +19,11 @@ from transformers import GenerationConfig
 
 from dapo_jax import evaluate, export, supervised, train
 from dapo_jax.config import Config, load_config
+from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.runtime.metrics import METRICS, read_metrics
-from dapo_jax.training import same_run
+from dapo_jax.training import record, same_run
 from dapo_jax.training import step as training_step
+from dapo_jax.training.dynamic_sampling import DynamicSampler
 from dapo_jax.types import InputError
 
 pytestmark = pytest.mark.usefixtures("reward_module")
@@ -198,6 +201,43 @@ def test_killed_run_resumes_from_its_checkpoint(config, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "resumed from the checkpoint of step" in again.stdout and "warm-up" not in again.stdout
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+def test_saving_by_the_clock_changes_no_result_and_loses_at_most_a_phase(
+    finished, tmp_path, monkeypatch
+):
+    """A checkpoint after each sampling and each step, none of them a whole step but the last; a
+    crash in the updates of step 3 costs these updates only."""
+    seconds = itertools.count(0, 100)
+    monkeypatch.setattr(record, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    saved, save = [], Checkpoints.save
+
+    def save_and_note(self, step, *args, partial=False):
+        saved.append((step, partial))
+        save(self, step, *args, partial=partial)
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_note)
+    by_clock = ("train.save_every=100", "train.save_every_s=1")
+    update, drawn = training_step.Trainer.update, []
+
+    def crash(self, run, times):
+        if run.progress.step == 2:
+            raise RuntimeError("crashed")
+        return update(self, run, times)
+
+    monkeypatch.setattr(training_step.Trainer, "update", crash)
+    with pytest.raises(RuntimeError, match="crashed"):
+        run_train(finished[0], tmp_path / "run", *by_clock)
+    monkeypatch.setattr(training_step.Trainer, "update", update)
+    sample = DynamicSampler.draw
+    monkeypatch.setattr(
+        DynamicSampler, "draw", lambda self, *a: drawn.append(1) or sample(self, *a)
+    )
+    assert run_train(finished[0], tmp_path / "run", *by_clock) == 0
+    assert len(drawn) == 1  # step 4; the groups of step 3 were in the checkpoint
+    inside = [(step, True) for step in (0, 1, 1, 2, 2, 3, 3)]
+    assert [one for one in saved if one[0] > 0 or one[1]][-8:] == [*inside, (4, False)]
+    assert steady(tmp_path / "run") == steady(finished[1])
 
 
 def test_nothing_compiles_after_the_first_step(config, tmp_path):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks for the slice of pod.env as a queued resource: on demand, spot or reserved; one slice or several.
+# Asks for the slice of pod.env by its ROAD: a queued resource, a managed instance group, or a GKE node pool.
 #
 #   create.sh [--dry-run] [--env=FILE]
 #
@@ -10,6 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 options "" "$@"
 settings
 
+# shellcheck disable=SC2119 # no more flags to pass
+if [[ $ROAD == gke ]]; then create_request && exit; fi # there `state` is that of the JobSet
 get_state NONE || exit 1
 # shellcheck disable=SC2119 # no more flags to pass
 case $state in

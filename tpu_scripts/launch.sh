@@ -5,6 +5,7 @@
 #
 # A slice that is re-created or rebooted resumes by itself from the newest checkpoint. Google does not re-create a spot slice that was
 # taken away: --watch looks every minute and does, until the run is over (exit 0 when it is done). launch.sh once more does it by hand.
+# A flex-start slice that has reached MAX_RUN_DURATION is not requested again: that would be another paid run.
 # A slice that is there is left alone.
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -13,6 +14,15 @@ settings
 
 create_again() { delete_request --quiet && create_request --metadata-from-file=startup-script="$tmp/worker.sh"; }
 
+if [[ $ROAD == gke ]]; then
+  [[ -z ${on[--watch]:-} ]] || bad "--watch: on GKE the JobSet restarts by itself"
+  # shellcheck disable=SC2119
+  create_request
+  bash "$here/sync.sh" --env="$env_file" ${on[--dry-run]:+--dry-run} ${on[--allow-dirty]:+--allow-dirty}
+  clear_finished
+  apply_jobset
+  exit
+fi
 get_state NONE || exit 1
 [[ $state == NONE || $state == SUSPENDED || $state == FAILED ]] ||
   fail "$NAME is there already: $state; setup.sh and run.sh use it, delete.sh ends it"
@@ -32,10 +42,13 @@ while sleep 60; do
   get_state NONE || continue # a hiccup of the network
   case $state in
     SUSPENDED)
+      if [[ $CAPACITY == flex-start ]]; then
+        fail "$NAME has reached MAX_RUN_DURATION=$MAX_RUN_DURATION, as asked for: launch.sh once more resumes the run, delete.sh clears up"
+      fi
       say "$NAME was taken away: asking again"
       create_again || say "will try again in a minute"
       ;;
-    FAILED) fail "$NAME FAILED: \`gcloud compute tpus queued-resources describe $NAME ${where[*]}\` says why" ;;
+    FAILED) fail "$NAME FAILED (no quota, or no such capacity): \`gcloud compute tpus queued-resources describe $NAME ${where[*]}\` says why" ;;
     NONE) fail "$NAME was deleted" ;;
   esac
 done

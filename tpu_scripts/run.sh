@@ -9,6 +9,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 options "" "$@"
 settings
 
+if [[ $ROAD == gke ]]; then
+  upload_worker
+  clear_finished
+  apply_jobset
+  exit
+fi
 need_active
 upload_worker
 clear_finished

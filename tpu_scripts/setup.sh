@@ -9,6 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 options "" "$@"
 settings
 
+[[ $ROAD != gke ]] || bad "ROAD=gke: every pod sets itself up; run.sh starts the JobSet"
 need_active
 upload_worker
 on_workers setup

@@ -11,6 +11,7 @@
 set -euo pipefail
 export PATH=$PATH:/snap/bin HOME=${HOME:-/root} # a startup script has neither gcloud's snap folder nor HOME
 UV_VERSION=0.13.9
+SETUP_TRIES=${SETUP_TRIES:-6}
 
 say() { printf '%s %s\n' "$(date -u +%FT%TZ)" "$*"; }
 fail() { say "$(hostname): $*" >&2 && exit 1; }
@@ -29,7 +30,22 @@ who() {
   local slice=${MEGASCALE_SLICE_ID:-} worker=${TPU_WORKER_ID:-}
   [[ -n $slice ]] || slice=$(metadata tpu-env | sed -n "s/^MEGASCALE_SLICE_ID: *'\{0,1\}\([0-9]*\).*/\1/p")
   [[ -n $worker ]] || worker=$(metadata agent-worker-number)
+  [[ -n $worker ]] || worker=$(metadata tpu-env | sed -n "s/^TPU_WORKER_ID: *'\{0,1\}\([0-9]*\).*/\1/p")
   echo "slice${slice:-0}-worker${worker:-0}"
+}
+
+# A hiccup of the network must not end the run: up to SETUP_TRIES times, after 10, 20, 40, ... seconds. Whatever failed (curl, tar, uv, a full
+# disk), the status is 1: 2 and 3 are the program's own and end a JobSet for good. In a process of its own, so that `set -e` holds in it.
+set_up() {
+  local try pause=10
+  for ((try = 1; try <= SETUP_TRIES; try++)); do
+    if bash "$self" setup-once; then return; fi
+    ((try < SETUP_TRIES)) || break
+    say "$(hostname): setup failed, again in $pause s"
+    sleep "$pause"
+    pause=$((pause < 160 ? pause * 2 : 160))
+  done
+  fail "setup failed $SETUP_TRIES times; the lines above say why"
 }
 
 # Idempotent: the same tarball is installed once. The system Python is too old and not ours, so uv brings its own 3.12 into WORKER_HOME.
@@ -57,6 +73,9 @@ setup() {
 program() {
   cd "$WORKER_HOME/code"
   export JAX_COMPILATION_CACHE_DIR=$CACHE PYTHONUNBUFFERED=1
+  # Google's TPU guides ask for transparent huge pages: they shorten start-up and transfers between host and chips.
+  echo always 2>/dev/null >/sys/kernel/mm/transparent_hugepage/enabled || true
+  ((${#RUN_ENV[@]} == 0)) || export "${RUN_ENV[@]}"
   exec "$@" "$WORKER_HOME/venv/bin/python" -m dapo_jax.train --config "$CONFIG" --run-dir "$RUN_DIR" "${TRAIN_ARGS[@]}"
 }
 
@@ -118,7 +137,11 @@ finish() {
   if [[ $DELETE_WHEN_DONE == yes && $1 != *stopped && $(who) == slice0-worker0 ]]; then
     upload_logs
     sleep "$RESTART_PAUSE" # for the logs of the other workers
-    gcloud compute tpus queued-resources delete "$NAME" --project="$PROJECT" --zone="$ZONE" --force --quiet --async
+    if [[ $ROAD == mig ]]; then
+      gcloud compute instance-groups managed delete "$NAME" --project="$PROJECT" --zone="$ZONE" --quiet
+    else
+      gcloud compute tpus queued-resources delete "$NAME" --project="$PROJECT" --zone="$ZONE" --force --quiet --async
+    fi
   fi
 }
 
@@ -145,6 +168,7 @@ status() {
 
 # Called in the last line: bash has read the whole file by then, so it may be replaced while it runs.
 main() {
+  self=$(realpath "$0")
   mkdir -p "$WORKER_HOME/logs"
   cd "$WORKER_HOME"
   case ${1:-boot} in
@@ -154,13 +178,14 @@ main() {
       open_log
       exec >>"$log" 2>&1
       trap upload_logs EXIT # a failed setup leaves its log too
-      setup
+      set_up
       loop
       ;;
     setup)
       lock
-      setup
+      set_up
       ;;
+    setup-once) setup ;; # by set_up, which holds the lock
     start)
       lock
       [[ -f installed ]] || fail "nothing is set up here: setup.sh first"
@@ -174,7 +199,7 @@ main() {
     status) status ;;
     once)
       lock
-      setup # not `lock && setup`: bash would continue after an error in it
+      set_up
       program
       ;;
     *) fail "unknown mode $1" ;;

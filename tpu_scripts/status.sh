@@ -10,4 +10,8 @@ settings
 get_state ACTIVE || exit 1
 say "$NAME: $state"
 run gcloud storage cat "$POD/finished" 2>/dev/null || say "no run has ended"
-if [[ $state == ACTIVE ]]; then on_workers status; fi
+if [[ $ROAD == gke ]]; then
+  run kubectl get pods --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --output=wide
+elif [[ $state == ACTIVE ]]; then
+  on_workers status
+fi

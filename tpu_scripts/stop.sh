@@ -10,5 +10,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 options "--kill" "$@"
 settings
 
+if [[ $ROAD == gke ]]; then
+  run kubectl delete jobset "$NAME" --ignore-not-found # SIGTERM, and ten minutes to save
+  exit
+fi
 need_active
 on_workers stop "${on[--kill]:+--kill}"

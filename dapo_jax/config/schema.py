@@ -295,6 +295,7 @@ class TrainSection:
     row_len: int | None = field(None, "T, tokens of a packed row; null: longest", ge=1)
     rows_per_microbatch: int = field(64, "rows in a forward and backward pass, all devices", ge=1)
     save_every: int = field(10, "rollout steps between checkpoints; also after the last", ge=1)
+    save_every_s: float | None = field(None, "also after so many seconds, inside a step too", ge=1)
     keep_checkpoints: int = field(3, "how many of the newest to keep", ge=1)
     keep_best: bool = field(False, "save at every evaluation, keep the one most accurate")
     samples_per_step: int = field(8, "responses written to samples/ each step", ge=0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -161,6 +162,7 @@ class Recorder:
     def __post_init__(self) -> None:
         self._table = StepTable(self.train.steps)
         self._saving: dict[str, float] = {}
+        self._saved_at = time.monotonic()
 
     def begin(self, run: RunState) -> None:
         """Evaluates before training."""
@@ -178,6 +180,7 @@ class Recorder:
             write_samples(self.run_dir, run.progress.step + 1, rows)
         least = algo.prompts_per_step if algo.on_cap == "error" else 1
         run.commit(drawn, groups, draw_metrics(drawn, algo.prompts_per_draw), least)
+        self._save_if_due(run)
 
     def record(self, run: RunState, updates: Updates, times: dict[str, float]) -> None:
         """Ends the step: evaluation, the metrics line, a checkpoint.
@@ -205,10 +208,24 @@ class Recorder:
         metrics |= times | self._saving | {"memory/peak_bytes": peak_memory()}
         self.log.write(step, run.progress.updates, run.draw.draws, metrics)
         if step % self.train.save_every == 0 or last or (evaluated and self.train.keep_best):
-            self._saving = {"time/save_s": 0.0}
-            with timed(self._saving, "time/save_s"):
-                self.store.save(run)
-            self.guard.reach("save")
+            self._save(run)
+        else:
+            self._save_if_due(run)
+
+    def _save_if_due(self, run: RunState) -> None:
+        """Saves after save_every_s, by process 0's clock, but no whole step: neither what a run
+        rolls back to nor what it keeps may depend on a clock.
+        """
+        passed, every = time.monotonic() - self._saved_at, self.train.save_every_s
+        if every is not None and multihost.from_main("due" if passed >= every else ""):
+            self._save(run, whole=False)
+
+    def _save(self, run: RunState, *, whole: bool = True) -> None:
+        self._saving = {"time/save_s": 0.0}
+        with timed(self._saving, "time/save_s"):
+            self.store.save(run, whole=whole)
+        self._saved_at = time.monotonic()
+        self.guard.reach("save")
 
     def _evaluation(self, weights: Params, times: dict[str, float]) -> dict[str, Any]:
         with timed(times, "time/eval_s"):

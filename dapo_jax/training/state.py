@@ -138,10 +138,12 @@ class RunStore:
     digests: Digests
     allow_change: bool = False  # data.allow_change
 
-    def save(self, run: RunState) -> None:
-        """Saves a checkpoint, unless the newest one has the same counts."""
+    def save(self, run: RunState, *, whole: bool = True) -> None:
+        """Saves a checkpoint, unless the newest one has the same counts. whole: as one of a whole
+        step, if the run is between two.
+        """
         warmed = run.progress.warmed >= self.config["supervised"]["updates"]
-        whole = warmed and run.partial is None
+        whole = whole and warmed and run.partial is None
         if whole and run.counts() == run.saved:
             return
         host = {"progress": run.progress._asdict(), "config": self.config}
