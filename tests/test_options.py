@@ -146,6 +146,10 @@ def test_advantages_by_the_std_of_the_group_of_the_step_and_none():
         algo = DapoSection(advantage_scale=scale, advantage_eps=0.0)
         assert not step_advantages(equal, algo)[0].any()
         assert step_advantages([], algo) == []
+        wide = dataclasses.replace(algo, advantage_eps=1.0)
+        divisor = 1 if scale == "none" else math.sqrt(2) + 1
+        (found,) = step_advantages([np.float32([1, -1])], wide)
+        np.testing.assert_allclose(found, np.array([1, -1]) / divisor, rtol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
