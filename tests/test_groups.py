@@ -80,6 +80,12 @@ def test_advantages_equal_a_naive_loop(quarters, ddof):
         )
 
 
+def test_epsilon_is_a_millionth():
+    """The std of 0 and 1e-6 is 1e-6 / √2."""
+    slight = 0.5 / (0.5**0.5 + 1)
+    np.testing.assert_allclose(group_advantages([[0, 1e-6]]), [[-slight, slight]], rtol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_rewards_must_be_finite(bad):
     with pytest.raises(ValueError, match="finite"):
