@@ -5,6 +5,7 @@ python -m dapo_jax.report --run-dir D [D ...] [--out FILE]
 
 import base64
 import contextlib
+import datetime
 import hashlib
 import importlib.resources
 import json
@@ -18,14 +19,18 @@ import numpy as np
 from dapo_jax import __version__, cli
 from dapo_jax.config import ConfigError, flatten, load_config, to_dict
 from dapo_jax.runtime import files
+from dapo_jax.runtime.checkpoint import stored_steps
+from dapo_jax.runtime.console import duration
 from dapo_jax.runtime.curves import running_mean
 from dapo_jax.runtime.files import Folder, read, run_folder, writing
-from dapo_jax.runtime.metrics import METRICS, definition, read_metrics
+from dapo_jax.runtime.metrics import METRICS, best_step, definition, read_metrics
 from dapo_jax.types import InputError
 
 _POINTS = 1000  # of a curve
 _SAMPLE_STEPS = 100  # of a run, fewer where they do not fit
 _SAMPLE_BYTES = 14_000_000  # of all runs together
+
+_TIMES = ("time/step_s", "time/eval_s", "time/save_s")
 
 Record = Mapping[str, Any]  # a line of metrics.jsonl
 
@@ -46,6 +51,9 @@ def read_run(run_dir: Folder, name: str, sample_bytes: int) -> dict[str, Any]:
     return {
         "name": name,
         "step": records[-1]["step"],
+        "started": started(run_dir),
+        "took": duration(sum(sum(points(records, key)[1]) for key in _TIMES)),
+        "checkpoints": held_checkpoints(run_dir),
         **{key: int(values[-1]) if values else None for key, values in counts.items()},
         "config": text,
         "config_note": config_note,
@@ -57,6 +65,24 @@ def read_run(run_dir: Folder, name: str, sample_bytes: int) -> dict[str, Any]:
         "samples": samples,
         "sample_note": sample_note,
     }
+
+
+def held_checkpoints(run_dir: Folder) -> str:
+    """The steps of the stored checkpoints, and which one has the best held-out accuracy."""
+    steps = sorted(stored_steps(run_dir / "checkpoints"))
+    best = best_step(run_dir, steps)
+    return ", ".join(f"{step} (best)" if step == best else f"{step}" for step in steps)
+
+
+def started(run_dir: Folder) -> str | None:
+    """When the run wrote its first file of TensorBoard, by the file's name; UTC."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = [file.name.split(".") for file in (run_dir / "tensorboard").iterdir()]
+        times = [int(name[3]) for name in names if len(name) > 3 and name[3].isdecimal()]
+        if times:
+            first = datetime.datetime.fromtimestamp(min(times) // 10**9, datetime.UTC)
+            return f"{first:%Y-%m-%d %H:%M} UTC"
+    return None
 
 
 def points(records: Sequence[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -201,7 +227,7 @@ def read_samples(run_dir: Folder, most_bytes: int) -> tuple[list[list[Any]], str
 
 
 _NUMBERS = "draw group_correct group_size reward penalty advantage length".split()
-_KINDS = {"id": str, "answer": str, "correct": bool, "truncated": bool}
+_KINDS = {"id": str, "answer": str, "fed": str, "correct": bool, "truncated": bool}
 _GROUPS = ("kept", "all_correct", "all_wrong")
 
 
@@ -225,6 +251,10 @@ def sample(line: bytes) -> dict[str, Any] | None:
         prompt = [{"content": prompt}]
     turns = [turn for turn in prompt if isinstance(turn, dict)] if isinstance(prompt, list) else []
     found["turns"] = [[str(turn.get(key, "")) for key in ("role", "content")] for turn in turns]
+    siblings = row["siblings"] if isinstance(row.get("siblings"), list) else []
+    lines = [json.dumps(one).encode() for one in siblings if not isinstance(one, list)]
+    if valid := [one for one in map(sample, lines) if one is not None]:
+        found["siblings"] = valid
     if isinstance(tokens, list) and all(map(_is_token, tokens)):
         if "".join(text for text, _ in tokens) == row["response"]:
             return found | {"tokens": tokens}

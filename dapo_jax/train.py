@@ -21,9 +21,10 @@ from dapo_jax.config import (
 )
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.evaluate import Evaluator, checked_pool
+from dapo_jax.report import held_checkpoints
 from dapo_jax.reward.verify import function_source
 from dapo_jax.runtime import multihost
-from dapo_jax.runtime.checkpoint import Checkpoints, stored_steps
+from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.runtime.console import announced, make_console
 from dapo_jax.runtime.curves import plot_curves
 from dapo_jax.runtime.files import Folder, read, run_folder
@@ -166,7 +167,7 @@ def train(
         done = f"done: {run.progress.step} steps, {run.progress.updates} updates"
         where = f"{run.draw.draws} draws in {run_dir}"
         console.result(f"{done}, {where}{last_accuracies(run_dir)}")
-        info(f"checkpoints: {held_checkpoints(run_dir)}")
+        info(f"checkpoints: steps {held_checkpoints(run_dir)}")
 
 
 def announcing(programs: TrainPrograms, info: Callable[[str], None]) -> TrainPrograms:
@@ -187,14 +188,6 @@ def curves_at_end(run_dir: Folder, info: Callable[[str], None]) -> Iterator[None
         raise
     if multihost.is_main():
         info(f"curves: {plot_curves(run_dir)}")
-
-
-def held_checkpoints(run_dir: Folder) -> str:
-    """The steps of the stored checkpoints, and which is the best."""
-    steps = stored_steps(run_dir / "checkpoints")
-    best = best_step(run_dir, steps)
-    shown = [f"{step} (best held-out accuracy)" if step == best else f"{step}" for step in steps]
-    return f"steps {', '.join(shown[::-1])}"
 
 
 def warm_up_run(

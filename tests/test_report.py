@@ -14,6 +14,7 @@ import pytest
 
 from dapo_jax import cli, report
 from dapo_jax.config import dump_yaml, load_config
+from dapo_jax.runtime.console import duration
 from dapo_jax.runtime.metrics import METRICS, write_samples
 
 pytestmark = pytest.mark.host
@@ -163,6 +164,8 @@ def test_the_page_holds_the_numbers_of_the_run(tmp_path, capsys):
             )
     assert "vocab_size: 258" in run["config"] and run["config_note"] == ""
     assert run["dynamic_sampling"] is True
+    took = sum(line.get(f"time/{key}_s", 0) for line in lines for key in ("step", "eval", "save"))
+    assert (run["took"], run["started"], run["checkpoints"]) == (duration(took), None, "")
 
 
 def test_held_out_accuracy_first_best_last_and_gain(tmp_path, capsys):
@@ -470,6 +473,25 @@ def test_without_out_the_page_lies_in_the_run_folder(tmp_path, capsys):
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 
+def test_start_and_checkpoints_are_read_from_the_folder(tmp_path, capsys):
+    """The best of the stored steps is 4, not the last."""
+    make_run(tmp_path / "run")
+    for name in ("tensorboard", *(f"checkpoints/{step}" for step in (0, 4, 5))):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    for second in (1_700_000_060, 1_700_000_000):
+        name = f"events.out.tfevents.{second * 10**9}.host"
+        (tmp_path / "run" / "tensorboard" / name).touch()
+    (run,) = page_of(capsys, tmp_path, tmp_path / "run").data["runs"]
+    assert (run["started"], run["checkpoints"]) == ("2023-11-14 22:13 UTC", "0, 4 (best), 5")
+
+
+def test_siblings_and_the_prompt_as_fed_are_on_the_page():
+    one = {"response": "4", "correct": True, "reward": 1.0, "length": 2, "truncated": False}
+    line = row(0, "kept", "four", fed="<|user|>2+2?", siblings=[one, {"correct": True}, 7])
+    found = report.sample(json.dumps(line).encode())
+    assert found["fed"] == "<|user|>2+2?" and found["siblings"] == [one | {"turns": []}]
+
+
 # ---- In a browser --------------------------------------------------------------------------------
 
 
@@ -478,12 +500,13 @@ def test_without_out_the_page_lies_in_the_run_folder(tmp_path, capsys):
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser(tmp_path, capsys, width):
     make_run(tmp_path / "one", steps=120)
+    one = {"response": "a Sibling", "correct": True, "reward": 1.0, "length": 2}
     old = {
         key: value
         for key, value in row(0, "kept", "four").items()
         if key not in ("tokens", "group", "group_size", "answer")
     }
-    write_samples(tmp_path / "one", 119, [old])
+    write_samples(tmp_path / "one", 119, [old | {"siblings": [one] * 7}])
     make_run(tmp_path / ("two_with_a_rather_long_name_" * 3), **{"optim.learning_rate": "1e-5"})
     runs = [path for path in sorted(tmp_path.iterdir())]
     page_of(capsys, tmp_path, *runs)
@@ -551,6 +574,12 @@ def test_in_a_browser(tmp_path, capsys, width):
             "all-incorrect (1)": 1,
         }
         browser.run("document.querySelector('[data-group=all]').click()")
+        for text, found in (("nowhere", 0), ("sibling", 1), ("", 4)):  # in all steps
+            browser.run(
+                "(() => { const s = document.querySelector('[type=search]');"
+                f"s.value = '{text}'; s.dispatchEvent(new Event('input')); }})()"
+            )
+            assert browser.run(count) == found
         units = browser.run(
             "[...document.querySelector('.response').textContent.split('')]"
             ".map((c) => c.charCodeAt(0))"

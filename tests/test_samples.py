@@ -157,6 +157,11 @@ def test_a_row_says_what_became_of_the_group():
         "length": 2,
         "truncated": True,
         "tokens": [("2", -0.25), ("", -0.125)],
+        "fed": "<|pad|><|pad|><|pad|>",
+        "siblings": [
+            {"response": "2", "correct": False, "reward": -1.5, "length": 2, "truncated": True}
+        ]
+        * 3,
     }
     assert (wrong["group"], wrong["group_correct"], wrong["prompt"]) == (
         "all_wrong",

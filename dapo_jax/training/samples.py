@@ -15,7 +15,7 @@ from dapo_jax.training.setup import Policy
 from dapo_jax.types import Group, Response
 
 _TOKENS = 1024  # written with log-probs at each end of a response, to keep long rows short
-_SHOWN = 300  # characters at each end of a prompt and response on the console
+_SHOWN = 300  # characters at each end of a prompt and response where it is shortened
 
 
 def sample_rows(
@@ -23,7 +23,8 @@ def sample_rows(
 ) -> list[dict[str, Any]]:
     """The first judged response of each of the first `count` groups that have one, as JSON objects.
 
-    `group` is all_correct, all_wrong, or kept. `tokens` are of `scored_texts`.
+    `group` is all_correct, all_wrong, or kept. `tokens` are of `scored_texts`, `fed` is the prompt
+    with its special tokens, `siblings` are the other responses of the group.
     """
     rows, judged = [], [g for g in groups if g.responses]
     advantages = step_advantages([g.reward for g in judged], algo)
@@ -48,20 +49,34 @@ def sample_rows(
             "length": len(response.tokens),
             "truncated": bool(response.truncated),
             "tokens": scored_texts(policy, response, text),
+            "fed": shown_prompt(policy.tokenizer, group.prompt.tokens),
+            "siblings": [sibling(group, n, policy) for n in range(1, len(group.responses))],
         }
         rows.append(row)
     return rows
 
 
+def sibling(group: Group, n: int, policy: Policy) -> dict[str, Any]:
+    """Response n of a group, shortened."""
+    response = group.responses[n]
+    text = shortened(decode(policy.tokenizer, response.tokens, policy.stop))
+    row = {"response": text, "correct": bool(group.correct[n]), "reward": float(group.reward[n])}
+    return row | {"length": len(response.tokens), "truncated": bool(response.truncated)}
+
+
+def shortened(text: str) -> str:
+    """A text, or its ends if it is long."""
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
+
+
 def shown_answer(answer: Any, policy: Policy) -> str:
     """An answer of an evaluation for the console: prompt as fed, response, verdict."""
-    text = "  | " + shown_prompt(policy.tokenizer, answer.prompt.tokens)
+    text = shown_prompt(policy.tokenizer, answer.prompt.tokens)
     text += decode(policy.tokenizer, answer.response.tokens, policy.stop)
-    if len(text) > 2 * _SHOWN:
-        text = f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
     verdict = "correct" if answer.verdict.correct else "incorrect"
     gold = answer.prompt.problem.answer
-    return f"{text}\n[{verdict}; the ground truth is {gold}]".replace("\n", "\n  | ")
+    lines = f"{shortened(text)}\n[{verdict}; the ground truth is {gold}]".split("\n")
+    return "\n".join(f"  | {line}" for line in lines)
 
 
 def scored_texts(
