@@ -33,7 +33,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Shapes and dtypes in signatures are checked at every call, in this process only.
 install_import_hook(["dapo_jax.dapo", "dapo_jax.model", "dapo_jax.rollout"], "typechecker.check")
-from runs import CONFIG, TESTS  # noqa: E402 - it imports the package
+import traced_once  # noqa: E402 - it imports the package
+from runs import CONFIG, TESTS  # noqa: E402
+
+from dapo_jax import train  # noqa: E402
+
+traced_once.install()
 
 # Eight devices share few cores here: programs in flight together can take each other's threads and
 # wait for ever in a collective.
@@ -125,6 +130,18 @@ def empty(bucket, monkeypatch):
     monkeypatch.setattr(runtime_files, "_ASK_S", 0.1)
     yield bucket
     bucket.failing, bucket.fails_at = 0, ""
+
+
+@pytest.fixture
+def curves():
+    """For tests of the figure of a run."""
+
+
+@pytest.fixture(autouse=True)
+def no_curves_are_drawn(monkeypatch, request):
+    """Drawing them takes as long as a tiny run."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(train, "plot_curves", lambda run_dir: run_dir / "curves.png")
 
 
 def pytest_sessionfinish(session):

@@ -36,7 +36,9 @@ def damage(bucket, prefix):
     bucket.put(name, bytes(byte ^ 0xFF for byte in bucket[name]))
 
 
-def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket, config, tmp_path, monkeypatch, capfd):
+def test_a_run_in_a_bucket_is_the_run_in_a_folder(
+    bucket, config, tmp_path, monkeypatch, capfd, curves
+):
     """Stopped in the midst of step 2, resumed, evaluated, exported; then an object of its newest
     checkpoint is damaged.
     """
