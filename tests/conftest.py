@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test, set before jax looks for devices."""
+"""Eight virtual CPU devices, set before jax looks for devices; runs of the verbs use two."""
 
 import contextlib
 import importlib.util
@@ -33,12 +33,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Shapes and dtypes in signatures are checked at every call, in this process only.
 install_import_hook(["dapo_jax.dapo", "dapo_jax.model", "dapo_jax.rollout"], "typechecker.check")
-import traced_once  # noqa: E402 - it imports the package
+import in_process  # noqa: E402 - it imports the package
 from runs import CONFIG, TESTS  # noqa: E402
 
 from dapo_jax import train  # noqa: E402
 
-traced_once.install()
+in_process.install()
 
 # Eight devices share few cores here: programs in flight together can take each other's threads and
 # wait for ever in a collective.
@@ -130,6 +130,12 @@ def empty(bucket, monkeypatch):
     monkeypatch.setattr(runtime_files, "_ASK_S", 0.1)
     yield bucket
     bucket.failing, bucket.fails_at = 0, ""
+
+
+@pytest.fixture
+def eight_devices(monkeypatch):
+    """For runs of the verbs whose subject is the layout."""
+    monkeypatch.setattr(in_process, "DEVICES", 8)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import runs
 from safetensors.numpy import load_file, save_file
 
 import dapo_jax
@@ -33,7 +34,7 @@ from dapo_jax.model.weights import load_pretrained, save_pretrained
 from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.types import TrainState
 
-pytestmark = [pytest.mark.host, pytest.mark.usefixtures("reward_module")]
+pytestmark = [pytest.mark.host, pytest.mark.usefixtures("reward_module", "eight_devices")]
 
 TESTS = Path(__file__).parent
 SIZES = dict(
@@ -1002,38 +1003,22 @@ def f(problem, text, length):
 """
 
 
-def test_secrets_of_the_environment_go_nowhere(config, model, tmp_path):
+def test_secrets_of_the_environment_go_nowhere(model, tmp_path, monkeypatch, capfd, curves):
     """A run that renders a chat template, samples, judges in workers, trains, saves, and draws its
     curves.
     """
     template("{% for m in messages %}{{ m.content }}{% endfor %}")(model)
     (tmp_path / "spy_reward.py").write_text(SPY.format(place=str(tmp_path / "spied")))
-    spy = (
-        "reward.verifier=custom",
-        "reward.function=spy_reward:f",
-        "reward.allowed_modules=[spy_reward]",
-        "reward.workers=1",
-    )
-    arguments = train_args(
-        config, tmp_path / "run", *of_folder(model), *spy, "dapo.old_logprobs=sampler"
-    )
-    secrets = {name: f"{CANARY}-{name}" for name in SECRETS}
-    path = os.pathsep.join([str(tmp_path), str(TESTS.parent)])
-    done = subprocess.run(
-        [sys.executable, "-m", "dapo_jax.train", *arguments],
-        env={
-            **os.environ,
-            **secrets,
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": path,
-            "PYTHONDONTWRITEBYTECODE": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert CANARY not in done.stdout + done.stderr
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for name in SECRETS:
+        monkeypatch.setenv(name, f"{CANARY}-{name}")
+    (tmp_path / "tiny.yaml").write_text(runs.CONFIG)
+    spy = ("reward.function=spy_reward:f", "reward.allowed_modules=[spy_reward]")
+    quick = ("train.steps=1", "eval.every=0", "supervised.updates=0", "dapo.old_logprobs=sampler")
+    arguments = (tmp_path / "tiny.yaml", tmp_path / "run", *of_folder(model), *spy, *quick)
+    assert runs.run_train(*arguments) == 0
+    assert CANARY not in "".join(capfd.readouterr())
     written = tree(tmp_path)
     for part in (
         "metrics.jsonl",

@@ -459,6 +459,7 @@ def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_p
     assert last["draws"] == steady(tmp_path / "cut")[-2]["draws"] + last["rollout/prompts"]
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_a_run_resumes_on_other_devices_with_the_rows_and_slots_that_fit_them(
     config, whole, tmp_path
 ):

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import tiny
+from runs import steady, verb
 
-from dapo_jax import cli, evaluate, export, supervised, train
+from dapo_jax import evaluate, export, supervised, train
 from dapo_jax.config import (
     ConfigError,
     DapoSection,
@@ -33,7 +35,6 @@ from dapo_jax.model.lora import join, merge, split
 from dapo_jax.model.weights import load_pretrained, save_pretrained
 from dapo_jax.runtime.files import run_folder
 from dapo_jax.runtime.mesh import make_mesh, params_sharding, put, put_rows
-from dapo_jax.runtime.metrics import read_metrics
 from dapo_jax.training.programs import train_programs
 from dapo_jax.training.setup import Policy, load_params, load_policy, restore_params
 
@@ -404,27 +405,17 @@ def test_adapters_are_no_part_of_an_architecture():
         config_from_dict({"model": {"architecture": {"lora": {}}}, "eval": {"every": 0}})
 
 
-CONFIG = """
-model:
-  folder: FOLDER
-  compute_dtype: float32
-  remat: none
-  lora: {rank: 2, alpha: 8}
-data: {template: "{prompt}=", max_prompt_len: 16, arithmetic: {train_problems: 32, heldout_problems: 4, max_steps: 2, max_operand: 9}}
-eval: {sets: {heldout: arithmetic}, every: 0, samples_per_problem: 2, top_p: 1.0}
-rollout: {max_response_len: 24, decode_slots: 16}
-reward: {overlong_buffer_len: 10}
-dapo: {prompts_per_step: 4, responses_per_prompt: 4, responses_per_update: 8, prompts_per_draw: 4, dynamic_sampling: false}
-optim: {learning_rate: 1e-2, warmup_steps: 0}
-supervised: {updates: 2, responses_per_update: 8}
-train: {steps: 2, rows_per_microbatch: 8, save_every: 1}
-"""
-
-
-def verb(module, *args) -> int:
-    with pytest.raises(SystemExit) as done:
-        cli.run(module.main, [str(a) for a in args])
-    return int(done.value.code or 0)
+# Sizes are those of all runs, which share the programs of sampling.
+CHANGES = {
+    "  architecture": "  folder: FOLDER\n  lora: {rank: 2, alpha: 8}",
+    "reward": "reward: {overlong_buffer_len: 10}",
+    "dapo": "dapo: {prompts_per_step: 6, responses_per_prompt: 4, responses_per_update: 12, prompts_per_draw: 6, dynamic_sampling: false}",
+    "optim": "optim: {learning_rate: 1e-2, warmup_steps: 0}",
+    "train": "train: {steps: 2, rows_per_microbatch: 8, save_every: 1}",
+}
+CONFIG = "".join(
+    CHANGES.get(line.partition(":")[0], line) + "\n" for line in runs.CONFIG.splitlines()
+).replace("every: 2", "every: 0")
 
 
 @pytest.fixture(scope="module")
@@ -449,23 +440,16 @@ def finished(tmp_path_factory):
         tokenizer=byte_tokenizer(),
     )
     config.write_text(CONFIG.replace("FOLDER", str(folder / "start")))
-    runs = folder / "whole", folder / "resumed"
-    for run, steps in ((runs[0], 2), (runs[1], 1), (runs[1], 2)):
+    whole, resumed = folder / "whole", folder / "resumed"
+    for run, steps in ((whole, 2), (resumed, 1), (resumed, 2)):
         assert (
             verb(train, "--config", config, "--run-dir", run, "--set", f"train.steps={steps}") == 0
         )
-    return config, *runs
+    return config, whole, resumed
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(finished):
     _, whole, resumed = finished
-
-    def steady(run):
-        volatile = ("time/", "throughput/", "memory/")
-        return [
-            {k: v for k, v in line.items() if not k.startswith(volatile)}
-            for line in read_metrics(run)
-        ]
 
     def leaves(run):
         return json.loads((run / "checkpoints" / "2" / "host" / "metadata").read_text())["leaves"]

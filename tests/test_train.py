@@ -11,10 +11,10 @@ import sys
 import time
 from types import SimpleNamespace
 
+import in_process
 import jax
 import numpy as np
 import pytest
-import traced_once
 from runs import CONFIG, TESTS, install, run_train, steady, verb
 from transformers import GenerationConfig
 
@@ -32,10 +32,11 @@ pytestmark = pytest.mark.usefixtures("reward_module")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of 4 steps, and its config."""
+    """A run of 4 steps on eight devices, and its config."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "tiny.yaml").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_process, "DEVICES", 8)
         patch.syspath_prepend(str(TESTS))
         assert run_train(folder / "tiny.yaml", folder / "run") == 0
     return folder / "tiny.yaml", folder / "run"
@@ -112,6 +113,7 @@ def test_counts_of_dynamic_sampling_add_up(finished):
         carried = line["filter/surplus_groups"]
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_interrupted_and_whole_runs_are_bit_identical(finished, tmp_path):
     """Stops after step 2 and resumes to step 4 (buffered groups included): metrics and weights equal
     those of one run.
@@ -257,8 +259,8 @@ def test_nothing_compiles_after_the_first_steps(config, tmp_path, monkeypatch):
         counts.append(len(compiled))
 
     monkeypatch.setattr(train.Recorder, "record", record)
-    traced_once.forget()
-    settings = ("train.steps=6", "eval.every=0", "train.save_every=100")
+    in_process.forget()
+    settings = ("train.steps=6", "eval.every=0", "train.save_every=1")
     assert run_train(config, tmp_path / "run", *settings) == 0
     assert len(counts) == 6 and counts[1] == len(compiled) > 0
 
@@ -338,6 +340,7 @@ def test_partial_rollouts_resume_bit_for_bit(config, tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_evaluation_of_run_and_of_its_export_agree(finished, tmp_path, capsys):
     config, run = finished
     assert verb(export, "--run-dir", run, "--out", tmp_path / "hf") == 0
@@ -427,6 +430,7 @@ BAD = {
 }
 
 
+@pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_status_2(config, tmp_path, capfd, case):
     overrides, expected = BAD[case]
