@@ -125,29 +125,30 @@ NO_CONFIGS = {
         "c.yaml:5000: more than 10,000 keys and values",
     ),
 }
+# The key that is named; what is said of it is in `test_config.py`.
 BAD_CONFIGS = {
     "unknown key": (
         "dapo: {clip_eps: 1}",
         "c.yaml: dapo.clip_eps: unknown key; did you mean 'clip_eps_",
     ),
     "key with controls": ('"a\\n\\e[31m": 1', "unknown key"),
-    "nan": ("optim: {learning_rate: .nan}", "c.yaml: optim.learning_rate: must be a finite number"),
-    "inf": ("rollout: {temperature: .inf}", "c.yaml: rollout.temperature: must be a finite number"),
+    "nan": ("optim: {learning_rate: .nan}", "c.yaml: optim.learning_rate: "),
+    "inf": ("rollout: {temperature: .inf}", "c.yaml: rollout.temperature: "),
     "negative size": (
         "rollout: {decode_slots: -8}",
-        "c.yaml: rollout.decode_slots: must be at least 1",
+        "c.yaml: rollout.decode_slots: ",
     ),
     "zero size": (
         "train: {rows_per_microbatch: 0}",
-        "c.yaml: train.rows_per_microbatch: must be at least 1",
+        "c.yaml: train.rows_per_microbatch: ",
     ),
     "huge size": (
         "train: {row_len: 99999999999999999999}",
-        "c.yaml: train.row_len: 99999999999999999999 is too large",
+        "c.yaml: train.row_len: ",
     ),
     "G = 1": (
         "dapo: {responses_per_prompt: 1}",
-        "c.yaml: dapo.responses_per_prompt: must be at least 2, got 1",
+        "c.yaml: dapo.responses_per_prompt: ",
     ),
     "update splits groups": (
         "dapo: {responses_per_update: 100}",
@@ -155,25 +156,25 @@ BAD_CONFIGS = {
     ),
     "heads": (
         "model: {architecture: {heads: 3, kv_heads: 2}}",
-        "c.yaml: model.architecture.kv_heads: 2 does not divide heads 3",
+        "c.yaml: model.architecture.kv_heads: ",
     ),
     "epsilon": (
         "dapo: {clip_eps_low: 1}",
-        "c.yaml: dapo.clip_eps_low: must be at least 0 and below 1",
+        "c.yaml: dapo.clip_eps_low: ",
     ),
-    "octal": ("seed: 010", "c.yaml: seed: must be a valid integer, got '010'"),
-    "base 60": ("seed: 1:30", "c.yaml: seed: must be a valid integer, got '1:30'"),
-    "NUL": ('data: {train: "x\\0.jsonl"}', "c.yaml: data.train: contains a NUL"),
-    "NUL in a set": ('eval: {sets: {a: "x\\0.jsonl"}}', "c.yaml: eval.sets.a: contains a NUL"),
+    "octal": ("seed: 010", "c.yaml: seed: "),
+    "base 60": ("seed: 1:30", "c.yaml: seed: "),
+    "NUL": ('data: {train: "x\\0.jsonl"}', "c.yaml: data.train: "),
+    "NUL in a set": ('eval: {sets: {a: "x\\0.jsonl"}}', "c.yaml: eval.sets.a: "),
     "NUL in a list": (
         'reward: {allowed_modules: ["\\0"]}',
-        "c.yaml: reward.allowed_modules.0: contains a NUL",
+        "c.yaml: reward.allowed_modules.0: ",
     ),
     "lone surrogate": (
         'data: {train: "\\ud800.jsonl"}',
-        "c.yaml: data.train: is not valid Unicode",
+        "c.yaml: data.train: ",
     ),
-    "set named ..": ("eval: {sets: {..: a.jsonl}}", "c.yaml: eval.sets: name .. may hold"),
+    "set named ..": ("eval: {sets: {..: a.jsonl}}", "c.yaml: eval.sets: "),
     "function not allowed": (
         "reward: {verifier: custom, function: 'os:system'}",
         "module 'os' is not in reward.allowed_modules",
@@ -182,7 +183,7 @@ BAD_CONFIGS = {
         "rollout: {max_response_len: 40000}",
         "exceed the model's context of 40960 tokens; lower one",
     ),
-    "save interval 0": ("train: {save_every: 0}", "c.yaml: train.save_every: must be at least 1"),
+    "save interval 0": ("train: {save_every: 0}", "c.yaml: train.save_every: "),
 }
 
 
