@@ -181,7 +181,7 @@ def test_a_run_folder_without_its_config_is_compared_with_its_checkpoint(
         (["forged"], [False, False, False]),
     ):
         monkeypatch.setattr(same_run, "newest_host", lambda folder, d=digests: {"digests": d})
-        assert [changed(source) for source in ("before", "now", None)] == found
+        assert [bool(changed(source)) for source in ("before", "now", None)] == found
 
 
 def test_a_run_of_an_earlier_version_is_resumed_once_its_config_is_edited(config, tmp_path):

@@ -88,12 +88,18 @@ def test_a_run_leaves_what_it_promises(finished):
     )
 
 
+MASKS = ("token_masked", "sequence_masked", "sequence_vetoed")  # dapo.token_mask and others
+
+
 def test_every_metric_of_the_table_is_written(finished):
-    """All but a mean over tokens that are clipped from above: this run has none."""
+    """All but a mean over tokens that are clipped from above, and shares of masks: this run has
+    none.
+    """
     lines = read_metrics(finished[1])
     assert not any(line.get("policy/clip_fraction_high") for line in lines)
     missing = {k for k in METRICS if "<set>" not in k} - {k for line in lines for k in line}
-    assert missing == {"policy/upclipped_prob_mean"}
+    masks = {f"policy/{kind}_fraction" for kind in MASKS}
+    assert missing == {"policy/upclipped_prob_mean"} | masks
 
 
 def test_rates_of_a_step_follow_rollout_steps(finished):
