@@ -269,7 +269,8 @@ def _rollout_programs(
     found = [prefill("prefill", config.data.max_prompt_len)]
     prefilled = jax.eval_shape(functions.prefill, *found[0].arguments)
     arrivals = _shape(len(Arrivals._fields), shards, engine.slots)
-    inserted = state, prefilled, jax.eval_shape(jax.random.key, 0), arrivals, number
+    copies = _shape(2, shards, engine.copies)
+    inserted = state, prefilled, jax.eval_shape(jax.random.key, 0), arrivals, copies, number
     held, trips = resident + device_bytes(weights), (max(1, engine.slots // 16),)  # at a refill
     arguments = functions.insert, inserted, held, Work(0, 0, 0), 0, trips, fix
     found.append(Program("insert", *arguments))
@@ -281,26 +282,21 @@ def _rollout_programs(
     split = mesh.shape["tensor"] if split_axis(mesh, "tensor", model.kv_heads) else 1
     entry = flops.cache_bytes(model, int8=config.rollout.kv_cache == "int8") / split
 
-    def decode(name: str, width: int, read: int) -> Program:
-        keys = flops.visible_keys(
-            model, load.prompt_len + load.lengths.live_mean if ragged else read
-        )
+    def decode(name: str, width: int) -> Program:
+        keys = flops.visible_keys(model, load.prompt_len + load.lengths.live_mean)
         tokens = width * shards
         step = flops.forward_flops(model, tokens, tokens * keys, tokens)
-        arguments = weights, state, Until(number, number, number)
-        held, sizes = resident + device_bytes(prefilled), {"width": width, "read": read}
+        table = _shape(shards, engine.slots, engine.table_len)
+        arguments = weights, state, table, Until(number, number, number)
+        held, sizes = resident + device_bytes(prefilled), {"width": width}
         work, trips = Work(step, step, tokens), (1,)  # a segment of one step
         rest = trips, fix, sizes, entry if ragged else 0.0
         return Program(name, functions.decode, arguments, held, work, 0, *rest)
 
-    most = decode("decode step", engine.slots, engine.cache_len)
+    most = decode("decode step", engine.slots)
     found.append(most)
-    # From three sizes follows the cost of any: a + b width + c width x read.
-    half = next(n for n in engine.reads if 2 * n >= engine.cache_len)
-    if half < engine.cache_len:
-        found.append(decode("decode step, half the cache", engine.slots, half))
-    if engine.widths[0] < engine.slots:
-        found.append(decode("decode step, few slots", engine.widths[0], engine.cache_len))
+    if engine.widths[0] < engine.slots:  # from two sizes follows the cost of any: a + b width
+        found.append(decode("decode step, few slots", engine.widths[0]))
     if config.eval.every:
         other = setup.make_engine(config, policy, mesh, held_out=True).programs.decode
         found.append(most._replace(name="eval decode step", function=other))
@@ -380,27 +376,25 @@ class Part(NamedTuple):
 
 
 def decode_part(results: Sequence[Result], schedule: Schedule) -> Part:
-    """All decode steps of a mean rollout step. `cache` is the part of HBM that grows with what is
-    read of the caches: where only live entries are, those of the shard that has most.
+    """All decode steps of a mean rollout step. `cache` is the part of HBM for the live entries of
+    the shard that has most; without the kernel (head_dim no multiple of 128), which alone reads
+    only these, `b width` has whole caches in it.
     """
     known = [r for r in results if r.program.name.startswith("decode step")]
-    most, entry = known[0].program.static, known[0].program.entry_bytes
+    most = known[0].program.static
 
-    def sizes(width: Any, read: Any) -> np.ndarray:
+    def sizes(width: Any) -> np.ndarray:
         share = np.asarray(width / most["width"])
-        grows = [] if entry else [share * read / most["read"]]
-        return np.stack([np.ones_like(share), share, *grows], axis=-1)
+        return np.stack([np.ones_like(share), share], axis=-1)
 
     compiled = np.stack([sizes(**r.program.static) for r in known])
     seen = schedule.segments
-    steps, at = seen.steps / len(schedule.steps), sizes(seen.width, seen.read)
+    steps, at = seen.steps / len(schedule.steps), sizes(seen.width)
     times, cache = {}, 0.0
     for limit in known[0].times:
         line = np.linalg.lstsq(compiled, np.array([r.times[limit] for r in known]))[0]
         times[limit] = steps * np.maximum(at @ line, 0)
-        if limit == "HBM" and not entry:
-            cache = float(steps @ at[:, 2] * line[2])
-    if entry:
+    if entry := known[0].program.entry_bytes:
         worst = seen.cache_worst / len(schedule.steps) * entry / known[0].pod.chip.hbm_bandwidth
         times["HBM"], cache = times["HBM"] + worst, float(worst.sum())
     total = {limit: float(seconds.sum()) for limit, seconds in times.items()}
@@ -465,8 +459,6 @@ def estimate(
     hosts = len({device.process_index for device in pod.devices})
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     seen = schedule.segments
-    ragged = any(r.program.entry_bytes for r in results)
-    read = seen.cache_worst if ragged else seen.steps * seen.width * seen.read
     return {
         "rollout_s": rollout,
         "training_s": training,
@@ -474,7 +466,7 @@ def estimate(
         "expected_s": expected,
         "decode_steps": schedule.decode_steps,
         "live_share": schedule.live_share,
-        "cache_read_per_live_token": float(read.sum() / max(1, seen.cache_mean.sum())),
+        "cache_read_per_live_token": float(seen.cache_worst.sum() / max(1, seen.cache_mean.sum())),
         "token_age_mean": float(np.mean([step.token_age_mean for step in schedule.steps])),
         "token_age_max": max(step.token_age_max for step in schedule.steps),
         "training_mfu": useful / (training * len(pod.devices) * pod.chip.flops),

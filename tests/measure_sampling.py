@@ -250,18 +250,18 @@ class FakePrograms:
             take=engine.programs.take,
         )
 
-    def _insert(self, state, cache, seed, packed, count):
-        new = Arrivals(*packed[:, 0, :count])
+    def _insert(self, state, cache, seed, packed, copies, count):
+        new = Arrivals(*(x[packed[0, 0] < packed.shape[2]] for x in packed[:, 0]))
         self._left[new.slot], self._length[new.slot] = new.limit, 0
         return state
 
-    def _move(self, state, moves, count):
-        source, target = moves[:, 0, :count]
+    def _move(self, state, moves):
+        source, target = moves[:, 0, moves[0, 0] < moves.shape[2]]
         for array in (self._left, self._length):
             array[target], array[source] = array[source], 0
         return state
 
-    def _decode(self, params, state, until, *, width, read):
+    def _decode(self, params, state, table, until, *, width):
         left = np.sort(self._left[self._left > 0])[::-1]
         stay = max(
             int(until.few), int(until.half)

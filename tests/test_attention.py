@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import Mesh
+from paging import pack
 
 from dapo_jax.config import MeshSection
 from dapo_jax.model import attention
@@ -17,18 +18,23 @@ from dapo_jax.model.attention import (
     Window,
     _over_mesh,
     attend,
-    attend_cached,
     attend_chunked,
     attend_masked,
+    attend_pages,
     attend_splash,
     quantize,
 )
 from dapo_jax.runtime.mesh import make_mesh
 
 run = jax.jit(attend)
-run_cached = jax.jit(
-    lambda q, k, v, *cache, lengths: attend_cached(q, k, v, Cache(*cache), lengths)
-)
+
+
+@functools.partial(jax.jit, static_argnames="window")
+def run_cached(q, k, v, *cache, lengths, window=None, on=True):
+    """With the caches, [B, K, S, h], in pages."""
+    seen = pack(Cache(*(x[None] for x in cache)), lengths)
+    return attend_pages(q, k, v, seen, None if window is None else Window(window, on))
+
 
 N, T, HEADS, KV_HEADS, WIDTH = 2, 9, 4, 2, 6
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0], [1, 1, 1, 1, 1, 1, 0, 0, 0]])
@@ -112,12 +118,7 @@ def test_gradients_reach_only_what_is_seen():
 def test_the_cached_form_is_the_last_row_of_the_whole_one(garbage, on):
     q, k, v = qkv()
     whole = plain(q, k, v, np.ones((N, T), np.int32), 3 if on else T)
-    window = None if on is None else Window(3, jnp.asarray(on))
-    run_cached = jax.jit(
-        lambda q, k, v, old_k, old_v, lengths: attend_cached(
-            q, k, v, Cache(old_k, old_v), lengths, window
-        )
-    )
+    window = None if on is None else 3
     cache_k, cache_v = (np.moveaxis(x, 1, 2).copy() for x in (k, v))  # [B, K, S, h]
     for lengths in ([0, 8], [5, 3]):
         dirty_k, dirty_v, at = cache_k.copy(), cache_v.copy(), (np.arange(N), lengths)
@@ -125,7 +126,8 @@ def test_the_cached_form_is_the_last_row_of_the_whole_one(garbage, on):
             dirty_k[n, :, length:] = dirty_v[n, :, length:] = (
                 garbage  # what lies beyond `lengths` must not be read
             )
-        found = run_cached(q[at], k[at], v[at], dirty_k, dirty_v, np.array(lengths))
+        inputs = q[at], k[at], v[at], dirty_k, dirty_v
+        found = run_cached(*inputs, lengths=np.array(lengths), window=window, on=bool(on))
         np.testing.assert_allclose(found, whole[at], rtol=0, atol=1e-6)
 
 

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from paging import pack, unpack
 
 from dapo_jax.config import RopeScaling, Windows, flatten
+from dapo_jax.model.attention import list_pages
 from dapo_jax.model.decoder import (
     Cache,
     abstract_params,
@@ -135,24 +137,29 @@ def test_default_positions_are_those_of_the_segments_and_only_distances_count():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def decoded(params, config, tokens, lengths, cache, *read):
-    """A decode step of one shard, its entries written into the cache."""
-    hidden, new = decode_step(params, config, tokens, lengths, cache, *read)
-    shard = [jax.tree.map(lambda x: x[None], tree) for tree in (cache, new, jnp.asarray(lengths))]
-    return hidden, jax.tree.map(lambda x: x[0], write_cache(*shard))
+def decoded(params, config, tokens, lengths, cache, size=4):
+    """A decode step of one shard, its entries written into the pages of its cache."""
+    seen = pack(cache, lengths, size)
+    hidden, new = decode_step(params, config, tokens, seen)
+    at, offset = jnp.divmod(jnp.asarray(lengths), size)
+    page = seen.table[jnp.arange(len(at)), at]
+    shard = [jax.tree.map(lambda x: x[None], tree) for tree in (seen.pages, new, page, offset)]
+    written = jax.tree.map(lambda x: x[0], write_cache(*shard))
+    return hidden, unpack(written, seen.table, cache.k.shape[3])
 
 
 def test_an_entry_of_every_sequence_is_written_where_it_belongs():
-    """Two shards, two of three slots, 8-bit entries and their scales."""
-    shape, lengths = (2, 4, 3, 2, 5, 6), np.array([[0, 4], [2, 3]], np.int32)
+    """Two shards, two of three pages, 8-bit entries and their scales."""
+    shape, offset = (2, 4, 3, 2, 5, 6), np.array([[0, 4], [2, 3]], np.int32)
+    page = np.array([[0, 1], [2, 1]], np.int32)
     numbers = np.random.default_rng(0).integers(-127, 127, shape).astype(np.int8)
     old = Cache(numbers, -numbers, *(numbers[..., 0].astype(np.float32),) * 2)
     new = Cache(*(3 * x[:, :, :2, :, 0] + 1 for x in old))
     expected = [x.copy() for x in old]
     for n, i in np.ndindex(2, 2):
         for into, fresh in zip(expected, new, strict=True):
-            into[n, :, i, :, lengths[n, i]] = fresh[n, :, i]
-    for found, whole in zip(jax.jit(write_cache)(old, new, lengths), expected, strict=True):
+            into[n, :, page[n, i], :, offset[n, i]] = fresh[n, :, i]
+    for found, whole in zip(jax.jit(write_cache)(old, new, page, offset), expected, strict=True):
         np.testing.assert_array_equal(found, whole)
 
 
@@ -183,20 +190,24 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole_row(config):
         )
 
 
-def test_a_step_reads_and_writes_only_the_slots_and_the_length_it_is_told():
-    """One sequence of two, six tokens of twelve: what lies beyond is NaN and stays as it is."""
+def test_a_step_reads_and_writes_only_the_pages_of_its_sequences():
+    """One sequence of two, six tokens of twelve: the pages of the other are NaN and stay as they
+    are; so do the entries of its own that lie beyond.
+    """
     params = tiny.params(NORMED)
     whole, kv = jax.device_get(forward(params, NORMED, TOKENS, COUNTED, ONE_SEGMENT))
     exact = [np.moveaxis(x, 2, 3) for x in kv]  # [L, B, K, S, h]
     holes = [x.copy() for x in exact]
     for x in holes:
-        x[:, 1], x[:, :, :, 5], x[:, :, :, 6:] = np.nan, 1e3, np.nan
-    step = jax.jit(lambda t, n, c: decoded(params, NORMED, t, n, c, 6))
-    hidden, cache = step(TOKENS[:1, 5], np.array([5]), Cache(*map(jnp.asarray, holes)))
+        x[:, 1], x[:, :1, :, 5:] = np.nan, 1e3
+    seen = pack(Cache(*map(jnp.asarray, holes)), np.array([5, 0]))
+    seen = seen._replace(table=seen.table[:1], lengths=seen.lengths[:1])
+    listed = list_pages(seen.table, seen.lengths, 4)
+    seen = seen._replace(listed=listed._replace(needed=jnp.int32(2)))
+    hidden, new = jax.jit(lambda t, c: decode_step(params, NORMED, t, c))(TOKENS[:1, 5], seen)
     np.testing.assert_allclose(logits_of(params, hidden), whole[:1, 5], rtol=0, atol=5e-6)
-    for found, hole, full in zip(cache[:2], holes, exact, strict=True):
-        hole[:, 0, :, 5] = full[:, 0, :, 5]
-        np.testing.assert_allclose(found, hole, rtol=0, atol=5e-6)
+    for found, full in zip(new[:2], exact, strict=True):
+        np.testing.assert_allclose(found[:, 0], full[:, 0, :, 5], rtol=0, atol=5e-6)
 
 
 def test_an_8_bit_cache_holds_the_scaled_keys_and_values():

@@ -11,38 +11,51 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from paging import pack
 
 from dapo_jax.config import MeshSection
 from dapo_jax.model import decoder, ragged_attention
-from dapo_jax.model.attention import Cache, Window, attend_cached, quantize
-from dapo_jax.model.ragged_attention import LayerCache, attend_ragged
-from dapo_jax.rollout import engine
+from dapo_jax.model.attention import Cache, Window, attend_pages, quantize
+from dapo_jax.model.ragged_attention import attend_ragged
+from dapo_jax.rollout import engine, sampler
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.runtime.multihost import fetch
 from dapo_jax.types import Request
 
-LAYERS, SLOTS, H = 2, 6, 128
+LAYERS, H = 2, 128
+
+
+def by_loops(q, k, v, cache, lengths, window):
+    """Attention of each sequence and head in float64; cache [B, K, S, h]."""
+    out = np.zeros(q.shape)
+    for b, head in np.ndindex(q.shape[:2]):
+        group = head // (q.shape[1] // k.shape[1])
+        near = slice(max(0, lengths[b] - window + 1), lengths[b])
+        keys, values = (
+            np.append(x[b, group, near], own[b, None, group], 0).astype(np.float64)
+            for x, own in zip(cache, (k, v), strict=True)
+        )
+        scores = keys @ q[b, head].astype(np.float64) / q.shape[2] ** 0.5
+        weights = np.exp(scores - scores.max())
+        out[b, head] = weights @ values / weights.sum()
+    return out
 
 
 @functools.partial(jax.jit, static_argnames="window")
 def both(q, k, v, cache, lengths, on, window=None):
     """The kernel's output for layer 1, and XLA's."""
     seen = None if window is None else Window(window, on)
-    layer = jax.tree.map(lambda x: x[1, : len(q)], cache)
-    view = LayerCache(cache, jnp.int32(1), lengths)
-    return (
-        attend_ragged(q, k, v, view, seen, interpret=True),
-        attend_cached(q, k, v, layer, lengths, seen),
-    )
+    pages = pack(cache, lengths, 128)._replace(layer=jnp.int32(1))
+    return attend_ragged(q, k, v, pages, seen, interpret=True), attend_pages(q, k, v, pages, seen)
 
 
 @pytest.mark.parametrize(
     ("slots", "groups", "per_group", "entries", "int8", "window", "on"),
     [
-        (5, 2, 5, 512, False, None, False),  # an odd number of sequences, in a wider cache
-        (1, 1, 8, 128, False, None, False),  # one core, one block
-        (4, 1, 2, 640, False, None, False),  # entries that the last whole block does not reach
+        (5, 2, 5, 512, False, None, False),  # an odd number of sequences
+        (1, 1, 8, 128, False, None, False),  # one core, one page
+        (4, 1, 2, 640, False, None, False),  # a page that is no whole block
         (6, 2, 3, 640, True, None, False),
         (5, 2, 3, 640, False, 300, True),
         (5, 2, 3, 640, False, 300, False),
@@ -58,14 +71,19 @@ def test_live_entries_give_the_attention_of_the_whole_cache(
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    stored = [normal(LAYERS, SLOTS, groups, entries, H) for _ in "kv"]
+    stored = [normal(LAYERS, slots, groups, entries, H) for _ in "kv"]
     parts = [quantize(x) for x in stored]
     cache = Cache(*(x for x, _ in parts), *(s for _, s in parts)) if int8 else Cache(*stored)
     q, k, v = (normal(slots, n, H) for n in (groups * per_group, groups, groups))
     edges = [0, entries, 1, 256, 257, entries - 1]
     lengths = jnp.asarray([n for n in edges if n <= entries][:slots], jnp.int32)
-    out, expected = both(q, k, v, cache, lengths, jnp.asarray(on), window=window)
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
+    layer = [np.asarray(x[1]) for x in stored]
+    if int8:
+        layer = [np.asarray(x[1], np.float64) * np.asarray(s)[1, ..., None] for x, s in parts]
+    inputs = (*map(np.asarray, (q, k, v)), layer, np.asarray(lengths))
+    expected = by_loops(*inputs, window if on else entries + 1)
+    for found in both(q, k, v, cache, lengths, jnp.asarray(on), window=window):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1.5e-6)
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 2)])
@@ -85,12 +103,12 @@ def test_an_engine_with_the_kernel_samples_the_same_responses(monkeypatch, layou
         return made, made.generate(params, requests, key)
 
     _, expected = sampled()
-    for module in (engine, decoder):
+    for module in (sampler, ragged_attention):
         monkeypatch.setattr(module, "is_ragged", lambda mesh, head_dim: True)
     interpreted = functools.partial(attend_ragged, interpret=True)
     monkeypatch.setattr(ragged_attention, "attend_ragged", interpreted)
     kernel, found = sampled()
-    assert kernel.cache_len == 128 and kernel.reads == [128]
+    assert kernel.page == 128 and kernel.table_len == 1
     assert len({len(r.tokens) for r in expected}) > 3
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -117,8 +135,9 @@ COMPILE = """
     engine = Engine(model, Sampling(1.0, 1.0), (1,), limits, mesh=mesh, fetch=None)
     state, number = jax.eval_shape(engine.programs.start), jax.ShapeDtypeStruct((), "int32")
     weights = jax.eval_shape(lambda p: p, abstract_params(model))
-    sizes = {"width": engine.slots, "read": engine.cache_len}
-    lowered = engine.programs.decode.lower(weights, state, Until(*[number] * 3), **sizes)
+    table = jax.ShapeDtypeStruct((engine.shards, engine.slots, engine.table_len), "int32")
+    inputs = weights, state, table, Until(*[number] * 3)
+    lowered = engine.programs.decode.lower(*inputs, width=engine.slots)
     compiled = lowered.compile()
     kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))

@@ -37,12 +37,18 @@ def sharp_params():
 
 
 PROMPTS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (B, P)).astype(np.int32)
-SIZES = {"shards": N, "slots": SLOTS, "cache_len": P + R, "max_response_len": R}
-read_prompts = jax.jit(functools.partial(sampler.prefill, model=MODEL, int8=False, mesh=ONE))
+PAGE = 4
+COUNT = -(-(P + R) // PAGE)  # pages of a sequence
+SIZES = {"shards": N, "slots": SLOTS, "pages": 1 + SLOTS * COUNT, "page": PAGE, "room": R}
+TABLE = 1 + np.random.default_rng(2).permuted(np.tile(np.arange(SLOTS * COUNT), (N, 1)), axis=1)
+TABLE = TABLE.reshape(N, SLOTS, COUNT).astype(np.int32)
+read_prompts = jax.jit(
+    functools.partial(sampler.prefill, model=MODEL, page=PAGE, int8=False, mesh=ONE)
+)
 insert, move = jax.jit(functools.partial(sampler.insert, mesh=ONE)), jax.jit(sampler.move)
 decode = jax.jit(
     functools.partial(sampler.decode, Decoding(MODEL, SAMPLING, STOP, ONE)),
-    static_argnames=("width", "read"),
+    static_argnames="width",
 )
 
 
@@ -54,12 +60,15 @@ def started(wanted, *, at=None, state=None):
     """A state with these of the eight sequences in it, each in its own slot or in `at`."""
     at = wanted if at is None else at
     packed = np.full((len(Arrivals._fields), N, SLOTS), SLOTS, np.int32)
-    counts = [0, 0]
+    counts, parts = [0, 0], -(-P // PAGE)  # pages of a row
+    copies = np.zeros((2, N, SLOTS * parts), np.int32)
     for i, slot in zip(wanted, at, strict=True):
         n, length = slot // SLOTS, PROMPT_LEN[i]
+        here = slice(counts[n] * parts, (counts[n] + 1) * parts)
+        copies[0, n, here] = (B - 1 - i) * parts + np.arange(parts)
+        copies[1, n, here] = TABLE[n, slot % SLOTS, :parts]
         entry = Arrivals(
             slot % SLOTS,
-            B - 1 - i,
             PROMPTS[i, length - 1],
             length - 1,
             DRAW[i],
@@ -69,12 +78,13 @@ def started(wanted, *, at=None, state=None):
         packed[:, n, counts[n]] = entry
         counts[n] += 1
     state = empty(**SIZES) if state is None else state
-    return insert(state, read_prompts(sharp_params(), PROMPTS[::-1]), SEED, packed, max(counts))
+    prefilled = read_prompts(sharp_params(), PROMPTS[::-1])
+    return insert(state, prefilled, SEED, packed, copies, max(counts) * parts)
 
 
-def run(state, max_steps, few=0, half=0, width=SLOTS, read=P + R):
+def run(state, max_steps, few=0, half=0, width=SLOTS, table=TABLE):
     until = Until(few, half, max_steps)
-    state, seen, steps = decode(sharp_params(), state, until, width=width, read=read)
+    state, seen, steps = decode(sharp_params(), state, table, until, width=width)
     return state, np.asarray(seen), int(steps)
 
 
@@ -229,18 +239,24 @@ def test_sequences_come_while_others_are_under_way_and_take_the_place_of_those_t
 
 
 def test_sequences_move_to_the_first_slots_and_continue_there_alone(sampled):
-    """Slots beyond the first two are not decoded, those that were left are not live, and nothing is
-    read beyond `read`.
+    """Slots beyond the first two are not decoded, those that were left are not live, and no page of
+    another slot is read. Without a page a sequence is not live.
     """
     state, _, _ = run(started([0, 7], at=[3, 6]), 2)
     moves = np.full((2, N, SLOTS), SLOTS, np.int32)
     moves[:, 0, 0], moves[:, 1, 0] = (3, 1), (2, 0)
-    state = move(state, moves, 1)
+    state = move(state, moves)
     assert np.argwhere(state.slots.live).tolist() == [[0, 1], [1, 0]]
+    table = np.zeros_like(TABLE)
+    table[0, 1], table[1, 0] = TABLE[0, 3], TABLE[1, 2]
+    others = np.ones((N, 1 + SLOTS * COUNT), bool)
+    others[:, 0], others[0, table[0, 1]], others[1, table[1, 0]] = False, False, False
     poison = jax.tree.map(
-        lambda x: x.at[:, :, 2:].set(np.nan).at[:, :, :, :, 14:].set(np.nan), state.cache
+        lambda x: jnp.where(others[:, None, :, None, None, None], np.nan, x), state.cache
     )
-    state, _, _ = run(state._replace(cache=poison), 100, width=2, read=14)
+    state = state._replace(cache=poison)
+    assert run(state, 100, width=2, table=0 * table)[2] == 0
+    state, _, _ = run(state, 100, width=2, table=table)
     for slot, b in ((1, 0), (4, 7)):
         assert_said(flat(state.slots), slot, sampled, b)
         assert sampled.length[b] > 2
@@ -279,22 +295,21 @@ def test_prompts_are_read_and_go_into_slots_on_any_devices(layout, kv_heads, int
     prompts = rng.integers(0, model.vocab_size, (2 * shards, P)).astype(np.int32)
     rows = rng.permutation(2 * shards)[:shards]
     packed = np.full((len(Arrivals._fields), shards, 3), 3, np.int32)
-    packed[:, :, 0], packed[:, 0, 1] = 0, 0
-    packed[Arrivals._fields.index("slot"), :, 0], packed[Arrivals._fields.index("row"), :, 0] = (
-        2,
-        rows,
-    )
-    packed[Arrivals._fields.index("row"), 0, 1] = rows[-1]  # into slot 0 of the first shard
+    packed[:, :, 0], packed[0, :, 0], packed[:, 0, 1] = 0, 2, 0
+    copies = np.zeros((2, shards, 4), np.int32)
+    for part in range(2):  # a row has two pages: into pages 2 and 5, and 3 and 1 of the first shard
+        copies[0, :, part], copies[1, :, part] = 2 * rows + part, (2, 5)[part]
+        copies[0, 0, 2 + part], copies[1, 0, 2 + part] = 2 * rows[-1] + part, (3, 1)[part]
 
     def cache_on(mesh):
-        read = jax.jit(functools.partial(sampler.prefill, model=model, int8=int8, mesh=mesh))
+        how = {"model": model, "page": PAGE, "int8": int8, "mesh": mesh}
+        read = jax.jit(functools.partial(sampler.prefill, **how))
         put = jax.jit(functools.partial(sampler.insert, mesh=mesh))
-        state = sampler.empty_state(
-            model, shards=shards, slots=3, cache_len=P + R, max_response_len=R, int8=int8
-        )
+        sizes = {"shards": shards, "slots": 3, "pages": 7, "page": PAGE, "room": R}
+        state = sampler.empty_state(model, **sizes, int8=int8)
         placed = jax.device_put(params, rollout_sharding(params, mesh))
         prefilled = read(placed, prompts)
-        return prefilled, put(state, prefilled, SEED, packed, 2).cache
+        return prefilled, put(state, prefilled, SEED, packed, copies, 4).cache
 
     (read, found), (expected_read, expected) = cache_on(mesh), cache_on(ONE)
     assert read.k.addressable_shards[0].data.shape[1] == 2  # prompts a shard
@@ -305,17 +320,19 @@ def test_prompts_are_read_and_go_into_slots_on_any_devices(layout, kv_heads, int
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), read, expected_read)
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), found, expected)
     np.testing.assert_array_equal(
-        expected.k[:, :, 2, :, :P], np.moveaxis(expected_read.k[:, rows], 1, 0)
+        expected.k[:, :, [2, 5]], np.moveaxis(expected_read.k[:, rows], 1, 0)
     )
-    np.testing.assert_array_equal(expected.k[0, :, 0, :, :P], expected_read.k[:, rows[-1]])
-    filled = np.zeros((shards, 3), bool)
-    filled[:, 2], filled[0, 0] = True, True
+    np.testing.assert_array_equal(
+        expected.k[0, :, [3, 1]].swapaxes(0, 1), expected_read.k[:, rows[-1]]
+    )
+    filled = np.zeros((shards, 7), bool)
+    filled[:, [0, 2, 5]], filled[0, [3, 1]] = True, True
     assert not np.moveaxis(np.asarray(expected.k), 1, 2)[~filled].any()
 
 
 def test_a_gpu_fills_and_extends_the_cache_with_the_same(monkeypatch):
-    """Its scatters against the loops of other platforms: entries dropped, slots left alone, one
-    that is full. 8 bits have scales too.
+    """Its scatters against the loops of other platforms: pages left alone, a slot without any.
+    8 bits have scales too.
     """
     mesh = make_mesh(MeshSection(2, 1, 1), jax.devices()[:2])
     params = jax.device_put(sharp_params(), rollout_sharding(sharp_params(), mesh))
@@ -326,20 +343,20 @@ def test_a_gpu_fills_and_extends_the_cache_with_the_same(monkeypatch):
             lambda x: x if x.dtype == state.slots.keys.dtype else x + 1, state
         )  # so that what is left alone shows
         packed = np.full((len(Arrivals._fields), N, SLOTS), SLOTS, np.int32)
+        copies = np.zeros((2, N, 6), np.int32)
         for n, (slot, row, length) in enumerate([(2, 5, P), (0, 1, 1)]):
-            packed[:, n, 0] = Arrivals(slot, row, PROMPTS[row, length - 1], length - 1, n, 0, R)
-        prefilled = jax.jit(functools.partial(sampler.prefill, model=MODEL, int8=True, mesh=mesh))(
-            params, PROMPTS
-        )
+            packed[:, n, 0] = Arrivals(slot, PROMPTS[row, length - 1], length - 1, n, 0, R)
+            copies[:, n, :2] = (2 * row, 2 * row + 1), TABLE[n, slot, :2]
+        how = {"model": MODEL, "page": PAGE, "int8": True, "mesh": mesh}
+        prefilled = jax.jit(functools.partial(sampler.prefill, **how))(params, PROMPTS)
         started = jax.jit(functools.partial(sampler.insert, mesh=mesh))(
-            state, prefilled, SEED, packed, 1
+            state, prefilled, SEED, packed, copies, 2
         )
-        full = started._replace(
-            slots=started.slots._replace(position=started.slots.position.at[1, 3].set(P + R))
-        )
-        how = Decoding(MODEL, SAMPLING, STOP, mesh)
-        run = functools.partial(sampler.decode, how, width=SLOTS, read=P + R)
-        return started.cache, jax.jit(run)(params, full, Until(0, 0, 2))[0].cache
+        table = TABLE.copy()
+        table[1, 3] = 0
+        run = functools.partial(sampler.decode, Decoding(MODEL, SAMPLING, STOP, mesh), width=SLOTS)
+        caches = started.cache, jax.jit(run)(params, started, table, Until(0, 0, 2))[0].cache
+        return jax.tree.map(lambda x: x[:, :, 1:], caches)  # page 0 may hold anything
 
     expected = states()
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
@@ -369,12 +386,13 @@ def test_caches_and_responses_are_written_in_place():
     tokens.
     """
     state = jax.eval_shape(
-        functools.partial(empty, **SIZES | {"cache_len": 4096, "max_response_len": 4090})
+        functools.partial(empty, **SIZES | {"pages": 4096, "page": 64, "room": 4090})
     )
     how = Decoding(MODEL, SAMPLING, STOP, ONE)
-    step = functools.partial(sampler.decode, how, width=SLOTS, read=64)
+    step = functools.partial(sampler.decode, how, width=SLOTS)
     program = jax.jit(step, donate_argnums=1)
-    program = program.lower(abstract_params(MODEL), state, Until(0, 0, 4)).compile()
+    table = jax.ShapeDtypeStruct((N, SLOTS, 2), "int32")
+    program = program.lower(abstract_params(MODEL), state, table, Until(0, 0, 4)).compile()
     big = [2 * SLOTS * MODEL.kv_heads * 64 * MODEL.head_dim, N * SLOTS * 4090]
     assert not [s for s in shapes("copy", program.as_text()) if np.prod(s) >= min(big)]
     memory = program.memory_analysis()
@@ -392,14 +410,15 @@ def test_sequences_on_different_devices_need_no_communication(layout):
     heads = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, None, "tensor"))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     state = jax.eval_shape(
-        functools.partial(empty, shards=shards, slots=2, cache_len=96, max_response_len=80)
+        functools.partial(empty, shards=shards, slots=2, pages=7, page=32, room=80)
     )
     layouts = sampler.SamplerState(Cache(heads, heads), jax.tree.map(lambda _: rows, state.slots))
     how = Decoding(MODEL, SAMPLING, STOP, mesh)
-    decode = functools.partial(sampler.decode, how, width=1, read=64)
-    inputs = (rollout_sharding(abstract_params(MODEL), mesh), layouts, None)
+    decode = functools.partial(sampler.decode, how, width=1)
+    inputs = (rollout_sharding(abstract_params(MODEL), mesh), layouts, rows, None)
     program = jax.jit(decode, in_shardings=inputs)
-    text = program.lower(abstract_params(MODEL), state, Until(0, 0, 4)).compile().as_text()
+    table = jax.ShapeDtypeStruct((shards, 2, 3), "int32")
+    text = program.lower(abstract_params(MODEL), state, table, Until(0, 0, 4)).compile().as_text()
     moved = shapes("all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute", text)
     assert moved and max(int(np.prod(s)) for s in moved) <= (128 if layout[2] > 1 else 1)
 
@@ -407,7 +426,7 @@ def test_sequences_on_different_devices_need_no_communication(layout):
 def test_a_trace_names_the_parts_of_a_decode_step():
     state = jax.eval_shape(functools.partial(empty, **SIZES))
     until = Until(0, 0, 4)
-    program = decode.lower(abstract_params(MODEL), state, until, width=SLOTS, read=P + R)
+    program = decode.lower(abstract_params(MODEL), state, TABLE, until, width=SLOTS)
     text = program.as_text(debug_info=True)
     for scope in ("embed", "layer/attention", "layer/mlp", "cache", "head", "draw"):
         assert re.search(rf"\b{scope}\)?/", text), scope  # vmap(embed)/gather, layer/mlp/mul

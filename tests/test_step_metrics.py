@@ -134,6 +134,7 @@ def test_every_metric_of_a_step():
         "rollout/response_len_max": 10,
         "rollout/truncated_fraction": 2 / 6,
         "rollout/tokens": 40,
+        "rollout/suspended": 0,
         "policy/loss": 0.3,
         "policy/entropy": 27 / 18,
         "policy/token_prob_mean": 9 / 18,
@@ -179,6 +180,7 @@ def test_groups_without_a_verdict_on_some_or_all_answers():
         "rollout/generation_batches",
         "rollout/prompts",
         "rollout/tokens",
+        "rollout/suspended",
         "filter/wasted_tokens",
     }
 

@@ -55,14 +55,15 @@ shapes = decoder.abstract_params(model)
 shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, "bfloat16"), shapes)
 params = placed(shapes, rollout_sharding(shapes, mesh))
 number = jax.ShapeDtypeStruct((), jnp.int32)
-inputs = params, jax.eval_shape(engine.programs.start), Until(number, number, number)
-text = hlo(engine.programs.decode.lower(*inputs, width=11, read=4096))
+table = jax.ShapeDtypeStruct((2, 11, engine.table_len), jnp.int32)
+inputs = params, jax.eval_shape(engine.programs.start), table, Until(number, number, number)
+text = hlo(engine.programs.decode.lower(*inputs, width=11))
 inner, copies = 0, 0
 for part in re.split(r"\\n(?=\\S.*\\{\\n)", text):
-    scales = re.findall(r"= f32\\[1,6,11,1,4096\\]\\S* copy\\(", part)
+    scales = re.findall(r"= f32\\[1,6,353,1,128\\]\\S* copy\\(", part)
     if not part.startswith("ENTRY") and " while(" not in part:
         copies += len(scales)
-        inner += "f32[1,6,11,1,4096]" in part
+        inner += "f32[1,6,353,1,128]" in part
 print(inner, copies)
 """
     inner, copies = map(int, run(code)[-1].split())

@@ -75,7 +75,6 @@ class Segments(NamedTuple):
     rollout_step: np.ndarray  # from 0
     steps: np.ndarray  # decode steps
     width: np.ndarray  # slots of a shard that are decoded
-    read: np.ndarray  # cache entries that the program may read of each slot
     cache_mean: np.ndarray  # sum of the tokens in a shard's live caches, mean of the shards
     cache_worst: np.ndarray  # the same on the shard that has most of them at that step
     live: np.ndarray  # sum of the sequences that are live, over all shards
@@ -237,6 +236,7 @@ class _SimulatedEngine(Engine):
             config.data.max_prompt_len,
             config.rollout.max_response_len,
             prefill_tokens,
+            cache_tokens=config.rollout.cache_tokens,
         )
         devices = np.full((1, shards, 1), jax.devices("cpu")[0])  # only their number matters
         mesh = Mesh(devices, ("data", "fsdp", "tensor"))
@@ -260,7 +260,7 @@ class _SimulatedEngine(Engine):
         return Cache(none, none)
 
     def _insert(
-        self, state: _Slots, cache: Any, seed: Any, packed: np.ndarray, count: int
+        self, state: _Slots, cache: Any, seed: Any, packed: np.ndarray, *copies: Any
     ) -> _Slots:
         arrivals = Arrivals(*packed)
         for n, m in np.argwhere(arrivals.slot < self.slots):
@@ -273,7 +273,7 @@ class _SimulatedEngine(Engine):
         self.inserts += 1
         return state
 
-    def _move(self, state: _Slots, moves: np.ndarray, count: int) -> _Slots:
+    def _move(self, state: _Slots, moves: np.ndarray) -> _Slots:
         sources, targets = moves
         n, m = np.nonzero(sources < self.slots)
         for array in state.arrays():
@@ -283,7 +283,7 @@ class _SimulatedEngine(Engine):
         return state
 
     def _decode(
-        self, params: Any, state: _Slots, until: Until, *, width: int, read: int
+        self, params: Any, state: _Slots, table: np.ndarray, until: Until, *, width: int
     ) -> tuple[_Slots, np.ndarray, int]:
         on = slice(0, width)
         live, position = state.live[:, on], state.position[:, on]
@@ -298,7 +298,7 @@ class _SimulatedEngine(Engine):
             + after[:steps] * counts[:, :steps]
         )
         sums = (cached.mean(axis=0).sum(), cached.max(axis=0).sum(), counts[:, :steps].sum())
-        self.segments.append((self.rollout_step, steps, width, read, *map(float, sums)))
+        self.segments.append((self.rollout_step, steps, width, *map(float, sums)))
         done = np.minimum(left, steps)
         for array, change in ((state.left, -done), (state.length, done), (state.position, done)):
             array[:, on] += change

@@ -7,7 +7,7 @@ also compiled for chips that are not attached.
     GPU   cuDNN where it takes the inputs; its mask is [N, 1, T, T], so long rows use XLA
     else  XLA: `attend`, on long rows `attend_chunked`
 
-A new token attends to a cache by `attend_cached`, on a TPU by `ragged_attention`.
+A new token attends to a cache by `attend_pages`, on a TPU by `ragged_attention`.
 """
 
 import functools
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Num
+from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Int32, Num
 
 from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis
 
@@ -46,15 +46,36 @@ class Window(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values, [L, B, K, S, h] for all layers. The caller knows how much of S is filled.
+    """Keys and values of all layers in C pages of p entries, [L, C, K, p, h].
 
     In compute dtype, or int8 with float32 scales (`quantize`): about half the bytes of bfloat16.
     """
 
-    k: Num[Any, "*L B K S h"]
-    v: Num[Any, "*L B K S h"]
-    scale_k: Float32[Any, "*L B K S"] | None = None
-    scale_v: Float32[Any, "*L B K S"] | None = None
+    k: Num[Any, "*L C K p h"]
+    v: Num[Any, "*L C K p h"]
+    scale_k: Float32[Any, "*L C K p"] | None = None
+    scale_v: Float32[Any, "*L C K p"] | None = None
+
+
+class PageList(NamedTuple):
+    """The pages of all sequences, by the decode step from which on they are read."""
+
+    page: Int32[Any, " W"]
+    owner: Int32[Any, " W"]  # its sequence
+    begin: Int32[Any, " W"]  # its first entry's place in the sequence
+    step: Int32[Any, " W"]
+    index: Int32[Any, "B T"]  # of each page of the table in this list
+    needed: Int32[Any, ""]  # pages at the front of the list that are read
+
+
+class PagedCache(NamedTuple):
+    """The cache of B sequences, whose entries are in pages."""
+
+    pages: Cache  # of all layers: a slice per layer would be a copy
+    table: Int32[Any, "B T"]  # each sequence's pages in order; 0, which none has, after the last
+    lengths: Int32[Any, " B"]  # filled entries of each
+    listed: PageList | None = None  # not for the TPU kernel
+    layer: Int32[Any, ""] | int = 0
 
 
 def attend(
@@ -261,36 +282,81 @@ def quantize(x: Float[Array, "*S h"]) -> tuple[Int8[Array, "*S h"], Float32[Arra
     return jnp.round(wide / scale[..., None]).astype(jnp.int8), scale
 
 
-def attend_cached(
+def list_pages(table: Int32[Array, "B T"], lengths: Int32[Array, " B"], size: int) -> PageList:
+    """The list for decode steps that begin with these lengths. size: entries of a page."""
+    begin = size * jnp.arange(table.shape[1], dtype=jnp.int32)
+    step = jnp.maximum(begin[None] + 1 - lengths[:, None], 0)
+    step = jnp.where(table > 0, step, jnp.iinfo(jnp.int32).max).ravel()
+    order = jnp.argsort(step).astype(jnp.int32)
+    index = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
+    owner, at = jnp.divmod(order, table.shape[1])
+    page, none = table.ravel()[order], jnp.zeros((), jnp.int32)
+    return PageList(page, owner, begin[at], step[order], index.reshape(table.shape), none)
+
+
+def attend_pages(
     q: Float[Array, "B H h"],
     k: Float[Array, "B K h"],
     v: Float[Array, "B K h"],
-    cache: Cache,
-    lengths: Int[Array, " B"],
+    seen: PagedCache,
     window: Window | None = None,
 ) -> Float[Array, "B H h"]:
-    """Attention of one new token per sequence to one layer's cache [B, K, S, h] and to itself.
+    """Attention of one new token per sequence to its pages of one layer, and to itself.
 
-    The new key and value are not in the cache yet: the cache of all layers is written once per
-    decode step, outside the scan over layers, and only read inside. lengths: filled entries.
+    o = (Σ_s exp(a_s - m) v_s + exp(a - m) v) / (Σ_s exp(a_s - m) + exp(a - m)), with the scores a_s
+    of the cached entries, a = q · k / √h of the new one, and m the largest. The new key and value
+    are not in the cache yet: it is written once per decode step, outside the scan over layers.
+
+    All pages that are read are one batch, whose size is the next of a few.
     """
-    b, heads, h = q.shape
+    assert seen.listed is not None
+    b, most = seen.table.shape
+    sizes = [
+        b * n
+        for n in sorted({n << i for n in (1, 3) for i in range(most.bit_length())})
+        if n < most
+    ]
+    sizes.append(b * most)
+    branches = [functools.partial(_attend_listed, size) for size in sizes]
+    index = jnp.searchsorted(jnp.asarray(sizes), seen.listed.needed)
+    return jax.lax.switch(index, branches, q, k, v, seen, window)
+
+
+def _attend_listed(
+    size: int, q: Array, k: Array, v: Array, seen: PagedCache, window: Window | None
+) -> Array:
+    """`attend_pages` to the first `size` pages of the list."""
+    listed = seen.listed
+    assert listed is not None
+    page, owner, begin = listed.page[:size], listed.owner[:size], listed.begin[:size]
+    old_k, old_v, *scales = (x[seen.layer, page] for x in seen.pages if x is not None)
+    (b, heads, h), wide = q.shape, jnp.float32
     grouped = q.reshape(b, k.shape[1], heads // k.shape[1], h)
-    old_k, old_v = (x.astype(q.dtype) for x in (cache.k, cache.v))
-    past = jnp.einsum("bkgh,bksh->bkgs", grouped, old_k, preferred_element_type=jnp.float32)
-    past = past * h**-0.5
-    if cache.scale_k is not None:  # outside the product, which reads int8
-        past = past * cache.scale_k[:, :, None]
-    places = jnp.arange(old_k.shape[2])[None]
-    filled = places < lengths[:, None]
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    scores = product("wkgh,wkph->wkgp", grouped[owner], old_k.astype(q.dtype)) * h**-0.5
+    if scales:  # outside the product, which reads int8
+        scores = scores * scales[0][:, :, None]
+    place = begin[:, None] + jnp.arange(old_k.shape[2])[None]
+    visible = place < seen.lengths[owner][:, None]
     if window:
-        filled &= window.shows(lengths[:, None] - places)
-    past = jnp.where(filled[:, None, None], past, MASKED)
-    own = jnp.einsum("bkgh,bkh->bkg", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.concatenate([past, own[..., None] * h**-0.5], axis=-1)
-    probs = jax.nn.softmax(scores, axis=-1)
-    mixed, last = probs[..., :-1], probs[..., -1:].astype(v.dtype)
-    if cache.scale_v is not None:
-        mixed = mixed * cache.scale_v[:, :, None]
-    out = jnp.einsum("bkgs,bksh->bkgh", mixed.astype(v.dtype), old_v) + last * v[:, :, None]
-    return out.reshape(b, heads, h)
+        visible &= window.shows(seen.lengths[owner][:, None] - place)
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    most = scores.max(axis=-1)  # of a page
+    weights = jnp.exp(scores - most[..., None])
+    total = weights.sum(axis=-1)
+    if scales:
+        weights = weights * scales[1][:, :, None]
+    mixed = product("wkgp,wkph->wkgh", weights.astype(v.dtype), old_v.astype(v.dtype))
+
+    # The pages of each sequence, with its own entry: gathered, because sums by a scatter have no
+    # fixed order on a GPU.
+    own = product("bkgh,bkh->bkg", grouped, k) * h**-0.5
+    at, here = jnp.minimum(listed.index, size - 1), (listed.index < size)[..., None, None]
+    most = jnp.where(here, most[at], MASKED)  # [B, T, K, G]
+    highest = jnp.maximum(most.max(axis=1), own)
+    share, alone = jnp.exp(most - highest[:, None]), jnp.exp(own - highest)
+    total = (share * jnp.where(here, total[at], 0)).sum(axis=1) + alone
+    mixed = jnp.where(here[..., None], mixed[at], 0)  # another sequence's may be NaN
+    out = product("btkg,btkgh->bkgh", share, mixed)
+    out = (out + alone[..., None] * v[:, :, None]) / total[..., None]
+    return out.reshape(b, heads, h).astype(q.dtype)

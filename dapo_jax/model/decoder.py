@@ -31,11 +31,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from dapo_jax.config import LoraConfig, ModelConfig
-from dapo_jax.model.attention import SAVED, Cache, Window, attend_cached, attend_rows, quantize
+from dapo_jax.model.attention import (
+    SAVED,
+    Cache,
+    PagedCache,
+    Window,
+    attend_pages,
+    attend_rows,
+    quantize,
+)
 from dapo_jax.model.embedding import embed
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
 from dapo_jax.model.lora import Adapter, adapter_of, stored
-from dapo_jax.model.ragged_attention import LayerCache, attend_ragged_over, is_ragged
+from dapo_jax.model.ragged_attention import attend_paged_over
 from dapo_jax.runtime.mesh import gather_layer
 from dapo_jax.types import Params
 
@@ -387,98 +395,83 @@ def make_cache(k: Float[Array, "*S h"], v: Float[Array, "*S h"], *, int8: bool) 
     return Cache(k, v, scale_k, scale_v)
 
 
-def write_cache(cache: Cache, new: Cache, lengths: Int[Array, "N b"]) -> Cache:
-    """Writes an entry a sequence: new [N, L, b, K, ...] into the cache [N, L, B, K, S, ...] at
-    `lengths` of the first b ≤ B slots of each shard; dropped beyond S.
+def write_cache(
+    cache: Cache, new: Cache, page: Int[Array, "N b"], offset: Int[Array, "N b"]
+) -> Cache:
+    """Writes an entry a sequence: new [N, L, b, K, ...] into pages [N, L, C, K, p, ...].
 
     On a TPU one scatter would change the cache's layout and copy all of it, so it writes a sequence
     at a time. A GPU launches a program for every step of a loop, so there one scatter writes all.
     """
 
-    def each(cache, new, lengths):
-        last = cache.k.shape[4] - 1
-        at, fits = jnp.minimum(lengths, last), lengths <= last
+    def each(cache, new, page, offset):
+        def sequence(i, cache, n):
+            at = (n, 0, page[n, i], 0, offset[n, i])
 
-        def sequence(i, kv, n):
+            def entry(new):
+                return jax.lax.dynamic_slice_in_dim(new[n : n + 1], i, 1, axis=2)
+
             def write(old, new):
-                start = (n, 0, i, 0, at[n, i], 0)
-                fresh = jax.lax.dynamic_slice_in_dim(new[n : n + 1], i, 1, axis=2)[..., None, :]
-                kept = jax.lax.dynamic_slice(old, start, fresh.shape)
-                return jax.lax.dynamic_update_slice(old, jnp.where(fits[n, i], fresh, kept), start)
+                return jax.lax.dynamic_update_slice(old, entry(new)[..., None, :], (*at, 0))
 
-            return jax.tree.map(write, kv, (new.k, new.v))
+            def select(old, new):
+                """Of scales the whole page: one entry would want another layout than attention."""
+                start, size = (*at[:4], 0), (1, old.shape[1], 1, *old.shape[3:])
+                kept = jax.lax.dynamic_slice(old, start, size)
+                here = jnp.arange(old.shape[4])[None, None, None, None] == offset[n, i]
+                fresh = jnp.where(here, entry(new)[..., None], kept)
+                return jax.lax.dynamic_update_slice(old, fresh, start)
 
-        kv = cache.k, cache.v
-        for n, slots in enumerate(lengths):
-            kv = jax.lax.fori_loop(0, len(slots), functools.partial(sequence, n=n), kv)
-        return Cache(*kv, *(jax.tree.map(select, cache[2:], new[2:])))
+            scales = jax.tree.map(select, cache[2:], new[2:])
+            return Cache(*jax.tree.map(write, cache[:2], new[:2]), *scales)
 
-    def select(old, new):
-        """Scales: a loop would want them in another layout than attention does, and copy all."""
-        places = jnp.arange(old.shape[4])[None, None, None, None]
-        at = places == lengths[:, None, :, None, None]
-        b = new.shape[2]
-        return old.at[:, :, :b].set(jnp.where(at, new[..., None], old[:, :, :b]))
+        for n, slots in enumerate(page):
+            cache = jax.lax.fori_loop(0, len(slots), functools.partial(sequence, n=n), cache)
+        return cache
 
     @jax.vmap
-    def at_once(cache, new, lengths):
+    def at_once(cache, new, page, offset):
         def write(old, new):
             # Two indices with a slice between them: their common axis comes first in the values.
-            places = old.at[:, jnp.arange(len(lengths)), :, lengths]
-            return places.set(jnp.moveaxis(new, 1, 0), mode="drop")
+            return old.at[:, page, :, offset].set(jnp.moveaxis(new, 1, 0))
 
         return jax.tree.map(write, cache, new)
 
-    return jax.lax.platform_dependent(cache, new, lengths, cuda=at_once, default=each)
+    return jax.lax.platform_dependent(cache, new, page, offset, cuda=at_once, default=each)
 
 
 def decode_step(
     params: Params,
     config: ModelConfig,
     tokens: Int[Array, " b"],
-    lengths: Int[Array, " b"],
-    cache: Cache,
-    read: int | None = None,
+    seen: PagedCache,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "b D"], Cache]:
     """Hidden state of one new token per sequence, and its entry for the cache.
 
     Args:
-      tokens: new tokens of the first b ≤ B sequences of the cache.
-      lengths: how many of their tokens are in the cache; also the new token's position.
-      read: how much of S is read, at least every length; None is all. On a TPU live entries are.
+      tokens: new tokens. Their positions are `seen.lengths`.
       mesh: given where this is vmapped over row shards, with `spmd_axis_name`.
 
     Returns: hidden states after the final norm; keys and values [L, b, K, h] as the cache stores
       them, for `write_cache`.
     """
-    ends, view = _bind_ends(config, params), layer_views(config, lengths)
-    ragged = is_ragged(mesh, config.head_dim)
+    ends, view = _bind_ends(config, params), layer_views(config, seen.lengths)
+    over = attend_pages if mesh is None else functools.partial(attend_paged_over, mesh)
     with jax.named_scope("embed"):
         x = scale_embedded(config, ends.embed.embedding[...].astype(config.compute_dtype)[tokens])
-
-    def part(index: Array, whole: Array) -> Array:
-        """The part of the cache that one layer reads, as one slice."""
-        length = whole.shape[3] if read is None else read
-        size = (1, len(tokens), whole.shape[2], length, *whole.shape[4:])
-        return jax.lax.dynamic_slice(whole, (index, *(0,) * (whole.ndim - 1)), size)[0]
 
     @jax.named_scope("layer")
     def layer(x, inputs):
         index, layer_params, on = inputs
         rope, window = view(on)
-        if mesh is not None and ragged:
-            own = LayerCache(cache, index, lengths)
-            attend = functools.partial(attend_ragged_over, mesh, seen=own, window=window)
-        else:
-            seen = jax.tree.map(functools.partial(part, index), cache)
-            attend = functools.partial(attend_cached, cache=seen, lengths=lengths, window=window)
+        attend = functools.partial(over, seen=seen._replace(layer=index), window=window)
         return _bind(Block, config, layer_params)(x, rope, attend, Layout())
 
     layers = (jnp.arange(config.layers), params["layers"], windowed_layers(config))
     x, kv = jax.lax.scan(layer, x, layers)
-    new = make_cache(*kv, int8=cache.scale_k is not None)
-    new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, cache)
+    new = make_cache(*kv, int8=seen.pages.scale_k is not None)
+    new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, seen.pages)
     return ends.final_norm(x), new
 
 

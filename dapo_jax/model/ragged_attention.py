@@ -1,36 +1,29 @@
-"""Attention of one new token per sequence to its own entries of a key/value cache, as a TPU kernel.
+"""Attention of one new token per sequence to its own entries of a paged KV cache, as a TPU kernel.
 
-XLA reads as much of every sequence's cache as the longest one holds. This kernel copies blocks of
-each sequence's own entries from HBM, so its traffic is proportional to live tokens. The copy of the
-next block, also that of the next sequence, runs while the current one is used.
+XLA gathers the pages before it uses them, which takes three times their traffic. This kernel copies
+each sequence's own pages from HBM, so its traffic is proportional to live tokens. The copy of the
+next block of pages, also that of the next sequence, runs while the current one is used.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from dapo_jax.model.attention import MASKED, Cache, Window
+from dapo_jax.model.attention import MASKED, PagedCache, Window, attend_pages
 from dapo_jax.model.logprobs import VOCAB_AXIS, split_axis
 
-LANES = 128  # S and h are multiples of this: copies are of whole tiles
+LANES = 128  # p and h are multiples of this: copies are of whole tiles
 _CORES = 2  # of a v4 or v5p chip; a single core runs both halves one after the other
-_BLOCK = 256  # cache entries of a copy
+_PAGES = 2  # of a block, which is copied and used at a time
 _SUBLANES = 8  # the query heads of a kv head are padded to a multiple of this
-
-
-class LayerCache(NamedTuple):
-    """What one layer sees of a cache."""
-
-    cache: Cache  # of all layers, [L, B', K, S, h] with B' ≥ B: a slice per layer would be a copy
-    layer: Int[Any, ""]
-    lengths: Int[Any, " B"]  # filled entries
+_SMALL_PAGE = 64  # fastest of 32, 64 and 128 on a CPU
 
 
 def is_ragged(mesh: Mesh | None, head_dim: int) -> bool:
@@ -38,27 +31,33 @@ def is_ragged(mesh: Mesh | None, head_dim: int) -> bool:
     return mesh is not None and mesh.devices.flat[0].platform == "tpu" and head_dim % LANES == 0
 
 
-def attend_ragged_over(
+def page_size(mesh: Mesh, head_dim: int) -> int:
+    """Entries of a page of the cache."""
+    return LANES if is_ragged(mesh, head_dim) else _SMALL_PAGE
+
+
+def attend_paged_over(
     mesh: Mesh,
     q: Float[Array, "B H h"],
     k: Float[Array, "B K h"],
     v: Float[Array, "B K h"],
-    seen: LayerCache,
+    seen: PagedCache,
     window: Window | None = None,
 ) -> Float[Array, "B H h"]:
-    """`attend_ragged` for the sequences of one row shard, with heads split over "tensor" where it
-    divides the kv heads. For use under vmap over the row shards, with their axes as
-    `spmd_axis_name`.
+    """`attend_ragged` or `attend_pages` for the sequences of one row shard, with heads split over
+    "tensor" where it divides the kv heads. For use under vmap over the row shards, with their axes
+    as `spmd_axis_name`.
     """
-    heads = split_axis(mesh, VOCAB_AXIS, k.shape[1])
+    heads, whole = split_axis(mesh, VOCAB_AXIS, k.shape[1]), PartitionSpec()
     entries, stored = PartitionSpec(None, heads), PartitionSpec(None, None, heads)
     on = jnp.zeros((), bool) if window is None else window.on
+    attend = attend_ragged if is_ragged(mesh, q.shape[2]) else attend_pages
 
     def local(q, k, v, seen, on):  # a function under shard_map takes no closed-over array
-        return attend_ragged(q, k, v, seen, None if window is None else Window(window.size, on))
+        return attend(q, k, v, seen, None if window is None else Window(window.size, on))
 
-    view: Any = LayerCache(stored, PartitionSpec(), PartitionSpec())  # type: ignore[arg-type]
-    inputs = entries, entries, entries, view, PartitionSpec()
+    view = jax.tree.map(lambda _: whole, seen)._replace(pages=stored)
+    inputs = entries, entries, entries, view, whole
     specs: dict[str, Any] = {"in_specs": inputs, "out_specs": entries, "check_vma": False}
     return jax.shard_map(local, mesh=mesh, **specs)(q, k, v, seen, on)
 
@@ -67,20 +66,18 @@ def attend_ragged(
     q: Float[Array, "B H h"],
     k: Float[Array, "B K h"],
     v: Float[Array, "B K h"],
-    seen: LayerCache,
+    seen: PagedCache,
     window: Window | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B H h"]:
-    """`attention.attend_cached` as a kernel.
+    """`attention.attend_pages` as a kernel.
 
-    o = (Σ_s exp(a_s - m) v_s + exp(a - m) v) / (Σ_s exp(a_s - m) + exp(a - m)), with the scores a_s
-    of the cached entries, a = q · k / √h of the new one, and m the largest. Blocks are added one by
-    one to the new entry's own term, with the largest score so far as m (Milakov and Gimelshein,
-    arXiv:1805.02867). interpret: run on any platform, for tests.
+    Blocks of pages are added one by one to the new entry's own term, with the largest score so far
+    as m (Milakov and Gimelshein, arXiv:1805.02867). interpret: run on any platform, for tests.
     """
-    (b, heads, h), groups = q.shape, k.shape[1]
-    cores, block = min(_CORES, b), min(_BLOCK, seen.cache.k.shape[3])
+    (b, heads, h), groups, page = q.shape, k.shape[1], seen.pages.k.shape[3]
+    cores, pages = min(_CORES, b), min(_PAGES, seen.table.shape[1])
 
     def dealt(x: Array, rows: int) -> Array:
         """[B, K, n, h] as [B / cores, cores, K, n padded to a multiple of `rows`, h]."""
@@ -92,15 +89,16 @@ def attend_ragged(
     blocks = [
         pl.BlockSpec((len(x), 1, *x.shape[2:]), lambda core, *_: (0, core, 0, 0, 0)) for x in new
     ]
-    stored = [x for x in seen.cache if x is not None]
-    buffers = [pltpu.VMEM((2, groups, block, *x.shape[4:]), x.dtype) for x in stored]
+    stored = [x for x in seen.pages if x is not None]
+    buffers = [pltpu.VMEM((2, groups, pages * page, *x.shape[4:]), x.dtype) for x in stored]
     on = jnp.zeros((), bool) if window is None else window.on
-    scalars = jnp.stack([seen.layer, on]).astype(jnp.int32)
+    table = jnp.pad(seen.table, ((0, 0), (0, -seen.table.shape[1] % pages)))
+    scalars = jnp.stack([seen.layer, on, table.shape[1]]).astype(jnp.int32)
     size = 0 if window is None else window.size
     out = pl.pallas_call(
-        functools.partial(_kernel, slots=b, block=block, size=size),
+        functools.partial(_kernel, slots=b, page=page, pages=pages, size=size),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(cores,),
             in_specs=[*blocks, *[pl.BlockSpec(memory_space=pl.ANY)] * len(stored)],
             out_specs=blocks[0],
@@ -110,7 +108,7 @@ def attend_ragged(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="ragged_attention",
-    )(scalars, seen.lengths.astype(jnp.int32), *new, *stored)
+    )(scalars, seen.lengths.astype(jnp.int32), table.ravel(), *new, *stored)
     out = out.reshape(-1, *out.shape[2:])[:b, :, : heads // groups]
     return out.reshape(b, heads, h).astype(q.dtype)
 
@@ -123,16 +121,22 @@ class _Core:
     buffers that it is copied to.
     """
 
-    scalars: Any  # layer, and whether the window is on
+    scalars: Any  # layer, whether the window is on, and pages of a sequence in the table
     lengths: Any
+    table: Any
     new: Any  # scaled queries, keys and values
     caches: Any
     out: Any
     buffers: Any
     semaphores: Any
     slots: int
-    block: int
+    page: int
+    pages: int  # of a block
     size: int  # of the window; 0 is none
+
+    @property
+    def block(self) -> int:
+        return self.page * self.pages
 
     def span(self, slot: Any) -> tuple[Any, Any]:
         """First and last + 1 block of a sequence, one at least."""
@@ -148,22 +152,24 @@ class _Core:
         first = self.span(jnp.minimum(next_slot, self.slots - 1))[0]
         return jnp.where(ends, next_slot, slot), jnp.where(ends, first, at + 1)
 
-    def begin(self, at: Any) -> Any:
-        """First entry of a copy: the last block overlaps the one before if it would not fit."""
-        entries = self.caches[0].shape[3]
-        return pl.multiple_of(jnp.minimum(at * self.block, entries - self.block), LANES)
-
     def copies(self, slot: Any, at: Any, half: Any) -> list[Any]:
-        own = self.scalars[0], slot, slice(None), pl.ds(self.begin(at), self.block)
-        return [
-            pltpu.make_async_copy(cache.at[own], buffer.at[half], self.semaphores.at[half, n])
-            for n, (cache, buffer) in enumerate(zip(self.caches, self.buffers, strict=True))
-        ]
+        """Of a block's pages; those after the last are page 0."""
+        copies = []
+        for i in range(self.pages):
+            page = self.table[slot * self.scalars[2] + at * self.pages + i]
+            here = half, slice(None), pl.ds(i * self.page, self.page)
+            copies += [
+                pltpu.make_async_copy(
+                    cache.at[self.scalars[0], page], buffer.at[here], self.semaphores.at[half, n]
+                )
+                for n, (cache, buffer) in enumerate(zip(self.caches, self.buffers, strict=True))
+            ]
+        return copies
 
     def visible(self, slot: Any, at: Any) -> Array:
-        length = self.lengths[slot]
-        place = self.begin(at) + jax.lax.broadcasted_iota(jnp.int32, (1, self.block), 1)
-        seen = (place < length) & (place >= at * self.block)
+        length, shape = self.lengths[slot], (1, self.block)
+        place = at * self.block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        seen = place < length
         if self.size:
             seen &= (length - place < self.size) | (self.scalars[1] == 0)
         return seen
@@ -221,11 +227,14 @@ class _Core:
         return next_slot, next_at, 1 - half, new
 
 
-def _kernel(scalars: Any, lengths: Any, *refs: Any, slots: int, block: int, size: int) -> None:
+def _kernel(
+    scalars: Any, lengths: Any, table: Any, *refs: Any, slots: int, page: int, pages: int, size: int
+) -> None:
     """refs: queries, keys, values; caches; output; a buffer for each cache; semaphores."""
     count = (len(refs) - 5) // 2
     new, caches, out, buffers = refs[:3], refs[3 : 3 + count], refs[3 + count], refs[4 + count : -1]
-    work = _Core(scalars, lengths, new, caches, out, buffers, refs[-1], slots, block, size)
+    inputs = scalars, lengths, table, new, caches
+    work = _Core(*inputs, out, buffers, refs[-1], slots, page, pages, size)
     core = pl.program_id(0)
     start = core, work.span(core)[0], jnp.int32(0)
     for copy in work.copies(*start):

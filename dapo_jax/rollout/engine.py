@@ -5,6 +5,7 @@ logical, counted in segments of decode steps: no decision depends on the clock, 
 reproducible and all hosts agree.
 """
 
+import bisect
 import collections
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -21,8 +22,9 @@ from jaxtyping import Key
 from dapo_jax.config import ModelConfig
 from dapo_jax.model.decoder import Cache
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
-from dapo_jax.model.ragged_attention import LANES, is_ragged
+from dapo_jax.model.ragged_attention import page_size
 from dapo_jax.rollout import sampler
+from dapo_jax.rollout.pages import Pages
 from dapo_jax.rollout.sampler import Arrivals, Decoding, SamplerState, Sampling, Slots, Until
 from dapo_jax.types import NonFiniteError, Params, Request, Response
 
@@ -32,6 +34,8 @@ _BLOCK = 256  # tokens of a response that are fetched together
 _FETCHES = (16, 128, 512, 2048)  # blocks of one fetch: 4 MB at most
 _FREE = -(2**30)  # in place of a free slot's cache length
 _HALVINGS = 3  # how often the decoded slots may halve while the last sequences finish
+
+_NOTHING = np.zeros(0, np.int32), np.zeros(0, np.float32)  # tokens and log-probs
 
 _Slot = tuple[int, int]  # shard, slot of the shard
 
@@ -45,8 +49,9 @@ class Limits(NamedTuple):
     prefill_tokens: int = 512  # prompt tokens of a shard in one prefill; `chips.prefill_tokens`
     # Keys and values in 8 bits. Log-probs of 1536 tokens sampled from SmolLM2-135M are then off by
     # 0.027 on average, 0.16 at the 99th percentile (bfloat16 with an exact cache: 0.027 and 0.14).
-    # A continued response may differ from an uninterrupted one: prefill reads no 8-bit values.
+    # A continued or suspended response may differ: prefill reads no 8-bit values.
     int8: bool = False
+    cache_tokens: int | None = None  # of the KV cache, over all devices; None: all slots at longest
 
 
 class Programs(NamedTuple):
@@ -82,7 +87,7 @@ class Engine:
     Args:
       stop: token ids that end a response.
       mesh: slots are split over ("data", "fsdp"), kv heads and vocabulary over "tensor" where they
-        divide; ValueError where the slots do not.
+        divide; ValueError where the slots do not, or a shard's cache is less than one sequence.
       fetch: device arrays to numpy, whole, on every process.
       compact: once the queue is empty, moves the last sequences together and decodes fewer slots.
     """
@@ -106,11 +111,17 @@ class Engine:
             )
         self.slots = slots // self.shards
         self.max_response_len, self.cache_len = response_len, limits.max_prompt_len + response_len
-        if is_ragged(mesh, model.head_dim):  # reads live entries only, in whole tiles
-            self.cache_len += -self.cache_len % LANES
-            self.reads = [self.cache_len]
-        else:
-            self.reads = sorted({*_lengths(64, self.cache_len), *_lengths(192, self.cache_len)})
+        self.page = page_size(mesh, model.head_dim)
+        self.table_len = -(-self.cache_len // self.page)  # T, pages of the longest sequence
+        self.pages = self.slots * self.table_len  # of a shard
+        if limits.cache_tokens is not None:
+            self.pages = min(self.pages, limits.cache_tokens // self.shards // self.page)
+        if self.pages < self.table_len:
+            least = self.shards * self.table_len * self.page
+            raise ValueError(f"cache_tokens must be at least {least}, got {limits.cache_tokens}")
+        # of a shard in one insertion: all prompts, or one continued response
+        prompt_pages = -(-limits.max_prompt_len // self.page)
+        self.copies = max(self.slots * prompt_pages, self.table_len)
         self.prompt_lens = _lengths(16, limits.max_prompt_len, self.cache_len)
         halvings = range(_HALVINGS + 1 if compact else 1)
         self.widths = sorted({self.slots >> i for i in halvings} - {0})
@@ -131,21 +142,23 @@ class Engine:
             return Cache(kv, kv, kv, kv) if int8 else Cache(kv, kv)
 
         state = SamplerState(layout(ROW_AXES, None, None), Slots(*(rows,) * len(Slots._fields)))
-        sizes = {"shards": self.shards, "slots": self.slots, "cache_len": self.cache_len}
-        sizes["max_response_len"] = self.blocks * self.block
+        sizes = {"shards": self.shards, "slots": self.slots, "pages": 1 + self.pages}
+        sizes |= {"page": self.page, "room": self.blocks * self.block}
         start = functools.partial(sampler.empty_state, model, **sizes, int8=int8)
-        prefill = functools.partial(sampler.prefill, model=model, int8=int8, mesh=mesh)
+        prefill = functools.partial(
+            sampler.prefill, model=model, page=self.page, int8=int8, mesh=mesh
+        )
         insert = functools.partial(sampler.insert, mesh=mesh)
         take = functools.partial(sampler.take, size=self.block, mesh=mesh)
         decode = jax.jit(
             functools.partial(sampler.decode, how),
-            static_argnames=("width", "read"),
+            static_argnames="width",
             donate_argnums=1,
             out_shardings=(state, whole, whole),
         )
         return Programs(
             start=jax.jit(start, out_shardings=state),
-            prefill=jax.jit(prefill, out_shardings=layout(None, ROW_AXES)),
+            prefill=jax.jit(prefill, out_shardings=layout(None, ROW_AXES, None)),
             insert=jax.jit(insert, donate_argnums=0, out_shardings=state),
             move=jax.jit(sampler.move, donate_argnums=0, out_shardings=state),
             decode=decode,
@@ -179,7 +192,13 @@ class Engine:
 class _Job(NamedTuple):
     number: int  # of the submission
     request: Request
-    sequence: np.ndarray  # int32: prompt and prefix
+    before: tuple[np.ndarray, np.ndarray]  # tokens and log-probs that are continued
+    sequence: np.ndarray  # int32: prompt and tokens
+
+    @classmethod
+    def of(cls, number: int, request: Request, before: tuple[np.ndarray, np.ndarray]) -> "_Job":
+        sequence = np.concatenate([request.prompt, before[0]]).astype(np.int32)
+        return cls(number, request, before, sequence)
 
     @property
     def head(self) -> bytes:
@@ -188,6 +207,7 @@ class _Job(NamedTuple):
 
 
 _Found = tuple[_Job, Response]
+_Prefilled = tuple[Cache | None, dict[bytes, int], int]  # the row of each head, and pages of a row
 
 
 def _by_draw(found: Iterable[_Found]) -> list[tuple[Request, Response]]:
@@ -200,6 +220,7 @@ class Stream:
 
     Attributes:
       segment: segments decoded so far. steps: decode steps so far.
+      suspended: how often a sequence gave up its slot for lack of pages, to be continued later.
     """
 
     def __init__(self, engine: Engine, params: Params, seed: Key[Array, ""]):
@@ -210,9 +231,12 @@ class Stream:
         # per slot: tokens sampled, and tokens in its cache before those
         self._length = np.zeros((engine.shards, engine.slots), np.int32)
         self._begin = np.full_like(self._length, _FREE)
-        # the last prefill, and the row of each head in it
-        self._prefilled: tuple[Cache | None, dict[bytes, int]] = (None, {})
-        self._submitted = self.segment = self.steps = 0
+        # per slot: its pages in order, how many, and how many it can need
+        self._table = np.zeros((*self._length.shape, engine.table_len), np.int32)
+        self._held, self._most = np.zeros((2, *self._length.shape), np.int32)
+        self._pages = [Pages(engine.pages) for _ in range(engine.shards)]
+        self._prefilled: _Prefilled = None, {}, 0  # the last
+        self._submitted = self.segment = self.steps = self.suspended = 0
 
     @property
     def pending(self) -> int:
@@ -230,8 +254,7 @@ class Stream:
         ValueError for a request that does not fit.
         """
         for request in requests:
-            parts = [request.prompt, *(request.prefix or ())[:1]]
-            job = _Job(self._submitted, request, np.concatenate(parts).astype(np.int32))
+            job = _Job.of(self._submitted, request, request.prefix or _NOTHING)
             prompt, total = len(request.prompt), len(job.sequence)
             if not 1 <= prompt <= total <= self._engine.cache_len or self._room(job) < 1:
                 raise ValueError(
@@ -255,15 +278,14 @@ class Stream:
         another stream.
         """
         running = self._responses(sorted(self._running), np.zeros_like(self._length))
-        empty = np.zeros(0, np.int32), np.zeros(0, np.float32)
-        queued = [(job, self._response(job, *empty, truncated=False)) for job in self._queue]
+        queued = [(job, self._response(job, *_NOTHING, truncated=False)) for job in self._queue]
         return _by_draw(running + queued)
 
     def close(self) -> None:
         """Drops all requests and frees the devices' memory. The stream cannot be used after."""
         self._queue.clear()
         self._running.clear()
-        self._state, self._prefilled = None, (None, {})
+        self._state, self._prefilled = None, (None, {}, 0)
 
     # ---- One segment -----------------------------------------------------------------------------
 
@@ -272,18 +294,16 @@ class Stream:
         self._refill()
         if not self._running:
             return []
+        self._grow()
         width = self._compact()
-        used = int((self._begin + self._length).max())
-        read = next(n for n in engine.reads if n >= used)
         few = half = 0
-        if self._queue:  # all slots are taken: decode until enough are free for a refill
-            slots = engine.shards * engine.slots
-            few = slots - refill_size(slots)
+        if self._queue:  # no slot or page is left: decode until enough slots are for a refill
+            few = max(0, self.live - refill_size(engine.shards * engine.slots))
         else:  # decode until fewer slots suffice
             half = max((w for w in engine.widths if w < width), default=0)
-        until = Until(np.int32(few), np.int32(half), np.int32(min(_SEGMENT, read + 1 - used)))
-        sizes = {"width": width, "read": read}
-        self._state, *seen = engine.programs.decode(self._params, self._state, until, **sizes)
+        until = Until(np.int32(few), np.int32(half), np.int32(_SEGMENT))
+        decode = engine.programs.decode
+        self._state, *seen = decode(self._params, self._state, self._table, until, width=width)
         slots_seen, steps = engine.fetch(tuple(seen))
         live, self._length, ended = np.array(slots_seen)
         self.segment, self.steps = self.segment + 1, self.steps + int(steps)
@@ -292,9 +312,15 @@ class Stream:
         self._check_finite(done, ended)
         finished = self._responses(done, ended)
         for at in done:
-            del self._running[at]
-            self._begin[at] = _FREE
+            self._leave(at)
         return finished
+
+    def _leave(self, at: _Slot) -> _Job:
+        """Frees a slot and its pages. Returns the job that it had."""
+        self._pages[at[0]].release(self._table[at][: self._held[at]].tolist())
+        self._table[at] = self._held[at] = self._most[at] = 0
+        self._begin[at] = _FREE
+        return self._running.pop(at)
 
     def _check_finite(self, done: Sequence[_Slot], ended: np.ndarray) -> None:
         """Raises NonFiniteError if a slot stopped without an end token and below its limit."""
@@ -316,30 +342,91 @@ class Stream:
             )
 
     def _refill(self) -> None:
-        """Admits requests from the front of the queue to the free slots, lowest slots first."""
-        if not self._queue:
-            return
+        """Admits requests from the front of the queue, lowest slots first."""
         engine = self._engine
-        free = collections.deque((n, i) for i, n in np.argwhere(self._begin.T == _FREE).tolist())
-        while self._queue and free:
+        free = [(n, i) for i, n in np.argwhere(self._begin.T == _FREE).tolist()]
+        place = self._place(free)
+        while place is not None:
             if self._queue[0].head not in self._prefilled[1]:
                 self._prefilled = self._prefill()
-            cache, rows = self._prefilled
+            cache, rows, row_pages = self._prefilled
             shape = (len(Arrivals._fields), engine.shards, engine.slots)
             arrivals = np.full(shape, engine.slots, np.int32)
-            counts = np.zeros(engine.shards, np.int32)
-            while self._queue and free and self._queue[0].head in rows:
-                job, (n, i) = self._queue.popleft(), free.popleft()
-                request, begin = job.request, len(job.sequence) - 1
-                placed = (i, rows[job.head], job.sequence[-1], begin)
-                entry = Arrivals(*placed, request.draw, request.sample, self._room(job))
+            copies = np.zeros((2, engine.shards, engine.copies), np.int32)
+            counts, copied = np.zeros((2, engine.shards), np.int32)
+            while place is not None and self._queue[0].head in rows:
+                job, ((n, i), shared) = self._queue[0], place
+                begin = len(job.sequence) - 1
+                parts = np.arange(shared, -(-begin // engine.page))
+                if copied[n] + len(parts) > engine.copies:
+                    break
+                to = slice(copied[n], copied[n] + len(parts))
+                copies[:, n, to] = rows[job.head] * row_pages + parts, self._table[n, i, parts]
+                request, token = job.request, job.sequence[-1]
+                entry = Arrivals(i, token, begin, request.draw, request.sample, self._room(job))
                 arrivals[:, n, counts[n]] = entry
-                counts[n] += 1
-                self._running[n, i], self._begin[n, i], self._length[n, i] = job, begin, 0
-            insert = engine.programs.insert
-            self._state = insert(self._state, cache, self._seed, arrivals, counts.max())
+                counts[n], copied[n] = counts[n] + 1, to.stop
+                self._running[n, i] = self._queue.popleft()
+                place = self._place(free)
+            inputs = self._seed, arrivals, copies, copied.max()
+            self._state = engine.programs.insert(self._state, cache, *inputs)
 
-    def _prefill(self) -> tuple[Cache, dict[bytes, int]]:
+    def _place(self, free: list[_Slot]) -> tuple[_Slot, int] | None:
+        """Takes the first free slot whose shard has the pages that the queue's first job needs now,
+        and one for each sequence there that may want another in this segment.
+
+        Returns: the slot, and how many of its pages are filled, as they are another sequence's too.
+        """
+        if not self._queue:
+            return None
+        job, page = self._queue[0], self._engine.page
+        begin, room = len(job.sequence) - 1, self._room(job)
+        full = min(len(job.request.prompt), begin) // page * page
+        prompt = [job.sequence[n : n + page].tobytes() for n in range(0, full, page)]
+        count, tried = -(-(begin + min(room, _SEGMENT)) // page), set[int]()
+        for at in free:
+            if (n := at[0]) in tried:
+                continue
+            tried.add(n)
+            spare = int((self._held[n] < self._most[n]).sum())
+            if (taken := self._pages[n].admit(prompt, count, spare)) is not None:
+                free.remove(at)
+                pages, shared = taken
+                self._table[at][:count], self._held[at] = pages, count
+                self._most[at] = -(-(begin + room) // page)
+                self._begin[at], self._length[at] = begin, 0
+                return at, shared
+        return None
+
+    def _grow(self) -> None:
+        """Gives sequences the pages of the next segment, the oldest first.
+
+        Where none is free the shard's youngest are suspended: they go back to the queue, and
+        continue from their tokens.
+        """
+        entries = self._begin + self._length + _SEGMENT
+        wanted = np.minimum(self._most, -(-entries // self._engine.page))
+        short = [(n, i) for n, i in np.argwhere(wanted > self._held).tolist()]
+        for at in sorted(short, key=lambda at: self._running[at].number):
+            pages = self._pages[at[0]]
+            while at in self._running and self._held[at] < wanted[at]:
+                if pages.free:
+                    self._table[at][self._held[at]] = pages.take()
+                    self._held[at] += 1
+                else:
+                    rivals = (other for other in self._running if other[0] == at[0])
+                    self._suspend(max(rivals, key=lambda other: self._running[other].number))
+
+    def _suspend(self, at: _Slot) -> None:
+        """Puts a sequence back into the queue, with its tokens so far."""
+        ((job, response),) = self._responses([at], np.zeros_like(self._length))
+        self._leave(at)
+        so_far = response.tokens, response.behavior_logprobs
+        job = _Job.of(job.number, job.request, so_far)
+        bisect.insort(self._queue, job, key=lambda job: job.number)
+        self.suspended += 1
+
+    def _prefill(self) -> _Prefilled:
         """Prefills the heads of the next requests, as many as fit into one program."""
         engine, rows = self._engine, dict[bytes, int]()
         width = capacity = 0
@@ -354,7 +441,8 @@ class Stream:
         for head, row in rows.items():
             tokens = np.frombuffer(head, np.int32)
             prompts[row, : len(tokens)] = tokens
-        return engine.programs.prefill(self._params, prompts), rows
+        cache = engine.programs.prefill(self._params, prompts)
+        return cache, rows, -(-width // engine.page)
 
     def _compact(self) -> int:
         """How many slots of each shard to decode; moves sequences beyond them to free slots."""
@@ -372,10 +460,11 @@ class Stream:
                 moves[:, n, counts[n]] = source, target
                 counts[n] += 1
                 self._running[n, target] = self._running.pop((n, source))
-                for array in (self._length, self._begin):
+                for array in (self._length, self._begin, self._table, self._held, self._most):
                     array[n, target] = array[n, source]
+                self._table[n, source] = self._held[n, source] = self._most[n, source] = 0
                 self._begin[n, source] = _FREE
-        self._state = engine.programs.move(self._state, moves, counts.max())
+        self._state = engine.programs.move(self._state, moves)
         return width
 
     # ---- Responses -------------------------------------------------------------------------------
@@ -384,7 +473,7 @@ class Stream:
         """Tokens that may still be sampled."""
         limit = self._engine.max_response_len
         limit = limit if job.request.limit is None else min(limit, job.request.limit)
-        return limit - (len(job.sequence) - len(job.request.prompt))
+        return limit - len(job.before[0])
 
     def _responses(self, slots: Sequence[_Slot], ended: np.ndarray) -> list[_Found]:
         """Responses in slots; fetches only blocks that hold tokens, many of them in one fetch."""
@@ -417,6 +506,6 @@ class Stream:
     def _response(
         self, job: _Job, tokens: np.ndarray, logprobs: np.ndarray, truncated: bool
     ) -> Response:
-        before = job.request.prefix or (np.zeros(0, np.int32), np.zeros(0, np.float32))
-        joined = [np.concatenate(pair) for pair in zip(before, (tokens, logprobs), strict=True)]
+        new = tokens, logprobs
+        joined = [np.concatenate(pair) for pair in zip(job.before, new, strict=True)]
         return Response(joined[0], joined[1], truncated)

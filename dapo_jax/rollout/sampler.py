@@ -2,12 +2,14 @@
 slots are free.
 
 Slots are [N, b]: b on each of the mesh's N row shards. Sequences move only between slots of one
-shard, and the first w slots of all shards can be decoded alone. Noise is per token,
-fold_in(fold_in(fold_in(seed, draw), sample), position): a response depends on its draw and sample
-number only, never on its slot, its neighbours or the number of devices.
+shard, and the first w slots of all shards can be decoded alone. A table [N, b, T] has the pages of
+each slot in its shard's cache, in order; page 0 takes what is written for no sequence. Noise is per
+token, fold_in(fold_in(fold_in(seed, draw), sample), position): a response depends on its draw and
+sample number only, never on its slot, its pages, its neighbours or the number of devices.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int, Int32, Key
 
 from dapo_jax.config import ModelConfig
+from dapo_jax.model.attention import PagedCache, list_pages
 from dapo_jax.model.decoder import (
     Cache,
     decode_step,
@@ -25,8 +28,11 @@ from dapo_jax.model.decoder import (
     write_cache,
 )
 from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis
+from dapo_jax.model.ragged_attention import is_ragged
 from dapo_jax.rollout.token_sampling import Sampling, sample_tokens
 from dapo_jax.types import Params
+
+_COPIES = 64  # pages that a GPU copies at a time
 
 
 class Slots(NamedTuple):
@@ -44,7 +50,7 @@ class Slots(NamedTuple):
 
 
 class SamplerState(NamedTuple):
-    cache: Cache  # [N, L, b, K, S, h]
+    cache: Cache  # [N, L, C, K, p, h]
     slots: Slots
 
 
@@ -52,7 +58,6 @@ class Arrivals(NamedTuple):
     """Sequences to insert into slots."""
 
     slot: Int32[Any, "N m"]  # on its shard; the value b drops the entry
-    row: Int32[Any, "N m"]  # of the prefilled cache
     token: Int32[Any, "N m"]  # last of the sequence
     position: Int32[Any, "N m"]  # its position
     draw: Int32[Any, "N m"]
@@ -69,20 +74,14 @@ def response_keys(
 
 
 def empty_state(
-    model: ModelConfig,
-    *,
-    shards: int,
-    slots: int,
-    cache_len: int,
-    max_response_len: int,
-    int8: bool,
+    model: ModelConfig, *, shards: int, slots: int, pages: int, page: int, room: int, int8: bool
 ) -> SamplerState:
-    """`slots` free slots on each shard. S is cache_len (prompt included), R max_response_len."""
-    entries = (shards, model.layers, slots, model.kv_heads, cache_len)
+    """`slots` free slots and `pages` pages of `page` entries on each shard. R is `room`."""
+    entries = (shards, model.layers, pages, model.kv_heads, page)
     kv = jnp.zeros((*entries, model.head_dim), jnp.int8 if int8 else model.compute_dtype)
     scale = jnp.zeros(entries) if int8 else None
     number, flag = jnp.zeros((shards, slots), jnp.int32), jnp.zeros((shards, slots), bool)
-    tokens = jnp.zeros((shards, slots, max_response_len), jnp.int32)
+    tokens = jnp.zeros((shards, slots, room), jnp.int32)
     return SamplerState(
         Cache(kv, kv, scale, scale),
         Slots(
@@ -96,63 +95,61 @@ def empty_state(
 
 
 def prefill(
-    params: Params, prompts: Int32[Array, "E P"], *, model: ModelConfig, int8: bool, mesh: Mesh
+    params: Params,
+    prompts: Int32[Array, "E P"],
+    *,
+    model: ModelConfig,
+    page: int,
+    int8: bool,
+    mesh: Mesh,
 ) -> Cache:
-    """Keys and values [L, E, K, P, h] of prompts, which are padded on the right.
+    """Keys and values of prompts, which are padded on the right, in pages [L, E, P / p, K, p, h].
 
     E is split over the row shards.
     """
     rows = NamedSharding(mesh, ROW_SPEC)
     prompts = jax.lax.with_sharding_constraint(prompts, rows)
-    kv = hidden_states(params, model, prompts, mesh=mesh)[1]
-    return make_cache(*(jnp.swapaxes(x, 2, 3) for x in kv), int8=int8)
+
+    def paged(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % page), (0, 0), (0, 0)))
+        return jnp.swapaxes(x.reshape(*x.shape[:2], -1, page, *x.shape[3:]), 3, 4)
+
+    k, v = hidden_states(params, model, prompts, mesh=mesh)[1]
+    return make_cache(paged(k), paged(v), int8=int8)
 
 
-def _copy_row(cache: Cache, source: Cache, row: Array, slot: Array) -> Cache:
-    """Copies a row of `source` [L, E, K, P, h] to the start of a slot of one shard's cache; slot b
-    drops it.
-    """
-
-    def copy(old, new):
-        return old.at[:, slot, :, : new.shape[3]].set(new[:, row], mode="drop")
-
-    return jax.tree.map(copy, cache, source)
-
-
-def _copy_arrivals(
-    cache: Cache, prefilled: Cache, rows: Array, slots: Array, count: Array
+def _copy_pages(
+    cache: Cache, prefilled: Cache, sources: Array, targets: Array, count: Array
 ) -> Cache:
-    """Per device: copies the first `count` of rows [n, m] of all shards' prefilled cache to slots
-    [n, m].
+    """Per device: copies the first `count` of sources [n, m], pages of the prefilled rows of all
+    shards, to pages `targets` [n, m].
 
     A shard may need rows of any shard. They are gathered one layer at a time: all layers at once
     would take the memory of several sequences, or of many where rows are continued responses.
     """
-    shards = jnp.arange(len(rows))
+    shards = jnp.arange(len(sources))[:, None]
 
     def layer(index, cache):
         def gather(x):
-            return jax.lax.all_gather(x[index], ROW_AXES, tiled=True)
+            rows = jax.lax.all_gather(x[index], ROW_AXES, tiled=True)
+            return rows.reshape(-1, *rows.shape[2:])
 
         source = jax.tree.map(gather, prefilled)
 
-        def write(n, rows, slots, cache):
-            def one(old, new):  # [n, L, b, K, S, ...], [E, K, P, ...]
-                places = old.at[n, index, slots, :, : new.shape[2]]
-                return places.set(new[rows], mode="drop")
-
-            return jax.tree.map(one, cache, source)
-
-        def each(cache):
+        def copies(size, cache):  # so many at a time
             def copy(i, cache):
-                return write(shards, rows[:, i], slots[:, i], cache)
+                part = functools.partial(
+                    jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size, axis=1
+                )
+                places = shards, index, part(targets)
+                return jax.tree.map(
+                    lambda old, new: old.at[places].set(new[part(sources)]), cache, source
+                )
 
-            return jax.lax.fori_loop(0, count, copy, cache)
+            return jax.lax.fori_loop(0, (count + size - 1) // size, copy, cache)
 
-        def at_once(cache):
-            return write(shards[:, None], rows, slots, cache)
-
-        return jax.lax.platform_dependent(cache, cuda=at_once, default=each)
+        many = functools.partial(copies, math.gcd(sources.shape[1], _COPIES))
+        return jax.lax.platform_dependent(cache, cuda=many, default=functools.partial(copies, 1))
 
     return jax.lax.fori_loop(0, cache.k.shape[1], layer, cache)
 
@@ -161,7 +158,8 @@ def insert(
     state: SamplerState,
     prefilled: Cache,
     seed: Key[Array, ""],
-    packed: Int32[Array, "7 N m"],
+    packed: Int32[Array, "6 N m"],
+    copies: Int32[Array, "2 N c"],
     count: Int32[Array, ""],
     *,
     mesh: Mesh,
@@ -170,15 +168,17 @@ def insert(
     last one as input.
 
     Args:
-      prefilled: [L, E, K, P, h]; many sequences may share a row.
-      packed: `Arrivals` as one array. count: most arrivals of a shard.
+      prefilled: [L, E, P / p, K, p, h].
+      packed: `Arrivals` as one array.
+      copies: pages of `prefilled`, counted through E and P / p, and the pages that they go to.
+      count: most copies of a shard; the others go to page 0.
     """
     arrivals = Arrivals(*packed)
     heads = split_axis(mesh, VOCAB_AXIS, state.cache.k.shape[3])
     rows, cache = ROW_SPEC, PartitionSpec(ROW_AXES, None, None, heads)
-    inputs = (cache, PartitionSpec(None, ROW_AXES, heads), rows, rows, PartitionSpec())
+    inputs = (cache, PartitionSpec(None, ROW_AXES, None, heads), rows, rows, PartitionSpec())
     specs: dict[str, Any] = {"in_specs": inputs, "out_specs": cache, "check_vma": False}
-    copy = jax.shard_map(_copy_arrivals, mesh=mesh, **specs)
+    copy = jax.shard_map(_copy_pages, mesh=mesh, **specs)
 
     flags = jnp.zeros(arrivals.slot.shape, bool)
     fresh = {name: getattr(arrivals, name) for name in ("token", "position", "limit")}
@@ -189,17 +189,16 @@ def insert(
     slots = state.slots._replace(
         **{name: put(getattr(state.slots, name), arrivals.slot, new) for name, new in fresh.items()}
     )
-    return SamplerState(copy(state.cache, prefilled, arrivals.row, arrivals.slot, count), slots)
+    sources, targets = copies
+    return SamplerState(copy(state.cache, prefilled, sources, targets, count), slots)
 
 
-def move(
-    state: SamplerState, moves: Int32[Array, "2 N m"], count: Int32[Array, ""]
-) -> SamplerState:
-    """Moves sequences to free slots of their shard. moves: disjoint sources, targets; b: none."""
+def move(state: SamplerState, moves: Int32[Array, "2 N m"]) -> SamplerState:
+    """Moves sequences to free slots of their shard; their pages stay.
+
+    moves: disjoint sources, targets; b: none.
+    """
     sources, targets = moves
-
-    def copy(i, cache):
-        return jax.vmap(_copy_row)(cache, cache, sources[:, i], targets[:, i])
 
     @jax.vmap
     def relabel(old, sources, targets):
@@ -210,8 +209,7 @@ def move(
         return live.at[sources].set(False, mode="drop")
 
     slots = jax.tree.map(lambda old: relabel(old, sources, targets), state.slots)
-    slots = slots._replace(live=clear(slots.live, sources))
-    return SamplerState(jax.lax.fori_loop(0, count, copy, state.cache), slots)
+    return state._replace(slots=slots._replace(live=clear(slots.live, sources)))
 
 
 def take(
@@ -277,15 +275,24 @@ def sample_on_mesh(
 
 
 @jax.named_scope("cache")
-def _write_on_mesh(cache: Cache, new: Cache, lengths: Int32[Array, "N b"], mesh: Mesh) -> Cache:
-    """`write_cache` under shard_map: XLA would partition the loop over slots as a scatter, with
-    twice the operations in every step.
+def _write_on_mesh(
+    cache: Cache, new: Cache, slots: Slots, table: Int32[Array, "N b T"], mesh: Mesh
+) -> Cache:
+    """`write_cache` of live sequences under shard_map: XLA would partition the loop over slots as a
+    scatter, with twice the operations in every step. Page 0 gets zeros: it stays finite.
     """
+    live = jnp.expand_dims(
+        slots.live, (1, 3)
+    )  # scales have these axes, [N, L, b, K], entries h too
+    new = jax.tree.map(lambda x: jnp.where(live if x.ndim == 4 else live[..., None], x, 0), new)
+    at, offset = jnp.divmod(slots.position, cache.k.shape[4])
+    page = jnp.take_along_axis(table, at[..., None], axis=2, mode="clip")[..., 0]
     heads = split_axis(mesh, VOCAB_AXIS, cache.k.shape[3])
     entries = PartitionSpec(ROW_AXES, None, None, heads)
-    specs: dict[str, Any] = {"in_specs": (entries, entries, ROW_SPEC), "out_specs": entries}
-    write = jax.shard_map(write_cache, mesh=mesh, check_vma=False, **specs)
-    return write(cache, new, lengths)
+    inputs = (entries, entries, ROW_SPEC, ROW_SPEC)
+    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": entries, "check_vma": False}
+    write = jax.shard_map(write_cache, mesh=mesh, **specs)
+    return write(cache, new, jnp.where(slots.live, page, 0), offset)
 
 
 class Decoding(NamedTuple):
@@ -302,34 +309,48 @@ class Until(NamedTuple):
 
     few: Int32[Any, ""]  # once no more sequences than this are live,
     half: Int32[Any, ""]  # or no more than this on any shard,
-    max_steps: Int32[Any, ""]  # or after this many steps, at most read + 1 - the largest position
+    max_steps: Int32[Any, ""]  # or after this many steps, for which the table has pages
 
 
 def decode(
-    how: Decoding, params: Params, state: SamplerState, until: Until, *, width: int, read: int
+    how: Decoding,
+    params: Params,
+    state: SamplerState,
+    table: Int32[Array, "N b T"],
+    until: Until,
+    *,
+    width: int,
 ) -> tuple[SamplerState, Int32[Array, "3 N b"], Int32[Array, ""]]:
-    """Decodes the first `width` slots of every shard, and reads `read` entries of the cache.
+    """Decodes the first `width` slots of every shard. Sequences without a page are not live.
 
     A sequence whose logits are non-finite gets no token and is no longer live, though neither ended
     nor at its limit (`Stream._check_finite`).
 
     Returns: the state; live, length and ended for the host; the number of steps.
     """
-    model = how.model
+    model, mesh = how.model, how.mesh
 
-    def one_shard(token, position, cache):
-        return decode_step(params, model, token, position, cache, read, how.mesh)
+    def one_shard(token, lengths, cache, table, listed, needed):
+        if listed is not None:
+            listed = listed._replace(needed=needed)
+        seen = PagedCache(cache, table, lengths, listed)
+        return decode_step(params, model, token, seen, mesh)
 
     def step(carry):
         count, cache, slots = carry
-        each = jax.vmap(one_shard, spmd_axis_name=ROW_AXES)
-        hidden, new = each(slots.token, slots.position, cache)
-        cache = _write_on_mesh(cache, new, slots.position, how.mesh)
+        # Of others nothing is read; their output, unused, stays finite.
+        token, lengths = (jnp.where(slots.live, x, 0) for x in (slots.token, slots.position))
+        needed = jnp.zeros((), jnp.int32)
+        if listed is not None:
+            needed = (listed.step <= count).sum(axis=1, dtype=jnp.int32).max()
+        each = jax.vmap(one_shard, in_axes=(0, 0, 0, 0, 0, None), spmd_axis_name=ROW_AXES)
+        hidden, new = each(token, lengths, cache, narrow_table, listed, needed)
+        cache = _write_on_mesh(cache, new, slots, narrow_table, mesh)
         keys = jax.vmap(jax.random.fold_in)(slots.keys.ravel(), slots.position.ravel() + 1)
         # Without this barrier XLA fuses the LM-head matmul into the softmax, which is 3x slower on
         # a CPU with jax 0.12.
         logits = logits_of(params, hidden.reshape(-1, hidden.shape[-1]))
-        drawn = sample_on_mesh(jax.lax.optimization_barrier(logits), keys, how.sampling, how.mesh)
+        drawn = sample_on_mesh(jax.lax.optimization_barrier(logits), keys, how.sampling, mesh)
         tokens, logprobs = (x.reshape(slots.token.shape) for x in drawn)
         return count + 1, cache, _append(slots, tokens, logprobs, how.stop)
 
@@ -339,7 +360,12 @@ def decode(
         crowded = (on_shards.sum() > until.few) & (on_shards.max() > until.half)
         return (count < until.max_steps) & crowded
 
-    narrow = jax.tree.map(lambda x: x[:, :width], state.slots)
+    narrow_table, narrow = table[:, :width], jax.tree.map(lambda x: x[:, :width], state.slots)
+    narrow = narrow._replace(live=narrow.live & (narrow_table[:, :, 0] > 0))
+    listed = None
+    if not is_ragged(mesh, model.head_dim):
+        listing = functools.partial(list_pages, size=state.cache.k.shape[4])
+        listed = jax.vmap(listing)(narrow_table, narrow.position)
     first = (jnp.zeros((), jnp.int32), state.cache, narrow)
     steps, cache, narrow = jax.lax.while_loop(unfinished, step, first)
     slots = jax.tree.map(lambda old, new: old.at[:, :width].set(new), state.slots, narrow)

@@ -197,6 +197,7 @@ class Drawn(NamedTuple):
     tokens: int  # response tokens sampled, those of groups left open included
     unjudged_tokens: int  # of the groups' responses that got no verdict
     state: DrawState  # where the next step continues
+    suspended: int = 0  # times that a sequence was, for lack of cache
 
 
 def keep_rate_after(rate: float, groups: Sequence[Group]) -> float:
@@ -443,4 +444,5 @@ class _StepDraw:
             tokens,
             sum(group.tokens() for group in done) - kept,
             DrawState(self.cursor, state.draws + self.draws, rate, still_open, self.step),
+            self.stream.suspended,
         )

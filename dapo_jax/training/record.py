@@ -40,6 +40,7 @@ def draw_metrics(drawn: Drawn, prompts_per_draw: int) -> dict[str, float]:
         "rollout/generation_batches": math.ceil(drawn.draws / prompts_per_draw),
         "rollout/prompts": drawn.draws,
         "rollout/tokens": drawn.tokens,
+        "rollout/suspended": drawn.suspended,
         "filter/wasted_tokens": drawn.unjudged_tokens,
     }
     judged = [g for g in drawn.groups if g.responses]

@@ -17,7 +17,7 @@ MAY_CHANGE = tuple(
     dapo.max_generation_batches dapo.on_cap data.allow_change eval. mesh. model.attention_block
     model.remat optim.max_nonfinite_updates optim.rollback_steps reward.allow_change
     reward.environment reward.max_error_fraction reward.memory_mb reward.timeout_s
-    reward.workers rollout.decode_slots supervised.save_every train.keep_
+    reward.workers rollout.cache_tokens rollout.decode_slots supervised.save_every train.keep_
     train.profile_ train.rows_per_microbatch train.samples_per_step train.save_every
     train.stall_timeout_s train.steps train.tracker
     """.split()

@@ -322,7 +322,10 @@ def check_divides(config: Config, mesh: Mesh, *, rows: bool = False, slots: bool
 
 
 def make_engine(config: Config, policy: Policy, mesh: Mesh, *, held_out: bool = False) -> Engine:
-    """A rollout engine for training or held-out prompts: the config's slots and limits."""
+    """A rollout engine for training or held-out prompts: the config's slots and limits.
+
+    Raises ConfigError if the longest sequence does not fit into a shard's cache.
+    """
     rollout, held = config.rollout, config.eval
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k)
     sampling = Sampling(held.temperature, held.top_p) if held_out else sampling
@@ -332,9 +335,13 @@ def make_engine(config: Config, policy: Policy, mesh: Mesh, *, held_out: bool = 
         rollout.max_response_len,
         prefill_tokens(mesh),
         int8=rollout.kv_cache == "int8",
+        cache_tokens=rollout.cache_tokens,
     )
     fetch = multihost.fetch
-    return Engine(policy.model, sampling, policy.stop, limits, mesh=mesh, fetch=fetch)
+    try:
+        return Engine(policy.model, sampling, policy.stop, limits, mesh=mesh, fetch=fetch)
+    except ValueError as e:
+        raise ConfigError(f"rollout.{e}") from None
 
 
 def describe(policy: Policy, mesh: Mesh, lora: LoraConfig | None = None) -> str:
