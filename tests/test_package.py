@@ -115,3 +115,13 @@ def test_what_others_may_call_is_typed_and_described(function):
         "return",
     }
     assert function.__doc__
+
+
+def test_the_dockerfile_copies_what_an_installation_needs():
+    """Not built here: that needs docker. Each source is there, and each file that pyproject.toml
+    reads is copied.
+    """
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
+    assert len(lines) < 25 and all((ROOT / name).exists() for name in copied)
+    assert {"pyproject.toml", "requirements.txt", "README.md", "LICENSE", "dapo_jax"} <= {*copied}
