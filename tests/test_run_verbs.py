@@ -135,7 +135,7 @@ def test_where_a_run_resumes_is_said():
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_curves_are_drawn_when_a_signal_ends_a_run(run, tmp_path, recorded):
+def test_curves_are_drawn_when_a_signal_ends_a_run(run, tmp_path, recorded, curves):
     said = []
     if recorded:
         shutil.copy(run / "metrics.jsonl", tmp_path)
