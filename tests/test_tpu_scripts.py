@@ -966,7 +966,11 @@ def test_jobset_is_one_whole_slice_that_runs_the_worker_script():
     }
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
     assert jobset["spec"]["failurePolicy"]["rules"] == [
-        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+        {
+            "name": "badInput",  # required by the CRD of JobSet (main of August 2026)
+            "action": "FailJobSet",
+            "onJobFailureReasons": ["PodFailurePolicy"],
+        }
     ]
     assert {e["name"] for e in container["env"]} == {"BUCKET", "NAME"} and container["args"][
         0
