@@ -309,6 +309,7 @@ def test_lenient_refuses(response, truth):
         (r"So $\boxed{4.5e33}$.", r"4.5 \times 10^{33}"),
         ("Answer: 8.7 x 10^8", "8.7e8"),
         ("Answer: 870000000", "8.7e8"),
+        ("Answer: -870000000", "-8.7e8"),
         ("Answer: 0.333333", "1/3"),
         ("Answer: 0.000000100000001", "0.0000001"),
         (r"Answer: \frac{1}{2006!}", r"\frac{1}{2006!}"),
