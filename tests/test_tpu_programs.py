@@ -47,6 +47,7 @@ def test_no_layer_of_a_decode_step_copies_the_scales_of_all_layers():
 from dapo_jax.rollout.engine import Engine, Limits
 from dapo_jax.rollout.sampler import Sampling, Until
 sizes = dict(vocab_size=4096, model_dim=512, layers=6, heads=8, kv_heads=4, ffn_dim=1024)
+sizes["head_dim"] = 128
 model = ModelConfig(family="qwen2", compute_dtype="bfloat16", **sizes)
 mesh = make_mesh(MeshSection(1, 2, 4), plan.load_pod("v5e:2x4").devices)
 limits = Limits(22, 256, 3840, int8=True)
