@@ -5,12 +5,9 @@ of eight devices that wait for each other. Two runs share programs only if all t
 from is equal.
 """
 
-import inspect
-
 import jax
 
 from dapo_jax import evaluate, supervised, train
-from dapo_jax.dapo import loss, update
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.training import programs, setup
@@ -30,21 +27,12 @@ def _once(key, make):
     return _KNOWN[key]
 
 
-def _read_by(code, section):
-    """The fields of a config section that code names: no other can change what it does."""
-    source = inspect.getsource(code)
-    return tuple(pair for pair in vars(section).items() if pair[0] in source)
+def _train_programs(*made_from):
+    return _once(("train", *made_from), lambda: programs.train_programs(*made_from))
 
 
-def _train_programs(model, mesh, algo, optim, temperature):
-    read = _read_by(loss, algo), _read_by(update.make_optimizer, optim)
-    key = ("train", model, mesh, *read, temperature)
-    return _once(key, lambda: programs.train_programs(model, mesh, algo, optim, temperature))
-
-
-def _supervised_programs(model, mesh, optim):
-    key = ("supervised", model, mesh, _read_by(update.make_optimizer, optim))
-    return _once(key, lambda: programs.supervised_programs(model, mesh, optim))
+def _supervised_programs(*made_from):
+    return _once(("supervised", *made_from), lambda: programs.supervised_programs(*made_from))
 
 
 class _Engine(Engine):

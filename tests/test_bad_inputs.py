@@ -901,7 +901,7 @@ def test_a_run_whose_only_checkpoint_is_of_another_model_is_not_started_over(
 
 def test_export_of_a_folder_without_a_run(tmp_path, refused):
     assert (
-        "config.yaml: cannot read config"
+        "holds no config.yaml"
         in refused(export, "--run-dir", tmp_path, "--out", tmp_path / "out")[0]
     )
 

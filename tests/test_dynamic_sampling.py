@@ -50,7 +50,7 @@ class FakeStream:
     def __init__(self, outcome, slots=32):
         self._outcome, self._slots = outcome, slots
         self._queue, self._left = collections.deque(), {}
-        self.segment, self.submitted, self.sampled = 0, [], 0
+        self.segment, self.submitted, self.sampled, self.suspended = 0, [], 0, 0
 
     pending = property(lambda self: len(self._queue))
     live = property(lambda self: len(self._left))
