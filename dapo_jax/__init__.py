@@ -5,10 +5,8 @@ import sys
 
 __version__ = "0.1.0"
 
-if importlib.util.find_spec("jax") is None:
+# `python -m dapo_jax.VERB`: no traceback. The readers of data need no jax.
+if sys.argv[:1] == ["-m"] and importlib.util.find_spec("jax") is None:
     _missing = f"dapo_jax: {sys.executable} has no jax; run `source .venv/bin/activate` first "
-    _missing += "(`make demo` creates .venv), or `pip install -e .`"
-    if sys.argv[:1] == ["-m"]:  # `python -m dapo_jax.VERB`: no traceback
-        print(_missing, file=sys.stderr)
-        sys.exit(2)
-    raise ModuleNotFoundError(_missing)
+    print(_missing + "(`make demo` creates .venv), or `pip install -e .`", file=sys.stderr)
+    sys.exit(2)

@@ -214,14 +214,15 @@ def test_a_mistyped_verb_gets_the_nearest_one(typed, near):
 
 
 def test_a_python_without_jax_is_told_what_to_activate():
-    """`python -m` prints one line; an import raises."""
+    """`python -m` prints one line; the package itself, whose data readers need no jax, imports."""
     block = "import sys, importlib.util as u; u.find_spec = lambda name: None; sys.argv = [{!r}]; import dapo_jax"
-    for argv, status in (("-m", 2), ("x.py", 1)):
+    for argv, status in (("-m", 2), ("x.py", 0)):
         command = [sys.executable, "-c", block.format(argv)]
         done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-        last = done.stderr.splitlines()[-1]
-        assert done.returncode == status and "has no jax; run `source .venv/bin/activate`" in last
-        assert (len(done.stderr.splitlines()) == 1) == (argv == "-m")
+        said = [
+            "has no jax; run `source .venv/bin/activate`" in x for x in done.stderr.splitlines()
+        ]
+        assert (done.returncode, said) == (status, [True] if status else [])
 
 
 @pytest.mark.parametrize(
