@@ -11,7 +11,7 @@ import importlib.resources
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def read_run(run_dir: Folder, name: str, sample_bytes: int) -> dict[str, Any]:
         "step": records[-1]["step"],
         "started": started(run_dir),
         "took": duration(sum(sum(points(records, key)[1]) for key in _TIMES)),
-        "checkpoints": held_checkpoints(run_dir),
+        "checkpoints": held_checkpoints(run_dir, stored_steps(run_dir / "checkpoints")),
         **{key: int(values[-1]) if values else None for key, values in counts.items()},
         "config": text,
         "config_note": config_note,
@@ -67,11 +67,10 @@ def read_run(run_dir: Folder, name: str, sample_bytes: int) -> dict[str, Any]:
     }
 
 
-def held_checkpoints(run_dir: Folder) -> str:
-    """The steps of the stored checkpoints, and which one has the best held-out accuracy."""
-    steps = sorted(stored_steps(run_dir / "checkpoints"))
+def held_checkpoints(run_dir: Folder, steps: Collection[int]) -> str:
+    """The stored steps in order, and which one has the best held-out accuracy."""
     best = best_step(run_dir, steps)
-    return ", ".join(f"{step} (best)" if step == best else f"{step}" for step in steps)
+    return ", ".join(f"{step} (best)" if step == best else f"{step}" for step in sorted(steps))
 
 
 def started(run_dir: Folder) -> str | None:

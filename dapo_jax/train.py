@@ -162,12 +162,13 @@ def train(
                         updates = trainer.update(run, times)
                     recorder.record(run, updates, times)
             checkpoints.wait()
+            kept = checkpoints.steps()  # on every process
 
     if multihost.is_main():
         done = f"done: {run.progress.step} steps, {run.progress.updates} updates"
         where = f"{run.draw.draws} draws in {run_dir}"
         console.result(f"{done}, {where}{last_accuracies(run_dir)}")
-        info(f"checkpoints: steps {held_checkpoints(run_dir)}")
+        info(f"checkpoints: steps {held_checkpoints(run_dir, kept)}")
 
 
 def announcing(programs: TrainPrograms, info: Callable[[str], None]) -> TrainPrograms:
