@@ -165,9 +165,8 @@ def train(
             kept = checkpoints.steps()  # on every process
 
     if multihost.is_main():
-        done = f"done: {run.progress.step} steps, {run.progress.updates} updates"
-        where = f"{run.draw.draws} draws in {run_dir}"
-        console.result(f"{done}, {where}{last_accuracies(run_dir)}")
+        counts = f"{run.progress.step} steps, {run.progress.updates} updates, {run.draw.draws}"
+        console.result(f"done: {counts} draws in {run_dir}{last_accuracies(run_dir)}")
         info(f"checkpoints: steps {held_checkpoints(run_dir, kept)}")
 
 
