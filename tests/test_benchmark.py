@@ -101,7 +101,7 @@ def test_rollout():
     lines, result = run(
         f"rollout --slots 2 --requests 3 --prompt-len 4 --max-response-len 6 {MODEL}"
     )
-    assert result["benchmark"] == "rollout" and len(lines) == 4
+    assert result["benchmark"] == "rollout" and len(lines) == 6  # two of them as modes end
     check_rollout(result, 18, 9)
     # Two batches of 6 steps, the second half empty; 3 responses of 6 tokens would fill 2 slots for
     # 9.

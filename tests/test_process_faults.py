@@ -28,13 +28,13 @@ from dapo_jax import cli, train
 
 plain = train.RunStore.save
 
-def save(store, run):
+def save(store, run, **how):
     if run.progress.step == 2 and jax.process_index() == 1:
         leaf = run.state.params["final_norm"]["scale"]
         shard = leaf.addressable_data(0) + 1e-3
         changed = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [shard])
         run.state.params["final_norm"]["scale"] = changed
-    plain(store, run)
+    plain(store, run, **how)
 
 train.RunStore.save = save
 cli.run(train.main, sys.argv[1:])
