@@ -281,9 +281,7 @@ def _write_on_mesh(
     """`write_cache` of live sequences under shard_map: XLA would partition the loop over slots as a
     scatter, with twice the operations in every step. Page 0 gets zeros: it stays finite.
     """
-    live = jnp.expand_dims(
-        slots.live, (1, 3)
-    )  # scales have these axes, [N, L, b, K], entries h too
+    live = slots.live[:, None, :, None]  # [N, L, b, K] as scales; entries have h too
     new = jax.tree.map(lambda x: jnp.where(live if x.ndim == 4 else live[..., None], x, 0), new)
     at, offset = jnp.divmod(slots.position, cache.k.shape[4])
     page = jnp.take_along_axis(table, at[..., None], axis=2, mode="clip")[..., 0]

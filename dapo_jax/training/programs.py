@@ -19,7 +19,7 @@ from dapo_jax.model.decoder import abstract_params
 from dapo_jax.model.lora import merge_layer
 from dapo_jax.runtime.chips import loss_chunk
 from dapo_jax.runtime.mesh import ROWS, publisher, state_sharding
-from dapo_jax.training.setup import BatchShape
+from dapo_jax.training.setup import BatchShape, on_devices
 from dapo_jax.types import Params, TrainBatch, TrainState
 
 
@@ -77,9 +77,7 @@ def state_programs(
     init = functools.partial(init_state, optimizer=optimizer, lora=model.lora)
     shapes = jax.eval_shape(init, abstract_params(model))
     shardings = state_sharding(shapes, mesh)
-    state = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
-    )
+    state = on_devices(shapes, shardings)
     update = functools.partial(update_step, loss_fn=loss, optimizer=optimizer, lora=model.lora)
     places = (shardings, NamedSharding(mesh, P()))
     return StatePrograms(

@@ -226,7 +226,7 @@ def _own_shards(folder: str, abstract: Params, shardings: Params) -> Params:
     loaded: Params = {}
     wrong = ""
     try:
-        loaded = weights.load_pretrained(folder, _on_devices(abstract, shardings))[1]
+        loaded = weights.load_pretrained(folder, on_devices(abstract, shardings))[1]
     except InputError as e:
         wrong = str(e)
     if wrong := multihost.first_text(wrong):
@@ -234,7 +234,9 @@ def _own_shards(folder: str, abstract: Params, shardings: Params) -> Params:
     return loaded
 
 
-def _on_devices(abstract: Params, shardings: Params) -> Params:
+def on_devices(abstract: Any, shardings: Any) -> Any:
+    """A tree of shapes and dtypes, with shardings."""
+
     def place(a: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
@@ -265,7 +267,7 @@ def restore_params(
         check_same_model(run.model, policy, run_dir)
         lora = run.model.lora  # no other config knows the adapters' alpha
     abstract = abstract_params(adapted(policy.model, lora))
-    target = _on_devices(abstract, params_sharding(abstract, mesh))
+    target = on_devices(abstract, params_sharding(abstract, mesh))
     step, params = checkpoint.restore_params(folder, target, step)
     return step, merged(params, policy, lora, mesh)
 
