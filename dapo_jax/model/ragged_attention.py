@@ -20,8 +20,9 @@ from dapo_jax.model.attention import MASKED, PagedCache, Window, attend_pages
 from dapo_jax.model.logprobs import VOCAB_AXIS, split_axis
 
 LANES = 128  # p and h are multiples of this: copies are of whole tiles
-_CORES = 2  # of a v4 or v5p chip; a single core runs both halves one after the other
-_PAGES = 2  # of a block, which is copied and used at a time
+_CORES = 2  # of a v4 or v5p chip; a single core runs all parts one after the other
+_SLOTS = 32  # of a part at most: their queries, keys, values and outputs are in VMEM
+BLOCK_PAGES = 2  # of a block, which is copied and used at a time
 _SUBLANES = 8  # the query heads of a kv head are padded to a multiple of this
 _SMALL_PAGE = 64  # fastest of 32, 64 and 128 on a CPU
 
@@ -77,17 +78,18 @@ def attend_ragged(
     as m (Milakov and Gimelshein, arXiv:1805.02867). interpret: run on any platform, for tests.
     """
     (b, heads, h), groups, page = q.shape, k.shape[1], seen.pages.k.shape[3]
-    cores, pages = min(_CORES, b), min(_PAGES, seen.table.shape[1])
+    parts = min(b, _CORES * pl.cdiv(b, _CORES * _SLOTS))
+    pages = min(BLOCK_PAGES, seen.table.shape[1])
 
     def dealt(x: Array, rows: int) -> Array:
-        """[B, K, n, h] as [B / cores, cores, K, n padded to a multiple of `rows`, h]."""
-        x = jnp.pad(x, ((0, -b % cores), (0, 0), (0, -x.shape[2] % rows), (0, 0)))
-        return x.reshape(-1, cores, *x.shape[1:])
+        """[B, K, n, h] as [B / parts, parts, K, n padded to a multiple of `rows`, h]."""
+        x = jnp.pad(x, ((0, -b % parts), (0, 0), (0, -x.shape[2] % rows), (0, 0)))
+        return x.reshape(-1, parts, *x.shape[1:])
 
-    grouped = (q * h**-0.5).reshape(b, groups, heads // groups, h)
+    grouped = q.reshape(b, groups, heads // groups, h)
     new = [dealt(grouped, _SUBLANES), *(dealt(x[:, :, None], 1) for x in (k, v))]
     blocks = [
-        pl.BlockSpec((len(x), 1, *x.shape[2:]), lambda core, *_: (0, core, 0, 0, 0)) for x in new
+        pl.BlockSpec((len(x), 1, *x.shape[2:]), lambda part, *_: (0, part, 0, 0, 0)) for x in new
     ]
     stored = [x for x in seen.pages if x is not None]
     buffers = [pltpu.VMEM((2, groups, pages * page, *x.shape[4:]), x.dtype) for x in stored]
@@ -99,7 +101,7 @@ def attend_ragged(
         functools.partial(_kernel, slots=b, page=page, pages=pages, size=size),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(cores,),
+            grid=(parts,),
             in_specs=[*blocks, *[pl.BlockSpec(memory_space=pl.ANY)] * len(stored)],
             out_specs=blocks[0],
             scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2, len(stored)))],
@@ -114,8 +116,8 @@ def attend_ragged(
 
 
 @dataclasses.dataclass
-class _Core:
-    """The work of one core: every `cores`-th sequence, block by block. Refs as `_kernel` gets them.
+class _Part:
+    """The work of one part: every `parts`-th sequence, block by block. Refs as `_kernel` gets them.
 
     A block is (slot, at, half): its sequence, its number in the sequence, and the half of the
     buffers that it is copied to.
@@ -124,7 +126,7 @@ class _Core:
     scalars: Any  # layer, whether the window is on, and pages of a sequence in the table
     lengths: Any
     table: Any
-    new: Any  # scaled queries, keys and values
+    new: Any  # queries, keys and values
     caches: Any
     out: Any
     buffers: Any
@@ -137,6 +139,10 @@ class _Core:
     @property
     def block(self) -> int:
         return self.page * self.pages
+
+    @property
+    def scale(self) -> float:
+        return self.new[0].shape[-1] ** -0.5
 
     def span(self, slot: Any) -> tuple[Any, Any]:
         """First and last + 1 block of a sequence, one at least."""
@@ -178,6 +184,7 @@ class _Core:
         """The new entry's term: its score, weight 1 and value, of a kv head's queries."""
         q, k, v = (x[slot // pl.num_programs(0), 0, group] for x in self.new)
         score = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(axis=1, keepdims=True)
+        score *= self.scale
         return score, jnp.ones_like(score), jnp.broadcast_to(v, q.shape).astype(jnp.float32)
 
     def add(self, queries: Array, half: Any, group: int, visible: Array, sums: Any) -> Any:
@@ -188,6 +195,7 @@ class _Core:
         scores = jax.lax.dot_general(
             queries, k.astype(queries.dtype), contract, preferred_element_type=jnp.float32
         )
+        scores *= self.scale
         if scales:  # int8: applied outside the products
             scores *= scales[0][None]
         scores = jnp.where(visible, scores, MASKED)
@@ -234,9 +242,9 @@ def _kernel(
     count = (len(refs) - 5) // 2
     new, caches, out, buffers = refs[:3], refs[3 : 3 + count], refs[3 + count], refs[4 + count : -1]
     inputs = scalars, lengths, table, new, caches
-    work = _Core(*inputs, out, buffers, refs[-1], slots, page, pages, size)
-    core = pl.program_id(0)
-    start = core, work.span(core)[0], jnp.int32(0)
+    work = _Part(*inputs, out, buffers, refs[-1], slots, page, pages, size)
+    part = pl.program_id(0)
+    start = part, work.span(part)[0], jnp.int32(0)
     for copy in work.copies(*start):
         copy.start()
     groups, padded, h = refs[0].shape[2:]
