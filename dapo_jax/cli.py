@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from dapo_jax import __version__
 from dapo_jax.config import printable
@@ -87,6 +88,17 @@ def parser(verb: str, what: str | None, *examples: str) -> argparse.ArgumentPars
     )
 
 
+def add_config(
+    parser: Any, what: str, override: str, quiet: str = "", *, required: bool = False
+) -> None:
+    """Adds --config, --set and, with the words for what is still printed, --quiet."""
+    parser.add_argument("--config", required=required, help=f"YAML config{what}")
+    text = f"override, e.g. {override}; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    if quiet:
+        parser.add_argument("--quiet", action="store_true", help=f"only {quiet}")
+
+
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose a checkpoint of --run-dir."""
     which = parser.add_mutually_exclusive_group()
@@ -159,13 +171,21 @@ def _print(what: object) -> None:
     print(f"dapo_jax:{where} {line}", file=sys.stderr, flush=True)
 
 
+def main_of(verb: str) -> Callable[[list[str] | None], int]:
+    """The function of a verb, which is a module or a package."""
+    module = importlib.import_module(f"dapo_jax.{verb}")
+    if not hasattr(module, "main"):
+        module = importlib.import_module(f"dapo_jax.{verb}.__main__")
+    return module.main
+
+
 def main() -> None:
     """`dapo-jax VERB ...` is `python -m dapo_jax.VERB ...`."""
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
     if verb == "--version":
         print(f"dapo_jax {__version__}")
     elif verb in VERBS:
-        run(importlib.import_module(f"dapo_jax.{verb}").main, sys.argv[2:])
+        run(main_of(verb), sys.argv[2:])
     else:
         wanted = verb in ("-h", "--help")
         lines = ["usage: dapo-jax VERB ...      (dapo-jax VERB --help lists its flags)", ""]

@@ -223,8 +223,9 @@ def _parser() -> argparse.ArgumentParser:
     run = "--run-dir runs/tiny --best --json tiny.json"
     parser = cli.parser("evaluate", main.__doc__, run, "--config C.yaml --model exported")
     add = parser.add_argument
-    text = "YAML config; its `eval` section names the sets (default: that of --run-dir)"
-    add("--config", help=text)
+    text = "; its `eval` section names the sets (default: that of --run-dir)"
+    said = "warnings, errors and one line per set"
+    cli.add_config(parser, text, "eval.samples_per_problem=8", said)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run-dir", help="run folder; its newest usable checkpoint, unless:")
     cli.add_checkpoint(parser)
@@ -232,9 +233,6 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--model", metavar="FOLDER", help=model)
     add("--json", metavar="OUT", help="also write the results to this file, for dapo_jax.compare")
     add("--samples", metavar="OUT", help="also write every response and its verdict as JSON lines")
-    override = "override, e.g. eval.samples_per_problem=8"
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
-    add("--quiet", action="store_true", help="only warnings, errors and one line per set")
     return parser
 
 
@@ -243,13 +241,11 @@ def main(argv: list[str] | None = None) -> int:
     evaluation sets."""
     args = _parser().parse_args(argv)
     run_dir = run_folder(args.run_dir) if args.run_dir else None
-    if (args.best or args.step is not None) and run_dir is None:
-        raise InputError("--step, --best: go with --run-dir")
     config = setup.config_of(args.config, run_dir, args.set)
+    asked = setup.chosen_step(run_dir, args.step, args.best)
     if not config.eval.sets:
         raise InputError(f"{args.config or run_dir}: eval.sets: is empty; name a data set")
     config = setup.with_commit(config, run_dir) if run_dir else config
-    asked = setup.chosen_step(run_dir, args.step, args.best) if run_dir else None
     policy = setup.load_policy(config, args.model)
     multihost.initialize()
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
@@ -264,9 +260,8 @@ def main(argv: list[str] | None = None) -> int:
     setup.check_divides(config, mesh, slots=True)
     console.info(setup.describe(policy, mesh))
     with checked_pool(config.reward, config.data.template, source, named, console) as pool:
-        step, weights = setup.rollout_weights(config, policy, mesh, run_dir, asked)
-        if step is not None:
-            console.info(f"checkpoint of step {step}")
+        where = (run_dir, asked)
+        step, weights = setup.rollout_weights(config, policy, mesh, *where, console.info)
         engine = setup.make_engine(config, policy, mesh, held_out=True)
         with Guard(config.train.stall_timeout_s) as guard:
             shared = (config.eval, config.reward, config.seed, policy)

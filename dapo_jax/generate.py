@@ -136,11 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--run-dir", help="run folder; its newest usable checkpoint, unless:")
     cli.add_checkpoint(parser)
     add("--model", metavar="FOLDER", help="instead: a folder, gs://bucket/folder or id of the hub")
-    add("--config", help="YAML config (default: that of --run-dir)")
+    override = "rollout.temperature=0.7 or rollout.max_response_len=256"
+    cli.add_config(parser, " (default: that of --run-dir)", override, "responses")
     add("--samples", type=int, default=1, metavar="K", help="responses to each prompt")
-    override = "override, e.g. rollout.temperature=0.7 or rollout.max_response_len=256"
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
-    add("--quiet", action="store_true", help="only responses")
     return parser
 
 
@@ -153,8 +151,6 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--samples: must be at least 1")
     if args.run_dir and args.model:
         raise InputError("--run-dir, --model: give one of them")
-    if (args.best or args.step is not None) and not args.run_dir:
-        raise InputError("--step, --best: go with --run-dir")
     run_dir = run_folder(args.run_dir) if args.run_dir else None
     prompts = [*args.text, *(_prompts(args.prompts) if args.prompts else ())]
     overrides = ["eval.every=0", *args.set]
@@ -163,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         config = config_from_dict(tree, "--model", overrides)
     else:
         config = setup.config_of(args.config, run_dir, overrides)
-    asked = setup.chosen_step(run_dir, args.step, args.best) if run_dir else None
+    asked = setup.chosen_step(run_dir, args.step, args.best)
     policy, mesh = setup.load_policy(config, args.model), make_mesh(config.mesh)
     shards, wanted = row_shards(mesh), max(1, len(prompts)) * args.samples
     slots = min(config.rollout.decode_slots, wanted)
@@ -171,9 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     config = dataclasses.replace(config, rollout=rollout)
     info = make_console(main=True, quiet=args.quiet).info
     info(setup.describe(policy, mesh))
-    step, weights = setup.rollout_weights(config, policy, mesh, run_dir, asked)
-    if step is not None:
-        info(f"checkpoint of step {step}")
+    _, weights = setup.rollout_weights(config, policy, mesh, run_dir, asked, info)
     generator = Generator(config, policy, setup.make_engine(config, policy, mesh), weights)
     if not prompts:
         chat(generator, typed())

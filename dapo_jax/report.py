@@ -319,8 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     names = zip(run_dirs, run_names(run_dirs), strict=True)
     page = render([read_run(run_dir, name, size) for run_dir, name in names])
     out = files.as_path(args.out) if args.out else run_dirs[0] / "report.html"
-    with writing(out):
-        files.write_whole(out, page)
+    files.write_whole(out, page)
     runs = f"{len(run_dirs)} run{'s' * (len(run_dirs) > 1)}"
     print(f"wrote {out}: {runs}, {len(page) / 1e6:.1f} MB")
     return 0

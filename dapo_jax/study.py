@@ -25,10 +25,10 @@ from dapo_jax.config.checks import build
 from dapo_jax.config.load import read_mapping
 from dapo_jax.config.schema import STRICT, field
 from dapo_jax.runtime.curves import STYLE, running_mean
-from dapo_jax.runtime.files import write_whole, writing
+from dapo_jax.runtime.files import write_whole
 from dapo_jax.runtime.metrics import definition, read_metrics
 from dapo_jax.train import train
-from dapo_jax.training.same_run import MAY_CHANGE, difference
+from dapo_jax.training.same_run import MAY_CHANGE, changes, refused
 from dapo_jax.types import InputError
 
 # Every run of a table must sample and evaluate alike; the warm-up uses neither of the last three.
@@ -128,7 +128,7 @@ def train_all(study: Study, out: Path, info: Callable[[str], None]) -> None:
     for row, config, file, _ in jobs(study, out):
         found = load_config(file) if file.is_file() else config
         may_change = _WARM_UP_MAY_CHANGE if row is None else _RUN_MAY_CHANGE
-        if changed := difference(found, config, may_change):
+        if changed := refused(changes(found, config), may_change):
             key, was, now = changed
             raise ConfigError(
                 f"{file}: {key}: was {was!r} when this was trained, and is {now!r} in the study; "
@@ -137,8 +137,7 @@ def train_all(study: Study, out: Path, info: Callable[[str], None]) -> None:
     for row, config, file, folder in jobs(study, out):
         if row is None and not folder.is_dir():
             info(f"seed {config.seed}: warm-up")
-            with writing(file):
-                write_whole(file, dump_yaml(config).encode())
+            write_whole(file, dump_yaml(config).encode())
             supervised.main(["--config", str(file), "--out", str(folder), "--quiet"])
         elif row is not None and last_step(folder) != config.train.steps:
             info(f"seed {config.seed}: {row}")
@@ -337,9 +336,8 @@ def main(argv: list[str] | None = None) -> int:
     if not any(rows):
         raise InputError(f"{out}: holds no complete run; run the study without --summary")
     table = as_markdown(study, rows)
-    with writing(out):
-        write_whole(out / "table.md", table.encode())
-        write_whole(out / "figure.png", draw(study, rows))
+    write_whole(out / "table.md", table.encode())
+    write_whole(out / "figure.png", draw(study, rows))
     print(table)
     return 0
 

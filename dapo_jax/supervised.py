@@ -3,20 +3,20 @@
 python -m dapo_jax.supervised --config C --out FOLDER        writes a Hugging Face folder
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
 from dapo_jax import cli
-from dapo_jax.config import Config, SupervisedSection, load_config
+from dapo_jax.config import Config, load_config
 from dapo_jax.dapo.packing import TrainItem, build_batch
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import check_embedded
 from dapo_jax.export import save_policy
 from dapo_jax.model.weights import check_new
 from dapo_jax.runtime import multihost
-from dapo_jax.runtime.console import announced, make_console, progress
+from dapo_jax.runtime.console import Console, announced, make_console, progress
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, put_rows
 from dapo_jax.training import setup
@@ -58,7 +58,7 @@ def warm_up(
     mesh: Mesh,
     items: Sequence[TrainItem],
     state: TrainState,
-    info: Callable[[str], None],
+    console: Console,
     done: tuple[int, int] = (0, 0),
 ) -> Iterator[tuple[int, int, TrainState]]:
     """`supervised.updates` AdamW updates on the mean token cross-entropy of solutions.
@@ -77,30 +77,23 @@ def warm_up(
     batches = _batches(config, mesh, items, updates)
     model = setup.adapted(policy.model, config.model.lora)
     update = supervised_programs(model, mesh, config.optim).update
-    update = announced("update of the warm-up", update, info)
+    update = announced("update of the warm-up", update, console.info)
     batch = next(batches, None)
-    for u in range(updates + 1, section.updates + 1):
-        rate = section.learning_rate * min(1.0, u / max(1, section.warmup_updates))
-        state, sums = update(state, batch, np.float32(rate))
-        batch = next(batches, None)
-        skipped = skipped + 1 if float(sums["skipped"]) else 0  # waits
-        if u % max(1, section.updates // 5) == 0 or u == section.updates:
-            info(f"warm-up {u:>5}/{section.updates}  cross-entropy {float(sums['loss']):.4f}")
-        if skipped >= config.optim.max_nonfinite_updates:
-            what = f"{skipped} updates in a row had a non-finite loss or gradient and were skipped"
-            do = "lower supervised.learning_rate, or check the solutions"
-            raise InputError(f"warm-up update {u}: {what}; {do}")
-        yield u, skipped, state
-
-
-def warming_bar(
-    updates: Iterator[tuple[int, int, TrainState]], section: SupervisedSection, bars: bool
-) -> Iterator[tuple[int, int, TrainState]]:
-    """The updates of `warm_up`, with a progress bar."""
-    with progress(section.updates, "warm-up", enabled=bars) as bar:
-        for update in updates:
-            bar.update(update[0] - bar.n)
-            yield update
+    with progress(section.updates, "warm-up", enabled=console.bars) as bar:
+        for u in range(updates + 1, section.updates + 1):
+            rate = section.learning_rate * min(1.0, u / max(1, section.warmup_updates))
+            state, sums = update(state, batch, np.float32(rate))
+            batch = next(batches, None)
+            skipped = skipped + 1 if float(sums["skipped"]) else 0  # waits
+            bar.update(u - bar.n)
+            if u % max(1, section.updates // 5) == 0 or u == section.updates:
+                loss = f"cross-entropy {float(sums['loss']):.4f}"
+                console.info(f"warm-up {u:>5}/{section.updates}  {loss}")
+            if skipped >= config.optim.max_nonfinite_updates:
+                what = f"{skipped} updates in a row had a non-finite loss or gradient"
+                do = "lower supervised.learning_rate, or check the solutions"
+                raise InputError(f"warm-up update {u}: {what} and were skipped; {do}")
+            yield u, skipped, state
 
 
 def _batches(
@@ -121,12 +114,11 @@ def _batches(
 def main(argv: list[str] | None = None) -> int:
     """Trains on worked solutions (`supervised` section) and writes a Hugging Face folder."""
     parser = cli.parser("supervised", main.__doc__, "--config configs/tiny_cpu.yaml --out warm")
-    add, override = parser.add_argument, "override, e.g. supervised.updates=500"
-    used = "YAML config; its supervised, data and model sections are used, without eval.sets"
-    add("--config", required=True, help=used)
-    add("--out", required=True, help="folder to write: config, safetensors, tokenizer")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
-    add("--quiet", action="store_true", help="only warnings, errors and the last line")
+    used = "; its supervised, data and model sections are used, without eval.sets"
+    said = "warnings, errors and the last line"
+    cli.add_config(parser, used, "supervised.updates=500", said, required=True)
+    out = "folder to write: config, safetensors, tokenizer"
+    parser.add_argument("--out", required=True, help=out)
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     if not config.supervised.updates:
@@ -147,8 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     init_optimizer = supervised_programs(model, mesh, config.optim).init_optimizer
     state = init_optimizer(setup.load_params(config, policy, mesh, lora=lora))
     with Guard(config.train.stall_timeout_s) as guard:
-        warming = warm_up(config, policy, mesh, items, state, info)
-        for _, _, warmed in warming_bar(warming, config.supervised, console.bars):  # noqa: B007
+        for _, _, warmed in warm_up(config, policy, mesh, items, state, console):  # noqa: B007
             guard.reach("warm-up")
     params = multihost.fetch(setup.merged(warmed.params, policy, lora, mesh))
     if multihost.is_main():

@@ -34,7 +34,7 @@ from dapo_jax.runtime.mesh import is_published_unchanged, make_mesh
 from dapo_jax.runtime.metrics import MetricsLog, best_step, read_metrics, timed
 from dapo_jax.runtime.profile import Profiler
 from dapo_jax.runtime.tracker import Tracker, check_tracker
-from dapo_jax.supervised import solution_items, warm_up, warming_bar
+from dapo_jax.supervised import solution_items, warm_up
 from dapo_jax.training import setup
 from dapo_jax.training.dynamic_sampling import DrawState, DynamicSampler
 from dapo_jax.training.inputs import load_data
@@ -138,9 +138,8 @@ def train(
         with tracker, log, store.saving_on_exit(run):
             if run.progress.warmed < config.supervised.updates:
                 before = (run.progress.warmed, run.progress.nonfinite)
-                warming = warm_up(config, policy, mesh, solutions, run.state, info, before)
+                warming = warm_up(config, policy, mesh, solutions, run.state, console, before)
                 reset = programs.init_optimizer
-                warming = warming_bar(warming, config.supervised, bars)
                 warm_up_run(run, warming, config.supervised, reset, store, guard)
             if not run.progress.begun:
                 trainer.publish_weights(run)
@@ -228,15 +227,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser = cli.parser("train", main.__doc__, *examples)
     add = parser.add_argument
-    fields = "`python -m dapo_jax.config` lists every field"
-    add("--config", required=True, help=f"YAML config, e.g. configs/tiny_cpu.yaml; {fields}")
+    text = ", e.g. configs/tiny_cpu.yaml; `python -m dapo_jax.config` lists every field"
+    said = "warnings, errors and the last line"
+    cli.add_config(parser, text, "optim.learning_rate=1e-5", said, required=True)
     folder = "folder or gs://bucket/folder of the run, created or resumed"
     add("--run-dir", required=True, help=folder)
-    override = "override, e.g. --set optim.learning_rate=1e-5; may be repeated"
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
     text = "optim: resume with another learning rate, weight decay or clip bound (optim.*, clips)"
     add("--allow-change", choices=["optim"], help=text)
-    add("--quiet", action="store_true", help="only warnings, errors and the last line")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     run_dir = run_folder(args.run_dir)

@@ -21,6 +21,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 Params = Mapping[str, Any]  # nested dict of arrays
+Tokens = Int32[np.ndarray, " _"]
+Floats = Float32[np.ndarray, " _"]
 
 
 class InputError(Exception):
@@ -102,7 +104,7 @@ class Prompt:
     """A problem rendered through template and tokenizer."""
 
     problem: Problem
-    tokens: np.ndarray  # int32 [P]
+    tokens: Tokens  # [P]
 
 
 class Request(NamedTuple):
@@ -110,17 +112,17 @@ class Request(NamedTuple):
 
     draw: int  # index of the prompt's draw since the run began
     sample: int  # which of the G responses of that draw
-    prompt: np.ndarray  # int32 [P]
-    # tokens int32 [R] already sampled, and their float32 behavior log-probs
-    prefix: tuple[np.ndarray, np.ndarray] | None = None
+    prompt: Tokens  # [P]
+    # tokens [R] already sampled, and their behavior log-probs
+    prefix: tuple[Tokens, Floats] | None = None
     limit: int | None = None  # response tokens at most, prefix included; None is the engine's limit
 
 
 class Response(NamedTuple):
     """One sampled response, with its end token if it has one."""
 
-    tokens: np.ndarray  # int32 [R]
-    behavior_logprobs: np.ndarray  # float32 [R], the sampler's
+    tokens: Tokens  # [R]
+    behavior_logprobs: Floats  # [R], the sampler's
     truncated: bool  # hit the length limit before an end token
     # (rollout step, tokens) of each policy that sampled some of it, in order; () where not recorded
     policies: tuple[tuple[int, int], ...] = ()
@@ -142,10 +144,10 @@ class Group:
     draw: int
     prompt: Prompt
     responses: tuple[Response, ...]
-    correct: np.ndarray  # bool [G]
-    reward: np.ndarray  # float32 [G], score + overlong penalty
-    penalty: np.ndarray  # float32 [G], overlong penalty, in [-1, 0]
-    old_logprobs: tuple[np.ndarray, ...]  # float32 [R] each, log π_old: of the sampling policy
+    correct: Bool[np.ndarray, " _"]  # [G]
+    reward: Floats  # [G], score + overlong penalty
+    penalty: Floats  # [G], overlong penalty, in [-1, 0]
+    old_logprobs: tuple[Floats, ...]  # [R] each, log π_old: of the sampling policy
 
 
 class TrainBatch(NamedTuple):

@@ -428,10 +428,10 @@ def test_another_format_is_named(folder):
     path = folder / "5" / "host" / "metadata"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
     shutil.rmtree(folder / "3")
-    with pytest.raises(NoCheckpointError, match="written in format 2, not 3; resume with the"):
+    with pytest.raises(NoCheckpointError, match="written in format 2, not 4; resume with the"):
         restored(folder)
     (folder / "5").rename(folder / "interrupted")  # where format 2 kept partial steps
-    with pytest.raises(NoCheckpointError, match="interrupted: written in format 2, not 3"):
+    with pytest.raises(NoCheckpointError, match="interrupted: written in format 2, not 4"):
         restored(folder)
 
 

@@ -186,7 +186,7 @@ def test_help_of_every_verb(monkeypatch, capsys, verb):
     assert done.value.code == 0
     said = capsys.readouterr().out
     assert "usage" in said and f"examples:\n  python -m dapo_jax.{verb} " in said
-    assert importlib.import_module(f"dapo_jax.{verb}").main.__doc__
+    assert cli.main_of(verb).__doc__
 
 
 @pytest.mark.parametrize(
@@ -235,14 +235,14 @@ def test_a_python_without_jax_is_told_what_to_activate():
     ],
 )
 def test_a_config_key_is_explained(capsys, key, first):
-    from dapo_jax import config
+    from dapo_jax.config import __main__ as config
 
     assert config.main([key]) == 0
     assert capsys.readouterr().out.startswith(first)
 
 
 def test_an_unknown_config_key_gets_the_nearest_ones():
-    from dapo_jax import config
+    from dapo_jax.config import __main__ as config
 
     with pytest.raises(
         InputError, match="lerning_rate: no such .*did you mean optim.learning_rate"
@@ -251,7 +251,7 @@ def test_an_unknown_config_key_gets_the_nearest_ones():
 
 
 def test_shipped_configs_are_listed_with_their_headers(capsys):
-    from dapo_jax import config
+    from dapo_jax.config import __main__ as config
 
     assert config.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dapo_jax import data
 from dapo_jax.config import ArithmeticConfig
+from dapo_jax.data import __main__ as data
 from dapo_jax.data.problems import load_problems, problems_digest
 from dapo_jax.data.tfds_builder import prepare
 from dapo_jax.types import InputError

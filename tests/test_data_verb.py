@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapo_jax import cli, data
+from dapo_jax import cli
 from dapo_jax.config import ArithmeticConfig, load_config
+from dapo_jax.data import __main__ as data
 from dapo_jax.data.__main__ import length_stats
 from dapo_jax.data.problems import load_problems
 from dapo_jax.data.prompts import byte_tokenizer, make_prompts

@@ -14,11 +14,13 @@ from dapo_jax.data.mixture import Mixture
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import load_tokenizer
 from dapo_jax.runtime.guard import Guard
+from dapo_jax.runtime.records import plain, typed
 from dapo_jax.training.dynamic_sampling import (
     DrawState,
     DynamicSampler,
     GroupCounts,
     OpenGroup,
+    Sample,
     keep_rate_after,
     prompts_wanted,
 )
@@ -372,7 +374,10 @@ def test_partial_rollouts_leave_later_groups_to_the_next_step_and_lose_nothing()
     assert [g.draw for g in groups] == list(range(len(groups)))  # each draw once, in order
     assert all(sum(map(is_informative, step.groups)) >= 8 for step in partial)
     assert any(step.state.open for step in partial) and any(
-        g.prefixes for step in partial for g in step.state.open
+        len(s.response.tokens) and not s.ended
+        for step in partial
+        for g in step.state.open
+        for s in g.samples
     )
     for group in groups:  # whole responses, whichever steps they were sampled in
         assert [
@@ -405,10 +410,9 @@ def test_ages_are_those_of_a_naive_count_of_each_token():
                 tokens = sampled_in[group.draw, sample]
                 tokens += [n] * (len(response.tokens) - len(tokens))
         for group in step.state.open:
-            for sample, response in enumerate(group.responses):
-                so_far = response or group.prefixes.get(sample)
-                tokens = sampled_in[group.draw, sample]
-                tokens += [n] * ((len(so_far.tokens) if so_far else 0) - len(tokens))
+            for number, sample in enumerate(group.samples):
+                tokens = sampled_in[group.draw, number]
+                tokens += [n] * (len(sample.response.tokens) - len(tokens))
         kept = [group for group in step.groups if is_informative(group)]
         tokens = [sampled_in[g.draw, s] for g in kept for s in range(len(g.responses))]
         ages = [n - at for response in tokens for at in response]
@@ -436,8 +440,8 @@ def test_ages_without_partial_rollouts_are_of_carried_groups_only():
 
 def test_open_groups_survive_a_checkpoint():
     def through_a_file(groups):
-        packed = serialization.msgpack_serialize(DrawState(open=tuple(groups)).packed())
-        return DrawState.unpacked(serialization.msgpack_restore(packed), PROMPTS).open
+        packed = serialization.msgpack_serialize(plain(DrawState(open=tuple(groups))))
+        return typed(DrawState, serialization.msgpack_restore(packed)).open
 
     def some_late(draw, sample):
         length, correct = long_tailed(draw, sample)
@@ -448,10 +452,8 @@ def test_open_groups_survive_a_checkpoint():
         "pool": FakePool(late=Verdict(True, 9.0, "timed out after 1 s")),
         "partial_rollouts": True,
     }
-    plain, restored = (
-        steps(6, save, **options) for save in (lambda groups: groups, through_a_file)
-    )
-    for a, b in zip(plain, restored, strict=True):
+    kept, restored = (steps(6, save, **options) for save in (lambda groups: groups, through_a_file))
+    for a, b in zip(kept, restored, strict=True):
         assert (
             [g.draw for g in a.groups] == [g.draw for g in b.groups]
             and a.verdicts == b.verdicts
@@ -460,16 +462,16 @@ def test_open_groups_survive_a_checkpoint():
         assert list(map(said, a.groups)) == list(map(said, b.groups))
         ages = [[r.policies for g in x.groups for r in g.responses] for x in (a, b)]
         assert ages[0] == ages[1] and a.state.step == b.state.step
-    assert any(step.state.open for step in plain)
-    assert any(v and v.error for step in plain for g in step.state.open for v in g.verdicts)
+    assert any(step.state.open for step in kept)
+    verdicts = [s.verdict for step in kept for g in step.state.open for s in g.samples]
+    assert any(v and v.error for v in verdicts)
 
 
 def opened(*outcomes):
     groups = []
     for draw, outcome in enumerate(outcomes):
-        group = OpenGroup(draw, PROMPTS[0], G)
-        group.verdicts = [None if c == "?" else Verdict(c == "1", 0.0) for c in outcome]
-        groups.append(group)
+        verdicts = [None if c == "?" else Verdict(c == "1", 0.0) for c in outcome]
+        groups.append(OpenGroup(draw, 0, [Sample(verdict=v) for v in verdicts]))
     return groups
 
 

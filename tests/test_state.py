@@ -11,7 +11,8 @@ from groups import MIXED, PROBLEMS, make_group
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.problems import Cursor
 from dapo_jax.runtime.checkpoint import Restored
-from dapo_jax.training.dynamic_sampling import DrawState, OpenGroup
+from dapo_jax.runtime.records import plain
+from dapo_jax.training.dynamic_sampling import DrawState, OpenGroup, Sample
 from dapo_jax.training.state import Digests, PartialStep, Progress, RunState, RunStore
 from dapo_jax.types import (
     InputError,
@@ -37,7 +38,7 @@ class Folder:
         return list(self.whole)
 
     def save(self, step, state, host, groups, *, partial):
-        groups = serialization.msgpack_restore(serialization.msgpack_serialize(groups))
+        groups = serialization.msgpack_restore(serialization.msgpack_serialize(plain(groups)))
         host = json.loads(json.dumps(host))
         self.saved.append(Restored(f"checkpoints/{step}", step, state, host, groups))
         if not partial:
@@ -91,7 +92,7 @@ def test_a_rollback_leaves_nothing_of_the_step_it_leaves(changed):
     write(run, folder)
 
     run.buffer.add([make_group(draw, MIXED) for draw in (3, 4)])
-    run.draw = DrawState(draws=6, open=(OpenGroup(5, PROMPTS[0], 2),))
+    run.draw = DrawState(draws=6, open=(OpenGroup(5, 0, [Sample()] * 2),))
     run.partial = PartialStep({}, [{"loss": np.nan}])
     run.progress = run.progress._replace(step=2)
     other = Digests("other", "other", "other", None)
@@ -120,19 +121,6 @@ def test_a_run_rolled_back_to_step_0_has_begun():
     assert restored(folder, make_run()).progress.begun and run.draw.draws == 4
 
 
-def test_open_responses_of_an_earlier_version_stay_without_policies():
-    group = OpenGroup(5, PROMPTS[0], 2)
-    group.prefixes[0] = response(3)
-    group.prefixes[0] = group.continued(0, response(5), step=2)
-    group.prefixes[1] = group.continued(1, response(4), step=2)
-    again = OpenGroup.unpacked(group.packed(), PROMPTS)
-    assert [again.prefixes[n].policies for n in (0, 1)] == [(), ((2, 4),)]
-
-
-def response(length):
-    return Response(np.arange(length, dtype=np.int32), np.zeros(length, np.float32), False)
-
-
 def test_prompts_of_other_tokens_are_other_data():
     """Of the same problems, by a tokenizer or chat template that has changed since."""
     folder, run = Folder(), make_run(DrawState(Cursor(1, 2), 1), step=1)
@@ -146,12 +134,9 @@ def test_prompts_of_other_tokens_are_other_data():
     assert (again.draw, again.buffer.missing()) == (DrawState(draws=1), 2)
 
 
-OPEN = OpenGroup(5, PROMPTS[0], 2)
-OPEN.responses[0] = Response(
-    np.array([4, 5], np.int32), np.zeros(2, np.float32), True, ((1, 1), (2, 1))
-)
-OPEN.verdicts[0] = Verdict(True, 1.0)
-OPEN.prefixes[1] = Response(np.array([4], np.int32), np.zeros(1, np.float32), False, ((2, 1),))
+WHOLE = Response(np.array([4, 5], np.int32), np.zeros(2, np.float32), True, ((1, 1), (2, 1)))
+SO_FAR = Response(np.array([4], np.int32), np.zeros(1, np.float32), False, ((2, 1),))
+OPEN = OpenGroup(5, 0, [Sample(WHOLE, True, Verdict(True, 1.0)), Sample(SO_FAR)])
 DRAWN = {"rollout/prompts": 2, "rollout/tokens": 7.0, "filter/wasted_tokens": 0}
 PARTIAL = PartialStep(DRAWN, [{"loss": 0.5, "skipped": 0.0}])
 
@@ -196,16 +181,16 @@ BUFFERED, BEGUN = ("groups", "buffer", "groups", 0), ("groups", "draw", "open", 
         put(float("inf"), "groups", "partial", "drawn", "rollout/prompts"),
         put(["loss"], "groups", "partial", "sums"),
         put([{"loss": 1.0}], "groups", "partial", "sums"),
-        lambda host, groups: groups["buffer"].pop("tally"),
-        put([0] * 99, "groups", "buffer", "tally"),
+        lambda host, groups: groups["buffer"].pop("counts"),
+        put([0] * 99, "groups", "buffer", "counts"),
         put(np.array([True]), *BUFFERED, "correct"),
         put(np.zeros((1, 2), np.float32), *BUFFERED, "reward"),
-        put([1, 2], *BUFFERED, "prompt"),
+        put([1, 2], *BUFFERED, "prompt", "tokens"),
         put(np.array([1.5]), *BUFFERED, "responses", 0, "tokens"),
-        put("no JSON", *BUFFERED, "problem"),
+        put(7, *BUFFERED, "prompt", "problem", "id"),
         put(99, "groups", "draw", "open", 0, "problem"),
         put(-1, "groups", "draw", "open", 0, "problem"),
-        put(np.zeros(7, np.float32), *BEGUN, "logprobs"),
+        put(np.zeros(7, np.float32), *BEGUN, "response", "behavior_logprobs"),
         put([True], *BEGUN, "verdict"),
     ],
 )

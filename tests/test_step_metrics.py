@@ -103,7 +103,7 @@ def metrics(sums=SUMS, left=(CARRIED,), **algo):
     buffer.take()
     state = buffer.state()
     buffer = DynamicSamplingBuffer(2, dynamic_sampling=True, carry_surplus=True)
-    buffer.restore(state, {g.prompt.problem.id: g.prompt.problem for g in left})
+    buffer.restore(state)
     buffer.add(DRAWN)
     kept, counts = buffer.take()
     drawn = draw_metrics(Drawn(DRAWN, VERDICTS, 3, 40, 0, DrawState()), 2)

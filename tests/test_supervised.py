@@ -12,6 +12,7 @@ import pytest
 from dapo_jax import supervised
 from dapo_jax.config import MeshSection, config_from_dict
 from dapo_jax.dapo.packing import TrainItem
+from dapo_jax.runtime.console import Console
 from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.training.setup import Policy, with_computation
 from dapo_jax.types import InputError
@@ -70,7 +71,7 @@ def warm_up(monkeypatch):
             make_mesh(MeshSection(1, 1, 1), jax.devices()[:1]),
         )
         for updates, in_a_row, state in supervised.warm_up(
-            config, policy, mesh, ITEMS, done, print, (done, skipped)
+            config, policy, mesh, ITEMS, done, Console(print, print, False), (done, skipped)
         ):
             assert updates == state
             happened.append(f"{in_a_row} skipped")

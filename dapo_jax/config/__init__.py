@@ -4,7 +4,6 @@ python -m dapo_jax.config            prints every field with its default and mea
 """
 
 from dapo_jax.config.checks import ConfigError, check_context, check_model, printable
-from dapo_jax.config.describe import describe, main
 from dapo_jax.config.load import (
     config_from_dict,
     dump_yaml,

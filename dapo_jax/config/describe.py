@@ -1,15 +1,12 @@
 """Every config field with its default and meaning, as text."""
 
-import argparse
 import dataclasses
 import difflib
 import json
 import textwrap
 import typing
-from pathlib import Path
 
 from dapo_jax.config.checks import ConfigError, limits, printable
-from dapo_jax.config.load import dump_yaml, load_config
 from dapo_jax.config.schema import Config
 
 
@@ -59,36 +56,3 @@ def explain(key: str) -> list[str]:
         hint = f"did you mean {' or '.join(near)}?" if near else "without KEY, all are listed"
         raise ConfigError(f"{printable(key)[:100]}: no such field or section; {hint}")
     return textwrap.dedent("\n".join(found[key])).splitlines()
-
-
-def shipped(folder: Path) -> list[str]:
-    """The configs in a folder, each with the first line of its header."""
-    found = []
-    for file in sorted(folder.glob("*.yaml")):
-        header = file.read_text().partition("\n")[0]
-        found += [f"configs/{file.name}", f"    {header.lstrip('# ')}"]
-    return found or [f"no configs in {folder}; they come with the repository"]
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Prints every config field with its default and meaning, one of them, or a resolved config."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dapo_jax.config",
-        description=main.__doc__,
-        epilog="examples:\n  python -m dapo_jax.config optim.learning_rate\n"
-        "  python -m dapo_jax.config --config configs/tiny_cpu.yaml --set optim.grad_clip=0.5",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("key", nargs="?", help="a field or section, e.g. dapo.clip_eps_high")
-    parser.add_argument("--list", action="store_true", help="the configs of this repository")
-    parser.add_argument("--config", help="print this file, resolved and checked")
-    text = "override, e.g. optim.learning_rate=1e-5"
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
-    args = parser.parse_args(argv)
-    if args.config:
-        print(dump_yaml(load_config(args.config, args.set)))
-    elif args.list:
-        print("\n".join(shipped(Path(__file__).parents[2] / "configs")))
-    else:
-        print("\n".join(explain(args.key) if args.key else describe()))
-    return 0

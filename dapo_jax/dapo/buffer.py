@@ -5,15 +5,15 @@ would favour short responses. Decisions depend on the groups alone, never on the
 """
 
 import itertools
-import json
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from dapo_jax.dapo.groups import is_informative
-from dapo_jax.types import Group, InputError, Problem, Prompt, Response, SharedError
+from dapo_jax.runtime.records import Count
+from dapo_jax.types import Group, SharedError
 
 
 class UnderfilledError(SharedError):
@@ -27,17 +27,25 @@ class StepCounts(NamedTuple):
     every group with a verdict is trained on: drawn + carried_in == kept + surplus.
     """
 
-    carried_in: int = 0  # groups that the previous step left over
-    drawn: int = 0  # groups completed in this step
-    all_correct: int = 0  # drawn groups without an incorrect response
-    all_wrong: int = 0  # drawn groups without a correct response
-    unjudged: int = 0  # drawn groups without any verdict
-    responses: int = 0  # with a verdict, of the drawn groups
-    correct: int = 0  # of these
-    wasted_tokens: int = 0  # response tokens of groups that will never be trained on
+    carried_in: Count = 0  # groups that the previous step left over
+    drawn: Count = 0  # groups completed in this step
+    all_correct: Count = 0  # drawn groups without an incorrect response
+    all_wrong: Count = 0  # drawn groups without a correct response
+    unjudged: Count = 0  # drawn groups without any verdict
+    responses: Count = 0  # with a verdict, of the drawn groups
+    correct: Count = 0  # of these
+    wasted_tokens: Count = 0  # response tokens of groups that will never be trained on
     # Both 0 until the step ends; the first min(carried_in, kept) kept groups are carried ones.
-    kept: int = 0  # groups to train on
-    surplus: int = 0  # groups beyond what the step needs, carried to the next step or dropped
+    kept: Count = 0  # groups to train on
+    surplus: Count = 0  # groups beyond what the step needs, carried to the next step or dropped
+
+
+class BufferState(NamedTuple):
+    """A buffer in a checkpoint."""
+
+    last_draw: int
+    counts: StepCounts
+    groups: tuple[Group, ...]
 
 
 class DynamicSamplingBuffer:
@@ -118,76 +126,15 @@ class DynamicSamplingBuffer:
         self._counts = StepCounts(carried_in=len(self._accepted))
         return kept, counts
 
-    def state(self) -> dict[str, Any]:
-        """The whole state as plain data, for a checkpoint."""
-        groups = [_packed(group) for group in self._accepted]
-        return {"last_draw": self._last_draw, "tally": list(self._counts), "groups": groups}
+    def state(self) -> BufferState:
+        """The whole state, for a checkpoint."""
+        return BufferState(self._last_draw, self._counts, tuple(self._accepted))
 
-    def restore(self, state: Mapping[str, Any], problems: Mapping[str, Problem]) -> None:
-        """Inverse of `state`. problems: by id.
-
-        Changes nothing if it raises: InputError for a group of an unknown problem,
-        ValueError, TypeError or KeyError for malformed data.
-        """
-        groups = [_unpacked(group, problems) for group in state["groups"]]
-        counts, last_draw = StepCounts(*map(int, state["tally"])), int(state["last_draw"])
-        self._last_draw, self._counts, self._accepted = last_draw, counts, groups
-
-
-def _array(value: Any, dtype: type[np.generic]) -> np.ndarray:
-    """A one-dimensional array of plain data. Raises ValueError for any other value."""
-    if not isinstance(value, np.ndarray) or value.dtype != dtype or value.ndim != 1:
-        raise ValueError(f"not a one-dimensional array of {dtype.__name__}")
-    return value
-
-
-def packed_response(r: Response) -> dict[str, Any]:
-    """As plain data, for a checkpoint."""
-    sampled = {"tokens": r.tokens, "logprobs": r.behavior_logprobs}
-    policies = [list(policy) for policy in r.policies]
-    return sampled | {"truncated": bool(r.truncated), "policies": policies}
-
-
-def unpacked_response(data: Mapping[str, Any], truncated: Any) -> Response:
-    """Inverse of `packed_response`. Raises ValueError, TypeError or KeyError for malformed data."""
-    tokens = _array(data["tokens"], np.int32)
-    logprobs = _array(data["logprobs"], np.float32)
-    policies = tuple((int(step), int(count)) for step, count in data.get("policies", ()))
-    by_policy = sum(count for _, count in policies) if policies else len(tokens)
-    if not len(logprobs) == by_policy == len(tokens):
-        raise ValueError("a response whose tokens, log-probs and policies differ in number")
-    return Response(tokens, logprobs, bool(truncated), policies)
-
-
-def _packed(group: Group) -> dict[str, Any]:
-    responses = [
-        packed_response(r) | {"old_logprobs": old}
-        for r, old in zip(group.responses, group.old_logprobs, strict=True)
-    ]
-    # As JSON, because an id may hold lone surrogates.
-    named = {"draw": group.draw, "problem": json.dumps(group.prompt.problem.id)}
-    judged = {"correct": group.correct, "reward": group.reward, "penalty": group.penalty}
-    return named | {"prompt": group.prompt.tokens, "responses": responses} | judged
-
-
-def _unpacked(data: Mapping[str, Any], problems: Mapping[str, Problem]) -> Group:
-    draw, problem = int(data["draw"]), json.loads(data["problem"])
-    if problem not in problems:
-        raise InputError(
-            f"checkpoint: the buffered group of draw {draw} belongs to problem {problem[:60]!r}, "
-            "which the data set does not have; resume with the data set that the run started with"
-        )
-    group = Group(
-        draw=draw,
-        prompt=Prompt(problems[problem], _array(data["prompt"], np.int32)),
-        responses=tuple(unpacked_response(r, r["truncated"]) for r in data["responses"]),
-        correct=_array(data["correct"], np.bool_),
-        reward=_array(data["reward"], np.float32),
-        penalty=_array(data["penalty"], np.float32),
-        old_logprobs=tuple(_array(r["old_logprobs"], np.float32) for r in data["responses"]),
-    )
-    _check_lengths(group)
-    return group
+    def restore(self, state: BufferState) -> None:
+        """Inverse of `state`. Raises ValueError for malformed groups, and changes nothing then."""
+        for group in state.groups:
+            _check_lengths(group)
+        self._last_draw, self._counts, self._accepted = *state[:2], [*state.groups]
 
 
 def _cap_message(accepted: int, needed: int, t: StepCounts) -> str:

@@ -20,6 +20,7 @@ from dapo_jax.data.arithmetic import arithmetic_problems
 from dapo_jax.data.files import ENDINGS, rows_of
 from dapo_jax.data.rows import AS_USUAL, BadRow, column_names, problem_from_row
 from dapo_jax.runtime.files import local_copy
+from dapo_jax.runtime.records import Count
 from dapo_jax.types import InputError, Message, Problem
 
 _SHOWN_COLUMNS = 12
@@ -167,8 +168,8 @@ Order = Callable[..., np.ndarray]  # the draws of an `epoch`
 class Cursor(NamedTuple):
     """A place in the endless sequence of epochs."""
 
-    epoch: int = 0
-    index: int = 0  # type: ignore[assignment]  # draws made in this epoch; hides tuple.index
+    epoch: Count = 0
+    index: Count = 0  # type: ignore[assignment]  # draws made in this epoch; hides tuple.index
 
 
 def advance(

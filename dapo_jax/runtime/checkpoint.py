@@ -45,6 +45,7 @@ from dapo_jax.config import printable
 from dapo_jax.runtime import files, multihost
 from dapo_jax.runtime.console import warn
 from dapo_jax.runtime.files import Folder, as_path, errors_as, is_bucket, reason
+from dapo_jax.runtime.records import plain
 from dapo_jax.types import (
     InputError,
     NoCheckpointError,
@@ -55,7 +56,7 @@ from dapo_jax.types import (
     TrainState,
 )
 
-_FORMAT = 3
+_FORMAT = 4
 _NAME = re.compile(r"(0|[1-9]\d*)(\.[1-9]\d*)?", re.ASCII)
 _COMPLETE = "commit_success.txt"  # what orbax writes last
 _RECORD = PurePath("host") / "metadata"  # where orbax's JSON handler writes
@@ -142,8 +143,8 @@ class Checkpoints:
     ) -> None:
         """Starts to write the newest checkpoint. Once this returns, `state` may be donated.
 
-        host: JSON-able, finite numbers. groups: a nested dict with text keys of arrays without
-        objects, numbers, bools, texts and lists of these. partial: the checkpoint is inside step
+        host: JSON-able, finite numbers. groups: records (`plain`) of arrays without objects,
+        numbers, bools and texts. partial: the checkpoint is inside step
         `step + 1`, or before step 1. Raises ValueError if there is one of a later step,
         FloatingPointError if the state is non-finite, RunError if processes or replicas have
         diverged, and InputError if the disk refuses this save or the one before.
@@ -153,7 +154,7 @@ class Checkpoints:
         leaves = {item: _describe(arrays) for item, arrays in items.items()}
         if bad := next(filter(None, map(_first_non_finite, leaves.values())), None):
             raise FloatingPointError(f"step {step}: {bad} is non-finite; no checkpoint is saved")
-        blob = serialization.msgpack_serialize(dict(groups))
+        blob = serialization.msgpack_serialize(plain(groups))
         record: dict[str, Any] = {"format": _FORMAT, "step": step, "host": host, "leaves": leaves}
         record["groups"] = _sha256(blob)
         if differs := multihost.disagreement(_facts(record)):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dapo_jax.runtime.files import Folder, as_path, is_bucket, write_whole, writing
+from dapo_jax.runtime.files import Folder, as_path, is_bucket, write_whole
 from dapo_jax.runtime.metrics import read_metrics
 from dapo_jax.types import InputError
 
@@ -90,8 +90,7 @@ def plot_curves(run_dir: str | Folder) -> Folder:
     with matplotlib.rc_context(STYLE):
         name = folder.name if is_bucket(folder) else folder.resolve().name
         _draw(records, name).savefig(image, dpi=150)
-    with writing(path):
-        write_whole(path, image.getvalue())
+    write_whole(path, image.getvalue())
     return path
 
 

@@ -130,21 +130,22 @@ def write_result(path: str, text: str) -> None:
 
 
 def write_whole(path: Folder, content: bytes) -> None:
-    """Writes a file atomically, and creates its folder."""
-    if is_bucket(path):
-        path.write_bytes(content)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # of a killed process, or a link to somewhere else
-    try:
-        with temporary.open("xb", buffering=0) as file:
-            _write(file, content)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    """Writes a file atomically, and creates its folder. Raises as `writing` does."""
+    with writing(path):
+        if is_bucket(path):
+            path.write_bytes(content)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.unlink(missing_ok=True)  # of a killed process, or a link to somewhere else
+        try:
+            with temporary.open("xb", buffering=0) as file:
+                _write(file, content)
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def _write(file: io.FileIO, content: bytes) -> None:
@@ -155,7 +156,9 @@ def _write(file: io.FileIO, content: bytes) -> None:
 
 
 class AppendFile:
-    """A file of `content` that grows by lines; an object is sent whole with each of them."""
+    """A file of `content` that grows by lines; an object is sent whole with each of them. Raises as
+    `writing` does.
+    """
 
     def __init__(self, path: Folder, content: bytes):
         write_whole(path, content)
@@ -163,11 +166,12 @@ class AppendFile:
         self._file = None if is_bucket(path) else Path(path).open("ab", buffering=0)
 
     def add(self, line: bytes) -> None:
-        if self._file is None:
-            self._content += line
-            self._path.write_bytes(self._content)
-        else:
-            _write(self._file, line)
+        with writing(self._path):
+            if self._file is None:
+                self._content += line
+                self._path.write_bytes(self._content)
+            else:
+                _write(self._file, line)
 
     def close(self) -> None:
         if self._file is not None:

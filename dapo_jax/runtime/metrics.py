@@ -27,7 +27,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from dapo_jax.runtime import files
 from dapo_jax.runtime.console import warn
-from dapo_jax.runtime.files import AppendFile, Folder, as_path, writing
+from dapo_jax.runtime.files import AppendFile, Folder, as_path
 from dapo_jax.types import InputError
 
 # Metrics that depend on the clock and the machine. No other does.
@@ -149,14 +149,12 @@ class MetricsLog:
         if not self._enabled:
             return
         self.__exit__()
-        with writing(self._path):
-            self._lines = AppendFile(self._path, _lines_until(self._path, step))
+        self._lines = AppendFile(self._path, _lines_until(self._path, step))
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
-        self._board = self._path.parent / "tensorboard" / name
+        board = self._path.parent / "tensorboard" / name
         # A START event hides the later steps of earlier files.
         start = _event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-        with writing(self._board):
-            self._events = AppendFile(self._board, _event(file_version="brain.Event:2") + start)
+        self._events = AppendFile(board, _event(file_version="brain.Event:2") + start)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -183,11 +181,9 @@ class MetricsLog:
             print(f"step {step}: non-finite, left out of metrics.jsonl: {', '.join(lost)}")
         counters = {"updates": int(updates), "draws": int(draws)}
         line = {"step": int(step), **counters, **finite, **texts}
-        with writing(self._path):
-            self._lines.add(json.dumps(line).encode() + b"\n")
+        self._lines.add(json.dumps(line).encode() + b"\n")
         values = [Summary.Value(tag=key, simple_value=number) for key, number in finite.items()]
-        with writing(self._board):
-            self._events.add(_event(step=step, summary=Summary(value=values)))
+        self._events.add(_event(step=step, summary=Summary(value=values)))
         self._copy(int(step), counters | finite)
 
 
@@ -230,9 +226,8 @@ def write_samples(run_dir: str | Folder, step: int, rows: Sequence[Mapping[str, 
     """
     path = as_path(run_dir) / "samples" / f"step_{step:06d}.jsonl"
     lines = [json.dumps(dict(row), ensure_ascii=False, default=np.generic.item) for row in rows]
-    text = "".join(line + "\n" for line in lines)
-    with writing(path):  # a lone surrogate becomes its JSON escape
-        files.write_whole(path, text.encode("utf-8", errors="backslashreplace"))
+    text = "".join(line + "\n" for line in lines)  # a lone surrogate becomes its JSON escape
+    files.write_whole(path, text.encode("utf-8", errors="backslashreplace"))
     return path
 
 

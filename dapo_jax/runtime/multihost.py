@@ -218,9 +218,16 @@ def from_main(text: str) -> str:
     return text if jax.process_count() == 1 else gather_texts(text)[0]
 
 
-def first_text(text: str) -> str:
-    """The text of the first process whose text is not empty, on every process."""
-    return text if jax.process_count() == 1 else next(filter(None, gather_texts(text)), "")
+def on_all(function: Callable[[], _T]) -> _T:
+    """`function()`. The InputError of the first process that raises one, all raise."""
+    try:
+        value, wrong = function(), ""
+    except InputError as e:
+        value, wrong = None, str(e)
+    texts = [wrong] if jax.process_count() == 1 else gather_texts(wrong)
+    if found := next(filter(None, texts), None):
+        raise InputError(found)
+    return typing.cast(_T, value)
 
 
 def gather_texts(text: str) -> list[str]:

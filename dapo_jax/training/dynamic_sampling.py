@@ -19,14 +19,14 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
+from pydantic import AfterValidator, Field
 
 from dapo_jax.config import DapoSection, RewardSection, RolloutSection
-from dapo_jax.dapo.buffer import packed_response, unpacked_response
 from dapo_jax.dapo.groups import is_informative
 from dapo_jax.data.mixture import Mixture, next_problems
 from dapo_jax.data.problems import Cursor
@@ -38,6 +38,7 @@ from dapo_jax.runtime import multihost
 from dapo_jax.runtime.console import progress
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.metrics import timed
+from dapo_jax.runtime.records import Count
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import Group, Params, Prompt, Request, Response, Verdict
 
@@ -45,53 +46,55 @@ Times = dict[str, float]
 
 VERDICT_DELAY = 2  # segments that workers have before decoding waits for them
 
-_NOTHING = Response(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
 _PRIOR_GROUPS = 8  # weight of the previous keep rate, in groups of this step
 
 
+def _checked(r: Response) -> Response:
+    counts = len(r.behavior_logprobs), sum(n for _, n in r.policies)
+    if {*counts} != {len(r.tokens)}:
+        raise ValueError("a response whose tokens, log-probs and policies differ in number")
+    return r
+
+
+class Sample(NamedTuple):
+    """One response of an open group."""
+
+    response: Annotated[Response, AfterValidator(_checked)] = Response(
+        np.zeros(0, np.int32), np.zeros(0, np.float32), False
+    )  # so far
+    ended: bool = False
+    verdict: Verdict | None = None
+
+
+@dataclasses.dataclass(eq=False)
 class OpenGroup:
-    """A group that is being sampled or judged. problem: its prompt's index in the data set."""
+    """A group that is being sampled or judged."""
 
-    def __init__(self, draw: int, prompt: Prompt, size: int, problem: int = 0):
-        self.draw, self.prompt, self.problem = draw, prompt, problem
-        self.responses: list[Response | None] = [None] * size
-        self.verdicts: list[Verdict | None] = [None] * size
-        self.prefixes: dict[int, Response] = {}  # that an earlier step left unfinished, so far
+    draw: Count
+    problem: Count  # index of its prompt in the data set
+    samples: list[Sample]
 
-    def copy(self) -> "OpenGroup":
-        other = OpenGroup(self.draw, self.prompt, len(self.responses), self.problem)
-        other.responses, other.verdicts = list(self.responses), list(self.verdicts)
-        other.prefixes = dict(self.prefixes)
-        return other
-
-    def requests(self) -> list[Request]:
+    def requests(self, prompt: Prompt) -> list[Request]:
         """One request per unfinished response."""
         return [
-            Request(self.draw, sample, self.prompt.tokens, self._sampled(sample)[:2])
-            for sample, response in enumerate(self.responses)
-            if response is None
+            Request(self.draw, n, prompt.tokens, sample.response[:2])
+            for n, sample in enumerate(self.samples)
+            if not sample.ended
         ]
 
-    def continued(self, sample: int, response: Response, step: int) -> Response:
-        """`response`, whole or unfinished, as the policy of a rollout step has continued it.
-
-        Tokens of a checkpoint of an earlier version have no policies; none are added to them.
-        """
-        before = self._sampled(sample)
-        new = len(response.tokens) - len(before.tokens)
-        known = new and (before.policies or not len(before.tokens))
-        policies = (*before.policies, (step, new)) if known else before.policies
-        return response._replace(policies=policies)
+    def extend(self, n: int, response: Response, step: int, *, ended: bool) -> None:
+        """Sample n is now `response`, as the policy of a rollout step has continued it."""
+        before = self.samples[n].response
+        policies, new = before.policies, len(response.tokens) - len(before.tokens)
+        policies = (*policies, (step, new)) if new else policies
+        self.samples[n] = Sample(response._replace(policies=policies), ended)
 
     def tokens(self) -> int:
         """Response tokens sampled so far."""
-        return sum(len(self._sampled(n).tokens) for n in range(len(self.responses)))
-
-    def _sampled(self, sample: int) -> Response:
-        return self.responses[sample] or self.prefixes.get(sample, _NOTHING)
+        return sum(len(sample.response.tokens) for sample in self.samples)
 
     def is_judged(self) -> bool:
-        return None not in self.verdicts
+        return all(sample.verdict is not None for sample in self.samples)
 
     def is_informative(self) -> bool:
         """Has a correct and an incorrect response already, whatever the rest will be."""
@@ -99,15 +102,14 @@ class OpenGroup:
 
     def outcomes(self) -> set[bool]:
         """The distinct outcomes so far, without errors: time-outs depend on the clock."""
-        return {v.correct for v in self.verdicts if v is not None and v.error is None}
+        return {v.correct for *_, v in self.samples if v is not None and v.error is None}
 
-    def judged(self, reward: RewardSection, max_response_len: int) -> Group:
+    def judged(self, prompt: Prompt, reward: RewardSection, max_response_len: int) -> Group:
         """The group with its rewards: score + overlong penalty.
 
         Responses without a verdict are left out, as if they had not been sampled.
         """
-        pairs = zip(self.responses, self.verdicts, strict=True)
-        judged = [(r, v) for r, v in pairs if r is not None and v is not None and v.error is None]
+        judged = [(r, v) for r, _, v in self.samples if v is not None and v.error is None]
         lengths = np.array([len(r.tokens) for r, _ in judged], np.int64)
         penalty = np.zeros(len(judged), np.float32)
         if reward.overlong_penalty:
@@ -117,7 +119,7 @@ class OpenGroup:
             )
         return Group(
             draw=self.draw,
-            prompt=self.prompt,
+            prompt=prompt,
             responses=tuple(r for r, _ in judged),
             correct=np.array([v.correct for _, v in judged], bool),
             reward=np.array([v.score for _, v in judged], np.float32) + penalty,
@@ -125,67 +127,16 @@ class OpenGroup:
             old_logprobs=tuple(r.behavior_logprobs for r, _ in judged),
         )
 
-    def packed(self) -> dict[str, Any]:
-        """As plain data, for a checkpoint."""
-        samples = []
-        for n, (response, verdict) in enumerate(zip(self.responses, self.verdicts, strict=True)):
-            sample = packed_response(self._sampled(n))
-            if response is None:
-                del sample["truncated"]
-            if verdict is not None:
-                failed = verdict.error is not None
-                sample["verdict"] = [bool(verdict.correct), float(verdict.score), failed]
-            samples.append(sample)
-        return {"draw": self.draw, "problem": self.problem, "samples": samples}
-
-    @classmethod
-    def unpacked(cls, data: Mapping[str, Any], prompts: Sequence[Prompt]) -> "OpenGroup":
-        """Inverse of `packed`; the texts of errors are lost.
-
-        Raises ValueError, TypeError, KeyError or IndexError for malformed data.
-        """
-        draw, problem, samples = int(data["draw"]), int(data["problem"]), data["samples"]
-        if min(draw, problem) < 0:
-            raise ValueError("an open group of a negative index")
-        group = cls(draw, prompts[problem], len(samples), problem)
-        for n, sample in enumerate(samples):
-            response = unpacked_response(sample, sample.get("truncated", False))
-            if "truncated" in sample:
-                group.responses[n] = response
-            elif len(response.tokens):
-                group.prefixes[n] = response
-            if "verdict" in sample:
-                correct, score, failed = sample["verdict"]
-                error = "no verdict" if failed else None
-                group.verdicts[n] = Verdict(bool(correct), float(score), error)
-        return group
-
 
 class DrawState(NamedTuple):
     """Where dynamic sampling continues; part of a checkpoint."""
 
     cursor: Cursor = Cursor()  # next problem of the shuffled order
-    draws: int = 0  # prompts drawn since the run began
-    keep_rate: float = 1.0  # expected share of informative groups
+    draws: Count = 0  # prompts drawn since the run began
+    # expected share of informative groups
+    keep_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
     open: tuple[OpenGroup, ...] = ()  # left by partial rollouts, in draw order
-    step: int = 0  # rollout steps sampled
-
-    def packed(self) -> dict[str, Any]:
-        """As plain data, for a checkpoint."""
-        groups = [group.packed() for group in self.open]
-        return self._asdict() | {"cursor": list(self.cursor), "open": groups}
-
-    @classmethod
-    def unpacked(cls, data: Mapping[str, Any], prompts: Sequence[Prompt]) -> "DrawState":
-        """Inverse of `packed`. Raises as `OpenGroup.unpacked`."""
-        groups = tuple(OpenGroup.unpacked(group, prompts) for group in data["open"])
-        state = cls(**{**data, "open": groups, "cursor": Cursor(*data["cursor"])})
-        found = (*state.cursor, state.draws, state.step, state.keep_rate)
-        if [type(value) for value in found] != [int, int, int, int, float]:
-            raise TypeError("counts of draws of other types")
-        if min(found) < 0 or not state.keep_rate <= 1:
-            raise ValueError("counts of draws out of range")
-        return state
+    step: Count = 0  # rollout steps sampled
 
 
 class Drawn(NamedTuple):
@@ -319,12 +270,13 @@ class _StepDraw:
         self.failed = 0  # of them without a verdict
         # segment from which verdicts are used, requests, verdicts
         self.judging = collections.deque[tuple[int, list[Request], PendingVerdicts]]()
-        self._submit([group.copy() for group in state.open])
+        self._submit([dataclasses.replace(g, samples=[*g.samples]) for g in state.open])
 
     def _submit(self, groups: Sequence[OpenGroup]) -> None:
         self.groups += groups
         self.by_draw |= {group.draw: group for group in groups}
-        self.stream.submit([request for group in groups for request in group.requests()])
+        prompts = self.sampler.prompts
+        self.stream.submit([q for group in groups for q in group.requests(prompts[group.problem])])
         self._count(groups)
 
     def wanted(self) -> int:
@@ -358,25 +310,24 @@ class _StepDraw:
     def draw(self, count: int) -> None:
         """Draws the next prompts and submits their requests."""
         sampler, first = self.sampler, self.state.draws + self.draws
-        size = sampler.algo.responses_per_prompt
+        samples = [Sample()] * sampler.algo.responses_per_prompt
         taken, self.cursor = next_problems(sampler.mixture, self.cursor, count, seed=sampler.seed)
         self.draws += count
         problems = enumerate(taken.tolist(), first)
-        self._submit([OpenGroup(draw, sampler.prompts[i], size, i) for draw, i in problems])
+        self._submit([OpenGroup(draw, i, [*samples]) for draw, i in problems])
 
     def advance(self) -> int:
         """Decodes a segment and submits the responses that finish to the reward workers."""
-        policy, stream = self.sampler.policy, self.stream
+        policy, stream, prompts = self.sampler.policy, self.stream, self.sampler.prompts
         with timed(self.times, "time/rollout_s"):
             finished = stream.advance()
         self.sampler.guard.reach("rollout")
         with timed(self.times, "time/reward_s"):
             for q, response in finished:
-                group = self.by_draw[q.draw]
-                group.responses[q.sample] = group.continued(q.sample, response, self.step)
+                self.by_draw[q.draw].extend(q.sample, response, self.step, ended=True)
             items = [
                 RewardItem(
-                    self.by_draw[q.draw].prompt.problem,
+                    prompts[self.by_draw[q.draw].problem].problem,
                     decode(policy.tokenizer, r.tokens, policy.stop),
                     len(r.tokens),
                 )
@@ -401,8 +352,11 @@ class _StepDraw:
                 verdicts = multihost.gather_verdicts(
                     pending.result(), len(requests), before=len(self.verdicts)
                 )
-            for request, verdict in zip(requests, verdicts, strict=True):
-                self.by_draw[request.draw].verdicts[request.sample] = verdict
+            for q, verdict in zip(requests, verdicts, strict=True):
+                samples, known = self.by_draw[q.draw].samples, verdict
+                if verdict.error is not None:  # a checkpoint holds no text of a user's function
+                    known = verdict._replace(error="no verdict")
+                samples[q.sample] = samples[q.sample]._replace(verdict=known)
             self.verdicts += verdicts
             self.failed += sum(verdict.error is not None for verdict in verdicts)
             self._count()
@@ -423,16 +377,14 @@ class _StepDraw:
 
     def drawn(self) -> Drawn:
         """Closes the stream and returns the result; unfinished responses stay with their groups."""
-        for request, response in self.stream.unfinished():
-            if len(response.tokens):
-                group = self.by_draw[request.draw]
-                prefix = group.continued(request.sample, response, self.step)
-                group.prefixes[request.sample] = prefix
+        for q, response in self.stream.unfinished():
+            self.by_draw[q.draw].extend(q.sample, response, self.step, ended=False)
         self.stream.close()
         sampler, state = self.sampler, self.state
         check_errors(self.verdicts, sampler.reward)
         done, limit = self.groups[: self.settled], sampler.rollout.max_response_len
-        groups = [group.judged(sampler.reward, limit) for group in done]
+        pairs = [(group, sampler.prompts[group.problem]) for group in done]
+        groups = [group.judged(prompt, sampler.reward, limit) for group, prompt in pairs]
         kept = sum(len(r.tokens) for group in groups for r in group.responses)
         tokens = sum(g.tokens() for g in self.groups) - sum(g.tokens() for g in state.open)
         rate = keep_rate_after(state.keep_rate, groups)

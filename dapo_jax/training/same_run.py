@@ -8,7 +8,7 @@ from typing import Any
 from dapo_jax.config import Config, ConfigError, config_from_dict, dump_yaml, flatten, to_dict
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import newest_host
-from dapo_jax.runtime.files import Folder, read, write_whole, writing
+from dapo_jax.runtime.files import Folder, read, write_whole
 from dapo_jax.training.setup import stored_config
 
 # Options that may change on resume: length, logging and devices, not what is learned.
@@ -35,16 +35,17 @@ def digest_of(source: str | bytes | None) -> str | None:
     return None if content is None else hashlib.sha256(content).hexdigest()
 
 
-def difference(before: Config, now: Config, may_change: tuple[str, ...]) -> tuple | None:
-    """The first key in which two configs differ, with its values before and now.
-
-    Keys that start with one of `may_change` do not count.
-    """
+def changes(before: Config, now: Config) -> dict[str, list[Any]]:
+    """The values before and now of each key in which two configs differ."""
     a, b = flatten(to_dict(before)), flatten(to_dict(now))
-    for key in sorted(a.keys() | b.keys()):
-        if a.get(key) != b.get(key) and not key.startswith(may_change):
-            return key, a.get(key), b.get(key)
-    return None
+    keys = sorted(a.keys() | b.keys())
+    return {key: [a.get(key), b.get(key)] for key in keys if a.get(key) != b.get(key)}
+
+
+def refused(changed: dict[str, list[Any]], may_change: tuple[str, ...]) -> tuple | None:
+    """The first of the changes, (key, before, now), that none of the prefixes allows."""
+    found = ((key, *values) for key, values in changed.items() if not key.startswith(may_change))
+    return next(found, None)
 
 
 def stored_configs(run_dir: Folder, host: Mapping[str, Any]) -> list[Config]:
@@ -57,13 +58,6 @@ def stored_configs(run_dir: Folder, host: Mapping[str, Any]) -> list[Config]:
             if not found:
                 raise
     return found
-
-
-def changes(before: Config, now: Config, prefixes: tuple[str, ...]) -> dict[str, list[Any]]:
-    """Values before and now of the keys that differ and start with one of the prefixes."""
-    a, b = flatten(to_dict(before)), flatten(to_dict(now))
-    keys = [key for key in sorted(b) if key.startswith(prefixes) and a.get(key) != b[key]]
-    return {key: [a.get(key), b[key]] for key in keys}
 
 
 def check_same_run(
@@ -79,26 +73,27 @@ def check_same_run(
         data = tuple(f"data.train.{n}.path" for n in range(len(config.data.train)))
     host, remarks = newest_host(run_dir / "checkpoints") or {}, []
     for before in stored_configs(run_dir, host):
-        if found := difference(before, config, MAY_CHANGE + data + allow):
+        changed = changes(before, config)
+        if found := refused(changed, MAY_CHANGE + data + allow):
             key, was, now = found
             may = ", or give --allow-change optim" if key.startswith(OPTIM) else ""
             raise ConfigError(
                 f"{key}: is {now!r}, but {run_dir} was started with {was!r}; use another "
                 f"--run-dir, or set it back{may}"
             )
-        differ = changes(before, config, allow) if allow else {}
-        remarks += [f"{key}: was {was}, is {now}" for key, (was, now) in differ.items()]
+        allowed = [(key, *values) for key, values in changed.items() if key.startswith(allow)]
+        remarks += [f"{key}: was {was}, is {now}" for key, was, now in allowed]
     digests = host.get("digests")
     stored = digests.get("function") if isinstance(digests, dict) else None
     started_with = digest_of(read(run_dir / _FUNCTION)) or stored
-    changed = None not in (started_with, source) and started_with != digest_of(source)
-    if changed and not config.reward.allow_change:
+    another = None not in (started_with, source) and started_with != digest_of(source)
+    if another and not config.reward.allow_change:
         raise ConfigError(
             f"reward.function: {config.reward.function} is not what {run_dir} was started with, "
             f"which is in its {_FUNCTION} or checkpoint; restore the file, or set "
             "reward.allow_change, or use another --run-dir"
         )
-    if changed:
+    if another:
         remarks.append("reward.function: its file has changed, which reward.allow_change allows")
     return list(dict.fromkeys(remarks))
 
@@ -116,11 +111,11 @@ def write_config(config: Config, run_dir: Folder, source: str | None, done: int 
     multihost.sync("the run folder has been read")
     if multihost.is_main():
         before = stored_config(run_dir)
-        with writing(run_dir / "config.yaml"):
-            if before and (changed := changes(before, config, OPTIM)):
-                line = json.dumps({"after_step": done} | changed) + "\n"
-                old = read(run_dir / _CHANGES) or b""
-                write_whole(run_dir / _CHANGES, old + line.encode())
-            if source is not None:
-                write_whole(run_dir / _FUNCTION, source.encode())
-            write_whole(run_dir / "config.yaml", dump_yaml(config).encode())
+        changed = changes(before, config) if before else {}
+        if optim := {key: changed[key] for key in changed if key.startswith(OPTIM)}:
+            line = json.dumps({"after_step": done} | optim) + "\n"
+            old = read(run_dir / _CHANGES) or b""
+            write_whole(run_dir / _CHANGES, old + line.encode())
+        if source is not None:
+            write_whole(run_dir / _FUNCTION, source.encode())
+        write_whole(run_dir / "config.yaml", dump_yaml(config).encode())

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,8 +106,12 @@ def config_of(path: str | None, run_dir: Folder | None, overrides: Sequence[str]
     return config
 
 
-def chosen_step(run_dir: Folder, step: int | None, best: bool) -> int | None:
+def chosen_step(run_dir: Folder | None, step: int | None, best: bool) -> int | None:
     """The step of the checkpoint that --step or --best asks for; None for the newest."""
+    if not best and step is None:
+        return None
+    if run_dir is None:
+        raise InputError("--step, --best: go with --run-dir")
     stored = checkpoint.stored_steps(run_dir / "checkpoints")
     held = f"its checkpoints are of steps {', '.join(map(str, stored[::-1])) or 'none'}"
     if best and (step := best_step(run_dir, stored)) is None:
@@ -222,16 +226,9 @@ def load_params(
 
 
 def _own_shards(folder: str, abstract: Params, shardings: Params) -> Params:
-    """The folder's weights on the mesh. What one process finds wrong, all raise."""
-    loaded: Params = {}
-    wrong = ""
-    try:
-        loaded = weights.load_pretrained(folder, on_devices(abstract, shardings))[1]
-    except InputError as e:
-        wrong = str(e)
-    if wrong := multihost.first_text(wrong):
-        raise InputError(wrong)
-    return loaded
+    """The folder's weights on the mesh."""
+    target = on_devices(abstract, shardings)
+    return multihost.on_all(lambda: weights.load_pretrained(folder, target)[1])
 
 
 def on_devices(abstract: Any, shardings: Any) -> Any:
@@ -273,14 +270,21 @@ def restore_params(
 
 
 def rollout_weights(
-    config: Config, policy: Policy, mesh: Mesh, run_dir: Folder | None, step: int | None
+    config: Config,
+    policy: Policy,
+    mesh: Mesh,
+    run_dir: Folder | None,
+    step: int | None,
+    info: Callable[[str], None],
 ) -> tuple[int | None, Params]:
     """Weights for sampling, and their rollout step: of a run's checkpoint (as `restore_params`), or
     those that the policy starts from."""
+    found = None
     if run_dir:
         found, params = restore_params(run_dir, policy, mesh, step)
+        info(f"checkpoint of step {found}")
     else:
-        found, params = None, load_params(config, policy, mesh)
+        params = load_params(config, policy, mesh)
     return found, publisher(params, mesh, policy.model.compute_dtype)(params)
 
 

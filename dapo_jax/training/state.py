@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dapo_jax.dapo.buffer import DynamicSamplingBuffer
+from dapo_jax.dapo.buffer import BufferState, DynamicSamplingBuffer
 from dapo_jax.data.problems import Cursor
 from dapo_jax.runtime.checkpoint import Checkpoints, Restored
 from dapo_jax.runtime.files import reason
 from dapo_jax.runtime.metrics import MetricsLog, definition
+from dapo_jax.runtime.records import Count, typed
 from dapo_jax.training.dynamic_sampling import Drawn, DrawState
 from dapo_jax.types import (
     Group,
@@ -34,25 +35,34 @@ from dapo_jax.types import (
 
 _MAX_ROLLBACKS = 5  # of a run, before it gives up
 _COUNTS = ("rollout/prompts", "rollout/tokens", "filter/wasted_tokens")  # that a step ends with
-_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
 
 
 class Progress(NamedTuple):
     """How far a run is."""
 
-    step: int = 0  # rollout steps done
-    updates: int = 0  # gradient updates applied
-    warmed: int = 0  # updates of supervised warm-up done
+    step: Count = 0  # rollout steps done
+    updates: Count = 0  # gradient updates applied
+    warmed: Count = 0  # updates of supervised warm-up done
     begun: bool = False  # warm-up and the evaluation before training are done
-    nonfinite: int = 0  # updates in a row, up to the last one, that were skipped
-    rollbacks: int = 0  # rollbacks so far
+    nonfinite: Count = 0  # updates in a row, up to the last one, that were skipped
+    rollbacks: Count = 0  # rollbacks so far
 
 
 class PartialStep(NamedTuple):
     """A step whose groups are sampled and whose metrics are not written yet."""
 
-    drawn: dict[str, float]  # its sampling metrics
+    drawn: dict[str, int | float]  # its sampling metrics
     sums: list[dict[str, Any]]  # metric sums of its updates so far, on devices or host
+
+    def is_valid(self) -> bool:
+        """Whether the keys and numbers are those of a step; sums on the host."""
+        numbers = [value for sums in self.sums for value in sums.values()]
+        return (
+            all(definition(key) for key in self.drawn)
+            and all(math.isfinite(self.drawn.get(key, math.nan)) for key in _COUNTS)
+            and all("skipped" in sums for sums in self.sums)
+            and all(isinstance(value, int | float) for value in numbers)
+        )
 
 
 class Digests(NamedTuple):
@@ -148,9 +158,8 @@ class RunStore:
             return
         host = {"progress": run.progress._asdict(), "config": self.config}
         host["digests"] = self.digests._asdict()
-        groups = {"buffer": run.buffer.state(), "draw": run.draw.packed()}
-        if run.partial is not None:
-            groups["partial"] = {"drawn": run.partial.drawn, "sums": fetched(run.partial.sums)}
+        partial = run.partial and run.partial._replace(sums=fetched(run.partial.sums))
+        groups = {"buffer": run.buffer.state(), "draw": run.draw, "partial": partial}
         self.checkpoints.save(run.progress.step, run.state, host, groups, partial=not whole)
         run.saved = run.counts() if whole else None
 
@@ -170,7 +179,7 @@ class RunStore:
             return False
         try:
             self._unpack(run, restored)
-        except _MALFORMED as e:
+        except ValueError as e:
             raise NoCheckpointError(
                 f"{restored.path}: its digests hold, but its run state is malformed ({reason(e)}); "
                 "put back a copy, or move it out of the folder to resume from the checkpoint before"
@@ -187,11 +196,16 @@ class RunStore:
 
     def _unpack(self, run: RunState, restored: Restored) -> None:
         host, groups = restored.host, restored.groups
-        progress, partial = _progress(host["progress"], restored.step), groups.get("partial")
-        changed, remedy = self._changed(Digests(**host["digests"]))
+        progress = typed(Progress, host.get("progress"))
+        draw = typed(DrawState, groups.get("draw"))
+        partial = typed(PartialStep, groups["partial"]) if groups.get("partial") else None
+        if progress.step != restored.step or (partial and not partial.is_valid()):
+            raise ValueError("counts of another step, or metrics of other names")
+        changed, remedy = self._changed(typed(Digests, host.get("digests")))
         if not changed:
-            run.buffer.restore(groups["buffer"], {p.problem.id: p.problem for p in self.prompts})
-            draw = DrawState.unpacked(groups["draw"], self.prompts)
+            if any(group.problem >= len(self.prompts) for group in draw.open):
+                raise ValueError("an open group of a problem that there is not")
+            run.buffer.restore(typed(BufferState, groups.get("buffer")))
         elif not self.allow_change:
             raise InputError(
                 f"{changed}; use {remedy}, or set data.allow_change to resume from the start of "
@@ -202,9 +216,9 @@ class RunStore:
             raise InputError(f"{changed}, and {midst}; finish that step with {remedy}")
         else:
             run.buffer.clear()
-            draw = DrawState.unpacked(groups["draw"] | {"open": []}, ())._replace(cursor=Cursor())
+            draw = draw._replace(open=(), cursor=Cursor())
         run.progress, run.draw, run.state = progress, draw, restored.state
-        run.partial = _partial_step(partial) if partial else None
+        run.partial = partial
         run.saved = run.counts() if run.partial is None else None
 
     def _changed(self, before: Digests) -> tuple[str, str]:
@@ -275,27 +289,3 @@ class RunStore:
         info(
             f"{failure}: rolled back to step {run.progress.step}, skipping the prompts drawn since"
         )
-
-
-def _progress(found: Mapping[str, Any], step: int) -> Progress:
-    """Raises TypeError or ValueError unless a record holds what `save` writes."""
-    progress = Progress(**found)
-    if [*map(type, progress)] != [*map(type, Progress())]:
-        raise TypeError("progress of other types")
-    if progress.step != step or min(progress) < 0:
-        raise ValueError("progress out of range")
-    return progress
-
-
-def _partial_step(found: Mapping[str, Any]) -> PartialStep:
-    """Raises as `_progress`."""
-    partial = PartialStep(**found)
-    named = all(definition(key) for key in partial.drawn)
-    values = [v for metrics in (partial.drawn, *partial.sums) for v in metrics.values()]
-    if not named or not all(isinstance(value, int | float) for value in values):
-        raise TypeError("metrics of other names or types")
-    if not all("skipped" in sums for sums in partial.sums):
-        raise ValueError("metric sums without the count of skipped updates")
-    if not all(math.isfinite(partial.drawn[key]) for key in _COUNTS):
-        raise ValueError("counts of a step that are non-finite")
-    return partial
