@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dapo_jax import cli
+from dapo_jax import cli, restore
 from dapo_jax.config import EvalSection, RewardSection
+from dapo_jax.data.inputs import by_key, load_eval_sets
 from dapo_jax.data.problems import problems_digest
 from dapo_jax.data.prompts import decode, shown_prompt
 from dapo_jax.reward.golds import check_data
@@ -31,7 +32,6 @@ from dapo_jax.runtime.files import run_folder, write_result
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.training import setup
-from dapo_jax.training.inputs import by_key, load_eval_sets
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError, Params, Prompt, Request, Response, Verdict
 
@@ -241,15 +241,15 @@ def main(argv: list[str] | None = None) -> int:
     evaluation sets."""
     args = _parser().parse_args(argv)
     run_dir = run_folder(args.run_dir) if args.run_dir else None
-    config = setup.config_of(args.config, run_dir, args.set)
-    asked = setup.chosen_step(run_dir, args.step, args.best)
+    config = restore.config_of(args.config, run_dir, args.set)
+    asked = restore.chosen_step(run_dir, args.step, args.best)
     if not config.eval.sets:
         raise InputError(f"{args.config or run_dir}: eval.sets: is empty; name a data set")
     config = setup.with_commit(config, run_dir) if run_dir else config
     policy = setup.load_policy(config, args.model)
     multihost.initialize()
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
-    sets = load_eval_sets(config.eval, config.data, policy, console.info)
+    sets = load_eval_sets(config.eval, config.data, policy.encoding, console.info)
     named = by_key(sets)
     source = function_source(config.reward.function)
     checkpoints = records_digest(run_dir / "checkpoints") if run_dir else None
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     console.info(setup.describe(policy, mesh))
     with checked_pool(config.reward, config.data.template, source, named, console) as pool:
         where = (run_dir, asked)
-        step, weights = setup.rollout_weights(config, policy, mesh, *where, console.info)
+        step, weights = restore.rollout_weights(config, policy, mesh, *where, console.info)
         engine = setup.make_engine(config, policy, mesh, held_out=True)
         with Guard(config.train.stall_timeout_s) as guard:
             shared = (config.eval, config.reward, config.seed, policy)

@@ -10,17 +10,11 @@ from typing import Any
 from dapo_jax import __version__, cli
 from dapo_jax.config import Config, MeshSection, RolloutSection, dump_yaml
 from dapo_jax.model.weights import check_new, save_pretrained
+from dapo_jax.restore import chosen_step, config_of, restore_params
 from dapo_jax.runtime.files import Folder, is_id, read, run_folder, without_secrets, write_result
 from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.runtime.metrics import read_metrics
-from dapo_jax.training.setup import (
-    Policy,
-    chosen_step,
-    config_of,
-    describe,
-    load_policy,
-    restore_params,
-)
+from dapo_jax.training.setup import Policy, describe, load_policy
 from dapo_jax.types import InputError, Params
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dapo_jax import cli
+from dapo_jax import cli, restore
 from dapo_jax.config import Config, config_from_dict, open_regular
 from dapo_jax.data.prompts import decode, make_prompts, shown_prompt
 from dapo_jax.rollout.engine import Engine
@@ -158,8 +158,8 @@ def main(argv: list[str] | None = None) -> int:
         tree = _ALONE | {"model": {"folder": args.model}}
         config = config_from_dict(tree, "--model", overrides)
     else:
-        config = setup.config_of(args.config, run_dir, overrides)
-    asked = setup.chosen_step(run_dir, args.step, args.best)
+        config = restore.config_of(args.config, run_dir, overrides)
+    asked = restore.chosen_step(run_dir, args.step, args.best)
     policy, mesh = setup.load_policy(config, args.model), make_mesh(config.mesh)
     shards, wanted = row_shards(mesh), max(1, len(prompts)) * args.samples
     slots = min(config.rollout.decode_slots, wanted)
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     config = dataclasses.replace(config, rollout=rollout)
     info = make_console(main=True, quiet=args.quiet).info
     info(setup.describe(policy, mesh))
-    _, weights = setup.rollout_weights(config, policy, mesh, run_dir, asked, info)
+    _, weights = restore.rollout_weights(config, policy, mesh, run_dir, asked, info)
     generator = Generator(config, policy, setup.make_engine(config, policy, mesh), weights)
     if not prompts:
         chat(generator, typed())

@@ -27,8 +27,8 @@ from dapo_jax.config.schema import STRICT, field
 from dapo_jax.runtime.curves import STYLE, running_mean
 from dapo_jax.runtime.files import write_whole
 from dapo_jax.runtime.metrics import definition, read_metrics
+from dapo_jax.runtime.same_run import MAY_CHANGE, changes, refused
 from dapo_jax.train import train
-from dapo_jax.training.same_run import MAY_CHANGE, changes, refused
 from dapo_jax.types import InputError
 
 # Every run of a table must sample and evaluate alike; the warm-up uses neither of the last three.

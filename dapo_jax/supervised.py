@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from dapo_jax import cli
 from dapo_jax.config import Config, load_config
 from dapo_jax.dapo.packing import TrainItem, build_batch
+from dapo_jax.data.inputs import load_data
 from dapo_jax.data.problems import Cursor, advance
 from dapo_jax.data.prompts import check_embedded
 from dapo_jax.export import save_policy
@@ -20,7 +21,6 @@ from dapo_jax.runtime.console import Console, announced, make_console, progress
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh, put_rows
 from dapo_jax.training import setup
-from dapo_jax.training.inputs import load_data
 from dapo_jax.training.programs import supervised_programs
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError, Prompt, TrainBatch, TrainState
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     multihost.initialize()
     console = make_console(main=multihost.is_main(), quiet=args.quiet)
     info = console.info
-    data = load_data(config.data, config.eval, policy, ("a warm-up", 1), info)
+    data = load_data(config.data, config.eval, policy.encoding, ("a warm-up", 1), info)
     setup.check_same_start(config, policy, {"data.train": data.prompts}, {})
     items = solution_items(config, data.prompts, policy)
     mesh, lora = make_mesh(config.mesh), config.model.lora

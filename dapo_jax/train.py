@@ -20,6 +20,7 @@ from dapo_jax.config import (
     to_dict,
 )
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
+from dapo_jax.data.inputs import load_data
 from dapo_jax.evaluate import Evaluator, checked_pool
 from dapo_jax.report import held_checkpoints
 from dapo_jax.reward.verify import function_source
@@ -33,14 +34,13 @@ from dapo_jax.runtime.lock import locked
 from dapo_jax.runtime.mesh import is_published_unchanged, make_mesh
 from dapo_jax.runtime.metrics import MetricsLog, best_step, read_metrics, timed
 from dapo_jax.runtime.profile import Profiler
+from dapo_jax.runtime.same_run import OPTIM, check_same_run, digest_of, write_config
 from dapo_jax.runtime.tracker import Tracker, check_tracker
 from dapo_jax.supervised import solution_items, warm_up
 from dapo_jax.training import setup
 from dapo_jax.training.dynamic_sampling import DrawState, DynamicSampler
-from dapo_jax.training.inputs import load_data
 from dapo_jax.training.programs import TrainPrograms, train_programs
 from dapo_jax.training.record import Recorder
-from dapo_jax.training.same_run import OPTIM, check_same_run, digest_of, write_config
 from dapo_jax.training.state import RunState, RunStore
 from dapo_jax.training.step import Trainer
 from dapo_jax.types import InputError, Params, RunError, Stopped, TrainState
@@ -64,7 +64,7 @@ def train(
     setup.check_adapters(config.model)
     policy = setup.load_policy(config)
     needs = ("dapo.prompts_per_step", algo.prompts_per_step)
-    data = load_data(config.data, config.eval, policy, needs, info)
+    data = load_data(config.data, config.eval, policy.encoding, needs, info)
     solutions = solution_items(config, data.prompts, policy)
     source = function_source(config.reward.function)
     setup.check_same_start(config, policy, data.sets, {"the reward function": source})

@@ -15,11 +15,11 @@ from dapo_jax.config import (
     EvalSet,
     TrainSet,
     config_from_dict,
-    describe,
     dump_yaml,
     load_config,
     to_dict,
 )
+from dapo_jax.config.describe import describe
 
 MINIMAL = """
 model: {architecture: {vocab_size: 258, model_dim: 64, layers: 2, heads: 4, kv_heads: 2, head_dim: 16, ffn_dim: 128}}

@@ -24,10 +24,9 @@ from runs import CONFIG, TESTS, record, run_train, steady, verb
 from dapo_jax import supervised
 from dapo_jax.config import load_config
 from dapo_jax.rollout.engine import Engine
-from dapo_jax.runtime import lock
+from dapo_jax.runtime import lock, same_run
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.metrics import read_metrics
-from dapo_jax.training import same_run
 from dapo_jax.training import step as training_step
 from dapo_jax.types import InputError, Stopped
 

@@ -33,10 +33,11 @@ from dapo_jax.model import flops
 from dapo_jax.model.decoder import abstract_params, apply, init
 from dapo_jax.model.lora import join, merge, split
 from dapo_jax.model.weights import load_pretrained, save_pretrained
+from dapo_jax.restore import restore_params
 from dapo_jax.runtime.files import run_folder
 from dapo_jax.runtime.mesh import make_mesh, params_sharding, put, put_rows
 from dapo_jax.training.programs import train_programs
-from dapo_jax.training.setup import Policy, load_params, load_policy, restore_params
+from dapo_jax.training.setup import Policy, load_params, load_policy
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 BASE = tiny.model("qwen2", tie_embeddings=False)

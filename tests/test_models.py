@@ -34,9 +34,9 @@ from dapo_jax.config import (
 from dapo_jax.data.prompts import byte_tokenizer
 from dapo_jax.model.weights import DESCRIPTION_FILES, load_pretrained, save_pretrained
 from dapo_jax.plan import load_model
+from dapo_jax.runtime import same_run
 from dapo_jax.runtime.files import local_model
 from dapo_jax.runtime.mesh import make_mesh
-from dapo_jax.training import same_run
 from dapo_jax.training.setup import describe, load_params, load_policy, weights_folder, with_commit
 from dapo_jax.types import InputError
 

@@ -9,11 +9,12 @@ from flax import serialization
 from groups import MIXED, PROBLEMS, make_group
 
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
+from dapo_jax.data.inputs import Digests
 from dapo_jax.data.problems import Cursor
 from dapo_jax.runtime.checkpoint import Restored
 from dapo_jax.runtime.records import plain
 from dapo_jax.training.dynamic_sampling import DrawState, OpenGroup, Sample
-from dapo_jax.training.state import Digests, PartialStep, Progress, RunState, RunStore
+from dapo_jax.training.state import PartialStep, Progress, RunState, RunStore
 from dapo_jax.types import (
     InputError,
     NoCheckpointError,

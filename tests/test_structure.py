@@ -211,13 +211,13 @@ def test_every_config_field_is_read(section, field):
 
 # ------------------------------------------------------------------------------------- measures
 
-WIDTH, PACKAGE_LINES, HOUR_LINES = 100, 18_516, 6_295  # the sizes may only shrink
+WIDTH, PACKAGE_LINES, HOUR_LINES = 100, 18_461, 5_884  # the sizes may only shrink
 FUNCTION_LINES, PARAMETERS = 80, 7
 # The path of one step: what is read in an hour.
 HOUR = ("types.py", "config/schema.py", "train.py", "training/", "rollout/", "dapo/")
 HOUR += ("model/decoder.py", "model/attention.py", "model/logprobs.py", "runtime/mesh.py")
 # Verbs too; all others take the section they need.
-WHOLE_CONFIG = ("config/", "training/setup.py", "training/same_run.py")
+WHOLE_CONFIG = ("config/", "training/setup.py", "runtime/same_run.py")
 
 
 def functions(file: Path) -> list[ast.FunctionDef]:

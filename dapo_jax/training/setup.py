@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,22 +18,22 @@ from dapo_jax.config import (
     ModelSection,
     check_context,
     flatten,
-    load_config,
     to_dict,
 )
 from dapo_jax.dapo.packing import max_microbatches
+from dapo_jax.data.inputs import Encoding
 from dapo_jax.data.prompts import check_embedded, load_tokenizer, prompts_digest, stop_tokens
 from dapo_jax.model import weights
 from dapo_jax.model.decoder import abstract_params, init
 from dapo_jax.model.lora import join, merge, split
 from dapo_jax.rollout.engine import Engine, Limits
 from dapo_jax.rollout.sampler import Sampling
-from dapo_jax.runtime import checkpoint, multihost
+from dapo_jax.runtime import multihost
 from dapo_jax.runtime.chips import prefill_tokens
-from dapo_jax.runtime.files import Folder, is_id, local_copy, local_model, read, same_commit
-from dapo_jax.runtime.mesh import params_sharding, publisher, row_shards
-from dapo_jax.runtime.metrics import best_step
-from dapo_jax.types import InputError, NoCheckpointError, Params, Prompt
+from dapo_jax.runtime.files import Folder, is_id, local_model, read, same_commit
+from dapo_jax.runtime.mesh import params_sharding, row_shards
+from dapo_jax.runtime.same_run import stored_config
+from dapo_jax.types import Params, Prompt
 
 
 class Policy(NamedTuple):
@@ -44,6 +44,10 @@ class Policy(NamedTuple):
     stop: tuple[int, ...]  # token ids that end a response
     source: str | None = None  # of weights and tokenizer, as `local_model` takes it; None: random
     folder: str | None = None  # on this machine: all files of the source but weights
+
+    @property
+    def encoding(self) -> Encoding:
+        return self.tokenizer, self.model.vocab_size
 
 
 class BatchShape(NamedTuple):
@@ -85,40 +89,6 @@ def with_computation(config: Config, model: Architecture) -> ModelConfig:
 def adapted(model: ModelConfig, lora: LoraConfig | None) -> ModelConfig:
     """The model as it is trained: with adapters, if any."""
     return dataclasses.replace(model, lora=lora)
-
-
-def stored_config(run_dir: Folder, overrides: Sequence[str] = ()) -> Config | None:
-    """The config.yaml of a run folder, if there is one, with overrides."""
-    if read(run_dir / "config.yaml") is None:
-        return None
-    with local_copy(run_dir / "config.yaml") as file:
-        return load_config(file, overrides)
-
-
-def config_of(path: str | None, run_dir: Folder | None, overrides: Sequence[str] = ()) -> Config:
-    """The config at `path`, or else that of the run folder, with overrides."""
-    if path is not None:
-        return load_config(path, overrides)
-    if run_dir is None:
-        raise InputError("--config: is missing; give one, or the --run-dir of a run")
-    if (config := stored_config(run_dir, overrides)) is None:
-        raise InputError(f"{run_dir}: holds no config.yaml; give the folder of a run, or --config")
-    return config
-
-
-def chosen_step(run_dir: Folder | None, step: int | None, best: bool) -> int | None:
-    """The step of the checkpoint that --step or --best asks for; None for the newest."""
-    if not best and step is None:
-        return None
-    if run_dir is None:
-        raise InputError("--step, --best: go with --run-dir")
-    stored = checkpoint.stored_steps(run_dir / "checkpoints")
-    held = f"its checkpoints are of steps {', '.join(map(str, stored[::-1])) or 'none'}"
-    if best and (step := best_step(run_dir, stored)) is None:
-        raise InputError(f"--best: no checkpoint of {run_dir} was evaluated; {held}; give --step")
-    if step is not None and step not in stored:
-        raise InputError(f"--step: {run_dir} holds no checkpoint of step {step}; {held}")
-    return step
 
 
 def with_commit(config: Config, run_dir: Folder | None = None) -> Config:
@@ -246,61 +216,6 @@ def merged(params: Params, policy: Policy, lora: LoraConfig | None, mesh: Mesh) 
         return params
     shardings = params_sharding(abstract_params(policy.model), mesh)
     return jax.jit(functools.partial(merge, lora=lora), out_shardings=shardings)(params)
-
-
-def restore_params(
-    run_dir: Folder, policy: Policy, mesh: Mesh, step: int | None = None
-) -> tuple[int, Params]:
-    """Step and weights of a whole step of a run folder (None: the newest usable), adapters merged.
-
-    Raises NoCheckpointError if there is none, ConfigError if the run trains another model.
-    """
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        none = "holds no checkpoints; give the --run-dir of a training run"
-        raise NoCheckpointError(f"{run_dir}: {none}")
-    lora = None
-    if run := stored_config(run_dir):
-        check_same_model(run.model, policy, run_dir)
-        lora = run.model.lora  # no other config knows the adapters' alpha
-    abstract = abstract_params(adapted(policy.model, lora))
-    target = on_devices(abstract, params_sharding(abstract, mesh))
-    step, params = checkpoint.restore_params(folder, target, step)
-    return step, merged(params, policy, lora, mesh)
-
-
-def rollout_weights(
-    config: Config,
-    policy: Policy,
-    mesh: Mesh,
-    run_dir: Folder | None,
-    step: int | None,
-    info: Callable[[str], None],
-) -> tuple[int | None, Params]:
-    """Weights for sampling, and their rollout step: of a run's checkpoint (as `restore_params`), or
-    those that the policy starts from."""
-    found = None
-    if run_dir:
-        found, params = restore_params(run_dir, policy, mesh, step)
-        info(f"checkpoint of step {found}")
-    else:
-        params = load_params(config, policy, mesh)
-    return found, publisher(params, mesh, policy.model.compute_dtype)(params)
-
-
-def check_same_model(run: ModelSection, policy: Policy, run_dir: Folder) -> None:
-    """Raises ConfigError unless the policy has the run's architecture. The folder may move."""
-    pairs = {"folder": (run.folder, policy.source)}
-    if (run.folder is None) == (policy.source is None):
-        pairs = {}
-    for name, value in vars(run.architecture).items() if run.architecture else ():
-        pairs[f"architecture.{name}"] = (value, getattr(policy.model, name))
-    for key, (was, now) in pairs.items():
-        if was != now:
-            raise ConfigError(
-                f"model.{key}: is {now!r}, but {run_dir} was trained with {was!r}; set it back, or "
-                f"give --config {run_dir}/config.yaml"
-            )
 
 
 def check_adapters(section: ModelSection) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dapo_jax.dapo.buffer import BufferState, DynamicSamplingBuffer
+from dapo_jax.data.inputs import Digests
 from dapo_jax.data.problems import Cursor
 from dapo_jax.runtime.checkpoint import Checkpoints, Restored
 from dapo_jax.runtime.files import reason
@@ -63,15 +64,6 @@ class PartialStep(NamedTuple):
             and all("skipped" in sums for sums in self.sums)
             and all(isinstance(value, int | float) for value in numbers)
         )
-
-
-class Digests(NamedTuple):
-    """Digests of what a run trains on."""
-
-    loaded: str  # data.train, with problems that are also in evaluation sets
-    trained_on: str  # the problems without those, and the weights of data sets
-    tokens: str  # prompts of `trained_on`
-    function: str | None  # the file of reward.function
 
 
 @dataclasses.dataclass

@@ -2,18 +2,26 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dapo_jax.config import DataSection, EvalSection
 from dapo_jax.data.mixture import Mixture, load_training, mix, mixture_digest
 from dapo_jax.data.problems import load_problems, problems_digest
 from dapo_jax.data.prompts import make_prompts, tokens_digest, without
 from dapo_jax.data.rows import AS_USUAL
-from dapo_jax.training.setup import Policy
-from dapo_jax.training.state import Digests
 from dapo_jax.types import InputError, Problem, Prompt
 
 Info = Callable[[str], None]
+Encoding = tuple[Any, int]  # a tokenizer, and how many tokens the model's embedding has
+
+
+class Digests(NamedTuple):
+    """Digests of what a run trains on."""
+
+    loaded: str  # data.train, with problems that are also in evaluation sets
+    trained_on: str  # the problems without those, and the weights of data sets
+    tokens: str  # prompts of `trained_on`
+    function: str | None  # the file of reward.function
 
 
 class RunData(NamedTuple):
@@ -36,37 +44,41 @@ def by_key(eval_sets: Mapping[str, Sequence[Prompt]]) -> dict[str, Sequence[Prom
 
 
 def load_eval_sets(
-    section: EvalSection, data: DataSection, policy: Policy, info: Info
+    section: EvalSection, data: DataSection, encoding: Encoding, info: Info
 ) -> dict[str, list[Prompt]]:
     """The prompts of every evaluation set."""
     sets = {}
     for name, one in section.sets.items():
         columns = one.columns or AS_USUAL
         problems, report = load_problems(one.path, data.arithmetic, columns=columns, heldout=True)
-        sets[name], skipped = _prompts(problems[: section.max_problems], data, policy)
+        sets[name], skipped = _prompts(problems[: section.max_problems], data, encoding)
         info(f"eval/{name}: {report.summary()}; {len(sets[name])} used{skipped}")
     return sets
 
 
 def load_data(
-    data: DataSection, held_out: EvalSection, policy: Policy, wanted: tuple[str, int], info: Info
+    data: DataSection,
+    held_out: EvalSection,
+    encoding: Encoding,
+    needs: tuple[str, int],
+    info: Info,
 ) -> RunData:
     """Training prompts and evaluation sets.
 
-    wanted: what needs how many training prompts. Raises InputError if there are fewer.
+    needs: what needs how many training prompts. Raises InputError if there are fewer.
     """
     problems, reports = load_training(data)
-    loaded, skipped = _prompts(problems, data, policy)
+    loaded, skipped = _prompts(problems, data, encoding)
     counts = "; ".join(report.summary() for report in reports)
     info(f"problems: {counts}; {len(loaded)} prompts{skipped}")
-    eval_sets = load_eval_sets(held_out, data, policy, info)
-    prompts, (needs, number) = without(loaded, itertools.chain(*eval_sets.values())), wanted
+    eval_sets = load_eval_sets(held_out, data, encoding, info)
+    prompts, (what, number) = without(loaded, itertools.chain(*eval_sets.values())), needs
     if held := len(loaded) - len(prompts):
         info(f"problems: {held} of the prompts are in eval.sets too, and left out of training")
     if len(prompts) < number:
         few = f"{len(prompts)} prompts to train on"
         few += f" ({held} more are in eval.sets)" if held else ""
-        raise InputError(f"data.train: {few}, but {needs} needs {number}; give more problems")
+        raise InputError(f"data.train: {few}, but {what} needs {number}; give more problems")
     mixture = mix(data.train, [p.problem for p in prompts])
     if several := mixture.summary():
         info(f"mixture: {several}")
@@ -77,8 +89,9 @@ def load_data(
 
 
 def _prompts(
-    problems: Sequence[Problem], data: DataSection, policy: Policy
+    problems: Sequence[Problem], data: DataSection, encoding: Encoding
 ) -> tuple[list[Prompt], str]:
     """The prompts, and text on how many problems are skipped."""
-    prompts, skipped = make_prompts(problems, policy.tokenizer, data, policy.model.vocab_size)
+    tokenizer, vocab_size = encoding
+    prompts, skipped = make_prompts(problems, tokenizer, data, vocab_size)
     return prompts, "".join(f", {count} skipped: {reason}" for reason, count in skipped.items())

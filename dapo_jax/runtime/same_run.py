@@ -2,14 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dapo_jax.config import Config, ConfigError, config_from_dict, dump_yaml, flatten, to_dict
+from dapo_jax.config import (
+    Config,
+    ConfigError,
+    config_from_dict,
+    dump_yaml,
+    flatten,
+    load_config,
+    to_dict,
+)
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import newest_host
-from dapo_jax.runtime.files import Folder, read, write_whole
-from dapo_jax.training.setup import stored_config
+from dapo_jax.runtime.files import Folder, local_copy, read, write_whole
 
 # Options that may change on resume: length, logging and devices, not what is learned.
 MAY_CHANGE = tuple(
@@ -27,6 +34,14 @@ MAY_CHANGE = tuple(
 OPTIM = ("optim.", "dapo.clip_eps_", "dapo.dual_clip", "dapo.importance_cap")
 _CHANGES = "changes.jsonl"  # in the run folder: these changes, and after which step
 _FUNCTION = "reward_function.py"  # in the run folder: a copy of the file of reward.function
+
+
+def stored_config(run_dir: Folder, overrides: Sequence[str] = ()) -> Config | None:
+    """The config.yaml of a run folder, if there is one, with overrides."""
+    if read(run_dir / "config.yaml") is None:
+        return None
+    with local_copy(run_dir / "config.yaml") as file:
+        return load_config(file, overrides)
 
 
 def digest_of(source: str | bytes | None) -> str | None:
