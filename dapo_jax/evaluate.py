@@ -195,8 +195,7 @@ def checked_pool(
     sets: Mapping[str, Sequence[Prompt]],
     console: Console,
 ) -> Iterator[RewardPool]:
-    """A reward pool that has judged the sets' ground truths; raises InputError if none can be
-    correct. sets: by config key. source: of `reward.function`."""
+    """A reward pool that has judged the sets' ground truths; InputError if none can be correct."""
     with RewardPool(section, source) as pool:
 
         def judge(items: Sequence[RewardItem]) -> list[Verdict]:
@@ -241,8 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     evaluation sets."""
     args = _parser().parse_args(argv)
     run_dir = run_folder(args.run_dir) if args.run_dir else None
-    config = restore.config_of(args.config, run_dir, args.set)
     asked = restore.chosen_step(run_dir, args.step, args.best)
+    config = restore.config_of(args.config, run_dir, args.set)
     if not config.eval.sets:
         raise InputError(f"{args.config or run_dir}: eval.sets: is empty; name a data set")
     config = setup.with_commit(config, run_dir) if run_dir else config

@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.run_dir and args.model:
         raise InputError("--run-dir, --model: give one of them")
     run_dir = run_folder(args.run_dir) if args.run_dir else None
+    asked = restore.chosen_step(run_dir, args.step, args.best)
     prompts = [*args.text, *(_prompts(args.prompts) if args.prompts else ())]
     overrides = ["eval.every=0", *args.set]
     if args.model and not args.config:
@@ -159,7 +160,6 @@ def main(argv: list[str] | None = None) -> int:
         config = config_from_dict(tree, "--model", overrides)
     else:
         config = restore.config_of(args.config, run_dir, overrides)
-    asked = restore.chosen_step(run_dir, args.step, args.best)
     policy, mesh = setup.load_policy(config, args.model), make_mesh(config.mesh)
     shards, wanted = row_shards(mesh), max(1, len(prompts)) * args.samples
     slots = min(config.rollout.decode_slots, wanted)

@@ -197,8 +197,7 @@ def differing(runs: Sequence[Record]) -> list[list[Any]]:
 
 
 def read_samples(run_dir: Folder, most_bytes: int) -> tuple[list[list[Any]], str]:
-    """`[step, rows]` of evenly spaced steps, the last among them, as many as fit; and a note on
-    what is left out."""
+    """`[step, rows]` of evenly spaced steps, as many as fit; and a note on what is left out."""
     path, names = run_dir / "samples", None
     with writing(path, "cannot be read"):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -270,8 +269,7 @@ def _is_token(entry: Any) -> bool:
 
 
 def render(runs: Sequence[dict[str, Any]]) -> bytes:
-    """The template with its data, and the hashes of its style and script for the CSP: a browser
-    accepts no other."""
+    """The template with its data, and the hashes of the style and script that its CSP allows."""
     page = importlib.resources.files("dapo_jax").joinpath("report_page.html").read_text("utf-8")
     for tag in ("style", "script"):
         (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -291,8 +289,7 @@ def json_in_html(data: Any) -> str:
 
 
 def run_names(run_dirs: Sequence[Folder]) -> list[str]:
-    """The last parts of each path, as many as make them differ. Raises InputError for a folder
-    given twice."""
+    """The last parts of each path, as many as make them differ; InputError if two are the same."""
     paths = [path if files.is_bucket(path) else path.resolve() for path in run_dirs]
     if again := [path for i, path in enumerate(paths) if path in paths[:i]]:
         raise InputError(f"{again[0]}: given twice; give each --run-dir once")

@@ -27,8 +27,7 @@ from dapo_jax.types import InputError, Prompt, TrainBatch, TrainState
 
 
 def solution_items(config: Config, prompts: Sequence[Prompt], policy: Policy) -> list[TrainItem]:
-    """Prompts with their worked solutions and the end token, without those that are too long; none
-    without a warm-up."""
+    """Prompts with worked solutions that are not too long, and the end token; [] for no warm-up."""
     if not config.supervised.updates:
         return []
     solved = [prompt for prompt in prompts if prompt.problem.solution]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dapo_jax import cli
 from dapo_jax.config import dump_yaml, load_config
-from dapo_jax.config.describe import describe, explain
+from dapo_jax.config.describe import describe
 
 
 def shipped(folder: Path) -> list[str]:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.list:
         print("\n".join(shipped(Path(__file__).parents[2] / "configs")))
     else:
-        print("\n".join(explain(args.key) if args.key else describe()))
+        print("\n".join(describe(args.key or "")))
     return 0
 
 

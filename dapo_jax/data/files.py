@@ -251,8 +251,7 @@ def _csv(path: str) -> Pieces:
 
 
 def _sandboxed(work: str, setup: list[Any], size: int) -> Pieces:
-    """Pieces of files of `size` bytes that `work` reads in a separate process; for a row that
-    cannot be read, it gives the reason."""
+    """Pieces of files that `work` reads in a separate process; bad rows are their reasons."""
     memory_bytes = _MEMORY_BYTES + 4 * size
     try:
         with Process(work, setup, deadline_s=_DEADLINE_S, memory_bytes=memory_bytes) as process:

@@ -88,8 +88,7 @@ def mix(train: Sequence[TrainSet], problems: Sequence[Problem]) -> Mixture:
 
 
 def drawn_of_each(mixture: Mixture, epochs: int) -> list[int]:
-    """Draws of each data set in the first `epochs` epochs: within one of its share, N x epochs in
-    all."""
+    """Draws of each data set in so many epochs: N x epochs in all, shares to within one."""
     draws = sum(mixture.counts) * epochs
     edges = [math.floor(draws * s) for s in accumulate(mixture.shares(), initial=Fraction(0))]
     return [end - begin for begin, end in pairwise(edges)]

@@ -171,8 +171,7 @@ def stop_tokens(
 
 
 def _end_of_turn(tokenizer: "Tokenizer", date: str) -> set[int]:
-    """The token that the chat template writes after the assistant's text; empty if it is no token
-    or the template fails, which `_chat_texts` reports."""
+    """The token that the chat template writes after the assistant's text; empty without one."""
     texts = {"user": "question", "assistant": _ANSWER}
     turns = [{"role": role, "content": texts[role]} for role in ("user", "assistant", "user")]
     try:
@@ -257,8 +256,7 @@ def make_prompts(
 def check_embedded(
     tokens: Sequence[int], vocab_size: int | None, tokenizer: "Tokenizer", where: str
 ) -> None:
-    """Raises InputError for a token without a row in the model's embedding, such as the image
-    placeholder of Gemma 3's small models."""
+    """Raises InputError for a token beyond the embedding, as Gemma 3's image token may be."""
     if vocab_size is not None and (most := max(tokens, default=0)) >= vocab_size:
         name = next((f" {text!r}" for text, i in tokenizer.get_vocab().items() if i == most), "")
         what = f"token{name} ({most}) is beyond the model's embedding of {vocab_size} tokens"

@@ -50,8 +50,7 @@ _LABEL = re.compile(r"\(?[A-Za-z1-9]\s?[).:]")
 
 
 class BadRow(Exception):
-    """A row that cannot be used: the reason that it is counted under, and its columns if one is
-    missing."""
+    """Why a row cannot be used, under which it is counted, and its columns if one is missing."""
 
     def __init__(self, reason: str, row: Any = ()):
         super().__init__(reason)

@@ -1,5 +1,4 @@
-"""Problems as a prepared tensorflow-datasets folder (array_record), written and read by random
-access without TensorFlow."""
+"""Problems as a prepared tensorflow-datasets folder (array_record), without TensorFlow."""
 
 import contextlib
 import io

@@ -108,10 +108,8 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not is_bucket(self._folder) and not os.access(self._folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            if is_bucket(self._folder):
-                self._remove([path for path in _stored(self._folder) if not _is_complete(path)])
-            else:
-                self._remove(list(self._folder.glob("*.orbax-checkpoint-tmp")))
+            incomplete = [path for path in _stored(self._folder) if not _is_complete(path)]
+            self._remove([*incomplete, *self._folder.glob("*.orbax-checkpoint-tmp")])
         multihost.sync("incomplete checkpoints removed")
 
     def __enter__(self) -> "Checkpoints":
@@ -228,9 +226,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """InputError, or RunError in a bucket, for what the file system raises inside, whatever
-        type orbax and its threads make of it.
-        """
+        """InputError, or RunError in a bucket, for file system errors of orbax and its threads."""
         try:
             yield
         except (InputError, RunError, jax.errors.JaxRuntimeError, MemoryError):
@@ -245,9 +241,7 @@ class Checkpoints:
 
 
 def records_digest(folder: str | Folder) -> str:
-    """SHA-256, in hexadecimal, of the records of all checkpoints in the folder, which hold a digest
-    of every array.
-    """
+    """SHA-256, in hexadecimal, of all checkpoints' records, which hold a digest of every array."""
     digest = hashlib.sha256()
     for path in _stored(_absolute(folder)):
         digest.update(path.name.encode() + b"\n" + (files.read(path / _RECORD) or b""))

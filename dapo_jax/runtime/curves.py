@@ -1,6 +1,4 @@
-"""The training curves of a run as one PNG: accuracy, reward, length, entropy, dynamic sampling,
-clipping.
-"""
+"""The training curves of a run as one PNG."""
 
 import io
 import re

@@ -156,9 +156,7 @@ def _write(file: io.FileIO, content: bytes) -> None:
 
 
 class AppendFile:
-    """A file of `content` that grows by lines; an object is sent whole with each of them. Raises as
-    `writing` does.
-    """
+    """A file that grows by lines; an object is sent whole with each. Raises as `writing` does."""
 
     def __init__(self, path: Folder, content: bytes):
         write_whole(path, content)

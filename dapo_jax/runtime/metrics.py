@@ -263,9 +263,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _lines_until(path: Folder, last: int) -> bytes:
-    """The complete lines of steps up to `last`. Warns of missing steps and damaged lines; a copy of
-    a damaged file is kept.
-    """
+    """The complete lines of steps up to `last`. Warns of missing and damaged ones; keeps a copy."""
     content = files.read(path) or b""
     lines = content.split(b"\n")[:-1]  # after the last newline is nothing, or an unfinished line
     steps = [record["step"] if (record := _record(line)) else None for line in lines]
@@ -283,9 +281,7 @@ def _lines_until(path: Folder, last: int) -> bytes:
 
 
 def peak_memory() -> int:
-    """Peak bytes in use so far on the fullest local device; of this process if devices report
-    none.
-    """
+    """Peak bytes in use so far on the fullest local device; of this process if none reports any."""
     used = [stats["peak_bytes_in_use"] for d in jax.local_devices() if (stats := d.memory_stats())]
     if used:
         return max(used)

@@ -100,8 +100,7 @@ class Process(contextlib.AbstractContextManager):
         self._patience_s = self._deadline_s
 
     def call(self, order: Any) -> Any:
-        """The result of an order. Raises InputError if `work` does, else ConfinedError; kill it
-        then."""
+        """The result of an order. Raises InputError if `work` does, else ConfinedError."""
         self.send(order)
         return self.receive()
 

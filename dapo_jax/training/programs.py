@@ -1,6 +1,4 @@
-"""The jitted programs of training, and their abstract inputs, from which `plan` compiles them
-without devices.
-"""
+"""The jitted programs of training, and their abstract inputs: `plan` compiles without devices."""
 
 import dataclasses
 import functools

@@ -117,9 +117,7 @@ def update_metrics(
 
 
 def age_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:
-    """How old the tokens of groups are that rollout step `step` trains on, by the policies that
-    sampled them.
-    """
+    """The age of the tokens that rollout step `step` trains on, and their policies."""
     policies = [r.policies for group in groups for r in group.responses if r.policies]
     if not policies:
         return {}

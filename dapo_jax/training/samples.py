@@ -1,6 +1,4 @@
-"""Samples for people to read: the first response of the first groups of a step, with the log-prob
-of each token.
-"""
+"""Samples for people to read: responses of the first groups of a step, with token log-probs."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -62,9 +62,7 @@ class BatchShape(NamedTuple):
 def batch_shape(
     config: Config, mesh: Mesh, responses: int | None = None, longest: int | None = None
 ) -> BatchShape:
-    """The shape that holds `responses` (default: of a DAPO update) of at most `longest` tokens,
-    prompt included.
-    """
+    """The shape for `responses` (default: of an update) of `longest` tokens, prompt included."""
     limit = config.data.max_prompt_len + config.rollout.max_response_len
     row_len, rows = config.train.row_len or limit, config.train.rows_per_microbatch
     microbatches = max_microbatches(
@@ -77,9 +75,7 @@ def batch_shape(
 
 
 def with_computation(config: Config, model: Architecture) -> ModelConfig:
-    """The architecture with the config's compute options. Raises ConfigError if the context is
-    shorter than the config's length limits.
-    """
+    """The architecture and compute options. Raises ConfigError if its context is too short."""
     check_context(config, model)
     c = config.model
     options = {"compute_dtype": c.compute_dtype, "remat": c.remat}
@@ -106,9 +102,7 @@ def with_commit(config: Config, run_dir: Folder | None = None) -> Config:
 
 
 def load_policy(config: Config, source: str | None = None) -> Policy:
-    """Architecture and tokenizer of `source`, `model.folder` or `model.architecture`. No device is
-    touched.
-    """
+    """Architecture and tokenizer of `source` or the config's model section. Touches no device."""
     source, folder = source or config.model.folder, None
     if source:
         source, folder = local_model(source, weights.DESCRIPTION_FILES)
