@@ -11,8 +11,7 @@ from runs import CONFIG, run_train
 
 from dapo_jax.config import ConfigError, RewardSection, dump_yaml, load_config
 from dapo_jax.reward.pool import RewardItem, RewardPool
-from dapo_jax.runtime import multihost
-from dapo_jax.training import same_run
+from dapo_jax.runtime import multihost, same_run
 from dapo_jax.types import InputError, Problem, Verdict
 
 pytestmark = pytest.mark.host

@@ -20,9 +20,10 @@ from transformers import GenerationConfig
 
 from dapo_jax import evaluate, export, supervised, train
 from dapo_jax.config import Config, load_config
+from dapo_jax.runtime import same_run
 from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.runtime.metrics import METRICS, read_metrics
-from dapo_jax.training import record, same_run
+from dapo_jax.training import record
 from dapo_jax.training import step as training_step
 from dapo_jax.training.dynamic_sampling import DynamicSampler
 from dapo_jax.types import InputError
