@@ -5,6 +5,7 @@ cache. Hugging Face: test_hf_parity.
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +50,8 @@ ONE_SEGMENT, COUNTED = np.ones_like(TOKENS), np.tile(np.arange(WIDTH, dtype=np.i
 @functools.partial(jax.jit, static_argnums=1)
 def forward(params, config, tokens, positions, segment_ids):
     """Logits, keys and values."""
-    hidden, kv = hidden_states(params, config, tokens, positions, segment_ids)
-    return logits_of(params, hidden), kv
+    hidden, entries = hidden_states(params, config, tokens, positions, segment_ids)
+    return logits_of(params, hidden), entries[:2]
 
 
 def run(params, config, tokens=TOKENS, positions=COUNTED, segment_ids=ONE_SEGMENT):
@@ -140,7 +141,7 @@ def test_default_positions_are_those_of_the_segments_and_only_distances_count():
 def decoded(params, config, tokens, lengths, cache, size=4):
     """A decode step of one shard, its entries written into the pages of its cache."""
     seen = pack(cache, lengths, size)
-    hidden, new = decode_step(params, config, tokens, seen)
+    hidden, new, _ = decode_step(params, config, tokens, seen)
     at, offset = jnp.divmod(jnp.asarray(lengths), size)
     page = seen.table[jnp.arange(len(at)), at]
     shard = [jax.tree.map(lambda x: x[None], tree) for tree in (seen.pages, new, page, offset)]
@@ -204,7 +205,7 @@ def test_a_step_reads_and_writes_only_the_pages_of_its_sequences():
     seen = seen._replace(table=seen.table[:1], lengths=seen.lengths[:1])
     listed = list_pages(seen.table, seen.lengths, 4)
     seen = seen._replace(listed=listed._replace(needed=jnp.int32(2)))
-    hidden, new = jax.jit(lambda t, c: decode_step(params, NORMED, t, c))(TOKENS[:1, 5], seen)
+    hidden, new, _ = jax.jit(lambda t, c: decode_step(params, NORMED, t, c))(TOKENS[:1, 5], seen)
     np.testing.assert_allclose(logits_of(params, hidden), whole[:1, 5], rtol=0, atol=5e-6)
     for found, full in zip(new[:2], exact, strict=True):
         np.testing.assert_allclose(found[:, 0], full[:, 0, :, 5], rtol=0, atol=5e-6)
@@ -292,18 +293,19 @@ def test_rotation_turns_the_first_half_against_the_second_as_complex_numbers():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_those_of_the_hugging_face_models(family, tied):
     config = tiny.model(family, tie_embeddings=tied)
     abstract = abstract_params(config)
-    found = {(leaf, layer) for _, leaf, _, _, layer in tensors(config)}
+    found = {(leaf, index) for _, leaf, _, _, index in tensors(config)}
     leaves = flatten(abstract)
-    assert found == {
-        (leaf, layer)
-        for leaf in leaves
-        for layer in (range(config.layers) if leaf.startswith("layers.") else [None])
-    }
+
+    def stacked(leaf):  # layers, and experts
+        each = re.match(r"layers\.(experts\.(gate|up|down))?", leaf)
+        return leaves[leaf].shape[: 0 if each is None else 2 if each[1] else 1]
+
+    assert found == {(leaf, index) for leaf in leaves for index in np.ndindex(stacked(leaf))}
     filled = dict.fromkeys(leaves, 0)
     for t in tensors(config):
         filled[t.leaf] += math.prod(t.shape)
@@ -314,6 +316,7 @@ def test_parameters_are_those_of_the_hugging_face_models(family, tied):
         "llama": 0,
         "qwen2": (heads + 2 * kv) * h,
         "qwen3": 2 * h,
+        "qwen3_moe": 2 * h + d * 4 + 3 * 3 * d * ffn,  # a router; 3 experts more
         "gemma3_text": 2 * h + 2 * d,
     }[family]
     assert (

@@ -31,7 +31,14 @@ def test_weights_by_hand():
 
 
 @pytest.mark.parametrize(
-    "family, tied", [("llama", False), ("qwen2", True), ("qwen3", True), ("gemma3_text", True)]
+    "family, tied",
+    [
+        ("llama", False),
+        ("qwen2", True),
+        ("qwen3", True),
+        ("qwen3_moe", True),
+        ("gemma3_text", True),
+    ],
 )
 def test_weights_are_the_matrices_of_the_parameter_tree(family, tied):
     config = tiny.model(family, tie_embeddings=tied)

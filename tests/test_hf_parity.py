@@ -22,7 +22,7 @@ from dapo_jax.types import Request, TrainBatch
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/golden.npz"))
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
 
 compiled = jax.jit(apply, static_argnames="config")
 

@@ -135,7 +135,7 @@ def test_devices_of_other_kinds_have_no_slices():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_has_its_partition(family, tied):
     """Matrices are split over fsdp and tensor, each once; vectors of norms are whole, biases follow
@@ -153,11 +153,12 @@ def test_every_parameter_has_its_partition(family, tied):
     assert specs.keys() == shapes.keys()
     for path, spec in specs.items():
         axes = sorted(axis for axis in spec if axis)
-        kind = path.split("/")[-1]
+        kind = "router" if "router" in path else path.split("/")[-1]
         assert (
             axes
             == {
                 "kernel": ["fsdp", "tensor"],
+                "router": ["fsdp"],
                 "embedding": ["fsdp", "tensor"],
                 "bias": ["tensor"],
                 "scale": [],
@@ -206,7 +207,7 @@ def test_an_axis_that_does_not_divide_stays_whole():
 
 def test_every_rule_is_used_by_some_family():
     mesh, used = make_mesh(CUBE), set()
-    for family in ("llama", "qwen2", "qwen3", "gemma3_text"):
+    for family in ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"):
         for path, leaf in by_path(
             abstract_params(tiny.model(family, tie_embeddings=False, lora=LoraConfig(rank=2)))
         ).items():
@@ -277,7 +278,7 @@ def test_rollout_weights_are_split_over_tensor_only():
     assert publish._cache_size() == 1
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "gemma3_text"])
 def test_rollout_weights_compute_what_the_master_weights_do(family):
     """To the bit: the trainer casts kernels to bfloat16 for every use, and multiplies by the scales
     of norms in float32.

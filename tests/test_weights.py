@@ -17,7 +17,8 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from dapo_jax.config import MeshSection, ModelConfig, RopeScaling, Windows, flatten
+from dapo_jax.config import Experts, MeshSection, ModelConfig, RopeScaling, Windows, flatten
+from dapo_jax.model import flops
 from dapo_jax.model.families import model_config_from_hf, model_config_to_hf, tensors
 from dapo_jax.model.weights import load_pretrained, save_pretrained
 from dapo_jax.runtime.mesh import make_mesh, params_sharding
@@ -100,6 +101,24 @@ QWEN3_06B: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "use_sliding_window": False,
     "vocab_size": 151936,
+}
+
+# Qwen3-30B-A3B, as transformers 4 wrote it
+QWEN3_MOE: dict[str, Any] = QWEN3_06B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
 }
 
 GEMMA3_1B: dict[str, Any] = {
@@ -206,6 +225,11 @@ def test_config_of_published_models():
         max_position=32768,
     )
     assert model_config_from_hf(QWEN3_06B, "c") == ModelConfig()  # the defaults are Qwen3-0.6B
+    mixture = model_config_from_hf(QWEN3_MOE, "c")
+    assert (mixture.experts, mixture.ffn_dim) == (Experts(128, 8, True), 768)
+    assert flops.weights(mixture) == 30_532_122_624 - 210_944  # of Qwen3-30B-A3B; of its norms
+    renamed = {**without(QWEN3_MOE, "num_experts"), "num_local_experts": 128}  # transformers 5
+    assert model_config_from_hf(renamed, "c") == mixture
     gemma = model_config_from_hf(GEMMA3_27B, "c")
     assert (gemma.family, gemma.windows, gemma.rope_theta, gemma.rope_factor) == (
         "gemma3_text",
@@ -353,6 +377,12 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "gelu": (LLAMA_31_8B, {"hidden_act": "gelu"}, "hidden_act"),
     "llama-bias": (LLAMA_31_8B, {"attention_bias": True}, "attention_bias"),
     "qwen3-bias": (QWEN3_06B, {"attention_bias": True}, "attention_bias"),
+    "dense-layer": (QWEN3_MOE, {"mlp_only_layers": [0]}, "mlp_only_layers"),
+    "sparse-step": (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+    "no-experts": (QWEN3_MOE, {"num_experts": None}, "num_experts"),
+    "many-experts": (QWEN3_MOE, {"num_experts": 512}, "num_experts"),
+    "few-experts": (QWEN3_MOE, {"num_experts": 4}, "num_experts_per_tok"),
+    "topk-norm": (QWEN3_MOE, {"norm_topk_prob": 1}, "norm_topk_prob"),
     "mlp-bias": (LLAMA_31_8B, {"mlp_bias": True}, "mlp_bias"),
     "partial-rotary": (LLAMA_31_8B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "window": (
@@ -543,8 +573,8 @@ def test_config_refused(name):
             "use a text-only model of its family",
         ),
         (
-            {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128},
-            "a mixture of experts; use a dense model of its family; ",
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+            "a mixture of experts; use Qwen3-MoE or a dense model of its family; ",
         ),
         ({"architectures": ["x" * 1000]}, "is not supported; supported"),
     ],
@@ -626,9 +656,17 @@ def test_layout(name):
                 layers["mlp_norm"]["scale"][i], stored("post_attention_layernorm.weight")
             )
         for part in ("gate", "up", "down"):
-            np.testing.assert_array_equal(
-                layers["mlp"][part]["kernel"][i], stored(f"mlp.{part}_proj.weight").T
-            )
+            if config.experts is None:
+                found = layers["mlp"][part]["kernel"][i]
+                np.testing.assert_array_equal(found, stored(f"mlp.{part}_proj.weight").T)
+            for e in range(config.experts.count if config.experts else 0):
+                found = layers["experts"][part]["kernel"][i, e]
+                np.testing.assert_array_equal(
+                    found, stored(f"mlp.experts.{e}.{part}_proj.weight").T
+                )
+        if config.experts:
+            router = layers["experts"]["router"]["kernel"][i]
+            np.testing.assert_array_equal(router, stored("mlp.gate.weight").T)
         for part, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
             for head in range(heads):
                 rows = slice(head * h, head * h + h)
@@ -644,7 +682,7 @@ def test_layout(name):
         for head in range(config.heads):
             columns = stored("self_attn.o_proj.weight")[:, head * h : head * h + h]
             np.testing.assert_array_equal(layers["attn"]["o"]["kernel"][i][head], columns.T)
-        if config.family in ("qwen3", "gemma3_text"):
+        if config.family in ("qwen3", "qwen3_moe", "gemma3_text"):
             for part in ("q_norm", "k_norm"):
                 np.testing.assert_array_equal(
                     layers["attn"][part]["scale"][i], stored(f"self_attn.{part}.weight")

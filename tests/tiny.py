@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from dapo_jax.config import ModelConfig, Windows
+from dapo_jax.config import Experts, ModelConfig, Windows
 from dapo_jax.dapo.packing import TrainItem, normalizer_weights
 from dapo_jax.model.decoder import abstract_params, apply
 
@@ -26,11 +26,11 @@ def model(family="qwen3", **changes) -> ModelConfig:
         "head_dim": 8,
         "ffn_dim": 24,
     }
-    own = (
-        {"windows": Windows(3, 2, 1e2), "rope_factor": 4.0, "query_scalar": 5}
-        if family == "gemma3_text"
-        else {}
-    )
+    own: dict = {}
+    if family == "gemma3_text":
+        own = {"windows": Windows(3, 2, 1e2), "rope_factor": 4.0, "query_scalar": 5}
+    elif family == "qwen3_moe":
+        own = {"experts": Experts(4, 2)}
     return ModelConfig(
         family=family, **(sizes | {"max_position": 64, "rope_theta": 1e4} | own | changes)
     )

@@ -25,6 +25,7 @@ from dapo_jax.config.schema import (
     DataSection,
     EvalSection,
     EvalSet,
+    Experts,
     LoraConfig,
     MeshSection,
     ModelConfig,

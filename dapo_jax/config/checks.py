@@ -124,6 +124,10 @@ def check_model(model: Architecture, fail: Fail) -> None:
             fail(name, "goes with family gemma3_text only")
     if gemma != (model.windows is not None):
         fail("windows", "goes with family gemma3_text, and is needed there")
+    if (model.family == "qwen3_moe") != (model.experts is not None):
+        fail("experts", "goes with family qwen3_moe, and is needed there")
+    if (e := model.experts) and e.per_token > e.count:
+        fail("experts.per_token", f"{e.per_token} exceeds experts.count {e.count}")
     if model.windows and model.rope_scaling:
         fail("rope_scaling", "is of Llama 3.x; gemma3_text has rope_factor")
 

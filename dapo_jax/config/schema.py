@@ -57,7 +57,16 @@ class Windows:
     rope_theta: float = field(1e4, "base of the rotary frequencies with a window", gt=0)
 
 
-Family = Literal["llama", "qwen2", "qwen3", "gemma3_text"]
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: in every layer a router sends each token to a few feed-forwards."""
+
+    count: int = field(128, "E, experts of a layer", ge=1, le=256)
+    per_token: int = field(8, "experts of a token", ge=1)
+    normalize: bool = field(True, "a token's weights sum to 1 (norm_topk_prob)")
+
+
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
 
@@ -67,14 +76,14 @@ class Architecture:
     """The shape of a decoder."""
 
     __pydantic_config__ = STRICT
-    family: Family = field("qwen3", "qwen2: q/k/v biases; qwen3: q/k norms; gemma3_text: windows")
+    family: Family = field("qwen3", "qwen2: q/k/v biases; qwen3: q/k norms; see docs/models.md")
     vocab_size: int = field(151936, "V", ge=1)
     model_dim: int = field(1024, "D, width of the residual stream", ge=1)
     layers: int = field(28, "L", ge=1)
     heads: int = field(16, "H, query heads", ge=1)
     kv_heads: int = field(8, "K, key/value heads; divides heads", ge=1)
     head_dim: int = field(128, "width of one head; even", ge=1)
-    ffn_dim: int = field(3072, "F, hidden width of the gated feed-forward", ge=1)
+    ffn_dim: int = field(3072, "F, hidden width of the gated feed-forward, or of an expert", ge=1)
     rope_theta: float = field(1e6, "base of the rotary frequencies", gt=0)
     rope_scaling: RopeScaling | None = field(None, "Llama 3.x only")
     rope_factor: float = field(1.0, "Gemma 3: divides positions in layers without a window", ge=1)
@@ -83,6 +92,7 @@ class Architecture:
     norm_eps: float = field(1e-6, "epsilon of the RMS norms", gt=0)
     tie_embeddings: bool = field(True, "the output head is the embedding transposed")
     max_position: int = field(40960, "context limit, prompt and response, tokens", ge=1)
+    experts: Experts | None = field(None, "qwen3_moe only, and required there")
 
 
 @dataclass(frozen=True)

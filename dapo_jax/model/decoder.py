@@ -1,5 +1,5 @@
-"""One decoder for Llama, Qwen2, Qwen3 and Gemma 3, in Flax NNX; plain pytrees of parameters outside
-this file.
+"""One decoder for Llama, Qwen2, Qwen3, Qwen3-MoE and Gemma 3, in Flax NNX; plain pytrees of
+parameters outside this file.
 
     tokens ─▶ embed ─▶ L × [ x + attn(norm(x)) ; x + mlp(norm(x)) ] ─▶ norm ─▶ head
 
@@ -8,8 +8,9 @@ Parameters are a nested dict; layers are stacked on axis 0 and scanned:
     embed/embedding [V,D] · final_norm/scale [D] · head/kernel [D,V] (absent if tied) · layers/
       attn_norm/scale, mlp_norm/scale [L,D] · attn_post_norm/scale, mlp_post_norm/scale (gemma3)
       attn/{q,k,v}/kernel [L,D,heads,h], bias [L,heads,h] (qwen2) · attn/o/kernel [L,H,h,D]
-      attn/{q_norm,k_norm}/scale [L,h] (qwen3, gemma3)
-      mlp/{gate,up}/kernel [L,D,F], down [L,F,D]
+      attn/{q_norm,k_norm}/scale [L,h] (qwen3, qwen3_moe, gemma3)
+      mlp/{gate,up}/kernel [L,D,F], down [L,F,D], or
+      experts/router/kernel [L,D,E], {gate,up}/kernel [L,E,D,F], down [L,E,F,D] (qwen3_moe)
       adapter/a [L,*in,r], adapter/b [L,r,*out] next to each kernel [L,*in,*out] that LoRA adapts
 
 Gemma 3 also normalizes the output of each branch, uses GELU instead of SiLU, scales norms by
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, Int32, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, Int32, PRNGKeyArray, UInt8
 
 from dapo_jax.config import LoraConfig, ModelConfig
 from dapo_jax.model.attention import (
@@ -41,6 +42,7 @@ from dapo_jax.model.attention import (
     quantize,
 )
 from dapo_jax.model.embedding import embed
+from dapo_jax.model.experts import Routing, mixture, mixture_decoded, mixture_over
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
 from dapo_jax.model.lora import Adapter, adapter_of, stored
 from dapo_jax.model.ragged_attention import attend_paged_over
@@ -74,6 +76,7 @@ class Layout(NamedTuple):
     heads: Callable[[Array], Array] = _saved  # [N, T, heads, h], queries, keys and values
     inner: Callable[[Array], Array] = _saved  # [N, T, F], the feed-forward's hidden layer
     spread: Callable[[Array], Array] = _saved  # [N, T, D], the residual stream between them
+    mixture: Callable[..., tuple[Array, Routing]] = mixture  # of experts
 
     @classmethod
     def over(cls, mesh: Mesh | None, length: int) -> "Layout":
@@ -94,7 +97,8 @@ class Layout(NamedTuple):
             return _saved(pin(None, VOCAB_AXIS)(x))
 
         spread = pin(VOCAB_AXIS) if splits_sequence(mesh, length) else pin()
-        return cls(pin(), heads, inner, lambda x: _saved(spread(x)))
+        mixed = functools.partial(mixture_over, mesh)
+        return cls(pin(), heads, inner, lambda x: _saved(spread(x)), mixed)
 
 
 def splits_sequence(mesh: Mesh | None, length: int) -> bool:
@@ -171,7 +175,7 @@ class Attention(nnx.Module):
         self.v = project("v", c.kv_heads)
         shape, lora = (c.heads, c.head_dim, c.model_dim), adapter_of(c.lora, "o")
         self.o = Linear("tnh,nhd->td", shape, rngs, gain=_branch_gain(c), lora=lora)
-        normed = c.family in ("qwen3", "gemma3_text")
+        normed = c.family in ("qwen3", "qwen3_moe", "gemma3_text")
         # Attention divides scores by √head_dim; Gemma's norm of queries makes that √query_scalar.
         gain = (c.head_dim / (c.query_scalar or c.head_dim)) ** 0.5
         self.q_norm = Norm(c.head_dim, c, gain) if normed else None
@@ -199,25 +203,66 @@ class Mlp(nnx.Module):
         return self.down(activation(layout.inner(self.gate(x))) * layout.inner(self.up(x)))
 
 
+class Stack(nnx.Module):
+    """A projection of every expert."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int, rngs: nnx.Rngs, gain: float = 1.0):
+        drawn = jax.random.normal(rngs.params(), (experts, inputs, outputs))
+        self.kernel = nnx.Param(gain * inputs**-0.5 * drawn)
+
+
+class Mixture(nnx.Module):
+    """Experts in place of the feed-forward (`model.experts`)."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        assert c.experts is not None
+        self.config, count = c.experts, c.experts.count
+        self.router = Linear("td,de->te", (c.model_dim, count), rngs)
+        self.gate = Stack(count, c.model_dim, c.ffn_dim, rngs)
+        self.up = Stack(count, c.model_dim, c.ffn_dim, rngs)
+        self.down = Stack(count, c.ffn_dim, c.model_dim, rngs, _branch_gain(c))
+
+    def __call__(self, x: Array, layout: Layout, replayed: Any) -> tuple[Array, Routing]:
+        names = ("router", "gate", "up", "down")
+        kernels = {name: getattr(self, name).kernel[...] for name in names}
+        return layout.mixture(x, kernels, self.config, replayed)
+
+
+class Entries(NamedTuple):
+    """What a layer computes of each token besides the residual stream."""
+
+    k: Array
+    v: Array
+    routing: Routing | None = None
+
+
 class Block(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.attn_norm, self.mlp_norm = Norm(c.model_dim, c), Norm(c.model_dim, c)
-        self.attn, self.mlp = Attention(c, rngs), Mlp(c, rngs)
+        self.attn = Attention(c, rngs)
+        self.mlp = None if c.experts else Mlp(c, rngs)
+        self.experts: Any = Mixture(c, rngs) if c.experts else None
         post = c.family == "gemma3_text"
         self.attn_post_norm = Norm(c.model_dim, c) if post else None
         self.mlp_post_norm = Norm(c.model_dim, c) if post else None
 
     def __call__(
-        self, x: Array, rope: Rope, attend: Callable[..., Array], layout: Layout
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """The residual stream, keys and values. `attend(q, k, v)` is over a row or a cache."""
+        self, x: Array, rope: Rope, attend: Callable[..., Array], layout: Layout, replayed: Any
+    ) -> tuple[Array, Entries]:
+        """`attend(q, k, v)` is over a row or a cache. replayed: as `experts.route`."""
         with jax.named_scope("attention"):
             q, k, v = self.attn.qkv(layout.whole(self.attn_norm(x)), rope, layout)
             mixed = layout.spread(self.attn.o(attend(q, k, v)))
             x = x + (mixed if self.attn_post_norm is None else self.attn_post_norm(mixed))
         with jax.named_scope("mlp"):
-            fed = layout.spread(self.mlp(layout.whole(self.mlp_norm(x)), layout))
-            return x + (fed if self.mlp_post_norm is None else self.mlp_post_norm(fed)), (k, v)
+            inputs, routing = layout.whole(self.mlp_norm(x)), None
+            if self.mlp is not None:
+                fed = self.mlp(inputs, layout)
+            else:
+                fed, routing = self.experts(inputs, layout, replayed)
+            fed = layout.spread(fed)
+            x = x + (fed if self.mlp_post_norm is None else self.mlp_post_norm(fed))
+            return x, Entries(k, v, routing)
 
 
 class Embed(nnx.Module):
@@ -351,15 +396,17 @@ def hidden_states(
     positions: Int[Array, "N T"] | None = None,
     segment_ids: Int[Array, "N T"] | None = None,
     *,
+    replayed: tuple[UInt8[Array, "L N T k"], Bool[Array, "N T"]] | None = None,
     mesh: Mesh | None = None,
-) -> tuple[Float[Array, "N T D"], tuple[Float[Array, "L N T K h"], Float[Array, "L N T K h"]]]:
-    """Final hidden states of packed rows, and keys and values of every layer.
+) -> tuple[Float[Array, "N T D"], Entries]:
+    """Final hidden states of packed rows, and keys and values [L, N, T, K, h] of every layer.
 
     Args:
       positions: by default counted within each segment. segment_ids: by default one per row.
+      replayed: experts chosen earlier, and of which tokens they replace the router's choice.
       mesh: given where rows are sharded over ("data", "fsdp").
 
-    Returns: hidden states after the final norm, and (k, v), in compute dtype.
+    Returns: hidden states after the final norm, and `Entries`, in compute dtype.
     """
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
     positions = segment_positions(segment_ids) if positions is None else positions
@@ -373,18 +420,20 @@ def hidden_states(
 
     @jax.named_scope("layer")
     def layer(x, inputs):
-        layer_params, on = inputs
+        layer_params, on, chosen = inputs
         if mesh is not None:
             layer_params = gather_layer(layer_params, mesh, config.compute_dtype)
         rope, window = view(on)
         options: dict[str, Any] = {"mesh": mesh, "block": config.attention_block}
         attend = functools.partial(attend_rows, segment_ids=segment_ids, window=window, **options)
-        return _bind(Block, config, layer_params)(x, rope, attend, layout)
+        replay = None if replayed is None else (chosen, replayed[1])
+        return _bind(Block, config, layer_params)(x, rope, attend, layout, replay)
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=_REMAT[config.remat], prevent_cse=False)
-    x, kv = jax.lax.scan(layer, x, (params["layers"], windowed_layers(config)))
-    return layout.whole(ends.final_norm(x)), kv
+    chosen = None if replayed is None else replayed[0]
+    x, entries = jax.lax.scan(layer, x, (params["layers"], windowed_layers(config), chosen))
+    return layout.whole(ends.final_norm(x)), entries
 
 
 def make_cache(k: Float[Array, "*S h"], v: Float[Array, "*S h"], *, int8: bool) -> Cache:
@@ -446,7 +495,7 @@ def decode_step(
     tokens: Int[Array, " b"],
     seen: PagedCache,
     mesh: Mesh | None = None,
-) -> tuple[Float[Array, "b D"], Cache]:
+) -> tuple[Float[Array, "b D"], Cache, Routing | None]:
     """Hidden state of one new token per sequence, and its entry for the cache.
 
     Args:
@@ -454,10 +503,13 @@ def decode_step(
       mesh: given where this is vmapped over row shards, with `spmd_axis_name`.
 
     Returns: hidden states after the final norm; keys and values [L, b, K, h] as the cache stores
-      them, for `write_cache`.
+      them, for `write_cache`; routing [L, b, ...] of a mixture of experts.
     """
     ends, view = _bind_ends(config, params), layer_views(config, seen.lengths)
-    over = attend_pages if mesh is None else functools.partial(attend_paged_over, mesh)
+    over, layout = attend_pages, Layout()
+    if mesh is not None:
+        over = functools.partial(attend_paged_over, mesh)
+        layout = layout._replace(mixture=functools.partial(mixture_decoded, mesh))
     with jax.named_scope("embed"):
         x = scale_embedded(config, ends.embed.embedding[...].astype(config.compute_dtype)[tokens])
 
@@ -466,13 +518,13 @@ def decode_step(
         index, layer_params, on = inputs
         rope, window = view(on)
         attend = functools.partial(over, seen=seen._replace(layer=index), window=window)
-        return _bind(Block, config, layer_params)(x, rope, attend, Layout())
+        return _bind(Block, config, layer_params)(x, rope, attend, layout, None)
 
     layers = (jnp.arange(config.layers), params["layers"], windowed_layers(config))
-    x, kv = jax.lax.scan(layer, x, layers)
-    new = make_cache(*kv, int8=seen.pages.scale_k is not None)
+    x, (k, v, routing) = jax.lax.scan(layer, x, layers)
+    new = make_cache(k, v, int8=seen.pages.scale_k is not None)
     new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, seen.pages)
-    return ends.final_norm(x), new
+    return ends.final_norm(x), new, routing
 
 
 @jax.named_scope("head")

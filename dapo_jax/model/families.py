@@ -1,4 +1,4 @@
-"""Hugging Face configs and tensor names of Llama, Qwen2, Qwen3 and Gemma 3. No I/O.
+"""Hugging Face configs and tensor names of Llama, Qwen2, Qwen3, Qwen3-MoE and Gemma 3. No I/O.
 
 What the decoder cannot compute exactly is refused, never approximated.
 """
@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dapo_jax.config import ModelConfig, RopeScaling, Windows, check_model, flatten, printable
+from dapo_jax.config import (
+    Experts,
+    ModelConfig,
+    RopeScaling,
+    Windows,
+    check_model,
+    flatten,
+    printable,
+)
 from dapo_jax.model.decoder import abstract_params
 from dapo_jax.types import InputError, Params
 
@@ -22,8 +30,10 @@ _ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
     "Gemma3ForCausalLM": "gemma3_text",
 }
+_EXPERT_DIM = "moe_intermediate_size"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _GELU = "gelu_pytorch_tanh"
 
@@ -38,6 +48,7 @@ _SIZES = {
     "ffn_dim": "intermediate_size",
     "max_position": "max_position_embeddings",
 }
+_EXPERTS = {"count": "num_experts", "per_token": "num_experts_per_tok"}
 _KEYS = {**_SIZES, "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
 _LLAMA3 = {  # the fields of RopeScaling, in order
     "factor": float,
@@ -53,11 +64,13 @@ _CHECKED = {  # fields that `check_model` names, where the key is another
     "windows.every": "sliding_window_pattern",
     "windows.rope_theta": "rope_local_base_freq",
     "rope_factor": "rope_scaling.factor",
+    **{f"experts.{field}": key for field, key in _EXPERTS.items()},
     "query_scalar": "query_pre_attn_scalar",
 }
 
 # transformers' defaults of keys that may be left out
 _DEFAULTS = {"rope_theta": 1e4, "tie_word_embeddings": False, "max_window_layers": 28}
+_MOE_DEFAULTS = {"decoder_sparse_step": 1, "norm_topk_prob": False}
 _GEMMA_DEFAULTS = {
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
@@ -100,12 +113,19 @@ def model_config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
         raise InputError(f"{where}: {printable(key)[:100]}: {message[:300]}")
 
     family = _family(hf, fail)
-    hf = {**_DEFAULTS, **(_GEMMA_DEFAULTS if family == "gemma3_text" else {}), **hf}
+    own_defaults: dict[str, Mapping[str, Any]] = {
+        "gemma3_text": _GEMMA_DEFAULTS,
+        "qwen3_moe": _MOE_DEFAULTS,
+    }
+    hf = {**_DEFAULTS, **own_defaults.get(family, {}), **hf}
     _refuse_unsupported(hf, family, fail)
     hf = _with_sizes(hf, family, fail)
-    sizes = {field: _number(hf, key, int, fail) for field, key in _SIZES.items()}
+    keys = _SIZES | ({"ffn_dim": _EXPERT_DIM} if family == "qwen3_moe" else {})
+    sizes = {field: _number(hf, key, int, fail) for field, key in keys.items()}
     gemma, tied = family == "gemma3_text", hf["tie_word_embeddings"]
     own = _gemma_fields(hf, sizes["layers"], fail) if gemma else _llama_fields(hf, fail)
+    if family == "qwen3_moe":
+        own |= {"experts": _experts(hf, fail)}
     if not isinstance(tied, bool):
         fail("tie_word_embeddings", f"expected true or false, got {tied!r}")
     eps = _number(hf, "rms_norm_eps", float, fail)
@@ -122,6 +142,9 @@ def model_config_to_hf(config: ModelConfig) -> dict[str, Any]:
     names = [name for name, family in _ARCHITECTURES.items() if family == config.family]
     common = {"architectures": names, "model_type": config.family, "rope_theta": config.rope_theta}
     common |= {key: getattr(config, field) for field, key in _KEYS.items()}
+    if e := config.experts:
+        common |= {key: getattr(e, field) for field, key in _EXPERTS.items()}
+        common |= {_EXPERT_DIM: config.ffn_dim, "norm_topk_prob": e.normalize}
     if windows is None:
         llama3 = scaling and dict(zip(_LLAMA3, dataclasses.astuple(scaling), strict=True))
         rope = llama3 and {"rope_type": "llama3", **llama3}
@@ -163,7 +186,7 @@ def _hint(hf: Mapping[str, Any], names: Any) -> str:
             "its text part as a model"
         )
     if "Moe" in str(names) or {"num_experts", "num_local_experts"} & hf.keys():
-        return ", a mixture of experts; use a dense model of its family"
+        return ", a mixture of experts; use Qwen3-MoE or a dense model of its family"
     return ""
 
 
@@ -195,7 +218,7 @@ def _with_sizes(hf: Mapping[str, Any], family: str, fail: Fail) -> Mapping[str, 
     filled = {**hf}
     if hf.get("num_key_value_heads") is None and (family == "llama" or "num_key_value_heads" in hf):
         filled["num_key_value_heads"] = hf.get("num_attention_heads")
-    if hf.get("head_dim") is None and family in ("llama", "qwen2"):
+    if hf.get("head_dim") is None and family in ("llama", "qwen2", "qwen3_moe"):
         width = _number(hf, "hidden_size", int, fail)
         heads = _number(hf, "num_attention_heads", int, fail)
         if width % heads:
@@ -213,6 +236,19 @@ def _llama_fields(hf: Mapping[str, Any], fail: Fail) -> dict[str, Any]:
     theta = rope.pop("rope_theta")
     # what is left, if anything, is llama3's
     return {"rope_theta": theta, "rope_scaling": RopeScaling(*rope.values()) if rope else None}
+
+
+def _experts(hf: Mapping[str, Any], fail: Fail) -> Experts:
+    """The experts, which every layer must have: the scan over layers has one kind of layer."""
+    if hf["decoder_sparse_step"] != 1 or hf.get("mlp_only_layers"):
+        key = "mlp_only_layers" if hf.get("mlp_only_layers") else "decoder_sparse_step"
+        fail(key, "layers without experts are not supported; supported: experts in every layer")
+    if not isinstance(normalize := hf["norm_topk_prob"], bool):
+        fail("norm_topk_prob", f"expected true or false, got {normalize!r}")
+    if "num_experts" not in hf:  # transformers 5 renames it
+        hf = {**hf, "num_experts": hf.get("num_local_experts")}
+    sizes = {field: _number(hf, key, int, fail) for field, key in _EXPERTS.items()}
+    return Experts(**sizes, normalize=normalize)
 
 
 def _gemma_fields(hf: Mapping[str, Any], layers: int, fail: Fail) -> dict[str, Any]:
@@ -288,7 +324,8 @@ def _number(hf: Mapping[str, Any], key: str, kind: type, fail: Fail, prefix: str
     return kind(value)
 
 
-# Leaf of the parameter tree → tensor of the file, in the order of the computation
+_PARTS = ("gate", "up", "down")
+# Leaf of the parameter tree → tensor of the file (*: of each expert), in the order of computation
 _LAYER = {
     "attn_norm.scale": "input_layernorm.weight",
     **{
@@ -300,8 +337,10 @@ _LAYER = {
     "attn.k_norm.scale": "self_attn.k_norm.weight",
     "attn_post_norm.scale": "post_attention_layernorm.weight",
     "mlp_norm.scale": "post_attention_layernorm.weight",
-    **{f"mlp.{part}.kernel": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
+    **{f"mlp.{part}.kernel": f"mlp.{part}_proj.weight" for part in _PARTS},
     "mlp_post_norm.scale": "post_feedforward_layernorm.weight",
+    "experts.router.kernel": "mlp.gate.weight",
+    **{f"experts.{part}.kernel": f"mlp.experts.*.{part}_proj.weight" for part in _PARTS},
 }
 _GEMMA_LAYER = {**_LAYER, "mlp_norm.scale": "pre_feedforward_layernorm.weight"}
 
@@ -313,7 +352,7 @@ class Tensor(NamedTuple):
     leaf: str  # in the flattened tree
     shape: tuple[int, ...]  # in the file, heads and head size in one axis
     transposed: bool  # the file's kernels are [out, in], the leaf's [in, out]
-    layer: int | None = None  # index on the leaf's axis 0; None where the leaf is not stacked
+    at: tuple[int, ...] = ()  # on the leaf's leading axes: layer, expert
 
 
 def base_params(config: ModelConfig) -> Params:
@@ -325,21 +364,25 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     """Every tensor of the model, in the order of the computation. A tied head is no tensor."""
     shapes = {leaf: array.shape for leaf, array in flatten(base_params(config)).items()}
 
-    def tensor(name: str, leaf: str, layer: int | None = None) -> Tensor:
-        shape = shapes[leaf] if layer is None else shapes[leaf][1:]
+    def tensor(name: str, leaf: str, *index: int) -> Tensor:
+        shape = shapes[leaf][len(index) :]
         if not leaf.endswith(".kernel"):
             flat = (math.prod(shape),) if leaf.endswith(".bias") else shape
-            return Tensor(name, leaf, flat, False, layer)
+            return Tensor(name, leaf, flat, False, index)
         inputs = _input_axes(leaf)
         flat = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
-        return Tensor(name, leaf, flat, True, layer)
+        return Tensor(name, leaf, flat, True, index)
 
     layer_names = _GEMMA_LAYER if config.family == "gemma3_text" else _LAYER
     yield tensor("model.embed_tokens.weight", "embed.embedding")
     for i in range(config.layers):
         for leaf, name in layer_names.items():
-            if f"layers.{leaf}" in shapes:
-                yield tensor(f"model.layers.{i}.{name}", f"layers.{leaf}", i)
+            name, leaf = f"model.layers.{i}.{name}", f"layers.{leaf}"
+            if leaf in shapes and "*" not in name:
+                yield tensor(name, leaf, i)
+            elif leaf in shapes:
+                for e in range(shapes[leaf][1]):
+                    yield tensor(name.replace("*", str(e)), leaf, i, e)
     yield tensor("model.norm.weight", "final_norm.scale")
     if not config.tie_embeddings:
         yield tensor("lm_head.weight", "head.kernel")
@@ -347,15 +390,14 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
 
 def in_file_layout(leaves: Mapping[str, Any], tensor: Tensor) -> np.ndarray:
     """The tensor's part of its leaf in the file's shape, a view to read, or to write in numpy."""
-    leaf = leaves[tensor.leaf]
-    part = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+    part = np.asarray(leaves[tensor.leaf][tensor.at])
     if tensor.transposed:
         return part.reshape(tensor.shape[::-1]).T
     return part.reshape(tensor.shape)
 
 
 def part_of_file(tensor: Tensor, shape: Sequence[int], part: Sequence[slice]) -> tuple[slice, ...]:
-    """Where a part of the tensor's leaf is in the file; `shape` and `part` without axis L.
+    """Where a part of the tensor's leaf is in the file; `shape` and `part` without L and E.
 
     Of heads and head size, one axis in the file, only the heads may be split.
     """

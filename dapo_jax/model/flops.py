@@ -7,10 +7,16 @@ layers once, and nothing of a custom kernel.
 from dapo_jax.config import ModelConfig
 
 
-def layer_weights(c: ModelConfig) -> int:
-    """Matmul weights of all layers, D(2H + 2K)h + 3DF each."""
+def layer_weights(c: ModelConfig, *, active: bool = True) -> int:
+    """Matmul weights of all layers, D(2H + 2K)h + 3DF each.
+
+    Of a mixture of experts D(2H + 2K)h + DE + 3DFk: those that a token uses; with E for k: all.
+    """
     attention = c.model_dim * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-    return c.layers * (attention + 3 * c.model_dim * c.ffn_dim)
+    router, copies = 0, 1
+    if e := c.experts:
+        router, copies = c.model_dim * e.count, e.per_token if active else e.count
+    return c.layers * (attention + router + 3 * copies * c.model_dim * c.ffn_dim)
 
 
 def head_weights(c: ModelConfig) -> int:
@@ -30,7 +36,7 @@ def adapter_weights(c: ModelConfig) -> int:
 
 def weights(c: ModelConfig) -> int:
     """Weights of all matrices; norms and biases, below a thousandth of them, are left out."""
-    return layer_weights(c) + head_weights(c) * (1 if c.tie_embeddings else 2)
+    return layer_weights(c, active=False) + head_weights(c) * (1 if c.tie_embeddings else 2)
 
 
 def _mean_over_layers(c: ModelConfig, windowed: float, full: float) -> float:
@@ -79,7 +85,8 @@ def recomputed_flops(c: ModelConfig, tokens: float, pairs: float) -> float:
     product with `down`, which no gradient needs; "dots" saves all products.
     """
     product = 2 * c.layers * c.heads * c.head_dim * pairs
-    down = 2 * c.layers * c.model_dim * c.ffn_dim * tokens
+    copies = c.experts.per_token if c.experts else 1
+    down = 2 * c.layers * copies * c.model_dim * c.ffn_dim * tokens
     layers = forward_flops(c, tokens, pairs, 0) - down if c.remat == "full" else 0.0
     return 3 * product + layers
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -141,13 +142,15 @@ def _read_leaf(
     like: Any,
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """The part `index` of a leaf, of the shape and dtype of `like`; parts: its tensors by layer."""
+    """The part `index` of a leaf, of the shape and dtype of `like`; parts: its tensors."""
     lengths = [len(range(*s.indices(n))) for s, n in zip(index, like.shape, strict=True)]
     values = np.empty(lengths, like.dtype)
-    stacked = int(parts[0].layer is not None)
+    stacked = len(parts[0].at)
     shape, index_in_layer = like.shape[stacked:], index[stacked:]
-    read = parts[index[0]] if stacked else parts
-    for out, t in zip(values if stacked else [values], read, strict=True):
+    tensor_at = {t.at: t for t in parts}
+    wanted = itertools.product(*(range(like.shape[n])[index[n]] for n in range(stacked)))
+    for out, at in zip(values.reshape(-1, *values.shape[stacked:]), wanted, strict=True):
+        t = tensor_at[at]
         path, opened = stored[t.name]
         part = opened.get_slice(t.name)[part_of_file(t, shape, index_in_layer)]
         part = part.astype(np.float32, copy=False)

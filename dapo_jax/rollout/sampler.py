@@ -114,8 +114,8 @@ def prefill(
         x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % page), (0, 0), (0, 0)))
         return jnp.swapaxes(x.reshape(*x.shape[:2], -1, page, *x.shape[3:]), 3, 4)
 
-    k, v = hidden_states(params, model, prompts, mesh=mesh)[1]
-    return make_cache(paged(k), paged(v), int8=int8)
+    found = hidden_states(params, model, prompts, mesh=mesh)[1]
+    return make_cache(paged(found.k), paged(found.v), int8=int8)
 
 
 def _copy_pages(
@@ -332,7 +332,7 @@ def decode(
         if listed is not None:
             listed = listed._replace(needed=needed)
         seen = PagedCache(cache, table, lengths, listed)
-        return decode_step(params, model, token, seen, mesh)
+        return decode_step(params, model, token, seen, mesh)[:2]
 
     def step(carry):
         count, cache, slots = carry

@@ -2,7 +2,7 @@
 
 Needs PyTorch and transformers 5.
 
-    python tests/goldens/make_hf_goldens.py [output folder]
+    python tests/goldens/make_hf_goldens.py [output folder [names]]
 
 Each sub-folder holds config.json and model.safetensors as `save_pretrained` writes them, and
     golden.npz: tokens [2,24], logits [2,24,V], logprobs [2,23] of tokens[:, 1:] padded_tokens
@@ -24,6 +24,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB = 96
@@ -58,6 +60,18 @@ QWEN3 = (
     Qwen3ForCausalLM,
     Qwen3Config,
     dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+)
+# 6 experts, of which a token has 2 or 3
+MIXTURE = (
+    Qwen3MoeForCausalLM,
+    Qwen3MoeConfig,
+    dict(
+        moe_intermediate_size=24,
+        num_experts=6,
+        num_hidden_layers=2,
+        head_dim=16,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6),
+    ),
 )
 # A window of 5, much shorter than the sequences of 24; scores divided by something else than
 # head_dim, as in Gemma 3 27B.
@@ -95,6 +109,14 @@ MODELS = {
         *GEMMA3,
         gemma_layers("sliding", "sliding", "full", rope_type="linear", factor=8.0)
         | dict(tie_word_embeddings=False),
+    ),
+    "qwen3_moe_tied": (
+        *MIXTURE,
+        dict(num_experts_per_tok=2, norm_topk_prob=False, tie_word_embeddings=True),
+    ),
+    "qwen3_moe_untied": (
+        *MIXTURE,
+        dict(num_experts_per_tok=3, norm_topk_prob=True, tie_word_embeddings=False),
     ),
 }
 
@@ -140,10 +162,12 @@ def answers(model: torch.nn.Module) -> dict[str, np.ndarray]:
     }
 
 
-def main(out: Path) -> None:
+def main(out: Path, wanted: list[str]) -> None:
     for seed, (name, (model_class, config_class, family, own)) in enumerate(
         MODELS.items(), start=10
     ):
+        if wanted and name not in wanted:
+            continue
         torch.manual_seed(seed)
         model = model_class(config_class(**SHARED, **family, **own)).eval()
         randomize(model)
@@ -154,4 +178,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent, sys.argv[2:])

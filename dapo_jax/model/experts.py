@@ -1,0 +1,232 @@
+"""A mixture of experts: in every layer a router sends each token to k of E feed-forwards.
+
+    p = softmax(x R)        the k largest are chosen, normalized to sum 1 if the model does
+    y = Σ_e p_e · down_e(silu(gate_e(x)) · up_e(x))        over the chosen e
+
+Exact: each expert gets all of its tokens, whatever their number. The k copies of the tokens are
+sorted by expert, and a grouped matmul multiplies each run of them with the weights of its expert.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+
+from dapo_jax.config import Experts
+from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis
+
+_BLOCK = 32  # rows of a block off TPU: more would be wasted at the end of each expert
+
+Kernels = Mapping[str, Float[Array, "..."]]  # router [D, E], gate and up [E, D, F], down [E, F, D]
+
+
+class Routing(NamedTuple):
+    """Where tokens went in a layer."""
+
+    chosen: UInt8[Any, "*N k"]
+    entropy: Float32[Any, "*N"]  # of the router's distribution over experts
+
+
+def route(
+    x: Float[Array, "*N D"],
+    kernel: Float[Array, "D E"],
+    experts: Experts,
+    replayed: tuple[UInt8[Array, "*N k"], Bool[Array, "*N"]] | None = None,
+) -> tuple[Routing, Float[Array, "*N k"]]:
+    """The experts of each token, and their weights.
+
+    replayed: earlier choices, and where they replace the router's; weights are always its own.
+    """
+    logits = jnp.einsum(
+        "...d,de->...e", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+    probs = jax.nn.softmax(logits)
+    chosen = jax.lax.top_k(jax.lax.stop_gradient(probs), experts.per_token)[1]
+    if replayed is not None:
+        chosen = jnp.where(replayed[1][..., None], replayed[0].astype(jnp.int32), chosen)
+    weight = jnp.take_along_axis(probs, chosen, axis=-1)
+    if experts.normalize:
+        weight = weight / weight.sum(axis=-1, keepdims=True)
+    entropy = -jax.lax.stop_gradient((probs * jax.nn.log_softmax(logits)).sum(axis=-1))
+    return Routing(chosen.astype(jnp.uint8), entropy), weight.astype(x.dtype)
+
+
+def mix(
+    x: Float[Array, "*N D"],
+    chosen: UInt8[Array, "*N k"],
+    weight: Float[Array, "*N k"],
+    kernels: Kernels,
+    first: Int[Array, ""] | int = 0,
+) -> Float[Array, "*N D"]:
+    """The weighted sum over the chosen experts among those of `kernels`, numbered from `first`."""
+    count = kernels["gate"].shape[0]
+    expert = chosen.reshape(-1).astype(jnp.int32) - first
+    expert = jnp.where((expert >= 0) & (expert < count), expert, count)  # others come last
+    order = jnp.argsort(expert)
+    places = order, jnp.argsort(order)
+    sizes = (expert[:, None] == jnp.arange(count)[None]).sum(axis=0, dtype=jnp.int32)
+    k = chosen.shape[-1]
+    rows = _spread(k, x.reshape(-1, x.shape[-1]), places)
+    product = functools.partial(_grouped, sizes=sizes)
+    hidden = jax.nn.silu(product(rows, kernels["gate"])) * product(rows, kernels["up"])
+    hidden = hidden * _spread(1, weight.reshape(-1, 1), places)
+    return _collect(k, product(hidden, kernels["down"]), places).reshape(x.shape)
+
+
+def mixture(
+    x: Float[Array, "*N D"], kernels: Kernels, experts: Experts, replayed: Any, first: Any = 0
+) -> tuple[Float[Array, "*N D"], Routing]:
+    """Routes tokens, and `mix`. kernels: of the router too. replayed: as of `route`."""
+    routing, weight = route(x, kernels["router"], experts, replayed)
+    return mix(x, routing.chosen, weight, kernels, first), routing
+
+
+def mixture_over(
+    mesh: Mesh, x: Float[Array, "N T D"], kernels: Kernels, experts: Experts, replayed: Any
+) -> tuple[Float[Array, "N T D"], Routing]:
+    """`mixture` with rows split over ROW_AXES, and the experts over "tensor" where it divides them:
+    each device computes its own experts on its rows, and the parts are added.
+    """
+    axis = split_axis(mesh, VOCAB_AXIS, experts.count)
+
+    def local(x, kernels, replayed):
+        first = jax.lax.axis_index(VOCAB_AXIS) * len(kernels["gate"]) if axis else 0
+        mixed, routing = mixture(x, kernels, experts, replayed, first)
+        return mixed[None], routing
+
+    # Added outside: the backward pass then sends every device the sum's gradient only once.
+    split = {name: PartitionSpec(None if name == "router" else axis) for name in kernels}
+    inputs, outputs = (ROW_SPEC, split, ROW_SPEC), (PartitionSpec(axis, ROW_AXES), ROW_SPEC)
+    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": outputs, "check_vma": False}
+    parts, routing = jax.shard_map(local, mesh=mesh, **specs)(x, kernels, replayed)
+    return jax.lax.reduce_sum(parts, axes=(0,)), routing
+
+
+def mixture_decoded(
+    mesh: Mesh, x: Float[Array, "b D"], kernels: Kernels, experts: Experts, replayed: Any
+) -> tuple[Float[Array, "b D"], Routing]:
+    """`mixture_over` under vmap over the row shards, which would batch the grouped matmuls."""
+
+    @jax.custom_batching.custom_vmap
+    def one_shard(x, kernels):
+        return mixture(x, kernels, experts, replayed)
+
+    @one_shard.def_vmap
+    def over_shards(size, batched, x, kernels):
+        return mixture_over(mesh, x, kernels, experts, replayed), (True, Routing(True, True))
+
+    return one_shard(x, kernels)
+
+
+# ---- Copies of tokens, sorted by expert ----------------------------------------------------------
+
+_Places = tuple[Array, Array]  # [n] each: the copy at each sorted place, the place of each copy
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spread(copies: int, x: Array, places: _Places) -> Array:
+    """Sorted copies [t copies, D] of rows [t, D]. With `_collect` neither pass has a scatter: one
+    is slow on a TPU, and sums in no fixed order on a GPU.
+    """
+    return x[places[0] // copies]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _collect(copies: int, rows: Array, places: _Places) -> Array:
+    """The sum of each row's copies: the transpose of `_spread`."""
+    return rows[places[1]].reshape(-1, copies, rows.shape[1]).sum(axis=1)
+
+
+_spread.defvjp(
+    lambda copies, x, places: (_spread(copies, x, places), places),
+    lambda copies, places, d_rows: (_collect(copies, d_rows, places), None),
+)
+_collect.defvjp(
+    lambda copies, rows, places: (_collect(copies, rows, places), places),
+    lambda copies, places, d_x: (_spread(copies, d_x, places), None),
+)
+
+
+# ---- Grouped matmul ------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def _grouped(x: Array, w: Array, sizes: Array) -> Array:
+    """x [n, i] times w [E, i, o], where expert e has `sizes[e]` rows after those of the experts
+    before it. Rows after the last expert's are 0.
+    """
+    options: dict[str, Any] = {"tpu": jax.lax.ragged_dot, "default": _in_blocks}
+    out = jax.lax.platform_dependent(x, w.astype(x.dtype), sizes, **options)
+    return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), out, 0)
+
+
+def _grouped_forward(x, w, sizes):
+    return _grouped(x, w, sizes), (x, w, sizes)
+
+
+def _grouped_backward(saved, d_out):
+    x, w, sizes = saved
+
+    def ragged(x, d_out, sizes):
+        zero = jnp.zeros(w.shape, x.dtype)
+        return jax.linear_transpose(lambda w: jax.lax.ragged_dot(x, w, sizes), zero)(d_out)[0]
+
+    d_x = _grouped(d_out, w.swapaxes(1, 2), sizes)
+    d_w = jax.lax.platform_dependent(x, d_out, sizes, tpu=ragged, default=_outer_in_blocks)
+    return d_x, d_w.astype(w.dtype), None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _blocks(x: Array, sizes: Array) -> tuple[Array, Array]:
+    """x with one more block of rows, and where each expert's rows begin."""
+    return jnp.pad(x, ((0, _BLOCK), (0, 0))), jnp.cumsum(sizes) - sizes
+
+
+def _in_blocks(x: Array, w: Array, sizes: Array) -> Array:
+    """`ragged_dot` off TPU, where XLA's multiplies all rows with all experts.
+
+    The last block of an expert also writes rows of later experts, which these write again.
+    """
+    padded, begins = _blocks(x, sizes)
+
+    def expert(out, inputs):
+        w, begin, size = inputs
+
+        def block(i, out):
+            at = begin + i * _BLOCK
+            rows = jax.lax.dynamic_slice_in_dim(padded, at, _BLOCK)
+            return jax.lax.dynamic_update_slice_in_dim(out, rows @ w, at, axis=0)
+
+        return jax.lax.fori_loop(0, -(-size // _BLOCK), block, out), None
+
+    out = jnp.zeros((len(padded), w.shape[2]), x.dtype)
+    return jax.lax.scan(expert, out, (w, begins, sizes))[0][: len(x)]
+
+
+def _outer_in_blocks(x: Array, d_out: Array, sizes: Array) -> Array:
+    """The gradient in w: x_eᵀ d_out_e of the rows of each expert e."""
+    padded, begins = _blocks(x, sizes)
+    slopes, _ = _blocks(d_out, sizes)
+
+    def expert(inputs):
+        begin, size = inputs
+
+        def block(i, total):
+            rows, d_rows = (
+                jax.lax.dynamic_slice_in_dim(a, begin + i * _BLOCK, _BLOCK)
+                for a in (padded, slopes)
+            )
+            own = i * _BLOCK + jnp.arange(_BLOCK) < size
+            rows = jnp.where(own[:, None], rows, 0)
+            return total + jnp.matmul(rows.T, d_rows, preferred_element_type=jnp.float32)
+
+        zeros = jnp.zeros((x.shape[1], d_out.shape[1]), jnp.float32)
+        return jax.lax.fori_loop(0, -(-size // _BLOCK), block, zeros)
+
+    return jax.lax.map(expert, (begins, sizes))
