@@ -32,6 +32,7 @@ from dapo_jax.runtime.files import run_folder, write_result
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.training import setup
+from dapo_jax.training.samples import judged_row
 from dapo_jax.training.setup import Policy
 from dapo_jax.types import InputError, Params, Prompt, Request, Response, Verdict
 
@@ -210,12 +211,11 @@ def checked_pool(
 
 def answer_row(answer: Answer, policy: Policy) -> dict[str, Any]:
     """One line of `--samples`. prompt: as fed. error: why there is no verdict."""
-    problem, response, verdict = answer.prompt.problem, answer.response, answer.verdict
-    text = decode(policy.tokenizer, response.tokens, policy.stop)
-    row = {"id": problem.id, "sample": answer.sample, "answer": problem.answer, "response": text}
+    problem, verdict = answer.prompt.problem, answer.verdict
+    row: dict[str, Any] = {"id": problem.id, "sample": answer.sample, "answer": problem.answer}
+    row |= judged_row(answer.response, verdict.correct, policy)
     row["prompt"] = shown_prompt(policy.tokenizer, answer.prompt.tokens)
-    row |= {"extracted": extract_answer(text), "correct": verdict.correct, "error": verdict.error}
-    return row | {"length": len(response.tokens), "truncated": bool(response.truncated)}
+    return row | {"extracted": extract_answer(row["response"]), "error": verdict.error}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -32,8 +32,6 @@ class StepCounts(NamedTuple):
     all_correct: Count = 0  # drawn groups without an incorrect response
     all_wrong: Count = 0  # drawn groups without a correct response
     unjudged: Count = 0  # drawn groups without any verdict
-    responses: Count = 0  # with a verdict, of the drawn groups
-    correct: Count = 0  # of these
     wasted_tokens: Count = 0  # response tokens of groups that will never be trained on
     # Both 0 until the step ends; the first min(carried_in, kept) kept groups are carried ones.
     kept: Count = 0  # groups to train on
@@ -93,8 +91,6 @@ class DynamicSamplingBuffer:
             all_correct=sum(map(all, judged)),
             all_wrong=sum(not any(correct) for correct in judged),
             unjudged=len(groups) - len(judged),
-            responses=sum(map(len, judged)),
-            correct=sum(int(np.sum(correct)) for correct in judged),
             wasted_tokens=_response_tokens(groups) - _response_tokens(used),
         )
         accepted = [*self._accepted, *used]

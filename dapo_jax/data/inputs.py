@@ -23,6 +23,20 @@ class Digests(NamedTuple):
     tokens: str  # prompts of `trained_on`
     function: str | None  # the file of reward.function
 
+    def changes_from(self, before: "Digests") -> tuple[str, str]:
+        """The difference to a checkpoint's data, and the remedy; empty texts if there is none."""
+        made = "than when the run was started"
+        if before.trained_on == self.trained_on:
+            if before.tokens == self.tokens:
+                return "", ""
+            what = f"its tokenizer or chat template makes other prompts {made}"
+            return f"model.folder: {what}", "the files it had"
+        if before.loaded == self.loaded:
+            what = f"hold other prompts of data.train {made}"
+            remedy = "the sets that it had (python -m dapo_jax.evaluate measures any other)"
+            return f"eval.sets: {what}, and what they hold is not trained on", remedy
+        return "data.train: is not the data set that the run was started with", "that one"
+
 
 class RunData(NamedTuple):
     """Training and evaluation prompts of a run."""

@@ -24,7 +24,7 @@ from dapo_jax.types import Message, Problem, canonical_answer
 MAX_ANSWER_CHARS = 1000
 AS_USUAL = ColumnsConfig()  # every part of a problem under one of its usual names
 _CONVERSATIONS = ("messages", "conversations")  # may end in the response
-_USUAL: Mapping[str, str] = {
+_USUAL: Mapping[str, str] = {  # by field of ColumnsConfig
     "prompt": "prompt problem question Problem messages conversations instruction",
     "answer": "answer reward_model.ground_truth expected_answer ground_truth Answer final_answer",
     "solution": "solution Solution",
@@ -57,17 +57,11 @@ class BadRow(Exception):
         self.columns = tuple(row)
 
 
-def _parts(columns: ColumnsConfig) -> dict[str, str | None]:
-    """The columns that a config names, by the keys of `_USUAL`."""
-    parts = columns.prompt, columns.answer, columns.solution, columns.id
-    return dict(zip(_USUAL, parts, strict=True))
-
-
 def column_names(columns: ColumnsConfig) -> list[str]:
     """Every column that `problem_from_row` may look at: a reader may leave out the others."""
     names = [*_BEFORE, *_AFTER, "input"]
-    for part, named in _parts(columns).items():
-        usual = _USUAL[part]
+    for part, usual in _USUAL.items():
+        named = getattr(columns, part)
         names += usual.split() if named is None else _FIELD.findall(named) or [named]
     return names
 
@@ -87,7 +81,7 @@ def problem_from_row(
     if not isinstance(row, Mapping):
         raise BadRow("not a JSON object")
     notes = [] if notes is None else notes
-    found = (_found(row, part, named) for part, named in _parts(columns).items())
+    found = (_found(row, part, getattr(columns, part)) for part in _USUAL)
     (prompt, called), (answer, _), (solution, _), (name, _) = found
     if not called:
         raise BadRow("no prompt", row)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 
 from dapo_jax.runtime import multihost
-from dapo_jax.runtime.files import Folder, is_bucket, read, reason, writing
+from dapo_jax.runtime.files import Folder, errors_as, is_bucket, read, writing
 from dapo_jax.types import InputError, RunError
 
 _BEAT_S = 5.0
@@ -81,25 +81,22 @@ def _shows(path: Folder, content: bytes) -> bool:
 
 @contextlib.contextmanager
 def _flocked(path: Folder, mine: bytes) -> Iterator[None]:
+    fix = "give a writable folder with free space"
     with contextlib.ExitStack() as stack:
-        try:
+        with errors_as(InputError, path.parent, "cannot be used as a run folder", fix):
             path.parent.mkdir(parents=True, exist_ok=True)
             regular = path.is_file() and path.stat().st_nlink == 1
             if path.is_symlink() or path.exists() and not regular:
                 raise InputError(f"{path}: is not a regular file; remove it")
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             stack.callback(os.close, file)
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _in_use(path, path.read_bytes()) from None
             os.ftruncate(file, 0)
             os.write(file, mine)
             os.fsync(file)  # other hosts read it
-        except BlockingIOError:
-            raise _in_use(path, path.read_bytes()) from None
-        except OSError as e:
-            raise InputError(
-                f"{path.parent}: cannot be used as a run folder ({reason(e)}); give a writable "
-                "folder with free space"
-            ) from None
         yield
 
 

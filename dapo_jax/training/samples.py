@@ -29,24 +29,21 @@ def sample_rows(
     for group, scores in [*zip(judged, advantages, strict=True)][:count]:
         problem, response = group.prompt.problem, group.responses[0]
         prompt, n_correct = problem.prompt, int(group.correct.sum())
-        text = decode(policy.tokenizer, response.tokens, policy.stop)
+        judged_one = judged_row(response, bool(group.correct[0]), policy)
         kinds = {0: "all_wrong", len(group.correct): "all_correct"}
         row = {
             "draw": group.draw,
             "id": problem.id,
             "prompt": prompt if isinstance(prompt, str) else [*map(dataclasses.asdict, prompt)],
             "answer": problem.answer,
-            "response": text,
-            "correct": bool(group.correct[0]),
+            **judged_one,
             "group": kinds.get(n_correct, "kept"),
             "group_correct": n_correct,
             "group_size": len(group.correct),
             "reward": float(group.reward[0]),
             "penalty": float(group.penalty[0]),
             "advantage": float(scores[0]),
-            "length": len(response.tokens),
-            "truncated": bool(response.truncated),
-            "tokens": scored_texts(policy, response, text),
+            "tokens": scored_texts(policy, response, judged_one["response"]),
             "fed": shown_prompt(policy.tokenizer, group.prompt.tokens),
             "siblings": [sibling(group, n, policy) for n in range(1, len(group.responses))],
         }
@@ -54,12 +51,17 @@ def sample_rows(
     return rows
 
 
+def judged_row(response: Response, correct: bool, policy: Policy) -> dict[str, Any]:
+    """What every row has of its response."""
+    text = decode(policy.tokenizer, response.tokens, policy.stop)
+    row: dict[str, Any] = {"response": text, "correct": correct, "length": len(response.tokens)}
+    return row | {"truncated": bool(response.truncated)}
+
+
 def sibling(group: Group, n: int, policy: Policy) -> dict[str, Any]:
     """Response n of a group, shortened."""
-    response = group.responses[n]
-    text = shortened(decode(policy.tokenizer, response.tokens, policy.stop))
-    row = {"response": text, "correct": bool(group.correct[n]), "reward": float(group.reward[n])}
-    return row | {"length": len(response.tokens), "truncated": bool(response.truncated)}
+    row = judged_row(group.responses[n], bool(group.correct[n]), policy)
+    return row | {"response": shortened(row["response"]), "reward": float(group.reward[n])}
 
 
 def shortened(text: str) -> str:

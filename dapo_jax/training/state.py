@@ -193,7 +193,7 @@ class RunStore:
         partial = typed(PartialStep, groups["partial"]) if groups.get("partial") else None
         if progress.step != restored.step or (partial and not partial.is_valid()):
             raise ValueError("counts of another step, or metrics of other names")
-        changed, remedy = self._changed(typed(Digests, host.get("digests")))
+        changed, remedy = self.digests.changes_from(typed(Digests, host.get("digests")))
         if not changed:
             if any(group.problem >= len(self.prompts) for group in draw.open):
                 raise ValueError("an open group of a problem that there is not")
@@ -212,21 +212,6 @@ class RunStore:
         run.progress, run.draw, run.state = progress, draw, restored.state
         run.partial = partial
         run.saved = run.counts() if run.partial is None else None
-
-    def _changed(self, before: Digests) -> tuple[str, str]:
-        """The difference to a checkpoint's data, and the remedy; empty texts if there is none."""
-        if before.trained_on == self.digests.trained_on:
-            if before.tokens == self.digests.tokens:
-                return "", ""
-            what = (
-                "its tokenizer or chat template makes other prompts than when the run was started"
-            )
-            return f"model.folder: {what}", "the files it had"
-        if before.loaded == self.digests.loaded:
-            what = "hold other prompts of data.train than when the run was started"
-            remedy = "the sets that it had (python -m dapo_jax.evaluate measures any other)"
-            return f"eval.sets: {what}, and what they hold is not trained on", remedy
-        return "data.train: is not the data set that the run was started with", "that one"
 
     @contextlib.contextmanager
     def saving_on_exit(self, run: RunState) -> Iterator[None]:
