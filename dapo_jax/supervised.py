@@ -3,13 +3,13 @@
 python -m dapo_jax.supervised --config C --out FOLDER        writes a Hugging Face folder
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
 from dapo_jax import cli
-from dapo_jax.config import Config, load_config
+from dapo_jax.config import Config, SupervisedSection, load_config
 from dapo_jax.dapo.packing import TrainItem, build_batch
 from dapo_jax.data.inputs import load_data
 from dapo_jax.data.problems import Cursor, advance
@@ -23,7 +23,8 @@ from dapo_jax.runtime.mesh import make_mesh, put_rows
 from dapo_jax.training import setup
 from dapo_jax.training.programs import supervised_programs
 from dapo_jax.training.setup import Policy
-from dapo_jax.types import InputError, Prompt, TrainBatch, TrainState
+from dapo_jax.training.state import RunState, RunStore
+from dapo_jax.types import InputError, Params, Prompt, TrainBatch, TrainState
 
 
 def solution_items(config: Config, prompts: Sequence[Prompt], policy: Policy) -> list[TrainItem]:
@@ -93,6 +94,24 @@ def warm_up(
                 do = "lower supervised.learning_rate, or check the solutions"
                 raise InputError(f"warm-up update {u}: {what} and were skipped; {do}")
             yield u, skipped, state
+
+
+def warm_up_run(
+    run: RunState,
+    updates: Iterable[tuple[int, int, TrainState]],
+    section: SupervisedSection,
+    init_optimizer: Callable[[Params], TrainState],
+    store: RunStore,
+    guard: Guard,
+) -> None:
+    """Runs the remaining supervised `updates`, saves checkpoints, then resets the optimizer."""
+    for done, skipped, state in updates:
+        last = done == section.updates
+        run.state = init_optimizer(state.params) if last else state
+        run.progress = run.progress._replace(warmed=done, nonfinite=0 if last else skipped)
+        guard.reach("warm-up")
+        if last or done % section.save_every == 0:
+            store.save(run)
 
 
 def _batches(

@@ -5,20 +5,13 @@
 Run the same command again to resume from the newest checkpoint.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import jax
 
 from dapo_jax import cli
-from dapo_jax.config import (
-    Config,
-    SupervisedSection,
-    flatten,
-    load_config,
-    to_dict,
-)
+from dapo_jax.config import Config, flatten, load_config, to_dict
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.inputs import load_data
 from dapo_jax.evaluate import Evaluator, checked_pool
@@ -27,23 +20,22 @@ from dapo_jax.reward.verify import function_source
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import Checkpoints
 from dapo_jax.runtime.console import announced, make_console
-from dapo_jax.runtime.curves import plot_curves
-from dapo_jax.runtime.files import Folder, read, run_folder
+from dapo_jax.runtime.curves import curves_at_end
+from dapo_jax.runtime.files import Folder, run_folder
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.lock import locked
 from dapo_jax.runtime.mesh import is_published_unchanged, make_mesh
-from dapo_jax.runtime.metrics import MetricsLog, best_step, read_metrics, timed
+from dapo_jax.runtime.metrics import MetricsLog, best_step, last_accuracies, timed
 from dapo_jax.runtime.profile import Profiler
 from dapo_jax.runtime.same_run import OPTIM, check_same_run, digest_of, write_config
 from dapo_jax.runtime.tracker import Tracker, check_tracker
-from dapo_jax.supervised import solution_items, warm_up
+from dapo_jax.supervised import solution_items, warm_up, warm_up_run
 from dapo_jax.training import setup
 from dapo_jax.training.dynamic_sampling import DrawState, DynamicSampler
 from dapo_jax.training.programs import TrainPrograms, train_programs
 from dapo_jax.training.record import Recorder
 from dapo_jax.training.state import RunState, RunStore
 from dapo_jax.training.step import Trainer
-from dapo_jax.types import InputError, Params, RunError, Stopped, TrainState
 
 _PHASES = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/update_s")
 
@@ -173,46 +165,6 @@ def announcing(programs: TrainPrograms, info: Callable[[str], None]) -> TrainPro
     """The programs, which say so when they are compiled."""
     scored = announced("log-probs", programs.old_logprobs, info)
     return programs._replace(update=announced("update", programs.update, info), old_logprobs=scored)
-
-
-@contextlib.contextmanager
-def curves_at_end(run_dir: Folder, info: Callable[[str], None]) -> Iterator[None]:
-    """Draws the curves when the block ends, or a signal ends it, if a step is recorded."""
-    try:
-        yield
-    except Stopped:
-        if multihost.is_main() and read(run_dir / "metrics.jsonl"):
-            with contextlib.suppress(InputError, RunError):  # the stop matters more
-                info(f"curves: {plot_curves(run_dir)}")
-        raise
-    if multihost.is_main():
-        info(f"curves: {plot_curves(run_dir)}")
-
-
-def warm_up_run(
-    run: RunState,
-    updates: Iterable[tuple[int, int, TrainState]],
-    section: SupervisedSection,
-    init_optimizer: Callable[[Params], TrainState],
-    store: RunStore,
-    guard: Guard,
-) -> None:
-    """Runs the remaining supervised `updates`, saves checkpoints, then resets the optimizer."""
-    for done, skipped, state in updates:
-        last = done == section.updates
-        run.state = init_optimizer(state.params) if last else state
-        run.progress = run.progress._replace(warmed=done, nonfinite=0 if last else skipped)
-        guard.reach("warm-up")
-        if last or done % section.save_every == 0:
-            store.save(run)
-
-
-def last_accuracies(run_dir: Folder) -> str:
-    """The last held-out accuracy of each set, as the end of the final message."""
-    last = {key: value for record in read_metrics(run_dir) for key, value in record.items()}
-    keys = [key for key in last if key.startswith("eval/") and key.endswith("/avg")]
-    shown = [f"{k.split('/')[1]} {last[k]:.3f} ± {last.get(f'{k}_se', 0):.3f}" for k in keys]
-    return "".join(f"; {text}" for text in shown)
 
 
 def main(argv: list[str] | None = None) -> int:

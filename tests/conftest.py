@@ -36,8 +36,6 @@ install_import_hook(["dapo_jax.dapo", "dapo_jax.model", "dapo_jax.rollout"], "ty
 import in_process  # noqa: E402 - it imports the package
 from runs import CONFIG, TESTS  # noqa: E402
 
-from dapo_jax import train  # noqa: E402
-
 in_process.install()
 
 # Eight devices share few cores here: programs in flight together can take each other's threads and
@@ -147,7 +145,8 @@ def curves():
 def no_curves_are_drawn(monkeypatch, request):
     """Drawing them takes as long as a tiny run."""
     if "curves" not in request.fixturenames:
-        monkeypatch.setattr(train, "plot_curves", lambda run_dir: run_dir / "curves.png")
+        drawn = "dapo_jax.runtime.curves.plot_curves"
+        monkeypatch.setattr(drawn, lambda run_dir: run_dir / "curves.png")
 
 
 def pytest_sessionfinish(session):

@@ -1,15 +1,17 @@
 """The training curves of a run as one PNG."""
 
+import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dapo_jax.runtime.files import Folder, as_path, is_bucket, write_whole
+from dapo_jax.runtime import multihost
+from dapo_jax.runtime.files import Folder, as_path, is_bucket, read, write_whole
 from dapo_jax.runtime.metrics import read_metrics
-from dapo_jax.types import InputError
+from dapo_jax.types import InputError, RunError, Stopped
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#1f5fa8", "#d9730d", "#2f8f5b", "#b8323a", "#6b7280"
 _HELD_OUT = (_BLUE, _GREEN, _RED, "#7a4fa3")  # per evaluation set
@@ -90,6 +92,20 @@ def plot_curves(run_dir: str | Folder) -> Folder:
         _draw(records, name).savefig(image, dpi=150)
     write_whole(path, image.getvalue())
     return path
+
+
+@contextlib.contextmanager
+def curves_at_end(run_dir: Folder, info: Callable[[str], None]) -> Iterator[None]:
+    """Draws the curves when the block ends, or a signal ends it, if a step is recorded."""
+    try:
+        yield
+    except Stopped:
+        if multihost.is_main() and read(run_dir / "metrics.jsonl"):
+            with contextlib.suppress(InputError, RunError):  # the stop matters more
+                info(f"curves: {plot_curves(run_dir)}")
+        raise
+    if multihost.is_main():
+        info(f"curves: {plot_curves(run_dir)}")
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:

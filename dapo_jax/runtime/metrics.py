@@ -219,6 +219,14 @@ def best_step(run_dir: str | Folder, steps: Collection[int]) -> int | None:
     return max(same, key=lambda step: accuracy[step], default=None)
 
 
+def last_accuracies(run_dir: str | Folder) -> str:
+    """The last held-out accuracy of each set, as the end of the final message."""
+    last = {key: value for record in read_metrics(run_dir) for key, value in record.items()}
+    keys = [key for key in last if key.startswith("eval/") and key.endswith("/avg")]
+    shown = [f"{k.split('/')[1]} {last[k]:.3f} ± {last.get(f'{k}_se', 0):.3f}" for k in keys]
+    return "".join(f"; {text}" for text in shown)
+
+
 def write_samples(run_dir: str | Folder, step: int, rows: Sequence[Mapping[str, Any]]) -> Folder:
     """Writes samples/step_<step>.jsonl atomically, a JSON object per response.
 
