@@ -34,6 +34,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Shapes and dtypes in signatures are checked at every call, in this process only.
 install_import_hook(["dapo_jax.dapo", "dapo_jax.model", "dapo_jax.rollout"], "typechecker.check")
 import in_process  # noqa: E402 - it imports the package
+from pods import pod, template  # noqa: E402, F401 - fixtures
 from runs import CONFIG, TESTS  # noqa: E402
 
 in_process.install()

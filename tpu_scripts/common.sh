@@ -168,23 +168,42 @@ run() {
   fi
 }
 
+# What an earlier attempt has made or deleted is no failure.
+THERE="already exists" GONE="not.?found|matched no objects"
+
+# tolerate PATTERN COMMAND...: runs it; a failure whose message has PATTERN is none. gcloud asks nothing then: its stderr is no terminal.
+tolerate() {
+  local pattern=$1
+  shift
+  if [[ -n ${on[--dry-run]:-} ]]; then
+    run "$@"
+  else
+    "$@" 2>"$tmp/error" || grep -qiE "$pattern" "$tmp/error" || fail "$(tail -n 1 "$tmp/error")"
+  fi
+}
+
 # get_state ASSUMED: sets `state` of the queued resource, NONE where there is none, ASSUMED under --dry-run.
 # Returns 1 when it cannot be told.
 get_state() {
   local query=(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" "--format=value(state.state)")
   case $ROAD in
-    mig) query=(gcloud compute instance-groups managed list-instances "$NAME" "${where[@]}" "--format=value(instanceStatus)") ;;
+    mig) query=(gcloud compute instance-groups managed list-instances "$NAME" "${where[@]}" "--format=value(currentAction,instanceStatus)") ;;
     gke) query=(kubectl get jobset "$NAME" "--output=jsonpath={.status.terminalState}{.spec.suspend}") ;;
   esac
   if [[ -n ${on[--dry-run]:-} ]]; then
     run "${query[@]}"
     state=$1
   elif ! state=$("${query[@]}" 2>"$tmp/error"); then
-    grep -qiE "NOT_FOUND|was not found|\(NotFound\)" "$tmp/error" || { say "$(basename "$0"): $(tail -n 1 "$tmp/error")" && return 1; }
+    grep -qiE "$GONE" "$tmp/error" || { say "$(basename "$0"): $(tail -n 1 "$tmp/error")" && return 1; }
     state=NONE
   elif [[ $ROAD == mig ]]; then
-    state=$(sed -E 's/^(STOPP|SUSPEND|TERMINAT).*/SUSPENDED/' <<<"$state" | sort | uniq -c | awk '{print $1, $2}')
-    if [[ $state == "$hosts RUNNING" ]]; then state=ACTIVE; elif [[ $state == *SUSPENDED* ]]; then state=SUSPENDED; else state=WAITING_FOR_RESOURCES; fi
+    state=$(awk 'NF {print $NF}' <<<"$state" | sed -E 's/^(STOPP|SUSPEND|TERMINAT).*/SUSPENDED/' | sort | uniq -c | awk '{print $1, $2}')
+    case $state in
+      "$hosts RUNNING") state=ACTIVE ;;
+      *SUSPENDED*) state=SUSPENDED ;;
+      "") state=EMPTY ;; # its VMs were deleted, as at the end of flex-start; or it is just being made
+      *) state=WAITING_FOR_RESOURCES ;;
+    esac
   elif [[ $ROAD == gke ]]; then
     case $state in Completed*) state=COMPLETED ;; Failed*) state=FAILED ;; true) state=WAITING_FOR_RESOURCES ;; *) state=ACTIVE ;; esac
   fi
@@ -222,67 +241,79 @@ create_queued_resource() {
 
 # The workload policy says that the hosts form one slice.
 create_policy() {
-  unless_there gcloud compute resource-policies create workload-policy "$NAME" --project="$PROJECT" --region="$region" \
+  tolerate "$THERE" gcloud compute resource-policies create workload-policy "$NAME" --project="$PROJECT" --region="$region" \
     --type=HIGH_THROUGHPUT --accelerator-topology="$TOPOLOGY"
 }
 
-# unless_there COMMAND...: what an earlier attempt has made is not made again.
-unless_there() {
-  if [[ -n ${on[--dry-run]:-} ]]; then run "$@" && return; fi
-  "$@" 2>"$tmp/error" || grep -q "already exists" "$tmp/error" || fail "$(tail -n 1 "$tmp/error")"
-}
 
 create_mig() {
-  local flags=() size=$hosts
+  local flags=()
   case $CAPACITY in
     spot) flags=(--provisioning-model=SPOT --instance-termination-action=STOP) ;;
     reserved) flags=(--provisioning-model=RESERVATION_BOUND --instance-termination-action=DELETE --reservation-affinity=specific) ;;
-    flex-start) flags=(--provisioning-model=FLEX_START --max-run-duration="$MAX_RUN_DURATION" --instance-termination-action=DELETE) size=0 ;;
+    flex-start) flags=(--provisioning-model=FLEX_START --max-run-duration="$MAX_RUN_DURATION" --instance-termination-action=DELETE) ;;
   esac
   create_policy
-  run gcloud compute instance-templates delete "$NAME" --project="$PROJECT" --region="$region" --quiet 2>/dev/null || true # of an earlier attempt
+  delete_template # of an earlier attempt, with other settings perhaps
   run gcloud compute instance-templates create "$NAME" --project="$PROJECT" --instance-template-region="$region" \
     --machine-type="$machine" --maintenance-policy=TERMINATE --image-family="$IMAGE" --image-project=ubuntu-os-accelerator-images \
     --boot-disk-size=200GB --scopes=cloud-platform "${flags[@]}" "${CREATE_ARGS[@]}" "$@"
-  unless_there gcloud compute instance-groups managed create "$NAME" "${where[@]}" --size="$size" \
+  tolerate "$THERE" gcloud compute instance-groups managed create "$NAME" "${where[@]}" --size="$hosts" \
     --template="projects/$PROJECT/regions/$region/instanceTemplates/$NAME" --target-size-policy-mode=bulk \
     --workload-policy="projects/$PROJECT/regions/$region/resourcePolicies/$NAME" --default-action-on-vm-failure=do-nothing
-  ((size == hosts)) || run gcloud compute instance-groups managed resize "$NAME" "${where[@]}" --size="$hosts"
 }
 
-# A node pool is exactly one slice; TPU7x takes the workload policy in place of the topology.
+delete_template() {
+  tolerate "$GONE" gcloud compute instance-templates delete "$NAME" --project="$PROJECT" --region="$region" --quiet
+}
+
+# A node pool is exactly one slice; TPU7x takes the workload policy in place of the topology. Flex-start nodes come by the autoscaler, and
+# the API takes their time in seconds only.
 create_gke() {
-  local flags=(--tpu-topology="$TOPOLOGY") node
-  if [[ $ACCELERATOR_TYPE == tpu7x-* ]]; then create_policy && flags=(--placement-policy="$NAME"); fi
+  local flags=(--num-nodes="$hosts") unit=${MAX_RUN_DURATION: -1} node
+  local -A seconds=([m]=60 [h]=3600 [d]=86400)
   case $CAPACITY in
     spot) flags+=(--spot) ;;
-    flex-start) flags+=(--flex-start --max-run-duration="$MAX_RUN_DURATION" --reservation-affinity=none) ;;
+    reserved) flags+=(--reservation-affinity=specific) ;;
+    flex-start)
+      flags=(--flex-start --max-run-duration="$((${MAX_RUN_DURATION%?} * seconds[$unit]))s" --reservation-affinity=none --no-enable-autorepair
+        --enable-autoscaling --num-nodes=0 --min-nodes=0 --max-nodes="$hosts")
+      ;;
   esac
+  if [[ $ACCELERATOR_TYPE == tpu7x-* ]]; then
+    create_policy
+    flags+=(--placement-policy="$NAME")
+  else
+    flags+=(--tpu-topology="$TOPOLOGY")
+  fi
   for node in "${nodes[@]}"; do
-    unless_there gcloud container node-pools create "$node" --project="$PROJECT" --cluster="$CLUSTER" --location="$region" --node-locations="$ZONE" \
-      --machine-type="$machine" --num-nodes="$hosts" --disk-size=200 --scopes=cloud-platform "${flags[@]}" "${CREATE_ARGS[@]}"
+    tolerate "$THERE" gcloud container node-pools create "$node" --project="$PROJECT" --cluster="$CLUSTER" --location="$region" \
+      --node-locations="$ZONE" --machine-type="$machine" --disk-size=200 --scopes=cloud-platform "${flags[@]}" "${CREATE_ARGS[@]}"
   done
 }
 
-# Each part may be gone already.
+# Each part may be gone already: an earlier attempt may have failed half-way.
 delete_request() {
-  local node
+  local node failed=0
   case $ROAD in
-    queued-resource) run gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force "$@" && return ;;
+    queued-resource) [[ $state == NONE ]] || run gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force "$@" ;;
     mig)
-      run gcloud compute instance-groups managed delete "$NAME" "${where[@]}" "$@"
-      run gcloud compute instance-templates delete "$NAME" --project="$PROJECT" --region="$region" --quiet || true
+      [[ $state == NONE ]] || run gcloud compute instance-groups managed delete "$NAME" "${where[@]}" "$@"
+      delete_template
+      delete_policy
       ;;
     gke)
       run kubectl delete jobset "$NAME" --ignore-not-found
       for node in "${nodes[@]}"; do
-        run gcloud container node-pools delete "$node" --project="$PROJECT" --cluster="$CLUSTER" --location="$region" "$@"
+        run gcloud container node-pools delete "$node" --project="$PROJECT" --cluster="$CLUSTER" --location="$region" "$@" || failed=1
       done
-      [[ $ACCELERATOR_TYPE == tpu7x-* ]] || return 0
+      ((failed == 0)) || fail "not every node pool is deleted: see the lines above"
+      if [[ $ACCELERATOR_TYPE == tpu7x-* ]]; then delete_policy; fi
       ;;
   esac
-  run gcloud compute resource-policies delete "$NAME" --project="$PROJECT" --region="$region" --quiet || true
 }
+
+delete_policy() { tolerate "$GONE" gcloud compute resource-policies delete "$NAME" --project="$PROJECT" --region="$region" --quiet; }
 
 # The JobSet of this run: jobset.yaml with the settings of pod.env.
 apply_jobset() {
@@ -310,7 +341,7 @@ upload_worker() {
   say "every worker runs: python -m dapo_jax.train --config ${CONFIG@Q} --run-dir $RUN_DIR ${TRAIN_ARGS[*]@Q}"
 }
 
-clear_finished() { run gcloud storage rm "$POD/finished" 2>/dev/null || true; } # none there: nothing to clear
+clear_finished() { tolerate "$GONE" gcloud storage rm "$POD/finished"; }
 
 # instances: sets `nodes` to the VMs of the managed instance group, which have names of their own.
 instances() {

@@ -10,7 +10,7 @@ options "--yes" "$@"
 settings
 
 get_state ACTIVE || exit 1
-if [[ $state == NONE && $ROAD != gke ]]; then # on GKE the node pool may be there without a JobSet
+if [[ $state == NONE && $ROAD == queued-resource ]]; then # elsewhere other parts may be there
   say "$NAME is not there: nothing to delete"
 else
   quiet=()

@@ -34,19 +34,24 @@ who() {
   echo "slice${slice:-0}-worker${worker:-0}"
 }
 
-# A hiccup of the network must not end the run: up to SETUP_TRIES times, after 10, 20, 40, ... seconds. Whatever failed (curl, tar, uv, a full
-# disk), the status is 1: 2 and 3 are the program's own and end a JobSet for good. In a process of its own, so that `set -e` holds in it.
-set_up() {
-  local try pause=10
+# retry WHAT COMMAND...: a hiccup of the network must not end the run: up to SETUP_TRIES times, after 10, 20, 40, ... seconds.
+retry() {
+  local what=$1 try pause=10
+  shift
   for ((try = 1; try <= SETUP_TRIES; try++)); do
-    if bash "$self" setup-once; then return; fi
+    if "$@"; then return; fi
     ((try < SETUP_TRIES)) || break
-    say "$(hostname): setup failed, again in $pause s"
+    say "$(hostname): $what failed, again in $pause s"
     sleep "$pause"
     pause=$((pause < 160 ? pause * 2 : 160))
   done
-  fail "setup failed $SETUP_TRIES times; the lines above say why"
+  say "$(hostname): $what failed $SETUP_TRIES times; the lines above say why" >&2
+  return 1
 }
+
+# Whatever failed (curl, tar, uv, a full disk), the status is 1: 2 and 3 are the program's own and end a JobSet for good. In a process of its
+# own, so that `set -e` holds in it.
+set_up() { retry setup bash "$self" setup-once || exit 1; }
 
 # Idempotent: the same tarball is installed once. The system Python is too old and not ours, so uv brings its own 3.12 into WORKER_HOME.
 # `git archive` dates files with their commit: no package newer than that, so all hosts, and a slice re-created next month, get the same.
@@ -133,15 +138,13 @@ loop() {
 finish() {
   say "$1"
   echo "$1 ($(who))" >finished
-  gcloud storage cp --no-clobber finished "$POD/finished" || say "could not write $POD/finished"
+  retry "writing $POD/finished" gcloud storage cp --no-clobber finished "$POD/finished" || true
   if [[ $DELETE_WHEN_DONE == yes && $1 != *stopped && $(who) == slice0-worker0 ]]; then
     upload_logs
     sleep "$RESTART_PAUSE" # for the logs of the other workers
-    if [[ $ROAD == mig ]]; then
-      gcloud compute instance-groups managed delete "$NAME" --project="$PROJECT" --zone="$ZONE" --quiet
-    else
-      gcloud compute tpus queued-resources delete "$NAME" --project="$PROJECT" --zone="$ZONE" --force --quiet --async
-    fi
+    local delete=(compute tpus queued-resources delete "$NAME" --project="$PROJECT" --zone="$ZONE" --force --quiet --async)
+    if [[ $ROAD == mig ]]; then delete=(compute instance-groups managed delete "$NAME" --project="$PROJECT" --zone="$ZONE" --quiet); fi
+    retry "deleting $NAME" gcloud "${delete[@]}"
   fi
 }
 

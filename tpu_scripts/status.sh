@@ -9,7 +9,9 @@ settings
 
 get_state ACTIVE || exit 1
 say "$NAME: $state"
-run gcloud storage cat "$POD/finished" 2>/dev/null || say "no run has ended"
+if ! run gcloud storage cat "$POD/finished" 2>"$tmp/error"; then
+  if grep -qiE "$GONE" "$tmp/error"; then say "no run has ended"; else say "$POD/finished cannot be read: $(tail -n 1 "$tmp/error")"; fi
+fi
 if [[ $ROAD == gke ]]; then
   run kubectl get pods --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --output=wide
 elif [[ $state == ACTIVE ]]; then
