@@ -17,7 +17,6 @@ status: 0 all fits, 1 not, 2 bad input.
 
 import argparse
 import dataclasses
-import functools
 import importlib.util
 import json
 import math
@@ -36,6 +35,7 @@ from jax.sharding import Mesh
 from dapo_jax import cli
 from dapo_jax.benchmark.schedule import (
     SIGMA,
+    Machine,
     Schedule,
     Segments,
     Workload,
@@ -45,7 +45,7 @@ from dapo_jax.benchmark.schedule import (
 from dapo_jax.config import Config, ConfigError, ModelConfig, load_config
 from dapo_jax.model import flops
 from dapo_jax.model.logprobs import split_axis
-from dapo_jax.model.ragged_attention import is_ragged
+from dapo_jax.model.ragged_attention import entries_read, is_ragged, page_size
 from dapo_jax.model.weights import load_model_config
 from dapo_jax.rollout.sampler import Arrivals, Until
 from dapo_jax.runtime.chips import CHIPS, OPERATION_SECONDS, Chip, loss_chunk, prefill_tokens
@@ -64,6 +64,9 @@ from dapo_jax.types import InputError
 
 _GIB = 2**30
 _COMFORT = 0.9  # share of HBM that --suggest fills
+# Of the slots that a cache has entries for on average, the shares that --suggest tries, until so
+# few of a draw's sequences are suspended in a step.
+_SHARES, _FEW = (1.0, 0.95, 0.9, 0.85, 0.8), 0.02
 _SAVE_BANDWIDTH = 1e9  # bytes/s that a host is assumed to write to a bucket
 _SERIAL = ("synchronous ICI", "small operations")  # limits that add to the time
 
@@ -256,7 +259,7 @@ def _rollout_programs(
     functions, number = engine.programs, _shape()
     weights = jax.eval_shape(train.publish, train.state.params)
     state, resident = jax.eval_shape(functions.start), device_bytes(train.state)
-    fix = "rollout.decode_slots, rollout.kv_cache, mesh.tensor"
+    fix = "rollout.cache_tokens, rollout.decode_slots, rollout.kv_cache, mesh.tensor"
 
     def prefill(name: str, longest: int) -> Program:
         width = next(n for n in engine.prompt_lens if n >= longest)
@@ -266,17 +269,21 @@ def _rollout_programs(
         arguments = weights, _shape(shards, width)
         return Program(name, functions.prefill, arguments, held, work, settings=fix)
 
+    def insert(name: str, prefill: Program, copied: int) -> Program:
+        prefilled = jax.eval_shape(functions.prefill, *prefill.arguments)
+        arrivals = _shape(len(Arrivals._fields), shards, engine.slots)
+        copies = _shape(2, shards, engine.copies)
+        inserted = state, prefilled, jax.eval_shape(jax.random.key, 0), arrivals, copies, number
+        held, work = resident + device_bytes(weights), Work(0, 0, prefill.work.tokens)
+        return Program(name, functions.insert, inserted, held, work, 0, (copied,), fix)
+
     found = [prefill("prefill", config.data.max_prompt_len)]
-    prefilled = jax.eval_shape(functions.prefill, *found[0].arguments)
-    arrivals = _shape(len(Arrivals._fields), shards, engine.slots)
-    copies = _shape(2, shards, engine.copies)
-    inserted = state, prefilled, jax.eval_shape(jax.random.key, 0), arrivals, copies, number
-    held, trips = resident + device_bytes(weights), (max(1, engine.slots // 16),)  # at a refill
-    arguments = functions.insert, inserted, held, Work(0, 0, 0), 0, trips, fix
-    found.append(Program("insert", *arguments))
-    if d.partial_rollouts:  # prompts with what unfinished responses hold so far
+    found.append(insert("insert", found[0], max(1, engine.slots // 16)))  # at a refill
+    if d.partial_rollouts or engine.pages < engine.slots * engine.table_len:
+        # prompts with what unfinished responses hold so far
         found.append(prefill("prefill of prefixes", engine.cache_len))
-        prefilled = jax.eval_shape(functions.prefill, *found[-1].arguments)
+        found.append(insert("insert of prefixes", found[-1], engine.table_len))
+    prefilled = device_bytes(found[-1].arguments[1])  # the last
 
     ragged = is_ragged(mesh, model.head_dim)
     split = mesh.shape["tensor"] if split_axis(mesh, "tensor", model.kv_heads) else 1
@@ -288,7 +295,7 @@ def _rollout_programs(
         step = flops.forward_flops(model, tokens, tokens * keys, tokens)
         table = _shape(shards, engine.slots, engine.table_len)
         arguments = weights, state, table, Until(number, number, number)
-        held, sizes = resident + device_bytes(prefilled), {"width": width}
+        held, sizes = resident + prefilled, {"width": width}
         work, trips = Work(step, step, tokens), (1,)  # a segment of one step
         rest = trips, fix, sizes, entry if ragged else 0.0
         return Program(name, functions.decode, arguments, held, work, 0, *rest)
@@ -375,10 +382,22 @@ class Part(NamedTuple):
     times: Mapping[str, float]  # least seconds by each limit
 
 
+def machine(model: ModelConfig, mesh: Mesh) -> Machine:
+    """What the scheduler's simulation needs to know of the mesh."""
+
+    share, size = flops.window_share(model), model.windows.size if model.windows else 0
+
+    def reads(entries: np.ndarray) -> np.ndarray:
+        return share * entries_read(entries, size) + (1 - share) * entries_read(entries)
+
+    found = Machine(row_shards(mesh), prefill_tokens(mesh), page_size(mesh, model.head_dim))
+    return found._replace(reads=reads) if is_ragged(mesh, model.head_dim) else found
+
+
 def decode_part(results: Sequence[Result], schedule: Schedule) -> Part:
-    """All decode steps of a mean rollout step. `cache` is the part of HBM for the live entries of
-    the shard that has most; without the kernel (head_dim no multiple of 128), which alone reads
-    only these, `b width` has whole caches in it.
+    """All decode steps of a mean rollout step. `cache` is the part of HBM for the entries read on
+    the shard that reads most; without the kernel (head_dim no multiple of 128), which alone reads
+    little more than live ones, `b width` has whole caches in it.
     """
     known = [r for r in results if r.program.name.startswith("decode step")]
     most = known[0].program.static
@@ -395,7 +414,7 @@ def decode_part(results: Sequence[Result], schedule: Schedule) -> Part:
         line = np.linalg.lstsq(compiled, np.array([r.times[limit] for r in known]))[0]
         times[limit] = steps * np.maximum(at @ line, 0)
     if entry := known[0].program.entry_bytes:
-        worst = seen.cache_worst / len(schedule.steps) * entry / known[0].pod.chip.hbm_bandwidth
+        worst = seen.cache_read / len(schedule.steps) * entry / known[0].pod.chip.hbm_bandwidth
         times["HBM"], cache = times["HBM"] + worst, float(worst.sum())
     total = {limit: float(seconds.sum()) for limit, seconds in times.items()}
     return Part("decode", float(bound(times).sum()), total | {"cache": cache})
@@ -407,25 +426,29 @@ def steady(schedule: Schedule) -> Schedule:
         return schedule
     seen = schedule.segments
     later = Segments(*(column[seen.rollout_step > 0] for column in seen))
-    prefills = schedule.prefills[schedule.prefills[:, 0] > 0]
-    return Schedule(schedule.slots, later, prefills, schedule.steps[1:])
+    calls = {name: getattr(schedule, name) for name in ("prefills", "inserts")}
+    later_calls = {name: rows[rows[:, 0] > 0] for name, rows in calls.items()}
+    return schedule._replace(segments=later, steps=schedule.steps[1:], **later_calls)
 
 
-def prefill_part(results: Sequence[Result], schedule: Schedule) -> Part:
-    """All prefills of a mean rollout step: by tokens, from the program compiled for the longest.
-    However few tokens, the weights are read.
+def tokens_part(
+    name: str, results: Sequence[Result], calls: np.ndarray, steps: int, read: float = 0.0
+) -> Part:
+    """All prefills or inserts of a mean rollout step: by tokens, from the program compiled for the
+    longest.
+
+    calls: as those of a Schedule. read: seconds that a call takes at least.
     """
-    known = [r for r in results if r.program.name.startswith("prefill")]
+    known = [r for r in results if r.program.name.startswith(name)]
     total = dict.fromkeys(known[0].times, 0.0)
     seconds = 0.0
-    for _, rows, width in schedule.prefills:
-        r = next((r for r in known if width <= r.program.arguments[1].shape[1]), known[-1])
-        share = rows * width / r.program.work.tokens
-        read = device_bytes(r.program.arguments[0]) / r.pod.chip.hbm_bandwidth
+    for _, rows, width in calls:
+        tokens = rows * width
+        r = next((r for r in known if tokens <= r.program.work.tokens), known[-1])
+        share = tokens / r.program.work.tokens
         seconds += max(share * r.seconds, read)
         total = {limit: time + share * r.times[limit] for limit, time in total.items()}
-    n = len(schedule.steps)
-    return Part("prefill", seconds / n, {limit: time / n for limit, time in total.items()})
+    return Part(name, seconds / steps, {limit: time / steps for limit, time in total.items()})
 
 
 def parts(results: Sequence[Result], schedule: Schedule) -> list[Part]:
@@ -437,9 +460,13 @@ def parts(results: Sequence[Result], schedule: Schedule) -> list[Part]:
         times = {limit: calls * time for limit, time in r.times.items()}
         return Part(name, calls * r.seconds, times)
 
-    inserts = sum(step.inserts for step in schedule.steps) / len(schedule.steps)
-    rollout = [prefill_part(results, schedule), several("insert", inserts)]
-    rollout.append(decode_part(results, schedule))
+    weights, n = by_name["prefill"].program.arguments[0], len(schedule.steps)
+    read = device_bytes(weights) / results[0].pod.chip.hbm_bandwidth  # however few tokens
+    rollout = [
+        tokens_part("prefill", results, schedule.prefills, n, read),
+        tokens_part("insert", results, schedule.inserts, n),
+        decode_part(results, schedule),
+    ]
     training = ("old log-probs", "update", "publish")
     return rollout + [several(name, by_name[name].program.calls) for name in training]
 
@@ -458,7 +485,12 @@ def estimate(
     (state,) = (r.program.arguments[0] for r in results if r.program.name == "update")
     hosts = len({device.process_index for device in pod.devices})
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    seen = schedule.segments
+    seen, n = schedule.segments, len(schedule.steps)
+    (decode,) = (r.program for r in results if r.program.name == "decode step")
+    weights = decode.arguments[0]
+    used = [part for name, part in weights.items() if name != "embed" or "head" not in weights]
+    live = float(seen.cache_mean.sum()) / n
+    needed = device_bytes(used) * schedule.decode_steps + decode.entry_bytes * live
     return {
         "rollout_s": rollout,
         "training_s": training,
@@ -466,7 +498,10 @@ def estimate(
         "expected_s": expected,
         "decode_steps": schedule.decode_steps,
         "live_share": schedule.live_share,
-        "cache_read_per_live_token": float(seen.cache_worst.sum() / max(1, seen.cache_mean.sum())),
+        "live_share_of_cache": schedule.cache_share,
+        "suspended": sum(step.suspended for step in schedule.steps) / n,
+        "cache_read_per_live_token": float(seen.cache_read.sum()) / n / max(1, live),
+        "decode_bytes_per_needed": found[2].times["HBM"] * pod.chip.hbm_bandwidth / needed,
         "token_age_mean": float(np.mean([step.token_age_mean for step in schedule.steps])),
         "token_age_max": max(step.token_age_max for step in schedule.steps),
         "training_mfu": useful / (training * len(pod.devices) * pod.chip.flops),
@@ -597,30 +632,56 @@ def largest_that_fits(
 def suggest(
     config: Config, pod: Pod, load: Workload, results: Sequence[Result], info: Info = print
 ) -> list[str]:
-    """The most decode slots and rows of a micro-batch that fit. results: of the config as it is."""
+    """The largest cache that fits, the decode slots that its live entries fill, and the most rows
+    of a micro-batch. results: of the config as it is.
+    """
     known = {r.program.key: r.compiled for r in results}
+    mesh, d, rollout = make_mesh(config.mesh, pod.devices), config.dapo, config.rollout
+    devices, room = machine(load_model(config), mesh), _COMFORT * pod.chip.hbm_bytes
+    unit, longest = devices.shards, config.data.max_prompt_len + rollout.max_response_len
+    drawn, each = d.prompts_per_draw * d.responses_per_prompt, load.live_entries + devices.page
+    page = unit * devices.page
 
-    def peaks(section: str, key: str, names: Sequence[str], n: int) -> list[int]:
-        info(f"trying {section}.{key}: {n}")
-        values: Any = {section: dataclasses.replace(getattr(config, section), **{key: n})}
-        changed = dataclasses.replace(config, **values)
-        found = compile_all(changed, pod, load, names, info, known)
-        known.update({r.program.key: r.compiled for r in found})
-        return [r.peak_bytes for r in found]
+    def with_cache(tokens: int, share: float = 1.0) -> Config:
+        slots = max(unit, int(share * min(drawn, tokens / each)) // unit * unit)
+        sized = dataclasses.replace(rollout, decode_slots=slots, cache_tokens=tokens)
+        return dataclasses.replace(config, rollout=sized)
 
-    d, lines, room = config.dapo, [], _COMFORT * pod.chip.hbm_bytes
-    unit, drawn = row_shards(make_mesh(config.mesh, pod.devices)), d.prompts_per_draw
-    rollout, train = ("prefill", "prefill of prefixes", "decode step"), ("old log-probs", "update")
-    for section, key, names, most in (
-        ("rollout", "decode_slots", rollout, drawn * d.responses_per_prompt),
-        ("train", "rows_per_microbatch", train, d.responses_per_update),
-    ):
-        now = getattr(getattr(config, section), key)
-        call = functools.partial(peaks, section, key, names)
-        best = largest_that_fits(unit, now, max(now, most), call, room)
-        fits = f"{now}; at most {best} fit in {_COMFORT:.0%} of HBM" if best else "none fits"
-        lines.append(f"{section}.{key}: {fits}")
-    return lines
+    def with_rows(rows: int) -> Config:
+        train = dataclasses.replace(config.train, rows_per_microbatch=rows)
+        return dataclasses.replace(config, train=train)
+
+    def search(
+        what: str, sized: Callable[[int], Config], names: Sequence[str], sizes: tuple[int, int, int]
+    ) -> int:
+        def peaks(n: int) -> list[int]:
+            info(f"trying {what}: {n}")
+            found = compile_all(sized(n), pod, load, names, info, known)
+            known.update({r.program.key: r.compiled for r in found})
+            return [r.peak_bytes for r in found]
+
+        return largest_that_fits(*sizes, peaks, room)
+
+    tokens = page * -(-longest // devices.page) * (rollout.decode_slots // unit)
+    now = min(tokens, rollout.cache_tokens or tokens) // page * page
+    most = max(now, -(-longest // devices.page) * devices.page * drawn)
+    names = ["prefill", "prefill of prefixes", "insert of prefixes", "decode step"]
+    best = search("rollout.cache_tokens", with_cache, names, (page, now, most))
+    text = f"rollout.cache_tokens: {now}; none fits"
+    for share in _SHARES if best else ():
+        schedule = steady(simulate(with_cache(best, share), devices, load))
+        suspended = sum(step.suspended for step in schedule.steps) / len(schedule.steps)
+        text = (
+            f"rollout.cache_tokens: {now}; at most {best} fit in {_COMFORT:.0%} of HBM, with "
+            f"decode_slots {schedule.slots}: {suspended:,.0f} suspensions a step"
+        )
+        if suspended <= _FEW * drawn:
+            break
+    rows, names = config.train.rows_per_microbatch, ["old log-probs", "update"]
+    most = max(rows, d.responses_per_update)
+    best = search("train.rows_per_microbatch", with_rows, names, (unit, rows, most))
+    fits = f"{rows}; at most {best} fit in {_COMFORT:.0%} of HBM" if best else "none fits"
+    return [text, f"train.rows_per_microbatch: {fits}"]
 
 
 def _compile_for_other_machines() -> None:
@@ -642,7 +703,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", required=True, help=text)
     add("--topology", help="chips, as v5p:4x4x8 (default: mesh.topology of the config)")
     add("--json", metavar="OUT", help="also write the results to this file")
-    text = "search decode slots and micro-batch rows for the largest that fit in 90%% of HBM"
+    text = "search cache, decode slots and micro-batch rows for the largest that fit in 90%% of HBM"
     add("--suggest", action="store_true", help=text)
     text = "lognormal:MEAN:SIGMA, MEAN tokens after truncation and SIGMA of the logarithm"
     default = f"(default: a quarter of rollout.max_response_len, {SIGMA})"
@@ -681,8 +742,10 @@ def _summary(e: Mapping[str, float], found: Sequence[Part], config: Config, load
             f"{e['training_s']:,.0f} s ({e['train_tokens_per_s_per_chip']:,.0f} tokens/s/chip, MFU "
             f"at most {e['training_mfu']:.0%}); {each}",
             f"expected if nothing overlaps: {e['expected_s']:,.0f} s",
-            f"decode steps: {e['decode_steps']:,.0f}, {e['live_share']:.0%} of the slots live; "
-            f"{e['cache_read_per_live_token']:.1f} cache entries are read for each live token",
+            f"decode steps: {e['decode_steps']:,.0f}, {e['live_share']:.0%} of the slots live, "
+            f"{e['live_share_of_cache']:.0%} of the cache; {e['suspended']:,.0f} suspensions",
+            f"decode steps move {e['decode_bytes_per_needed']:.2f}x the bytes of weights and live "
+            f"caches; {e['cache_read_per_live_token']:.2f} entries are read for each live one",
             f"tokens trained on are {e['token_age_mean']:.2f} rollout steps old on average, "
             f"{e['token_age_max']:.0f} at most",
             f"largest cost: {cost}, {seconds:,.0f} s; {cure}",
@@ -720,8 +783,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{r.program.name} sends a call and device: {sent or 'nothing'}")
     estimates: dict[str, Any] = {}
     if not args.only:  # else there is no whole step
-        mesh = make_mesh(config.mesh, pod.devices)
-        schedule = steady(simulate(config, row_shards(mesh), load, prefill_tokens(mesh)))
+        devices = machine(load_model(config), make_mesh(config.mesh, pod.devices))
+        schedule = steady(simulate(config, devices, load))
         found = parts(results, schedule)
         least = estimate(results, schedule, config, load)
         print(_summary(least, found, config, load))

@@ -22,7 +22,7 @@ from dapo_jax.benchmark.schedule import (
     StepSummary,
     Workload,
 )
-from dapo_jax.config import MeshSection, load_config
+from dapo_jax.config import MeshSection, ModelConfig, load_config
 from dapo_jax.plan import (
     Part,
     Pod,
@@ -36,9 +36,9 @@ from dapo_jax.plan import (
     largest_that_fits,
     load_pod,
     markdown,
-    prefill_part,
     table,
     to_json,
+    tokens_part,
 )
 from dapo_jax.runtime.chips import CHIPS, Chip
 from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, Link
@@ -79,9 +79,10 @@ def result(
 def schedule(segments, prefills=(), tokens=0, inserts=0):
     """One rollout step of 80 slots. segments: of decode steps, width."""
     steps, width = np.array(segments, float).T
-    seen = Segments(0 * steps, steps, width, steps * 100, steps * 200, steps * 60)
-    one = StepSummary(0, int(steps.sum()), 0.75, 9, tokens, 8, 0, 0, 0, inserts, 0, 0.5, 2, 3)
-    return Schedule(80, seen, np.array(prefills, int).reshape(-1, 3), [one])
+    seen = Segments(0 * steps, steps, width, steps * 100, steps * 150, steps * 200, steps * 60)
+    one = StepSummary(0, int(steps.sum()), 0.75, 9, tokens, 8, 0, 0, 0, 5, inserts, 0, 0.5, 2, 3)
+    calls = np.array(prefills, int).reshape(-1, 3), np.array([(0, 8, 64)] * inserts).reshape(-1, 3)
+    return Schedule(80, 1000, seen, *calls, [one])
 
 
 def test_a_result_by_hand():
@@ -137,15 +138,18 @@ def test_prefills_are_scaled_by_tokens_and_read_the_weights():
     weights = jax.ShapeDtypeStruct((8,), "bfloat16")
     arguments = weights, jax.ShapeDtypeStruct((8, 64), "int32")
     known = [result("prefill", arguments=arguments, work=Work(800, 1600, 512))]
-    part = prefill_part(known, schedule([(1, 1)], [(0, 16, 64), (0, 8, 16)]))
+    part = tokens_part("prefill", known, np.array([(0, 16, 64), (0, 8, 16)]), 1, read=1.6)
     assert part.bound == 2 * 3.0 + 1.6 and part.times["HBM"] == 2.25
 
 
 def step():
     """The programs of a step."""
-    prompts = (STATE, jax.ShapeDtypeStruct((8, 64), "int32"))
+    prompts, work = (STATE, jax.ShapeDtypeStruct((8, 64), "int32")), Work(800, 1600, 512)
     decode = result("decode step", static={"width": 10}, calls=0)
-    rollout = [result("prefill", arguments=prompts, calls=0), result("insert", calls=0), decode]
+    rollout = [
+        result(name, arguments=prompts, work=work, calls=0) for name in ("prefill", "insert")
+    ]
+    rollout.append(decode)
     return [*rollout, result("old log-probs"), result(), result("publish", calls=1)]
 
 
@@ -163,6 +167,8 @@ def test_what_a_run_comes_to_by_hand():
     assert found["decode_steps"] == 10 and found["live_share"] == 0.75
     assert found["token_age_mean"] == 0.5 and found["token_age_max"] == 2
     assert found["cache_read_per_live_token"] == 200 / 100
+    assert found["suspended"] == 5 and found["live_share_of_cache"] == 100 / 1000
+    assert found["decode_bytes_per_needed"] == pytest.approx(10 * 10 / (10 * 4e6))  # of weights
     assert found["training_mfu"] == 9 * 800 / (27 * 8 * 100)
     assert found["rollout_tokens_per_s_per_chip"] == pytest.approx(4000 / 36 / 8)
     assert found["train_tokens_per_s_per_chip"] == 16 * 8 * 100 / 27 / 8
@@ -179,11 +185,11 @@ def test_the_first_of_several_rollout_steps_is_left_out():
         for name, a in one.segments._asdict().items()
     ]
     later = one.steps[0]._replace(rollout_step=1)
-    several = Schedule(
-        80, Segments(*both), np.array([(0, 16, 64), (1, 8, 64)]), [*one.steps, later]
-    )
+    calls = np.array([(0, 16, 64), (1, 8, 64)])
+    several = Schedule(80, 1000, Segments(*both), calls, calls[:1], [*one.steps, later])
     found = plan.steady(several)
     assert found.steps == [later] and found.prefills.tolist() == [[1, 8, 64]]
+    assert not len(found.inserts)
     assert found.segments.rollout_step.tolist() == [1] and found.decode_steps == 3
 
 
@@ -282,20 +288,21 @@ def test_the_largest_that_fits_where_memory_does_not_grow_evenly():
 def test_suggestions_are_the_largest_that_fit_and_known_programs_are_not_compiled_again(
     monkeypatch,
 ):
-    """With programs of a made-up size: 10 bytes per slot, 30 per row, 100 more; 900 of 1000 bytes may
-    be used.
+    """With programs of a made-up size: 10 bytes for a page on each of 4 shards, 30 per row, 100 more;
+    900 of 1000 bytes may be used. A live sequence has 72.5 entries, and a page more: 150 slots.
     """
     config, compiled = (
-        load_config(SMALLEST, ["rollout.decode_slots=8", "dapo.prompts_per_draw=10000"]),
+        load_config(SMALLEST, ["rollout.decode_slots=8", "dapo.prompts_per_draw=20"]),
         [],
     )
     pod = POD._replace(devices=[])
 
     def programs(config, model, mesh, load):
-        slots, rows = config.rollout.decode_slots, config.train.rows_per_microbatch
+        rollout, rows = config.rollout, config.train.rows_per_microbatch
+        pages = (rollout.cache_tokens or rollout.decode_slots * 4096) // 4 // 64
         sizes = {
-            "prefill": (1, slots * 10),
-            "decode step": (10 * slots, 100),
+            "prefill": (1, pages * 10),
+            "decode step": (10 * pages, 100),
             "old log-probs": (20 * rows, 0),
             "update": (30 * rows, 100),
         }
@@ -316,13 +323,23 @@ def test_suggestions_are_the_largest_that_fit_and_known_programs_are_not_compile
         return Compiled(argument_bytes, 0, argument_bytes, True, {}, Traffic(), ())
 
     monkeypatch.setattr(plan, "programs", programs)
-    monkeypatch.setattr(plan, "load_model", lambda config: None)
+
+    def simulate(config, machine, load):
+        found, slots = schedule([(10, 10)]), config.rollout.decode_slots
+        (one,) = found.steps
+        return found._replace(
+            slots=slots, steps=[one._replace(suspended=3 if slots < 145 else 9999)]
+        )
+
+    monkeypatch.setattr(plan, "simulate", simulate)
+    monkeypatch.setattr(plan, "load_model", lambda config: ModelConfig())
     monkeypatch.setattr(plan, "make_mesh", lambda section, devices: make_mesh(MeshSection(1, 4, 2)))
     monkeypatch.setattr(plan, "compile_program", compile_program)
     results = plan.compile_all(config, pod, LOAD, info=lambda line: None)
     lines = plan.suggest(config, pod, LOAD, results, lambda line: None)
     assert lines == [
-        "rollout.decode_slots: 8; at most 80 fit in 90% of HBM",
+        "rollout.cache_tokens: 32768; at most 20480 fit in 90% of HBM, with decode_slots 140: "
+        "3 suspensions a step",
         "train.rows_per_microbatch: 4; at most 24 fit in 90% of HBM",
     ]
     assert (
@@ -342,7 +359,9 @@ def test_unfinished_responses_are_read_again_and_take_their_memory():
 
     off = "dapo.partial_rollouts=false", "dapo.max_policy_age=null"
     whole, partial = found(*off), found()
-    assert partial.keys() - whole.keys() == {"prefill of prefixes"}
+    longer = {"prefill of prefixes", "insert of prefixes"}
+    assert partial.keys() - whole.keys() == longer
+    assert found(*off, "rollout.cache_tokens=200000").keys() - whole.keys() == longer
     assert partial["prefill"].arguments[1].shape == (4, 1024) and partial[
         "prefill of prefixes"
     ].arguments[1].shape == (4, 4096)
@@ -437,7 +456,7 @@ def test_pods_of_every_generation(tmp_path):
 import json
 from dapo_jax import plan
 from dapo_jax.benchmark.schedule import parse_lengths
-from dapo_jax.config import MeshSection, load_config
+from dapo_jax.config import MeshSection, ModelConfig, load_config
 from dapo_jax.runtime.mesh import make_mesh
 plan._compile_for_other_machines()
 names = ("v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:16x16", "tpu7x:2x2x1")

@@ -1,14 +1,16 @@
 """The scheduler simulation: real engine and dynamic sampling on programs that only count."""
 
 import collections
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from dapo_jax.benchmark import main, schedule
-from dapo_jax.benchmark.schedule import Workload, measured, parse_lengths, simulate
+from dapo_jax.benchmark.schedule import Machine, Workload, measured, parse_lengths, simulate
 from dapo_jax.config import Config, DapoSection, DataSection, RewardSection, RolloutSection
+from dapo_jax.model.ragged_attention import entries_read
 from dapo_jax.training.dynamic_sampling import DynamicSampler
 from dapo_jax.types import InputError
 
@@ -69,7 +71,7 @@ def test_other_lengths_are_refused(text):
 @pytest.mark.parametrize("partial", [False, True])
 def test_every_request_finishes_once_with_its_own_length(monkeypatch, partial):
     found = watched(monkeypatch)
-    result = simulate(config(partial_rollouts=partial), SHARDS, work())
+    result = simulate(config(partial_rollouts=partial), Machine(SHARDS), work())
     assert max(collections.Counter((d, s) for _, d, s, _ in found).values()) == 1
     samples = schedule._Samples(work(), G)
     assert all(length == samples.of_draw(d)[0][s] for _, d, s, length in found)
@@ -86,7 +88,7 @@ def test_every_request_finishes_once_with_its_own_length(monkeypatch, partial):
 
 @pytest.mark.parametrize("partial", [False, True])
 def test_segments_add_up(partial):
-    result = simulate(config(partial_rollouts=partial), SHARDS, work())
+    result = simulate(config(partial_rollouts=partial), Machine(SHARDS), work())
     s = result.segments
     for n, step in enumerate(result.steps):
         own = s.rollout_step == n
@@ -101,7 +103,7 @@ def test_segments_add_up(partial):
 
 
 def test_a_schedule_is_a_function_of_its_arguments():
-    a, b, other = (simulate(config(), SHARDS, work(seed=seed)) for seed in (0, 0, 1))
+    a, b, other = (simulate(config(), Machine(SHARDS), work(seed=seed)) for seed in (0, 0, 1))
     assert a.steps == b.steps != other.steps
     assert all(np.array_equal(x, y) for x, y in zip(a.segments, b.segments, strict=True))
 
@@ -110,7 +112,7 @@ def test_partial_rollouts_keep_slots_full():
     """The shape of the 32B config over 16, with lengths over 16."""
     full = config(88, responses_per_prompt=16, responses_per_update=16, partial_rollouts=True)
     whole = config(88, responses_per_prompt=16, responses_per_update=16)
-    a, b = (simulate(c, SHARDS, work(), prefill_tokens=64) for c in (full, whole))
+    a, b = (simulate(c, Machine(SHARDS, 64), work()) for c in (full, whole))
     assert all(step.live_share >= 0.95 for step in a.steps)
     ideal = 32 / 0.5 * 16 * 320 / 88  # decode steps of one step's tokens in full slots
     later = [step.decode_steps for step in a.steps[1:]]
@@ -122,7 +124,7 @@ def test_no_trained_token_is_older_than_the_bound(age):
     """Many slots and few groups a step: without the bound tokens wait for several steps."""
     for seed in range(3):
         options = {"partial_rollouts": True, "max_policy_age": age, "prompts_per_step": 8}
-        result = simulate(config(256, **options), SHARDS, work(seed=seed, steps=12))
+        result = simulate(config(256, **options), Machine(SHARDS), work(seed=seed, steps=12))
         ages = [step.token_age_max for step in result.steps]
         assert max(ages) == age if age is not None else max(ages) > 2
         assert all(step.versions_max <= step.token_age_max + 1 for step in result.steps)
@@ -141,7 +143,7 @@ def test_open_groups_hold_a_bounded_number_of_tokens(monkeypatch):
     monkeypatch.setattr(DynamicSampler, "draw", watch)
     for kept in (0.1, 0.5):
         small = config(128, partial_rollouts=True, prompts_per_step=4)
-        simulate(small, SHARDS, work(kept=kept, steps=20))
+        simulate(small, Machine(SHARDS), work(kept=kept, steps=20))
     assert 0 < max(held) < 2 * 128 * LONGEST
 
 
@@ -149,11 +151,38 @@ def test_one_slot_of_equal_responses_by_hand():
     """One group of two responses of 100 tokens after prompts of 32: 2 x 100 decode steps."""
     one = config(1, prompts_per_step=1, responses_per_prompt=2, responses_per_update=2)
     constant = Workload(parse_lengths("lognormal:100:0", LONGEST), 32, kept=1.0, steps=1)
-    result = simulate(one, 1, constant)
+    result = simulate(one, Machine(1), constant)
     assert result.decode_steps == 200 and result.live_share == 1.0 == result.shard_balance
     prompt = result.prefills[0, 2] and result.segments.cache_mean.sum() / 2
     # positions of 100 steps, twice: 100 p + 0 + 1 + ... + 99, p the prompt without its last token
     assert (prompt - 4950) / 100 == int((prompt - 4950) / 100) > 0
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_small_cache_suspends_sequences_and_changes_no_length(monkeypatch, partial):
+    """Room for 24 of the 64 slots' mean live sequence; no response is lost or sampled twice."""
+    whole = config(partial_rollouts=partial)
+    rollout = dataclasses.replace(whole.rollout, cache_tokens=24 * 320)
+    found = watched(monkeypatch)
+    small = simulate(dataclasses.replace(whole, rollout=rollout), Machine(SHARDS, page=16), work())
+    assert sum(step.suspended for step in small.steps) > 0
+    assert max(collections.Counter((d, s) for _, d, s, _ in found).values()) == 1
+    samples = schedule._Samples(work(), G)
+    assert all(length == samples.of_draw(d)[0][s] for _, d, s, length in found)
+    large = simulate(whole, Machine(SHARDS, page=16), work())
+    assert not any(step.suspended for step in large.steps)
+    assert 0.6 < small.cache_share < 1.1 and small.cache_share > large.cache_share
+    assert small.decode_steps > large.decode_steps and small.live_share < large.live_share
+
+
+def test_blocks_are_read_whole_and_only_those_in_a_window():
+    """Blocks of 256 entries. A window of 40 at 600 entries begins at entry 561, in the third."""
+    lengths = np.array([0, 1, 256, 257, 600])
+    assert entries_read(lengths).tolist() == [256, 256, 256, 512, 768]
+    assert entries_read(lengths, 40).tolist() == [256, 256, 256, 512, 256]
+    result = simulate(config(), Machine(SHARDS, reads=entries_read), work())
+    read, live = result.segments.cache_read.sum(), result.segments.cache_worst.sum()
+    assert 1.2 * live < read < live + 256 * SLOTS / SHARDS * result.segments.steps.sum()
 
 
 def test_the_benchmark_prints_a_table_and_json(tmp_path, capsys):

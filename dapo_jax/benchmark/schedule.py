@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -68,6 +68,21 @@ class Workload(NamedTuple):
     steps: int = 4  # rollout steps
     seed: int = 0
 
+    @property
+    def live_entries(self) -> float:
+        """Mean cache of a live sequence."""
+        return self.prompt_len + self.lengths.live_mean
+
+
+class Machine(NamedTuple):
+    """What a schedule depends on of the devices."""
+
+    shards: int  # of the mesh's rows, data x fsdp; they divide `rollout.decode_slots`
+    prefill_tokens: int = 512  # of a shard in one prefill
+    page: int = 128  # entries of a page of the cache
+    # entries that attention reads of caches with so many, mean over layers
+    reads: Callable[[np.ndarray], np.ndarray] = lambda entries: entries
+
 
 class Segments(NamedTuple):
     """Calls of the decode program, arrays [n]. Sums are over the decode steps of a segment."""
@@ -77,6 +92,7 @@ class Segments(NamedTuple):
     width: np.ndarray  # slots of a shard that are decoded
     cache_mean: np.ndarray  # sum of the tokens in a shard's live caches, mean of the shards
     cache_worst: np.ndarray  # the same on the shard that has most of them at that step
+    cache_read: np.ndarray  # sum of the entries read, on the shard that reads most at that step
     live: np.ndarray  # sum of the sequences that are live, over all shards
 
 
@@ -92,6 +108,7 @@ class StepSummary(NamedTuple):
     surplus: int  # informative groups left for the next step, or dropped
     open_groups: int  # left unfinished
     prefill_tokens: int  # padding included
+    suspended: int  # times that a sequence was, for lack of cache
     inserts: int
     moves: int
     token_age_mean: float  # of the groups trained on, rollout steps
@@ -103,8 +120,11 @@ class Schedule(NamedTuple):
     """What the scheduler did in some rollout steps."""
 
     slots: int  # over all shards
+    cache_tokens: int  # of a shard
     segments: Segments
-    prefills: np.ndarray  # int64 [n, 3]: rollout step, rows over all shards, tokens of a row
+    # int64 [n, 3]: rollout step, rows over all shards, tokens of a row
+    prefills: np.ndarray
+    inserts: np.ndarray  # of the rows of a prefill
     steps: list[StepSummary]
 
     @property
@@ -116,6 +136,12 @@ class Schedule(NamedTuple):
     def live_share(self) -> float:
         """Share of slots x decode steps that sampled a token."""
         return float(self.segments.live.sum() / (self.segments.steps.sum() * self.slots))
+
+    @property
+    def cache_share(self) -> float:
+        """Share of the cache that live entries fill; shared prompts count for each sequence."""
+        seen = self.segments
+        return float(seen.cache_mean.sum() / (seen.steps.sum() * self.cache_tokens))
 
     @property
     def shard_balance(self) -> float:
@@ -224,21 +250,27 @@ class _Samples:
 
 
 class _SimulatedEngine(Engine):
-    """The engine on programs that count. `segments` and `prefills` have what they counted."""
+    """The engine on programs that count. `segments`, `prefills` and `inserts` have what they
+    counted.
+    """
 
-    def __init__(self, config: Config, shards: int, samples: _Samples, prefill_tokens: int):
-        self.samples, self.rollout_step = samples, 0
+    def __init__(self, config: Config, machine: Machine, samples: _Samples):
+        self.samples, self.rollout_step, self.reads = samples, 0, machine.reads
         self.segments: list[tuple[float, ...]] = []
         self.prefills: list[tuple[int, int, int]] = []
-        self.inserts = self.moves = 0
+        self.inserts: list[tuple[int, int, int]] = []
+        self.moves = 0
         limits = Limits(
             config.rollout.decode_slots,
             config.data.max_prompt_len,
             config.rollout.max_response_len,
-            prefill_tokens,
+            machine.prefill_tokens,
             cache_tokens=config.rollout.cache_tokens,
+            page=machine.page,
         )
-        devices = np.full((1, shards, 1), jax.devices("cpu")[0])  # only their number matters
+        devices = np.full(
+            (1, machine.shards, 1), jax.devices("cpu")[0]
+        )  # only their number matters
         mesh = Mesh(devices, ("data", "fsdp", "tensor"))
         super().__init__(ModelConfig(), Sampling(), (), limits, mesh=mesh, fetch=lambda tree: tree)
 
@@ -256,12 +288,13 @@ class _SimulatedEngine(Engine):
 
     def _prefill(self, params: Any, prompts: np.ndarray) -> Cache:
         self.prefills.append((self.rollout_step, *prompts.shape))
-        none: Any = None
-        return Cache(none, none)
+        shape: Any = prompts.shape
+        return Cache(shape, shape)
 
     def _insert(
         self, state: _Slots, cache: Any, seed: Any, packed: np.ndarray, *copies: Any
     ) -> _Slots:
+        self.inserts.append((self.rollout_step, *cache.k))
         arrivals = Arrivals(*packed)
         for n, m in np.argwhere(arrivals.slot < self.slots):
             at, limit = (n, arrivals.slot[n, m]), arrivals.limit[n, m]
@@ -270,7 +303,6 @@ class _SimulatedEngine(Engine):
             state.left[at] = lengths[arrivals.sample[n, m]] - begun
             state.length[at], state.live[at] = 0, True
             state.position[at], state.limit[at] = arrivals.position[n, m], limit
-        self.inserts += 1
         return state
 
     def _move(self, state: _Slots, moves: np.ndarray) -> _Slots:
@@ -286,6 +318,7 @@ class _SimulatedEngine(Engine):
         self, params: Any, state: _Slots, table: np.ndarray, until: Until, *, width: int
     ) -> tuple[_Slots, np.ndarray, int]:
         on = slice(0, width)
+        state.live[:, on] &= table[:, on, 0] > 0  # else suspended
         live, position = state.live[:, on], state.position[:, on]
         left = np.where(live, state.left[:, on], 0)
         after = np.arange(int(until.max_steps))
@@ -293,12 +326,12 @@ class _SimulatedEngine(Engine):
         counts = alive.sum(axis=1)
         crowded = (counts.sum(axis=0) > until.few) & (counts.max(axis=0) > until.half)
         steps = len(after) if crowded.all() else int(np.argmin(crowded))
-        cached = (
-            np.einsum("nw,nws->ns", position, alive[..., :steps])
-            + after[:steps] * counts[:, :steps]
-        )
-        sums = (cached.mean(axis=0).sum(), cached.max(axis=0).sum(), counts[:, :steps].sum())
-        self.segments.append((self.rollout_step, steps, width, *map(float, sums)))
+        alive, counts, after = alive[..., :steps], counts[:, :steps], after[:steps]
+        halfway = self.reads(position + steps // 2)
+        cached, read = (np.einsum("nw,nws->ns", x, alive) for x in (position, halfway))
+        cached += after * counts
+        sums = cached.mean(axis=0), cached.max(axis=0), read.max(axis=0), counts
+        self.segments.append((self.rollout_step, steps, width, *(float(x.sum()) for x in sums)))
         done = np.minimum(left, steps)
         for array, change in ((state.left, -done), (state.length, done), (state.position, done)):
             array[:, on] += change
@@ -396,15 +429,14 @@ class _NoGuard(Guard):
 # ---- The simulation ----
 
 
-def simulate(config: Config, shards: int, work: Workload, prefill_tokens: int = 512) -> Schedule:
+def simulate(config: Config, machine: Machine, work: Workload) -> Schedule:
     """Samples `work.steps` rollout steps from the start of a run.
 
-    shards: of the mesh's rows, data x fsdp; they divide `rollout.decode_slots`. Raises
-    UnderfilledError where the groups of a step are too few, as a run does.
+    Raises UnderfilledError where the groups of a step are too few, as a run does.
     """
     algo, slots = config.dapo, config.rollout.decode_slots
     samples = _Samples(work, algo.responses_per_prompt)
-    engine = _SimulatedEngine(config, shards, samples, prefill_tokens)
+    engine = _SimulatedEngine(config, machine, samples)
     prompts = _Prompts(work.prompt_len, config.data.max_prompt_len, work.seed)
     mixture = Mixture(("simulated",), (_PROBLEMS,), (1.0,))
     policy = Policy(ModelConfig(), _Tokenizer(), ())
@@ -416,7 +448,7 @@ def simulate(config: Config, shards: int, work: Workload, prefill_tokens: int = 
     buffer = DynamicSamplingBuffer(algo.prompts_per_step, algo.dynamic_sampling, algo.carry_surplus)
     state, steps = DrawState(keep_rate=work.kept), []
     for step in range(work.steps):
-        engine.rollout_step, before = step, (engine.inserts, engine.moves)
+        engine.rollout_step, before = step, (len(engine.inserts), engine.moves)
         first, first_prefill = len(engine.segments), len(engine.prefills)
         drawn = sampler.draw({}, state, buffer.missing(), {})
         state = drawn.state
@@ -437,7 +469,8 @@ def simulate(config: Config, shards: int, work: Workload, prefill_tokens: int = 
                 surplus=counts.surplus,
                 open_groups=len(state.open),
                 prefill_tokens=prefilled,
-                inserts=engine.inserts - before[0],
+                suspended=drawn.suspended,
+                inserts=len(engine.inserts) - before[0],
                 moves=engine.moves - before[1],
                 token_age_mean=ages["policy/token_age_mean"],
                 token_age_max=int(ages["policy/token_age_max"]),
@@ -445,8 +478,11 @@ def simulate(config: Config, shards: int, work: Workload, prefill_tokens: int = 
             )
         )
     columns = np.array(engine.segments).reshape(-1, len(Segments._fields)).T
-    prefills = np.array(engine.prefills, np.int64).reshape(-1, 3)
-    return Schedule(slots, Segments(*columns), prefills, steps)
+    prefills, inserts = (
+        np.array(rows, np.int64).reshape(-1, 3) for rows in (engine.prefills, engine.inserts)
+    )
+    tokens = engine.pages * engine.page
+    return Schedule(slots, tokens, Segments(*columns), prefills, inserts, steps)
 
 
 # ---- The benchmark ----
@@ -485,9 +521,9 @@ def benchmark_schedule(sizes: ScheduleSizes) -> Report:
     lengths, kept = lengths_and_kept(*given, sizes.kept_fraction)
     work = Workload(lengths, sizes.prompt_len, kept, sizes.steps, sizes.seed)
     try:
-        schedule = simulate(config, shards, work)
+        schedule = simulate(config, Machine(shards), work)
     except ValueError as e:  # of the engine
-        raise InputError(f"rollout.decode_slots: {e}") from None
+        raise InputError(f"rollout: {e}") from None
     tokens = sum(step.tokens for step in schedule.steps)
     facts: dict[str, Any] = {
         "slots": schedule.slots,
@@ -497,6 +533,7 @@ def benchmark_schedule(sizes: ScheduleSizes) -> Report:
         "decode_steps_per_step": schedule.decode_steps,
         "ideal_decode_steps": tokens / schedule.slots / sizes.steps,
         "live_share_of_slots": schedule.live_share,
+        "live_share_of_cache": schedule.cache_share,
         "shard_balance": schedule.shard_balance,
     }
     return [step._asdict() for step in schedule.steps], facts

@@ -39,8 +39,13 @@ def weights(c: ModelConfig) -> int:
     return layer_weights(c, active=False) + head_weights(c) * (1 if c.tie_embeddings else 2)
 
 
+def window_share(c: ModelConfig) -> float:
+    """Share of the layers that have a window."""
+    return (c.layers - c.layers // c.windows.every) / c.layers if c.windows else 0.0
+
+
 def _mean_over_layers(c: ModelConfig, windowed: float, full: float) -> float:
-    share = (c.layers - c.layers // c.windows.every) / c.layers if c.windows else 0.0
+    share = window_share(c)
     return share * windowed + (1 - share) * full
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
@@ -35,6 +36,17 @@ def is_ragged(mesh: Mesh | None, head_dim: int) -> bool:
 def page_size(mesh: Mesh, head_dim: int) -> int:
     """Entries of a page of the cache."""
     return LANES if is_ragged(mesh, head_dim) else _SMALL_PAGE
+
+
+def entries_read(length: np.ndarray, window: int = 0) -> np.ndarray:
+    """How many entries the kernel copies for sequences with so many: whole blocks, one at least.
+
+    window: its size; 0: none.
+    """
+    block = BLOCK_PAGES * LANES
+    end = np.maximum(1, -(-length // block))
+    first = np.maximum(0, length - window + 1) // block if window else 0
+    return block * (end - np.minimum(first, end - 1))
 
 
 def attend_paged_over(

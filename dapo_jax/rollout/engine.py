@@ -52,6 +52,7 @@ class Limits(NamedTuple):
     # A continued or suspended response may differ: prefill reads no 8-bit values.
     int8: bool = False
     cache_tokens: int | None = None  # of the KV cache, over all devices; None: all slots at longest
+    page: int | None = None  # entries of a page of the cache; None: as the devices have it
 
 
 class Programs(NamedTuple):
@@ -111,7 +112,7 @@ class Engine:
             )
         self.slots = slots // self.shards
         self.max_response_len, self.cache_len = response_len, limits.max_prompt_len + response_len
-        self.page = page_size(mesh, model.head_dim)
+        self.page = limits.page or page_size(mesh, model.head_dim)
         self.table_len = -(-self.cache_len // self.page)  # T, pages of the longest sequence
         self.pages = self.slots * self.table_len  # of a shard
         if limits.cache_tokens is not None:
