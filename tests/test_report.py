@@ -527,6 +527,15 @@ def test_in_a_browser(tmp_path, capsys, width):
             "[...document.querySelectorAll('path')].some("
             "(p) => /NaN|Infinity|undefined/.test(p.getAttribute('d')))"
         )
+        # Two runs side by side: a row for each fact, on a phone too.
+        rows = browser.run(
+            "[...document.querySelectorAll('#summary + .card tbody tr')].map("
+            "(r) => [...r.cells].map((c) => c.innerText.replace(/\\s+/g, ' ').trim()))"
+        )
+        facts = {name: cells for name, *cells in rows}
+        assert facts["rollout steps"] == ["120 of 40", "5 of 40"]
+        assert facts["heldout, best"] == ["75.0% ± 4.0 step 119", "75.0% ± 4.0 step 4"]
+        assert facts["heldout, last − last of one"] == ["–", "+0.0 ± 5.7"]
         # Nothing overflows the page.
         assert browser.run("document.documentElement.scrollWidth") == width
 
