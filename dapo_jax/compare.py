@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from dapo_jax import cli
-from dapo_jax.config import open_regular, printable
+from dapo_jax.config import printable, read_text
 from dapo_jax.types import InputError
 
 _MIN_PROBLEMS = 10  # intervals of fewer are far too narrow
@@ -52,15 +52,12 @@ def _load(path: str) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Accuracies by set and problem, and how they were measured."""
     do = "give a file that `dapo_jax.evaluate --json` wrote"
     try:
-        with open_regular(path) as file:
-            found = json.loads(file.read(_MAX_BYTES))
+        found = json.loads(read_text(path, path, "evaluation", "JSON", _MAX_BYTES))
         sets = {name: result["accuracies"] for name, result in found["sets"].items()}
         sets = {name: {p: float(x) for p, x in by.items()} for name, by in sets.items()}
         if not all(by and all(0 <= x <= 1 for x in by.values()) for by in sets.values()):
             raise ValueError
         return sets, {key: found[key] for key in _SETTINGS if key in found}
-    except OSError as e:
-        raise InputError(f"{path}: cannot read ({e.strerror}); {do}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path}: holds no evaluation; {do}") from None
 

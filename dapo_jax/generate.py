@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from dapo_jax import cli, restore
-from dapo_jax.config import Config, config_from_dict, open_regular
+from dapo_jax.config import Config, config_from_dict, read_text
 from dapo_jax.data.prompts import decode, make_prompts, shown_prompt
 from dapo_jax.rollout.engine import Engine
 from dapo_jax.runtime.console import make_console
@@ -115,14 +115,9 @@ def typed() -> Iterator[str]:
 
 def _prompts(path: str) -> list[str]:
     """The lines of a text file that hold something."""
-    fix = "give a text file with a prompt on each line"
-    try:
-        with open_regular(path) as file:
-            lines = file.read(_MAX_BYTES).decode("utf-8-sig").splitlines()
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot read ({getattr(e, 'strerror', 0) or e}); {fix}") from None
+    lines = read_text(path, path, "prompts", "text", _MAX_BYTES).splitlines()
     if not (found := [line for line in lines if line.strip()]):
-        raise InputError(f"{path}: is empty; {fix}")
+        raise InputError(f"{path}: is empty; give a text file with a prompt on each line")
     return found
 
 

@@ -118,5 +118,5 @@ def test_a_file_that_cannot_be_compared_is_named(tmp_path, content, said):
 
 def test_a_fifo_is_refused_without_waiting_for_its_writer(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(InputError, match="fifo: cannot read .not a regular file"):
+    with pytest.raises(InputError, match="fifo: cannot read evaluation .not a regular file"):
         compare.main([str(tmp_path / "fifo"), str(tmp_path / "fifo")])

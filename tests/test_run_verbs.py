@@ -250,7 +250,7 @@ def test_samples_of_a_file_of_prompts(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("---- ") == 2 and "---- 1+2=\n" in out and "---- 3+4=\n" in out
     assert verb(generate, "--run-dir", run, "--prompts", tmp_path / "gone") == 2
-    assert "gone: cannot read (No such file" in capsys.readouterr().err
+    assert "gone: cannot read prompts (No such file" in capsys.readouterr().err
 
 
 def test_a_model_that_has_not_been_trained(run, tmp_path, capsys):

@@ -167,13 +167,15 @@ def open_regular(path: str | Path) -> BinaryIO:
     return file
 
 
-def read_text(path: str | Path, where: str, what: str, kind: str) -> str:
-    """The text of a UTF-8 file of at most 1 MB. Raises ConfigError, in these words, otherwise."""
+def read_text(
+    path: str | Path, where: str, what: str, kind: str, max_bytes: int = _MAX_BYTES
+) -> str:
+    """The text of a UTF-8 file of limited size. Raises ConfigError, in these words, otherwise."""
     try:
         with open_regular(path) as file:
-            raw = file.read(_MAX_BYTES + 1)
-        if len(raw) > _MAX_BYTES:
-            raise ConfigError(f"{where}: larger than 1 MB; this is no {what} file")
+            raw = file.read(max_bytes + 1)
+        if len(raw) > max_bytes:
+            raise ConfigError(f"{where}: larger than {max_bytes >> 20} MB; this is no {what} file")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"{where}: not UTF-8 text; save the file as UTF-8") from None

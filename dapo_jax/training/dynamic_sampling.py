@@ -267,7 +267,6 @@ class _StepDraw:
         self.settled = self.settled_informative = 0  # of the groups before the first not judged
         self.by_draw: dict[int, OpenGroup] = {}
         self.verdicts: list[Verdict] = []
-        self.failed = 0  # of them without a verdict
         # segment from which verdicts are used, requests, verdicts
         self.judging = collections.deque[tuple[int, list[Request], PendingVerdicts]]()
         self._submit([dataclasses.replace(g, samples=[*g.samples]) for g in state.open])
@@ -358,10 +357,10 @@ class _StepDraw:
                     known = verdict._replace(error="no verdict")
                 samples[q.sample] = samples[q.sample]._replace(verdict=known)
             self.verdicts += verdicts
-            self.failed += sum(verdict.error is not None for verdict in verdicts)
             self._count()
             enough = algo.responses_per_prompt * algo.prompts_per_step
-            if self.failed and len(self.verdicts) >= enough:
+            some_failed = any(verdict.error is not None for verdict in verdicts)
+            if some_failed and len(self.verdicts) >= enough:
                 check_errors(self.verdicts, sampler.reward)
             everything = everything or (algo.partial_rollouts and self.enough())
 
