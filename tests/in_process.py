@@ -16,11 +16,6 @@ DEVICES = 2  # of a run; `conftest.eight_devices` for tests of layouts
 _KNOWN = {}
 
 
-def forget():
-    """The next run traces its programs, as in a process of its own."""
-    _KNOWN.clear()
-
-
 def _once(key, make):
     if key not in _KNOWN:
         _KNOWN[key] = make()

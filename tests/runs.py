@@ -23,7 +23,7 @@ eval: {sets: {heldout: arithmetic}, every: 2, samples_per_problem: 2, top_p: 1.0
 rollout: {max_response_len: 40, decode_slots: 32}
 reward: {verifier: custom, function: "reward_functions:even_sum", allowed_modules: [reward_functions], workers: 1, overlong_buffer_len: 10}
 dapo: {prompts_per_step: 6, responses_per_prompt: 4, responses_per_update: 12, prompts_per_draw: 8}
-optim: {learning_rate: 1e-3, warmup_steps: 2}
+optim: {learning_rate: 1e-3, warmup_steps: 2, max_nonfinite_updates: 2}
 supervised: {updates: 2, responses_per_update: 8}
 train: {steps: 4, rows_per_microbatch: 8, save_every: 2}
 """

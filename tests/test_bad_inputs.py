@@ -15,6 +15,7 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import in_process
 import jax
 import numpy as np
 import pyarrow as pa
@@ -1006,8 +1007,9 @@ def f(problem, text, length):
 
 def test_secrets_of_the_environment_go_nowhere(model, tmp_path, monkeypatch, capfd, curves):
     """A run that renders a chat template, samples, judges in workers, trains, saves, and draws its
-    curves.
+    curves. On two devices.
     """
+    monkeypatch.setattr(in_process, "DEVICES", 2)
     template("{% for m in messages %}{{ m.content }}{% endfor %}")(model)
     (tmp_path / "spy_reward.py").write_text(SPY.format(place=str(tmp_path / "spied")))
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,6 +1,7 @@
 """Requests into slots and back: order, independence of neighbors and devices, few programs."""
 
 import collections
+import functools
 import logging
 import re
 
@@ -149,6 +150,14 @@ def test_on_done_is_told_of_every_response_once(single, responses):
     assert len(done) > 3  # more often than once a batch
 
 
+UNTIED = tiny.model(tie_embeddings=False)
+
+
+@functools.cache
+def engine_with_a_head(layout):
+    return make_engine(8, layout, model=UNTIED)[0]
+
+
 @pytest.mark.parametrize(
     "what, said",
     [
@@ -162,9 +171,7 @@ def test_non_finite_logits_raise_and_say_where_they_come_from(what, said, layout
     """NaN in the embedding of a token that one prompt holds, or a row of the head that is too large
     for any.
     """
-    model = tiny.model(tie_embeddings=False)
-    engine, _ = make_engine(8, layout, model=model)
-    params = tiny.params(model)
+    engine, params = engine_with_a_head(layout), tiny.params(UNTIED)
     if what == "NaN":
         params = {**params, "embed": {"embedding": params["embed"]["embedding"].at[39].set(np.nan)}}
     else:
@@ -217,13 +224,14 @@ def test_on_a_mesh_with_more_slots_responses_are_the_same_and_programs_are_few(r
     assert_same(second, responses)
 
 
-def test_as_many_prompts_are_read_at_a_time_as_it_is_told(responses):
+def test_as_many_prompts_are_read_at_a_time_as_it_is_told(single, responses):
     """Of PROMPT padded tokens each; responses are those of four at a time."""
     prompts = 2
     engine, params = make_engine(4, (1, 1, 1), prefill_tokens=2 * PROMPT + 1)
     read, prefill = [], engine.programs.prefill
     engine.programs = engine.programs._replace(
-        prefill=lambda params, prompts: read.append(prompts.shape) or prefill(params, prompts)
+        prefill=lambda params, prompts: read.append(prompts.shape) or prefill(params, prompts),
+        decode=single[0].programs.decode,  # the same, and traced already
     )
     assert_same(engine.generate(params, REQUESTS, SEED), responses)
     assert set(read) == {(prompts, PROMPT)}
@@ -237,11 +245,11 @@ def test_of_a_response_the_blocks_that_hold_tokens_are_fetched_and_many_at_a_tim
     responses, monkeypatch
 ):
     """Blocks of 16 tokens, 2 or 7 in a fetch: a response of 70 tokens has five, the last of which
-    is not full.
+    is not full. Two slots.
     """
     monkeypatch.setattr(rollout.engine, "_BLOCK", 16)
     monkeypatch.setattr(rollout.engine, "_FETCHES", (2, 7))
-    engine, params = make_engine(4, (1, 1, 1))
+    engine, params = make_engine(2, (1, 1, 1))
     taken, take = [], engine.programs.take
     engine.programs = engine.programs._replace(
         take=lambda slots, blocks: taken.append(blocks.tolist()) or take(slots, blocks)
@@ -251,7 +259,7 @@ def test_of_a_response_the_blocks_that_hold_tokens_are_fetched_and_many_at_a_tim
     assert {len(blocks) for blocks in taken} == {2, 7} and wanted <= sum(
         map(len, taken)
     ) < 2 * wanted
-    assert engine.programs.start().slots.tokens.shape == (1, 4, 80)
+    assert engine.programs.start().slots.tokens.shape == (1, 2, 80)
 
 
 def test_ragged_prompts_and_responses_compile_few_programs_and_a_second_time_none(caplog):
@@ -404,14 +412,16 @@ def test_a_request_that_does_not_fit_is_refused(single):
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 1)], ids=str)
 def test_with_little_memory_the_youngest_wait_and_say_the_same(monkeypatch, responses, layout):
-    """Pages of 4 tokens, 44 on all shards but at least one longest sequence (19) on each, and short
+    """Pages of 4 tokens, hardly more than one longest sequence (19) on each shard, and short
     segments: sequences are suspended, several times, and resumed.
     """
     monkeypatch.setattr(ragged_attention, "_SMALL_PAGE", 4)
     monkeypatch.setattr(rollout.engine, "_SEGMENT", 8)
     shards = layout[0] * layout[1]
-    engine, params = make_engine(8, layout, cache_tokens=4 * max(44, 20 * shards))
-    assert engine.pages == max(44 // shards, 20) < engine.slots * engine.table_len
+    pages = 24 if shards == 1 else 20
+    slots = 4 if shards == 1 else 8
+    engine, params = make_engine(slots, layout, cache_tokens=4 * pages * shards)
+    assert engine.pages == pages < engine.slots * engine.table_len
     stream, found = engine.stream(params, SEED), []
     stream.submit(REQUESTS)
     while stream.pending or stream.live:
@@ -456,7 +466,7 @@ def test_a_cache_that_does_not_hold_the_longest_sequence_is_refused():
 
 def test_an_8_bit_cache_moves_log_probs_little():
     """Measured against teacher forcing: mean 1.7e-3, largest 1.3e-2, of log-probs of about -3.6."""
-    engine, params = make_engine(4, (1, 1, 1), int8=True)
+    engine, params = make_engine(1, (1, 1, 1), int8=True)
     found = engine.generate(params, REQUESTS, SEED)
     gaps = np.concatenate(
         [np.abs(f - r.behavior_logprobs) for f, r in zip(teacher_forced(found), found, strict=True)]

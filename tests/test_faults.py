@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import faults
+import in_process
 import jax
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ STEPS = "train.steps=2"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(CONFIG.replace("warmup_steps: 2", "warmup_steps: 2, max_nonfinite_updates: 2"))
+    path.write_text(CONFIG)
     return path
 
 
@@ -458,14 +459,14 @@ def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_p
     assert last["draws"] == steady(tmp_path / "cut")[-2]["draws"] + last["rollout/prompts"]
 
 
-@pytest.mark.usefixtures("eight_devices")
 def test_a_run_resumes_on_other_devices_with_the_rows_and_slots_that_fit_them(
-    config, whole, tmp_path
+    config, whole, tmp_path, monkeypatch
 ):
-    """The first step on half as many row shards, then as the run that nothing happened to: alike
-    but for rounding. The slots change no draw here; `test_dynamic_sampling.py -k slots` is where
-    they do.
+    """The first step on eight devices, twice as many row shards and heads over two, then on two as
+    the run that nothing happened to: alike but for rounding. The slots change no draw here;
+    `test_dynamic_sampling.py -k slots` is where they do.
     """
+    monkeypatch.setattr(in_process, "DEVICES", 8)
     shards = (
         "mesh.fsdp=4",
         "mesh.tensor=2",
@@ -483,6 +484,7 @@ def test_a_run_resumes_on_other_devices_with_the_rows_and_slots_that_fit_them(
         )
         == 0
     )
+    monkeypatch.setattr(in_process, "DEVICES", 2)
     assert run_train(config, tmp_path / "run", STEPS) == 0
     for found, expected in zip(steady(tmp_path / "run"), steady(whole), strict=True):
         texts = {key: expected.pop(key) for key in list(expected) if isinstance(expected[key], str)}

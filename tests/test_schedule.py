@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -16,6 +17,12 @@ from dapo_jax.types import InputError
 
 SLOTS, SHARDS, G = 64, 4, 8
 LONGEST = 1280
+
+
+@pytest.fixture(autouse=True)
+def signatures_are_checked_elsewhere(monkeypatch):
+    """Two thirds of a simulation would be the checks of the engine's signatures: `test_engine.py`."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def config(slots=SLOTS, **algo):

@@ -33,11 +33,10 @@ pytestmark = pytest.mark.usefixtures("reward_module")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of 4 steps on eight devices, and its config."""
+    """A run of 4 steps, and its config."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "tiny.yaml").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(in_process, "DEVICES", 8)
         patch.syspath_prepend(str(TESTS))
         assert run_train(folder / "tiny.yaml", folder / "run") == 0
     return folder / "tiny.yaml", folder / "run"
@@ -120,7 +119,6 @@ def test_counts_of_dynamic_sampling_add_up(finished):
         carried = line["filter/surplus_groups"]
 
 
-@pytest.mark.usefixtures("eight_devices")
 def test_interrupted_and_whole_runs_are_bit_identical(finished, tmp_path):
     """Stops after step 2 and resumes to step 4 (buffered groups included): metrics and weights equal
     those of one run.
@@ -213,7 +211,6 @@ def test_killed_run_resumes_from_its_checkpoint(config, tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.usefixtures("eight_devices")
 def test_saving_by_the_clock_changes_no_result_and_loses_at_most_a_phase(
     finished, tmp_path, monkeypatch
 ):
@@ -251,7 +248,6 @@ def test_saving_by_the_clock_changes_no_result_and_loses_at_most_a_phase(
     assert steady(tmp_path / "run") == steady(finished[1])
 
 
-@pytest.mark.usefixtures("eight_devices")
 def test_nothing_compiles_after_the_first_steps(config, tmp_path, monkeypatch):
     """A step may meet a length that none before it had: two are allowed, the other four are not."""
     compiled, counts, plain = [], [], train.Recorder.record
@@ -268,7 +264,7 @@ def test_nothing_compiles_after_the_first_steps(config, tmp_path, monkeypatch):
         counts.append(len(compiled))
 
     monkeypatch.setattr(train.Recorder, "record", record)
-    in_process.forget()
+    monkeypatch.setattr(in_process, "_KNOWN", {})  # as in a process of its own
     settings = ("train.steps=6", "eval.every=0", "train.save_every=1")
     assert run_train(config, tmp_path / "run", *settings) == 0
     assert len(counts) == 6 and 1 in compiled and set(compiled) <= {1, 2}  # in which step
@@ -333,7 +329,6 @@ def test_partial_rollouts_resume_bit_for_bit(config, tmp_path):
     settings = (
         "dapo.partial_rollouts=true",
         "dapo.prompts_per_draw=24",
-        "rollout.decode_slots=8",
         "eval.every=0",
         "supervised.updates=0",
         "train.save_every=1",
@@ -349,7 +344,6 @@ def test_partial_rollouts_resume_bit_for_bit(config, tmp_path):
     ]
 
 
-@pytest.mark.usefixtures("eight_devices")
 def test_evaluation_of_run_and_of_its_export_agree(finished, tmp_path, capsys):
     config, run = finished
     assert verb(export, "--run-dir", run, "--out", tmp_path / "hf") == 0
