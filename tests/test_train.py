@@ -248,6 +248,7 @@ def test_saving_by_the_clock_changes_no_result_and_loses_at_most_a_phase(
     assert steady(tmp_path / "run") == steady(finished[1])
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_nothing_compiles_after_the_first_steps(config, tmp_path, monkeypatch):
     """A step may meet a length that none before it had: two are allowed, the other four are not."""
     compiled, counts, plain = [], [], train.Recorder.record

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import difflib
+import functools
 import json
 import re
 import typing
@@ -64,7 +65,7 @@ def build(cls: type, tree: Mapping[str, Any], fail: Fail) -> Any:
     import pydantic  # not at the top: reward workers read no config
 
     try:  # as JSON: strict, and yet lists are tuples and mappings are sections
-        section: Any = pydantic.TypeAdapter(cls).validate_json(json.dumps(tree))
+        section = _reader(cls).validate_json(json.dumps(tree))
     except pydantic.ValidationError as e:
         errors = e.errors(include_url=False)
         unknown = [error for error in errors if error["type"] == "unexpected_keyword_argument"]
@@ -74,6 +75,14 @@ def build(cls: type, tree: Mapping[str, Any], fail: Fail) -> Any:
         if type(value) is int and abs(value) >= 2**31:
             fail(key, f"{str(value)[:20]} is too large; give a number below 2^31")
     return section
+
+
+@functools.cache
+def _reader(cls: type) -> Any:
+    """Makes sections of a class; a run reads its config a dozen times."""
+    import pydantic
+
+    return pydantic.TypeAdapter(cls)
 
 
 def limits(field: dataclasses.Field) -> str:
