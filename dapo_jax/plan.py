@@ -231,7 +231,8 @@ def _training_programs(
     backward = flops.backward_flops(c, padded, pairs, targets)
     backward += flops.recomputed_flops(c, padded, pairs)
 
-    state, batch = train.state, training.abstract_batch(shape, mesh)
+    chosen = c.experts.per_token * c.layers if c.experts and d.replay_routing else 0
+    state, batch = train.state, training.abstract_batch(shape, mesh, chosen)
     params, rate = state.params, _shape(dtype=jnp.float32)
     moments = device_bytes(state) - device_bytes(params)
     held = moments + device_bytes(jax.eval_shape(train.publish, params))

@@ -18,11 +18,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, UInt8
 
 Params = Mapping[str, Any]  # nested dict of arrays
 Tokens = Int32[np.ndarray, " _"]
 Floats = Float32[np.ndarray, " _"]
+Chosen = UInt8[np.ndarray, "_ _"]
 
 
 class InputError(Exception):
@@ -113,8 +114,7 @@ class Request(NamedTuple):
     draw: int  # index of the prompt's draw since the run began
     sample: int  # which of the G responses of that draw
     prompt: Tokens  # [P]
-    # tokens [R] already sampled, and their behavior log-probs
-    prefix: tuple[Tokens, Floats] | None = None
+    prefix: tuple[np.ndarray, ...] | None = None  # what is sampled already: `Response.sampled`
     limit: int | None = None  # response tokens at most, prefix included; None is the engine's limit
 
 
@@ -126,6 +126,15 @@ class Response(NamedTuple):
     truncated: bool  # hit the length limit before an end token
     # (rollout step, tokens) of each policy that sampled some of it, in order; () where not recorded
     policies: tuple[tuple[int, int], ...] = ()
+    # [R, L k]: the experts, in each layer, of the state that predicted the token; None where not
+    # recorded (dapo.replay_routing)
+    experts: Chosen | None = None
+
+    @property
+    def sampled(self) -> tuple[np.ndarray, ...]:
+        """Tokens, log-probs, and experts where recorded."""
+        arrays = self.tokens, self.behavior_logprobs
+        return arrays if self.experts is None else (*arrays, self.experts)
 
 
 class Verdict(NamedTuple):
@@ -167,6 +176,7 @@ class TrainBatch(NamedTuple):
     advantages: Float32[Any, "*M N T"]  # the response's advantage on each of its tokens
     weight: Float32[Any, "*M N T"]  # 1 / normaliser on tokens that are trained, else 0
     current: Bool[Any, "*M N T"]  # True on response tokens that this step's policy sampled
+    experts: UInt8[Any, "*M N T c"] | None = None  # `Response.experts`; 0 outside targets
 
 
 class TrainState(NamedTuple):

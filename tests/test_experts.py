@@ -1,16 +1,26 @@
 """Mixtures of experts against a plain loop over tokens, and over meshes."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from runs import run_train, steady
 
-from dapo_jax.config import Experts, MeshSection
+from dapo_jax.config import DapoSection, Experts, MeshSection, load_config
+from dapo_jax.dapo.loss import batch_logprobs, loss_fn
+from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets
+from dapo_jax.model.decoder import abstract_params, hidden_states, logits_of
 from dapo_jax.model.experts import mix, mixture, mixture_decoded, mixture_over, route
-from dapo_jax.runtime.mesh import make_mesh
+from dapo_jax.rollout.engine import Engine, Limits
+from dapo_jax.rollout.sampler import Sampling
+from dapo_jax.runtime.mesh import make_mesh, publisher
+from dapo_jax.runtime.multihost import fetch
+from dapo_jax.training.setup import with_computation
+from dapo_jax.types import InputError, Request
 
 E, D, F = 5, 6, 4
 RNG = np.random.default_rng(0)
@@ -103,7 +113,11 @@ def test_routes(normalize):
     np.testing.assert_allclose(weight, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layout, count", [((2, 2, 2), 4), ((1, 4, 2), 5)], ids=str)
+@pytest.mark.parametrize(
+    "layout, count",
+    [((2, 2, 2), 4), pytest.param((1, 4, 2), 5, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_experts_over_a_mesh(layout, count):
     """Values and gradients; 5 experts, which tensor 2 does not divide, are whole everywhere. And as
     decoding calls them, under vmap over the row shards.
@@ -128,3 +142,157 @@ def test_experts_over_a_mesh(layout, count):
     y, routing = jax.jit(decoded)(x)
     np.testing.assert_allclose(y, mixture(x, kernels, experts, None)[0], atol=1e-5)
     np.testing.assert_array_equal(routing.chosen, expected[0][1].chosen)
+
+
+# ---- Routing replay ------------------------------------------------------------------------------
+
+MODEL = tiny.model("qwen3_moe")  # 2 layers of 4 experts, 2 of a token
+
+
+@functools.cache
+def sampled(layout=(2, 2, 2)):
+    """Six responses of the engine, with their experts; the slots are fewer, so some wait."""
+    mesh = make_mesh(MeshSection(*layout), jax.devices()[: np.prod(layout)])
+    limits = Limits(slots=4, max_prompt_len=6, max_response_len=9, experts=True)
+    engine = Engine(MODEL, Sampling(), (3,), limits, mesh=mesh, fetch=fetch)
+    weights = publisher(abstract_params(MODEL), mesh, "float32")(tiny.params(MODEL))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(4, 40, n).astype(np.int32) for n in (1, 3, 6, 2, 5, 4)]
+    requests = [Request(n, 0, prompt) for n, prompt in enumerate(prompts)]
+    return requests, engine.generate(weights, requests, jax.random.key(0)), (engine, weights)
+
+
+def items(weight=1.0):
+    requests, responses, _ = sampled()
+    for q, r in zip(requests, responses, strict=True):
+        old = r.behavior_logprobs
+        yield TrainItem(q.prompt, r.tokens, old, old, 1.0, weight, experts=r.experts)
+
+
+def batch_of(found):
+    batch, stats = build_batch(list(found), row_len=16, rows_per_microbatch=6, microbatches=1)
+    return jax.tree.map(lambda a: jnp.asarray(a[0]), batch), stats
+
+
+def logprobs_of(batch, stats):
+    run = jax.jit(functools.partial(batch_logprobs, model=MODEL, chunk_size=32))
+    found = np.asarray(run(tiny.params(MODEL), batch))[None]
+    return np.concatenate(gather_targets(found, stats.placement))
+
+
+@jax.jit
+def forward(tokens, replayed=None):
+    """Log-probs [6, 16, V] and routing of rows of one sequence each."""
+    params = tiny.params(MODEL)
+    hidden, entries = hidden_states(params, MODEL, tokens, replayed=replayed)
+    return jax.nn.log_softmax(logits_of(params, hidden)), entries.routing
+
+
+def rows_of(found):
+    """Tokens [6, 16], and of each row the states that predict its response."""
+    tokens, states = np.zeros((6, 16), np.int32), []
+    for row, item in zip(tokens, found, strict=True):
+        p, end = len(item.prompt), len(item.prompt) + len(item.response)
+        row[:end] = np.concatenate([item.prompt, item.response])
+        states.append(np.arange(p - 1, end - 1))
+    return tokens, states
+
+
+def test_the_sampler_records_the_experts_that_a_forward_pass_chooses():
+    tokens, states = rows_of(items())
+    logprobs, routing = forward(tokens)
+    for n, (item, at) in enumerate(zip(items(), states, strict=True)):
+        expected = np.moveaxis(np.asarray(routing.chosen)[:, n, at], 0, 1)
+        np.testing.assert_array_equal(item.experts, expected.reshape(len(at), 4))
+        found = np.asarray(logprobs)[n, at, item.response]
+        np.testing.assert_allclose(item.behavior_logprobs, found, atol=1e-5)
+
+
+def test_a_continued_response_has_the_experts_of_an_uninterrupted_one():
+    requests, responses, (engine, weights) = sampled()
+    cut = [
+        q._replace(prefix=tuple(values[:2] for values in r.sampled))
+        for q, r in zip(requests, responses, strict=True)
+        if len(r.tokens) > 2
+    ]
+    again = engine.generate(weights, cut, jax.random.key(0))
+    assert len(again) > 2
+    for r in again:
+        whole = next(x for x in responses if np.array_equal(x.tokens, r.tokens))
+        np.testing.assert_array_equal(r.experts, whole.experts)
+
+
+def test_replayed_experts_are_those_of_the_states_that_predict_each_token():
+    """The router's own choices change nothing; others give what a plain pass gives with them."""
+    batch, stats = batch_of(items())
+    own = logprobs_of(batch._replace(experts=None), stats)
+    np.testing.assert_allclose(logprobs_of(batch, stats), own, atol=1e-6)
+    changed = [item._replace(experts=(item.experts + 1) % 4) for item in items()]
+    found = logprobs_of(*batch_of(changed))
+    assert np.abs(found - own).max() > 1e-2
+    # each alone in a row; of prompts only the last token is replayed
+    tokens, states = rows_of(changed)
+    chosen, mask = np.zeros((6, 16, 4), np.uint8), np.zeros((6, 16), bool)
+    for n, (item, at) in enumerate(zip(changed, states, strict=True)):
+        chosen[n, at], mask[n, at] = item.experts, True
+    replayed = np.moveaxis(chosen.reshape(6, 16, 2, 2), 2, 0), mask
+    logprobs, _ = forward(tokens, jax.tree.map(jnp.asarray, replayed))
+    each = zip(np.asarray(logprobs), states, changed, strict=True)
+    expected = np.concatenate([row[at, item.response] for row, at, item in each])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_metrics_of_routing():
+    """Against counts of the experts chosen; padding does not count."""
+    batch, stats = batch_of(items())
+    batch = batch._replace(experts=None)
+    loss = functools.partial(loss_fn, model=MODEL, algo=DapoSection(), chunk_size=32)
+    sums = jax.jit(loss)(tiny.params(MODEL), batch)[1]
+    rows = batch.tokens, batch.positions, batch.segment_ids
+    states = jax.jit(hidden_states, static_argnums=1)
+    routing = states(tiny.params(MODEL), MODEL, *rows)[1].routing
+    held = np.asarray(batch.segment_ids) > 0
+    assert sums["routed"] == held.sum() == stats.tokens
+    loads = [np.bincount(np.asarray(layer)[held].ravel(), minlength=4) for layer in routing.chosen]
+    expected = np.mean([load.max() / load.mean() for load in loads])
+    assert float(sums["expert_load"]) == pytest.approx(held.sum() * expected, rel=1e-5)
+    entropy = np.asarray(routing.entropy)[:, held].mean(axis=0).sum()
+    assert float(sums["router_entropy"]) == pytest.approx(float(entropy), rel=1e-5)
+
+
+MIXTURE = (
+    "model.architecture.family=qwen3_moe",
+    "model.architecture.experts={count: 4, per_token: 2}",
+    "model.compute_dtype=bfloat16",
+    "dapo.replay_routing=true",
+    "dapo.partial_rollouts=true",
+    "dapo.prompts_per_draw=24",
+    "rollout.decode_slots=8",
+    "eval.every=0",
+    "supervised.updates=0",
+    "train.save_every=1",
+)
+
+
+def test_a_run_with_replay_resumes_bit_for_bit(config, tmp_path):
+    """Experts of buffered groups and of open ones go through the checkpoint."""
+    assert run_train(config, tmp_path / "whole", *MIXTURE, "train.steps=3") == 0
+    assert run_train(config, tmp_path / "cut", *MIXTURE, "train.steps=1") == 0
+    assert run_train(config, tmp_path / "cut", *MIXTURE, "train.steps=3") == 0
+    lines = steady(tmp_path / "whole")
+    assert steady(tmp_path / "cut") == lines and any(line["filter/open_groups"] for line in lines)
+    assert all(1 <= line["policy/expert_load_max"] <= 2 for line in lines)
+    assert all(0 < line["policy/router_entropy"] <= np.log(4) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "family, option, message",
+    [
+        ("qwen3", {"dapo.replay_routing": True}, "dapo.replay_routing: qwen3 has no experts"),
+        ("qwen3_moe", {"model.lora": {}}, "model.lora.targets: experts have no adapters, got down"),
+    ],
+)
+def test_options_of_experts_that_a_model_cannot_have(family, option, message, config):
+    loaded = load_config(config, [f"{key}={json.dumps(value)}" for key, value in option.items()])
+    with pytest.raises(InputError, match=message):
+        with_computation(loaded, tiny.model(family))

@@ -17,7 +17,7 @@ from dapo_jax.rollout.engine import Engine, Limits
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.runtime.multihost import fetch
-from dapo_jax.types import Request, TrainBatch
+from dapo_jax.types import Request
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.parent.name for path in GOLDENS.glob("*/golden.npz"))
@@ -144,7 +144,7 @@ def test_logprobs_of_packed_training_rows(golden):
     assert batch.segment_ids.max(axis=-1).tolist() == [[4, 2]]
     run = jax.jit(functools.partial(batch_logprobs, model=config, chunk_size=32))
     found = gather_targets(
-        np.asarray(run(params, TrainBatch(*(a[0] for a in batch))))[None], stats.placement
+        np.asarray(run(params, jax.tree.map(lambda a: a[0], batch)))[None], stats.placement
     )
     for (i, p, r), logprobs in zip(CUTS, found, strict=True):
         np.testing.assert_allclose(logprobs, g["logprobs"][i, p - 1 : p + r - 1], atol=1e-5, rtol=0)

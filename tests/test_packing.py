@@ -12,6 +12,7 @@ from dapo_jax.dapo.packing import (
     normalizer_weights,
     pack_rows,
 )
+from dapo_jax.types import TrainBatch
 
 # The tiny batch: o1, o2 of group 1 and o3, o4 of group 2, as per-token objectives.
 OBJECTIVES = [[1, 1.28], [-1, -0.8, -1.1, -2], [0.9], [-1, -1, -0.8]]
@@ -214,7 +215,7 @@ def unpack(batch):
                 if s := int(batch.segment_ids[m, n, t]):
                     segments.setdefault(s, []).append(t)
                 else:
-                    assert all(not field[m, n, t] for field in batch)
+                    assert all(not field[m, n, t] for field in batch[:-1])
             assert list(segments) == list(range(1, len(segments) + 1))
             for entries in segments.values():
                 assert entries == list(range(entries[0], entries[-1] + 1))
@@ -263,11 +264,11 @@ def test_unpacking_gives_the_items_back(sizes, rows_per_microbatch, extra, seed)
         microbatches=stats.used_microbatches + extra,
     )
     assert padded == stats
-    for field, small in zip(batch, fewest, strict=True):
+    for field, small in zip(batch[:-1], fewest[:-1], strict=True):
         assert field.shape == (stats.used_microbatches + extra, rows_per_microbatch, 16)
         np.testing.assert_array_equal(field[: stats.used_microbatches], small)
     dtypes = [np.int32] * 3 + [np.bool_] + [np.float32] * 4 + [np.bool_]
-    assert [field.dtype for field in batch] == dtypes
+    assert [field.dtype for field in batch[:-1]] == dtypes
     assert sorted(unpack(batch)) == sorted(map(as_tuple, items))
 
     assert stats.tokens == sum(p + r for p, r in sizes) == np.count_nonzero(batch.segment_ids)
@@ -368,7 +369,7 @@ def test_a_row_by_hand():
         ),
     ]
     batch, stats = build_batch(items, row_len=9, rows_per_microbatch=2)
-    row = batch._replace(**{name: getattr(batch, name)[0, 0].tolist() for name in batch._fields})
+    row = TrainBatch(*(field[0, 0].tolist() for field in batch[:-1]))
     assert row.tokens == [7, 8, 9, 5, 6, 0, 0, 4, 0]
     assert row.segment_ids == [1, 1, 1, 2, 2, 2, 2, 2, 0]
     assert row.positions == [0, 1, 2, 0, 1, 2, 3, 4, 0]
@@ -378,7 +379,7 @@ def test_a_row_by_hand():
     assert row.advantages == [0, 1.5, 1.5, 0, 0, -0.5, -0.5, -0.5, 0]
     assert row.weight == [0, 0.25, 0.25, 0, 0, 0, 0, 0, 0]
     assert row.current == [False, True, True, False, False, False, False, False, False]
-    assert not any(field[0, 1].any() for field in batch)
+    assert not any(field[0, 1].any() for field in batch[:-1])
     assert stats.placement == ((0, 0, 1, 2), (0, 0, 5, 3))
 
 

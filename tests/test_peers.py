@@ -126,7 +126,7 @@ def trl_rows(g, case, normalizer=None):
         )
     ]
     batch, stats = build_batch(items, row_len=32, rows_per_microbatch=5, microbatches=1)
-    return TrainBatch(*(a[0] for a in batch)), stats.placement
+    return jax.tree.map(lambda a: a[0], batch), stats.placement
 
 
 def log_ratios(peer, g):

@@ -94,7 +94,7 @@ def flat(slots):
         **{
             k: np.asarray(v).reshape(B, *v.shape[2:])
             for k, v in slots._asdict().items()
-            if k != "keys"
+            if k not in ("keys", "experts")
         }
     )
 
@@ -275,8 +275,12 @@ def test_take_counts_blocks_through_all_shards_and_keeps_every_bit(layout):
     logprobs[2, 1, :3] = np.nan, -0.0, -np.inf
     mesh = make_mesh(MeshSection(*layout), jax.devices()[: np.prod(layout)])
     slots = Slots(**dict.fromkeys(Slots._fields) | {"tokens": tokens, "logprobs": logprobs})
+    slots = slots._replace(experts=rng.integers(0, 256, (4, 3, 8, 5)).astype(np.uint8))
     blocks = np.array([0, 14, 23, 15, 14], np.int32)
-    found = np.asarray(jax.jit(functools.partial(sampler.take, size=4, mesh=mesh))(slots, blocks))
+    take = jax.jit(functools.partial(sampler.take, size=4, mesh=mesh))
+    found, experts = map(np.asarray, take(slots, blocks))
+    np.testing.assert_array_equal(experts, slots.experts.reshape(-1, 4, 5)[blocks])
+    assert take(slots._replace(experts=None), blocks)[1] is None
     np.testing.assert_array_equal(found[0], tokens.reshape(-1, 4)[blocks])
     np.testing.assert_array_equal(found[1], logprobs.reshape(-1, 4)[blocks].view(np.int32))
 

@@ -354,7 +354,7 @@ class _SimulatedStream(Stream):
             found.append((job, self._of_length(job.request, whole, bool(truncated))))
         return found
 
-    def _response(self, job: Any, tokens: Any, logprobs: Any, truncated: bool) -> Response:
+    def _response(self, job: Any, new: Any, truncated: bool) -> Response:
         begun = len(job.sequence) - len(job.request.prompt)  # of a queued request
         return self._of_length(job.request, begun, truncated)
 

@@ -250,6 +250,9 @@ class DapoSection:
     max_policy_age: int | None = field(None, "partial rollouts: steps a token may wait", ge=0)
     overlong_filtering: bool = field(False, "give truncated responses weight 0 in the loss")
     old_logprobs: Literal["recompute", "sampler"] = field("recompute", "of pi_old")
+    replay_routing: bool = field(
+        False, "train with the sampler's experts; 1 byte each, L k a token"
+    )
     importance_cap: float | None = field(None, "truncated importance sampling: cap of its weight")
     token_mask: tuple[float, float] | None = field(
         None, "[a, b]: tokens with pi_old / pi_sampler outside get weight 0 (IcePop)"

@@ -155,6 +155,8 @@ def _check_lengths(group: Group) -> None:
     if not lengths == behavior == old:
         found = f"{behavior} behavior and {old} old log-probs"
         raise ValueError(f"{where} of {lengths} tokens have {found}")
+    if any(len(r.sampled[-1]) != len(r.tokens) for r in group.responses):
+        raise ValueError(f"{where}, but experts of another number of tokens")
     if not len(lengths) == len(group.correct) == len(group.reward) == len(group.penalty):
         raise ValueError(f"{where}, but not as many verdicts, rewards and penalties")
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32
 from dapo_jax.config import DapoSection, ModelConfig
 from dapo_jax.dapo.groups import RATIO_RANGES
 from dapo_jax.model.decoder import head_kernel, hidden_states
+from dapo_jax.model.experts import Routing, routing_sums
 from dapo_jax.model.logprobs import exp, linear_logprobs, linear_loss
 from dapo_jax.types import Params, TrainBatch
 
@@ -143,25 +144,35 @@ def policy_metrics(
 
 def batch_hidden(
     params: Params, batch: TrainBatch, model: ModelConfig, mesh: Mesh | None = None
-) -> Float[Array, "_ D"]:
-    """Hidden states [N * T, D], row-major: entry t has the state that predicts token t.
+) -> tuple[Float[Array, "_ D"], Routing | None]:
+    """Hidden states [N * T, D], row-major: entry t has the state that predicts token t. And the
+    routing of tokens, which replays the experts of the batch, if any.
 
     This is the only place that shifts from t - 1 to t.
     """
     rows = (batch.tokens, batch.positions, batch.segment_ids)
-    hidden, _ = hidden_states(params, model, *rows, mesh=mesh)
+    replayed = None
+    if batch.experts is not None:  # entry t has the experts of token t - 1
+        chosen = batch.experts.reshape(*batch.tokens.shape, model.layers, -1)
+        chosen = jnp.moveaxis(jnp.roll(chosen, -1, axis=1), 2, 0)
+        replayed = chosen, jnp.roll(batch.target_mask, -1, axis=1).at[:, -1].set(False)
+    hidden, entries = hidden_states(params, model, *rows, replayed=replayed, mesh=mesh)
     shifted = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    return shifted.reshape(-1, hidden.shape[-1])
+    return shifted.reshape(-1, hidden.shape[-1]), entries.routing
 
 
 def _flat(batch: TrainBatch) -> TrainBatch:
-    return TrainBatch(*(a.reshape(-1) for a in batch))
+    return jax.tree.map(lambda a: a.reshape(-1), batch._replace(experts=None))
 
 
 def _batch_loss(params, batch, terms, model, **options):
     flat, mesh = _flat(batch), options["mesh"]
-    hidden, head = batch_hidden(params, batch, model, mesh), head_kernel(params)
-    return linear_loss(hidden, head, flat.tokens, terms, flat, mask=flat.target_mask, **options)
+    (hidden, routing), head = batch_hidden(params, batch, model, mesh), head_kernel(params)
+    options |= {"mask": flat.target_mask}
+    loss, sums = linear_loss(hidden, head, flat.tokens, terms, flat, **options)
+    if routing is not None:
+        sums |= routing_sums(routing, batch.segment_ids > 0, model.experts.count)
+    return loss, sums
 
 
 def dapo_terms(
@@ -247,7 +258,7 @@ def batch_logprobs(
 ) -> Float32[Array, "N T"]:
     """Log-prob of every response token, float32 [N, T], 0 elsewhere: the trainer's log π_old."""
     options: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size, "mesh": mesh}
-    flat, hidden = _flat(batch), batch_hidden(params, batch, model, mesh)
+    flat, (hidden, _) = _flat(batch), batch_hidden(params, batch, model, mesh)
     head, mask = head_kernel(params), flat.target_mask
     logprobs, _ = linear_logprobs(hidden, head, flat.tokens, mask=mask, **options)
     return logprobs.reshape(batch.tokens.shape)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, Shaped
+from jaxtyping import Float32, Int32, Shaped, UInt8
 from numpy.typing import ArrayLike
 
 from dapo_jax.types import TrainBatch
 
-# Of the fields of a TrainBatch, in order.
+# Of the fields of a TrainBatch, in order, but the last.
 _DTYPES: Sequence[type[np.generic]] = [np.int32] * 3 + [np.bool_] + [np.float32] * 4 + [np.bool_]
 
 
@@ -27,6 +27,7 @@ class TrainItem(NamedTuple):
     advantage: float
     weight: float  # of each of its tokens in the loss, see `normalizer_weights`
     current: bool = True  # this step's policy sampled it, so its log-probs can be compared
+    experts: UInt8[np.ndarray, "R c"] | None = None  # of all items, or of none
 
 
 class Placement(NamedTuple):
@@ -185,6 +186,8 @@ def build_batch(
 
     shape = (microbatches, rows_per_microbatch, row_len)
     batch = TrainBatch(*(np.zeros(shape, dtype) for dtype in _DTYPES))
+    if (experts := items[0].experts) is not None:
+        batch = batch._replace(experts=np.zeros((*shape, experts.shape[1]), np.uint8))
     costs = np.array([np.sum(lengths[row] ** 2) for row in rows])
     placement: dict[int, Placement] = {}
     parts = used * row_shards  # part p is of micro-batch p % used, device p // used
@@ -195,7 +198,8 @@ def build_batch(
         start = 0
         for segment, i in enumerate(rows[r], start=1):
             end = start + int(lengths[i])
-            _write(TrainBatch(*(field[m, n, start:end] for field in batch)), items[i], segment)
+            parts_of = (None if field is None else field[m, n, start:end] for field in batch)
+            _write(TrainBatch(*parts_of), items[i], segment)
             count = len(items[i].response)
             placement[i] = Placement(m, n, end - count, count)
             start = end
@@ -237,6 +241,8 @@ def _write(entries: TrainBatch, item: TrainItem, segment: int) -> None:
     entries.advantages[p:] = item.advantage
     entries.weight[p:] = item.weight
     entries.current[p:] = item.current
+    if entries.experts is not None:
+        entries.experts[p:] = item.experts
 
 
 def gather_targets(

@@ -128,6 +128,9 @@ def summarize(sums: Mapping[str, float]) -> dict[str, float]:
     means = {f"policy/{name}": sums.get(key, 0.0) / tokens for name, key in names.items()}
     if "token_masked" in sums:
         means["policy/token_masked_fraction"] = sums["token_masked"] / tokens
+    if routed := sums.get("routed"):
+        means["policy/router_entropy"] = sums["router_entropy"] / routed
+        means["policy/expert_load_max"] = sums["expert_load"] / routed
     if clipped := sums.get("clipped_high"):
         means["policy/upclipped_prob_mean"] = sums["upclipped_prob"] / clipped
     return means

@@ -55,6 +55,23 @@ def route(
     return Routing(chosen.astype(jnp.uint8), entropy), weight.astype(x.dtype)
 
 
+def routing_sums(
+    routing: Routing, tokens: Bool[Array, "N T"], count: int
+) -> dict[str, Float32[Array, ""]]:
+    """Sums over tokens, for metrics, of the routing [L, N, T, ...] of all layers (means over them).
+
+    expert_load: tokens of the busiest expert over those of the mean one, in these rows.
+    """
+    hits = routing.chosen[..., None] == jnp.arange(count, dtype=jnp.uint8)[None, None, None, None]
+    load = (hits & tokens[None, ..., None, None]).sum(axis=(1, 2, 3), dtype=jnp.float32)
+    held = tokens.sum(dtype=jnp.float32)
+    return {
+        "routed": held,
+        "router_entropy": jnp.where(tokens[None], routing.entropy, 0).mean(axis=0).sum(),
+        "expert_load": held * (load.max(axis=1) / jnp.maximum(load.mean(axis=1), 1)).mean(),
+    }
+
+
 def mix(
     x: Float[Array, "*N D"],
     chosen: UInt8[Array, "*N k"],
@@ -229,4 +246,4 @@ def _outer_in_blocks(x: Array, d_out: Array, sizes: Array) -> Array:
         zeros = jnp.zeros((x.shape[1], d_out.shape[1]), jnp.float32)
         return jax.lax.fori_loop(0, -(-size // _BLOCK), block, zeros)
 
-    return jax.lax.map(expert, (begins, sizes))
+    return jax.lax.map(expert, (begins, sizes)).astype(x.dtype)

@@ -35,9 +35,8 @@ _FETCHES = (16, 128, 512, 2048)  # blocks of one fetch: 4 MB at most
 _FREE = -(2**30)  # in place of a free slot's cache length
 _HALVINGS = 3  # how often the decoded slots may halve while the last sequences finish
 
-_NOTHING = np.zeros(0, np.int32), np.zeros(0, np.float32)  # tokens and log-probs
-
 _Slot = tuple[int, int]  # shard, slot of the shard
+_Sampled = tuple[np.ndarray, ...]  # `Response.sampled`
 
 
 class Limits(NamedTuple):
@@ -53,6 +52,7 @@ class Limits(NamedTuple):
     int8: bool = False
     cache_tokens: int | None = None  # of the KV cache, over all devices; None: all slots at longest
     page: int | None = None  # entries of a page of the cache; None: as the devices have it
+    experts: bool = False  # record the experts of every token
 
 
 class Programs(NamedTuple):
@@ -131,6 +131,10 @@ class Engine:
         self.fetches = sorted({min(n, slots * self.blocks) for n in _FETCHES})
         self.prefill_tokens, self.fetch = limits.prefill_tokens, fetch
         self.dtype = model.compute_dtype
+        self.nothing: _Sampled = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        recorded = model.experts.per_token * model.layers if model.experts and limits.experts else 0
+        if recorded:
+            self.nothing = (*self.nothing, np.zeros((0, recorded), np.uint8))
         self.programs = self._programs(Decoding(model, sampling, stop, mesh), limits.int8)
 
     def _programs(self, how: Decoding, int8: bool) -> Programs:
@@ -142,9 +146,11 @@ class Engine:
             kv = NamedSharding(mesh, P(*axes, heads))
             return Cache(kv, kv, kv, kv) if int8 else Cache(kv, kv)
 
-        state = SamplerState(layout(ROW_AXES, None, None), Slots(*(rows,) * len(Slots._fields)))
+        recorded = self.nothing[2].shape[1] if len(self.nothing) > 2 else 0
+        slots = Slots(*(rows,) * len(Slots._fields))._replace(experts=rows if recorded else None)
+        state = SamplerState(layout(ROW_AXES, None, None), slots)
         sizes = {"shards": self.shards, "slots": self.slots, "pages": 1 + self.pages}
-        sizes |= {"page": self.page, "room": self.blocks * self.block}
+        sizes |= {"page": self.page, "room": self.blocks * self.block, "experts": recorded}
         start = functools.partial(sampler.empty_state, model, **sizes, int8=int8)
         prefill = functools.partial(
             sampler.prefill, model=model, page=self.page, int8=int8, mesh=mesh
@@ -193,11 +199,11 @@ class Engine:
 class _Job(NamedTuple):
     number: int  # of the submission
     request: Request
-    before: tuple[np.ndarray, np.ndarray]  # tokens and log-probs that are continued
+    before: _Sampled  # that is continued
     sequence: np.ndarray  # int32: prompt and tokens
 
     @classmethod
-    def of(cls, number: int, request: Request, before: tuple[np.ndarray, np.ndarray]) -> "_Job":
+    def of(cls, number: int, request: Request, before: _Sampled) -> "_Job":
         sequence = np.concatenate([request.prompt, before[0]]).astype(np.int32)
         return cls(number, request, before, sequence)
 
@@ -255,7 +261,9 @@ class Stream:
         ValueError for a request that does not fit.
         """
         for request in requests:
-            job = _Job.of(self._submitted, request, request.prefix or _NOTHING)
+            before = request.prefix or self._engine.nothing
+            before = before if len(before[0]) else self._engine.nothing
+            job = _Job.of(self._submitted, request, before)
             prompt, total = len(request.prompt), len(job.sequence)
             if not 1 <= prompt <= total <= self._engine.cache_len or self._room(job) < 1:
                 raise ValueError(
@@ -275,11 +283,11 @@ class Stream:
     def unfinished(self) -> list[tuple[Request, Response]]:
         """Running and queued requests with their tokens so far, by draw and sample.
 
-        `request._replace(prefix=(response.tokens, response.behavior_logprobs))` continues one in
-        another stream.
+        `request._replace(prefix=response.sampled)` continues one in another stream.
         """
         running = self._responses(sorted(self._running), np.zeros_like(self._length))
-        queued = [(job, self._response(job, *_NOTHING, truncated=False)) for job in self._queue]
+        nothing = self._engine.nothing
+        queued = [(job, self._response(job, nothing, truncated=False)) for job in self._queue]
         return _by_draw(running + queued)
 
     def close(self) -> None:
@@ -422,8 +430,7 @@ class Stream:
         """Puts a sequence back into the queue, with its tokens so far."""
         ((job, response),) = self._responses([at], np.zeros_like(self._length))
         self._leave(at)
-        so_far = response.tokens, response.behavior_logprobs
-        job = _Job.of(job.number, job.request, so_far)
+        job = _Job.of(job.number, job.request, response.sampled)
         bisect.insort(self._queue, job, key=lambda job: job.number)
         self.suspended += 1
 
@@ -493,20 +500,23 @@ class Stream:
             padded = np.resize(part, size).astype(np.int32)
             taken.append(engine.programs.take(self._state.slots, padded))
         pairs = zip(engine.fetch(taken), parts, strict=True)
-        fetched = [rows[:, : len(part)] for rows, part in pairs]
+        fetched = [(rows[:, : len(part)], chosen) for (rows, chosen), part in pairs]
         none = np.zeros((2, 0, engine.block), np.int32)
-        tokens, bits = np.concatenate([none, *fetched], axis=1).reshape(2, -1)
-        logprobs, found, start = bits.view(np.float32), [], 0
+        tokens, bits = np.concatenate([none, *(rows for rows, _ in fetched)], axis=1).reshape(2, -1)
+        sampled: _Sampled = tokens, bits.view(np.float32)
+        found, start = [], 0
+        if len(engine.nothing) > 2:
+            width = engine.nothing[2].shape[1]
+            chosen = [c[: rows.shape[1]].reshape(-1, width) for rows, c in fetched]
+            sampled = (*sampled, np.concatenate([engine.nothing[2], *chosen]))
         for at, length, count in zip(slots, lengths, counts, strict=True):
             job, own = self._running[at], slice(start, start + length)
             truncated = not ended[at] and length == self._room(job)
-            found.append((job, self._response(job, tokens[own], logprobs[own], truncated)))
+            new = tuple(values[own] for values in sampled)
+            found.append((job, self._response(job, new, truncated)))
             start += count * engine.block
         return found
 
-    def _response(
-        self, job: _Job, tokens: np.ndarray, logprobs: np.ndarray, truncated: bool
-    ) -> Response:
-        new = tokens, logprobs
-        joined = [np.concatenate(pair) for pair in zip(job.before, new, strict=True)]
-        return Response(joined[0], joined[1], truncated)
+    def _response(self, job: _Job, new: _Sampled, truncated: bool) -> Response:
+        tokens, logprobs, *experts = map(np.concatenate, zip(job.before, new, strict=True))
+        return Response(tokens, logprobs, truncated, experts=experts[0] if experts else None)

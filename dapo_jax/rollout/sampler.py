@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float32, Int, Int32, Key
+from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt8
 
 from dapo_jax.config import ModelConfig
 from dapo_jax.model.attention import PagedCache, list_pages
@@ -27,6 +27,7 @@ from dapo_jax.model.decoder import (
     make_cache,
     write_cache,
 )
+from dapo_jax.model.experts import Routing
 from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis
 from dapo_jax.model.ragged_attention import is_ragged
 from dapo_jax.rollout.token_sampling import Sampling, sample_tokens
@@ -47,6 +48,7 @@ class Slots(NamedTuple):
     logprobs: Float32[Any, "N b R"]
     ended: Bool[Any, "N b"]  # sampled a stop token
     live: Bool[Any, "N b"]  # neither ended nor at its limit, and no logits were non-finite
+    experts: UInt8[Any, "N b R c"] | None = None  # `Response.experts`, where recorded
 
 
 class SamplerState(NamedTuple):
@@ -74,9 +76,20 @@ def response_keys(
 
 
 def empty_state(
-    model: ModelConfig, *, shards: int, slots: int, pages: int, page: int, room: int, int8: bool
+    model: ModelConfig,
+    *,
+    shards: int,
+    slots: int,
+    pages: int,
+    page: int,
+    room: int,
+    int8: bool,
+    experts: int = 0,
 ) -> SamplerState:
-    """`slots` free slots and `pages` pages of `page` entries on each shard. R is `room`."""
+    """`slots` free slots and `pages` pages of `page` entries on each shard. R is `room`.
+
+    experts: c, how many are recorded of a token.
+    """
     entries = (shards, model.layers, pages, model.kv_heads, page)
     kv = jnp.zeros((*entries, model.head_dim), jnp.int8 if int8 else model.compute_dtype)
     scale = jnp.zeros(entries) if int8 else None
@@ -90,6 +103,7 @@ def empty_state(
             tokens=tokens,
             logprobs=tokens.astype(jnp.float32),
             **dict.fromkeys(("ended", "live"), flag),
+            experts=jnp.zeros((*tokens.shape, experts), jnp.uint8) if experts else None,
         ),
     )
 
@@ -214,30 +228,37 @@ def move(state: SamplerState, moves: Int32[Array, "2 N m"]) -> SamplerState:
 
 def take(
     slots: Slots, blocks: Int32[Array, " m"], *, size: int, mesh: Mesh
-) -> Int32[Array, "2 m size"]:
+) -> tuple[Int32[Array, "2 m size"], UInt8[Array, "m size c"] | None]:
     """Blocks of `size` consecutive response tokens, and the bits of their log-probs, in one
-    collective.
+    collective; and their experts, where recorded.
 
     blocks: indices over the slots of all shards; a slot has R / size blocks.
     """
 
-    def own(tokens: Array, logprobs: Array, blocks: Array) -> Array:
+    def own(tokens: Array, logprobs: Array, experts: Array | None, blocks: Array) -> Any:
         count = tokens.size // size
         at = blocks - count * jax.lax.axis_index(ROW_AXES)
-        found = [jnp.take(x.reshape(-1, size), at, axis=0, mode="clip") for x in (tokens, logprobs)]
+        take = functools.partial(jnp.take, indices=at, axis=0, mode="clip")
+        found = [take(x.reshape(-1, size)) for x in (tokens, logprobs)]
         bits = jnp.stack([found[0], jax.lax.bitcast_convert_type(found[1], jnp.int32)])
         here = (at >= 0) & (at < count)
-        return jax.lax.psum(jnp.where(here[None, :, None], bits, 0), ROW_AXES)
+        sent = [jnp.where(here[None, :, None], bits, 0)]
+        if experts is not None:
+            chosen = take(experts.reshape(-1, size, experts.shape[-1]))
+            sent.append(jnp.where(here[:, None, None], chosen, 0))
+        return (*jax.lax.psum(sent, ROW_AXES), None)[:2]
 
     rows, whole = ROW_SPEC, PartitionSpec()
-    specs: dict[str, Any] = {"in_specs": (rows, rows, whole), "out_specs": whole}
+    specs: dict[str, Any] = {"in_specs": (rows, rows, rows, whole), "out_specs": whole}
     over_mesh = jax.shard_map(own, mesh=mesh, check_vma=False, **specs)
-    return over_mesh(slots.tokens, slots.logprobs, blocks)
+    return over_mesh(slots.tokens, slots.logprobs, slots.experts, blocks)
 
 
-def _append(slots: Slots, tokens: Array, logprobs: Array, stop: tuple[int, ...]) -> Slots:
+def _append(
+    slots: Slots, tokens: Array, logprobs: Array, routing: Routing | None, stop: tuple[int, ...]
+) -> Slots:
     """Adds the sampled token [N, b] to every live sequence; one with a NaN log-prob stops before
-    it.
+    it. routing: [N, L, b, ...] of the states that it was sampled from.
     """
     live = slots.live & ~jnp.isnan(logprobs)
     at = jnp.where(live, slots.length, slots.tokens.shape[-1])
@@ -247,6 +268,11 @@ def _append(slots: Slots, tokens: Array, logprobs: Array, stop: tuple[int, ...])
     def write(row, at, new):  # one entry per row, not the row: it may be long
         return row.at[at].set(new, mode="drop")
 
+    experts = slots.experts
+    if experts is not None:
+        assert routing is not None
+        chosen = jnp.moveaxis(routing.chosen, 1, 2)  # [N, b, L, k]
+        experts = write(experts, at, chosen.reshape(*at.shape, -1))
     length = slots.length + live
     ended = slots.ended | (live & jnp.isin(tokens, jnp.asarray(stop, jnp.int32)))
     return slots._replace(
@@ -257,6 +283,7 @@ def _append(slots: Slots, tokens: Array, logprobs: Array, stop: tuple[int, ...])
         logprobs=write(slots.logprobs, at, logprobs),
         ended=ended,
         live=live & ~ended & (length < slots.limit),
+        experts=experts,
     )
 
 
@@ -332,7 +359,7 @@ def decode(
         if listed is not None:
             listed = listed._replace(needed=needed)
         seen = PagedCache(cache, table, lengths, listed)
-        return decode_step(params, model, token, seen, mesh)[:2]
+        return decode_step(params, model, token, seen, mesh)
 
     def step(carry):
         count, cache, slots = carry
@@ -342,7 +369,7 @@ def decode(
         if listed is not None:
             needed = (listed.step <= count).sum(axis=1, dtype=jnp.int32).max()
         each = jax.vmap(one_shard, in_axes=(0, 0, 0, 0, 0, None), spmd_axis_name=ROW_AXES)
-        hidden, new = each(token, lengths, cache, narrow_table, listed, needed)
+        hidden, new, routing = each(token, lengths, cache, narrow_table, listed, needed)
         cache = _write_on_mesh(cache, new, slots, narrow_table, mesh)
         keys = jax.vmap(jax.random.fold_in)(slots.keys.ravel(), slots.position.ravel() + 1)
         # Without this barrier XLA fuses the LM-head matmul into the softmax, which is 3x slower on
@@ -350,7 +377,7 @@ def decode(
         logits = logits_of(params, hidden.reshape(-1, hidden.shape[-1]))
         drawn = sample_on_mesh(jax.lax.optimization_barrier(logits), keys, how.sampling, mesh)
         tokens, logprobs = (x.reshape(slots.token.shape) for x in drawn)
-        return count + 1, cache, _append(slots, tokens, logprobs, how.stop)
+        return count + 1, cache, _append(slots, tokens, logprobs, routing, how.stop)
 
     def unfinished(carry):
         count, _, slots = carry

@@ -73,6 +73,8 @@ METRICS: Mapping[str, str] = {
     "policy/sequence_masked_fraction": "share of responses that dapo.sequence_mask takes out",
     "policy/sequence_vetoed_fraction": "share of responses that dapo.sequence_veto takes out",
     "policy/upclipped_prob_mean": "mean probability of the tokens clipped from above",
+    "policy/router_entropy": "mean entropy of the routers of a mixture of experts, nats",
+    "policy/expert_load_max": "tokens of the busiest expert over the mean, in a micro-batch",
     "policy/advantage_rms": "root mean square of the advantages of the responses trained on",
     "policy/long_share": "share of sum |weight x advantage| on the longest quarter of responses",
     "policy/sampler_gap_mean": "mean |log-prob of trainer - of sampler| before any update, nats",

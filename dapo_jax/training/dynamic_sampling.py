@@ -50,8 +50,8 @@ _PRIOR_GROUPS = 8  # weight of the previous keep rate, in groups of this step
 
 
 def _checked(r: Response) -> Response:
-    counts = len(r.behavior_logprobs), sum(n for _, n in r.policies)
-    if {*counts} != {len(r.tokens)}:
+    counts = {len(values) for values in r.sampled} | {sum(n for _, n in r.policies)}
+    if len(counts) > 1:
         raise ValueError("a response whose tokens, log-probs and policies differ in number")
     return r
 
@@ -77,7 +77,7 @@ class OpenGroup:
     def requests(self, prompt: Prompt) -> list[Request]:
         """One request per unfinished response."""
         return [
-            Request(self.draw, n, prompt.tokens, sample.response[:2])
+            Request(self.draw, n, prompt.tokens, sample.response.sampled)
             for n, sample in enumerate(self.samples)
             if not sample.ended
         ]

@@ -85,15 +85,15 @@ def state_programs(
     )
 
 
-def abstract_batch(shape: BatchShape, mesh: Mesh) -> TrainBatch:
-    """Shapes, dtypes and shardings of a mini-batch, [M, N, T] each."""
+def abstract_batch(shape: BatchShape, mesh: Mesh, experts: int = 0) -> TrainBatch:
+    """Shapes, dtypes and shardings of a mini-batch, [M, N, T] each. experts: recorded a token."""
     kinds = dict.fromkeys(("tokens", "segment_ids", "positions"), jnp.int32)
     kinds |= dict.fromkeys(("target_mask", "current"), jnp.bool_)
     rows = NamedSharding(mesh, P(None, ROWS))
     size = (shape.microbatches, shape.rows_per_microbatch, shape.row_len)
-    return TrainBatch(
-        *(
-            jax.ShapeDtypeStruct(size, kinds.get(name, jnp.float32), sharding=rows)
-            for name in TrainBatch._fields
-        )
-    )
+    fields = {
+        name: jax.ShapeDtypeStruct(size, kinds.get(name, jnp.float32), sharding=rows)
+        for name in TrainBatch._fields
+    }
+    chosen = jax.ShapeDtypeStruct((*size, experts), jnp.uint8, sharding=rows)
+    return TrainBatch(**fields | {"experts": chosen if experts else None})

@@ -78,6 +78,13 @@ def with_computation(config: Config, model: Architecture) -> ModelConfig:
     """The architecture and compute options. Raises ConfigError if its context is too short."""
     check_context(config, model)
     c = config.model
+    if config.dapo.replay_routing and not model.experts:
+        raise ConfigError(f"dapo.replay_routing: {model.family} has no experts; set it to false")
+    if model.experts and c.lora and (found := {*c.lora.targets} & {"gate", "up", "down"}):
+        raise ConfigError(
+            f"model.lora.targets: experts have no adapters, got {', '.join(sorted(found))}; use "
+            "[q, k, v, o]"
+        )
     options = {"compute_dtype": c.compute_dtype, "remat": c.remat}
     return ModelConfig(**vars(model) | options | {"attention_block": c.attention_block})
 
@@ -251,6 +258,7 @@ def make_engine(config: Config, policy: Policy, mesh: Mesh, *, held_out: bool = 
         prefill_tokens(mesh),
         int8=rollout.kv_cache == "int8",
         cache_tokens=rollout.cache_tokens,
+        experts=config.dapo.replay_routing and not held_out,
     )
     fetch = multihost.fetch
     try:

@@ -86,7 +86,8 @@ def minibatches(
             each = zip(g.responses, g.old_logprobs, scores.tolist(), removed, strict=True)
             for r, old, a, out in each:
                 w, tokens = next(weight) * (not out), (g.prompt.tokens, r.tokens)
-                items.append(TrainItem(*tokens, old, r.behavior_logprobs, a, w, current))
+                item = TrainItem(*tokens, old, r.behavior_logprobs, a, w, current, r.experts)
+                items.append(item)
         yield build_batch(items, **shape._asdict())
 
 
@@ -137,9 +138,10 @@ class Trainer:
     def _logprobs(self, params: Params, groups: Sequence[Group]) -> list[np.ndarray]:
         """The trainer's log-probs of the tokens of each response, float32 [R]."""
         items = [
-            TrainItem(g.prompt.tokens, r.tokens, r.behavior_logprobs, r.behavior_logprobs, 0.0, 0.0)
+            TrainItem(g.prompt.tokens, r.tokens, sampled, sampled, 0.0, 0.0, experts=r.experts)
             for g in groups
             for r in g.responses
+            for sampled in [r.behavior_logprobs]
         ]
         scored: list[np.ndarray] = []
         size = self.algo.responses_per_update
