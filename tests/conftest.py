@@ -54,7 +54,10 @@ hypothesis.settings.register_profile(
 )  # `--hypothesis-profile=default` looks for new counterexamples
 hypothesis.settings.load_profile("repeatable")
 
-_LONG = ("process_faults", "processes", "train", "faults", "lora", "buckets", "benchmark")
+_LONG = (
+    "process_faults processes buckets benchmark train faults engine lora ragged_attention hf_parity "
+    "sampler bad_inputs run_verbs attention prompts weights token_sampling pool decoder"
+).split()
 
 # As gcsfs itself asks for bucket types by gRPC, which the fake does not speak; and no client looks
 # for credentials.

@@ -14,6 +14,8 @@ from dapo_jax.config import ArithmeticConfig
 from dapo_jax.data.arithmetic import arithmetic_problems
 from dapo_jax.types import InputError
 
+pytestmark = pytest.mark.host
+
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.host
+
 TESTS = Path(__file__).parent
 PAGES = [
     TESTS / "README.md",

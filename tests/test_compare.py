@@ -10,6 +10,8 @@ from dapo_jax import compare
 from dapo_jax.compare import paired_difference
 from dapo_jax.types import InputError
 
+pytestmark = pytest.mark.host
+
 
 def of(values) -> dict[str, float]:
     return {f"p{i}": float(v) for i, v in enumerate(values)}

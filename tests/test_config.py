@@ -21,6 +21,8 @@ from dapo_jax.config import (
 )
 from dapo_jax.config.describe import describe
 
+pytestmark = pytest.mark.host
+
 MINIMAL = """
 model: {architecture: {vocab_size: 258, model_dim: 64, layers: 2, heads: 4, kv_heads: 2, head_dim: 16, ffn_dim: 128}}
 eval: {every: 0}

@@ -12,6 +12,8 @@ from dapo_jax.runtime import curves
 from dapo_jax.runtime.curves import plot_curves
 from dapo_jax.types import InputError
 
+pytestmark = pytest.mark.host
+
 KEYS = (
     "reward/accuracy reward/mean reward/overlong_penalty_mean rollout/response_len_mean "
     "rollout/truncated_fraction policy/entropy filter/kept_fraction filter/all_correct "

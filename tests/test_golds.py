@@ -7,6 +7,8 @@ from dapo_jax.reward.golds import check_data
 from dapo_jax.reward.pool import RewardPool
 from dapo_jax.types import InputError, Message, Problem, Verdict
 
+pytestmark = pytest.mark.host
+
 STRICT = RewardSection()
 MATH = "We have\n\\[x^2 = 16,\\]so $x = \\boxed{4}$."
 

@@ -11,6 +11,8 @@ from dapo_jax.dapo.groups import (
     step_advantages,
 )
 
+pytestmark = pytest.mark.host
+
 
 def test_a_group_is_informative_when_it_holds_correct_and_incorrect():
     correct = np.array([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], bool)

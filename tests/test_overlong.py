@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from dapo_jax.reward.overlong import overlong_penalty
 
+pytestmark = pytest.mark.host
+
 TABLE = {
     0: 0,
     16384: 0,

@@ -19,6 +19,8 @@ from mypy.traverser import NameAndMemberCollector
 import dapo_jax
 from dapo_jax.config import Config
 
+pytestmark = pytest.mark.host
+
 PACKAGE = Path(dapo_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = ("training", "data", "rollout", "reward", "dapo", "model", "runtime", "config")

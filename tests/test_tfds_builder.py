@@ -18,6 +18,8 @@ from dapo_jax.data.problems import Skip, load_problems, problems_digest
 from dapo_jax.data.tfds_builder import prepare
 from dapo_jax.types import InputError, Message
 
+pytestmark = pytest.mark.host
+
 ROWS = [
     {"prompt": "1+1\n", "answer": 2, "solution": "1+1=2", "id": "own"},
     {"prompt": "\u00e9 \U0001f600 \0 {", "answer": "x"},

@@ -17,6 +17,8 @@ from dapo_jax.runtime.files import as_path
 from dapo_jax.runtime.tracker import Tracker, check_tracker
 from dapo_jax.types import InputError
 
+pytestmark = pytest.mark.host
+
 KEY = "0123456789abcdef-key"
 
 

@@ -21,6 +21,8 @@ from dapo_jax.reward.verify import (
 )
 from dapo_jax.types import InputError, Problem, Verdict, canonical_answer
 
+pytestmark = pytest.mark.host
+
 RIGHT = [
     ("Answer: 42", "42"),
     ("Answer: $42$", "42"),
