@@ -11,7 +11,10 @@ are those of the real scheduler for a distribution of response lengths (`benchma
             + synchronous ICI + small operations x 1.2 µs
 
 of each program, with published peaks (`runtime/chips.py`). `expected` adds all of these: nothing
-overlaps. Host time is in neither. Needs `pip install libtpu` on an x86-64 Linux machine. Exit
+overlaps. Host time is in neither; nor are the fetching of responses, moves between slots, and keys
+and values that attention over rows reads again for each of its blocks: below 2% of a step. Of a
+conditional all branches count: too much for decoding without the kernel (head_dim no multiple of
+128). Needs `pip install libtpu` on an x86-64 Linux machine. Exit
 status: 0 all fits, 1 not, 2 bad input.
 """
 
