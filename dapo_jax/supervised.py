@@ -90,9 +90,11 @@ def warm_up(
                 loss = f"cross-entropy {float(sums['loss']):.4f}"
                 console.info(f"warm-up {u:>5}/{section.updates}  {loss}")
             if skipped >= config.optim.max_nonfinite_updates:
-                what = f"{skipped} updates in a row had a non-finite loss or gradient"
-                do = "lower supervised.learning_rate, or check the solutions"
-                raise InputError(f"warm-up update {u}: {what} and were skipped; {do}")
+                raise InputError(
+                    f"warm-up update {u}: {skipped} updates in a row had a non-finite loss or "
+                    "gradient and were skipped; lower supervised.learning_rate, or check the "
+                    "solutions"
+                )
             yield u, skipped, state
 
 

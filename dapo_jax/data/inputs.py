@@ -25,14 +25,15 @@ class Digests(NamedTuple):
 
     def changes_from(self, before: "Digests") -> tuple[str, str]:
         """The difference to a checkpoint's data, and the remedy; empty texts if there is none."""
-        made = "than when the run was started"
         if before.trained_on == self.trained_on:
             if before.tokens == self.tokens:
                 return "", ""
-            what = f"its tokenizer or chat template makes other prompts {made}"
+            what = (
+                "its tokenizer or chat template makes other prompts than when the run was started"
+            )
             return f"model.folder: {what}", "the files it had"
         if before.loaded == self.loaded:
-            what = f"hold other prompts of data.train {made}"
+            what = "hold other prompts of data.train than when the run was started"
             remedy = "the sets that it had (python -m dapo_jax.evaluate measures any other)"
             return f"eval.sets: {what}, and what they hold is not trained on", remedy
         return "data.train: is not the data set that the run was started with", "that one"

@@ -67,8 +67,10 @@ def run_folder(where: str) -> Folder:
     """The folder that a --run-dir names. Raises InputError if it cannot be one or be reached."""
     if not is_bucket(where):
         if "://" in where:
-            why = "not gs://); give a local folder or gs://bucket/folder"
-            raise InputError(f"{where}: cannot be used as a run folder ({why}")
+            raise InputError(
+                f"{where}: cannot be used as a run folder (not gs://); give a local folder or "
+                "gs://bucket/folder"
+            )
         return Path(where)
     check_url(where, "a run folder")
     path = as_path(where)
