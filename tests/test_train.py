@@ -92,14 +92,15 @@ MASKS = ("token_masked", "sequence_masked", "sequence_vetoed")  # dapo.token_mas
 
 
 def test_every_metric_of_the_table_is_written(finished):
-    """All but a mean over tokens that are clipped from above, and shares of masks: this run has
-    none.
+    """All but a mean over tokens that are clipped from above, shares of masks, and those of
+    experts: this run has none.
     """
     lines = read_metrics(finished[1])
     assert not any(line.get("policy/clip_fraction_high") for line in lines)
     missing = {k for k in METRICS if "<set>" not in k} - {k for line in lines for k in line}
     masks = {f"policy/{kind}_fraction" for kind in MASKS}
-    assert missing == {"policy/upclipped_prob_mean"} | masks
+    experts = {"policy/router_entropy", "policy/expert_load_max"}
+    assert missing == {"policy/upclipped_prob_mean"} | masks | experts
 
 
 def test_rates_of_a_step_follow_rollout_steps(finished):
