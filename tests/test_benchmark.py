@@ -92,8 +92,9 @@ def check_rollout(result, tokens, bound):
     assert result["bound_decode_steps"] == pytest.approx(bound)
     assert list(result["modes"]) == ["lockstep", "refill"]
     for mode in result["modes"].values():
-        assert set(mode) == {*SPEED, "decode_steps"}
-        assert positive(*mode.values())
+        assert set(mode) == {*SPEED, "decode_steps", "read/live", "bound_share", "suspended"}
+        assert positive(*(value for key, value in mode.items() if key != "suspended"))
+        assert mode["read/live"] >= 1
         assert mode["tokens_per_s"] == pytest.approx(tokens / mode["seconds"])
 
 
@@ -101,8 +102,12 @@ def test_rollout():
     lines, result = run(
         f"rollout --slots 2 --requests 3 --prompt-len 4 --max-response-len 6 {MODEL}"
     )
-    assert result["benchmark"] == "rollout" and len(lines) == 6  # two of them as modes end
+    assert result["benchmark"] == "rollout" and len(lines) == 7  # three of them as calls end
     check_rollout(result, 18, 9)
+    # 3 responses of 6 steps, which see 3 to 8 earlier tokens. A page of 64 for each decoded slot.
+    assert result["live_tokens"] == 3 * sum(range(3, 9))
+    reads = [result["live_tokens"] * mode["read/live"] for mode in result["modes"].values()]
+    assert reads == pytest.approx([12 * 2 * 64, (6 * 2 + 6) * 64])
     # Two batches of 6 steps, the second half empty; 3 responses of 6 tokens would fill 2 slots for
     # 9.
     assert [mode["decode_steps"] for mode in result["modes"].values()] == [12, 12]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Int32, Num
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Num
 
 from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis
 
@@ -275,13 +275,6 @@ def _over_mesh(
     return jax.shard_map(local, mesh=mesh, **specs)(q, k, v, segment_ids, scalars)
 
 
-def quantize(x: Float[Array, "*S h"]) -> tuple[Int8[Array, "*S h"], Float32[Array, "*S"]]:
-    """x as int8 and scale = max|x| / 127: x ≈ int8 · scale, off by at most half a scale."""
-    wide = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(wide).max(axis=-1) / 127, 1e-30)
-    return jnp.round(wide / scale[..., None]).astype(jnp.int8), scale
-
-
 def list_pages(table: Int32[Array, "B T"], lengths: Int32[Array, " B"], size: int) -> PageList:
     """The list for decode steps that begin with these lengths. size: entries of a page."""
     begin = size * jnp.arange(table.shape[1], dtype=jnp.int32)
@@ -292,6 +285,12 @@ def list_pages(table: Int32[Array, "B T"], lengths: Int32[Array, " B"], size: in
     owner, at = jnp.divmod(order, table.shape[1])
     page, none = table.ravel()[order], jnp.zeros((), jnp.int32)
     return PageList(page, owner, begin[at], step[order], index.reshape(table.shape), none)
+
+
+def page_counts(slots: int, most: int) -> list[int]:
+    """How many pages of the list `attend_pages` may read, where a sequence has at most `most`."""
+    steps = {n << i for n in (1, 3) for i in range(most.bit_length())}
+    return [slots * n for n in sorted({n for n in steps if n < most} | {most})]
 
 
 def attend_pages(
@@ -310,13 +309,7 @@ def attend_pages(
     All pages that are read are one batch, whose size is the next of a few.
     """
     assert seen.listed is not None
-    b, most = seen.table.shape
-    sizes = [
-        b * n
-        for n in sorted({n << i for n in (1, 3) for i in range(most.bit_length())})
-        if n < most
-    ]
-    sizes.append(b * most)
+    sizes = page_counts(*seen.table.shape)
     branches = [functools.partial(_attend_listed, size) for size in sizes]
     index = jnp.searchsorted(jnp.asarray(sizes), seen.listed.needed)
     return jax.lax.switch(index, branches, q, k, v, seen, window)
