@@ -206,8 +206,9 @@ def load_model(config: Config) -> ModelConfig:
 def programs(config: Config, model: ModelConfig, mesh: Mesh, load: Workload) -> list[Program]:
     """The jitted programs of a run whose size matters, in the order of a step."""
     setup.check_divides(config, mesh, rows=True, slots=True)
-    trained, temperature = setup.adapted(model, config.model.lora), config.rollout.temperature
-    train = training.train_programs(trained, mesh, config.dapo, config.optim, temperature)
+    trained = setup.adapted(model, config.model.lora)
+    sampled = config.rollout.temperature, config.rollout.weights == "int8"
+    train = training.train_programs(trained, mesh, config.dapo, config.optim, *sampled)
     arguments = config, model, mesh, load, train
     return _rollout_programs(*arguments) + _training_programs(*arguments)
 
@@ -310,7 +311,13 @@ def _rollout_programs(
         found.append(decode("decode step, few slots", engine.widths[0]))
     if config.eval.every:
         other = setup.make_engine(config, policy, mesh, held_out=True).programs.decode
-        found.append(most._replace(name="eval decode step", function=other))
+        evaluated = most._replace(name="eval decode step", function=other)
+        if train.publish_exact:  # beside the weights of rollouts
+            exact = jax.eval_shape(train.publish_exact, train.state.params)
+            held = most.resident_bytes + device_bytes(weights)
+            inputs = exact, *most.arguments[1:]
+            evaluated = evaluated._replace(arguments=inputs, resident_bytes=held)
+        found.append(evaluated)
     return found
 
 

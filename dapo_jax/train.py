@@ -68,12 +68,12 @@ def train(
     info(f"policy: {setup.describe(policy, mesh, config.model.lora)}")
 
     # ---- Programs: each is compiled once per run ----
-    lora, dtype = config.model.lora, policy.model.compute_dtype
+    lora, int8 = config.model.lora, config.rollout.weights == "int8"
     model = setup.adapted(policy.model, lora)
-    programs = train_programs(model, mesh, algo, config.optim, config.rollout.temperature)
+    programs = train_programs(model, mesh, algo, config.optim, config.rollout.temperature, int8)
     programs = announcing(programs, info)
-    same = lora is None and is_published_unchanged(programs.state.params, mesh, dtype)
-    publish = (lambda params: params) if same else programs.publish
+    same = is_published_unchanged(programs.state.params, mesh, model.compute_dtype)
+    publish = (lambda params: params) if same and not (lora or int8) else programs.publish
     also = functools.partial(best_step, run_dir) if section.keep_best else lambda steps: None
     engine = setup.make_engine(config, policy, mesh)
     eval_engine = setup.make_engine(config, policy, mesh, held_out=True)
@@ -123,9 +123,9 @@ def train(
         trainer = Trainer(programs, publish, algo, config.optim, shape, mesh, guard, bars)
         evaluate = functools.partial(evaluator.evaluate_sets, data.eval_sets, info=info, bars=bars)
         evaluate = announced("evaluation", evaluate, info)
-        recorder = Recorder(
-            run_dir, log, info, store, guard, policy, algo, section, config.eval.every, evaluate
-        )
+        every, exact = config.eval.every, programs.publish_exact
+        recording = (run_dir, log, info, store, guard, policy, algo, section, every)
+        recorder = Recorder(*recording, evaluate, exact)
 
         with tracker, log, store.saving_on_exit(run):
             if run.progress.warmed < config.supervised.updates:

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
+from paging import pack
 
 from dapo_jax.config import DapoSection
 from dapo_jax.dapo.groups import RATIO_RANGES, removed_responses
 from dapo_jax.dapo.loss import batch_logprobs
 from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets
+from dapo_jax.model.attention import PagedCache
 from dapo_jax.model.decoder import (
     decode_step,
     head_kernel,
@@ -23,6 +25,7 @@ from dapo_jax.model.decoder import (
     write_cache,
 )
 from dapo_jax.model.logprobs import linear_logprobs
+from dapo_jax.model.quantization import quantize_layer
 from dapo_jax.rollout.token_sampling import Sampling, sample_tokens
 from dapo_jax.types import Group, Problem, Prompt, Response
 
@@ -32,22 +35,25 @@ SIZES = {"vocab_size": 2048, "model_dim": 128, "head_dim": 32, "ffn_dim": 256}
 
 def sampled(params, config, prompts, int8):
     """Tokens, log-probs and hidden states [N, R, ...] of the sampler: prefill, then decode steps."""
-    k, v = (jnp.swapaxes(x, 2, 3) for x in hidden_states(params, config, prompts)[1])
+    k, v = (jnp.swapaxes(x, 2, 3) for x in hidden_states(params, config, prompts)[1][:2])
     room = ((0, 0),) * 3 + ((0, R), (0, 0))
     cache = make_cache(jnp.pad(k, room), jnp.pad(v, room), int8=int8)
+    seen = pack(cache, np.full(N, P - 1), P + R)  # one page a sequence
+    every = seen.listed._replace(needed=jnp.int32(N))
     keys = jax.random.split(jax.random.key(0), N)
 
     def step(carry, t):
         token, cache = carry
         lengths = jnp.full(N, P - 1) + t
-        hidden, new = decode_step(params, config, token, lengths, cache)
-        one = jax.tree.map(lambda x: x[None], (cache, new, lengths))
+        view = PagedCache(cache, seen.table, lengths, every)
+        hidden, new, _ = decode_step(params, config, token, view)
+        one = jax.tree.map(lambda x: x[None], (cache, new, seen.table[:, 0], lengths))
         cache = jax.tree.map(lambda x: x[0], write_cache(*one))
         drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
         token, logprobs = sample_tokens(logits_of(params, hidden), drawn, Sampling())
         return (token, cache), (token, logprobs, hidden)
 
-    out = jax.lax.scan(step, (prompts[:, -1], cache), jnp.arange(R))[1]
+    out = jax.lax.scan(step, (prompts[:, -1], seen.pages), jnp.arange(R))[1]
     return [np.asarray(jnp.swapaxes(x, 0, 1)) for x in out]
 
 
@@ -125,10 +131,12 @@ def measure(dtype):
             sides = [plain_head(x, head, tokens, how) for x in (decoded, rows)]
             line(f"decode steps against rows, {how} head", *sides)
     removed(packed, behavior)
-    tokens, behavior, _ = sampled(params, config, prompts, True)
-    packed = trained(params, config, prompts, tokens, 4 * (P + R))
-    line("all, int8 cache", packed, behavior)
-    removed(packed, behavior)
+    int8 = {**params, "layers": quantize_layer(params["layers"])}
+    for how, weights, int8_cache in (("cache", params, True), ("weights", int8, False)):
+        tokens, behavior, _ = sampled(weights, config, prompts, int8_cache)
+        packed = trained(params, config, prompts, tokens, 4 * (P + R))
+        line(f"all, int8 {how}", packed, behavior)
+        removed(packed, behavior)
 
 
 if __name__ == "__main__":

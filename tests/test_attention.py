@@ -22,8 +22,8 @@ from dapo_jax.model.attention import (
     attend_masked,
     attend_pages,
     attend_splash,
-    quantize,
 )
+from dapo_jax.model.quantization import quantize
 from dapo_jax.runtime.mesh import make_mesh
 
 run = jax.jit(attend)

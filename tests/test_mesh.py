@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from dapo_jax.config import LoraConfig, MeshSection, OptimSection
 from dapo_jax.dapo.update import init_state, make_optimizer
 from dapo_jax.model.decoder import abstract_params, apply
+from dapo_jax.model.quantization import quantize_layer
 from dapo_jax.runtime import mesh as runtime_mesh
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.mesh import (
@@ -38,7 +39,7 @@ CUBE = MeshSection(2, 2, 2)
 
 def by_path(tree):
     return {
-        "/".join(key.key for key in path): leaf
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
@@ -208,9 +209,10 @@ def test_an_axis_that_does_not_divide_stays_whole():
 def test_every_rule_is_used_by_some_family():
     mesh, used = make_mesh(CUBE), set()
     for family in ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"):
-        for path, leaf in by_path(
-            abstract_params(tiny.model(family, tie_embeddings=False, lora=LoraConfig(rank=2)))
-        ).items():
+        params = abstract_params(tiny.model(family, tie_embeddings=False, lora=LoraConfig(rank=2)))
+        quantized = jax.eval_shape(quantize_layer, params["layers"])
+        leaves = *by_path(params).items(), *by_path({"layers": quantized}).items()
+        for path, leaf in leaves:
             matching = [
                 rule for rule in PARTITION_RULES if partition_matches(rule, path, leaf.shape, mesh)
             ]

@@ -15,7 +15,8 @@ from paging import pack
 
 from dapo_jax.config import MeshSection
 from dapo_jax.model import decoder, ragged_attention
-from dapo_jax.model.attention import Cache, Window, attend_pages, quantize
+from dapo_jax.model.attention import Cache, Window, attend_pages
+from dapo_jax.model.quantization import quantize
 from dapo_jax.model.ragged_attention import attend_ragged
 from dapo_jax.rollout import engine, sampler
 from dapo_jax.rollout.sampler import Sampling

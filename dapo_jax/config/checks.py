@@ -169,6 +169,10 @@ def check(c: Config, where: str) -> None:
     _check_eval(c.eval, fail)
     _check_reward(c.reward, c.rollout.max_response_len, fail)
     _check_dapo(c.dapo, fail)
+    corrections = ("importance_cap", "token_mask", "sequence_mask")
+    if c.rollout.weights == "int8" and not any(getattr(c.dapo, key) for key in corrections):
+        what = "needs a correction of the sampler's mismatch; set one of dapo."
+        fail("rollout.weights", f"int8 {what}{', dapo.'.join(corrections)}")
     longest = c.data.max_prompt_len + c.rollout.max_response_len
     if c.train.row_len is not None and c.train.row_len < longest:
         row = f"{c.train.row_len} cannot hold a prompt and a response"

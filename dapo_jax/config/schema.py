@@ -195,6 +195,7 @@ class RolloutSection:
     stop_tokens: tuple[str, ...] = field((), "further end tokens, as text")
     decode_slots: int = field(512, "B, sequences decoded at a time, over all devices", ge=1)
     kv_cache: Literal["compute", "int8"] = field("compute", "or 8 bits and a scale")
+    weights: Literal["compute", "int8"] = field("compute", "of layers; as kv_cache")
     cache_tokens: int | None = field(None, "of the KV cache, over all devices; null: B x S", ge=1)
 
 

@@ -11,6 +11,7 @@ Parameters are a nested dict; layers are stacked on axis 0 and scanned:
       attn/{q_norm,k_norm}/scale [L,h] (qwen3, qwen3_moe, gemma3)
       mlp/{gate,up}/kernel [L,D,F], down [L,F,D], or
       experts/router/kernel [L,D,E], {gate,up}/kernel [L,E,D,F], down [L,E,F,D] (qwen3_moe)
+      of rollouts in 8 bits (not experts): kernel/values [L,*in,*out], kernel/scale [L,*out]
       adapter/a [L,*in,r], adapter/b [L,r,*out] next to each kernel [L,*in,*out] that LoRA adapts
 
 Gemma 3 also normalizes the output of each branch, uses GELU instead of SiLU, scales norms by
@@ -39,12 +40,12 @@ from dapo_jax.model.attention import (
     Window,
     attend_pages,
     attend_rows,
-    quantize,
 )
 from dapo_jax.model.embedding import embed
 from dapo_jax.model.experts import Routing, mixture, mixture_decoded, mixture_over
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
 from dapo_jax.model.lora import Adapter, adapter_of, stored
+from dapo_jax.model.quantization import product, quantize
 from dapo_jax.model.ragged_attention import attend_paged_over
 from dapo_jax.runtime.mesh import gather_layer
 from dapo_jax.types import Params
@@ -152,7 +153,7 @@ class Linear(nnx.Module):
         # All leading axes become the axis t: with two of them, XLA's CPU backward pass is slow.
         lead = x.ndim - self.spec.index(",") + 1
         rows = x.reshape(-1, *x.shape[lead:])
-        y = jnp.einsum(self.spec, rows, self.kernel[...].astype(x.dtype))
+        y = product(self.spec, rows, self.kernel.get_value())
         if self.adapter is not None:
             y += self.adapter(rows)
         y = y.reshape(*x.shape[:lead], *y.shape[1:])

@@ -266,8 +266,8 @@ class Module:
             for n, operand in enumerate(i.operands):
                 if operand not in views:
                     continue
-                if i.opcode in _VIEWS:
-                    views.add(i.name)
+                if i.opcode in _VIEWS or "output_to_operand_aliasing" in i.attributes:
+                    views.add(i.name)  # the latter: another tiling of 8-bit arrays
                 elif i.opcode in _SLICES and n == 0:
                     total += _touched(i.type, parameter.type)
                 elif i.opcode == "fusion":

@@ -23,11 +23,13 @@ ROWS = ("data", "fsdp")  # what rows of a batch and decode slots are split over
 PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"embed/embedding", P("tensor", "fsdp")),  # [V, D]
     (r"head/kernel", P("fsdp", "tensor")),  # [D, V]
-    (r"layers/attn/[qkv]/kernel", P(None, "fsdp", "tensor", None)),  # [L, D, heads, h]
-    (r"layers/attn/[qkv]/bias", P(None, "tensor", None)),  # [L, heads, h]
-    (r"layers/attn/o/kernel", P(None, "tensor", None, "fsdp")),  # [L, H, h, D]
-    (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
-    (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),  # [L, F, D]
+    (r"layers/attn/[qkv]/kernel(/values)?", P(None, "fsdp", "tensor", None)),  # [L, D, heads, h]
+    (r"layers/attn/[qkv]/(bias|kernel/scale)", P(None, "tensor", None)),  # [L, heads, h]
+    (r"layers/attn/o/kernel(/values)?", P(None, "tensor", None, "fsdp")),  # [L, H, h, D]
+    (r"layers/mlp/(gate|up)/kernel(/values)?", P(None, "fsdp", "tensor")),  # [L, D, F]
+    (r"layers/mlp/down/kernel(/values)?", P(None, "tensor", "fsdp")),  # [L, F, D]
+    (r"layers/mlp/(gate|up)/kernel/scale", P(None, "tensor")),  # [L, F]
+    (r"layers/(attn/o|mlp/down)/kernel/scale", P(None, None)),  # [L, D]
     (r"layers/experts/router/kernel", P(None, "fsdp", None)),  # [L, D, E]
     (r"layers/experts/(gate|up)/kernel", P(None, "tensor", "fsdp", None)),  # [L, E, D, F]
     (r"layers/experts/down/kernel", P(None, "tensor", None, "fsdp")),  # [L, E, F, D]
@@ -137,8 +139,8 @@ def gather_layer(layer: Mapping[str, Any], mesh: Mesh, dtype: str) -> Any:
     def gather(path: Any, leaf: Array) -> Array:
         name = "layers/" + keystr(path, simple=True, separator="/")
         split = partition_of(name, (1, *leaf.shape), mesh)[1:]
-        if "fsdp" not in split or mesh.shape["fsdp"] == 1:
-            return leaf
+        if "fsdp" not in split or mesh.shape["fsdp"] == 1 or leaf.dtype == np.int8:
+            return leaf  # 8-bit weights are of rollouts, gathered
         own = NamedSharding(mesh, P(*split))
         whole = NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in split)))
         pin = jax.lax.with_sharding_constraint
@@ -167,8 +169,11 @@ def rollout_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
 
 
 def rollout_dtype(path: Any, dtype: str) -> str:
-    """Dtype of a parameter in rollouts, to which every use casts it; norms compute in float32."""
-    return "float32" if path[-1].key == "scale" else dtype
+    """Dtype of a parameter in rollouts, to which every use casts it; norms and scales compute in
+    float32.
+    """
+    name = keystr(path[-1:], simple=True)
+    return {"scale": "float32", "values": "int8"}.get(name, dtype)
 
 
 def publisher(

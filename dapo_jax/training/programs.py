@@ -15,6 +15,7 @@ from dapo_jax.dapo.loss import LossFn, batch_logprobs, cross_entropy_loss_fn, lo
 from dapo_jax.dapo.update import init_state, make_optimizer, map_microbatches, update_step
 from dapo_jax.model.decoder import abstract_params
 from dapo_jax.model.lora import merge_layer
+from dapo_jax.model.quantization import quantize_layer
 from dapo_jax.runtime.chips import loss_chunk
 from dapo_jax.runtime.mesh import ROWS, publisher, state_sharding
 from dapo_jax.training.setup import BatchShape, on_devices
@@ -38,14 +39,20 @@ class TrainPrograms(NamedTuple):
     update: Callable[..., Any]
     old_logprobs: Callable[[Params, TrainBatch], Any]  # float32 [M, N, T]
     publish: Callable[[Params], Params]  # rollout weights
+    publish_exact: Callable[[Params], Params] | None  # for evaluation; None: `publish`
 
 
 def train_programs(
-    model: ModelConfig, mesh: Mesh, algo: DapoSection, optim: OptimSection, temperature: float
+    model: ModelConfig,
+    mesh: Mesh,
+    algo: DapoSection,
+    optim: OptimSection,
+    temperature: float,
+    int8: bool = False,
 ) -> TrainPrograms:
-    """The programs of DAPO training. model: with adapters, if any. temperature: of rollouts.
+    """The programs of DAPO training. model: with adapters, if any. Nothing is computed.
 
-    Nothing is computed or put on a device.
+    temperature, int8: of rollouts, as `rollout.temperature` and `weights`.
     """
     head: dict[str, Any] = {"temperature": temperature, "chunk_size": loss_chunk(mesh)}
     head |= {"mesh": mesh, "model": model}
@@ -54,10 +61,20 @@ def train_programs(
     )
     rollout_params = abstract_params(dataclasses.replace(model, lora=None))
     merge = functools.partial(merge_layer, lora=model.lora)
+    exact = publish = publisher(rollout_params, mesh, model.compute_dtype, merge)
+    if int8:
+        layers = jax.eval_shape(quantize_layer, rollout_params["layers"])
+        publish = publisher(
+            {**rollout_params, "layers": layers},
+            mesh,
+            model.compute_dtype,
+            lambda layer: quantize_layer(merge(layer)),
+        )
     return TrainPrograms(
         *state_programs(functools.partial(loss_fn, algo=algo, **head), model, mesh, optim),
         old_logprobs=jax.jit(old_logprobs, out_shardings=NamedSharding(mesh, P(None, ROWS))),
-        publish=publisher(rollout_params, mesh, model.compute_dtype, merge),
+        publish=publish,
+        publish_exact=exact if int8 else None,
     )
 
 

@@ -156,7 +156,8 @@ class Recorder:
     algo: DapoSection
     train: TrainSection
     eval_every: int  # 0: never
-    evaluate: Callable[[Params], Mapping[str, Any]]  # rollout weights → results by set
+    evaluate: Callable[[Params], Mapping[str, Any]]  # weights → results by set
+    publish_exact: Callable[[Params], Params] | None = None  # as in `TrainPrograms`
 
     def __post_init__(self) -> None:
         self._table = StepTable(self.train.steps)
@@ -167,7 +168,7 @@ class Recorder:
         """Evaluates before training."""
         times: dict[str, float] = {}
         if self.eval_every:
-            metrics = self._evaluation(run.weights, times)
+            metrics = self._evaluation(run, times)
             self.log.write(0, 0, 0, metrics | times)
         run.progress = run.progress._replace(begun=True)
 
@@ -201,7 +202,7 @@ class Recorder:
         last = step == self.train.steps
         evaluated = self.eval_every and (step % self.eval_every == 0 or last)
         if evaluated:
-            metrics |= self._evaluation(run.weights, times)
+            metrics |= self._evaluation(run, times)
         run.end_step()
         check_agreement(run, metrics)
         metrics |= times | self._saving | {"memory/peak_bytes": peak_memory()}
@@ -226,8 +227,9 @@ class Recorder:
         self._saved_at = time.monotonic()
         self.guard.reach("save")
 
-    def _evaluation(self, weights: Params, times: dict[str, float]) -> dict[str, Any]:
+    def _evaluation(self, run: RunState, times: dict[str, float]) -> dict[str, Any]:
         with timed(times, "time/eval_s"):
+            weights = self.publish_exact(run.state.params) if self.publish_exact else run.weights
             results = self.evaluate(weights)
         for result in results.values():
             self.info(shown_answer(result.answers[0], self.policy))

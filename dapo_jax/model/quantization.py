@@ -1,0 +1,50 @@
+"""8-bit kernels of rollout weights: a decode step reads half the bytes of bfloat16."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int8, Num
+
+from dapo_jax.types import Params
+
+_SUMMED = {"q": (-3,), "k": (-3,), "v": (-3,), "o": (-3, -2)}  # axes of kernels; others: (-2,)
+
+
+class Quantized(NamedTuple):
+    """A kernel, W ≈ values · scale."""
+
+    values: Int8[Any, "*S"]  # [*in, *out]
+    scale: Float32[Any, "*out"]
+
+
+def quantize(x: Num[Array, "*S"], axes: tuple[int, ...] = (-1,)) -> Quantized:
+    """x as int8, with scale = max|x| / 127 over `axes`: off by at most half a scale."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(wide).max(axis=axes, keepdims=True) / 127, 1e-30)
+    return Quantized(jnp.round(wide / scale).astype(jnp.int8), scale.squeeze(axes))
+
+
+def quantize_layer(layer: Params) -> Params:
+    """A layer, or all of them, with each kernel in 8 bits and a scale an output channel. Experts,
+    whose grouped matmuls take no such kernels, stay as they are.
+    """
+
+    def each(name: str, part: Any) -> Any:
+        if name == "experts" or not isinstance(part, Mapping):
+            return part
+        part = {key: each(key, value) for key, value in part.items()}
+        if "kernel" in part:
+            part["kernel"] = quantize(part["kernel"], _SUMMED.get(name, (-2,)))
+        return part
+
+    return each("", layer)
+
+
+def product(spec: str, x: Array, kernel: Array | Quantized) -> Array:
+    """An einsum of x and a kernel cast to its dtype. The scales are applied to the result."""
+    if not isinstance(kernel, Quantized):
+        return jnp.einsum(spec, x, kernel.astype(x.dtype))
+    values = kernel.values.astype(x.dtype)
+    y = jnp.einsum(spec, x, values, preferred_element_type=jnp.float32)
+    return (y * kernel.scale[None]).astype(x.dtype)
