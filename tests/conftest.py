@@ -19,15 +19,15 @@ from dapo_jax.runtime.compile_cache import cache_folder, drop_oldest
 # Most of the suite's time is compiling. Without LLVM's costly passes, and with kernels emitted as
 # LLVM directly rather than through MLIR, it is a fourth; such small programs run no slower. What XLA
 # itself does to a program, which some tests look at, stays.
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-    )
-)
+_FLAGS = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+]
+if jax.__version_info__ < (0, 11):  # jax 0.12 has MLIR emitters alone, and ends at unknown flags
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 # What is compiled is kept for all processes of the suite, and for its next run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder("tests")))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
