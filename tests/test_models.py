@@ -271,6 +271,12 @@ def test_what_the_hub_refuses_is_one_line_with_its_reason_and_no_token(cache, mo
     assert "\n" not in line and "canary" not in line
 
 
+def test_the_inputs_of_shipped_configs_are_not_looked_for_on_the_hub(cache, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(InputError, match="no such folder; `make real` fetches it"):
+        local_model("real/smollm2-135m", FILES)
+
+
 def test_the_hub_is_asked_by_a_process_that_has_imported_nothing_of_it(tmp_path):
     """huggingface_hub loads its modules late: `constants` is no attribute before it is imported."""
     code = "from dapo_jax.runtime.files import local_model; local_model('lab/missing', ['*'])"

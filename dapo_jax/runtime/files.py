@@ -274,6 +274,8 @@ def local_model(name: str, files: Sequence[str]) -> LocalModel:
         return LocalModel(name, name)
     if is_bucket(name):
         return LocalModel(name, str(_cached(name, files)))
+    if name.startswith("real/"):  # of the shipped configs, no id
+        raise InputError(f"{name}: no such folder; `make real` fetches it")
     if is_id(name):
         return _from_hub(name, files)
     raise InputError(f"{name}: no such folder; {_MODEL}")
