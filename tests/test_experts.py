@@ -1,5 +1,6 @@
 """Mixtures of experts against a plain loop over tokens, and over meshes."""
 
+import dataclasses
 import functools
 import json
 
@@ -10,11 +11,12 @@ import pytest
 import tiny
 from runs import run_train, steady
 
-from dapo_jax.config import DapoSection, Experts, MeshSection, load_config
+from dapo_jax.config import DapoSection, Experts, LoraConfig, MeshSection, flatten, load_config
 from dapo_jax.dapo.loss import batch_logprobs, loss_fn
 from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets
-from dapo_jax.model.decoder import abstract_params, hidden_states, logits_of
+from dapo_jax.model.decoder import abstract_params, apply, hidden_states, init, logits_of
 from dapo_jax.model.experts import mix, mixture, mixture_decoded, mixture_over, route
+from dapo_jax.model.lora import join, merge, split
 from dapo_jax.rollout.engine import Engine, Limits
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime.mesh import make_mesh, publisher
@@ -258,6 +260,20 @@ def test_metrics_of_routing():
     assert float(sums["expert_load"]) == pytest.approx(held.sum() * expected, rel=1e-5)
     entropy = np.asarray(routing.entropy)[:, held].mean(axis=0).sum()
     assert float(sums["router_entropy"]) == pytest.approx(float(entropy), rel=1e-5)
+
+
+def test_adapters_of_attention_are_trained_and_experts_are_frozen():
+    lora = LoraConfig(2, targets=("q", "k", "v", "o"))
+    config = dataclasses.replace(MODEL, lora=lora)
+    trained, frozen = split(jax.jit(functools.partial(init, config))(jax.random.key(0)), lora)
+    assert {name.split(".")[1] for name in flatten(trained)} == {"attn"}
+    assert {f"layers.experts.{part}.kernel" for part in KERNELS} < flatten(frozen).keys()
+    trained = jax.tree.map(lambda a: a + 0.1, trained)  # B is 0 at first
+    params, tokens = join(trained, frozen), jnp.arange(12, dtype=jnp.int32)[None]
+    run = jax.jit(apply, static_argnums=1)
+    found, expected = run(params, config, tokens), run(merge(params, lora), MODEL, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(found - run(frozen, MODEL, tokens)).max() > 1e-2
 
 
 MIXTURE = (
