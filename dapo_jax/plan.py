@@ -665,17 +665,21 @@ def suggest(
     def search(
         what: str, sized: Callable[[int], Config], names: Sequence[str], sizes: tuple[int, int, int]
     ) -> int:
-        def peaks(n: int) -> list[int]:
+        def peaks(n: int) -> list[float]:
+            if sized is with_cache and n < least:
+                return [math.inf] * len(names)
             info(f"trying {what}: {n}")
             found = compile_all(sized(n), pod, load, names, info, known)
             known.update({r.program.key: r.compiled for r in found})
-            return [r.peak_bytes for r in found]
+            peak = {r.program.name: r.peak_bytes for r in found}
+            return [peak.get(name, 0) for name in names]  # without prefixes where no cache is short
 
         return largest_that_fits(*sizes, peaks, room)
 
-    tokens = page * -(-longest // devices.page) * (rollout.decode_slots // unit)
+    least = page * -(-longest // devices.page)  # the longest sequence on every shard
+    tokens = least * (rollout.decode_slots // unit)
     now = min(tokens, rollout.cache_tokens or tokens) // page * page
-    most = max(now, -(-longest // devices.page) * devices.page * drawn)
+    most = max(now, least // unit * drawn)
     names = ["prefill", "prefill of prefixes", "insert of prefixes", "decode step"]
     best = search("rollout.cache_tokens", with_cache, names, (page, now, most))
     text = f"rollout.cache_tokens: {now}; none fits"

@@ -347,6 +347,35 @@ def test_suggestions_are_the_largest_that_fit_and_known_programs_are_not_compile
     )
 
 
+@pytest.mark.parametrize("peak, found", [(2000, 0), (10, 160 * 4096)])
+def test_suggestions_where_no_cache_fits_or_the_largest(monkeypatch, peak, found):
+    """Not below the longest sequence of each shard, nor above those of a draw: 160. A cache that is never short inserts no
+    prefixes: such a program is missing there.
+    """
+    given = ["rollout.decode_slots=64", "dapo.prompts_per_draw=20", "train.rows_per_microbatch=4"]
+    config = load_config(SMALLEST, given)
+
+    def compile_all(config, pod, load, names, info, known):
+        rollout = config.rollout
+        assert rollout.cache_tokens is None or rollout.cache_tokens >= 4 * 4096
+        whole = rollout.cache_tokens == rollout.decode_slots * 4096
+        return [
+            types.SimpleNamespace(
+                program=types.SimpleNamespace(name=name, key=name), compiled=None, peak_bytes=peak
+            )
+            for name in names
+            if not (whole and "prefixes" in name)
+        ]
+
+    monkeypatch.setattr(plan, "compile_all", compile_all)
+    monkeypatch.setattr(plan, "simulate", lambda *args: schedule([(10, 10)]))
+    monkeypatch.setattr(plan, "load_model", lambda config: ModelConfig())
+    monkeypatch.setattr(plan, "make_mesh", lambda section, devices: make_mesh(MeshSection(1, 4, 2)))
+    line, _ = plan.suggest(config, POD._replace(devices=[]), LOAD, [], lambda line: None)
+    expected = f"; at most {found} fit" if found else "; none fits"
+    assert line.startswith(f"rollout.cache_tokens: {64 * 4096}{expected}")
+
+
 def test_unfinished_responses_are_read_again_and_take_their_memory():
     """With partial rollouts a sequence may start with all but its last token: 4 shards of 4096
     tokens, K / tensor 1, h 128, L 28.

@@ -8,10 +8,11 @@ import sys
 from types import SimpleNamespace
 
 import huggingface_hub
+import jax
 import pytest
 from runs import CONFIG, run_train, verb
 
-from dapo_jax import evaluate, export, generate, train
+from dapo_jax import evaluate, export, generate, restore, train
 from dapo_jax.config import load_config
 from dapo_jax.data.prompts import byte_tokenizer
 from dapo_jax.runtime.checkpoint import stored_steps
@@ -79,6 +80,14 @@ def test_the_best_step_by_hand(tmp_path, steps, best):
     """Step 1 was on other problems; 3 was not evaluated; 2 and 4 are equal, and 2 is earlier."""
     accuracies(tmp_path, (0.1, "x"), (0.9, "y"), (0.4, "x"), (None, ""), (0.4, "x"))
     assert best_step(tmp_path, steps) == best
+
+
+def test_a_step_is_chosen_before_a_process_joins_the_others(tmp_path, monkeypatch):
+    """jax refuses to join them once a device, or their number, was asked for."""
+    monkeypatch.setattr(jax, "process_count", lambda: pytest.fail("asked for devices"))
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    assert restore.chosen_step(tmp_path, 2, False) == 2
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(run, tmp_path):

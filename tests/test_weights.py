@@ -390,6 +390,21 @@ REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"use_sliding_window": True, "max_window_layers": 10},
         "use_sliding_window",
     ),
+    "window-default": (
+        without(QWEN25_7B, "sliding_window"),
+        {"use_sliding_window": True, "max_window_layers": 10},
+        "use_sliding_window",
+    ),
+    "window-experts": (  # transformers applies it to all layers, whatever these keys hold
+        QWEN3_MOE,
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "max_window_layers": 48,
+            "layer_types": ["full_attention"] * 48,
+        },
+        "use_sliding_window",
+    ),
     "window-layer": (
         QWEN25_7B,
         {"layer_types": ["full_attention"] * 27 + ["sliding_attention"]},

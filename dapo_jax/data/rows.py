@@ -57,11 +57,16 @@ class BadRow(Exception):
         self.columns = tuple(row)
 
 
+def _named(c: ColumnsConfig) -> dict[str, str | None]:
+    """The columns that a config names, by the keys of `_USUAL`."""
+    return dict(zip(_USUAL, (c.prompt, c.answer, c.solution, c.id), strict=True))
+
+
 def column_names(columns: ColumnsConfig) -> list[str]:
     """Every column that `problem_from_row` may look at: a reader may leave out the others."""
     names = [*_BEFORE, *_AFTER, "input"]
-    for part, usual in _USUAL.items():
-        named = getattr(columns, part)
+    for part, named in _named(columns).items():
+        usual = _USUAL[part]
         names += usual.split() if named is None else _FIELD.findall(named) or [named]
     return names
 
@@ -81,7 +86,7 @@ def problem_from_row(
     if not isinstance(row, Mapping):
         raise BadRow("not a JSON object")
     notes = [] if notes is None else notes
-    found = (_found(row, part, getattr(columns, part)) for part in _USUAL)
+    found = (_found(row, part, named) for part, named in _named(columns).items())
     (prompt, called), (answer, _), (solution, _), (name, _) = found
     if not called:
         raise BadRow("no prompt", row)

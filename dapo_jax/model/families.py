@@ -35,6 +35,7 @@ _ARCHITECTURES = {
 }
 _EXPERT_DIM = "moe_intermediate_size"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_WINDOW = 4096  # transformers' default of sliding_window
 _GELU = "gelu_pytorch_tanh"
 
 # ModelConfig field → Hugging Face key
@@ -74,7 +75,7 @@ _MOE_DEFAULTS = {"decoder_sparse_step": 1, "norm_topk_prob": False}
 _GEMMA_DEFAULTS = {
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
-    "sliding_window": 4096,
+    "sliding_window": _WINDOW,
     "sliding_window_pattern": 6,
     "query_pre_attn_scalar": 256,
     "tie_word_embeddings": True,
@@ -203,12 +204,13 @@ def _refuse_unsupported(hf: Mapping[str, Any], family: str, fail: Fail) -> None:
         fail("partial_rotary_factor", f"{factor!r} is not supported; supported: 1")
     if gemma:
         return
-    if types := hf.get("layer_types"):
-        if not isinstance(types, list) or any(kind != _FULL for kind in types):
-            fail("layer_types", f"only {_FULL} in every layer is supported")
-    elif hf.get("use_sliding_window") and hf.get("sliding_window") is not None:
+    types = hf.get("layer_types")
+    if types and (not isinstance(types, list) or any(kind != _FULL for kind in types)):
+        fail("layer_types", f"only {_FULL} in every layer is supported")
+    if hf.get("use_sliding_window") and hf.get("sliding_window", _WINDOW) is not None:
         first = hf["max_window_layers"]
-        if not isinstance(first, int) or first < _number(hf, "num_hidden_layers", int, fail):
+        some = not isinstance(first, int) or first < _number(hf, "num_hidden_layers", int, fail)
+        if family == "qwen3_moe" or (some and not types):  # its windows are in all layers
             message = "sliding-window attention is not supported; supported: false"
             fail("use_sliding_window", message)
 

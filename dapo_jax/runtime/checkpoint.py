@@ -134,7 +134,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Whole steps in the folder, newest first; not verified."""
-        return stored_steps(self._folder)
+        return _whole_steps(_listed(self._folder))
 
     def save(
         self, step: int, state: TrainState, host: _Dict, groups: _Dict, *, partial: bool = False
@@ -249,8 +249,10 @@ def records_digest(folder: str | Folder) -> str:
 
 
 def stored_steps(folder: str | Folder) -> list[int]:
-    """Whole steps in the folder, newest first; not verified."""
-    return [step for step, number in map(_key, _listed(_absolute(folder))) if number == 0]
+    """Whole steps that this process finds in the folder, newest first; not verified. It need not
+    have joined the others.
+    """
+    return _whole_steps(_stored(_absolute(folder)))
 
 
 def restore_params(
@@ -306,6 +308,10 @@ def _new_name(stored: Sequence[Folder], step: int, partial: bool) -> str:
     if not partial and (step, 0) not in keys:
         return str(step)
     return f"{step}.{max((n for at, n in keys if at == step), default=0) + 1}"
+
+
+def _whole_steps(stored: Sequence[Folder]) -> list[int]:
+    return [step for step, number in map(_key, stored) if number == 0]
 
 
 def _listed(folder: Folder) -> list[Folder]:
