@@ -23,8 +23,9 @@ import os
 
 REPOSITORY = ""  # its address, if this notebook was opened outside a clone of it
 TPU = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
-# For Gemma 3 1B, whose licence you accept on the hub first: configs/gemma3-1b_gsm8k_v5e-8.yaml
 CONFIG = "configs/qwen3-0.6b_gsm8k_v5e-8.yaml" if TPU else "configs/tiny_cpu.yaml"
+# The config holds the shape of the model, for planning; its weights come from the hub.
+MODEL = "--set model.folder=Qwen/Qwen3-0.6B --set model.architecture=null" if TPU else ""
 # A run in a mounted folder (/content/drive/MyDrive/x, /kaggle/working/x) outlives the session.
 RUN = os.environ.get("RUN_DIR", "runs/notebook")
 QUESTION = "Tom has 3 boxes of 12 eggs and breaks 5. How many are left?" if TPU else "((6-3)-2)+4"
@@ -52,7 +53,7 @@ The first problems as the model gets them, and the verifier's verdict on all sol
     """
 if TPU:
     !hf download openai/gsm8k --repo-type dataset --local-dir gsm8k
-!python -m dapo_jax.data show --config {CONFIG} --first 2
+!python -m dapo_jax.data show --config {CONFIG} {MODEL} --first 2
 """,
     """
 ## Before
@@ -61,7 +62,7 @@ Two responses of the model that training starts from. The tiny one has random we
 comes first in training.
 """,
     """
-!python -m dapo_jax.generate --config {CONFIG} --samples 2 "{QUESTION}"
+!python -m dapo_jax.generate --config {CONFIG} {MODEL} --samples 2 "{QUESTION}"
 """,
     """
 ## Train
@@ -70,7 +71,7 @@ Interrupting the cell saves and stops; running it again resumes, also in another
 same folder.
 """,
     """
-!python -m dapo_jax.train --config {CONFIG} --run-dir {RUN}
+!python -m dapo_jax.train --config {CONFIG} {MODEL} --run-dir {RUN}
 """,
     """
 ## Curves
