@@ -123,7 +123,7 @@ def benchmark_rollout(sizes: RolloutSizes) -> Report:
     the next request when its response ends, and the last ones are decoded in fewer slots.
     `read/live`: cache entries that attention reads for each of a live sequence. `bound_share`: of
     the seconds, what weights (once for a token of every slot) and live cache entries take to read,
-    as fast as memory is copied.
+    as fast as memory is copied; above 1 where a CPU's caches keep the weights.
     """
     model, mesh, params = measure.random_model(sizes, "slots")
     weights = publisher(params, mesh, sizes.dtype)(params)
