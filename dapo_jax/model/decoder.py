@@ -303,6 +303,11 @@ def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
 
 def abstract_params(config: ModelConfig) -> Params:
     """The parameter tree as shapes and dtypes; computes nothing."""
+    return jax.tree.map(lambda leaf: leaf, _traced_params(config))  # a copy, to be changed at will
+
+
+@functools.cache
+def _traced_params(config: ModelConfig) -> Params:
     return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
 
 
