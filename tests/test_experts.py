@@ -74,9 +74,10 @@ def test_experts_compute_exactly_their_tokens(name):
 def test_a_part_of_the_experts_adds_what_is_its_own():
     chosen = jnp.asarray(CHOICES["spread"], jnp.uint8)
     x, weight = tokens(*chosen.shape)
-    whole = mix(x, chosen, weight, KERNELS)
+    run = jax.jit(mix)
+    whole = run(x, chosen, weight, KERNELS)
     parts = [
-        mix(x, chosen, weight, {n: w[first:last] for n, w in KERNELS.items()}, first)
+        run(x, chosen, weight, {n: w[first:last] for n, w in KERNELS.items()}, first)
         for first, last in ((0, 2), (2, 5))
     ]
     np.testing.assert_allclose(parts[0] + parts[1], whole, atol=1e-5)
@@ -115,11 +116,8 @@ def test_routes(normalize):
     np.testing.assert_allclose(weight, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "layout, count",
-    [((2, 2, 2), 4), pytest.param((1, 4, 2), 5, marks=pytest.mark.slow)],
-    ids=str,
-)
+@pytest.mark.slow  # test_layouts and the engine below have a mesh
+@pytest.mark.parametrize("layout, count", [((2, 2, 2), 4), ((1, 4, 2), 5)], ids=str)
 def test_experts_over_a_mesh(layout, count):
     """Values and gradients; 5 experts, which tensor 2 does not divide, are whole everywhere. And as
     decoding calls them, under vmap over the row shards.
@@ -292,11 +290,11 @@ MIXTURE = (
 
 def test_a_run_with_replay_resumes_bit_for_bit(config, tmp_path):
     """Experts of buffered groups and of open ones go through the checkpoint."""
-    assert run_train(config, tmp_path / "whole", *MIXTURE, "train.steps=3") == 0
+    assert run_train(config, tmp_path / "whole", *MIXTURE, "train.steps=2") == 0
     assert run_train(config, tmp_path / "cut", *MIXTURE, "train.steps=1") == 0
-    assert run_train(config, tmp_path / "cut", *MIXTURE, "train.steps=3") == 0
+    assert run_train(config, tmp_path / "cut", *MIXTURE, "train.steps=2") == 0
     lines = steady(tmp_path / "whole")
-    assert steady(tmp_path / "cut") == lines and any(line["filter/open_groups"] for line in lines)
+    assert steady(tmp_path / "cut") == lines and lines[0]["filter/open_groups"]
     assert all(1 <= line["policy/expert_load_max"] <= 2 for line in lines)
     assert all(0 < line["policy/router_entropy"] <= np.log(4) for line in lines)
 
