@@ -150,8 +150,13 @@ class Engine:
         slots = Slots(*(rows,) * len(Slots._fields))._replace(experts=rows if recorded else None)
         state = SamplerState(layout(ROW_AXES, None, None), slots)
         sizes = {"shards": self.shards, "slots": self.slots, "pages": 1 + self.pages}
-        sizes |= {"page": self.page, "room": self.blocks * self.block, "experts": recorded}
-        start = functools.partial(sampler.empty_state, model, **sizes, int8=int8)
+        sizes |= {"page": self.page, "room": self.blocks * self.block}
+
+        def start() -> SamplerState:
+            state = sampler.empty_state(model, **sizes, int8=int8)
+            experts = jnp.zeros((*state.slots.tokens.shape, recorded), jnp.uint8)
+            return state._replace(slots=state.slots._replace(experts=experts if recorded else None))
+
         prefill = functools.partial(
             sampler.prefill, model=model, page=self.page, int8=int8, mesh=mesh
         )

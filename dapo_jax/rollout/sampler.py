@@ -84,12 +84,8 @@ def empty_state(
     page: int,
     room: int,
     int8: bool,
-    experts: int = 0,
 ) -> SamplerState:
-    """`slots` free slots and `pages` pages of `page` entries on each shard. R is `room`.
-
-    experts: c, how many are recorded of a token.
-    """
+    """`slots` free slots and `pages` pages of `page` entries on each shard. R is `room`."""
     entries = (shards, model.layers, pages, model.kv_heads, page)
     kv = jnp.zeros((*entries, model.head_dim), jnp.int8 if int8 else model.compute_dtype)
     scale = jnp.zeros(entries) if int8 else None
@@ -103,7 +99,6 @@ def empty_state(
             tokens=tokens,
             logprobs=tokens.astype(jnp.float32),
             **dict.fromkeys(("ended", "live"), flag),
-            experts=jnp.zeros((*tokens.shape, experts), jnp.uint8) if experts else None,
         ),
     )
 
