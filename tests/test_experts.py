@@ -15,7 +15,15 @@ from dapo_jax.config import DapoSection, Experts, LoraConfig, MeshSection, flatt
 from dapo_jax.dapo.loss import batch_logprobs, loss_fn
 from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets
 from dapo_jax.model.decoder import abstract_params, apply, hidden_states, init, logits_of
-from dapo_jax.model.experts import mix, mixture, mixture_decoded, mixture_over, route
+from dapo_jax.model.experts import (
+    Routing,
+    mix,
+    mixture,
+    mixture_decoded,
+    mixture_over,
+    route,
+    routing_sums,
+)
 from dapo_jax.model.lora import join, merge, split
 from dapo_jax.rollout.engine import Engine, Limits
 from dapo_jax.rollout.sampler import Sampling
@@ -272,6 +280,13 @@ def test_adapters_of_attention_are_trained_and_experts_are_frozen():
     found, expected = run(params, config, tokens), run(merge(params, lora), MODEL, tokens)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.abs(found - run(frozen, MODEL, tokens)).max() > 1e-2
+
+
+def test_the_load_of_fewer_tokens_than_experts():
+    """One token of one expert of eight: 8 times the mean. None: 0."""
+    routing = Routing(jnp.full((1, 1, 2, 1), 5, jnp.uint8), jnp.zeros((1, 1, 2)))
+    for held, load in ((1, 8), (0, 0)):
+        assert routing_sums(routing, jnp.arange(2)[None] < held, 8)["expert_load"] == load
 
 
 MIXTURE = (

@@ -2,6 +2,7 @@
 could choke on.
 """
 
+import errno
 import json
 import re
 import resource
@@ -15,6 +16,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
+from dapo_jax.runtime.files import AppendFile
 from dapo_jax.runtime.metrics import (
     METRICS,
     MetricsLog,
@@ -353,3 +355,16 @@ def test_timed_adds_up_also_when_it_fails():
     with pytest.raises(KeyError), timed(times, "time/reward_s"):
         raise KeyError
     assert 0.04 <= times["time/rollout_s"] < 1 and times["time/reward_s"] >= 0
+
+
+def test_a_file_that_cannot_be_opened_again_is_one_line(tmp_path, monkeypatch):
+    opened = Path.open
+
+    def no_more(path, mode="r", *args, **how):
+        if mode == "ab":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opened(path, mode, *args, **how)
+
+    monkeypatch.setattr(Path, "open", no_more)
+    with pytest.raises(InputError, match="a.jsonl: cannot be written .Too many open files"):
+        AppendFile(tmp_path / "a.jsonl", b"")

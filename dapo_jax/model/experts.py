@@ -68,7 +68,7 @@ def routing_sums(
     return {
         "routed": held,
         "router_entropy": jnp.where(tokens[None], routing.entropy, 0).mean(axis=0).sum(),
-        "expert_load": held * (load.max(axis=1) / jnp.maximum(load.mean(axis=1), 1)).mean(),
+        "expert_load": held * (load.max(axis=1) / jnp.maximum(load.mean(axis=1), 1e-6)).mean(),
     }
 
 

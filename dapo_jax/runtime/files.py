@@ -163,7 +163,8 @@ class AppendFile:
     def __init__(self, path: Folder, content: bytes):
         write_whole(path, content)
         self._path, self._content = path, content
-        self._file = None if is_bucket(path) else Path(path).open("ab", buffering=0)
+        with writing(path):
+            self._file = None if is_bucket(path) else Path(path).open("ab", buffering=0)
 
     def add(self, line: bytes) -> None:
         with writing(self._path):
