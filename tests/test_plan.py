@@ -386,7 +386,7 @@ def test_unfinished_responses_are_read_again_and_take_their_memory():
         mesh = make_mesh(config.mesh)
         return {p.name: p for p in plan.programs(config, plan.load_model(config), mesh, LOAD)}
 
-    off = "dapo.partial_rollouts=false", "dapo.max_policy_age=null"
+    off = "dapo.partial_rollouts=false", "dapo.max_policy_age=null", "rollout.cache_tokens=null"
     whole, partial = found(*off), found()
     longer = {"prefill of prefixes", "insert of prefixes"}
     assert partial.keys() - whole.keys() == longer
