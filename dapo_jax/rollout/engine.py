@@ -31,7 +31,7 @@ from dapo_jax.types import NonFiniteError, Params, Request, Response
 _SEGMENT = 64  # most decode steps between two checks for finished sequences
 _REFILL = 16  # slots are refilled once 1 in 16 is free
 _BLOCK = 256  # tokens of a response that are fetched together
-_FETCHES = (16, 128, 512, 2048)  # blocks of one fetch: 4 MB at most, 200 MB with the experts of a 30B
+_FETCHES = (16, 128, 512, 2048)  # blocks of one fetch: 4 MB; 200 MB with a 30B's experts
 _FREE = -(2**30)  # in place of a free slot's cache length
 _HALVINGS = 3  # how often the decoded slots may halve while the last sequences finish
 
