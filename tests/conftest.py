@@ -160,6 +160,13 @@ def no_curves_are_drawn(monkeypatch, request):
         monkeypatch.setattr(drawn, lambda run_dir: run_dir / "curves.png")
 
 
+@pytest.fixture(autouse=True)
+def flags_of_xla_stay_here(monkeypatch, request):
+    """The TPU compiler of a child process ends at flags that it does not know."""
+    if request.node.get_closest_marker("compiler"):
+        monkeypatch.delenv("XLA_FLAGS")
+
+
 def pytest_sessionfinish(session):
     if not hasattr(session.config, "workerinput"):
         drop_oldest(cache_folder("tests"), limit=2**30)
