@@ -9,11 +9,17 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+# Of every test module about the scripts.
+pytestmark = [
+    pytest.mark.scripts,
+    pytest.mark.skipif(sys.platform != "linux", reason="the workers' side is for Linux"),
+]
 FOLDER = Path(__file__).parents[1] / "tpu_scripts"
 SCRIPTS = ("create", "sync", "setup", "run", "logs", "status", "stop", "delete", "launch")
 UV_VERSION = re.search(r"UV_VERSION=(\S+)", (FOLDER / "startup.sh").read_text())[1]

@@ -6,7 +6,6 @@ command goes on afterwards.
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 from pods import (
@@ -14,12 +13,9 @@ from pods import (
     NETWORK,
     QUOTA,
     ROADS,
+    pytestmark,  # noqa: F401
 )
 
-pytestmark = [
-    pytest.mark.scripts,
-    pytest.mark.skipif(sys.platform != "linux", reason="the workers' side is for Linux"),
-]
 LOST = "ERROR: (gcloud) [/usr/bin/ssh] exited with return code [255]: Connection timed out"
 ONE_BY_ONE = ("create", "sync", "setup", "run", "logs", "status", "stop", "delete", "launch")
 

@@ -5,7 +5,6 @@ gcloud. Both were extracted from published files, by scripts in goldens/.
 import json
 import re
 import shlex
-import sys
 
 import pytest
 import yaml
@@ -14,13 +13,10 @@ from pods import (
     FOLDER,
     ROADS,
     SCRIPTS,
+    pytestmark,  # noqa: F401
 )
 from runs import TESTS
 
-pytestmark = [
-    pytest.mark.scripts,
-    pytest.mark.skipif(sys.platform != "linux", reason="the workers' side is for Linux"),
-]
 GOLDENS = TESTS / "goldens"
 CRD = json.loads((GOLDENS / "jobset_schema.json").read_text())["schema"]
 GCLOUD = json.loads((GOLDENS / "gcloud_flags.json").read_text())

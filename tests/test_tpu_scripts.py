@@ -26,12 +26,9 @@ from pods import (
     WHERE,
     Pod,
     executable,
+    pytestmark,  # noqa: F401
 )
 
-pytestmark = [
-    pytest.mark.scripts,
-    pytest.mark.skipif(sys.platform != "linux", reason="the workers' side is for Linux"),
-]
 NASTY = [
     "it's",
     'say "hi"  there',

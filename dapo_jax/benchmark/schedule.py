@@ -277,7 +277,7 @@ class _SimulatedEngine(Engine):
     def stream(self, params: Any, seed: Any) -> "Stream":
         return _SimulatedStream(self, params, seed)
 
-    def _programs(self, how: Decoding, int8: bool) -> Programs:
+    def _programs(self, how: Decoding, int8: bool, recorded: int) -> Programs:
         def start() -> _Slots:
             return _Slots(self.shards, self.slots)
 

@@ -135,9 +135,9 @@ class Engine:
         recorded = model.experts.per_token * model.layers if model.experts and limits.experts else 0
         if recorded:
             self.nothing = (*self.nothing, np.zeros((0, recorded), np.uint8))
-        self.programs = self._programs(Decoding(model, sampling, stop, mesh), limits.int8)
+        self.programs = self._programs(Decoding(model, sampling, stop, mesh), limits.int8, recorded)
 
-    def _programs(self, how: Decoding, int8: bool) -> Programs:
+    def _programs(self, how: Decoding, int8: bool, recorded: int) -> Programs:
         model, mesh = how.model, how.mesh
         whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(ROW_AXES))
         heads = split_axis(mesh, VOCAB_AXIS, model.kv_heads)
@@ -146,7 +146,6 @@ class Engine:
             kv = NamedSharding(mesh, P(*axes, heads))
             return Cache(kv, kv, kv, kv) if int8 else Cache(kv, kv)
 
-        recorded = self.nothing[2].shape[1] if len(self.nothing) > 2 else 0
         slots = Slots(*(rows,) * len(Slots._fields))._replace(experts=rows if recorded else None)
         state = SamplerState(layout(ROW_AXES, None, None), slots)
         sizes = {"shards": self.shards, "slots": self.slots, "pages": 1 + self.pages}
@@ -154,8 +153,9 @@ class Engine:
 
         def start() -> SamplerState:
             state = sampler.empty_state(model, **sizes, int8=int8)
-            experts = jnp.zeros((*state.slots.tokens.shape, recorded), jnp.uint8)
-            return state._replace(slots=state.slots._replace(experts=experts if recorded else None))
+            shape = (*state.slots.tokens.shape, recorded)
+            experts = jnp.zeros(shape, jnp.uint8) if recorded else None
+            return state._replace(slots=state.slots._replace(experts=experts))
 
         prefill = functools.partial(
             sampler.prefill, model=model, page=self.page, int8=int8, mesh=mesh
