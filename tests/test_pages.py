@@ -39,13 +39,13 @@ def test_no_page_is_lost_or_freed_twice_or_shared_but_by_equal_prompts(seed):
                     assert own[:equal] == other[:equal]
                     lives.append((prompt, own))
             case 1 if lives and pages.free:
-                page = pages.take()
+                (page,) = pages.take(1)
                 assert page not in held
                 lives[at][1].append(page)
             case 2 if lives:
                 pages.release(lives.pop(at)[1])
     for _, own in lives:
         pages.release(own)
-    assert pages.free == count and sorted(pages.take() for _ in range(count)) == [*range(1, 31)]
+    assert pages.free == count and sorted(pages.take(count)) == [*range(1, 31)]
     with pytest.raises(IndexError):
-        pages.take()
+        pages.take(1)

@@ -413,23 +413,23 @@ class Stream:
         return None
 
     def _grow(self) -> None:
-        """Gives sequences the pages of the next segment, the oldest first.
+        """Gives sequences the pages of the next segment.
 
-        Where none is free the shard's youngest are suspended: they go back to the queue, and
+        Where too few are free the shard's youngest are suspended: they go back to the queue, and
         continue from their tokens.
         """
-        entries = self._begin + self._length + _SEGMENT
-        wanted = np.minimum(self._most, -(-entries // self._engine.page))
-        short = [(n, i) for n, i in np.argwhere(wanted > self._held).tolist()]
-        for at in sorted(short, key=lambda at: self._running[at].number):
-            pages = self._pages[at[0]]
-            while at in self._running and self._held[at] < wanted[at]:
-                if pages.free:
-                    self._table[at][self._held[at]] = pages.take()
-                    self._held[at] += 1
-                else:
-                    rivals = (other for other in self._running if other[0] == at[0])
-                    self._suspend(max(rivals, key=lambda other: self._running[other].number))
+        columns = np.arange(self._engine.table_len)
+        for n, pages in enumerate(self._pages):
+            while True:
+                entries = self._begin[n] + self._length[n] + _SEGMENT
+                wanted = np.minimum(self._most[n], -(-entries // self._engine.page))
+                new = (self._held[n, :, None] <= columns) & (columns < wanted[:, None])
+                if (count := int(new.sum())) <= pages.free:
+                    break
+                rivals = (at for at in self._running if at[0] == n)
+                self._suspend(max(rivals, key=lambda at: self._running[at].number))
+            self._table[n][new] = pages.take(count)
+            self._held[n] = np.maximum(self._held[n], wanted)
 
     def _suspend(self, at: _Slot) -> None:
         """Puts a sequence back into the queue, with its tokens so far."""

@@ -1,7 +1,8 @@
 """Which sequences have which pages of one shard's KV cache. All decisions are in logical time."""
 
-import collections
 from collections.abc import Sequence
+
+import numpy as np
 
 _Key = tuple[int, bytes]  # the page before it, and the tokens of a full page of a prompt
 
@@ -11,7 +12,7 @@ class Pages:
 
     def __init__(self, count: int):
         self._free = list(range(count, 0, -1))
-        self._holders = collections.Counter[int]()
+        self._holders = np.zeros(count + 1, int)
         self._prompts: dict[_Key, int] = {}
         self._keys: dict[int, _Key] = {}
 
@@ -40,25 +41,24 @@ class Pages:
             shared.append(self._prompts[key])
         if self.free < count - len(shared) + spare:
             return None
-        pages = shared + [self.take() for _ in range(count - len(shared))]
-        self._holders.update(shared)
+        pages = shared + self.take(count - len(shared))
+        self._holders[shared] += 1
         for n in range(len(shared), len(prompt)):
             self._keys[pages[n]] = key = (pages[n - 1] if n else 0, prompt[n])
             self._prompts[key] = pages[n]
         return pages, len(shared)
 
-    def take(self) -> int:
-        """A free page. IndexError if there is none."""
-        page = self._free.pop()
-        self._holders[page] = 1
-        return page
+    def take(self, count: int) -> list[int]:
+        """Free pages. IndexError if they are fewer."""
+        pages = [self._free.pop() for _ in range(count)]
+        self._holders[pages] = 1
+        return pages
 
     def release(self, pages: Sequence[int]) -> None:
         """Gives up the pages of a sequence; each is free once no other sequence has it."""
-        for page in reversed(pages):
-            self._holders[page] -= 1
-            if not self._holders[page]:
-                del self._holders[page]
-                self._free.append(page)
-                if page in self._keys:
-                    del self._prompts[self._keys.pop(page)]
+        held = np.array(pages, int)
+        self._holders[held] -= 1
+        free = held[self._holders[held] == 0][::-1].tolist()
+        self._free += free
+        for page in self._keys.keys() & free:
+            del self._prompts[self._keys.pop(page)]

@@ -19,7 +19,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, NamedTuple
 
 import jax
@@ -165,19 +165,20 @@ class GroupCounts:
     kept: int = 0  # judged and informative
     dropped: int = 0  # judged and not
     early: int = 0  # informative already, though not judged
-    unjudged: list[OpenGroup] = dataclasses.field(default_factory=list)  # those included
+    # by draw, whether informative already
+    unjudged: dict[int, bool] = dataclasses.field(default_factory=dict)
 
-    def update(self, new: Sequence[OpenGroup] = ()) -> "GroupCounts":
-        """Counts new groups, and those that verdicts have decided meanwhile."""
-        groups, self.unjudged = [*self.unjudged, *new], []
-        for group in groups:
+    def update(self, changed: Iterable[OpenGroup]) -> "GroupCounts":
+        """Counts groups that are new or have got verdicts since they were last counted."""
+        for group in changed:
+            informative = group.is_informative()
             if not group.is_judged():
-                self.unjudged.append(group)
-            elif group.is_informative():
-                self.kept += 1
-            else:
-                self.dropped += 1
-        self.early = sum(group.is_informative() for group in self.unjudged)
+                self.unjudged[group.draw] = informative
+                continue
+            self.unjudged.pop(group.draw, None)
+            self.kept += informative
+            self.dropped += not informative
+        self.early = sum(self.unjudged.values())
         return self
 
 
@@ -357,15 +358,15 @@ class _StepDraw:
                     known = verdict._replace(error="no verdict")
                 samples[q.sample] = samples[q.sample]._replace(verdict=known)
             self.verdicts += verdicts
-            self._count()
+            self._count({q.draw: self.by_draw[q.draw] for q in requests}.values())
             enough = algo.responses_per_prompt * algo.prompts_per_step
             some_failed = any(verdict.error is not None for verdict in verdicts)
             if some_failed and len(self.verdicts) >= enough:
                 check_errors(self.verdicts, sampler.reward)
             everything = everything or (algo.partial_rollouts and self.enough())
 
-    def _count(self, new_groups: Sequence[OpenGroup] = ()) -> None:
-        self.counts.update(new_groups)
+    def _count(self, changed: Iterable[OpenGroup]) -> None:
+        self.counts.update(changed)
         new = list(itertools.takewhile(OpenGroup.is_judged, self.groups[self.settled :]))
         self.settled += len(new)
         self.settled_informative += sum(group.is_informative() for group in new)
