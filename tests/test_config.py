@@ -240,6 +240,8 @@ BAD = {
     "null section": ("dapo:\n", "dapo: must be an object, got null"),
     "NUL": ('data: {train: "a\\0b"}\n', "data.train: contains a NUL"),
     "number for key": ("1: 2\n", "key 1 is not text"),
+    "bool for key": ("True: 2\n", "key True is not text"),
+    "list for key": ("? [seed, 1]\n: 2\n", "c.yaml:4: a key is a sequence, not text"),
     "wrong literal": (
         "reward: {verifier: strictt}\n",
         "reward.verifier: must be 'strict', 'lenient' or 'custom'",
@@ -398,6 +400,26 @@ def test_no_file_raises_anything_but_its_own_error(tmp_path_factory, content):
         assert isinstance(load_config(path), Config)
     except ConfigError as e:
         assert "\n" not in str(e)
+
+
+@pytest.mark.parametrize("word", ["true", "True", "TRUE", "false", "False", "FALSE"])
+def test_booleans_are_those_of_yaml_1_2(load, word):
+    """The core schema, https://yaml.org/spec/1.2.2/#1032-tag-resolution"""
+    value = load(f"dapo: {{dynamic_sampling: {word}}}\n").dapo.dynamic_sampling
+    assert value is (word.lower() == "true")
+
+
+@pytest.mark.parametrize("word", ["null", "Null", "NULL", "~", ""])
+def test_nulls_are_those_of_yaml_1_2(load, word):
+    assert load(f"preset: paper\ndapo: {{dual_clip: {word}}}\n").dapo.dual_clip is None
+    assert load(overrides=["preset=verl", f"dapo.dual_clip={word}"]).dapo.dual_clip is None
+
+
+@pytest.mark.parametrize("word", ["TrUE", "nUll", "yes", "none", "True", "NULL", "12"])
+def test_text_that_could_be_another_scalar_is_dumped_as_text(load, word, tmp_path):
+    c = load(overrides=[f"eval.sets={{a: '{word}'}}"])
+    (tmp_path / "d.yaml").write_text(dump_yaml(c))
+    assert load_config(tmp_path / "d.yaml").eval.sets["a"].path == word
 
 
 def test_a_dumped_config_loads_equal(load, tmp_path):

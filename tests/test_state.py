@@ -193,6 +193,11 @@ BUFFERED, BEGUN = ("groups", "buffer", "groups", 0), ("groups", "draw", "open", 
         put(-1, "groups", "draw", "open", 0, "problem"),
         put(np.zeros(7, np.float32), *BEGUN, "response", "behavior_logprobs"),
         put([True], *BEGUN, "verdict"),
+        put(1, "host", "progress", "begun"),
+        put("1", "groups", "draw", "keep_rate"),
+        put("6", "groups", "buffer", "last_draw"),
+        put(b"p0", *BUFFERED, "prompt", "problem", "id"),
+        put("yes", *BEGUN, "ended"),
     ],
 )
 def test_what_a_forged_checkpoint_says_is_one_line(change):

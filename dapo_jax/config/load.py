@@ -43,22 +43,23 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            name = str(key.value)[:60]
+            if not isinstance(key, yaml.ScalarNode):
+                _refuse(key, f"a key is a {key.id}, not text")
             if key.tag != "tag:yaml.org,2002:str":
-                _refuse(key, f"key {name} is not text")
+                _refuse(key, f"key {key.value[:60]} is not text")
             if key.value in seen:
-                _refuse(key, f"duplicate key {name!r}")
+                _refuse(key, f"duplicate key {key.value[:60]!r}")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what the loader would read as a number."""
+    """Quotes text that the loader would read as another scalar."""
 
 
 for _tag, _form in {
-    "null": r"null|~|",
-    "bool": r"true|false",
+    "null": r"null|Null|NULL|~|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?(?:0|[1-9][0-9]*)",
     "float": r"[-+]?(?=\.?[0-9])(?:0|[1-9][0-9]*)?(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",

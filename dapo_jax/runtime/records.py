@@ -27,8 +27,20 @@ def typed(kind: type[_T], data: Any) -> _T:
     """The record of this type from which `plain` made `data`. Raises ValueError if it is none."""
     how = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
     try:
-        return TypeAdapter(kind, config=how).validate_python(data)
+        record = TypeAdapter(kind, config=how).validate_python(data)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{where}: {first['msg']}") from None
+    _check_unchanged(plain(record), data)
+    return record
+
+
+def _check_unchanged(value: Any, data: Any, where: str = "record") -> None:
+    """Raises ValueError where pydantic has read a value of another type, as 1 for "1"."""
+    if type(value) is not type(data):
+        kinds = f"{type(data).__name__}, not {type(value).__name__}"
+        raise ValueError(f"{where}: is {kinds}")
+    if isinstance(data, dict | list):
+        for key in data if isinstance(data, dict) else range(len(data)):
+            _check_unchanged(value[key], data[key], f"{where}.{key}")
