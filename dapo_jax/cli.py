@@ -100,7 +100,6 @@ def add_config(
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that choose a checkpoint of --run-dir."""
     which = parser.add_mutually_exclusive_group()
     what = "the checkpoint of this rollout step (default: the newest)"
     which.add_argument("--step", type=int, metavar="N", help=what)
@@ -146,7 +145,6 @@ def _check_arguments(argv: list[str]) -> None:
 
 
 def out_of_memory(e: Exception) -> bool:
-    """Whether a device, or the host, ran out of memory."""
     # A CPU calls it INTERNAL, and the compiler of a TPU says "ran out of memory".
     full = "RESOURCE_EXHAUSTED" in str(e) or "Out of memory" in str(e)
     return isinstance(e, MemoryError) or (type(e).__name__ == "JaxRuntimeError" and full)
@@ -172,7 +170,6 @@ def _print(what: object) -> None:
 
 
 def main_of(verb: str) -> Callable[[list[str] | None], int]:
-    """The function of a verb, which is a module or a package."""
     module = importlib.import_module(f"dapo_jax.{verb}")
     if not hasattr(module, "main"):
         module = importlib.import_module(f"dapo_jax.{verb}.__main__")

@@ -61,8 +61,6 @@ def one_line(error: object) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn of a chat prompt."""
-
     role: str
     content: str
 
@@ -162,9 +160,8 @@ class Group:
 class TrainBatch(NamedTuple):
     """Token-aligned packed rows, [N, T] each ([M, N, T] with micro-batches in front).
 
-    Entry t describes the prediction of token t from the earlier tokens of its segment. An unpacked
-    batch is a packed one with one response per row. Masks come from lengths, not from a pad token.
-    Arrays are numpy on the host, jax on devices.
+    Entry t describes the prediction of token t from the earlier tokens of its segment. Arrays are
+    numpy on the host, jax on devices.
     """
 
     tokens: Int32[Any, "*M N T"]

@@ -30,8 +30,6 @@ Times = list[tuple[float, float]]  # seconds and processor seconds of each call
 
 @dataclasses.dataclass(kw_only=True)
 class Sizes:
-    """Flags of every benchmark that runs on devices."""
-
     __pydantic_config__ = STRICT
     repeats: int = field(3, "timed calls, after one warm-up call", ge=1)
     dtype: Dtype = field("float32", "of the matmuls")
@@ -40,8 +38,6 @@ class Sizes:
 
 @dataclasses.dataclass(kw_only=True)
 class ModelSizes(Sizes):
-    """Flags of the benchmarks that run a model."""
-
     prompt_len: int = field(64, "tokens of a prompt", ge=1)
     max_response_len: int = field(128, "tokens of the longest response", ge=1)
     layers: int = field(4, "decoder layers", ge=1)
@@ -56,12 +52,10 @@ class ModelSizes(Sizes):
 
 
 def fail(key: str, message: str) -> NoReturn:
-    """Raises the InputError of a flag."""
     raise InputError(f"--{key.replace('_', '-')}: {message}")
 
 
 def _value(text: str) -> Any:
-    """A flag's number, or its text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -120,7 +114,6 @@ def _print_table(facts: Row, rows: Sequence[Row]) -> None:
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds and processor seconds of a call."""
     wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(call())
     return time.perf_counter() - wall, time.process_time() - cpu

@@ -74,7 +74,6 @@ def _refuse(at: Any, problem: str) -> NoReturn:
 
 
 def _parse_yaml(text: str, where: str) -> Any:
-    """The tree of a YAML document."""
     try:
         return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError) as e:

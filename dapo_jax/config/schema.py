@@ -73,8 +73,6 @@ Remat = Literal["none", "dots", "full"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a decoder."""
-
     __pydantic_config__ = STRICT
     family: Family = field("qwen3", "qwen2: q/k/v biases; qwen3: q/k norms; see docs/models.md")
     vocab_size: int = field(151936, "V", ge=1)
@@ -161,8 +159,6 @@ class TrainSet(EvalSet):
 
 @dataclass(frozen=True)
 class DataSection:
-    """Training problems and how they become prompts."""
-
     train: tuple[TrainSet, ...] = field((TrainSet("arithmetic"),), "data sets", min_length=1)
     template: str = field(DAPO_TEMPLATE, "wraps a plain-text problem, which replaces {prompt}")
     allow_change: bool = field(False, "resume with another data set, from its start")
@@ -174,8 +170,6 @@ class DataSection:
 
 @dataclass(frozen=True)
 class EvalSection:
-    """Held-out problems and how they are sampled."""
-
     sets: Mapping[str, EvalSet] = field(dict, "data sets by name")
     every: int = field(10, "rollout steps between evaluations; 0: never", ge=0)
     samples_per_problem: int = field(32, "k of avg@k, pass@k, cons@k", ge=1)
@@ -186,8 +180,6 @@ class EvalSection:
 
 @dataclass(frozen=True)
 class RolloutSection:
-    """Sampling of training responses."""
-
     max_response_len: int = field(20480, "L_max, generation limit, tokens", ge=1)
     temperature: float = field(1.0, "sampling temperature, also of the loss's log-probs", gt=0)
     top_p: float = field(1.0, "nucleus mass", gt=0, le=1)
@@ -204,8 +196,6 @@ Verifier = Literal["strict", "lenient", "custom"]
 
 @dataclass(frozen=True)
 class RewardSection:
-    """Correctness and overlong penalty."""
-
     verifier: Verifier = field("strict", "last `Answer:` line; math-verify; your function")
     function: str | None = field(None, "custom: package.module:name or file.py:name")
     allowed_modules: tuple[str, ...] = field((), "modules and files that `function` may be in")
@@ -322,8 +312,6 @@ class TrainSection:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
-
     __pydantic_config__ = STRICT
     preset: Literal["paper", "verl"] | None = field(None, "values where the recipes differ")
     task: str | None = field(None, "Python file with TEMPLATE and `reward` (docs/tasks.md)")

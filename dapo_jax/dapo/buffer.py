@@ -1,7 +1,6 @@
 """Dynamic sampling: collects groups until a rollout step has enough informative ones.
 
-Groups are accepted in the order in which their prompts were drawn: the order in which they finish
-would favour short responses. Decisions depend on the groups alone, never on the clock.
+Groups are accepted in draw order: the order in which they finish would favour short responses.
 """
 
 import itertools
@@ -39,8 +38,6 @@ class StepCounts(NamedTuple):
 
 
 class BufferState(NamedTuple):
-    """A buffer in a checkpoint."""
-
     last_draw: int
     counts: StepCounts
     groups: tuple[Group, ...]
@@ -50,8 +47,7 @@ class DynamicSamplingBuffer:
     """Collects the groups of a rollout step.
 
     prompts_per_step: groups a step trains on. dynamic_sampling: accept informative groups only.
-    carry_surplus: keep surplus groups for the next step. If groups are added only while `missing()`
-    is above 0, n groups of one step are trained on at most ceil(n / prompts_per_step) steps later.
+    carry_surplus: keep surplus groups for the next step.
     """
 
     def __init__(self, prompts_per_step: int, dynamic_sampling: bool, carry_surplus: bool):
@@ -63,18 +59,15 @@ class DynamicSamplingBuffer:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all groups and counts."""
         self._accepted: list[Group] = []  # in draw order, the carried ones first
         self._last_draw = -1
         self._counts = StepCounts()
 
     def add(self, groups: Sequence[Group], *, at_least: int = 0) -> None:
-        """Accepts judged groups in draw order; groups that the filter drops need no old log-probs.
+        """Accepts judged groups in draw order.
 
-        Both errors leave the buffer unchanged. Raises UnderfilledError if it would have fewer than
-        `at_least` groups to train on. Raises ValueError unless draw indices increase, also from
-        call to call, and every accepted group is complete: a verdict and a reward for each
-        response, both log-probs for each token.
+        Changes nothing where it raises: UnderfilledError with fewer than `at_least` groups to train
+        on, ValueError for draws that do not increase and accepted groups that are not complete.
         """
         draws = [self._last_draw, *(group.draw for group in groups)]
         for before, after in itertools.pairwise(draws):
@@ -104,10 +97,7 @@ class DynamicSamplingBuffer:
         return max(0, self._prompts_per_step - len(self._accepted))
 
     def ready(self) -> tuple[list[Group], StepCounts]:
-        """The groups to train on, the first prompts_per_step accepted ones or fewer, and counts.
-
-        Changes nothing. Raises UnderfilledError if there is no group at all.
-        """
+        """The groups to train on and the step's counts. UnderfilledError if there is no group."""
         needed, counts = self._prompts_per_step, self._counts
         if not self._accepted:
             raise UnderfilledError(_cap_message(0, needed, counts))
@@ -123,7 +113,6 @@ class DynamicSamplingBuffer:
         return kept, counts
 
     def state(self) -> BufferState:
-        """The whole state, for a checkpoint."""
         return BufferState(self._last_draw, self._counts, tuple(self._accepted))
 
     def restore(self, state: BufferState) -> None:
@@ -134,7 +123,6 @@ class DynamicSamplingBuffer:
 
 
 def _cap_message(accepted: int, needed: int, t: StepCounts) -> str:
-    """One line for a step with too few groups at its cap: what was drawn, and what to do."""
     informative = t.drawn - t.all_correct - t.all_wrong - t.unjudged
     easier, harder = "easier problems or a supervised warm-up", "harder problems"
     train = " or set dapo.on_cap: train" if accepted else ""

@@ -20,8 +20,6 @@ RATIO_RANGES: Mapping[str, tuple[float, float]] = {
 def informative_groups(correct: ArrayLike) -> Bool[np.ndarray, " Q"]:
     """Groups with correct and incorrect responses: 0 < #correct < G (arXiv 2503.14476, Eq. 8).
 
-    bool [Q, G] -> bool [Q]. Raises ValueError for other shapes.
-
     >>> print(informative_groups([[True, False, False], [True, True, True], [False, False, False]]))
     [ True False False]
     """
@@ -41,9 +39,8 @@ def group_advantages(
 ) -> Float32[np.ndarray, "Q G"]:
     """A = (R - mean(R)) / (std(R) + eps) in each group (arXiv 2503.14476, Eq. 9).
 
-    [Q, G] -> float32 [Q, G]. The std divides by G - ddof; equal rewards give exactly 0. scale:
-    divides in place of std + eps. Raises ValueError for other shapes, ddof outside 0..G-1 and
-    non-finite rewards.
+    The std divides by G - ddof; equal rewards give exactly 0. scale: divides in place of std + eps.
+    Raises ValueError for other shapes, ddof outside 0..G-1 and non-finite rewards.
 
     >>> print(group_advantages([[1, 1, -1, -1], [0.1, 0.1, 0.1, 0.1]]).round(4))
     [[ 0.866  0.866 -0.866 -0.866]

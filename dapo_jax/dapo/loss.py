@@ -145,11 +145,9 @@ def policy_metrics(
 def batch_hidden(
     params: Params, batch: TrainBatch, model: ModelConfig, mesh: Mesh | None = None
 ) -> tuple[Float[Array, "_ D"], Routing | None]:
-    """Hidden states [N * T, D], row-major: entry t has the state that predicts token t. And the
-    routing of tokens, which replays the experts of the batch, if any.
-
-    This is the only place that shifts from t - 1 to t.
-    """
+    """Hidden states [N * T, D], row-major: entry t has the state that predicts token t; the only
+    place that shifts from t - 1 to t. And the routing of tokens, which replays the experts of the
+    batch."""
     rows = (batch.tokens, batch.positions, batch.segment_ids)
     replayed = None
     if batch.experts is not None:  # entry t has the experts of token t - 1
@@ -220,15 +218,13 @@ def loss_fn(
     chunk_size: int = 1024,
     mesh: Mesh | None = None,
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
-    """Σ_t weight_t · dapo_token_loss_t over the response tokens of packed rows.
+    """Σ_t weight_t · dapo_token_loss_t over the response tokens of packed rows [N, T].
 
     Equals -J(θ) of DAPO (Eq. 8) if `batch.weight` is that of `packing.normalizer_weights`.
 
-    Args:
-      batch: [N, T]. temperature: of the sampling, so that ratios compare the same distributions.
-      chunk_size: tokens per device whose logits exist at a time. mesh: if rows are sharded.
-
-    Returns: (scalar loss, metric sums over target tokens). Both add up over micro-batches.
+    temperature: of the sampling. chunk_size: tokens per device whose logits exist at a time. mesh:
+    if rows are sharded. Returns: (loss, metric sums over target tokens), which add over
+    micro-batches.
     """
     options = {"temperature": temperature, "chunk_size": chunk_size, "mesh": mesh}
     return _batch_loss(params, batch, functools.partial(dapo_terms, algo=algo), model, **options)

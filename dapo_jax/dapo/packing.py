@@ -1,7 +1,6 @@
 """From responses to training rows: the loss normaliser and first-fit-decreasing packing.
 
-A packed row holds several segments, each a prompt followed by its response. Entry t of a row
-describes the prediction of token t from the earlier tokens of its segment (`types.TrainBatch`).
+A packed row holds several segments, each a prompt followed by its response (`types.TrainBatch`).
 """
 
 from collections.abc import Sequence
@@ -18,8 +17,6 @@ _DTYPES: Sequence[type[np.generic]] = [np.int32] * 3 + [np.bool_] + [np.float32]
 
 
 class TrainItem(NamedTuple):
-    """One response to train on."""
-
     prompt: Int32[np.ndarray, " P"]  # P >= 1
     response: Int32[np.ndarray, " R"]
     old_logprobs: Float32[np.ndarray, " R"]
@@ -66,12 +63,11 @@ def normalizer_weights(
         seq-mean-token-mean  1 / (responses x |o_i|)                       naive GRPO
         seq-mean-token-sum   1 / (responses x length)                      Dr. GRPO; length 1: None
 
-    Args, [n] each: group_of: the group of a response, any integers. target_counts: |o_i|, tokens.
-      kept: False takes a response out of the loss and of all sums; so does having no tokens.
+    [n] each: group_of, any integers; target_counts, |o_i|; kept: False takes a response out of the
+    loss and of all sums, as having no tokens does.
 
-    Returns: float32 [n], 0 for responses without tokens or not kept.
-
-    Raises ValueError for shapes that differ, negative counts and unknown normalisers.
+    Returns 0 for responses without tokens or not kept. Raises ValueError for shapes that differ,
+    negative counts and unknown normalisers.
 
     >>> group_of, lengths, kept = [1, 1, 2, 2], [2, 4, 1, 3], [True] * 4
     >>> print(normalizer_weights(group_of, lengths, kept, normalizer="token-mean").round(4))
@@ -109,8 +105,7 @@ def normalizer_weights(
 def long_share(lengths: ArrayLike, weights: ArrayLike, advantages: ArrayLike) -> float:
     """The share of Σ_i |o_i| w_i |A_i| in the longest quarter of the responses, 0 if the sum is 0.
 
-    At ratio 1 this is their share of the gradient: a sample-level loss weighs the responses of a
-    group equally, a token-level loss weighs long ones more. [n] each; the quarter is rounded up.
+    At ratio 1 this is their share of the gradient. [n] each; the quarter is rounded up.
     """
     sizes = np.asarray(lengths, np.float64)
     carried = sizes * np.abs(np.asarray(weights, np.float64) * np.asarray(advantages, np.float64))
@@ -164,11 +159,10 @@ def build_batch(
 ) -> tuple[TrainBatch, PackStats]:
     """Packs items into numpy rows [M, N, T].
 
-    T = row_len, N = rows_per_microbatch, M = microbatches or the fewest that suffice. The N rows
-    of a micro-batch are split over row_shards devices. Rows go to the devices' parts of the used
-    micro-batches in descending order of attention cost (sum of squared segment lengths), in snake
-    order: the costs of any two parts differ by at most the costliest row's, their row counts by at
-    most one. The other rows and micro-batches, at the end, are empty.
+    T = row_len, N = rows_per_microbatch, M = microbatches or the fewest that suffice. Rows go to
+    the row_shards parts of the used micro-batches in descending order of attention cost (sum of
+    squared segment lengths), in snake order: costs of two parts differ by at most the costliest
+    row's. The other rows and micro-batches, at the end, are empty.
 
     Raises ValueError for no items, an empty prompt, log-probs that do not match the response, an
     item longer than a row, too few microbatches, and rows that do not divide over the devices.
@@ -229,7 +223,6 @@ def _check_items(items: Sequence[TrainItem]) -> None:
 
 
 def _write(entries: TrainBatch, item: TrainItem, segment: int) -> None:
-    """Writes an item to its entries of a row."""
     p = len(item.prompt)
     entries.tokens[:p] = item.prompt
     entries.tokens[p:] = item.response

@@ -14,9 +14,7 @@ from dapo_jax.types import Params, TrainBatch, TrainState
 
 
 def make_optimizer(section: OptimSection) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW without its learning rate, which `update_step` applies:
-    the rate follows rollout steps, not updates, so it is not in the optimizer state.
-    """
+    """Global-norm clipping, then AdamW without its learning rate, which `update_step` applies."""
     return optax.chain(
         optax.clip_by_global_norm(section.grad_clip),
         optax.scale_by_adam(b1=section.b1, b2=section.b2, eps=section.eps),
@@ -50,10 +48,7 @@ def used_microbatches(batch: TrainBatch) -> Int[Array, ""]:
 def accumulate(
     params: Params, batch: TrainBatch, loss_fn: LossFn
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]], Params]:
-    """Loss, metric sums and float32 gradient: each the sum over the micro-batches of [M, N, T].
-
-    Empty micro-batches at the end are not computed.
-    """
+    """Sums over the micro-batches of [M, N, T]: loss, metric sums, float32 gradient."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
     def body(i, total):
@@ -91,11 +86,8 @@ def update_step(
 
     A non-finite loss or gradient leaves parameters and optimizer state bitwise unchanged.
 
-    Args:
-      state: donated by the caller's jit. batch: [M, N, T], M micro-batches of N rows.
-      loss_fn: (params, [N, T] batch) → (loss, metric sums), a sum over tokens.
-
-    Returns: (new state, {"loss", "grad_norm", "skipped" (0 or 1), the loss's metric sums}).
+    state: donated by the caller's jit. batch: [M, N, T]. Returns: (new state, {"loss", "grad_norm",
+    "skipped" (0 or 1), the loss's metric sums}).
     """
     before, frozen = split(state.params, lora)
     loss, sums, grads = accumulate(before, batch, lambda p, rows: loss_fn(join(p, frozen), rows))

@@ -7,13 +7,12 @@
                                   SHA-256 of the groups; SHA-256 of the record itself
 
 A name is `40`, the rollout step that it completes, or `40.1`, `40.2`, ... for a later one at that
-step: inside step 41, or step 40 saved again after a rollback. The newest is the highest
-(step, number). The newest checkpoint and the newest `keep` whole steps are kept. A whole `0`
-replaces the `0.1`, ... of the warm-up before it.
+step: inside step 41, or step 40 saved again after a rollback. The newest is the highest (step,
+number). The newest checkpoint and the newest `keep` whole steps are kept. A whole `0` replaces the
+`0.1`, ... of the warm-up before it.
 
-orbax writes in the background. It leaves to its caller: stored bytes have no checksum, a failed
-write shows only when it is waited for, and a target of another dtype is cast silently. On a disk a
-checkpoint gets its name when it is complete, in a bucket a last object marks it as complete.
+orbax leaves to its caller: stored bytes have no checksum, a failed write shows only when it is
+waited for, and a target of another dtype is cast silently.
 """
 
 import contextlib
@@ -67,8 +66,6 @@ _Dict = Mapping[str, Any]
 
 
 class Restored(NamedTuple):
-    """A verified checkpoint."""
-
     path: Folder
     step: int  # rollout step after which it was saved
     state: Any  # a TrainState with the requested shardings
@@ -83,10 +80,8 @@ class _Unusable(Exception):
 class Checkpoints:
     """Context manager that saves to and restores from one folder. Every process calls every method.
 
-    Leaving the context waits for the save in progress. Raises InputError where the folder cannot be
-    used. All methods raise RunError in place of InputError for a bucket: it may answer in a minute.
-
-    keep_also: one of the given whole steps, or None; that step is kept too.
+    Raises InputError where the folder cannot be used; RunError in place of it for a bucket, which
+    may answer in a minute. keep_also: one of the given whole steps, or None; that step is kept too.
     """
 
     def __init__(
@@ -141,11 +136,10 @@ class Checkpoints:
     ) -> None:
         """Starts to write the newest checkpoint. Once this returns, `state` may be donated.
 
-        host: JSON-able, finite numbers. groups: records (`plain`) of arrays without objects,
-        numbers, bools and texts. partial: the checkpoint is inside step
-        `step + 1`, or before step 1. Raises ValueError if there is one of a later step,
-        FloatingPointError if the state is non-finite, RunError if processes or replicas have
-        diverged, and InputError if the disk refuses this save or the one before.
+        host: JSON-able, finite numbers. groups: records (`plain`). partial: inside step `step + 1`,
+        or before step 1. Raises ValueError if there is one of a later step, FloatingPointError if
+        the state is non-finite, RunError if processes or replicas have diverged, and InputError if
+        the disk refuses this save or the one before.
         """
         self.wait()
         items = _items(state)
@@ -188,13 +182,12 @@ class Checkpoints:
                 self._remove({path for path in excess if path.name != str(also)})
 
     def restore(self, abstract_state: TrainState, *, at_most: int | None = None) -> Restored | None:
-        """The newest complete checkpoint of the expected tree, shapes, dtypes and digests.
+        """The newest complete checkpoint of the expected tree, shapes, dtypes and digests; None if
+        the folder holds no checkpoint.
 
         Newer ones are named on stderr and renamed to `bad-<name>`, out of the way of later saves.
-
-        abstract_state: arrays, or jax.ShapeDtypeStruct leaves with shardings; the device count may
-        differ from the saved one. at_most: rolls back to a whole step no later than this. Returns
-        None if the folder holds no checkpoint. Raises NoCheckpointError if none of them is usable.
+        abstract_state: arrays, or jax.ShapeDtypeStruct leaves with shardings. at_most: rolls back
+        to a whole step no later than this. Raises NoCheckpointError if none is usable.
         """
         self.wait()
         target = jax.tree.map(_target, abstract_state)
@@ -249,20 +242,16 @@ def records_digest(folder: str | Folder) -> str:
 
 
 def stored_steps(folder: str | Folder) -> list[int]:
-    """Whole steps that this process finds in the folder, newest first; not verified. It need not
-    have joined the others.
-    """
+    """Whole steps that this process finds in the folder, newest first; not verified."""
     return _whole_steps(_stored(_absolute(folder)))
 
 
 def restore_params(
     folder: str | Folder, abstract_params: Params, step: int | None = None
 ) -> tuple[int, Params]:
-    """Step and weights of the newest usable whole step, or of `step`, without its optimizer.
-    Changes no file.
+    """Step and weights of the newest usable whole step, or of `step`. Changes no file.
 
-    abstract_params: arrays, or jax.ShapeDtypeStruct leaves with shardings. Unusable checkpoints are
-    named on stderr. Raises NoCheckpointError if there is no usable one.
+    Unusable ones are named on stderr. Raises NoCheckpointError if there is no usable one.
     """
     folder, target = _absolute(folder), jax.tree.map(_target, abstract_params)
     whole = [path for path in _listed(folder) if _key(path)[1] == 0]
@@ -352,10 +341,8 @@ def _newest(
 
 
 def _load(path: Folder, target: Mapping[str, _Dict], groups: bool) -> Restored:
-    """A verified checkpoint, its state as a list of leaves in the order of the target.
-
-    Raises _Unusable, on all processes or on none.
-    """
+    """A verified checkpoint, its state as a list of leaves in the order of the target. Raises
+    _Unusable, on all processes or on none."""
     record = _agreed(lambda: _read_record(path))
     _agreed(lambda: _check_expected(record["leaves"], target))
     found = _agreed(lambda: _read_groups(path / "groups", record["groups"])) if groups else {}
@@ -538,13 +525,12 @@ def _first_non_finite(leaves: _Dict) -> str | None:
 
 @jax.jit
 def _inspect(x: Array) -> tuple[Array, Array, Array]:
-    """Two uint32 digests, and whether all elements are finite. Any sharding, any process count.
+    """Two uint32 digests, and whether all elements are finite.
 
         digest_k = sum over i of mix(word_i ^ c_k i)  mod 2^32,   k = 0, 1
 
-    The order of a sum modulo 2^32 does not matter, so the digest does not depend on the sharding.
-    `mix` is a bijection, so a change of one word always shows; any other change is missed with
-    probability 2^-64. Against damage, not against forgery.
+    The sum does not depend on the sharding. `mix` is a bijection, so a change of one word always
+    shows; any other is missed with probability 2^-64. Against damage, not against forgery.
     """
     return _digest(x, 0x9E3779B1), _digest(x, 0x85EBCA77), jnp.isfinite(x).all()
 

@@ -63,7 +63,6 @@ def escaped_output() -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    """A line on standard error."""
     print(f"dapo_jax: {message}", file=sys.stderr, flush=True)
 
 
@@ -115,8 +114,8 @@ def duration(seconds: float) -> str:
 class StepTable:
     """The table of a run of `steps` steps; its titles repeat. columns: width in characters.
 
-    `left` is the time left, by the mean time from line to line so far, evaluations included. The
-    first line, before which programs compile, does not count.
+    `left` is the time left, by the mean time from line to line, evaluations included; the first
+    line, before which programs compile, does not count.
     """
 
     def __init__(self, steps: int, columns: int | None = None):

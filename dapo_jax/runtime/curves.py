@@ -77,8 +77,8 @@ _LEGEND |= {"columnspacing": 1.1, "handletextpad": 0.4}
 def plot_curves(run_dir: str | Folder) -> Folder:
     """Draws <run>/curves.png from <run>/metrics.jsonl, 1800 x 960 pixels. Returns its path.
 
-    Thin lines are the values, thick ones their running mean. Missing metrics are left out. Raises
-    InputError if there are no metrics, or the file cannot be written (RunError in a bucket).
+    Thin lines are the values, thick ones their running mean. Raises InputError if there are no
+    metrics, or the file cannot be written (RunError in a bucket).
     """
     folder = as_path(run_dir)
     records = read_metrics(folder)

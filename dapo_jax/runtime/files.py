@@ -1,7 +1,7 @@
 """Files of this machine and of Google Cloud Storage: run folders, data sets, models.
 
-Both kinds of path have pathlib's methods (`as_path`). An object in a bucket appears whole, replaces
-another at once and cannot be appended to; a folder exists as soon as it holds something.
+An object in a bucket appears whole, replaces another at once and cannot be appended to; a folder
+exists as soon as it holds something.
 """
 
 import contextlib
@@ -47,12 +47,10 @@ logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of w
 
 
 def as_path(where: str | os.PathLike[str]) -> Folder:
-    """The path object for a local path or a gs:// URL."""
     return epath.Path(where) if is_bucket(where) else Path(where)
 
 
 def is_bucket(where: str | os.PathLike[str]) -> bool:
-    """Whether the path is in a bucket: objects instead of files."""
     return os.fspath(where).startswith("gs://")
 
 
@@ -236,7 +234,7 @@ def _download(objects: Objects, folder: Path) -> None:
 def local_copy(where: str | Folder, holds: Sequence[str] = ("*",)) -> Iterator[Path]:
     """The path itself, or while inside a local copy of an object, or of a folder's objects.
 
-    Raises InputError if it cannot be read, or the name, or none in the folder, matches `holds`.
+    Raises InputError if it cannot be read, or nothing in it matches `holds`.
     """
     url = os.fspath(where)
     if not is_bucket(url):
@@ -258,8 +256,6 @@ def local_copy(where: str | Folder, holds: Sequence[str] = ("*",)) -> Iterator[P
 
 
 class LocalModel(NamedTuple):
-    """The location of a model's files."""
-
     name: str  # as given; a hub id with the commit, ID@COMMIT, which always names the same files
     folder: str  # on this machine
 
@@ -267,9 +263,9 @@ class LocalModel(NamedTuple):
 def local_model(name: str, files: Sequence[str]) -> LocalModel:
     """A model as a folder of this machine, with those of the `files` (patterns) that it has.
 
-    An existing folder is used as it is, gs://bucket/folder is copied to $XDG_CACHE_HOME/dapo_jax
+    A folder is used as it is, gs://bucket/folder is copied to $XDG_CACHE_HOME/dapo_jax
     (~/.cache/dapo_jax), and a hub id, ID or ID@REVISION, downloaded to huggingface_hub's cache.
-    Processes of one machine wait for each other. Raises InputError if it cannot be had.
+    Raises InputError if it cannot be had.
     """
     if os.path.isdir(name):
         return LocalModel(name, name)

@@ -1,11 +1,10 @@
 """Signals and the watchdog of a run.
 
 A run calls `Guard.reach(place)` wherever it may be stopped: after a segment of decoding, an update,
-a set of verdicts. There a signal that any process has received stops all of them, at the same
-place, by raising Stopped; and the watchdog notes progress. Without progress for too long it prints
-every thread's stack and ends the process, since a host that hangs or has died leaves the others
-waiting in a collective. Before the first place there is nothing to save, and a signal ends the
-process at once (`signals_end`).
+a set of verdicts. There a signal that any process has received stops all of them by raising
+Stopped, and the watchdog notes progress. Without progress for too long it prints every thread's
+stack and ends the process, since a host that hangs leaves the others waiting in a collective.
+Before the first place a signal ends the process at once (`signals_end`).
 """
 
 import contextlib
@@ -46,8 +45,8 @@ class Interrupted(KeyboardInterrupt):
 def signals_end() -> Iterator[None]:
     """SIGTERM or SIGINT raises Interrupted in the main thread, until a Guard takes over.
 
-    That thread may be in C++ code that returns late (waiting for other processes, compiling), or
-    in a library that swallows the exception: the process then ends after `_UNWIND_S`.
+    That thread may be in C++ code that returns late, or in a library that swallows the exception:
+    the process then ends after `_UNWIND_S`.
     """
     if threading.current_thread() is not threading.main_thread():  # Python sets no handlers there
         yield
@@ -87,8 +86,8 @@ def signals_end() -> Iterator[None]:
 class Guard:
     """Context manager around a run, for the main thread of every process.
 
-    stall_timeout_s: seconds without progress after which the process ends with status 1; None is
-    no limit. Watchdog and signal handling start at the first `reach`.
+    stall_timeout_s: seconds without progress after which the process ends with status 1, or None.
+    Both begin at the first `reach`.
     """
 
     def __init__(self, stall_timeout_s: float | None):

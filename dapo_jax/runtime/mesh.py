@@ -49,8 +49,8 @@ _TOPS = ("embed", "head", "layers", "final_norm")
 def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     """A mesh over all devices. Raises InputError if the axes do not multiply to their number.
 
-    Over several TPU slices only `data` is split, as the data centre network connects them. Raises
-    InputError if the slices do not divide `data`.
+    Over several TPU slices only `data` is split, as the data centre network connects them;
+    InputError if the slices do not divide it.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [section.data, section.fsdp, section.tensor]
@@ -86,14 +86,13 @@ def slice_count(devices: Sequence[Any]) -> int:
 
 
 def row_shards(mesh: Mesh) -> int:
-    """How many shards rows are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def partition_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The partition of one parameter. An axis that its mesh axis does not divide is not split.
 
-    Raises ValueError, naming the parameter, if no rule matches or the rule is of another rank.
+    Raises ValueError, naming the parameter, if no rule of its rank matches.
     """
     spec = next((rule for pattern, rule in PARTITION_RULES if re.fullmatch(pattern, path)), None)
     if spec is None:
@@ -113,7 +112,6 @@ def _place(mesh: Mesh, path: Any, leaf: Any, kept: tuple[str, ...] = AXES) -> Na
 
 
 def params_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
-    """A NamedSharding for every parameter (arrays or shapes)."""
     return tree_map_with_path(lambda path, leaf: _place(mesh, path, leaf), params)
 
 
@@ -169,9 +167,7 @@ def rollout_sharding(params: Mapping[str, Any], mesh: Mesh) -> Any:
 
 
 def rollout_dtype(path: Any, dtype: str) -> str:
-    """Dtype of a parameter in rollouts, to which every use casts it; norms and scales compute in
-    float32.
-    """
+    """Dtype of a parameter in rollouts; norms and scales compute in float32."""
     name = keystr(path[-1:], simple=True)
     return {"scale": "float32", "values": "int8"}.get(name, dtype)
 
@@ -182,12 +178,11 @@ def publisher(
     dtype: str,
     merge_layer: Callable[[Any], Any] = lambda layer: layer,
 ) -> Callable[[Any], Any]:
-    """A jitted function from master weights to rollout weights: cast (`rollout_dtype`), and
-    gathered from the fsdp shards once per step.
+    """A jitted function from master weights to rollout weights: cast, and gathered from the fsdp
+    shards once per step.
 
     params: of rollouts (arrays or shapes). merge_layer: from a trained layer to one of rollouts.
-    Works a layer at a time: XLA gathers into a separate buffer, which for all layers at once would
-    double the memory.
+    Works a layer at a time: for all layers at once XLA's buffer would double the memory.
     """
     shardings = rollout_sharding(params, mesh)
 

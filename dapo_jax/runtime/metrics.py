@@ -126,10 +126,9 @@ METRICS: Mapping[str, str] = {
 class MetricsLog:
     """Context manager that appends a run's metrics to metrics.jsonl and TensorBoard.
 
-    resume_step: the run resumes after this step, so lines of later steps are dropped; None starts
-    over. enabled: False writes nothing, for processes other than the first. copy: gets (step, the
-    numbers of its line) too. Raises InputError where the folder cannot be written, RunError where a
-    bucket cannot.
+    resume_step: lines of later steps are dropped; None starts over. enabled: False writes nothing.
+    copy: gets (step, the numbers of its line) too. Raises InputError where the folder cannot be
+    written, RunError where a bucket cannot.
     """
 
     _lines: AppendFile | None = None
@@ -190,10 +189,8 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: str | Folder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in order, without an unfinished last one.
-
-    Raises InputError if the file is missing or damaged.
-    """
+    """The lines of metrics.jsonl in order, without an unfinished last one. InputError if the file
+    is missing or damaged."""
     path = as_path(run_dir) / "metrics.jsonl"
     fix = "give the folder of a run as --run-dir"
     with files.errors_as(InputError, path, "cannot read metrics", fix):
@@ -230,10 +227,7 @@ def last_accuracies(run_dir: str | Folder) -> str:
 
 
 def write_samples(run_dir: str | Folder, step: int, rows: Sequence[Mapping[str, Any]]) -> Folder:
-    """Writes samples/step_<step>.jsonl atomically, a JSON object per response.
-
-    Raises as MetricsLog if it cannot.
-    """
+    """Writes samples/step_<step>.jsonl atomically, a JSON object per response."""
     path = as_path(run_dir) / "samples" / f"step_{step:06d}.jsonl"
     lines = [json.dumps(dict(row), ensure_ascii=False, default=np.generic.item) for row in rows]
     text = "".join(line + "\n" for line in lines)  # a lone surrogate becomes its JSON escape

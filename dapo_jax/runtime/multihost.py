@@ -54,8 +54,7 @@ def initialize() -> None:
 
     On a TPU VM the pod's metadata name the processes. Elsewhere JAX_COORDINATOR_ADDRESS (host:port
     of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID do; without them the job is one process.
-    Prints a hint if it has to wait; jax ends it after five minutes. Raises InputError if the
-    variables are wrong, and RunError if another process has the chips.
+    Raises InputError if the variables are wrong, and RunError if another process has the chips.
     """
     if jax.distributed.is_initialized():
         return
@@ -124,7 +123,6 @@ def on_tpu_vm() -> bool:
 
 
 def is_distributed() -> bool:
-    """Whether this process has joined a job of several."""
     return jax.distributed.is_initialized()
 
 
@@ -161,7 +159,6 @@ def software() -> dict[str, str | None]:
 
 
 def version(package: str) -> str | None:
-    """The version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -187,8 +184,7 @@ def disagreement(facts: Mapping[str, Any]) -> str | None:
 
 
 def check_alike(facts: Callable[[], Mapping[str, Any]]) -> None:
-    """Raises InputError, on every process, unless all have the same facts (see `disagreement`). A
-    job of one process does not collect them."""
+    """Raises InputError, on every process, unless all have the same facts (see `disagreement`)."""
     if jax.process_count() > 1 and (differs := disagreement(facts())):
         same = "; start every process with the same command, code, packages, model and data"
         raise InputError(differs + same)
@@ -214,7 +210,6 @@ def fetch(tree: Any) -> Any:
 
 
 def from_main(text: str) -> str:
-    """The first process's text, on every process."""
     return text if jax.process_count() == 1 else gather_texts(text)[0]
 
 
@@ -231,7 +226,6 @@ def on_all(function: Callable[[], _T]) -> _T:
 
 
 def gather_texts(text: str) -> list[str]:
-    """Every process's text, by process."""
     data = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(data)))
     padded = np.zeros(max(1, int(lengths.max())), np.uint8)

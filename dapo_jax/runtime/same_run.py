@@ -79,10 +79,7 @@ def check_same_run(
     config: Config, run_dir: Folder, source: str | None, allow: tuple[str, ...] = ()
 ) -> list[str]:
     """What differs from the run, and may: keys that start with one of `allow`, and the file of
-    reward.function, now `source`, if reward.allow_change is set.
-
-    Raises ConfigError for other differences.
-    """
+    reward.function, now `source`. Raises ConfigError for other differences."""
     data: tuple[str, ...] = ("data.train",)
     if not config.data.allow_change:  # files may move: digests identify their content
         data = tuple(f"data.train.{n}.path" for n in range(len(config.data.train)))
@@ -115,9 +112,7 @@ def check_same_run(
 
 def write_config(config: Config, run_dir: Folder, source: str | None, done: int = 0) -> None:
     """Writes the resolved config, changes of OPTIM and the reward function into the run folder.
-
-    Raises ConfigError if the run has already done more than train.steps steps.
-    """
+    ConfigError if the run has already done more than train.steps steps."""
     if (steps := config.train.steps) < done:
         raise ConfigError(
             f"train.steps: is {steps}, but {run_dir} has done {done} steps; set it to {done} or "

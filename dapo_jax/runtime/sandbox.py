@@ -57,10 +57,9 @@ class Process(contextlib.AbstractContextManager):
     thread-safe, except `interrupt`.
 
     work: "module:function" of a function that takes `setup` as its arguments and returns one from
-      an order to its result. Orders and results are JSON-able (a decimal becomes text).
-    deadline_s: for one result. memory_bytes: address space beyond what it has after `start`.
-
-    Raises OSError if no process can be started.
+    an order to its result. Orders and results are JSON-able (a decimal becomes text). deadline_s:
+    for one result. memory_bytes: address space beyond what it has after `start`. Raises OSError if
+    no process can be started.
     """
 
     def __init__(

@@ -39,8 +39,7 @@ _VALUE = 500  # of MLflow: characters of a parameter
 
 def check_tracker(kind: Kind | None, run_dir: Folder) -> None:
     """Raises InputError for a tracker that is not installed, or that would write local files where
-    the run folder is in a bucket. Imports nothing.
-    """
+    the run folder is in a bucket. Imports nothing."""
     if kind is None:
         return
     if importlib.util.find_spec(kind) is None:
@@ -60,8 +59,7 @@ def check_tracker(kind: Kind | None, run_dir: Folder) -> None:
 class Tracker:
     """Context manager around a run. `send` takes its lines.
 
-    kind: None does nothing. config: flat, shown by the tracker. info: gets a message once if the
-    tracker fails.
+    kind: None does nothing. config: flat. info: gets a message once if the tracker fails.
     """
 
     def __init__(

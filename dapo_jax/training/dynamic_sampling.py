@@ -6,13 +6,11 @@ responses are judged as they finish.
 
 Every drawn group is sampled to its end, and a step trains on the first informative ones in draw
 order. "First finished wins" would favour short responses. With partial rollouts prompts are drawn
-ahead, so that slots stay full, and a step ends as soon as the first groups in draw order suffice.
-Later groups stay open, and the next step continues their responses under new weights, each token
-with the log-prob of the policy that sampled it.
+ahead, so that slots stay full; groups after the last one needed stay open, and the next step
+continues their responses under new weights.
 
 Time is logical. A verdict on a response of segment k is used from segment k + VERDICT_DELAY on:
-never earlier, and decoding waits for it if needed. So two runs, and all hosts, draw the same
-prompts.
+never earlier, and decoding waits for it if needed. So all hosts draw the same prompts.
 """
 
 import collections
@@ -57,8 +55,6 @@ def _checked(r: Response) -> Response:
 
 
 class Sample(NamedTuple):
-    """One response of an open group."""
-
     response: Annotated[Response, AfterValidator(_checked)] = Response(
         np.zeros(0, np.int32), np.zeros(0, np.float32), False
     )  # so far
@@ -75,7 +71,6 @@ class OpenGroup:
     samples: list[Sample]
 
     def requests(self, prompt: Prompt) -> list[Request]:
-        """One request per unfinished response."""
         return [
             Request(self.draw, n, prompt.tokens, sample.response.sampled)
             for n, sample in enumerate(self.samples)
@@ -90,7 +85,6 @@ class OpenGroup:
         self.samples[n] = Sample(response._replace(policies=policies), ended)
 
     def tokens(self) -> int:
-        """Response tokens sampled so far."""
         return sum(len(sample.response.tokens) for sample in self.samples)
 
     def is_judged(self) -> bool:
@@ -105,10 +99,7 @@ class OpenGroup:
         return {v.correct for *_, v in self.samples if v is not None and v.error is None}
 
     def judged(self, prompt: Prompt, reward: RewardSection, max_response_len: int) -> Group:
-        """The group with its rewards: score + overlong penalty.
-
-        Responses without a verdict are left out, as if they had not been sampled.
-        """
+        """The group with its rewards, score + overlong penalty; without what got no verdict."""
         judged = [(r, v) for r, _, v in self.samples if v is not None and v.error is None]
         lengths = np.array([len(r.tokens) for r, _ in judged], np.int64)
         penalty = np.zeros(len(judged), np.float32)
@@ -186,10 +177,9 @@ def prompts_wanted(missing: int, counts: GroupCounts, rate: float) -> int:
     """How many more prompts the step needs, given the groups drawn so far.
 
     (missing - kept - max(early, p x unjudged) + margin) / p, rounded up. p, the keep rate, is the
-    mean of `rate`, weighted as a few groups, and of the judged groups. Groups known early do not
-    count in it: an informative group often is, another never, so the last prompts would be drawn a
-    few at a time, each as slow as its longest response. The margin is one standard deviation of
-    what is still missing, from the first verdicts on.
+    mean of `rate`, weighted as a few groups, and of the judged groups. The margin is one standard
+    deviation of what is still missing, from the first verdicts on: without it the last prompts
+    would be drawn a few at a time, each as slow as its longest response.
 
     >>> prompts_wanted(6, GroupCounts(), 0.5), prompts_wanted(6, GroupCounts(), 0.25)
     (12, 24)
@@ -206,8 +196,6 @@ def prompts_wanted(missing: int, counts: GroupCounts, rate: float) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class DynamicSampler:
-    """Samples the groups of rollout steps."""
-
     engine: Engine
     prompts: Sequence[Prompt]
     mixture: Mixture  # of the prompts
@@ -224,10 +212,8 @@ class DynamicSampler:
         """Draws until `missing` groups are informative (without dynamic sampling: have a verdict),
         or the cap on draws is reached.
 
-        Prompts are drawn when the engine runs short of requests; without partial rollouts only as
-        many as the keep rate predicts to be needed. params: rollout weights. times: time/rollout_s
-        and time/reward_s are added to. Raises InputError if too many responses get no verdict,
-        Stopped on a signal.
+        params: rollout weights. times: time/rollout_s and time/reward_s are added to. Raises
+        InputError if too many responses get no verdict, Stopped on a signal.
         """
         if not missing:
             return Drawn([], [], 0, 0, 0, state._replace(step=state.step + 1))
@@ -250,8 +236,6 @@ class DynamicSampler:
 
 
 class _StepDraw:
-    """Sampling state of one step."""
-
     def __init__(
         self, sampler: DynamicSampler, stream: Stream, state: DrawState, missing: int, times: Times
     ):
@@ -280,7 +264,6 @@ class _StepDraw:
         self._count(groups)
 
     def wanted(self) -> int:
-        """Prompts to draw now."""
         left, algo = self.cap - self.draws, self.sampler.algo
         if not algo.dynamic_sampling:
             usable = sum(bool(g.outcomes()) or not g.is_judged() for g in self.groups)
@@ -299,16 +282,11 @@ class _StepDraw:
         return -(-more // self.sampler.algo.responses_per_prompt)
 
     def _young(self, age: int) -> int:
-        """Prompts that are trained on at most `age` steps from now, whatever their verdicts.
-
-        A step trains on exactly N groups, in draw order. Of the groups drawn, all that are not
-        dropped yet may come first.
-        """
+        """Prompts that are trained on at most `age` steps from now, whatever their verdicts."""
         ahead = self.counts.kept + len(self.counts.unjudged)
         return self.missing + age * self.sampler.algo.prompts_per_step - ahead
 
     def draw(self, count: int) -> None:
-        """Draws the next prompts and submits their requests."""
         sampler, first = self.sampler, self.state.draws + self.draws
         samples = [Sample()] * sampler.algo.responses_per_prompt
         taken, self.cursor = next_problems(sampler.mixture, self.cursor, count, seed=sampler.seed)
@@ -341,8 +319,7 @@ class _StepDraw:
 
     def collect_verdicts(self) -> None:
         """Collects the verdicts that are due; all of them once nothing is left to decode, or once a
-        partial step has enough groups: open groups take theirs to the next step.
-        """
+        partial step has enough groups."""
         sampler, algo = self.sampler, self.sampler.algo
         everything = not (self.stream.live or self.stream.pending)
         while self.judging and (everything or self.judging[0][0] <= self.stream.segment):

@@ -66,8 +66,7 @@ def update_metrics(
 ) -> dict[str, float]:
     """Training metrics of one step, without timings. sums: metric sums of each update.
 
-    `policy/` metrics and the gradient norm are of the updates that were applied: the sums of a
-    skipped one may be non-finite.
+    `policy/` metrics and the gradient norm leave out skipped updates, which may be non-finite.
     """
     applied, (kept, counts) = [s for s in sums if not s["skipped"]], step[:2]
     advantages = np.concatenate(step_advantages([g.reward for g in kept], algo))
@@ -165,7 +164,6 @@ class Recorder:
         self._saved_at = time.monotonic()
 
     def begin(self, run: RunState) -> None:
-        """Evaluates before training."""
         times: dict[str, float] = {}
         if self.eval_every:
             metrics = self._evaluation(run, times)
@@ -183,10 +181,11 @@ class Recorder:
         self._save_if_due(run)
 
     def record(self, run: RunState, updates: Updates, times: dict[str, float]) -> None:
-        """Ends the step: evaluation, the metrics line, a checkpoint.
+        """Ends the step: evaluation, the metrics line, a checkpoint. RunError if processes have
+        diverged.
 
-        The line is written before the checkpoint, so that a resumed run misses no line; the time of
-        saving is in the next one. Raises RunError if the processes have diverged.
+        The line is written first, so that a resumed run misses none; `time/save_s` is in the next
+        one.
         """
         assert run.partial is not None
         step, drawn = run.progress.step + 1, run.partial.drawn

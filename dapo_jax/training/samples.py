@@ -59,13 +59,11 @@ def judged_row(response: Response, correct: bool, policy: Policy) -> dict[str, A
 
 
 def sibling(group: Group, n: int, policy: Policy) -> dict[str, Any]:
-    """Response n of a group, shortened."""
     row = judged_row(group.responses[n], bool(group.correct[n]), policy)
     return row | {"response": shortened(row["response"]), "reward": float(group.reward[n])}
 
 
 def shortened(text: str) -> str:
-    """A text, or its ends if it is long."""
     return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
 
 
@@ -84,8 +82,8 @@ def scored_texts(
 ) -> list[tuple[str, float | None]]:
     """A decoded response as (text, log-prob) pairs in order; their texts concatenate to `text`.
 
-    A token that shows nothing, such as the end token or the first bytes of a character, has the
-    text "". Of more than 2 * `ends` tokens, those in the middle are one text with None.
+    A token that shows nothing, as the end token, has the text "". Of more than 2 * `ends` tokens,
+    those in the middle are one text with None.
     """
     tokens, logprobs = response.tokens, [round(float(p), 4) for p in response.behavior_logprobs]
     n = len(tokens)

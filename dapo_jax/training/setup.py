@@ -95,10 +95,7 @@ def adapted(model: ModelConfig, lora: LoraConfig | None) -> ModelConfig:
 
 
 def with_commit(config: Config, run_dir: Folder | None = None) -> Config:
-    """Pins a hub id in `model.folder` to ID@COMMIT: the commit of the run in `run_dir`, or today's.
-
-    An id with a revision gets the commit that the revision has today. Other folders are unchanged.
-    """
+    """Pins a hub id in `model.folder` to ID@COMMIT: that of the run in `run_dir`, or today's."""
     name = config.model.folder
     if name is None or not is_id(name):
         return config
@@ -127,10 +124,7 @@ def check_same_start(
     config: Config, policy: Policy, sets: Mapping[str, Sequence[Prompt]], facts: Mapping[str, Any]
 ) -> None:
     """Raises InputError, on every process, unless all have the same config, software, model
-    description (tokenizer and chat template included), prompts and further `facts`.
-
-    sets: prompts by config key.
-    """
+    description, prompts and further `facts`. sets: prompts by config key."""
 
     def all_facts() -> dict[str, Any]:
         allowed = config.reward.allowed_modules
@@ -158,8 +152,7 @@ def check_weights(folder: str) -> None:
 def check_first_weights(policy: Policy, run_dir: Folder) -> None:
     """Checks the weights that a new run starts from; a resumed run restores its own.
 
-    Process 0 decides whether the run is new: the check is a collective, and processes that do not
-    share the folder (found later, by `locked`) may disagree.
+    Process 0 decides whether the run is new: processes that do not share the folder may disagree.
     """
     resumed = multihost.from_main("" if read(run_dir / "config.yaml") is None else "resumed")
     if not resumed and (folder := weights_folder(policy)):
@@ -197,7 +190,6 @@ def load_params(
 
 
 def _own_shards(folder: str, abstract: Params, shardings: Params) -> Params:
-    """The folder's weights on the mesh."""
     target = on_devices(abstract, shardings)
     return multihost.on_all(lambda: weights.load_pretrained(folder, target)[1])
 
@@ -244,10 +236,8 @@ def check_divides(config: Config, mesh: Mesh, *, rows: bool = False, slots: bool
 
 
 def make_engine(config: Config, policy: Policy, mesh: Mesh, *, held_out: bool = False) -> Engine:
-    """A rollout engine for training or held-out prompts: the config's slots and limits.
-
-    Raises ConfigError if the longest sequence does not fit into a shard's cache.
-    """
+    """A rollout engine for training or held-out prompts. Raises ConfigError if the longest sequence
+    does not fit into a shard's cache."""
     rollout, held = config.rollout, config.eval
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k)
     sampling = Sampling(held.temperature, held.top_p) if held_out else sampling

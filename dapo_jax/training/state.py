@@ -1,9 +1,8 @@
 """The resumable run state: all that a run needs to continue, as one checkpoint holds it.
 
-A checkpoint holds a whole step or a partial one. While a step samples, the state is that of the end
-of the previous step: a resumed run samples the step again, bit for bit. While a step updates and
-evaluates, a partial checkpoint holds its groups and the updates done so far. Partial checkpoints
-of step 0 hold an unfinished warm-up, too; step 0 is whole once that is done.
+While a step samples, the state is that of the end of the previous step: a resumed run samples the
+step again, bit for bit. While a step updates and evaluates, a partial checkpoint holds its groups
+and the updates done so far. Partial checkpoints of step 0 hold an unfinished warm-up, too.
 """
 
 import contextlib
@@ -39,8 +38,6 @@ _COUNTS = ("rollout/prompts", "rollout/tokens", "filter/wasted_tokens")  # that 
 
 
 class Progress(NamedTuple):
-    """How far a run is."""
-
     step: Count = 0  # rollout steps done
     updates: Count = 0  # gradient updates applied
     warmed: Count = 0  # updates of supervised warm-up done
@@ -68,8 +65,6 @@ class PartialStep(NamedTuple):
 
 @dataclasses.dataclass
 class RunState:
-    """The mutable state of a run."""
-
     buffer: DynamicSamplingBuffer
     progress: Progress = Progress()
     draw: DrawState = DrawState()
@@ -87,7 +82,6 @@ class RunState:
         return f"step {self.progress.step}{more}"
 
     def counts(self) -> dict[str, Any]:
-        """All counters, by name."""
         return self.progress._asdict() | self.draw._replace(open=())._asdict()
 
     def commit(
@@ -95,8 +89,7 @@ class RunState:
     ) -> None:
         """Ends the sampling of a step. groups: those of `drawn`, with log π_old.
 
-        Raises UnderfilledError, and changes nothing, if there are fewer than `at_least` groups to
-        train on: the resumed run then samples the step again, under its own limits.
+        Raises UnderfilledError, and changes nothing, with fewer than `at_least` groups to train on.
         """
         self.buffer.add(groups, at_least=at_least)
         self.draw = drawn.state
@@ -125,7 +118,6 @@ def skipped_in_a_row(before: int, sums: Sequence[Mapping[str, float]]) -> tuple[
 
 
 def fetched(sums: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Metric sums as Python numbers."""
     return [{name: float(value) for name, value in s.items()} for s in jax.device_get(list(sums))]
 
 
@@ -158,10 +150,9 @@ class RunStore:
     def restore(self, run: RunState, *, at_most: int | None = None) -> bool:
         """Restores the newest usable checkpoint, not after step `at_most`. False if there is none.
 
-        Raises InputError if the data set, the problems that evaluation sets hold of it, or the
-        prompts' tokens are not those of the checkpoint. With `allow_change` the run then resumes
-        from the start of the data, without the groups drawn before. Raises NoCheckpointError if the
-        digests of the checkpoint hold but its content is malformed.
+        Raises InputError if the data or the prompts' tokens are not those of the checkpoint; with
+        `allow_change` the run then resumes from the start of the data. Raises NoCheckpointError if
+        the digests of the checkpoint hold but its content is malformed.
         """
         if at_most is not None and min(self.checkpoints.steps(), default=at_most + 1) > at_most:
             return False

@@ -52,8 +52,7 @@ class Updates(NamedTuple):
 def groups_of_updates(count: int, algo: DapoSection) -> list[slice]:
     """Which of a step's groups each update trains on, in draw order, in as few updates as possible.
 
-    The groups of an underfilled step (`on_cap: train`) are spread evenly: 33 groups, of which 32
-    fill an update, become 17 and 16. An update of one group would be a whole noisy optimizer step.
+    An underfilled step is spread evenly: 33 groups, of which 32 fill an update, become 17 and 16.
     """
     updates = math.ceil(count * algo.responses_per_prompt / algo.responses_per_update)
     ends = [math.ceil(n * count / updates) for n in range(updates + 1)]
@@ -65,8 +64,7 @@ def minibatches(
 ) -> Iterator[tuple[TrainBatch, PackStats]]:
     """Yields the packed batch of each update, with advantages and loss weights.
 
-    first_draw: of the step. Where the sampler's log-probs are in the ratio, those of earlier draws
-    are not compared with the trainer's.
+    first_draw: of the step. The sampler's log-probs in the ratio are compared from there on only.
     """
     advantages = step_advantages([g.reward for g in groups], algo)
     for part in groups_of_updates(len(groups), algo):
@@ -112,13 +110,11 @@ class Trainer:
     def score(self, run: RunState, groups: list[Group], times: dict[str, float]) -> list[Group]:
         """The groups with log π_old of every token by the trainer's own forward pass.
 
-        Done once, when groups are drawn: the first update's ratio is then exactly 1, and groups
-        carried to a later step keep the log-probs of the policy that drew them. Groups that are not
-        trained on keep the sampler's. So do groups of earlier steps that partial rollouts finished
-        in this one, whose tokens several policies sampled, unless an option corrects for the ratio
-        of the trainer's policy to those (`corrects_mismatch`).
-
-        Raises NonFiniteError if a log-prob is non-finite.
+        Done once, when groups are drawn: the first update's ratio is then exactly 1, and carried
+        groups keep the log-probs of the policy that drew them. Groups that are not trained on keep
+        the sampler's; so do those that partial rollouts finished in this step, whose tokens several
+        policies sampled, unless `corrects_mismatch`. Raises NonFiniteError if a log-prob is
+        non-finite.
         """
         if self.algo.old_logprobs != "recompute":
             return groups
@@ -161,7 +157,7 @@ class Trainer:
     def update(self, run: RunState, times: dict[str, float]) -> Updates:
         """One pass over the groups in mini-batches of whole groups, then new rollout weights.
 
-        Updates that a restored checkpoint holds are skipped. Raises NonFiniteError if
+        Skips updates that a restored checkpoint holds. Raises NonFiniteError if
         `optim.max_nonfinite_updates` in a row have a non-finite loss or gradient.
         """
         assert run.partial is not None
