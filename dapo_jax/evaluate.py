@@ -68,12 +68,8 @@ def estimates(
 ) -> dict[str, float]:
     """avg@n, pass@n, cons@n, and `pass_at_<k>` for k = 1, 2, 4, ... and n: means over problems.
 
-    `<key>_se` is the standard error over problems, std / √Q: samples of one problem are not
-    independent evidence.
-
-    Args:
-      correct: bool [Q, n].
-      answers: [Q][n], None where a response has none; None for no cons@n.
+    `<key>_se` is the standard error over problems, std / √Q. correct: bool [Q, n]. answers: [Q][n],
+    None where a response has none; None for no cons@n.
     """
     n = np.shape(correct)[1]
     counts = np.sum(correct, axis=1).tolist()
@@ -127,7 +123,6 @@ class Evaluator:
         info: Callable[[str], None],
         bars: bool = False,
     ) -> dict[str, SetResult]:
-        """Evaluates each set and reports it in one line."""
         k, results = self.section.samples_per_problem, {}
         for name, prompts in sets.items():
             with progress(len(prompts) * k, f"eval {name}", enabled=bars) as bar:

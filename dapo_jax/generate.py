@@ -57,7 +57,6 @@ class Generator:
         return found.tokens
 
     def samples(self, prompts: Sequence[np.ndarray], count: int) -> Iterator[list[str]]:
-        """`count` responses to each prompt."""
         draws = [(next(self._draws), tokens) for tokens in prompts]
         requests = [Request(n, j, tokens) for n, tokens in draws for j in range(count)]
         responses = self.engine.generate(self.weights, requests, self._seed)
@@ -114,7 +113,6 @@ def typed() -> Iterator[str]:
 
 
 def _prompts(path: str) -> list[str]:
-    """The lines of a text file that hold something."""
     lines = read_text(path, path, "prompts", "text", _MAX_BYTES).splitlines()
     if not (found := [line for line in lines if line.strip()]):
         raise InputError(f"{path}: is empty; give a text file with a prompt on each line")

@@ -91,7 +91,6 @@ def points(records: Sequence[Record], key: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def is_number(value: Any) -> bool:
-    """A finite number, and no bool."""
     return type(value) in (int, float) and -1e300 < value < 1e300
 
 
@@ -111,7 +110,6 @@ def series(key: str, steps: np.ndarray, values: np.ndarray) -> dict[str, Any]:
 
 
 def short(values: np.ndarray) -> list[float]:
-    """Numbers to six digits."""
     return [float(f"{value:.6g}") for value in values.tolist()]
 
 
@@ -135,9 +133,7 @@ def peaks(values: np.ndarray, most: int) -> np.ndarray:
 
 def evals(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """First, best and last avg@k of each held-out set as [step, avg, standard error or None], and
-    the difference of last and first.
-
-    A set whose problems changed, by digest, counts from then on.
+    the difference of last and first. A set whose problems changed, by digest, counts from then on.
     """
     found = {}
     keys = {key for record in records for key in record}
@@ -233,7 +229,7 @@ def sample(line: bytes) -> dict[str, Any] | None:
     """The valid known fields of a sample; None if it is no JSON object with a response.
 
     Either `tokens`, if their texts make up the response, or else `response`. `turns`: the problem
-    as [role, text], without a role for plain text.
+    as [role, text].
     """
     try:
         row = json.loads(line)

@@ -11,13 +11,7 @@ from dapo_jax.runtime.files import Folder
 from dapo_jax.runtime.mesh import params_sharding, publisher
 from dapo_jax.runtime.metrics import best_step
 from dapo_jax.runtime.same_run import stored_config
-from dapo_jax.training.setup import (
-    Policy,
-    adapted,
-    load_params,
-    merged,
-    on_devices,
-)
+from dapo_jax.training.setup import Policy, adapted, load_params, merged, on_devices
 from dapo_jax.types import InputError, NoCheckpointError, Params
 
 
@@ -51,9 +45,7 @@ def restore_params(
     run_dir: Folder, policy: Policy, mesh: Mesh, step: int | None = None
 ) -> tuple[int, Params]:
     """Step and weights of a whole step of a run folder (None: the newest usable), adapters merged.
-
-    Raises NoCheckpointError if there is none, ConfigError if the run trains another model.
-    """
+    NoCheckpointError if there is none, ConfigError if the run trains another model."""
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         none = "holds no checkpoints; give the --run-dir of a training run"

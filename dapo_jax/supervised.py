@@ -63,15 +63,12 @@ def warm_up(
 ) -> Iterator[tuple[int, int, TrainState]]:
     """`supervised.updates` AdamW updates on the mean token cross-entropy of solutions.
 
-    Each solution is used once per epoch, in the order of the seed. The batch of the next update is
-    built while the device works; each update is awaited, so that a signal waits for one at most.
+    Each solution is used once per epoch, in the order of the seed; each update is awaited, so that
+    a signal waits for one at most. items: of `solution_items`. state: fresh, or after `done`:
+    updates, and how many of the last ones in a row were skipped as non-finite. Donated.
 
-    Args:
-      items: of `solution_items`.
-      state: fresh, or after `done`: updates, and how many of the last ones in a row were skipped
-        because their loss or gradient was non-finite. Donated.
-    Yields (updates done, skipped in a row, state) after each update.
-    Raises InputError at `optim.max_nonfinite_updates` skipped in a row.
+    Yields (updates done, skipped in a row, state) after each update. Raises InputError at
+    `optim.max_nonfinite_updates` skipped in a row.
     """
     section, (updates, skipped) = config.supervised, done
     batches = _batches(config, mesh, items, updates)

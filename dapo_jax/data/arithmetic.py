@@ -6,10 +6,9 @@ length varies.
                                         9*2=18
                                         Answer: 18
 
-Brackets make the order of evaluation explicit. At most one step multiplies, by 2 to 5, and no value
-leaves -999..999. `mistake_rate` adds wrong steps to the training solutions, so that a policy that
-imitates them has something to learn from rewards. `check_rate` adds lines that undo a step (7+5=12
-is followed by 12-5=7), so that such a policy varies in length.
+At most one step multiplies, by 2 to 5, and no value leaves -999..999. `mistake_rate` adds wrong
+steps to the training solutions, so that a policy that imitates them has something to learn from
+rewards. `check_rate` adds lines that undo a step (7+5=12 is followed by 12-5=7).
 """
 
 import random
@@ -31,9 +30,9 @@ Chain = tuple[Step, ...]  # the first step is ("+", first operand): a chain star
 def arithmetic_problems(config: ArithmeticConfig, *, heldout: bool) -> list[Problem]:
     """Distinct problems, a function of `config` alone. Training and held-out problems are disjoint.
 
-    The held-out problems do not depend on the number of training problems. Problems are spread
-    evenly over min_steps..max_steps; where there are too few short ones, longer ones replace them.
-    Raises InputError if there are not as many distinct problems, or for numbers above 999.
+    Held-out problems do not depend on the number of training problems. Problems are spread evenly
+    over min_steps..max_steps; where there are too few short ones, longer ones replace them. Raises
+    InputError if there are not as many distinct problems, or for numbers above 999.
     """
     for name, bound in _BOUNDS.items():
         if (value := getattr(config, name)) > bound:

@@ -26,16 +26,12 @@ def render(
     *,
     max_chars: int,
 ) -> Iterator[str | None]:
-    """Each conversation as text, with the header of the assistant's turn at the end.
+    """Each conversation as text, with the header of the assistant's turn at the end; a last turn of
+    the assistant is left open instead.
 
-    If the last turn is the assistant's, it is left open instead and the response continues it.
-
-    Args:
-      variables: JSON-able, as the special tokens are.
-      date: YYYY-MM-DD, the template's today: by the clock, prompts would change every day.
-      max_chars: a longer text is None.
-
-    Raises ConfinedError if the template fails, or takes too much time or memory for a conversation.
+    variables: JSON-able, as the special tokens are. date: YYYY-MM-DD, the template's today: by the
+    clock, prompts would change every day. max_chars: a longer text is None. Raises ConfinedError if
+    the template fails, or takes too much time or memory for a conversation.
     """
     setup = [template, dict(variables), date, max_chars]
     limits: Any = {"deadline_s": DEADLINE_S, "memory_bytes": _MEMORY_BYTES}

@@ -1,8 +1,8 @@
 """Rows of JSON lines, JSON arrays, CSV, Parquet and Arrow; of files, folders and patterns.
 
-Tables and prepared folders are read in a separate process (`runtime/sandbox.py`): their readers
-are native code that trusts the sizes a file states. A row above 16 MB is a bad row, and a file that
-decodes to a thousand times its size is refused.
+Tables and prepared folders are read in a separate process: their readers are native code that
+trusts the sizes a file states. A row above 16 MB is a bad row, and a file that decodes to a
+thousand times its size is refused.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def rows_of(source: str, path: str, columns: list[str], heldout: bool) -> Rows:
     """The rows of a local file, folder or pattern, which messages name `source`, shard after shard.
 
     A folder is one that tensorflow-datasets or `datasets.save_to_disk` wrote, or holds shards of
-    one kind. If it has splits, or names like `train-*.parquet`, the rows are those of one split.
+    one kind. With splits, or names like `train-*.parquet`, the rows are those of one split.
     columns: those of tables that are read, `a.b` for field b of a. Raises InputError if there is no
     such file, its kind is not known, or it is damaged or changes meanwhile.
     """
@@ -226,9 +226,7 @@ def _json(path: str) -> Pieces:
 
 def _csv(path: str) -> Pieces:
     """Rows under the names of the first one, separated by `,`, `;` or tabs; empty cells are None.
-
-    Lone surrogates stand for bytes that are not UTF-8.
-    """
+    Lone surrogates stand for bytes that are not UTF-8."""
     limit = csv.field_size_limit(MAX_ROW_BYTES)  # of the whole process
     how: Any = {"newline": "", "encoding": "utf-8-sig", "errors": "surrogateescape"}
     with open(path, **how) as stream:

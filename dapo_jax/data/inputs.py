@@ -40,8 +40,6 @@ class Digests(NamedTuple):
 
 
 class RunData(NamedTuple):
-    """Training and evaluation prompts of a run."""
-
     prompts: list[Prompt]  # without those in evaluation sets
     eval_sets: Mapping[str, Sequence[Prompt]]
     mixture: Mixture  # of the prompts
@@ -72,11 +70,7 @@ def load_eval_sets(
 
 
 def load_data(
-    data: DataSection,
-    held_out: EvalSection,
-    encoding: Encoding,
-    needs: tuple[str, int],
-    info: Info,
+    data: DataSection, held_out: EvalSection, encoding: Encoding, needs: tuple[str, int], info: Info
 ) -> RunData:
     """Training prompts and evaluation sets.
 
@@ -106,7 +100,6 @@ def load_data(
 def _prompts(
     problems: Sequence[Problem], data: DataSection, encoding: Encoding
 ) -> tuple[list[Prompt], str]:
-    """The prompts, and text on how many problems are skipped."""
     tokenizer, vocab_size = encoding
     prompts, skipped = make_prompts(problems, tokenizer, data, vocab_size)
     return prompts, "".join(f", {count} skipped: {reason}" for reason, count in skipped.items())

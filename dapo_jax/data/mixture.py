@@ -2,9 +2,7 @@
 
 With weights w, a data set gets a share w / Σw of the draws, in its own shuffled epochs. An epoch of
 the mixture is N draws for N problems in all. In E epochs a data set is drawn w / Σw · N · E times,
-to within one draw, at random places.
-
-Draws are a function of the seed and the cursor, whatever the number of hosts and of resumes.
+to within one draw, at random places. Draws are a function of the seed and the cursor.
 """
 
 import dataclasses
@@ -70,10 +68,8 @@ def load_training(section: DataSection) -> tuple[list[Problem], list[LoadReport]
 
 
 def mix(train: Sequence[TrainSet], problems: Sequence[Problem]) -> Mixture:
-    """The mixture of those problems of `load_training` that are to be drawn.
-
-    Raises InputError if a data set has no problem, or less than one draw an epoch.
-    """
+    """The mixture of those problems of `load_training` that are to be drawn. InputError if a data
+    set has no problem, or less than one draw an epoch."""
     sources = tuple(one.path for one in train)
     counts = tuple(sum(p.source == source for p in problems) for source in sources)
     mixture = Mixture(sources, counts, tuple(one.weight for one in train))
@@ -96,10 +92,7 @@ def drawn_of_each(mixture: Mixture, epochs: int) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def mixture_order(mixture: Mixture, *, seed: int, epoch: int) -> np.ndarray:
-    """The draws of an epoch as indices of problems, int64 [N], a function of its arguments alone.
-
-    Of one data set: `epoch_order`.
-    """
+    """The draws of an epoch as indices of problems, int64 [N]; of one data set: `epoch_order`."""
     counts = mixture.counts
     begins, ends = (drawn_of_each(mixture, e) for e in (epoch, epoch + 1))
     owners = np.repeat(np.arange(len(counts)), np.subtract(ends, begins))

@@ -1,8 +1,4 @@
-"""Problems of data sets: read row by row, checked, de-duplicated, in an order that resumes.
-
-`files.py` reads the rows of files, `tfds_builder.py` those of prepared folders, `rows.py` parses a
-row.
-"""
+"""Problems of data sets: read row by row, checked, de-duplicated, in an order that resumes."""
 
 import dataclasses
 import functools
@@ -64,7 +60,6 @@ class LoadReport:
         return {what: n for what, n in (counts | {**self.normalized}).items() if n}
 
     def summary(self) -> str:
-        """One line for the log."""
         noted = ", ".join(f"{count:,} {what}" for what, count in self.counts().items())
         line = f"{self.source}: {self.problems:,} problems from {self.rows:,} rows"
         return printable(f"{line} ({noted})" if noted else line)
@@ -79,12 +74,9 @@ def load_problems(
 ) -> tuple[list[Problem], LoadReport]:
     """Distinct problems of a data set, in order of first appearance, and the counts of its rows.
 
-    A prompt whose answers conflict is left out. Only distinct prompts stay in memory.
-
-    source: a file, a folder or pattern of shards (`files.py`), a folder that tensorflow-datasets
-    prepared, or the word `arithmetic`, which generates the problems of `arithmetic`. heldout:
-    evaluation problems where a source has both kinds. Raises InputError if the source cannot be
-    read or holds no usable problem.
+    A prompt whose answers conflict is left out. source: a file, a folder or pattern of shards
+    (`files.py`), or the word `arithmetic`. heldout: evaluation problems where a source has both
+    kinds. Raises InputError if the source cannot be read or holds no usable problem.
     """
     if source == "arithmetic":
         problems = arithmetic_problems(arithmetic, heldout=heldout)
@@ -152,10 +144,9 @@ def problems_digest(problems: Iterable[Problem]) -> str:
 
 
 def epoch_order(count: int, *, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
-    """The order of problems in an epoch: a permutation of 0..count-1, int64 [count], a function of
-    its arguments alone.
+    """The order of problems in an epoch: a permutation of 0..count-1, int64 [count].
 
-    Sorts raw Philox words, a stream that numpy promises not to change; it makes no such promise for
+    Sorts raw Philox words, a stream that numpy promises not to change, unlike
     `Generator.permutation`. Orders of different streams are independent. seed: below 2^32.
     """
     key = np.array([seed | stream << 32, epoch], np.uint64)
@@ -175,10 +166,8 @@ class Cursor(NamedTuple):
 def advance(
     cursor: Cursor, count: int, take: int, *, seed: int, order: Order | None = None
 ) -> tuple[np.ndarray, Cursor]:
-    """The next `take` of `count` problems as indices, int64 [take], and the cursor after them.
-
-    Each problem comes once an epoch. order: instead of `epoch_order`.
-    """
+    """The next `take` of `count` problems as indices, int64 [take], and the cursor after them. Each
+    problem comes once an epoch. order: instead of `epoch_order`."""
     if count < 1:
         raise ValueError("advance needs at least one problem")
     order = order or functools.partial(epoch_order, count, seed=seed)

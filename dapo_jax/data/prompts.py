@@ -48,10 +48,8 @@ def _transformers() -> Any:
 
 
 def byte_tokenizer() -> "Tokenizer":
-    """A tokenizer of UTF-8 bytes without a chat template.
-
-    `<|pad|>` is 0, `<|end|>` (end of sequence) is 1, byte b is b + 2.
-    """
+    """A tokenizer of UTF-8 bytes without a chat template: `<|pad|>` is 0, `<|end|>` (end of
+    sequence) is 1, byte b is b + 2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     # Printable bytes are written as their Latin-1 characters, the others as those from U+0100.
@@ -70,8 +68,8 @@ def load_tokenizer(folder: str | None) -> "Tokenizer":
     """The tokenizer.json of a model folder, or the byte-level tokenizer for None.
 
     Runs no code of the folder and downloads nothing. Tokens and texts are those of the `tokenizers`
-    library: transformers' classes rebuild the tokenizer from parts of the file, in their own way.
-    Raises InputError if there is no usable tokenizer, or it has no end-of-sequence token.
+    library: transformers' classes rebuild the tokenizer in their own way. Raises InputError if
+    there is no usable tokenizer, or it has no end-of-sequence token.
     """
     if folder is None:
         return byte_tokenizer()
@@ -225,10 +223,9 @@ def make_prompts(
 ) -> tuple[list[Prompt], Mapping[str, int]]:
     """Problems as tokens, in order, and how many were left out for which reason.
 
-    A text goes into `section.template`, and with `section.chat` becomes one user turn of the
-    tokenizer's chat template, if it has one. Chat turns go through the chat template as they are,
-    or are joined by blank lines; a last turn of the assistant stays open, and the response
-    continues it. Problems with control tokens and prompts above `section.max_prompt_len` are left
+    A text goes into `section.template`, and with `section.chat` becomes one user turn of the chat
+    template, if there is one. Chat turns go through the chat template as they are, or are joined by
+    blank lines. Problems with control tokens and prompts above `section.max_prompt_len` are left
     out. Raises InputError if the chat template or the tokenizer fails, no prompt is left, or one
     has a token from `vocab_size` on.
     """
@@ -313,10 +310,8 @@ def _conversation(problem: Problem, template: str = "{prompt}") -> list[dict[str
 def _tokenised(
     problems: Sequence[Problem], tokenizer: "Tokenizer", section: DataSection
 ) -> Iterator[list[int] | None]:
-    """Each problem through template, chat template and tokenizer, one in memory at a time.
-
-    None for a text that is longer than any `max_prompt_len` tokens.
-    """
+    """Each problem through template, chat template and tokenizer, one in memory at a time. None for
+    a text that is longer than any `max_prompt_len` tokens."""
     conversations = (_conversation(p, section.template) for p in problems)
     max_chars = section.max_prompt_len * max(map(len, tokenizer.get_vocab()))
     texts: Iterator[str | None] = ("\n\n".join(t["content"] for t in c) for c in conversations)

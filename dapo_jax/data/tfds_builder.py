@@ -59,8 +59,8 @@ def prepare(
     """Writes the distinct problems of a data set, those of `test` as a split of that name, and
     returns the folder: `folder`/`name`/1.0.0, local or in a bucket.
 
-    info: receives the summary of each source, which goes into dataset_info.json too. Raises
-    InputError if a source is unusable, or the folder exists or cannot be written.
+    info: gets the summary of each source. Raises InputError if a source is unusable, or the folder
+    exists or cannot be written.
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise InputError(f"{name!r}: no name of a data set; use a-z, 0-9 and _, a letter first")
@@ -108,9 +108,7 @@ def _write(name: str, splits: Mapping[str, Any], about: str, folder: str) -> Pat
 
 def records(folder: str, heldout: bool) -> Callable[[None], tuple[int, list[Any]] | None]:
     """In the process of `files.py`: reads the next record of a prepared folder; None at the end.
-
-    Raises InputError if the folder is damaged, or has no such split.
-    """
+    InputError if the folder is damaged, or has no such split."""
 
     def pieces() -> Iterator[tuple[int, list[Any]]]:
         raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES

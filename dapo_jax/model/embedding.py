@@ -24,10 +24,8 @@ def embed(
     """Rows `tokens` of the table, in dtype. The gradient is summed in float32 whatever the dtype: a
     bfloat16 sum of ones stops at 256, so frequent tokens would hardly learn.
 
-    Args:
-      table: V split over "tensor" and D over "fsdp" where these divide.
-      tokens: rows over ("data", "fsdp"). mesh: None where nothing is split.
-      split_sequence: split T of the result over "tensor", which must divide it.
+    table: V split over "tensor" and D over "fsdp" where these divide. tokens: rows over ("data",
+    "fsdp"). mesh: None where nothing is split. split_sequence: split T of the result over "tensor".
     """
     if mesh is None:
         return table.astype(dtype)[tokens]

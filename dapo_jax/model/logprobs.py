@@ -1,10 +1,9 @@
 """Log-probs of target tokens from hidden states and head, without a [tokens, vocab] array.
 
-Both functions loop over chunks of the rows that have a target, and only those: these rows are
-gathered first, and the loop ends after the last of them. `linear_logprobs` recomputes the logits in
-its backward pass (8NDV FLOPs). `linear_loss` takes the per-token loss as a function: with the
-normaliser known, ∂loss/∂logit is known chunk by chunk, so the forward pass computes both gradients
-(6NDV) and nothing is recomputed or kept.
+Both functions loop over chunks of the rows that have a target, which are gathered first.
+`linear_logprobs` recomputes the logits in its backward pass (8NDV FLOPs). `linear_loss` takes the
+per-token loss as a function: with the normaliser known, ∂loss/∂logit is known chunk by chunk, so
+the forward pass computes both gradients (6NDV) and nothing is recomputed or kept.
 
     z = hidden · head / temperature
     log p = z[target] - logsumexp z          entropy = logsumexp z - Σ softmax(z) z
@@ -42,8 +41,7 @@ def split_axis(mesh: Mesh | None, axis: str, size: int) -> str | None:
 
 def sum_over_rows(x: Array, scattered: int | None) -> Array:
     """A per-device sum over rows as the sum over all devices' rows, its axis `scattered` split over
-    "fsdp" (None: whole on every device).
-    """
+    "fsdp"."""
     if scattered is None:
         return jax.lax.psum(x, ROW_AXES)
     own = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=scattered, tiled=True)

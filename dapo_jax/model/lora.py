@@ -63,9 +63,8 @@ def join(trained: Params, frozen: Params) -> Params:
 
 
 def stored(params: Params, lora: LoraConfig | None, compute_dtype: str) -> Params:
-    """Parameters in the dtypes of training: float32, but frozen weights, which every use casts to
-    compute dtype anyway, in that. Norms compute in float32 and stay so.
-    """
+    """Parameters in the dtypes of training: float32, but frozen weights, norms aside, in compute
+    dtype, to which every use casts them."""
     if lora is None:
         return params
 

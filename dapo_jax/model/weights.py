@@ -64,10 +64,7 @@ WEIGHT_FILES = (_SINGLE, _INDEX, "model*.safetensors")
 
 @functools.cache
 def file_digests(folder: str, patterns: tuple[str, ...]) -> dict[str, str]:
-    """SHA-256 of each file of the folder that one of the patterns names, by name.
-
-    Reads them whole, several at a time, and only once.
-    """
+    """SHA-256 of each file of the folder that one of the patterns names, by name; computed once."""
     named = {path for pattern in patterns for path in Path(folder).glob(pattern)}
     paths = sorted(filter(Path.is_file, named))
 
@@ -80,10 +77,7 @@ def file_digests(folder: str, patterns: tuple[str, ...]) -> dict[str, str]:
 
 
 def load_model_config(folder: str | Path) -> ModelConfig:
-    """The architecture of a Hugging Face folder, compute_dtype and remat at their defaults.
-
-    InputError as `load_pretrained`.
-    """
+    """The architecture of a Hugging Face folder. InputError as `load_pretrained`."""
     folder = Path(folder)
     if not os.path.isdir(folder):  # unlike Path.is_dir, also says no where access is denied
         raise InputError(f"{folder}: no such folder; give a Hugging Face model folder")
@@ -95,18 +89,14 @@ def load_model_config(folder: str | Path) -> ModelConfig:
 def load_pretrained(folder: str | Path, target: Params | None = None) -> tuple[ModelConfig, Params]:
     """Reads a Hugging Face folder: config.json, and model.safetensors or the shards of its index.
 
-    Weights may be bfloat16, float16 or float32. Files are memory-mapped; beyond the returned
-    arrays, the largest leaf's shards of this process are copied at a time.
-
-    Args:
-      target: shapes with dtypes and shardings. The parameters are then jax arrays of these, and
-        this process reads only the parts of the files that are in its own shards.
+    Weights may be bfloat16, float16 or float32. target: shapes with dtypes and shardings; the
+    parameters are then jax arrays of these, and this process reads only its own shards.
 
     Returns: The architecture (compute_dtype and remat at their defaults), and its parameters,
-      layers stacked; float32 numpy without a target.
+    layers stacked; float32 numpy without a target.
 
-    Raises: InputError: anything in the folder is missing, corrupt, unsafe, or beyond what the
-      decoder does exactly. With a target only the processes that read a non-finite value raise.
+    Raises InputError: anything in the folder is missing, corrupt, unsafe, or beyond what the
+    decoder does exactly. With a target only the processes that read a non-finite value raise.
     """
     folder = Path(folder)
     config = load_model_config(folder)
@@ -137,10 +127,7 @@ def load_pretrained(folder: str | Path, target: Params | None = None) -> tuple[M
 
 
 def _read_leaf(
-    stored: Mapping[str, tuple[Path, Any]],
-    parts: list[Tensor],
-    like: Any,
-    index: tuple[slice, ...],
+    stored: Mapping[str, tuple[Path, Any]], parts: list[Tensor], like: Any, index: tuple[slice, ...]
 ) -> np.ndarray:
     """The part `index` of a leaf, of the shape and dtype of `like`; parts: its tensors."""
     lengths = [len(range(*s.indices(n))) for s, n in zip(index, like.shape, strict=True)]
@@ -291,16 +278,13 @@ def save_pretrained(
     """Writes a float32 Hugging Face folder, whole or not at all: it is filled in a hidden folder
     beside. Memory holds one tensor beyond `params`, numpy or (fully addressable) jax arrays.
 
-    Args:
-      folder: new, or empty.
-      source_folder: where the model came from; its config.json is kept but for the dtype, its
-        generation_config.json and tokenizer files are copied.
-      tokenizer: a transformers tokenizer, saved where there is no source folder.
-      generation: content of generation_config.json where the source folder has none.
-      max_shard_bytes: larger models are split into files of at most this size and an index.
+    folder: new, or empty. source_folder: where the model came from; its config.json is kept but for
+    the dtype, its generation_config.json and tokenizer files are copied. tokenizer: saved where
+    there is no source folder. generation: content of generation_config.json where the source has
+    none. max_shard_bytes: larger models are split into files of at most this size and an index.
 
-    Raises: InputError: the folder exists and is not empty, cannot be written, or the source is
-      another architecture. ValueError: `params` are not those of `config`.
+    Raises InputError: the folder exists and is not empty, cannot be written, or the source is
+    another architecture. ValueError: `params` are not those of `config`.
     """
     _check_params(config, params)
     source = None if source_folder is None else Path(source_folder)

@@ -28,11 +28,9 @@ def check_data(
 ) -> list[str]:
     """Findings: does the verifier suit a data set? One per line; warnings start with `warning`.
 
-    A ground truth counts if `Answer:` and the ground truth is correct, as it is and as a model
-    would write it. Solutions of embedded arithmetic are left out: some are wrong on purpose; and
-    in evaluation sets, which no model imitates, those without an answer to the verifier.
-
-    Raises InputError if a custom function fails on a first answer, or no ground truth is correct.
+    Solutions of embedded arithmetic are left out: some are wrong on purpose; and in evaluation
+    sets, which no model imitates, those without an answer to the verifier. Raises InputError if a
+    custom function fails on a first answer, or no ground truth is correct.
     """
     if not problems:
         return []

@@ -1,9 +1,8 @@
 """Judges answers in the background; no answer can stop the caller or outlive its deadline.
 
-The strict rule is cheap and bounded, and runs in the caller's process. math-verify and custom
-functions run in worker processes (`runtime/sandbox.py`). A worker that misses a deadline, crashes,
-exceeds its memory or sends malformed data is replaced, and only the answer it was judging goes
-without a verdict.
+The strict rule is bounded, and runs in the caller's process. math-verify and custom functions run
+in worker processes (`runtime/sandbox.py`). A worker that misses a deadline, crashes, exceeds its
+memory or sends malformed data is replaced, and only the answer it was judging gets no verdict.
 """
 
 import contextlib
@@ -39,8 +38,6 @@ _OUT_OF_MEMORY = ("MemoryError", "Cannot allocate memory", "can't start new thre
 
 
 class RewardItem(NamedTuple):
-    """An answer to judge."""
-
     problem: Problem
     text: str  # the decoded response
     response_len: int  # tokens, the end token included
@@ -64,9 +61,7 @@ class RewardPool(contextlib.AbstractContextManager):
     """Judges answers by the verifier of the config; a context manager.
 
     `submit` may be called from any thread. source: `function_source` of `section.function`, if the
-    caller has read it; every worker runs this text, also after the file has changed.
-
-    Raises InputError if the verifier cannot be loaded in a worker.
+    caller has read it. Raises InputError if the verifier cannot be loaded in a worker.
     """
 
     def __init__(self, section: RewardSection, source: str | None = None) -> None:
@@ -101,7 +96,6 @@ class RewardPool(contextlib.AbstractContextManager):
         return PendingVerdicts([self._threads.submit(judge, item) for item in items])
 
     def judge(self, items: Sequence[RewardItem]) -> list[Verdict]:
-        """Judges the items and waits for the verdicts."""
         return self.submit(items).result()
 
     def close(self) -> None:
@@ -177,7 +171,6 @@ def check_errors(verdicts: Sequence[Verdict], section: RewardSection) -> None:
 
 
 def remedy(error: str, section: RewardSection) -> str:
-    """The remedy for an answer without a verdict."""
     if error.startswith(_TIMED_OUT):
         return f"raise reward.timeout_s ({section.timeout_s:g})"
     if any(words in error for words in _OUT_OF_MEMORY):
@@ -198,7 +191,6 @@ class _Worker:
         self._process: sandbox.Process | None = None
 
     def is_ready(self) -> bool:
-        """Whether its process lives, and sends nothing by itself."""
         return self._process is not None and self._process.is_quiet()
 
     def start(self) -> str | None:
@@ -256,7 +248,6 @@ class _Worker:
             process.interrupt()
 
     def discard(self) -> None:
-        """Kills its process."""
         if self._process is not None:
             self._process.kill()
             self._process = None

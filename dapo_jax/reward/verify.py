@@ -117,10 +117,9 @@ def lenient_verify(response: str, ground_truth: str) -> bool:
     r"""Whether the value of the response's answer equals that of the ground truth, by math-verify.
 
     The answer is searched in the last 2,000 characters: in the last `<answer>` tag, after the last
-    `Answer:` (markdown around it, on its line, or in display math below), else wherever math-verify
-    finds one, such as the last `\boxed{}`. It must be the whole answer: of `$48$, $384$` neither
-    part is correct. Lists of values are compared as sets. Numbers agree to six decimals, small ones
-    to at least four significant digits.
+    `Answer:`, else wherever math-verify finds one, such as the last `\boxed{}`. It must be the
+    whole answer: of `$48$, $384$` neither part is correct. Lists of values are compared as sets.
+    Numbers agree to six decimals, small ones to at least four significant digits.
 
     Unbounded in time and memory for an adversarial answer (`9^{9^{9^9}}`): run it in a RewardPool.
     Raises ImportError without math-verify, MemoryError if there is not enough memory.
@@ -268,10 +267,8 @@ def load_function(
     """A custom verifier, `package.module:function` or `file.py:function`.
 
     It is called as `fn(problem, response_text, response_len)`, the length in tokens, and returns
-    `(correct, score)`: groups are filtered on `correct`, the reward is `score`.
-
-    source: of the file, from `function_source`. Raises InputError if it is not one of the allowed
-    modules or files, or cannot be imported or called.
+    `(correct, score)`: groups are filtered on `correct`, the reward is `score`. source: of the
+    file. Raises InputError if it is not one of the allowed modules or files, or cannot be imported.
     """
     name, colon, attribute = spec.rpartition(":")
     if not (colon and name and attribute.isidentifier()):

@@ -9,12 +9,7 @@ from typing import Any
 import numpy as np
 
 from dapo_jax.config import DapoSection, TrainSection
-from dapo_jax.dapo.groups import (
-    RATIO_RANGES,
-    is_informative,
-    removed_responses,
-    step_advantages,
-)
+from dapo_jax.dapo.groups import RATIO_RANGES, is_informative, removed_responses, step_advantages
 from dapo_jax.dapo.update import summarize
 from dapo_jax.reward.pool import error_counts, no_answer_fraction
 from dapo_jax.runtime import multihost
