@@ -48,7 +48,7 @@ from dapo_jax.benchmark.schedule import (
 from dapo_jax.config import Config, ConfigError, ModelConfig, load_config
 from dapo_jax.model import flops
 from dapo_jax.model.logprobs import split_axis
-from dapo_jax.model.ragged_attention import entries_read, is_ragged, page_size
+from dapo_jax.model.ragged_attention import entries_read, entries_written, is_ragged, page_size
 from dapo_jax.model.weights import load_model_config
 from dapo_jax.rollout.sampler import Arrivals, Until
 from dapo_jax.runtime.chips import CHIPS, OPERATION_SECONDS, Chip, loss_chunk, prefill_tokens
@@ -106,6 +106,7 @@ class Program(NamedTuple):
     settings: str = ""  # what to change where it does not fit
     static: Mapping[str, int] = {}
     entry_bytes: float = 0.0  # of a live cache entry on a device, where no others are read
+    written_bytes: float = 0.0  # of the cache, where the HLO does not show it
 
     @property
     def key(self) -> Any:
@@ -146,7 +147,7 @@ class Result(NamedTuple):
         small = t.small * OPERATION_SECONDS - t.small_bytes / chip.hbm_bandwidth
         return {
             "FLOPs": self.program.work.computed / len(self.pod.devices) / chip.flops,
-            "HBM": t.bytes / chip.hbm_bandwidth,
+            "HBM": (t.bytes + self.program.written_bytes) / chip.hbm_bandwidth,
             "ICI": sent[True],
             "DCN": self.compiled.collectives.get(BETWEEN_SLICES, 0.0) / chip.dcn_bandwidth,
             "synchronous ICI": sent[False],
@@ -292,7 +293,8 @@ def _rollout_programs(
 
     ragged = is_ragged(mesh, model.head_dim)
     split = mesh.shape["tensor"] if split_axis(mesh, "tensor", model.kv_heads) else 1
-    entry = flops.cache_bytes(model, int8=config.rollout.kv_cache == "int8") / split
+    int8 = config.rollout.kv_cache == "int8"
+    entry = flops.cache_bytes(model, int8=int8) / split if ragged else 0.0
 
     def decode(name: str, width: int) -> Program:
         keys = flops.visible_keys(model, load.prompt_len + load.lengths.live_mean)
@@ -302,7 +304,7 @@ def _rollout_programs(
         arguments = weights, state, table, Until(number, number, number)
         held, sizes = resident + prefilled, {"width": width}
         work, trips = Work(step, step, tokens), (1,)  # a segment of one step
-        rest = trips, fix, sizes, entry if ragged else 0.0
+        rest = trips, fix, sizes, entry, entry * width * entries_written(int8=int8)
         return Program(name, functions.decode, arguments, held, work, 0, *rest)
 
     most = decode("decode step", engine.slots)

@@ -168,7 +168,7 @@ def test_a_kernel_of_live_entries_is_counted_without_its_caches():
     operands = "%x, %x, %x, %x, %x, %x, %cache, %cache"  # scalars, lengths, table, q, k, v; caches
     module = program(
         f"  %x = {BLOCK} parameter(0)\n  %cache = {CACHE} parameter(1)\n"
-        f"  %ragged_attention.1 = {BLOCK} custom-call({operands}), "
+        f"  %ragged_attention.1 = ({BLOCK}, {CACHE}, {CACHE}) custom-call({operands}), "
         'custom_call_target="tpu_custom_call"'
     )
     assert module.traffic() == Traffic(6 * 4096, 4096, 1)

@@ -48,7 +48,8 @@ def both(q, k, v, cache, lengths, on, window=None):
     """The kernel's output for layer 1, and XLA's."""
     seen = None if window is None else Window(window, on)
     pages = pack(cache, lengths, 128)._replace(layer=jnp.int32(1))
-    return attend_ragged(q, k, v, pages, seen, interpret=True), attend_pages(q, k, v, pages, seen)
+    found, _ = attend_ragged(q, k, v, pages, seen, interpret=True)
+    return found, attend_pages(q, k, v, pages, seen)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +88,43 @@ def test_live_entries_give_the_attention_of_the_whole_cache(
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_kernel_writes_each_new_entry_into_its_page_and_nothing_else(monkeypatch, int8):
+    """In both pages of a block, at the first and last entry of a tile and of a page, and of a
+    sequence whose next page does not exist: into page 0, as zeros.
+    """
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(ragged_attention, "_SLOTS", 3)  # 4 parts
+    lengths = np.array([0, 7, 8, 127, 128, 255, 256, 300, 383, 384])
+    k, v = (rng.normal(size=(len(lengths), 2, H)).astype(np.float32) for _ in "kv")
+    stored = [rng.normal(size=(LAYERS, len(k), 2, 384, H)).astype(np.float32) for _ in "kv"]
+    parts = [quantize(jnp.asarray(x)) for x in stored]
+    cache = Cache(*(x for x, _ in parts), *(s for _, s in parts)) if int8 else Cache(*stored)
+    seen = pack(cache, lengths, 128)._replace(layer=jnp.int32(1))
+    q = np.concatenate([k, v], axis=1)
+    written = attend_ragged(*map(jnp.asarray, (q, k, v)), seen, interpret=True)[1]
+    fresh = [quantize(jnp.asarray(x)) for x in (k, v)]
+    fresh = [*(x for x, _ in fresh), *(s for _, s in fresh)] if int8 else [k, v]
+    live = sorted(set(np.ravel(seen.table)))
+    for n, new in enumerate(fresh):
+        found, expected = (np.array(x[n]) for x in (written, seen.pages))
+        for slot, length in enumerate(lengths[:-1]):
+            page, at = int(seen.table[slot, length // 128]), length % 128
+            expected[1, page, :, at] = new[slot]
+            found[1, page, :, at + 1 :] = expected[1, page, :, at + 1 :]  # not in use yet
+        np.testing.assert_array_equal(found[:, live], expected[:, live])
+        assert np.abs(found[1, 0, :, :8].astype(np.float32)).max() < 1e-20  # zeros, and their scale
+
+
 def test_many_sequences_are_done_in_several_parts(monkeypatch):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(7, n, H)), jnp.float32) for n in (4, 2, 2))
     cache = Cache(*(jnp.asarray(rng.normal(size=(1, 7, 2, 300, H)), jnp.float32) for _ in "kv"))
     seen = pack(cache, jnp.asarray([300, 0, 1, 129, 40, 299, 7], jnp.int32), 128)
-    once = attend_ragged(q, k, v, seen, interpret=True)
+    once = attend_ragged(q, k, v, seen, interpret=True)[0]
     monkeypatch.setattr(ragged_attention, "_SLOTS", 2)  # 4 parts
-    np.testing.assert_array_equal(attend_ragged(q, k, v, seen, interpret=True), once)
+    found = attend_ragged(q, k, v, seen, interpret=True)[0]
+    np.testing.assert_array_equal(found, once)
 
 
 def sampled(family, layout):
@@ -122,7 +152,7 @@ def test_an_engine_with_the_kernel_samples_the_same_responses(monkeypatch, layou
     of one device without the kernel.
     """
     expected = sampled_without_kernel(family)
-    for module in (sampler, ragged_attention):
+    for module in (sampler, decoder, ragged_attention):
         monkeypatch.setattr(module, "is_ragged", lambda mesh, head_dim: True)
     interpreted = functools.partial(attend_ragged, interpret=True)
     monkeypatch.setattr(ragged_attention, "attend_ragged", interpreted)

@@ -46,7 +46,7 @@ from dapo_jax.model.experts import Routing, mixture, mixture_decoded, mixture_ov
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
 from dapo_jax.model.lora import Adapter, adapter_of, stored
 from dapo_jax.model.quantization import product, quantize
-from dapo_jax.model.ragged_attention import attend_paged_over
+from dapo_jax.model.ragged_attention import attend_paged_over, is_ragged
 from dapo_jax.runtime.mesh import gather_layer
 from dapo_jax.types import Params
 
@@ -234,6 +234,7 @@ class Entries(NamedTuple):
 
     k: Array
     v: Array
+    cache: Cache | None = None  # with these in it, where attention writes them
     routing: Routing | None = None
 
 
@@ -250,10 +251,13 @@ class Block(nnx.Module):
     def __call__(
         self, x: Array, rope: Rope, attend: Callable[..., Array], layout: Layout, replayed: Any
     ) -> tuple[Array, Entries]:
-        """`attend(q, k, v)` is over a row or a cache. replayed: as `experts.route`."""
+        """`attend(q, k, v)` is over a row or a cache, and may return the cache with k and v.
+        replayed: as `experts.route`.
+        """
         with jax.named_scope("attention"):
             q, k, v = self.attn.qkv(layout.whole(self.attn_norm(x)), rope, layout)
-            mixed = layout.spread(self.attn.o(attend(q, k, v)))
+            mixed, cache = attend(q, k, v)
+            mixed = layout.spread(self.attn.o(mixed))
             x = x + (mixed if self.attn_post_norm is None else self.attn_post_norm(mixed))
         with jax.named_scope("mlp"):
             inputs, routing = layout.whole(self.mlp_norm(x)), None
@@ -263,7 +267,7 @@ class Block(nnx.Module):
                 fed, routing = self.experts(inputs, layout, replayed)
             fed = layout.spread(fed)
             x = x + (fed if self.mlp_post_norm is None else self.mlp_post_norm(fed))
-            return x, Entries(k, v, routing)
+            return x, Entries(k, v, cache, routing)
 
 
 class Embed(nnx.Module):
@@ -431,7 +435,10 @@ def hidden_states(
             layer_params = gather_layer(layer_params, mesh, config.compute_dtype)
         rope, window = view(on)
         options: dict[str, Any] = {"mesh": mesh, "block": config.attention_block}
-        attend = functools.partial(attend_rows, segment_ids=segment_ids, window=window, **options)
+
+        def attend(q, k, v):
+            return attend_rows(q, k, v, segment_ids, window, **options), None
+
         replay = None if replayed is None else (chosen, replayed[1])
         return _bind(Block, config, layer_params)(x, rope, attend, layout, replay)
 
@@ -463,22 +470,12 @@ def write_cache(
         def sequence(i, cache, n):
             at = (n, 0, page[n, i], 0, offset[n, i])
 
-            def entry(new):
-                return jax.lax.dynamic_slice_in_dim(new[n : n + 1], i, 1, axis=2)
-
             def write(old, new):
-                return jax.lax.dynamic_update_slice(old, entry(new)[..., None, :], (*at, 0))
+                entry = jax.lax.dynamic_slice_in_dim(new[n : n + 1], i, 1, axis=2)
+                entry = jnp.expand_dims(entry, 4)
+                return jax.lax.dynamic_update_slice(old, entry, (*at, *(0,) * (old.ndim - 5)))
 
-            def select(old, new):
-                """Of scales the whole page: one entry would want another layout than attention."""
-                start, size = (*at[:4], 0), (1, old.shape[1], 1, *old.shape[3:])
-                kept = jax.lax.dynamic_slice(old, start, size)
-                here = jnp.arange(old.shape[4])[None, None, None, None] == offset[n, i]
-                fresh = jnp.where(here, entry(new)[..., None], kept)
-                return jax.lax.dynamic_update_slice(old, fresh, start)
-
-            scales = jax.tree.map(select, cache[2:], new[2:])
-            return Cache(*jax.tree.map(write, cache[:2], new[:2]), *scales)
+            return jax.tree.map(write, cache, new)
 
         for n, slots in enumerate(page):
             cache = jax.lax.fori_loop(0, len(slots), functools.partial(sequence, n=n), cache)
@@ -508,29 +505,41 @@ def decode_step(
       tokens: new tokens. Their positions are `seen.lengths`.
       mesh: given where this is vmapped over row shards, with `spmd_axis_name`.
 
-    Returns: hidden states after the final norm; keys and values [L, b, K, h] as the cache stores
-      them, for `write_cache`; routing [L, b, ...] of a mixture of experts.
+    Returns: hidden states after the final norm; the cache with the new entries where attention
+      writes them (`is_ragged`), else the entries [L, b, K, h] alone, for `write_cache`; routing
+      [L, b, ...] of a mixture of experts.
     """
     ends, view = _bind_ends(config, params), layer_views(config, seen.lengths)
-    over, layout = attend_pages, Layout()
+    over: Callable[..., Any] = _attend_cached
+    layout = Layout()
     if mesh is not None:
         over = functools.partial(attend_paged_over, mesh)
         layout = layout._replace(mixture=functools.partial(mixture_decoded, mesh))
+    writes = is_ragged(mesh, config.head_dim)
     with jax.named_scope("embed"):
         x = scale_embedded(config, ends.embed.embedding[...].astype(config.compute_dtype)[tokens])
 
     @jax.named_scope("layer")
-    def layer(x, inputs):
-        index, layer_params, on = inputs
+    def layer(carry, inputs):
+        (x, pages), (index, layer_params, on) = carry, inputs
         rope, window = view(on)
-        attend = functools.partial(over, seen=seen._replace(layer=index), window=window)
-        return _bind(Block, config, layer_params)(x, rope, attend, layout, None)
+        cached = seen._replace(layer=index, pages=pages if writes else seen.pages)
+        attend = functools.partial(over, seen=cached, window=window)
+        x, new = _bind(Block, config, layer_params)(x, rope, attend, layout, None)
+        return (x, new.cache), (None if writes else new[:2], new.routing)
 
     layers = (jnp.arange(config.layers), params["layers"], windowed_layers(config))
-    x, (k, v, routing) = jax.lax.scan(layer, x, layers)
-    new = make_cache(k, v, int8=seen.pages.scale_k is not None)
-    new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, seen.pages)
+    first = x, seen.pages if writes else None
+    (x, pages), (entries, routing) = jax.lax.scan(layer, first, layers)
+    new: Any = pages
+    if entries is not None:
+        new = make_cache(*entries, int8=seen.pages.scale_k is not None)
+        new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, seen.pages)
     return ends.final_norm(x), new, routing
+
+
+def _attend_cached(*inputs: Any, **options: Any) -> tuple[Array, None]:
+    return attend_pages(*inputs, **options), None
 
 
 @jax.named_scope("head")

@@ -2,7 +2,8 @@
 
 XLA gathers the pages before it uses them, which takes three times their traffic. This kernel copies
 each sequence's own pages from HBM, so its traffic is proportional to live tokens. The copy of the
-next block of pages, also that of the next sequence, runs while the current one is used.
+next block of pages, also that of the next sequence, runs while the current one is used. It also
+writes the new entries, which by XLA would be six operations a sequence in every step.
 """
 
 import dataclasses
@@ -17,8 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from dapo_jax.model.attention import MASKED, PagedCache, Window, attend_pages
+from dapo_jax.model.attention import MASKED, Cache, PagedCache, Window, attend_pages
 from dapo_jax.model.logprobs import VOCAB_AXIS, split_axis
+from dapo_jax.model.quantization import quantize
 
 LANES = 128  # p and h are multiples of this: copies are of whole tiles
 _CORES = 2  # of a v4 or v5p chip; a single core runs all parts one after the other
@@ -49,6 +51,11 @@ def entries_read(length: np.ndarray, window: int = 0) -> np.ndarray:
     return block * (end - np.minimum(first, end - 1))
 
 
+def entries_written(*, int8: bool) -> float:
+    """Of how many entries' size what the kernel writes of a sequence is: whole tiles."""
+    return (4 * _SUBLANES * LANES + 4 * LANES) / (LANES + 4) if int8 else _SUBLANES
+
+
 def attend_paged_over(
     mesh: Mesh,
     q: Float[Array, "B H h"],
@@ -56,22 +63,26 @@ def attend_paged_over(
     v: Float[Array, "B K h"],
     seen: PagedCache,
     window: Window | None = None,
-) -> Float[Array, "B H h"]:
-    """`attend_ragged` or `attend_pages` for the sequences of one row shard, with heads split over
-    "tensor" where it divides the kv heads. For use under vmap over the row shards, with their axes
-    as `spmd_axis_name`.
+) -> tuple[Float[Array, "B H h"], Cache | None]:
+    """`attend_ragged`, or `attend_pages` and no cache, for the sequences of one row shard, with
+    heads split over "tensor" where it divides the kv heads. For use under vmap over the row shards,
+    with their axes as `spmd_axis_name`.
     """
     heads, whole = split_axis(mesh, VOCAB_AXIS, k.shape[1]), PartitionSpec()
     entries, stored = PartitionSpec(None, heads), PartitionSpec(None, None, heads)
     on = jnp.zeros((), bool) if window is None else window.on
-    attend = attend_ragged if is_ragged(mesh, q.shape[2]) else attend_pages
+    ragged = is_ragged(mesh, q.shape[2])
 
     def local(q, k, v, seen, on):  # a function under shard_map takes no closed-over array
-        return attend(q, k, v, seen, None if window is None else Window(window.size, on))
+        near = None if window is None else Window(window.size, on)
+        if ragged:
+            return attend_ragged(q, k, v, seen, near)
+        return attend_pages(q, k, v, seen, near), None
 
     view = jax.tree.map(lambda _: whole, seen)._replace(pages=stored)
     inputs = entries, entries, entries, view, whole
-    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": entries, "check_vma": False}
+    outputs = entries, stored
+    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": outputs, "check_vma": False}
     return jax.shard_map(local, mesh=mesh, **specs)(q, k, v, seen, on)
 
 
@@ -83,9 +94,10 @@ def attend_ragged(
     window: Window | None = None,
     *,
     interpret: bool = False,
-) -> Float[Array, "B H h"]:
-    """`attention.attend_pages` as a kernel.
+) -> tuple[Float[Array, "B H h"], Cache]:
+    """`attention.attend_pages` as a kernel, and the cache with the new entries, changed in place.
 
+    An entry whose page is 0, which no sequence has, is written as zeros: that page stays finite.
     Blocks of pages are added one by one to the new entry's own term, with the largest score so far
     as m (Milakov and Gimelshein, arXiv:1805.02867). interpret: run on any platform, for tests.
     """
@@ -105,26 +117,36 @@ def attend_ragged(
     ]
     stored = [x for x in seen.pages if x is not None]
     buffers = [pltpu.VMEM((2, groups, pages * page, *x.shape[4:]), x.dtype) for x in stored]
+    tiles = [pltpu.VMEM((groups, _tile(x), *x.shape[4:]), x.dtype) for x in stored]
     on = jnp.zeros((), bool) if window is None else window.on
     table = jnp.pad(seen.table, ((0, 0), (0, -seen.table.shape[1] % pages)))
     scalars = jnp.stack([seen.layer, on, table.shape[1]]).astype(jnp.int32)
     size = 0 if window is None else window.size
-    out = pl.pallas_call(
+    in_hbm, count = [pl.BlockSpec(memory_space=pl.ANY)] * len(stored), len(stored)
+    out, *written = pl.pallas_call(
         functools.partial(_kernel, slots=b, page=page, pages=pages, size=size),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(parts,),
-            in_specs=[*blocks, *[pl.BlockSpec(memory_space=pl.ANY)] * len(stored)],
-            out_specs=blocks[0],
-            scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2, len(stored)))],
+            in_specs=[*blocks, *in_hbm],
+            out_specs=[blocks[0], *in_hbm],
+            scratch_shapes=[*buffers, *tiles, pltpu.SemaphoreType.DMA((3, count))],
         ),
-        out_shape=jax.ShapeDtypeStruct(new[0].shape, jnp.float32),
+        out_shape=[jax.ShapeDtypeStruct(new[0].shape, jnp.float32), *stored],
+        input_output_aliases={6 + n: 1 + n for n in range(count)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="ragged_attention",
     )(scalars, seen.lengths.astype(jnp.int32), table.ravel(), *new, *stored)
     out = out.reshape(-1, *out.shape[2:])[:b, :, : heads // groups]
-    return out.reshape(b, heads, h).astype(q.dtype)
+    return out.reshape(b, heads, h).astype(q.dtype), Cache(*written)
+
+
+def _tile(cache: Any) -> int:
+    """Entries of a page that are written at a time: whole tiles of memory, of scales a page."""
+    if cache.ndim == 4:
+        return cache.shape[3]
+    return _SUBLANES if cache.dtype.itemsize > 1 else 4 * _SUBLANES
 
 
 @dataclasses.dataclass
@@ -142,6 +164,7 @@ class _Part:
     caches: Any
     out: Any
     buffers: Any
+    tiles: Any
     semaphores: Any
     slots: int
     page: int
@@ -220,6 +243,48 @@ class _Part:
         added = jnp.dot(weights, values, preferred_element_type=jnp.float32)
         return highest, total, mixed * faded + added
 
+    def target(self, slot: Any) -> Any:
+        """The page of a sequence's new entry; 0 where the table has none."""
+        at, count = self.lengths[slot] // self.page, self.scalars[2]
+        return jnp.where(at < count, self.table[slot * count + jnp.minimum(at, count - 1)], 0)
+
+    def writes(self, slot: Any) -> list[Any]:
+        """Copies of the tiles with a sequence's new entry."""
+        at, page, copies = self.lengths[slot], self.target(slot), []
+        for n, (cache, tile) in enumerate(zip(self.caches, self.tiles, strict=True)):
+            rows = tile.shape[1]
+            start = pl.multiple_of(at % self.page // rows * rows, rows)
+            to = cache.at[self.scalars[0], page, :, pl.ds(start, rows)]
+            copies.append(pltpu.make_async_copy(tile, to, self.semaphores.at[2, n]))
+        return copies
+
+    def write(self, slot: Any, half: Any) -> None:
+        """Starts writing a sequence's new entry. Earlier entries of its tiles are in the last block
+        (`half`); later ones are none yet.
+        """
+
+        @pl.when(slot >= pl.num_programs(0))
+        def _():
+            for copy in self.writes(slot):  # of the sequence before: as large
+                copy.wait()
+
+        length, row = self.lengths[slot], slot // pl.num_programs(0)
+        used = self.target(slot) > 0
+        new = [jnp.where(used, x[row, 0].astype(jnp.float32), 0) for x in self.new[1:]]
+        if len(self.caches) > 2:
+            parts = [quantize(x) for x in new]
+            new = [x for x, _ in parts] + [scale for _, scale in parts]
+        for tile, buffer, entry in zip(self.tiles, self.buffers, new, strict=True):
+            rows = tile.shape[1]
+            start = pl.multiple_of(length % self.block // rows * rows, rows)
+            before = buffer[half, :, pl.ds(start, rows)].astype(jnp.float32)
+            place = jax.lax.broadcasted_iota(jnp.int32, before.shape, 1)
+            kept = jnp.where(place < length % rows, before, 0)
+            found = jnp.where(place == length % rows, entry.astype(jnp.float32), kept)
+            tile[...] = found.astype(tile.dtype)
+        for copy in self.writes(slot):
+            copy.start()
+
     def step(self, carry: Any) -> Any:
         """Uses one block while the next is copied."""
         slot, at, half, sums = carry
@@ -243,6 +308,7 @@ class _Part:
         def _():
             for group, (_, total, mixed) in enumerate(new):
                 self.out[row, 0, group] = mixed / total
+            self.write(slot, half)
 
         return next_slot, next_at, 1 - half, new
 
@@ -250,11 +316,16 @@ class _Part:
 def _kernel(
     scalars: Any, lengths: Any, table: Any, *refs: Any, slots: int, page: int, pages: int, size: int
 ) -> None:
-    """refs: queries, keys, values; caches; output; a buffer for each cache; semaphores."""
-    count = (len(refs) - 5) // 2
-    new, caches, out, buffers = refs[:3], refs[3 : 3 + count], refs[3 + count], refs[4 + count : -1]
-    inputs = scalars, lengths, table, new, caches
-    work = _Part(*inputs, out, buffers, refs[-1], slots, page, pages, size)
+    """refs: queries, keys, values; caches; output; caches again, the same memory; a buffer and a
+    tile for each; semaphores.
+    """
+    count = (len(refs) - 5) // 4
+    new, out, semaphores = refs[:3], refs[3 + count], refs[-1]
+    caches, buffers, tiles = (refs[i : i + count] for i in range(4 + count, 4 + 4 * count, count))
+    work = _Part(
+        *(scalars, lengths, table, new, caches, out, buffers, tiles, semaphores),
+        *(slots, page, pages, size),
+    )
     part = pl.program_id(0)
     start = part, work.span(part)[0], jnp.int32(0)
     for copy in work.copies(*start):
@@ -263,3 +334,5 @@ def _kernel(
     column, mixed = jnp.zeros((padded, 1), jnp.float32), jnp.zeros((padded, h), jnp.float32)
     init = *start, [(column, column, mixed)] * groups
     jax.lax.while_loop(lambda carry: carry[0] < slots, work.step, init)
+    for copy in work.writes(part):  # of the last sequence: as large
+        copy.wait()

@@ -360,12 +360,14 @@ def decode(
         count, cache, slots = carry
         # Of others nothing is read; their output, unused, stays finite.
         token, lengths = (jnp.where(slots.live, x, 0) for x in (slots.token, slots.position))
+        # What the kernel writes for these goes to page 0: their own pages may be in use elsewhere.
+        own = jnp.where(slots.live[..., None], narrow_table, 0) if ragged else narrow_table
         needed = jnp.zeros((), jnp.int32)
         if listed is not None:
             needed = (listed.step <= count).sum(axis=1, dtype=jnp.int32).max()
         each = jax.vmap(one_shard, in_axes=(0, 0, 0, 0, 0, None), spmd_axis_name=ROW_AXES)
-        hidden, new, routing = each(token, lengths, cache, narrow_table, listed, needed)
-        cache = _write_on_mesh(cache, new, slots, narrow_table, mesh)
+        hidden, new, routing = each(token, lengths, cache, own, listed, needed)
+        cache = new if ragged else _write_on_mesh(cache, new, slots, narrow_table, mesh)
         keys = jax.vmap(jax.random.fold_in)(slots.keys.ravel(), slots.position.ravel() + 1)
         # Without this barrier XLA fuses the LM-head matmul into the softmax, which is 3x slower on
         # a CPU with jax 0.12.
@@ -382,8 +384,8 @@ def decode(
 
     narrow_table, narrow = table[:, :width], jax.tree.map(lambda x: x[:, :width], state.slots)
     narrow = narrow._replace(live=narrow.live & (narrow_table[:, :, 0] > 0))
-    listed = None
-    if not is_ragged(mesh, model.head_dim):
+    listed, ragged = None, is_ragged(mesh, model.head_dim)
+    if not ragged:
         listing = functools.partial(list_pages, size=state.cache.k.shape[4])
         listed = jax.vmap(listing)(narrow_table, narrow.position)
     first = (jnp.zeros((), jnp.int32), state.cache, narrow)

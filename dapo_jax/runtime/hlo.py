@@ -22,8 +22,8 @@ _PHASES = ("-start", "-update", "-done")  # of an asynchronous operation
 FUSED_SCATTER = "all-reduce-scatter"  # a fusion of an all-reduce and a slice of its result
 _VIEWS = ("bitcast", "get-tuple-element")
 _SLICES = ("dynamic-slice", "slice", "gather")
-# A kernel that reads these first operands whole, and live entries of the caches after them: `plan`
-# adds those.
+# A kernel that reads these first operands whole and writes its first result; `plan` adds the
+# entries that it reads and writes of the caches after them.
 _RAGGED, _RAGGED_WHOLE = "ragged_attention", 6
 _KERNEL = "tpu_custom_call"  # Pallas; other custom calls are the compiler's own notes
 
@@ -240,7 +240,8 @@ class Module:
             (root,) = (j for j in self.computations[i.called[0]].values() if j.root)
             return self.moved(i.called[0], root)
         if i.name.startswith(_RAGGED):
-            types = types[:_RAGGED_WHOLE]
+            written = sum(a.padded for a in arrays(i.type)[:1] if a.hbm)
+            return sum(map(hbm_bytes, types[:_RAGGED_WHOLE])), written
         if i.opcode.endswith("-start"):  # (operands, result)
             read = sum(map(hbm_bytes, types))
             return read, max(hbm_bytes(i.type) - read, 0)
