@@ -42,9 +42,8 @@ def quantize_layer(layer: Params) -> Params:
 
 
 def product(spec: str, x: Array, kernel: Array | Quantized) -> Array:
-    """An einsum of x and a kernel cast to its dtype. The scales are applied to the result."""
+    """An einsum of x and a kernel in x's dtype, partial sums over `tensor` too; then the scales."""
     if not isinstance(kernel, Quantized):
         return jnp.einsum(spec, x, kernel.astype(x.dtype))
-    values = kernel.values.astype(x.dtype)
-    y = jnp.einsum(spec, x, values, preferred_element_type=jnp.float32)
+    y = jnp.einsum(spec, x, kernel.values.astype(x.dtype))
     return (y * kernel.scale[None]).astype(x.dtype)
