@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, set before jax looks for devices; runs of the verbs use two."""
 
 import contextlib
+import fnmatch
 import importlib.util
 import json
 import os
@@ -173,9 +174,13 @@ def pytest_sessionfinish(session):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: at the end one of them would keep one worker busy and the others
-    idle.
+    """Cases beside the default ones are slow. The longest files first: at the end one of them would
+    keep one worker busy and the others idle.
     """
+    for item in items:
+        default = item.get_closest_marker("default")
+        if default and not any(fnmatch.fnmatch(item.callspec.id, case) for case in default.args):
+            item.add_marker(pytest.mark.slow)
     if importlib.util.find_spec("libtpu") is None:
         for item in items:
             if item.get_closest_marker("compiler"):

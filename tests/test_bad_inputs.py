@@ -689,6 +689,7 @@ def of_folder(folder):
     return "model.architecture=null", f"model.folder={folder}"
 
 
+@pytest.mark.default("no *", "remote*", "*beyond", "short context", "template that hangs")
 @pytest.mark.parametrize("case", BAD_MODELS)
 def test_bad_model_folder(config, model, tmp_path, monkeypatch, refused, case):
     spoil, expected = BAD_MODELS[case]
@@ -712,6 +713,7 @@ def test_bad_weights(config, model, refused, case):
     assert expected in refused(evaluate, "--config", config, "--model", model)[0]
 
 
+@pytest.mark.default("pad = EOS", "no pad", "chat template", "shards", "a*beyond")
 @pytest.mark.parametrize(
     "change",
     [
@@ -748,6 +750,7 @@ NASTY = ["none", "nan", "text", "length", "raise", "sleep", "print", "exit", "al
 FUNCTION = "import reward_functions\ndef f(problem, text, length):\n    return reward_functions.judge(problem, '!{}', length)\n"
 
 
+@pytest.mark.default("raise", "sleep", "allocate")
 @pytest.mark.parametrize("how", NASTY)
 def test_a_reward_function_that_gives_no_verdicts(
     config, sound_model, tmp_path_factory, monkeypatch, refused, how
@@ -964,6 +967,7 @@ def test_nothing_is_unpickled_evaluated_or_run_by_a_shell(file):
 # ----------------------------------------------------------------------------------------------------------- processes
 
 
+@pytest.mark.default("args1-*")
 @pytest.mark.parametrize(
     "args, expected",
     [
@@ -1005,6 +1009,7 @@ def f(problem, text, length):
 """
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_go_nowhere(model, tmp_path, monkeypatch, capfd, curves):
     """A run that renders a chat template, samples, judges in workers, trains, saves, and draws its
     curves. On two devices.

@@ -244,6 +244,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.default("flip")
 @pytest.mark.parametrize(
     "damage",
     [flip, lambda p: os.truncate(p, p.stat().st_size // 2), Path.unlink],
@@ -485,6 +486,7 @@ FULL_DISK = """
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_older_step_stays(tmp_path):
     root = Path(checkpoint.__file__).parents[2]
     code = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path)]

@@ -1,6 +1,7 @@
 """The pages that name tests name tests that are there."""
 
 import ast
+import fnmatch
 import re
 from pathlib import Path
 
@@ -44,3 +45,27 @@ def test_a_named_test_exists(file, words, word):
         assert [name for name in names(TESTS / file) if part in name], (
             f"no test of {file} has {part!r} in its name"
         )
+
+
+def default_cases(file: Path) -> list[tuple[str, str]]:
+    """Test and case of each `@pytest.mark.default`."""
+    return [
+        (node.name, argument.value)
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        for mark in node.decorator_list
+        if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.default"
+        for argument in mark.args
+    ]
+
+
+def test_cases_that_are_named_as_default_exist(request):
+    """Of the files that are run."""
+    if request.config.option.keyword:
+        pytest.skip("with -k some are left out")
+    collected = {}
+    for item in request.session.items:
+        collected.setdefault(item.path, set()).add(item.name)
+    for file in collected:
+        for test, case in default_cases(file):
+            assert fnmatch.filter(collected[file], f"{test}[[]{case}]"), (file.name, test, case)

@@ -94,6 +94,7 @@ def test_out_of_memory_says_what_to_lower(capsys, error, reason):
     assert "lower rollout.decode_slots (sampling) or train.rows_per_microbatch (updates)" in said
 
 
+@pytest.mark.default("cuda-*")
 @pytest.mark.parametrize(
     "platforms, first", [("cuda", "jax.devices()"), ("cudda", "jax.jit(lambda x: x)(1)")]
 )
@@ -141,6 +142,7 @@ def test_a_bug_is_not_hidden(error):
         cli.run(raising(error), [])
 
 
+@pytest.mark.slow
 def test_output_that_a_full_disk_refuses_is_one_line():
     """Written when a verb prints, or only when it ends."""
     if not os.path.exists("/dev/full"):
@@ -161,6 +163,7 @@ def test_output_that_a_full_disk_refuses_is_one_line():
         )
 
 
+@pytest.mark.slow
 def test_a_thread_that_a_library_has_left_does_not_hold_a_failed_process():
     code = """
 import threading, time
@@ -204,6 +207,7 @@ def test_usage(monkeypatch, capsys, argv, status):
         assert all(f"  {verb} " in (said.err if status else said.out) for verb in cli.VERBS)
 
 
+@pytest.mark.default("trian-*")
 @pytest.mark.parametrize("typed, near", [("trian", "train"), ("eval", "evaluate")])
 def test_a_mistyped_verb_gets_the_nearest_one(typed, near):
     command = [sys.executable, "-m", "dapo_jax", typed]
@@ -260,6 +264,7 @@ def test_shipped_configs_are_listed_with_their_headers(capsys):
     assert all(len(line.strip()) > 20 for line in lines[1::2])
 
 
+@pytest.mark.slow
 def test_signals_of_a_verb_that_has_ended_end_nothing_else():
     """A process that continues after two verbs: one was signalled while it started, one where its
     guard heeds signals.

@@ -95,6 +95,7 @@ def test_running_mean_against_a_loop():
         np.testing.assert_allclose(curves.running_mean(values, window), want)
 
 
+@pytest.mark.default("long")
 @pytest.mark.parametrize(
     "lines",
     [
@@ -114,6 +115,7 @@ def test_any_run_makes_a_picture(tmp_path, lines):
     assert pixels.shape[:2] == (960, 1800) and pixels[..., :3].min() < 0.5 < pixels[..., :3].mean()
 
 
+@pytest.mark.slow
 def test_title_is_the_folder_name_only(tmp_path, monkeypatch):
     folder = run_with(tmp_path, records(3))
     monkeypatch.chdir(folder)

@@ -164,6 +164,7 @@ def test_an_entry_of_every_sequence_is_written_where_it_belongs():
         np.testing.assert_array_equal(found, whole)
 
 
+@pytest.mark.default("qwen3*", "gemma3_text")
 @pytest.mark.parametrize("config", [SCALED, BIASED, NORMED, WINDOWED], ids=lambda c: c.family)
 def test_decoding_token_by_token_gives_the_logits_of_the_whole_row(config):
     """Sequences of different lengths side by side; the cache beyond them holds garbage."""
@@ -355,6 +356,7 @@ def test_a_tied_head_is_the_embedding_transposed():
     np.testing.assert_allclose(run(other, untied), 2 * logits, rtol=0, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_remat_saves_memory_and_changes_no_gradient():
     """Bytes of temporaries from the compiler, for a deep model.
 
@@ -377,6 +379,7 @@ def test_remat_saves_memory_and_changes_no_gradient():
     assert tiny.gap(dots, none) < 1e-6 and tiny.gap(full, none) < 1e-6
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient_where_some_layers_have_a_window():
     params = tiny.params(WINDOWED)
     rows = [jnp.asarray(x) for x in (TOKENS, POSITIONS, SEGMENTS)]

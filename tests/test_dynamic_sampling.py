@@ -1,6 +1,7 @@
 """Dynamic sampling during decoding, with an engine of which only the lengths are real."""
 
 import collections
+import functools
 import random
 import time
 from types import SimpleNamespace
@@ -204,6 +205,7 @@ def test_a_group_is_what_was_sampled_and_judged():
     assert [len(logprobs) for logprobs in group.old_logprobs] == [150, 175, 200, 225]
 
 
+@pytest.mark.default("0.2")
 @pytest.mark.parametrize("kept", [0.2, 0.5, 0.9])
 def test_enough_groups_are_drawn_whatever_the_keep_rate_and_few_too_many(kept):
     surplus = []
@@ -275,9 +277,11 @@ def test_kept_lengths_are_distributed_like_all_lengths_and_first_finished_wins_w
     kept, first_finished, everything = [], [], []
     for seed in range(300):
 
+        @functools.cache
         def length(draw, seed=seed):
             return 1 + int(random.Random(f"length {seed} {draw}").expovariate(1 / 40))
 
+        @functools.cache
         def outcome(draw, sample, seed=seed):
             return length(draw), random.Random(f"kind {seed} {draw}").random() < 0.4 and sample == 0  # noqa: B023 - used in this turn
 

@@ -158,6 +158,7 @@ def engine_with_a_head(layout):
     return make_engine(8, layout, model=UNTIED)[0]
 
 
+@pytest.mark.default("(1, 1, 1)-*")
 @pytest.mark.parametrize(
     "what, said",
     [
@@ -241,6 +242,7 @@ def test_as_many_prompts_are_read_at_a_time_as_it_is_told(single, responses):
     assert len(heads) <= len(read) * prompts <= len(REQUESTS) + prompts - 1
 
 
+@pytest.mark.slow
 def test_of_a_response_the_blocks_that_hold_tokens_are_fetched_and_many_at_a_time(
     responses, monkeypatch
 ):
@@ -262,6 +264,7 @@ def test_of_a_response_the_blocks_that_hold_tokens_are_fetched_and_many_at_a_tim
     assert engine.programs.start().slots.tokens.shape == (1, 2, 80)
 
 
+@pytest.mark.slow
 def test_ragged_prompts_and_responses_compile_few_programs_and_a_second_time_none(caplog):
     rng = np.random.default_rng(3)
     mesh = make_mesh(MeshSection(1, 1, 1), jax.devices()[:1])
@@ -410,6 +413,7 @@ def test_a_request_that_does_not_fit_is_refused(single):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.default("(1, 1, 1)")
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 1)], ids=str)
 def test_with_little_memory_the_youngest_wait_and_say_the_same(monkeypatch, responses, layout):
     """Pages of 4 tokens, hardly more than one longest sequence (19) on each shard, and short
@@ -464,6 +468,7 @@ def test_a_cache_that_does_not_hold_the_longest_sequence_is_refused():
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_8_bit_cache_moves_log_probs_little():
     """Measured against teacher forcing: mean 1.7e-3, largest 1.3e-2, of log-probs of about -3.6."""
     engine, params = make_engine(1, (1, 1, 1), int8=True)

@@ -268,6 +268,7 @@ def test_metrics_of_routing():
     assert float(sums["router_entropy"]) == pytest.approx(float(entropy), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_of_attention_are_trained_and_experts_are_frozen():
     lora = LoraConfig(2, targets=("q", "k", "v", "o"))
     config = dataclasses.replace(MODEL, lora=lora)
@@ -303,6 +304,7 @@ MIXTURE = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_with_replay_resumes_bit_for_bit(config, tmp_path):
     """Experts of buffered groups and of open ones go through the checkpoint."""
     assert run_train(config, tmp_path / "whole", *MIXTURE, "train.steps=2") == 0

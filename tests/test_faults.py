@@ -103,6 +103,7 @@ def test_signals_in_every_phase_lose_nothing(config, whole, tmp_path, monkeypatc
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"0", "1", "2"}
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once_and_the_watchdog_ends_a_run_that_hangs(tmp_path):
     """Two guards in processes of their own: one gets a second signal before its next place, one
     reaches no place any more.
@@ -268,6 +269,7 @@ def poison(monkeypatch, draws):
 QUICK = ("supervised.updates=0", "eval.every=0", "train.save_every=1", "train.steps=3")
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_are_skipped_then_end_the_run_or_take_it_back(
     config, tmp_path, monkeypatch, capfd
 ):
@@ -315,6 +317,7 @@ def test_updates_that_are_not_finite_are_skipped_then_end_the_run_or_take_it_bac
     assert any(p.name.startswith("bad-2") for p in (back / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_sampling_from_non_finite_weights_keeps_nothing_of_the_step(
     config, tmp_path, monkeypatch, capfd
 ):
@@ -359,6 +362,7 @@ def test_sampling_from_non_finite_weights_keeps_nothing_of_the_step(
     ]["rollout/prompts"] == draws
 
 
+@pytest.mark.slow
 def test_warm_up_whose_updates_are_not_finite_ends_the_run_and_the_verb(
     config, tmp_path, monkeypatch, capfd
 ):
@@ -415,6 +419,7 @@ def test_at_learning_rate_0_nothing_changes_and_sampler_and_trainer_stay_togethe
     assert all(abs(line["policy/approx_kl"]) < 1e-9 for line in read_metrics(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_path, capfd):
     """Seven problems: every step goes through more than an epoch.
 
@@ -459,6 +464,7 @@ def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_p
     assert last["draws"] == steady(tmp_path / "cut")[-2]["draws"] + last["rollout/prompts"]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_other_devices_with_the_rows_and_slots_that_fit_them(
     config, whole, tmp_path, monkeypatch
 ):
@@ -549,6 +555,7 @@ def test_a_mixture_resumes_bit_for_bit_wherever_its_files_are_and_only_with_its_
     )
 
 
+@pytest.mark.slow
 def test_a_trace_of_some_steps(config, tmp_path):
     assert run_train(config, tmp_path / "run", *QUICK, "train.profile_start=2") == 0
     traces = list((tmp_path / "run/profile").rglob("*.xplane.pb"))

@@ -245,6 +245,7 @@ def test_a_row_of_a_table_may_be_as_long_as_a_line_of_json(tmp_path, monkeypatch
     }
 
 
+@pytest.mark.slow
 def test_a_table_that_repeats_a_long_row_is_refused_before_its_rows_are_made(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_LEAST_BYTES", 1 << 20)
     texts = pa.DictionaryArray.from_arrays(

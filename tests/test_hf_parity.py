@@ -84,6 +84,7 @@ def test_logits_and_logprobs(golden):
     np.testing.assert_allclose(logprobs, g["logprobs"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.default("*_untied")
 def test_logprobs_in_bfloat16(golden):
     """Measured, the worst model: 0.071 at most, 0.023 root mean square.
 
@@ -129,6 +130,7 @@ def test_packed_sequences_do_not_see_each_other(golden):
 CUTS = [(0, 4, 20), (1, 1, 9), (0, 3, 5), (1, 7, 17), (0, 1, 1), (1, 2, 1)]
 
 
+@pytest.mark.default("*_untied")
 def test_logprobs_of_packed_training_rows(golden):
     """Up to four prompts and responses in a row, against each sequence alone.
 
@@ -171,6 +173,7 @@ def test_greedy_continuation(golden):
     np.testing.assert_array_equal(rows[1][8:], g["continuation_1"])
 
 
+@pytest.mark.default("*_untied")
 def test_greedy_sampling(golden):
     """Prompts of two lengths at once, through the engine: prefill, cache and decode steps."""
     config, params, g = golden
@@ -186,6 +189,7 @@ def test_greedy_sampling(golden):
     )
 
 
+@pytest.mark.default("gemma3_scaled_untied-*")
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("gemma3")])
 def test_sampled_logprobs_are_those_of_whole_rows(name, int8):

@@ -101,6 +101,7 @@ def equal(a, b) -> bool:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.default("llama-float32")
 @pytest.mark.parametrize(
     "family, dtype", [("llama", "float32"), ("qwen2", "bfloat16"), ("qwen3", "float32")]
 )
@@ -182,6 +183,7 @@ def slopes_by_hand():
     return loss, {"layers": found}
 
 
+@pytest.mark.default("(1, 1, 1)", "(2, 2, 2)")
 @pytest.mark.parametrize("layout", [(1, 1, 1), (1, 4, 2), (2, 2, 2)], ids=str)
 def test_loss_and_gradient_are_those_by_hand_on_any_layout_of_devices(layout):
     """Measured: loss 3e-7, gradient 7e-7 relative."""
@@ -275,6 +277,7 @@ def test_a_run_of_rank_0_is_the_base_model():
     )
 
 
+@pytest.mark.slow
 def test_frozen_weights_cost_neither_moments_nor_gradients():
     """Bytes by hand; FLOPs by the compiler, which counts a loop's body once: a third of a whole
     update's matmuls are gone.
@@ -449,6 +452,7 @@ def finished(tmp_path_factory):
     return config, whole, resumed
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_bit_for_bit(finished):
     _, whole, resumed = finished
 

@@ -334,6 +334,7 @@ def test_samples(tmp_path):
     assert strict_loads(second) == {"id": "b"} and "π" in first
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").is_file(), reason="the system does not tell a process's own peak"
 )

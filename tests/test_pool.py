@@ -189,6 +189,7 @@ def test_only_the_nasty_answer_goes_without_a_verdict(pool, nasty, error):
     assert verdicts == [Verdict(True, 1.0)] * 19
 
 
+@pytest.mark.default("nasty")
 @pytest.mark.parametrize(
     "case", [torture_rewards.bombs, torture_rewards.nasty], ids=lambda case: case.__name__
 )
@@ -202,6 +203,7 @@ def test_two_in_a_hundred_nasty_answers_in_small(case):
     assert f"among {count:,} answers" in case(count, timeout_s=LIMIT_S)
 
 
+@pytest.mark.slow
 def test_long_answers_in_small():
     assert torture_rewards.long_answers(40).startswith("40 right verdicts each")
 
@@ -381,6 +383,7 @@ def test_workers_that_stop_starting_give_errors_not_silence(tmp_path, monkeypatc
     assert all("RuntimeError: gone" in verdict.error for verdict in verdicts[1:])
 
 
+@pytest.mark.slow
 def test_workers_that_stop_starting_one_after_the_other_give_errors(tmp_path, monkeypatch):
     """While one start fails, another is always under way."""
     module = tmp_path / "fails_slowly.py"

@@ -193,6 +193,7 @@ def test_ids_are_unique_and_do_not_depend_on_other_rows(tmp_path):
     assert alone[0].id == ids["c"]
 
 
+@pytest.mark.slow
 def test_memory_holds_distinct_prompts_only(tmp_path):
     rows = [{"prompt": f"{i} " + "x" * 2000, "answer": i} for i in range(20)]
     path = write_jsonl(tmp_path / "a.jsonl", rows * 500)
@@ -205,6 +206,7 @@ def test_memory_holds_distinct_prompts_only(tmp_path):
     assert peak < 2e6
 
 
+@pytest.mark.slow
 def test_many_rows_to_a_prompt_in_small():
     assert "20,000 rows, 8 MB: 200 problems" in torture_rewards.rows(20_000)
 

@@ -414,6 +414,7 @@ def test_loading_is_offline(folder, monkeypatch):
     assert load_tokenizer(str(folder)).eos_token_id == 1
 
 
+@pytest.mark.slow
 def test_transformers_is_silent_and_brings_no_other_framework(folder):
     edit(folder / "tokenizer_config.json", model_max_length=5)  # it would warn of longer texts
     code = f"""
@@ -472,6 +473,7 @@ ENDS = {  # of a turn, by chat template
 }
 
 
+@pytest.mark.default("ChatML", "text", "an error", "none")
 @pytest.mark.parametrize("case", ENDS)
 def test_the_template_s_end_of_turn_is_a_stop_token(case):
     """As of Qwen2.5's base models, whose end-of-sequence token is another one."""
@@ -713,6 +715,7 @@ HOLDING = "{{ 9 ** (9 ** 9) }}"  # for hours, and with the interpreter's lock
 LOOPS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
 
 
+@pytest.mark.default("*roles must alternate*", "*unsafe", "{% for i*")
 @pytest.mark.parametrize(
     "template, says",
     [
@@ -738,6 +741,7 @@ def test_chat_templates_that_fail(template, says, monkeypatch):
         make_prompts([problem("a"), problem("b")], words_tokenizer(chat_template=template), BARE)
 
 
+@pytest.mark.slow
 def test_the_deadline_is_for_each_conversation(monkeypatch):
     """Twenty conversations of about 0.1 s each: within a second each, but not together."""
     monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
@@ -753,6 +757,7 @@ def test_the_deadline_is_for_each_conversation(monkeypatch):
     ] == texts
 
 
+@pytest.mark.slow
 def test_long_conversations_are_sent_one_at_a_time(monkeypatch):
     """Twenty of 4 MB, each within the memory of the process, but not together."""
     monkeypatch.setattr(chat, "_MEMORY_BYTES", 64 << 20)
@@ -761,6 +766,7 @@ def test_long_conversations_are_sent_one_at_a_time(monkeypatch):
     assert [*texts] == [None] * 20
 
 
+@pytest.mark.slow
 def test_the_deadline_is_not_for_the_caller(monkeypatch):
     """It may take longer over one text than the process has for the next, which the pipe between
     them cannot hold.
@@ -796,6 +802,7 @@ def test_texts_that_no_prompt_can_be_are_left_out_as_too_long_before_they_are_to
     assert ([p.problem.prompt for p in prompts], left_out) == (["a"], {"longer than 50 tokens": 2})
 
 
+@pytest.mark.slow
 def test_memory_holds_a_batch_of_texts_and_tokens(byte_level):
     section = DataSection(
         template="{prompt}" + "x" * 60_000, max_prompt_len=10_000
@@ -859,6 +866,7 @@ def test_texts_are_those_of_transformers(template):
     ]
 
 
+@pytest.mark.slow
 def test_a_last_turn_of_the_assistant_is_continued(chatty, byte_level):
     """Its turn is not closed and no other one opened: what follows is the response."""
     turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "<think>\n"}]
@@ -892,6 +900,7 @@ def test_a_last_turn_of_the_assistant_is_continued(chatty, byte_level):
         make_prompts([prefill], silent, BARE)
 
 
+@pytest.mark.slow
 def test_a_template_without_a_caller_ends_itself():
     """Its process has a deadline of its own, for where the caller was killed."""
     code = f"""

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from groups import MIXED, RIGHT, WRONG, make_group
 from hypothesis import given, settings
@@ -73,6 +74,7 @@ POOL = tiny.make_items(
 )  # 12 responses whose ratios the model has been asked for once
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)  # a layout compiles when it is first drawn
 @given(
     chosen=st.permutations(range(12)).flatmap(

@@ -59,6 +59,7 @@ def test_a_product_is_that_of_the_kernel_it_stands_for(spec, shape, axes):
     np.testing.assert_allclose(np.float64(rounded), exact, rtol=0, atol=0.05)
 
 
+@pytest.mark.default("llama")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_and_decoding_compute_with_the_kernels_that_they_stand_for(family):
     config = tiny.model(family)
@@ -76,6 +77,7 @@ def test_prefill_and_decoding_compute_with_the_kernels_that_they_stand_for(famil
     np.testing.assert_allclose(hidden, exact[:, 8], rtol=0, atol=2e-5)
 
 
+@pytest.mark.default("sizes1-lora1")
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, targets=("q", "o", "down"))])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_published_weights_are_quantized_from_merged_masters_and_split_over_tensor(sizes, lora):
@@ -115,6 +117,7 @@ def test_without_a_correction_it_is_refused(tmp_path):
         assert load_config("configs/tiny_cpu.yaml", given).rollout.weights == "int8"
 
 
+@pytest.mark.slow
 def test_a_run_samples_from_8_bit_weights_and_evaluates_exact_ones(config, tmp_path):
     """It resumes with the same numbers, too."""
     shared = ("dapo.importance_cap=2", "train.steps=2", "train.save_every=1", "eval.every=1")

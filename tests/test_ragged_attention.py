@@ -145,6 +145,7 @@ def sampled_without_kernel(family):
     return sampled(family, (1, 1, 1))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
 def test_an_engine_with_the_kernel_samples_the_same_responses(monkeypatch, layout, family):

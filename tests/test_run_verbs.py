@@ -106,6 +106,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(run, tmp_path):
 # ------------------------------------------------------------------------------------------ train
 
 
+@pytest.mark.slow
 def test_the_learning_rate_changes_on_resume_if_it_may(run, tmp_path, capsys):
     """And clip bounds, not the group size. The change is in the run folder, with its step."""
     config, folder = tmp_path / "tiny.yaml", tmp_path / "run"
@@ -143,6 +144,7 @@ def test_where_a_run_resumes_is_said():
         assert RunStore.resumed(store, RunState(None, progress)) == said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded", [True, False])
 def test_curves_are_drawn_when_a_signal_ends_a_run(run, tmp_path, recorded, curves):
     said = []
@@ -231,6 +233,7 @@ def generated(capsys, *args) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_streamed_response_is_the_one_that_is_sampled_at_once(run, monkeypatch):
     """Parts concatenate to the whole; the same draw gives the same tokens in either way."""
     found = []
@@ -262,6 +265,7 @@ def test_samples_of_a_file_of_prompts(run, tmp_path, capsys):
     assert "gone: cannot read prompts (No such file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_that_has_not_been_trained(run, tmp_path, capsys):
     """As a config starts it, and as a folder alone."""
     out, lengths = tmp_path / "hf", ("data.max_prompt_len=16", "rollout.max_response_len=24")

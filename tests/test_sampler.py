@@ -285,6 +285,7 @@ def test_take_counts_blocks_through_all_shards_and_keeps_every_bit(layout):
     np.testing.assert_array_equal(found[1], logprobs.reshape(-1, 4)[blocks].view(np.int32))
 
 
+@pytest.mark.default("(2, 2, 2)-*")
 @pytest.mark.parametrize(
     "layout, kv_heads, int8", [((2, 2, 2), 2, False), ((1, 4, 2), 1, True)], ids=str
 )
@@ -334,6 +335,7 @@ def test_prompts_are_read_and_go_into_slots_on_any_devices(layout, kv_heads, int
     assert not np.moveaxis(np.asarray(expected.k), 1, 2)[~filled].any()
 
 
+@pytest.mark.slow
 def test_a_gpu_fills_and_extends_the_cache_with_the_same(monkeypatch):
     """Its scatters against the loops of other platforms: pages left alone, a slot without any.
     8 bits have scales too.
@@ -385,6 +387,7 @@ def shapes(kind: str, text: str) -> list[tuple[int, ...]]:
     ]
 
 
+@pytest.mark.slow
 def test_caches_and_responses_are_written_in_place():
     """The donated state is the result; no step copies a cache, a part of it of all layers, or the
     tokens.
@@ -404,6 +407,7 @@ def test_caches_and_responses_are_written_in_place():
     assert memory.alias_size_in_bytes > cache_bytes and memory.temp_size_in_bytes < cache_bytes / 10
 
 
+@pytest.mark.default("layout2")
 @pytest.mark.parametrize("layout", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
 def test_sequences_on_different_devices_need_no_communication(layout):
     """But to agree when to leave, and to put a token's activations together from devices that share

@@ -115,6 +115,7 @@ def test_a_schedule_is_a_function_of_its_arguments():
     assert all(np.array_equal(x, y) for x, y in zip(a.segments, b.segments, strict=True))
 
 
+@pytest.mark.slow
 def test_partial_rollouts_keep_slots_full():
     """The shape of the 32B config over 16, with lengths over 16."""
     full = config(88, responses_per_prompt=16, responses_per_update=16, partial_rollouts=True)
@@ -126,6 +127,7 @@ def test_partial_rollouts_keep_slots_full():
     assert np.mean(later) < 1.1 * ideal and b.decode_steps > 1.15 * ideal
 
 
+@pytest.mark.default("0")
 @pytest.mark.parametrize("age", [0, 1, 2, None])
 def test_no_trained_token_is_older_than_the_bound(age):
     """Many slots and few groups a step: without the bound tokens wait for several steps."""
@@ -138,6 +140,7 @@ def test_no_trained_token_is_older_than_the_bound(age):
         assert all(step.trained == 8 for step in result.steps)
 
 
+@pytest.mark.slow
 def test_open_groups_hold_a_bounded_number_of_tokens(monkeypatch):
     """While the first of them is sampled, at most slots x longest tokens are, twice over."""
     held, draw = [], DynamicSampler.draw
@@ -165,6 +168,7 @@ def test_one_slot_of_equal_responses_by_hand():
     assert (prompt - 4950) / 100 == int((prompt - 4950) / 100) > 0
 
 
+@pytest.mark.default("True")
 @pytest.mark.parametrize("partial", [False, True])
 def test_a_small_cache_suspends_sequences_and_changes_no_length(monkeypatch, partial):
     """Room for 24 of the 64 slots' mean live sequence; no response is lost or sampled twice."""

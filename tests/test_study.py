@@ -267,6 +267,7 @@ def test_every_row_starts_from_its_seeds_warm_up_and_nothing_is_done_twice(start
     assert start() == [f"runs/{ROWS[1]}/5"]
 
 
+@pytest.mark.default("*-flags0")
 @pytest.mark.parametrize("flags", [(), ("--seeds", "3")])
 @pytest.mark.parametrize(
     "change, file, said",
@@ -302,6 +303,7 @@ def test_runs_of_another_config_are_refused(start, tmp_path, change, file, said,
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.yaml")} == before
 
 
+@pytest.mark.slow
 def test_a_study_may_grow_and_what_makes_no_result_may_change(start):
     start()
     added = {"name": "+ last", "set": {"dapo": {"dual_clip": 3}}}
@@ -321,6 +323,7 @@ def test_a_study_may_grow_and_what_makes_no_result_may_change(start):
     assert start(renamed, "--seeds", "3") == ["runs/2_punishment/3"]
 
 
+@pytest.mark.slow
 def test_longer_runs_resume(start):
     start()
     with pytest.raises(

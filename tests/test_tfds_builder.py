@@ -111,6 +111,7 @@ def test_neither_tensorflow_nor_jax_is_needed(source, prepared, tmp_path):
     run_python(code)
 
 
+@pytest.mark.slow
 def test_data_is_loaded_without_importing_its_readers(source, prepared):
     code = (
         "import sys; from dapo_jax.data.problems import load_problems; from "

@@ -144,6 +144,7 @@ def test_interrupted_and_whole_runs_are_bit_identical(finished, tmp_path):
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_quiet_run_says_one_line_and_a_tracker_gets_its_lines(
     config, tmp_path, capfd, monkeypatch
 ):
@@ -212,6 +213,7 @@ def test_killed_run_resumes_from_its_checkpoint(config, tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_saving_by_the_clock_changes_no_result_and_loses_at_most_a_phase(
     finished, tmp_path, monkeypatch
 ):
@@ -249,6 +251,7 @@ def test_saving_by_the_clock_changes_no_result_and_loses_at_most_a_phase(
     assert steady(tmp_path / "run") == steady(finished[1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eight_devices")
 def test_nothing_compiles_after_the_first_steps(config, tmp_path, monkeypatch):
     """A step may meet a length that none before it had: two are allowed, the other four are not."""
@@ -272,6 +275,7 @@ def test_nothing_compiles_after_the_first_steps(config, tmp_path, monkeypatch):
     assert len(counts) == 6 and 1 in compiled and set(compiled) <= {1, 2}  # in which step
 
 
+@pytest.mark.slow
 def test_naive_grpo_is_the_same_code_with_the_parts_off(config, tmp_path):
     off = (
         "dapo.dynamic_sampling=false",
@@ -290,6 +294,7 @@ def test_naive_grpo_is_the_same_code_with_the_parts_off(config, tmp_path):
         assert (line["filter/surplus_groups"], line["reward/overlong_penalty_mean"]) == (0, 0)
 
 
+@pytest.mark.default("recompute-float32-*")
 @pytest.mark.parametrize(
     "mode, dtype, least, most",
     [
@@ -324,6 +329,7 @@ def test_old_logprobs_both_ways(config, tmp_path, mode, dtype, least, most):
     assert (line["time/old_logprobs_s"] > 0) == (mode == "recompute")
 
 
+@pytest.mark.slow
 def test_partial_rollouts_resume_bit_for_bit(config, tmp_path):
     """Open groups go through the checkpoint; a whole run and one that was interrupted write the
     same lines.
@@ -468,6 +474,7 @@ def test_the_groups_of_an_underfilled_step_are_spread_evenly_over_its_updates(co
     ] == groups
 
 
+@pytest.mark.slow
 def test_on_cap_train_uses_what_there_is(config, tmp_path, capfd):
     """One generation batch of 2 prompts cannot fill 6 groups; the step trains on the few there are."""
     few = ("dapo.prompts_per_draw=2", "dapo.max_generation_batches=1", "dapo.on_cap=train")
@@ -487,6 +494,7 @@ def test_on_cap_train_uses_what_there_is(config, tmp_path, capfd):
     )
 
 
+@pytest.mark.slow
 def test_a_starved_step_is_sampled_again_and_resumes_with_a_raised_cap(config, tmp_path, capfd):
     """Of 6 prompts, two responses each, not all groups are mixed.
 
@@ -512,6 +520,7 @@ def test_a_starved_step_is_sampled_again_and_resumes_with_a_raised_cap(config, t
     assert steady(tmp_path / "cut") == steady(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_step_that_keeps_no_group_leaves_a_run_that_resumes(config, tmp_path, capfd):
     """No answer is right, then with other problems half of them are."""
     data, judge = tmp_path / "data.jsonl", tmp_path / "judge.py"

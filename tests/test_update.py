@@ -272,6 +272,7 @@ def test_the_first_loss_is_minus_the_weighted_advantages(update, state):
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_of_any_fill_share_one_compilation(state):
     update = jax.jit(functools.partial(update_step, loss_fn=LOSS, optimizer=OPTIMIZER))
     for n in (12, 1, 7):

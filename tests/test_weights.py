@@ -610,6 +610,7 @@ def test_window_that_no_layer_uses_is_accepted():
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.default("*_untied-(2, 2, 2)", "llama_tied-*")
 @pytest.mark.parametrize("layout", [(1, 8, 1), (1, 2, 4), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_shards_are_read_alone_and_equal_the_whole(name, layout, monkeypatch):
@@ -704,6 +705,7 @@ def test_layout(name):
                 )
 
 
+@pytest.mark.default("*-False")
 @pytest.mark.parametrize("as_jax", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip_is_bit_equal(name, as_jax, tmp_path):
@@ -759,6 +761,7 @@ def test_half_precision_weights_become_float32(dtype, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_memory_holds_the_model_once(tmp_path):
     config = ModelConfig(
         vocab_size=256, model_dim=64, layers=40, heads=4, kv_heads=2, head_dim=16, ffn_dim=256
