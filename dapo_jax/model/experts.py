@@ -176,8 +176,17 @@ def _grouped(x: Array, w: Array, sizes: Array) -> Array:
     """x [n, i] times w [E, i, o], where expert e has `sizes[e]` rows after those of the experts
     before it. Rows after the last expert's are 0.
     """
-    options: dict[str, Any] = {"tpu": jax.lax.ragged_dot, "default": _in_blocks}
-    out = jax.lax.platform_dependent(x, w.astype(x.dtype), sizes, **options)
+    return _product(x, w.astype(x.dtype), sizes, 1)
+
+
+def _product(x: Array, w: Array, sizes: Array, summed: int) -> Array:
+    """`_grouped` over axis `summed` of w; 2: times its transpose."""
+
+    def ragged(x, w, sizes):
+        return jax.lax.ragged_dot(x, w if summed == 1 else w.swapaxes(1, 2), sizes)
+
+    blocks = functools.partial(_in_blocks, summed=summed)
+    out = jax.lax.platform_dependent(x, w, sizes, tpu=ragged, default=blocks)
     return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), out, 0)
 
 
@@ -192,7 +201,7 @@ def _grouped_backward(saved, d_out):
         zero = jnp.zeros(w.shape, x.dtype)
         return jax.linear_transpose(lambda w: jax.lax.ragged_dot(x, w, sizes), zero)(d_out)[0]
 
-    d_x = _grouped(d_out, w.swapaxes(1, 2), sizes)
+    d_x = _product(d_out, w.astype(x.dtype), sizes, 2)
     d_w = jax.lax.platform_dependent(x, d_out, sizes, tpu=ragged, default=_outer_in_blocks)
     return d_x, d_w.astype(w.dtype), None
 
@@ -205,8 +214,8 @@ def _blocks(x: Array, sizes: Array) -> tuple[Array, Array]:
     return jnp.pad(x, ((0, _BLOCK), (0, 0))), jnp.cumsum(sizes) - sizes
 
 
-def _in_blocks(x: Array, w: Array, sizes: Array) -> Array:
-    """`ragged_dot` off TPU, where XLA's multiplies all rows with all experts.
+def _in_blocks(x: Array, w: Array, sizes: Array, summed: int) -> Array:
+    """`_product` off TPU, where XLA's `ragged_dot` multiplies all rows with all experts.
 
     The last block of an expert also writes rows of later experts, which these write again.
     """
@@ -218,11 +227,12 @@ def _in_blocks(x: Array, w: Array, sizes: Array) -> Array:
         def block(i, out):
             at = begin + i * _BLOCK
             rows = jax.lax.dynamic_slice_in_dim(padded, at, _BLOCK)
-            return jax.lax.dynamic_update_slice_in_dim(out, rows @ w, at, axis=0)
+            product = jax.lax.dot_general(rows, w, (((1,), (summed - 1,)), ((), ())))
+            return jax.lax.dynamic_update_slice_in_dim(out, product, at, axis=0)
 
         return jax.lax.fori_loop(0, -(-size // _BLOCK), block, out), None
 
-    out = jnp.zeros((len(padded), w.shape[2]), x.dtype)
+    out = jnp.zeros((len(padded), w.shape[3 - summed]), x.dtype)
     return jax.lax.scan(expert, out, (w, begins, sizes))[0][: len(x)]
 
 
