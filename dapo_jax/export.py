@@ -13,7 +13,7 @@ from dapo_jax.model.weights import check_new, save_pretrained
 from dapo_jax.restore import chosen_step, config_of, restore_params
 from dapo_jax.runtime.files import Folder, is_id, read, run_folder, without_secrets, write_result
 from dapo_jax.runtime.mesh import make_mesh
-from dapo_jax.runtime.metrics import read_metrics
+from dapo_jax.runtime.metrics import held_out, read_metrics
 from dapo_jax.training.setup import Policy, describe, load_policy
 from dapo_jax.types import InputError, Params
 
@@ -77,11 +77,8 @@ def model_card(config: Config, run_dir: Folder, step: int, name: str, policy: Po
     if read(run_dir / "metrics.jsonl") is not None:
         for record in read_metrics(run_dir):
             found |= record if record["step"] == step else {}
-    scores = [
-        f"{key.split('/')[1]} avg@{k} {value:.3f} ± {found.get(f'{key}_se', 0.0):.3f}"
-        for key, value in found.items()
-        if key.startswith("eval/") and key.endswith("/avg")
-    ]
+    accuracies = held_out(found).items()
+    scores = [f"{name} avg@{k} {avg:.3f} ± {se:.3f}" for name, (avg, se) in accuracies]
     chat = config.data.chat and bool(policy.tokenizer.chat_template)
     return _CARD.format(
         front=front,

@@ -23,7 +23,7 @@ from dapo_jax.runtime.checkpoint import stored_steps
 from dapo_jax.runtime.console import duration
 from dapo_jax.runtime.curves import running_mean
 from dapo_jax.runtime.files import Folder, read, run_folder, writing
-from dapo_jax.runtime.metrics import METRICS, best_step, definition, read_metrics
+from dapo_jax.runtime.metrics import METRICS, best_step, definition, held_out, read_metrics
 from dapo_jax.types import InputError
 
 _POINTS = 1000  # of a curve
@@ -136,8 +136,7 @@ def evals(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     the difference of last and first. A set whose problems changed, by digest, counts from then on.
     """
     found = {}
-    keys = {key for record in records for key in record}
-    for name in sorted(key.split("/")[1] for key in keys if re.fullmatch(r"eval/[^/]+/avg", key)):
+    for name in sorted({name for record in records for name in held_out(record)}):
         avg, se, digest_key = (f"eval/{name}/{key}" for key in ("avg", "avg_se", "digest"))
         measured = [record for record in records if is_number(record.get(avg))]
         if not measured:

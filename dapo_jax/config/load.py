@@ -140,8 +140,6 @@ def _data_sets(tree: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
     data, evaluation = tree.get("data"), tree.get("eval")
     if isinstance(data, Mapping):
-        if data.get("columns") == {}:  # in config.yaml of an earlier version
-            data = {key: value for key, value in data.items() if key != "columns"}
         train = data.get("train", [])
         train = [train] if isinstance(train, str) else train
         if not isinstance(train, list):

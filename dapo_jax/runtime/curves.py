@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.files import Folder, as_path, is_bucket, read, write_whole
-from dapo_jax.runtime.metrics import read_metrics
+from dapo_jax.runtime.metrics import held_out, read_metrics
 from dapo_jax.types import InputError, RunError, Stopped
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#1f5fa8", "#d9730d", "#2f8f5b", "#b8323a", "#6b7280"
@@ -171,10 +170,9 @@ def _curve(axes: Any, records: Sequence[dict[str, Any]], line: _Line) -> list[An
 
 def _held_out(axes: Any, records: Sequence[dict[str, Any]]) -> list[Any]:
     """avg@k of each evaluation set, in a band of one standard error on each side."""
-    keys = {key for record in records for key in record if re.fullmatch("eval/.*/avg", key)}
-    drawn = []
-    for number, key in enumerate(sorted(keys)):
-        color, name = _HELD_OUT[number % len(_HELD_OUT)], key.split("/")[1]
+    names, drawn = {name for record in records for name in held_out(record)}, []
+    for number, name in enumerate(sorted(names)):
+        color, key = _HELD_OUT[number % len(_HELD_OUT)], f"eval/{name}/avg"
         label = "held-out" if name in ("heldout", "held_out", "held-out") else f"held-out: {name}"
         steps, mean = _series(records, key)
         error = np.array([record.get(f"{key}_se", 0.0) for record in records if key in record])

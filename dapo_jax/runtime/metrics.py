@@ -203,16 +203,23 @@ def read_metrics(run_dir: str | Folder) -> list[dict[str, Any]]:
     return [record for record in records if record is not None]
 
 
+def held_out(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """avg@k of each evaluation set in a record, and its standard error."""
+    names = sorted(key.split("/")[1] for key in record if re.fullmatch(r"eval/[^/]+/avg", key))
+    keys = {name: f"eval/{name}/avg" for name in names}
+    return {name: (record[key], record.get(f"{key}_se", 0.0)) for name, key in keys.items()}
+
+
 def best_step(run_dir: str | Folder, steps: Collection[int]) -> int | None:
     """The one of `steps` with the highest held-out accuracy: avg@k, averaged over the sets. The
     earliest among equals; None if none was evaluated on the problems of the last evaluation."""
     problems: dict[int, Any] = {}
     accuracy: dict[int, float] = {}
     for record in read_metrics(run_dir):
-        if keys := [key for key in record if re.fullmatch(r"eval/[^/]+/avg", key)]:
-            step, digests = record["step"], [f"{key[:-3]}digest" for key in sorted(keys)]
-            problems[step] = {key: record.get(key) for key in digests}
-            accuracy[step] = sum(record[key] for key in keys) / len(keys)
+        if found := held_out(record):
+            step = record["step"]
+            problems[step] = {name: record.get(f"eval/{name}/digest") for name in found}
+            accuracy[step] = sum(average for average, _ in found.values()) / len(found)
     last = problems[max(problems)] if problems else None
     same = [step for step in sorted(steps) if problems.get(step, {}) == last]
     return max(same, key=lambda step: accuracy[step], default=None)
@@ -221,9 +228,7 @@ def best_step(run_dir: str | Folder, steps: Collection[int]) -> int | None:
 def last_accuracies(run_dir: str | Folder) -> str:
     """The last held-out accuracy of each set, as the end of the final message."""
     last = {key: value for record in read_metrics(run_dir) for key, value in record.items()}
-    keys = [key for key in last if key.startswith("eval/") and key.endswith("/avg")]
-    shown = [f"{k.split('/')[1]} {last[k]:.3f} ± {last.get(f'{k}_se', 0):.3f}" for k in keys]
-    return "".join(f"; {text}" for text in shown)
+    return "".join(f"; {name} {avg:.3f} ± {se:.3f}" for name, (avg, se) in held_out(last).items())
 
 
 def write_samples(run_dir: str | Folder, step: int, rows: Sequence[Mapping[str, Any]]) -> Folder:
