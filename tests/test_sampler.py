@@ -365,7 +365,8 @@ def test_a_gpu_fills_and_extends_the_cache_with_the_same(monkeypatch):
         return jax.tree.map(lambda x: x[:, :, 1:], caches)  # page 0 may hold anything
 
     expected = states()
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
+    gpu = lambda *args, default, **other: other.get("cuda", default)(*args)  # noqa: E731
+    monkeypatch.setattr(jax.lax, "platform_dependent", gpu)
     jax.tree.map(np.testing.assert_array_equal, states(), expected)
     assert (
         np.asarray(expected[1].k) != np.asarray(expected[0].k)
