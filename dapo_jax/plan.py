@@ -12,10 +12,8 @@ are those of the real scheduler for a distribution of response lengths (`benchma
 
 of each program, with published peaks (`runtime/chips.py`). `expected` adds all of these: nothing
 overlaps. Host time is in neither; nor are the fetching of responses, moves between slots, and keys
-and values that attention over rows reads again for each of its blocks: below 2% of a step. Of a
-conditional all branches count: too much for decoding without the kernel (head_dim no multiple of
-128). Needs `pip install libtpu` on an x86-64 Linux machine. Exit
-status: 0 all fits, 1 not, 2 bad input.
+and values that attention over rows reads again for each of its blocks: below 2% of a step. Needs
+`pip install libtpu` on an x86-64 Linux machine. Exit status: 0 all fits, 1 not, 2 bad input.
 """
 
 import argparse
@@ -632,7 +630,7 @@ def largest_that_fits(
             rises = zip(known[low], known[a], known[b], strict=True)
             steps = [(room - y) / (z - x) * (b - a) for y, x, z in rises if z > x]
             guesses += [low + min(steps)] if steps else []
-        if high - low <= unit or (guesses and guesses[0] < low + unit):
+        if high - low <= unit or (guesses and guesses[0] < max(low + unit, 1.02 * low)):
             break
         # With one n: in proportion, which is too small where it fits. Constant memory: double n.
         alone = 2 * low if len(fit) > 1 else (low or high) * room / max(known[low or high])

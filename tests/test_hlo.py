@@ -78,6 +78,36 @@ def test_a_fusion_reads_the_slices_inside_it():
     assert module.traffic() == Traffic(4096 + 4, 4096, 1)  # and the index
 
 
+def test_of_a_conditional_the_branch_that_moves_most_counts():
+    """One branch copies a block, one a cache of 64 blocks, as does a loop of 64 turns in another."""
+
+    def branch(name: str, *lines: str) -> str:
+        return f"%{name} (x: f32[]) -> f32[] {{\n" + "\n".join(lines) + "\n}\n"
+
+    small = branch("small", f"  %x = {BLOCK} parameter(0)", f"  ROOT %y = {BLOCK} copy(%x)")
+    large = branch("large", f"  %x = {CACHE} parameter(0)", f"  ROOT %y = {CACHE} copy(%x)")
+    looped = branch(
+        "looped",
+        f"  %x = {BLOCK} parameter(0)",
+        f"  ROOT %w = {BLOCK} while(%x), condition=%until, body=%small",
+    )
+    until = branch(
+        "until",
+        "  %n = s32[]{:T(128)} constant(65)",
+        "  ROOT %less = pred[]{:T(512)} compare(%n, %n), direction=LT",
+    )
+
+    def choose(*names: str) -> Module:
+        called = ", ".join(f"%{name}" for name in names)
+        main = f"  %i = s32[] parameter(0)\n  ROOT %c = {BLOCK} conditional(%i), "
+        body = f"{main}branch_computations={{{called}}}"
+        return program(body, small, large, looped, until)
+
+    assert choose("small", "small").traffic() == Traffic(4096, 4096, 1)
+    assert choose("small", "large").traffic() == Traffic(64 * 4096, 64 * 4096, 1)
+    assert choose("large", "looped", "small").traffic() == Traffic(65 * 4096, 65 * 4096, 65)
+
+
 def test_a_fusion_that_uses_all_of_an_operand_reads_it_once():
     fused = f"""%fused (x: f32[]) -> f32[] {{
   %x = {CACHE} parameter(0)

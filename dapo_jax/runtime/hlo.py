@@ -139,12 +139,12 @@ class Module:
                 self.computations[name][own] = Instruction(own, kind, opcode, *parts)
         self._reads: dict[tuple[str, int], int] = {}
 
-    def executed(self, trips: Sequence[int] = ()) -> Iterator[Executed]:
-        """Every instruction that a call runs, and how often.
+    def executed(self, trips: Sequence[int] = (), entry: str = "") -> Iterator[Executed]:
+        """Every instruction that a call runs, and how often. entry: another computation.
 
         A loop whose condition compares with one constant (a scan) runs so often; any other trips[0]
-        times, trips[1] times inside one such loop, and so on; beyond `trips` once. All branches of
-        a conditional count.
+        times, trips[1] times inside one such loop, and so on; beyond `trips` once. Of a conditional
+        the branch counts that moves most.
         """
         walked: set[str] = set()
 
@@ -160,10 +160,11 @@ class Module:
                     yield from walk(body, times * again, depth + (trip is None), outer)
                     continue
                 one = outer or (None if i.opcode in ("call", "conditional") else (name, i))
-                for called in i.called:
+                run = [max(i.called, key=self._bytes)] if i.opcode == "conditional" else i.called
+                for called in run:
                     yield from walk(called, times, depth, one)
 
-        return walk(self.entry, 1.0, 0, None)
+        return walk(entry or self.entry, 1.0, 0, None)
 
     def overlaps(self, e: Executed) -> bool:
         """Whether other work runs while an executed collective does: it is in a fusion with other
@@ -196,6 +197,10 @@ class Module:
         return (found.pop() or None) if len(found) == 1 else None  # compared with 0: data
 
     # ---- HBM traffic -----------------------------------------------------------------------------
+
+    def _bytes(self, branch: str) -> float:
+        own = (e for e in self.executed(entry=branch) if not e.part_of)
+        return sum(e.times * sum(self.moved(e.computation, e.instruction)) for e in own)
 
     def traffic(self, trips: Sequence[int] = (), small_bytes: float = 0.0) -> Traffic:
         """HBM traffic and number of operations of a call. trips: see `executed`.
