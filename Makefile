@@ -51,7 +51,10 @@ real: $(VENV)/installed
 	ls $(REAL) > /dev/null 2>&1 || $(BIN)/python tests/make_real_inputs.py --out real
 	DAPO_REAL=real $(BIN)/python -m pytest tests/test_real.py
 
-study: $(VENV)/installed
+runs/study_warm_up: | $(VENV)/installed
+	$(BIN)/python -m dapo_jax.supervised --config configs/study_warm_up_cpu.yaml --out $@
+
+study: runs/study_warm_up
 	$(BIN)/python -m dapo_jax.study --config configs/study_arithmetic_cpu.yaml --out runs/study
 
 torture: $(VENV)/installed

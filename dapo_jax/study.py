@@ -2,7 +2,8 @@
 
     python -m dapo_jax.study --config configs/study_arithmetic_cpu.yaml --out runs/study
 
-The YAML file has the keys of `StudyFile`; a row's `set` is merged into the config of the row above.
+The YAML file has the keys of `StudyFile`; a row's `set` is merged into the config of the row above,
+or of the row that it names.
 <out>/warm/<seed>/ gets the warmed-up policy, <out>/runs/<row>/<seed>/ a run folder as any other,
 <out>/table.md and figure.png means over seeds with standard errors. The same command resumes: it
 skips complete runs. Several commands may share the seeds between them. Rows, seeds and train.steps
@@ -41,8 +42,10 @@ class LadderRow:
     """A row as the file has it."""
 
     name: str = field(MISSING, "heading of the row", min_length=1)
-    set: Mapping[str, Any] = field(dict, "overrides of the row above")
-    watch: tuple[str, ...] = field((), "metrics to draw, with those of the row above")
+    of: str | None = field(None, "name of the row that this one changes; null: the row above")
+    set: Mapping[str, Any] = field(dict, "overrides of that row")
+    seeds: int | None = field(None, "use only the study's first n seeds", ge=1)
+    watch: tuple[str, ...] = field((), "metrics to compare with that row")
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,19 @@ class StudyFile:
     base: Mapping[str, Any] = field(MISSING, "config of the first row")
     seeds: tuple[int, ...] = field(MISSING, "every row is trained with each", min_length=1)
     target_accuracy: float = field(MISSING, "held-out accuracy of `steps to target`", gt=0, le=1)
-    ladder: tuple[LadderRow, ...] = field(MISSING, "rows, each added to the last", min_length=1)
+    ladder: tuple[LadderRow, ...] = field(MISSING, "each a change of one before", min_length=1)
     warm_up: Mapping[str, Any] | None = field(None, "overrides of the base for the warm-up")
 
 
 class Row(NamedTuple):
-    """A row of the table. key: its name in paths."""
+    """A row of the table. key: its name in paths. of: number of the row that it changes."""
 
     name: str
     key: str
     config: Config
     watch: tuple[str, ...]
+    of: int | None
+    seeds: tuple[int, ...]
 
 
 class Study(NamedTuple):
@@ -86,14 +91,19 @@ def load_study(path: str) -> Study:
     if file.base.get("seed") is not None:
         fail("base.seed", "comes from `seeds`; remove it")
     rows: list[Row] = []
-    tree = file.base
+    trees: dict[str, Mapping[str, Any]] = {}
     for number, row in enumerate(file.ladder):
         if bad := [m for m in row.watch if m.startswith("eval/") or definition(m) is None]:
             fail(f"ladder.{number}.watch", f"{bad[0][:60]} is no metric of a training step")
-        tree = merge(tree, row.set)
-        config = config_from_dict(tree, f"{path}: ladder.{number}")
+        if row.name in trees or (row.of is not None and row.of not in trees):
+            fail(f"ladder.{number}", "expected a new name, and in `of` that of a row before it")
+        names = list(trees)
+        of = names.index(row.of) if row.of is not None else number - 1 if number else None
+        trees[row.name] = merge(file.base if of is None else trees[names[of]], row.set)
+        config = config_from_dict(trees[row.name], f"{path}: ladder.{number}")
         short = re.sub(r"[^a-z0-9]+", "_", row.name.lower()).strip("_")
-        rows.append(Row(row.name, f"{number}_{short}", config, row.watch))
+        seeds = file.seeds[: row.seeds]
+        rows.append(Row(row.name, f"{number}_{short}", config, row.watch, of, seeds))
     first, warm_up = rows[0].config, None
     if (file.warm_up is None) == (first.model.folder is None):
         fail("warm_up", "rows start from a warm-up or from base.model.folder; give one of the two")
@@ -113,7 +123,7 @@ def jobs(study: Study, out: Path) -> Iterator[tuple[str | None, Config, Path, Pa
         start: Any = {"folder": str(warm), "architecture": None} if study.warm_up else {}
         if study.warm_up:
             yield None, replace(study.warm_up, seed=seed), warm.with_suffix(".yaml"), warm
-        for row in study.rows:
+        for row in (row for row in study.rows if seed in row.seeds):
             model, folder = replace(row.config.model, **start), out / "runs" / row.key / str(seed)
             supervised = replace(row.config.supervised, updates=0)
             config = replace(row.config, seed=seed, model=model, supervised=supervised)
@@ -163,8 +173,8 @@ class Estimate(NamedTuple):
 
 
 def read_curves(folder: Path) -> Curves:
-    """The metrics of a run, held-out ones of the first set by name without `eval/<set>/`, and
-    `tokens`: response tokens sampled so far, those of dropped groups included."""
+    """The metrics of a run, held-out ones of the first set by name without `eval/<set>/`; `tokens`,
+    response tokens sampled so far, those of dropped groups included; `decode_steps` so far."""
     records = read_metrics(folder)
     keys = {key for record in records for key in record}
     name = min(key.split("/")[1] for key in keys if key.startswith("eval/"))
@@ -173,7 +183,8 @@ def read_curves(folder: Path) -> Curves:
         values = [record.get(key, math.nan) for record in records]
         if definition(key) or key == "step":
             run[key.removeprefix(f"eval/{name}/")] = np.array(values, np.float64)
-    return run | {"tokens": np.nancumsum(run["rollout/tokens"])}
+    counts = [name for name in ("tokens", "decode_steps") if f"rollout/{name}" in run]
+    return run | {name: np.nancumsum(run[f"rollout/{name}"]) for name in counts}
 
 
 def evaluated(run: Curves, key: str) -> np.ndarray:
@@ -210,14 +221,15 @@ def at(run: Curves, where: Any, axis: str = "tokens") -> Any:
     return np.interp(where, evaluated(run, axis), evaluated(run, "avg"))
 
 
-def steps_to(run: Curves, target: float) -> float:
-    """First step, interpolated, with a held-out accuracy of at least `target`; NaN if none."""
-    accuracy, steps = evaluated(run, "avg"), evaluated(run, "step")
+def steps_to(run: Curves, target: float, axis: str = "step") -> float:
+    """First step, or token, with a held-out accuracy of at least `target`, interpolated between
+    evaluations; NaN if none."""
+    accuracy, where = evaluated(run, "avg"), evaluated(run, axis)
     reached = np.flatnonzero(accuracy >= target)
     if not reached.size:
         return math.nan
     around = slice(max(0, reached[0] - 1), reached[0] + 1)
-    return float(np.interp(target, accuracy[around], steps[around]))
+    return float(np.interp(target, accuracy[around], where[around]))
 
 
 def budget(rows: Sequence[Mapping[int, Curves]]) -> float:
@@ -225,47 +237,70 @@ def budget(rows: Sequence[Mapping[int, Curves]]) -> float:
     return float(min(run["tokens"][-1] for row in rows for run in row.values()))
 
 
+def gain(run: Curves, other: Curves | None, axis: str) -> float:
+    """Accuracy of a run minus that of another where the first of them ends on `axis`; NaN if that
+    is unknown."""
+    if other is None or axis not in run or axis not in other:
+        return math.nan
+    where = min(run[axis][-1], other[axis][-1])
+    return float(at(run, where, axis) - at(other, where, axis))
+
+
 # Columns of the table: heading, factor, digits; values as `columns` gives them.
 COLUMNS = (
     ("accuracy (equal updates)", 100, 1),
-    ("paired gain on the row above", 100, 1),
+    ("gain (equal updates)", 100, 1),
     ("accuracy (equal tokens)", 100, 1),
-    ("steps to target", 1, 0),
-    ("entropy", 1, 3),
-    ("length", 1, 1),
-    ("truncated %", 100, 2),
-    ("kept %", 100, 0),
+    ("gain (equal tokens)", 100, 1),
+    ("gain (equal decode steps)", 100, 1),
+    ("steps to target", 1, 1),
+    ("tokens to target, thousands", 1e-3, 0),
 )
 
 
 def columns(study: Study, rows: Sequence[Mapping[int, Curves]], number: int) -> list[Estimate]:
     """The row's estimates, in the order of COLUMNS.
 
-    The gain is paired by seed with the row above: both start from the same warm-up.
+    Gains are over the row that this one changes, paired by seed: both start from the same warm-up.
     """
-    above, tokens, table = rows[number - 1] if number else {}, budget(rows), []
+    of, tokens, table = study.rows[number].of, budget(rows), []
     for seed, run in rows[number].items():
-        keys = ("avg", "response_len_mean", "truncated_fraction")
-        final, length, truncated = (evaluated(run, key)[-1] for key in keys)
-        gain = final - evaluated(above[seed], "avg")[-1] if seed in above else math.nan
-        entropy, kept = late(run, "policy/entropy"), late(run, "filter/kept_fraction")
-        target = steps_to(run, study.target_accuracy)
-        table.append((final, gain, at(run, tokens), target, entropy, length, truncated, kept))
+        other = rows[of].get(seed) if of is not None else None
+        gains = [gain(run, other, axis) for axis in ("step", "tokens", "decode_steps")]
+        reached = [steps_to(run, study.target_accuracy, axis) for axis in ("step", "tokens")]
+        table.append((at(run, np.inf), gains[0], at(run, tokens), *gains[1:], *reached))
     return [estimate(values) for values in zip(*table, strict=True)]
 
 
 def as_markdown(study: Study, rows: Sequence[Mapping[int, Curves]]) -> str:
     """Mean ± standard error; in brackets how many seeds have a value, where not all have."""
-    lines = ["| row | " + " | ".join(heading for heading, *_ in COLUMNS) + " |"]
-    lines.append("|---" * (len(COLUMNS) + 1) + "|")
+    lines = ["| row | of | " + " | ".join(heading for heading, *_ in COLUMNS) + " |"]
+    lines.append("|---" * (len(COLUMNS) + 2) + "|")
     for number, (row, runs) in enumerate(zip(study.rows, rows, strict=True)):
-        cells = [row.name]
+        cells = [row.name, "-" if row.of is None else study.rows[row.of].name]
         for value, (_, factor, digits) in zip(columns(study, rows, number), COLUMNS, strict=False):
             text = f"{factor * value.mean:.{digits}f}" if value.seeds else "-"
             text += f" ± {factor * value.error:.{digits}f}" if math.isfinite(value.error) else ""
             partly = 0 < value.seeds < len(runs)
             cells.append(text + (f" ({value.seeds} of {len(runs)})" if partly else ""))
         lines += [f"| {' | '.join(cells)} |"] if runs else []
+    return "\n".join(lines) + "\n"
+
+
+def mechanisms(study: Study, rows: Sequence[Mapping[int, Curves]]) -> str:
+    """The watched metrics of each row and of the row that it changes, in the last fifth of the
+    steps: means, and mean ± standard error of the difference, over the seeds of both."""
+    lines = ["| row | metric | without | with | difference |", "|---|---|---|---|---|"]
+    for row, runs in zip(study.rows, rows, strict=True):
+        other = rows[row.of] if row.of is not None else {}
+        for metric in row.watch:
+            pairs = [(late(other[s], metric), late(runs[s], metric)) for s in runs if s in other]
+            pairs = [pair for pair in pairs if np.isfinite(pair).all()]
+            if pairs:
+                before, after = np.mean(pairs, axis=0)
+                by = estimate([b - a for a, b in pairs])
+                cells = [row.name, metric, f"{before:.3g}", f"{after:.3g}"]
+                lines.append(f"| {' | '.join(cells)} | {by.mean:+.2g} ± {by.error:.1g} |")
     return "\n".join(lines) + "\n"
 
 
@@ -293,7 +328,7 @@ def draw(study: Study, rows: Sequence[Mapping[int, Curves]]) -> bytes:
             _band(panels[1], tokens / 1e6, [at(r, tokens) for r in every], study, number)
             for panel, (added, metric) in zip(panels[2:], watched, strict=False):
                 panel.set(title=metric, xlabel="rollout step")
-                if number in (added - 1, added):
+                if number in (study.rows[added].of, added):
                     values = [running_mean(run[metric][1:], 9) for run in every]
                     _band(panel, np.arange(1, 1 + len(values[0])), values, study, number)
         for panel in panels:
@@ -335,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = read_runs(study, out)
     if not any(rows):
         raise InputError(f"{out}: holds no complete run; run the study without --summary")
-    table = as_markdown(study, rows)
+    table = as_markdown(study, rows) + "\n" + mechanisms(study, rows)
     write_whole(out / "table.md", table.encode())
     write_whole(out / "figure.png", draw(study, rows))
     print(table)

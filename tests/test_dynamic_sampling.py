@@ -54,6 +54,7 @@ class FakeStream:
         self._outcome, self._slots = outcome, slots
         self._queue, self._left = collections.deque(), {}
         self.segment, self.submitted, self.sampled, self.suspended = 0, [], 0, 0
+        self.steps = 0
 
     pending = property(lambda self: len(self._queue))
     live = property(lambda self: len(self._left))

@@ -106,7 +106,7 @@ def metrics(sums=SUMS, left=(CARRIED,), **algo):
     buffer.restore(state)
     buffer.add(DRAWN)
     kept, counts = buffer.take()
-    drawn = draw_metrics(Drawn(DRAWN, VERDICTS, 3, 40, 0, DrawState()), 2)
+    drawn = draw_metrics(Drawn(DRAWN, VERDICTS, 3, 40, 0, DrawState(), decode_steps=17), 2)
     updates = Updates(kept, counts, 6, [len(kept)], PACKED, 0, 1e-6)
     return drawn | update_metrics(updates, sums, DapoSection(**algo))
 
@@ -134,6 +134,7 @@ def test_every_metric_of_a_step():
         "rollout/response_len_max": 10,
         "rollout/truncated_fraction": 2 / 6,
         "rollout/tokens": 40,
+        "rollout/decode_steps": 17,
         "rollout/suspended": 0,
         "policy/loss": 0.3,
         "policy/entropy": 27 / 18,
@@ -180,6 +181,7 @@ def test_groups_without_a_verdict_on_some_or_all_answers():
         "rollout/generation_batches",
         "rollout/prompts",
         "rollout/tokens",
+        "rollout/decode_steps",
         "rollout/suspended",
         "filter/wasted_tokens",
     }

@@ -13,15 +13,18 @@ import yaml
 
 from dapo_jax.config import ConfigError, dump_yaml, flatten, to_dict
 from dapo_jax.study import (
+    COLUMNS,
     as_markdown,
     at,
     budget,
     columns,
     draw,
     estimate,
+    jobs,
     late,
     load_study,
     main,
+    mechanisms,
     read_runs,
     steps_to,
 )
@@ -92,6 +95,18 @@ def test_each_row_adds_to_the_row_above(study):
         assert sum(above[key] != row[key] for key in row) == 1
 
 
+def test_a_row_changes_the_row_that_it_names_and_runs_with_the_first_seeds(study, tmp_path):
+    def change(tree):
+        tree["ladder"][2] |= {"of": "naive", "seeds": 1}
+
+    rows = study(change).rows
+    last = flatten(to_dict(rows[2].config))
+    assert last["dapo.clip_eps_high"] == 0.2 and last["dapo.overlong_filtering"]
+    assert [(row.of, row.seeds) for row in rows] == [(None, (3, 5)), (0, (3, 5)), (0, (3,))]
+    folders = [folder for name, *_, folder in jobs(study(change), tmp_path) if name == "+ filter"]
+    assert folders == [tmp_path / "runs" / rows[2].key / "3"]
+
+
 def test_a_row_replaces_data_sets_and_weights_whole(study):
     def change(tree):
         tree["base"]["data"]["train"] = ["a.jsonl", {"path": "arithmetic", "weight": 2}]
@@ -106,35 +121,36 @@ def test_a_row_replaces_data_sets_and_weights_whole(study):
     assert configs[1].data.template == "{prompt}="
 
 
-def test_the_shipped_ladder_is_that_of_the_paper():
-    """arXiv 2503.14476, table 1; each row differs from the one above in what it is named for and in
-    nothing else; and a control.
+PARTS = {  # of DAPO, with their values in naive GRPO
+    "dapo.clip_eps_high": (0.28, 0.2),
+    "dapo.loss_normalizer": ("token-mean", "seq-mean-token-mean"),
+    "reward.overlong_penalty": (True, False),
+    "dapo.dynamic_sampling": (True, False),
+}
+
+
+def test_the_shipped_study_takes_each_part_of_dapo_away():
+    """arXiv 2503.14476, section 3: four parts; each row differs from the one that it changes in
+    what it is named for and in nothing else.
     """
     rows = load_study(str(SHIPPED)).rows
-    *rows, control = rows
-    alone = flatten(to_dict(control.config))
-    naive = flatten(to_dict(rows[0].config))
-    assert {k: alone[k] for k in alone if alone[k] != naive[k]} == {"dapo.dynamic_sampling": True}
     configs = [flatten(to_dict(row.config)) for row in rows]
+    naive, whole = configs[:2]
+    assert naive["dapo.clip_eps_low"] == whole["dapo.clip_eps_low"] == 0.2
+    assert {k: (whole[k], naive[k]) for k in whole if whole[k] != naive[k]} == PARTS
+    assert naive["dapo.prompts_per_step"] * 8 == naive["dapo.responses_per_update"] * 16
     changes = [
-        {k: b[k] for k in b if a[k] != b[k]} for a, b in zip(configs, configs[1:], strict=False)
+        (rows[row.of].name, {k: c[k] for k in c if c[k] != configs[row.of].get(k)})
+        for row, c in zip(rows[2:], configs[2:], strict=True)
     ]
+    without = [("DAPO", {key: value}) for key, (_, value) in PARTS.items()]
     assert changes == [
-        {"dapo.overlong_filtering": True},
-        {"dapo.clip_eps_high": 0.28},
-        {"dapo.overlong_filtering": False, "reward.overlong_penalty": True},
-        {"dapo.loss_normalizer": "token-mean"},
-        {"dapo.dynamic_sampling": True},
+        *without,
+        ("DAPO", {"dapo.overlong_filtering": True}),
+        ("DAPO", {"dapo.partial_rollouts": True, "dapo.max_policy_age": 2}),
+        ("DAPO", {"dapo.importance_cap": 2.0}),
+        ("DAPO, importance correction", {"rollout.weights": "int8"}),
     ]
-    first = configs[0]
-    assert (
-        first["dapo.clip_eps_low"] == first["dapo.clip_eps_high"] == 0.2
-        and not first["reward.overlong_penalty"]
-    )
-    assert (
-        first["dapo.loss_normalizer"] == "seq-mean-token-mean"
-        and not first["dapo.dynamic_sampling"]
-    )
 
 
 @pytest.mark.parametrize(
@@ -147,6 +163,9 @@ def test_the_shipped_ladder_is_that_of_the_paper():
         (("ladder",), [], "ladder"),
         (("ladder", 1), {"set": {}}, "ladder.1.name"),
         (("ladder", 1, "colour"), "red", "ladder.1.colour"),
+        (("ladder", 1, "of"), "+ filter", "ladder.1"),
+        (("ladder", 1, "name"), "naive", "ladder.1"),
+        (("ladder", 1, "seeds"), 0, "ladder.1.seeds"),
         (("ladder", 1, "set", "dapo", "clip_eps_hi"), 0.3, "ladder.1: dapo.clip_eps_hi"),
         (("ladder", 1, "watch"), ["policy/entropie"], "ladder.1.watch"),
         (("ladder", 1, "watch"), ["eval/heldout/avg"], "ladder.1.watch"),
@@ -412,11 +431,31 @@ def test_gains_are_paired_by_seed(study):
     assert gain[1].mean == pytest.approx(0.1) and gain[1].error == pytest.approx(0, abs=1e-12)
     assert gain[2] == (pytest.approx(0.2), pytest.approx(math.nan, nan_ok=True), 1)
     text = as_markdown(study(), rows)
-    assert (
-        "| naive | 50.0 ± 10.0 | - |" in text
-        and "| + clip-higher | 60.0 ± 10.0 | 10.0 ± 0.0 |" in text
-    )
-    assert "3 (1 of 2)" in text  # seed 5 of the first row reaches 0.5 at step 3.33, seed 3 never
+    assert "| naive | - | 50.0 ± 10.0 | - |" in text
+    assert "| + clip-higher | naive | 60.0 ± 10.0 | 10.0 ± 0.0 |" in text
+    assert "3.3 (1 of 2)" in text  # seed 5 of the first row reaches 0.5 at step 3.33, seed 3 never
+
+
+def test_gains_at_equal_cost_end_where_the_first_of_the_two_ends(study):
+    """After 40 tokens of 80: 0.9 against the 0.6 between 0.4, after 20, and 0.8, after 60."""
+    long = curve([0.2, 0.4, 0.8], tokens=(10, 20, 40, 60), decode_steps=(1, 2, 3, 4))
+    short = curve([0.2, 0.5, 0.9], tokens=(10, 20, 30, 40), decode_steps=(2, 4, 6, 8))
+    rows = [{3: long}, {3: short}, {}]
+    found = dict(zip((name for name, *_ in COLUMNS), columns(study(), rows, 1), strict=True))
+    assert found["gain (equal updates)"].mean == pytest.approx(0.1)
+    assert found["gain (equal tokens)"].mean == pytest.approx(0.3)
+    assert found["gain (equal decode steps)"].mean == pytest.approx(0.5 - 0.8)
+    # 0.5 is reached a fourth of the way from the second evaluation to the third
+    assert steps_to(long, 0.5) == 2.5 and steps_to(long, 0.5, "tokens") == pytest.approx(30)
+
+
+def test_mechanisms_are_differences_of_the_same_seeds(study):
+    def run(*entropy):
+        return curve([0, 0], **{"policy/entropy": [9, 9, 9, entropy[0]]})
+
+    rows = [{3: run(1), 5: run(2)}, {3: run(1.5), 5: run(3.5), 7: run(99)}, {}]
+    line = "| + clip-higher | policy/entropy | 1.5 | 2.5 | +1 ± 0.5 |"  # (0.5 + 1.5) / 2
+    assert mechanisms(study(), rows).splitlines()[2:] == [line]
 
 
 # ---------------------------------------------------------------------------------------- the whole
@@ -434,11 +473,12 @@ def test_table_and_figure_of_complete_runs(study, tmp_path, capsys):
     assert main(["--config", str(tmp_path / "study.yaml"), "--out", str(out), "--summary"]) == 0
     rows = read_runs(loaded, out)
     assert budget(rows) == 400 and [sorted(row) for row in rows] == [[3, 5]] * 3
+    text = as_markdown(loaded, rows) + "\n" + mechanisms(loaded, rows)
     last = columns(loaded, rows, 2)
     assert last[0] == (pytest.approx(0.5), 0.0, 2) and last[2].mean == pytest.approx(
         0.1 + 0.3 * 400 / 600
     )
-    assert (out / "table.md").read_text() == as_markdown(loaded, rows) in capsys.readouterr().out
+    assert (out / "table.md").read_text() == text in capsys.readouterr().out
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -59,6 +59,7 @@ METRICS: Mapping[str, str] = {
     "rollout/response_len_max": "longest response in the sampled groups, tokens",
     "rollout/truncated_fraction": "share of truncated responses in the sampled groups",
     "rollout/tokens": "response tokens sampled in this step, those of open groups included",
+    "rollout/decode_steps": "decode steps in this step, each of all live slots",
     "rollout/suspended": "times that a sequence was suspended for lack of cache, and resumed",
     # The policy, over the response tokens of the step's applied updates
     "policy/loss": "mean loss of the step's updates",

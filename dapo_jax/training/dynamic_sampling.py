@@ -140,6 +140,7 @@ class Drawn(NamedTuple):
     unjudged_tokens: int  # of the groups' responses that got no verdict
     state: DrawState  # where the next step continues
     suspended: int = 0  # times that a sequence was, for lack of cache
+    decode_steps: int = 0
 
 
 def keep_rate_after(rate: float, groups: Sequence[Group]) -> float:
@@ -374,4 +375,5 @@ class _StepDraw:
             sum(group.tokens() for group in done) - kept,
             DrawState(self.cursor, state.draws + self.draws, rate, still_open, self.step),
             self.stream.suspended,
+            self.stream.steps,
         )

@@ -35,6 +35,7 @@ def draw_metrics(drawn: Drawn, prompts_per_draw: int) -> dict[str, float]:
         "rollout/generation_batches": math.ceil(drawn.draws / prompts_per_draw),
         "rollout/prompts": drawn.draws,
         "rollout/tokens": drawn.tokens,
+        "rollout/decode_steps": drawn.decode_steps,
         "rollout/suspended": drawn.suspended,
         "filter/wasted_tokens": drawn.unjudged_tokens,
     }
