@@ -8,7 +8,7 @@ writes the new entries, which by XLA would be six operations a sequence in every
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,41 +105,56 @@ def attend_ragged(
     parts = min(b, _CORES * pl.cdiv(b, _CORES * _SLOTS))
     pages = min(BLOCK_PAGES, seen.table.shape[1])
 
-    def dealt(x: Array, rows: int) -> Array:
-        """[B, K, n, h] as [B / parts, parts, K, n padded to a multiple of `rows`, h]."""
-        x = jnp.pad(x, ((0, -b % parts), (0, 0), (0, -x.shape[2] % rows), (0, 0)))
-        return x.reshape(-1, parts, *x.shape[1:])
+    # One array, laid out at once: of each kv head its queries, the new key and the new value.
+    each = [q.reshape(b, groups, -1, h), k[:, :, None], v[:, :, None]]
+    per_group = each[0].shape[2]
+    new = jnp.concatenate(each, axis=2)
+    new = jnp.pad(new, ((0, -b % parts), (0, 0), (0, -new.shape[2] % _SUBLANES), (0, 0)))
+    new = new.reshape(-1, parts, *new.shape[1:])
 
-    grouped = q.reshape(b, groups, heads // groups, h)
-    new = [dealt(grouped, _SUBLANES), *(dealt(x[:, :, None], 1) for x in (k, v))]
-    blocks = [
-        pl.BlockSpec((len(x), 1, *x.shape[2:]), lambda part, *_: (0, part, 0, 0, 0)) for x in new
-    ]
+    def rows(count: int) -> tuple[Any, tuple[int, ...]]:
+        """A part's block of an array with so many rows of a kv head, and the array's shape."""
+        shape = (*new.shape[:3], count, h)
+        block = (shape[0], 1, *shape[2:])
+        return pl.BlockSpec(block, lambda part, *_: (0, part, 0, 0, 0)), shape
+
+    mixed, shape = rows(-(-per_group // _SUBLANES) * _SUBLANES)
     stored = [x for x in seen.pages if x is not None]
     buffers = [pltpu.VMEM((2, groups, pages * page, *x.shape[4:]), x.dtype) for x in stored]
     tiles = [pltpu.VMEM((groups, _tile(x), *x.shape[4:]), x.dtype) for x in stored]
     on = jnp.zeros((), bool) if window is None else window.on
     table = jnp.pad(seen.table, ((0, 0), (0, -seen.table.shape[1] % pages)))
-    scalars = jnp.stack([seen.layer, on, table.shape[1]]).astype(jnp.int32)
+    scalars = (jnp.reshape(x, 1).astype(jnp.int32) for x in (seen.layer, on))
     size = 0 if window is None else window.size
     in_hbm, count = [pl.BlockSpec(memory_space=pl.ANY)] * len(stored), len(stored)
     out, *written = pl.pallas_call(
-        functools.partial(_kernel, slots=b, page=page, pages=pages, size=size),
+        functools.partial(_kernel, _Sizes(b, per_group, table.shape[1], page, pages, size)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=4,
             grid=(parts,),
-            in_specs=[*blocks, *in_hbm],
-            out_specs=[blocks[0], *in_hbm],
+            in_specs=[rows(new.shape[3])[0], *in_hbm],
+            out_specs=[mixed, *in_hbm],
             scratch_shapes=[*buffers, *tiles, pltpu.SemaphoreType.DMA((3, count))],
         ),
-        out_shape=[jax.ShapeDtypeStruct(new[0].shape, jnp.float32), *stored],
-        input_output_aliases={6 + n: 1 + n for n in range(count)},
+        out_shape=[jax.ShapeDtypeStruct(shape, q.dtype), *stored],
+        input_output_aliases={5 + n: 1 + n for n in range(count)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="ragged_attention",
-    )(scalars, seen.lengths.astype(jnp.int32), table.ravel(), *new, *stored)
-    out = out.reshape(-1, *out.shape[2:])[:b, :, : heads // groups]
-    return out.reshape(b, heads, h).astype(q.dtype), Cache(*written)
+    )(*scalars, seen.lengths.astype(jnp.int32), table.ravel(), new, *stored)
+    out = out.reshape(-1, *out.shape[2:])[:b, :, :per_group]
+    return out.reshape(b, heads, h), Cache(*written)
+
+
+class _Sizes(NamedTuple):
+    """Static sizes of the kernel."""
+
+    slots: int
+    per_group: int  # query heads of a kv head
+    width: int  # pages of a sequence in the table
+    page: int
+    pages: int  # of a block
+    window: int  # 0 is none
 
 
 def _tile(cache: Any) -> int:
@@ -157,7 +172,9 @@ class _Part:
     buffers that it is copied to.
     """
 
-    scalars: Any  # layer, whether the window is on, and pages of a sequence in the table
+    sizes: _Sizes
+    layer: Any
+    on: Any  # whether the window is
     lengths: Any
     table: Any
     new: Any  # queries, keys and values
@@ -166,42 +183,47 @@ class _Part:
     buffers: Any
     tiles: Any
     semaphores: Any
-    slots: int
-    page: int
-    pages: int  # of a block
-    size: int  # of the window; 0 is none
 
     @property
     def block(self) -> int:
-        return self.page * self.pages
+        return self.sizes.page * self.sizes.pages
 
     @property
     def scale(self) -> float:
-        return self.new[0].shape[-1] ** -0.5
+        return self.new.shape[-1] ** -0.5
+
+    def rows(self, slot: Any, group: Any = slice(None)) -> Any:
+        """Queries of a kv head, with what rounds up their rows, in their dtype; the new key and
+        value in float32.
+        """
+        rows, n = self.new[slot // pl.num_programs(0), 0, group], self.sizes.per_group
+        wide = rows.astype(jnp.float32)
+        new = wide[..., n : n + 1, :], wide[..., n + 1 : n + 2, :]
+        return rows[..., : self.out.shape[3], :], *new
 
     def span(self, slot: Any) -> tuple[Any, Any]:
         """First and last + 1 block of a sequence, one at least."""
         length, first = self.lengths[slot], 0
         end = jnp.maximum(1, pl.cdiv(length, self.block))
-        if self.size:
-            first = jnp.maximum(0, length - self.size + 1) * self.scalars[1] // self.block
+        if self.sizes.window:
+            first = jnp.maximum(0, length - self.sizes.window + 1) * self.on[0] // self.block
         return jnp.minimum(first, end - 1), end
 
     def after(self, slot: Any, at: Any) -> tuple[Any, Any]:
         """The following block; its slot is `slots` or more after the last."""
         ends, next_slot = at + 1 == self.span(slot)[1], slot + pl.num_programs(0)
-        first = self.span(jnp.minimum(next_slot, self.slots - 1))[0]
+        first = self.span(jnp.minimum(next_slot, self.sizes.slots - 1))[0]
         return jnp.where(ends, next_slot, slot), jnp.where(ends, first, at + 1)
 
     def copies(self, slot: Any, at: Any, half: Any) -> list[Any]:
         """Of a block's pages; those after the last are page 0."""
         copies = []
-        for i in range(self.pages):
-            page = self.table[slot * self.scalars[2] + at * self.pages + i]
-            here = half, slice(None), pl.ds(i * self.page, self.page)
+        for i in range(self.sizes.pages):
+            page = self.table[slot * self.sizes.width + at * self.sizes.pages + i]
+            here = half, slice(None), pl.ds(i * self.sizes.page, self.sizes.page)
             copies += [
                 pltpu.make_async_copy(
-                    cache.at[self.scalars[0], page], buffer.at[here], self.semaphores.at[half, n]
+                    cache.at[self.layer[0], page], buffer.at[here], self.semaphores.at[half, n]
                 )
                 for n, (cache, buffer) in enumerate(zip(self.caches, self.buffers, strict=True))
             ]
@@ -211,16 +233,15 @@ class _Part:
         length, shape = self.lengths[slot], (1, self.block)
         place = at * self.block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
         seen = place < length
-        if self.size:
-            seen &= (length - place < self.size) | (self.scalars[1] == 0)
+        if self.sizes.window:
+            seen &= (length - place < self.sizes.window) | (self.on[0] == 0)
         return seen
 
     def own(self, slot: Any, group: int) -> tuple[Array, Array, Array]:
         """The new entry's term: its score, weight 1 and value, of a kv head's queries."""
-        q, k, v = (x[slot // pl.num_programs(0), 0, group] for x in self.new)
-        score = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(axis=1, keepdims=True)
-        score *= self.scale
-        return score, jnp.ones_like(score), jnp.broadcast_to(v, q.shape).astype(jnp.float32)
+        q, k, v = self.rows(slot, group)
+        score = (q.astype(jnp.float32) * k).sum(axis=1, keepdims=True) * self.scale
+        return score, jnp.ones_like(score), jnp.broadcast_to(v, q.shape)
 
     def add(self, queries: Array, half: Any, group: int, visible: Array, sums: Any) -> Any:
         """The largest score, the sum of weights and of weighted values, with one more block."""
@@ -245,7 +266,7 @@ class _Part:
 
     def target(self, slot: Any) -> Any:
         """The page of a sequence's new entry; 0 where the table has none."""
-        at, count = self.lengths[slot] // self.page, self.scalars[2]
+        at, count = self.lengths[slot] // self.sizes.page, self.sizes.width
         return jnp.where(at < count, self.table[slot * count + jnp.minimum(at, count - 1)], 0)
 
     def writes(self, slot: Any) -> list[Any]:
@@ -253,8 +274,8 @@ class _Part:
         at, page, copies = self.lengths[slot], self.target(slot), []
         for n, (cache, tile) in enumerate(zip(self.caches, self.tiles, strict=True)):
             rows = tile.shape[1]
-            start = pl.multiple_of(at % self.page // rows * rows, rows)
-            to = cache.at[self.scalars[0], page, :, pl.ds(start, rows)]
+            start = pl.multiple_of(at % self.sizes.page // rows * rows, rows)
+            to = cache.at[self.layer[0], page, :, pl.ds(start, rows)]
             copies.append(pltpu.make_async_copy(tile, to, self.semaphores.at[2, n]))
         return copies
 
@@ -268,9 +289,8 @@ class _Part:
             for copy in self.writes(slot):  # of the sequence before: as large
                 copy.wait()
 
-        length, row = self.lengths[slot], slot // pl.num_programs(0)
-        used = self.target(slot) > 0
-        new = [jnp.where(used, x[row, 0].astype(jnp.float32), 0) for x in self.new[1:]]
+        length, used = self.lengths[slot], self.target(slot) > 0
+        new = [jnp.where(used, x, 0) for x in self.rows(slot)[1:]]
         if len(self.caches) > 2:
             parts = [quantize(x) for x in new]
             new = [x for x, _ in parts] + [scale for _, scale in parts]
@@ -291,7 +311,7 @@ class _Part:
         first, end = self.span(slot)
         next_slot, next_at = self.after(slot, at)
 
-        @pl.when(next_slot < self.slots)
+        @pl.when(next_slot < self.sizes.slots)
         def _():
             for copy in self.copies(next_slot, next_at, 1 - half):
                 copy.start()
@@ -302,37 +322,32 @@ class _Part:
         for group, before in enumerate(sums):
             own = self.own(slot, group)
             start = [jnp.where(at == first, *pair) for pair in zip(own, before, strict=True)]
-            new.append(self.add(self.new[0][row, 0, group], half, group, visible, start))
+            new.append(self.add(self.rows(slot, group)[0], half, group, visible, start))
 
         @pl.when(at + 1 == end)
         def _():
             for group, (_, total, mixed) in enumerate(new):
-                self.out[row, 0, group] = mixed / total
+                self.out[row, 0, group] = (mixed / total).astype(self.out.dtype)
             self.write(slot, half)
 
         return next_slot, next_at, 1 - half, new
 
 
-def _kernel(
-    scalars: Any, lengths: Any, table: Any, *refs: Any, slots: int, page: int, pages: int, size: int
-) -> None:
+def _kernel(sizes: _Sizes, layer: Any, on: Any, lengths: Any, table: Any, *refs: Any) -> None:
     """refs: queries, keys, values; caches; output; caches again, the same memory; a buffer and a
     tile for each; semaphores.
     """
-    count = (len(refs) - 5) // 4
-    new, out, semaphores = refs[:3], refs[3 + count], refs[-1]
-    caches, buffers, tiles = (refs[i : i + count] for i in range(4 + count, 4 + 4 * count, count))
-    work = _Part(
-        *(scalars, lengths, table, new, caches, out, buffers, tiles, semaphores),
-        *(slots, page, pages, size),
-    )
+    count = (len(refs) - 3) // 4
+    new, out, semaphores = refs[0], refs[1 + count], refs[-1]
+    caches, buffers, tiles = (refs[i : i + count] for i in range(2 + count, 2 + 4 * count, count))
+    work = _Part(sizes, layer, on, lengths, table, new, caches, out, buffers, tiles, semaphores)
     part = pl.program_id(0)
     start = part, work.span(part)[0], jnp.int32(0)
     for copy in work.copies(*start):
         copy.start()
-    groups, padded, h = refs[0].shape[2:]
-    column, mixed = jnp.zeros((padded, 1), jnp.float32), jnp.zeros((padded, h), jnp.float32)
+    groups, rows, h = out.shape[2:]
+    column, mixed = jnp.zeros((rows, 1), jnp.float32), jnp.zeros((rows, h), jnp.float32)
     init = *start, [(column, column, mixed)] * groups
-    jax.lax.while_loop(lambda carry: carry[0] < slots, work.step, init)
+    jax.lax.while_loop(lambda carry: carry[0] < sizes.slots, work.step, init)
     for copy in work.writes(part):  # of the last sequence: as large
         copy.wait()
