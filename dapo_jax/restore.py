@@ -81,9 +81,8 @@ def rollout_weights(
 
 def check_same_model(run: ModelSection, policy: Policy, run_dir: Folder) -> None:
     """Raises ConfigError unless the policy has the run's architecture. The folder may move."""
-    pairs = {"folder": (run.folder, policy.source)}
-    if (run.folder is None) == (policy.source is None):
-        pairs = {}
+    moved = (run.folder is None) == (policy.source is None)
+    pairs = {} if moved else {"folder": (run.folder, policy.source)}
     for name, value in vars(run.architecture).items() if run.architecture else ():
         pairs[f"architecture.{name}"] = (value, getattr(policy.model, name))
     for key, (was, now) in pairs.items():

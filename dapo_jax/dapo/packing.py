@@ -109,7 +109,7 @@ def long_share(lengths: ArrayLike, weights: ArrayLike, advantages: ArrayLike) ->
     """
     sizes = np.asarray(lengths, np.float64)
     carried = sizes * np.abs(np.asarray(weights, np.float64) * np.asarray(advantages, np.float64))
-    longest = np.argsort(-sizes, kind="stable")[: _ceil_div(sizes.size, 4)]
+    longest = np.argsort(-sizes, kind="stable")[: -(-sizes.size // 4)]
     return float(carried[longest].sum() / total) if (total := carried.sum()) else 0.0
 
 
@@ -146,7 +146,8 @@ def max_microbatches(
     """
     if not 1 <= max_item_len <= row_len:
         raise ValueError(f"max_item_len must be from 1 to row_len {row_len}, got {max_item_len}")
-    return _ceil_div(_ceil_div(n_items, row_len // max_item_len), rows_per_microbatch)
+    rows = -(-n_items // (row_len // max_item_len))
+    return -(-rows // rows_per_microbatch)
 
 
 def build_batch(
@@ -172,7 +173,7 @@ def build_batch(
     _check_items(items)
     lengths = np.array([len(item.prompt) + len(item.response) for item in items])
     rows = pack_rows(lengths, row_len)
-    used = _ceil_div(len(rows), rows_per_microbatch)
+    used = -(-len(rows) // rows_per_microbatch)
     microbatches = used if microbatches is None else microbatches
     if used > microbatches:
         size = f"micro-batches of {rows_per_microbatch} rows"
@@ -243,7 +244,3 @@ def gather_targets(
 ) -> list[Float32[np.ndarray, " _"]]:
     """The values [M, N, T] of each response's tokens, float32 [R], in the order of placement."""
     return [np.array(values[m, n, start : start + r], np.float32) for m, n, start, r in placement]
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

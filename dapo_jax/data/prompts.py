@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from dapo_jax.config import DataSection, open_regular, printable
+from dapo_jax.config import DataSection, printable
 from dapo_jax.data import chat
+from dapo_jax.runtime.files import read_json
 from dapo_jax.runtime.sandbox import ConfinedError
 from dapo_jax.types import InputError, Problem, Prompt, one_line
 
@@ -99,7 +100,7 @@ def _check_folder(path: Path) -> None:
         if not file.is_file() and not file.is_dir():  # a FIFO would block transformers
             raise InputError(f"{file}: not a regular file; give a folder of files")
     settings = path / "tokenizer_config.json"
-    if settings.exists() and _json_object(settings).get("auto_map"):
+    if settings.exists() and read_json(settings).get("auto_map"):
         what = "auto_map: the tokenizer's own code is never run"
         raise InputError(f"{settings}: {what}; use a tokenizer without auto_map")
 
@@ -151,7 +152,7 @@ def stop_tokens(
     for name in ("generation_config.json", "config.json"):
         if folder is None or not (path := Path(folder, name)).exists():
             continue
-        eos = _json_object(path).get("eos_token_id")
+        eos = read_json(path).get("eos_token_id")
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if not all(type(i) is int and i >= 0 for i in ids):
             what = f"expected a token or a list of tokens, got {repr(eos)[:60]}"
@@ -181,17 +182,6 @@ def _end_of_turn(tokenizer: "Tokenizer", date: str) -> set[int]:
     ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     found = [token for token in ids if token and before and following.lstrip().startswith(token)]
     return {ids[max(found, key=len)]} if found else set()
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        with open_regular(path) as file:
-            content = json.loads(file.read())
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a readable JSON object; fetch the file again")
-    return content
 
 
 def decode(

@@ -21,7 +21,8 @@ import numpy as np
 from jax.tree_util import keystr, tree_map_with_path
 from safetensors import SafetensorError, safe_open
 
-from dapo_jax.config import ModelConfig, flatten, open_regular
+from dapo_jax.config import ModelConfig, flatten
+from dapo_jax.config.checks import shown
 from dapo_jax.model.families import (
     Tensor,
     base_params,
@@ -32,6 +33,7 @@ from dapo_jax.model.families import (
     same_architecture,
     tensors,
 )
+from dapo_jax.runtime.files import read_json
 from dapo_jax.types import InputError, Params
 
 _HEAD = "lm_head.weight"
@@ -83,7 +85,7 @@ def load_model_config(folder: str | Path) -> ModelConfig:
         raise InputError(f"{folder}: no such folder; give a Hugging Face model folder")
     if not (folder / "config.json").exists():
         _refuse_adapter(folder)
-    return model_config_from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
+    return model_config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def load_pretrained(folder: str | Path, target: Params | None = None) -> tuple[ModelConfig, Params]:
@@ -174,33 +176,8 @@ def _opened(folder: Path, config: ModelConfig) -> Iterator[dict[str, tuple[Path,
         yield stored
 
 
-def _shown(name: str) -> str:
-    """A tensor's name, escaped for messages: a file may hold any name."""
-    return name if re.fullmatch(r"[\w.-]{1,100}", name) else repr(name)[:100]
-
-
 def _bad(path: Path, tensor: str, message: str) -> InputError:
-    return InputError(f"{path}: {_shown(tensor)}: {message}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    def unique(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a key occurs twice")
-        return found
-
-    try:
-        with open_regular(path) as file:
-            tree = json.loads(file.read(), object_pairs_hook=unique)
-    except OSError as e:
-        raise InputError(f"{path}: cannot read ({e.strerror}); {_COMPLETE}") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: no valid JSON ({str(e)[:100]}); {_AGAIN}") from None
-    if not isinstance(tree, dict):
-        kind = type(tree).__name__
-        raise InputError(f"{path}: expected a JSON object, got a {kind}; {_AGAIN}")
-    return tree
+    return InputError(f"{path}: {shown(tensor)}: {message}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -214,12 +191,12 @@ def _weight_files(folder: Path) -> list[Path]:
             pickled = "only pickled weights (.bin), which are never opened"
             raise InputError(f"{folder}: {pickled}; convert them to safetensors")
         raise InputError(f"{folder}: no {_SINGLE} and no {_INDEX}; {_COMPLETE}")
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     where = f"{index}: weight_map"
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{where}: expected tensor names with their files; {_AGAIN}")
     for name, shard in shards.items():
-        key = f"{where}.{_shown(name)}"
+        key = f"{where}.{shown(name)}"
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             expected = "the name of a .safetensors file in this folder"
             raise InputError(f"{key}: {repr(shard)[:100]} is not {expected}")
@@ -342,7 +319,7 @@ def _export_config(config: ModelConfig, source: Path | None, tokenizer: Any) -> 
         special = {key: getattr(tokenizer, key, None) for key in keys}
         return {**model_config_to_hf(config), **special, "torch_dtype": "float32"}
     where = source / "config.json"
-    hf = _read_json(where)
+    hf = read_json(where)
     if not same_architecture(model_config_from_hf(hf, str(where)), config):
         message = "describes another architecture than the parameters"
         raise InputError(f"{where}: {message}; give the folder that training started from")

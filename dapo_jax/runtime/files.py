@@ -25,6 +25,7 @@ import fsspec
 import fsspec.config
 from etils import epath
 
+from dapo_jax.config import open_regular
 from dapo_jax.types import InputError, RunError
 
 Folder: TypeAlias = Path | epath.Path
@@ -121,6 +122,30 @@ def read(path: Folder) -> bytes | None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return path.read_bytes()
     return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model. Raises InputError if there is none."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    again = "download the model again"
+    try:
+        with open_regular(path) as file:
+            tree = json.loads(file.read(), object_pairs_hook=unique)
+    except OSError as e:
+        fix = "give a complete Hugging Face model folder"
+        raise InputError(f"{path}: cannot read ({e.strerror}); {fix}") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: no valid JSON ({str(e)[:100]}); {again}") from None
+    if not isinstance(tree, dict):
+        kind = type(tree).__name__
+        raise InputError(f"{path}: expected a JSON object, got a {kind}; {again}")
+    return tree
 
 
 def write_result(path: str, text: str) -> None:
