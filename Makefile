@@ -22,7 +22,8 @@ demo: $(VENV)/installed
 	@echo "  python -m dapo_jax.report   --run-dir runs/tiny              # one page: curves, samples"
 	@echo "  python -m dapo_jax.generate --run-dir runs/tiny '((6-3)-2)+4'  # a response of the policy"
 
-test: lint pytest
+test: $(VENV)/installed
+	$(MAKE) -j2 lint pytest
 
 test-all: lint
 	$(MAKE) pytest TIER=

@@ -55,9 +55,11 @@ hypothesis.settings.register_profile(
 )  # `--hypothesis-profile=default` looks for new counterexamples
 hypothesis.settings.load_profile("repeatable")
 
-_LONG = (
-    "process_faults processes buckets benchmark train faults engine lora ragged_attention hf_parity "
-    "sampler bad_inputs run_verbs attention prompts weights token_sampling pool decoder"
+_LONG = (  # the longest first
+    "process_faults notebook processes readme benchmark pod_failures buckets train faults tpu_scripts "
+    "lora engine hf_parity token_sampling logprobs pool run_verbs prompts bad_inputs layouts "
+    "properties ragged_attention experts decoder weights checkpoint attention dynamic_sampling "
+    "sampler schedule quantization loss study verify structure peers update"
 ).split()
 
 # As gcsfs itself asks for bucket types by gRPC, which the fake does not speak; and no client looks
@@ -186,4 +188,5 @@ def pytest_collection_modifyitems(items):
             if item.get_closest_marker("compiler"):
                 why = "needs the TPU compiler: pip install libtpu"
                 item.add_marker(pytest.mark.skip(reason=why))
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONG)
+    place = {f"test_{name}": n for n, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))

@@ -689,7 +689,7 @@ def of_folder(folder):
     return "model.architecture=null", f"model.folder={folder}"
 
 
-@pytest.mark.default("no *", "remote*", "*beyond", "short context", "template that hangs")
+@pytest.mark.default("no *", "remote*", "*beyond", "short context")
 @pytest.mark.parametrize("case", BAD_MODELS)
 def test_bad_model_folder(config, model, tmp_path, monkeypatch, refused, case):
     spoil, expected = BAD_MODELS[case]
@@ -713,7 +713,7 @@ def test_bad_weights(config, model, refused, case):
     assert expected in refused(evaluate, "--config", config, "--model", model)[0]
 
 
-@pytest.mark.default("pad = EOS", "no pad", "chat template", "shards", "a*beyond")
+@pytest.mark.default("pad = EOS", "no pad", "shards", "a*beyond")
 @pytest.mark.parametrize(
     "change",
     [

@@ -225,6 +225,7 @@ def test_sampled_logprobs_are_those_of_whole_rows(name, int8):
         )
 
 
+@pytest.mark.default("*-gemma3_scaled_untied")
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("gemma3")])
 @pytest.mark.parametrize(
     "changes",

@@ -33,7 +33,7 @@ def plain(model=MODEL):
         *(((8, 1, 1), MODEL), ((2, 4, 1), MODEL), ((1, 4, 2), MODEL), ((2, 2, 2), MODEL)),
         pytest.param((2, 4, 1), MIXTURE, marks=pytest.mark.slow),
         pytest.param((1, 2, 4), MIXTURE, marks=pytest.mark.slow),
-        ((2, 2, 2), MIXTURE),
+        pytest.param((2, 2, 2), MIXTURE, marks=pytest.mark.slow),
     ],
     ids=lambda x: x.family if hasattr(x, "family") else str(x),
 )

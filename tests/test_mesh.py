@@ -280,6 +280,7 @@ def test_rollout_weights_are_split_over_tensor_only():
     assert publish._cache_size() == 1
 
 
+@pytest.mark.default("qwen3*")
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "gemma3_text"])
 def test_rollout_weights_compute_what_the_master_weights_do(family):
     """To the bit: the trainer casts kernels to bfloat16 for every use, and multiplies by the scales

@@ -52,6 +52,7 @@ def both(q, k, v, cache, lengths, on, window=None):
     return found, attend_pages(q, k, v, pages, seen)
 
 
+@pytest.mark.default("5-2-*", "4-2-*")
 @pytest.mark.parametrize(
     ("slots", "groups", "per_group", "entries", "int8", "window", "on"),
     [

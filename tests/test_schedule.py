@@ -109,6 +109,7 @@ def test_segments_add_up(partial):
     assert result.prefills[:, 1:].prod(axis=1).sum() == sum(x.prefill_tokens for x in result.steps)
 
 
+@pytest.mark.slow
 def test_a_schedule_is_a_function_of_its_arguments():
     a, b, other = (simulate(config(), Machine(SHARDS), work(seed=seed)) for seed in (0, 0, 1))
     assert a.steps == b.steps != other.steps

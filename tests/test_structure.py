@@ -207,6 +207,7 @@ def fields_read() -> set[tuple[str, str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section, field", FIELDS)
 def test_every_config_field_is_read(section, field):
     assert (section, field) in fields_read()
