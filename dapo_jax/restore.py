@@ -16,7 +16,10 @@ from dapo_jax.types import InputError, NoCheckpointError, Params
 
 
 def config_of(path: str | None, run_dir: Folder | None, overrides: Sequence[str] = ()) -> Config:
-    """The config at `path`, or else that of the run folder, with overrides."""
+    """The config at `path`, or else that of the run folder, with overrides. It replays no experts:
+    only training does, and a dense model has none.
+    """
+    overrides = ["dapo.replay_routing=false", *overrides]
     if path is not None:
         return load_config(path, overrides)
     if run_dir is None:

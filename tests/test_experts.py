@@ -14,6 +14,7 @@ from runs import run_train, steady
 from dapo_jax.config import DapoSection, Experts, LoraConfig, MeshSection, flatten, load_config
 from dapo_jax.dapo.loss import batch_logprobs, loss_fn
 from dapo_jax.dapo.packing import TrainItem, build_batch, gather_targets
+from dapo_jax.model import experts
 from dapo_jax.model.decoder import abstract_params, apply, hidden_states, init, logits_of
 from dapo_jax.model.experts import (
     Routing,
@@ -25,6 +26,7 @@ from dapo_jax.model.experts import (
     routing_sums,
 )
 from dapo_jax.model.lora import join, merge, split
+from dapo_jax.restore import config_of
 from dapo_jax.rollout.engine import Engine, Limits
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime.mesh import make_mesh, publisher
@@ -77,6 +79,23 @@ def test_experts_compute_exactly_their_tokens(name):
     assert float(found[0]) == pytest.approx(float(expected[0]), abs=1e-3)  # a sum of 900 terms
     for part, other in zip(found[1], expected[1], strict=True):
         assert tiny.gap(part, other) < tiny.GRADIENT
+
+
+@pytest.mark.parametrize("sizes", [(40, 0, 130, 0, 30), (0, 0, 0, 0, 0), (128, 0, 72, 0, 0)])
+def test_kernels_of_a_tpu(sizes):
+    """Interpreted, against a loop over experts: empty ones, tiles shared, rows of no expert."""
+    rng, n = np.random.default_rng(0), 230
+    x, d_out = (jnp.asarray(rng.normal(size=(n, width)), jnp.float32) for width in (D, F))
+    w, counts = KERNELS["gate"], jnp.asarray(sizes, jnp.int32)
+    begins = np.cumsum([0, *sizes])
+    runs = [slice(a, a + size) for a, size in zip(begins, sizes, strict=False)]
+    found = experts._by_kernel(x, w, counts, 1, interpret=True)
+    turned = experts._by_kernel(d_out, w, counts, 2, interpret=True)
+    outer = experts._outer_by_kernel(x, d_out, counts, interpret=True)
+    for e, run in enumerate(runs):
+        np.testing.assert_allclose(found[run], x[run] @ w[e], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(turned[run], d_out[run] @ w[e].T, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(outer[e], x[run].T @ d_out[run], rtol=0, atol=1e-4)
 
 
 def test_a_part_of_the_experts_adds_what_is_its_own():
@@ -302,6 +321,21 @@ MIXTURE = (
     "supervised.updates=0",
     "train.save_every=1",
 )
+
+
+def test_a_mixture_is_trained_from_samples_of_8_bit_experts(config, tmp_path):
+    options = ("rollout.weights=int8", "dapo.importance_cap=2", "train.steps=1")
+    assert run_train(config, tmp_path / "run", *MIXTURE, *options) == 0
+    (line,) = steady(tmp_path / "run")
+    assert line["optim/grad_norm"] > 0 and 0 < line["policy/sampler_gap_mean"] < 0.1
+
+
+def test_verbs_after_training_replay_nothing(config, tmp_path):
+    """So `evaluate --model` of a dense model takes the config of a run with replay."""
+    text = config.read_text().replace("dapo: {", "dapo: {replay_routing: true, ")
+    (file := tmp_path / "replay.yaml").write_text(text)
+    assert load_config(str(file)).dapo.replay_routing
+    with_computation(config_of(str(file), None), tiny.model("qwen3"))
 
 
 @pytest.mark.slow

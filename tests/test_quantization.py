@@ -21,14 +21,15 @@ FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
 def whole(params):
     """The kernels that 8-bit ones stand for."""
 
-    def each(leaf):
+    def each(path, leaf):
         if not isinstance(leaf, Quantized):
             return leaf
-        lost = leaf.values.ndim - leaf.scale.ndim  # axes after L that a product sums over
-        scale = leaf.scale.reshape(len(leaf.scale), *(1,) * lost, *leaf.scale.shape[1:])
-        return leaf.values * scale
+        lost = leaf.values.ndim - leaf.scale.ndim  # axes that a product sums over
+        first = 2 if "experts" in jax.tree_util.keystr(path) else 1  # after L, or L and E
+        return leaf.values * np.expand_dims(leaf.scale, tuple(range(first, first + lost)))
 
-    return jax.tree.map(each, params, is_leaf=lambda x: isinstance(x, Quantized))
+    is_kernel = {"is_leaf": lambda x: isinstance(x, Quantized)}
+    return jax.tree_util.tree_map_with_path(each, params, **is_kernel)
 
 
 def shrunk(params):
@@ -42,6 +43,19 @@ def test_a_kernel_by_hand():
     np.testing.assert_allclose(found.scale, [2 / 127, 0.5 / 127], rtol=1e-6)
     # 1 / (2/127) = 63.5 to even; 0.1 / (0.5/127) = 25.4
     np.testing.assert_array_equal(found.values, [[64, -127], [-127, 25], [32, 0]])
+
+
+def test_kernels_of_experts_by_hand():
+    """A scale for each expert and output channel; routers stay."""
+    kernel = jnp.asarray([[[1.0, -0.5], [-2.0, 0.1]], [[0.5, 0.0], [0.1, 3.0]]])  # [E, D, F]
+    router = jnp.ones((2, 2))
+    layer = {"experts": {"gate": {"kernel": kernel}, "router": {"kernel": router}}}
+    found = quantize_layer(layer)["experts"]
+    assert found["router"]["kernel"] is router
+    scale = np.divide([[2, 0.5], [0.5, 3]], 127)
+    np.testing.assert_allclose(found["gate"]["kernel"].scale, scale, rtol=1e-6)
+    expected = [[[64, -127], [-127, 25]], [[127, 0], [25, 127]]]
+    np.testing.assert_array_equal(found["gate"]["kernel"].values, expected)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +121,28 @@ def test_published_weights_are_quantized_from_merged_masters_and_split_over_tens
         jnp.dtype("bfloat16"),
         jnp.dtype("float32"),  # norms
     }
+
+
+def test_published_experts_are_split_over_tensor_with_their_scales():
+    config = tiny.model("qwen3_moe")
+    mesh = make_mesh(MeshSection(1, 2, 2), jax.devices()[:4])
+    made = load_config("configs/tiny_cpu.yaml")
+    programs = train_programs(config, mesh, made.dapo, made.optim, 1.0, True)
+    params = tiny.params(config)
+    found = programs.publish(jax.device_put(params, params_sharding(params, mesh)))
+    expected = jax.jit(shrunk)(params)["layers"]["experts"]
+    for name in ("gate", "up", "down"):
+        a, b = found["layers"]["experts"][name]["kernel"], expected[name]["kernel"]
+        np.testing.assert_array_equal(a.values, b.values)
+        np.testing.assert_allclose(a.scale, b.scale, rtol=1e-6)
+        for leaf in a:
+            assert {axis for axis in leaf.sharding.spec if axis} == {"tensor"}
+            assert leaf.addressable_shards[0].data.shape[1] == config.experts.count // 2
+    tokens = np.random.default_rng(0).integers(0, 40, (4, 9)).astype(np.int32)
+    run = jax.jit(hidden_states, static_argnums=1, static_argnames="mesh")
+    rows, _ = run(found, config, tokens, mesh=mesh)
+    exact, _ = run(whole(shrunk(params)), config, tokens)
+    np.testing.assert_allclose(rows, exact, rtol=0, atol=2e-5)
 
 
 def test_without_a_correction_it_is_refused(tmp_path):

@@ -11,7 +11,7 @@ Parameters are a nested dict; layers are stacked on axis 0 and scanned:
       attn/{q_norm,k_norm}/scale [L,h] (qwen3, qwen3_moe, gemma3)
       mlp/{gate,up}/kernel [L,D,F], down [L,F,D], or
       experts/router/kernel [L,D,E], {gate,up}/kernel [L,E,D,F], down [L,E,F,D] (qwen3_moe)
-      of rollouts in 8 bits (not experts): kernel/values [L,*in,*out], kernel/scale [L,*out]
+      of rollouts in 8 bits (not routers): kernel/values [L,*in,*out], kernel/scale [L,*out]
       adapter/a [L,*in,r], adapter/b [L,r,*out] next to each kernel [L,*in,*out] that LoRA adapts
 
 Gemma 3 also normalizes the output of each branch, uses GELU instead of SiLU, scales norms by
@@ -225,7 +225,7 @@ class Mixture(nnx.Module):
 
     def __call__(self, x: Array, layout: Layout, replayed: Any) -> tuple[Array, Routing]:
         names = ("router", "gate", "up", "down")
-        kernels = {name: getattr(self, name).kernel[...] for name in names}
+        kernels = {name: getattr(self, name).kernel.get_value() for name in names}
         return layout.mixture(x, kernels, self.config, replayed)
 
 

@@ -13,15 +13,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from dapo_jax.config import Experts
 from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis
+from dapo_jax.model.quantization import Quantized
 
+_TILE_BYTES = 3 * 2**20  # of an expert in a TPU core's memory; two are there at a time
 _BLOCK = 32  # rows of a block off TPU: more would be wasted at the end of each expert
 
-Kernels = Mapping[str, Float[Array, "..."]]  # router [D, E], gate and up [E, D, F], down [E, F, D]
+Kernels = Mapping[str, Any]  # router [D, E]; gate and up [E, D, F], down [E, F, D], or in 8 bits
 
 
 class Routing(NamedTuple):
@@ -80,7 +83,7 @@ def mix(
     first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "*N D"]:
     """The weighted sum over the chosen experts among those of `kernels`, numbered from `first`."""
-    count = kernels["gate"].shape[0]
+    count = _count(kernels)
     expert = chosen.reshape(-1).astype(jnp.int32) - first
     expert = jnp.where((expert >= 0) & (expert < count), expert, count)  # others come last
     order = jnp.argsort(expert)
@@ -88,10 +91,21 @@ def mix(
     sizes = (expert[:, None] == jnp.arange(count)[None]).sum(axis=0, dtype=jnp.int32)
     k = chosen.shape[-1]
     rows = _spread(k, x.reshape(-1, x.shape[-1]), places)
-    product = functools.partial(_grouped, sizes=sizes)
-    hidden = jax.nn.silu(product(rows, kernels["gate"])) * product(rows, kernels["up"])
+
+    def product(rows: Array, name: str) -> Array:
+        kernel = kernels[name]
+        if not isinstance(kernel, Quantized):
+            return _grouped(rows, kernel, sizes)
+        scale = kernel.scale[jnp.minimum(expert[order], count - 1)]
+        return (_grouped(rows, kernel.values, sizes) * scale).astype(rows.dtype)
+
+    hidden = jax.nn.silu(product(rows, "gate")) * product(rows, "up")
     hidden = hidden * _spread(1, weight.reshape(-1, 1), places)
-    return _collect(k, product(hidden, kernels["down"]), places).reshape(x.shape)
+    return _collect(k, product(hidden, "down"), places).reshape(x.shape)
+
+
+def _count(kernels: Kernels) -> int:
+    return int(jax.tree.leaves(kernels["gate"])[0].shape[0])
 
 
 def mixture(
@@ -111,7 +125,7 @@ def mixture_over(
     axis = split_axis(mesh, VOCAB_AXIS, experts.count)
 
     def local(x, kernels, replayed):
-        first = jax.lax.axis_index(VOCAB_AXIS) * len(kernels["gate"]) if axis else 0
+        first = jax.lax.axis_index(VOCAB_AXIS) * _count(kernels) if axis else 0
         mixed, routing = mixture(x, kernels, experts, replayed, first)
         return mixed[None], routing
 
@@ -182,11 +196,9 @@ def _grouped(x: Array, w: Array, sizes: Array) -> Array:
 def _product(x: Array, w: Array, sizes: Array, summed: int) -> Array:
     """`_grouped` over axis `summed` of w; 2: times its transpose."""
 
-    def ragged(x, w, sizes):
-        return jax.lax.ragged_dot(x, w if summed == 1 else w.swapaxes(1, 2), sizes)
-
-    blocks = functools.partial(_in_blocks, summed=summed)
-    out = jax.lax.platform_dependent(x, w, sizes, tpu=ragged, default=blocks)
+    forms: dict[str, Any] = {"tpu": _by_kernel, "default": _in_blocks}
+    forms = {name: functools.partial(form, summed=summed) for name, form in forms.items()}
+    out = jax.lax.platform_dependent(x, w, sizes, **forms)
     return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), out, 0)
 
 
@@ -196,17 +208,36 @@ def _grouped_forward(x, w, sizes):
 
 def _grouped_backward(saved, d_out):
     x, w, sizes = saved
-
-    def ragged(x, d_out, sizes):
-        zero = jnp.zeros(w.shape, x.dtype)
-        return jax.linear_transpose(lambda w: jax.lax.ragged_dot(x, w, sizes), zero)(d_out)[0]
-
     d_x = _product(d_out, w.astype(x.dtype), sizes, 2)
-    d_w = jax.lax.platform_dependent(x, d_out, sizes, tpu=ragged, default=_outer_in_blocks)
+    forms: dict[str, Any] = {"tpu": _outer_by_kernel, "default": _outer_in_blocks}
+    d_w = jax.lax.platform_dependent(x, d_out, sizes, **forms)
     return d_x, d_w.astype(w.dtype), None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _tiled(x: Array) -> tuple[Array, int]:
+    """x with whole tiles of rows, and the rows of one."""
+    rows = 128 if len(x) < 4096 else 256
+    return jnp.pad(x, ((0, -len(x) % rows), (0, 0))), rows
+
+
+def _by_kernel(x: Array, w: Array, sizes: Array, summed: int, interpret: bool = False) -> Array:
+    """`_product` on a TPU. XLA's `ragged_dot` multiplies all rows with all experts there too."""
+    padded, rows = _tiled(x)
+    inputs, outputs = w.shape[summed], w.shape[3 - summed]
+    inputs = min(inputs, 2048)
+    outputs = min(outputs, max(128, _TILE_BYTES // (inputs * w.dtype.itemsize) // 128 * 128))
+    options: dict[str, Any] = {"transpose_rhs": summed == 2, "interpret": interpret}
+    options["tiling"] = rows, inputs, outputs
+    return gmm(padded, w, sizes, x.dtype, **options)[: len(x)]
+
+
+def _outer_by_kernel(x: Array, d_out: Array, sizes: Array, interpret: bool = False) -> Array:
+    (padded, rows), (slopes, _) = _tiled(x), _tiled(d_out)
+    tiling = rows, min(x.shape[1], 1024), min(d_out.shape[1], 512)
+    return tgmm(padded.T, slopes, sizes, x.dtype, tiling, interpret=interpret)
 
 
 def _blocks(x: Array, sizes: Array) -> tuple[Array, Array]:

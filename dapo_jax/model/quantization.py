@@ -26,12 +26,12 @@ def quantize(x: Num[Array, "*S"], axes: tuple[int, ...] = (-1,)) -> Quantized:
 
 
 def quantize_layer(layer: Params) -> Params:
-    """A layer, or all of them, with each kernel in 8 bits and a scale an output channel. Experts,
-    whose grouped matmuls take no such kernels, stay as they are.
+    """A layer, or all of them, with each kernel in 8 bits and a scale an output channel, of each
+    expert for itself. A router stays as it is: its choices are sensitive, and it is small.
     """
 
     def each(name: str, part: Any) -> Any:
-        if name == "experts" or not isinstance(part, Mapping):
+        if name == "router" or not isinstance(part, Mapping):
             return part
         part = {key: each(key, value) for key, value in part.items()}
         if "kernel" in part:
