@@ -181,7 +181,7 @@ def read_curves(folder: Path) -> Curves:
     run = {}
     for key in keys:
         values = [record.get(key, math.nan) for record in records]
-        if definition(key) or key == "step":
+        if (definition(key) or key == "step") and not key.endswith("/digest"):
             run[key.removeprefix(f"eval/{name}/")] = np.array(values, np.float64)
     counts = [name for name in ("tokens", "decode_steps") if f"rollout/{name}" in run]
     return run | {name: np.nancumsum(run[f"rollout/{name}"]) for name in counts}

@@ -3,13 +3,17 @@ its table.
 """
 
 import copy
+import io
 import json
 import math
+import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from record_study import CONFIG, PAGE, RECORDS, pack, tables
 
 from dapo_jax.config import ConfigError, dump_yaml, flatten, to_dict
 from dapo_jax.study import (
@@ -32,7 +36,7 @@ from dapo_jax.types import InputError
 
 pytestmark = pytest.mark.host
 
-SHIPPED = Path(__file__).parent.parent / "configs" / "study_arithmetic_cpu.yaml"
+SHIPPED = CONFIG
 TREE = {
     "base": {
         "model": {
@@ -138,7 +142,8 @@ def test_the_shipped_study_takes_each_part_of_dapo_away():
     naive, whole = configs[:2]
     assert naive["dapo.clip_eps_low"] == whole["dapo.clip_eps_low"] == 0.2
     assert {k: (whole[k], naive[k]) for k in whole if whole[k] != naive[k]} == PARTS
-    assert naive["dapo.prompts_per_step"] * 8 == naive["dapo.responses_per_update"] * 16
+    responses = naive["dapo.prompts_per_step"] * naive["dapo.responses_per_prompt"]
+    assert responses == 16 * naive["dapo.responses_per_update"]
     changes = [
         (rows[row.of].name, {k: c[k] for k in c if c[k] != configs[row.of].get(k)})
         for row, c in zip(rows[2:], configs[2:], strict=True)
@@ -217,7 +222,7 @@ def write_run(folder: Path, accuracies, tokens=100):
             lines[-1]["eval/heldout/avg"] = accuracies[step // 2]
     for line in lines:
         if "eval/heldout/avg" in line:
-            line |= {"eval/heldout/response_len_mean": 20.0, "eval/heldout/truncated_fraction": 0.5}
+            line |= {"eval/heldout/response_len_mean": 20.0, "eval/heldout/digest": "0f"}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -515,3 +520,32 @@ def test_nothing_complete_yet(study, tmp_path):
                 "4",
             ]
         )
+
+
+def extract(records, folder):
+    with tarfile.open(fileobj=io.BytesIO(records)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def test_a_recorded_study_has_the_tables_of_its_runs(study, tmp_path):
+    loaded, out = study(), tmp_path / "out"
+    for n, row in enumerate(loaded.rows):
+        write_run(out / "runs" / row.key / "3", [0.1, 0.2 + 0.1 * n, 0.3], tokens=100 + 100 * n)
+    found = [
+        f(loaded, read_runs(loaded, folder))
+        for folder in (out, extract(pack(loaded, out), tmp_path / "recorded"))
+        for f in (as_markdown, mechanisms)
+    ]
+    assert found[:2] == found[2:] and found[0].count("|") > 40
+
+
+def test_the_page_has_the_tables_of_its_records(tmp_path):
+    page = PAGE.read_text()
+    assert len(re.findall(r"[^\W\d_][\w'-]*", page)) <= 1000
+    if not RECORDS.exists():  # the study has not run: the page says so and has no table
+        assert tables(page) == "" and "Not yet run" in page
+        return
+    assert RECORDS.stat().st_size < 200_000
+    rows = read_runs(study := load_study(str(SHIPPED)), extract(RECORDS.read_bytes(), tmp_path))
+    assert tables(page) == as_markdown(study, rows) + "\n" + mechanisms(study, rows)
