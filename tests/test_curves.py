@@ -95,7 +95,7 @@ def test_running_mean_against_a_loop():
         np.testing.assert_allclose(curves.running_mean(values, window), want)
 
 
-@pytest.mark.default("long")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lines",
     [

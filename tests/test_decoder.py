@@ -192,6 +192,7 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole_row(config):
         )
 
 
+@pytest.mark.slow
 def test_a_step_reads_and_writes_only_the_pages_of_its_sequences():
     """One sequence of two, six tokens of twelve: the pages of the other are NaN and stay as they
     are; so do the entries of its own that lie beyond.

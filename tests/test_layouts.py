@@ -82,6 +82,7 @@ def collectives(program) -> list[tuple[int, ...]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_row_split_along_its_length_between_blocks_gives_the_same_loss_and_gradient():
     """Where tensor 2 divides T, which the 13 above it does not: each device then keeps half of each
     row.

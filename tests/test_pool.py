@@ -189,7 +189,7 @@ def test_only_the_nasty_answer_goes_without_a_verdict(pool, nasty, error):
     assert verdicts == [Verdict(True, 1.0)] * 19
 
 
-@pytest.mark.default("nasty")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [torture_rewards.bombs, torture_rewards.nasty], ids=lambda case: case.__name__
 )
@@ -369,6 +369,7 @@ def test_a_function_that_cannot_be_loaded_is_bad_input(tmp_path, monkeypatch, ch
     assert set(threading.enumerate()) <= threads  # those of other tests may end meanwhile
 
 
+@pytest.mark.slow
 def test_workers_that_stop_starting_give_errors_not_silence(tmp_path, monkeypatch):
     module = tmp_path / "fails_later.py"
     module.write_text("import os\ndef judge(problem, text, response_len):\n    os._exit(1)\n")

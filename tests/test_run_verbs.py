@@ -90,6 +90,7 @@ def test_a_step_is_chosen_before_a_process_joins_the_others(tmp_path, monkeypatc
     assert restore.chosen_step(tmp_path, 2, False) == 2
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_beside_the_newest(run, tmp_path):
     """save_every 100: only evaluations and the end save. One is kept, and the best."""
     config = tmp_path / "tiny.yaml"
@@ -155,6 +156,7 @@ def test_curves_are_drawn_when_a_signal_ends_a_run(run, tmp_path, recorded, curv
     assert (tmp_path / "curves.png").exists() == recorded == bool(said)
 
 
+@pytest.mark.slow
 def test_an_evaluation_shows_a_sample(run, tmp_path, capsys):
     config = tmp_path / "tiny.yaml"
     config.write_text(CONFIG)

@@ -408,7 +408,7 @@ def test_caches_and_responses_are_written_in_place():
     assert memory.alias_size_in_bytes > cache_bytes and memory.temp_size_in_bytes < cache_bytes / 10
 
 
-@pytest.mark.default("layout2")
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
 def test_sequences_on_different_devices_need_no_communication(layout):
     """But to agree when to leave, and to put a token's activations together from devices that share

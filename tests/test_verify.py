@@ -245,6 +245,7 @@ def test_strict_is_fast_on_hostile_text(unit):
         ("Answer: (1, 2)", "(1,2)"),
         ("Answer: $$\n42\n$$", "42"),
         ("Answer: 42\nand not $41$", "42"),
+        ("Answer: \\[\n42\n\\]\nand not \\boxed{41}", "42"),
         ("Answer: east", "east"),
     ],
 )
@@ -257,6 +258,7 @@ def test_lenient_accepts(response, truth):
     [
         ("Answer: 43", "42"),
         ("Answer: 42\nAnswer: 43", "42"),
+        ("Answer: \\[\n42\n\\]\nand not \\boxed{41}", "41"),
         (r"Answer: 2\sqrt{3}", "2"),
         ("Answer: x^2+1", "3"),
         ("Answer: (1,2)", "(2,1)"),
