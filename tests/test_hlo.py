@@ -195,13 +195,13 @@ def test_kernels_move_their_operands_and_notes_nothing():
 
 
 def test_a_kernel_of_live_entries_is_counted_without_its_caches():
-    operands = "%x, %x, %x, %x, %x, %cache, %cache"  # layer, window, lengths, table, new; caches
+    operands = "%x, %x, %x, %x, %x, %x, %cache, %cache"  # scalars, new entries, angles; caches
     module = program(
         f"  %x = {BLOCK} parameter(0)\n  %cache = {CACHE} parameter(1)\n"
         f"  %ragged_attention.1 = ({BLOCK}, {CACHE}, {CACHE}) custom-call({operands}), "
         'custom_call_target="tpu_custom_call"'
     )
-    assert module.traffic() == Traffic(5 * 4096, 4096, 1)
+    assert module.traffic() == Traffic(6 * 4096, 4096, 1)
 
 
 GATHER = "all-gather{}(%x), channel_id=1, replica_groups=[1,8]<=[8], dimensions={{0}}"

@@ -46,7 +46,7 @@ from dapo_jax.model.experts import Routing, mixture, mixture_decoded, mixture_ov
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
 from dapo_jax.model.lora import Adapter, adapter_of, stored
 from dapo_jax.model.quantization import product, quantize
-from dapo_jax.model.ragged_attention import attend_paged_over, is_ragged
+from dapo_jax.model.ragged_attention import attend_paged_over, is_ragged, turns_of
 from dapo_jax.runtime.mesh import gather_layer
 from dapo_jax.types import Params
 
@@ -182,10 +182,12 @@ class Attention(nnx.Module):
         self.q_norm = Norm(c.head_dim, c, gain) if normed else None
         self.k_norm = Norm(c.head_dim, c) if normed else None
 
-    def qkv(self, x: Array, rope: Rope, layout: Layout) -> tuple[Array, Array, Array]:
+    def qkv(self, x: Array, rope: Rope | None, layout: Layout) -> tuple[Array, Array, Array]:
         q, k, v = (layout.heads(project(x)) for project in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if rope is None:  # attention rotates them
+            return q, k, v
         return rotate(q, rope), rotate(k, rope), v
 
 
@@ -249,7 +251,7 @@ class Block(nnx.Module):
         self.mlp_post_norm = Norm(c.model_dim, c) if post else None
 
     def __call__(
-        self, x: Array, rope: Rope, attend: Callable[..., Array], layout: Layout, replayed: Any
+        self, x: Array, rope: Rope | None, attend: Callable[..., Any], layout: Layout, replayed: Any
     ) -> tuple[Array, Entries]:
         """`attend(q, k, v)` is over a row or a cache, and may return the cache with k and v.
         replayed: as `experts.route`.
@@ -366,16 +368,17 @@ def windowed_layers(config: ModelConfig) -> Bool[Array, " L"] | None:
 
 
 def layer_views(
-    config: ModelConfig, positions: Int[Array, "*N"]
-) -> Callable[[Any], tuple[Rope, Window | None]]:
-    """Rotary angles and window of a layer, as a function of its entry of `windowed_layers`."""
-    rope, w = rotary(config, positions), config.windows
+    config: ModelConfig, positions: Int[Array, "*N"], form: Callable[[Rope], Any] | None = None
+) -> Callable[[Any], tuple[Any, Window | None]]:
+    """Rotary angles, in any form, and window of a layer, by its entry of `windowed_layers`."""
+    form = form or (lambda rope: rope)
+    rope, w = form(rotary(config, positions)), config.windows
     if w is None:
         return lambda on: (rope, None)
     local = dataclasses.replace(config, rope_theta=w.rope_theta, rope_factor=1.0)
-    near = rotary(local, positions)
+    near = form(rotary(local, positions))
 
-    def view(on: Array) -> tuple[Rope, Window]:
+    def view(on: Array) -> tuple[Any, Window]:
         return jax.tree.map(functools.partial(jnp.where, on), near, rope), Window(w.size, on)
 
     return view
@@ -509,13 +512,14 @@ def decode_step(
       writes them (`is_ragged`), else the entries [L, b, K, h] alone, for `write_cache`; routing
       [L, b, ...] of a mixture of experts.
     """
-    ends, view = _bind_ends(config, params), layer_views(config, seen.lengths)
+    ends = _bind_ends(config, params)
     over: Callable[..., Any] = _attend_cached
     layout = Layout()
     if mesh is not None:
         over = functools.partial(attend_paged_over, mesh)
         layout = layout._replace(mixture=functools.partial(mixture_decoded, mesh))
     writes = is_ragged(mesh, config.head_dim)
+    view = layer_views(config, seen.lengths, turns_of if writes else None)
     with jax.named_scope("embed"):
         x = scale_embedded(config, ends.embed.embedding[...].astype(config.compute_dtype)[tokens])
 
@@ -525,6 +529,8 @@ def decode_step(
         rope, window = view(on)
         cached = seen._replace(layer=index, pages=pages if writes else seen.pages)
         attend = functools.partial(over, seen=cached, window=window)
+        if writes:
+            attend, rope = functools.partial(attend, turns=rope), None
         x, new = _bind(Block, config, layer_params)(x, rope, attend, layout, None)
         return (x, new.cache), (None if writes else new[:2], new.routing)
 

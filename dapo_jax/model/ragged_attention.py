@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from dapo_jax.model.attention import MASKED, Cache, PagedCache, Window, attend_pages
 from dapo_jax.model.logprobs import VOCAB_AXIS, split_axis
@@ -27,6 +27,7 @@ _CORES = 2  # of a v4 or v5p chip; a single core runs all parts one after the ot
 _SLOTS = 32  # of a part at most: their queries, keys, values and outputs are in VMEM
 BLOCK_PAGES = 2  # of a block, which is copied and used at a time
 _SUBLANES = 8  # the query heads of a kv head are padded to a multiple of this
+Turns = Float32[Any, "B 2 h"]  # rotary angles: cosine, and sine with a sign (`turns_of`)
 _SMALL_PAGE = 64  # fastest of 32, 64 and 128 on a CPU
 
 
@@ -56,6 +57,15 @@ def entries_written(*, int8: bool) -> float:
     return (4 * _SUBLANES * LANES + 4 * LANES) / (LANES + 4) if int8 else _SUBLANES
 
 
+def turns_of(rope: tuple[Array, Array]) -> Turns:
+    """Cosine and sine as the kernel takes them: x is turned into x · cos + swapped · sin, where
+    `swapped` has the halves of x exchanged.
+    """
+    cos, sin = rope
+    both = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return jnp.stack(both, axis=1)
+
+
 def attend_paged_over(
     mesh: Mesh,
     q: Float[Array, "B H h"],
@@ -63,6 +73,7 @@ def attend_paged_over(
     v: Float[Array, "B K h"],
     seen: PagedCache,
     window: Window | None = None,
+    turns: Turns | None = None,
 ) -> tuple[Float[Array, "B H h"], Cache | None]:
     """`attend_ragged`, or `attend_pages` and no cache, for the sequences of one row shard, with
     heads split over "tensor" where it divides the kv heads. For use under vmap over the row shards,
@@ -73,17 +84,17 @@ def attend_paged_over(
     on = jnp.zeros((), bool) if window is None else window.on
     ragged = is_ragged(mesh, q.shape[2])
 
-    def local(q, k, v, seen, on):  # a function under shard_map takes no closed-over array
+    def local(q, k, v, seen, on, turns):  # a function under shard_map takes no closed-over array
         near = None if window is None else Window(window.size, on)
         if ragged:
-            return attend_ragged(q, k, v, seen, near)
+            return attend_ragged(q, k, v, seen, near, turns)
         return attend_pages(q, k, v, seen, near), None
 
     view = jax.tree.map(lambda _: whole, seen)._replace(pages=stored)
-    inputs = entries, entries, entries, view, whole
+    inputs = entries, entries, entries, view, whole, whole
     outputs = entries, stored
     specs: dict[str, Any] = {"in_specs": inputs, "out_specs": outputs, "check_vma": False}
-    return jax.shard_map(local, mesh=mesh, **specs)(q, k, v, seen, on)
+    return jax.shard_map(local, mesh=mesh, **specs)(q, k, v, seen, on, turns)
 
 
 def attend_ragged(
@@ -92,11 +103,13 @@ def attend_ragged(
     v: Float[Array, "B K h"],
     seen: PagedCache,
     window: Window | None = None,
+    turns: Turns | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B H h"], Cache]:
     """`attention.attend_pages` as a kernel, and the cache with the new entries, changed in place.
 
+    turns: by which queries and keys are rotated first; None: they are already.
     An entry whose page is 0, which no sequence has, is written as zeros: that page stays finite.
     Blocks of pages are added one by one to the new entry's own term, with the largest score so far
     as m (Milakov and Gimelshein, arXiv:1805.02867). interpret: run on any platform, for tests.
@@ -111,6 +124,10 @@ def attend_ragged(
     new = jnp.concatenate(each, axis=2)
     new = jnp.pad(new, ((0, -b % parts), (0, 0), (0, -new.shape[2] % _SUBLANES), (0, 0)))
     new = new.reshape(-1, parts, *new.shape[1:])
+    if turns is None:
+        turns = turns_of((jnp.ones((b, h // 2)), jnp.zeros((b, h // 2))))
+    turns = jnp.pad(turns, ((0, -b % parts), (0, 0), (0, 0))).reshape(-1, parts, 2, h)
+    angles = pl.BlockSpec((len(turns), 1, 2, h), lambda part, *_: (0, part, 0, 0))
 
     def rows(count: int) -> tuple[Any, tuple[int, ...]]:
         """A part's block of an array with so many rows of a kv head, and the array's shape."""
@@ -132,16 +149,16 @@ def attend_ragged(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(parts,),
-            in_specs=[rows(new.shape[3])[0], *in_hbm],
+            in_specs=[rows(new.shape[3])[0], angles, *in_hbm],
             out_specs=[mixed, *in_hbm],
             scratch_shapes=[*buffers, *tiles, pltpu.SemaphoreType.DMA((3, count))],
         ),
         out_shape=[jax.ShapeDtypeStruct(shape, q.dtype), *stored],
-        input_output_aliases={5 + n: 1 + n for n in range(count)},
+        input_output_aliases={6 + n: 1 + n for n in range(count)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="ragged_attention",
-    )(*scalars, seen.lengths.astype(jnp.int32), table.ravel(), new, *stored)
+    )(*scalars, seen.lengths.astype(jnp.int32), table.ravel(), new, turns, *stored)
     out = out.reshape(-1, *out.shape[2:])[:b, :, :per_group]
     return out.reshape(b, heads, h), Cache(*written)
 
@@ -178,6 +195,7 @@ class _Part:
     lengths: Any
     table: Any
     new: Any  # queries, keys and values
+    turns: Any
     caches: Any
     out: Any
     buffers: Any
@@ -193,13 +211,13 @@ class _Part:
         return self.new.shape[-1] ** -0.5
 
     def rows(self, slot: Any, group: Any = slice(None)) -> Any:
-        """Queries of a kv head, with what rounds up their rows, in their dtype; the new key and
-        value in float32.
-        """
-        rows, n = self.new[slot // pl.num_programs(0), 0, group], self.sizes.per_group
-        wide = rows.astype(jnp.float32)
-        new = wide[..., n : n + 1, :], wide[..., n + 1 : n + 2, :]
-        return rows[..., : self.out.shape[3], :], *new
+        """Queries of a kv head, with what rounds up their rows; new key and value in float32."""
+        at, n, h = slot // pl.num_programs(0), self.sizes.per_group, self.new.shape[-1]
+        rows = self.new[at, 0, group].astype(jnp.float32)
+        cos, sin = (jnp.broadcast_to(self.turns[at, 0, i : i + 1], rows.shape) for i in range(2))
+        turned = rows * cos + pltpu.roll(rows, h // 2, rows.ndim - 1) * sin
+        queries = turned[..., : self.out.shape[3], :].astype(self.new.dtype)
+        return queries, turned[..., n : n + 1, :], rows[..., n + 1 : n + 2, :]
 
     def span(self, slot: Any) -> tuple[Any, Any]:
         """First and last + 1 block of a sequence, one at least."""
@@ -334,13 +352,14 @@ class _Part:
 
 
 def _kernel(sizes: _Sizes, layer: Any, on: Any, lengths: Any, table: Any, *refs: Any) -> None:
-    """refs: queries, keys, values; caches; output; caches again, the same memory; a buffer and a
-    tile for each; semaphores.
+    """refs: queries, keys and values; turns; caches; output; caches again, the same memory; a
+    buffer and a tile for each; semaphores.
     """
-    count = (len(refs) - 3) // 4
-    new, out, semaphores = refs[0], refs[1 + count], refs[-1]
-    caches, buffers, tiles = (refs[i : i + count] for i in range(2 + count, 2 + 4 * count, count))
-    work = _Part(sizes, layer, on, lengths, table, new, caches, out, buffers, tiles, semaphores)
+    count = (len(refs) - 4) // 4
+    new, turns, out, semaphores = *refs[:2], refs[2 + count], refs[-1]
+    caches, buffers, tiles = (refs[i : i + count] for i in range(3 + count, 3 + 4 * count, count))
+    inputs = layer, on, lengths, table, new, turns
+    work = _Part(sizes, *inputs, caches, out, buffers, tiles, semaphores)
     part = pl.program_id(0)
     start = part, work.span(part)[0], jnp.int32(0)
     for copy in work.copies(*start):

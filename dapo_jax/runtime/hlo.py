@@ -24,7 +24,7 @@ _VIEWS = ("bitcast", "get-tuple-element")
 _SLICES = ("dynamic-slice", "slice", "gather")
 # A kernel that reads these first operands whole and writes its first result; `plan` adds the
 # entries that it reads and writes of the caches after them.
-_RAGGED, _RAGGED_WHOLE = "ragged_attention", 5
+_RAGGED, _RAGGED_WHOLE = "ragged_attention", 6
 _KERNEL = "tpu_custom_call"  # Pallas; other custom calls are the compiler's own notes
 
 
