@@ -15,8 +15,9 @@ import resource
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-PROMPTS, GROUP, PROMPT_LEN, LENGTH, STEPS = 4, 8, 64, 128, 6
+PROMPTS, GROUP, PROMPT_LEN, LENGTH, STEPS = 4, 8, 64, 128, 5
 V, D, F, LAYERS, HEADS, KV, WIDTH = 32000, 256, 1024, 4, 4, 2, 64
 samplings: list[float] = []  # CPU seconds
 ends: list[float] = []  # CPU time at the end of each sampling
@@ -78,7 +79,7 @@ def ours():
     DynamicSampler.draw = timed(DynamicSampler.draw)
     before = resident()
     with tempfile.TemporaryDirectory() as folder:
-        train(config_from_dict(tree, "peer_step"), f"{folder}/run", quiet=True)
+        train(config_from_dict(tree, "peer_step"), Path(folder, "run"), quiet=True)
         with open(f"{folder}/run/metrics.jsonl") as file:
             records = [json.loads(line) for line in file][1:]
     return before, [r["rollout/tokens"] for r in records]
