@@ -190,7 +190,7 @@ FORMS = {
 }
 
 
-@pytest.mark.default("*-40-16-7", "*-200-64-None")
+@pytest.mark.default("*-40-16-7", "splash-200-64-None")
 @pytest.mark.parametrize(
     "t, width, size", [(40, 16, None), (40, 16, 7), (200, 64, None), (400, 64, 50)]
 )

@@ -323,6 +323,7 @@ MIXTURE = (
 )
 
 
+@pytest.mark.slow
 def test_a_mixture_is_trained_from_samples_of_8_bit_experts(config, tmp_path):
     options = ("rollout.weights=int8", "dapo.importance_cap=2", "train.steps=1")
     assert run_train(config, tmp_path / "run", *MIXTURE, *options) == 0

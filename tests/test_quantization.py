@@ -123,6 +123,7 @@ def test_published_weights_are_quantized_from_merged_masters_and_split_over_tens
     }
 
 
+@pytest.mark.slow
 def test_published_experts_are_split_over_tensor_with_their_scales():
     config = tiny.model("qwen3_moe")
     mesh = make_mesh(MeshSection(1, 2, 2), jax.devices()[:4])

@@ -357,6 +357,7 @@ def test_longer_runs_resume(start):
     assert start(put("base", "train", "steps", 4)) == []
 
 
+@pytest.mark.default("models*")
 @pytest.mark.parametrize(
     "folder", ["gs://bucket/models/tiny", "some-lab/Tiny-0.1B@main", "models/tiny"]
 )

@@ -424,6 +424,7 @@ EXCEPTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_lenient_agrees_with_the_table_of_math_verify():
     rows = json.loads((Path(__file__).parent / "goldens/math_verify.json").read_text())
     assert len(rows) == 265

@@ -610,7 +610,7 @@ def test_window_that_no_layer_uses_is_accepted():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.default("*_untied-(2, 2, 2)", "llama_tied-(1, 2, 4)")
+@pytest.mark.default("qwen*_untied-(2, 2, 2)", "llama_tied-(1, 2, 4)")
 @pytest.mark.parametrize("layout", [(1, 8, 1), (1, 2, 4), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_shards_are_read_alone_and_equal_the_whole(name, layout, monkeypatch):
