@@ -489,6 +489,7 @@ def test_a_run_resumes_on_other_devices_with_the_rows_and_slots_that_fit_them(
     monkeypatch.setattr(in_process, "DEVICES", 2)
     assert run_train(config, tmp_path / "run", STEPS) == 0
     for found, expected in zip(steady(tmp_path / "run"), steady(whole), strict=True):
+        expected.pop("rollout/decode_steps", None)  # the slots of a shard decide them
         texts = {key: expected.pop(key) for key in list(expected) if isinstance(expected[key], str)}
         assert {key: found[key] for key in texts} == texts
         assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
