@@ -32,7 +32,7 @@ VERBS = {
     "supervised": "only the warm-up on worked solutions, to a model folder",
     "plan": "compiles a config for a TPU pod, with no TPU: does it fit",
     "benchmark": "speed and memory of loss, rollout, update",
-    "study": "the paper's ablation in miniature: rows, seeds, one table and one figure",
+    "study": "ablations in miniature: rows, seeds, one table and one figure",
     "export": "a run's checkpoint as a Hugging Face folder, or to the hub",
     "report": "one HTML page about one run or several",
     "data": "prepares data sets, shows rows as they are fed, counts what they hold",

@@ -1,4 +1,4 @@
-"""The paper's ablation in miniature: parts of DAPO added one by one, several seeds each.
+"""Ablations in miniature: parts of DAPO added or taken away, several seeds each.
 
     python -m dapo_jax.study --config configs/study_arithmetic_cpu.yaml --out runs/study
 

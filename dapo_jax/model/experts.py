@@ -195,7 +195,6 @@ def _grouped(x: Array, w: Array, sizes: Array) -> Array:
 
 def _product(x: Array, w: Array, sizes: Array, summed: int) -> Array:
     """`_grouped` over axis `summed` of w; 2: times its transpose."""
-
     forms: dict[str, Any] = {"tpu": _by_kernel, "default": _in_blocks}
     forms = {name: functools.partial(form, summed=summed) for name, form in forms.items()}
     out = jax.lax.platform_dependent(x, w, sizes, **forms)
