@@ -44,9 +44,9 @@ pytest: $(VENV)/installed
 
 plan: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable .[plan]
-	mkdir -p runs; status=0; for c in configs/*_v[0-9]*.yaml; do out=runs/plan_$$(basename $$c .yaml).txt; \
-	$(BIN)/python -m dapo_jax.plan --config $$c > $$out || status=1; cat $$out; done; \
-	grep -h '^| ' runs/plan_*.txt; exit $$status
+	mkdir -p runs/plan; status=0; for c in configs/*_v[0-9]*.yaml; do out=runs/plan/$$(basename $$c .yaml); \
+	$(BIN)/python -m dapo_jax.plan --config $$c --json $$out.json || status=1; done; \
+	$(BIN)/python tests/plan_table.py runs/plan/*.json; exit $$status
 
 real: $(VENV)/installed
 	ls $(REAL) > /dev/null 2>&1 || $(BIN)/python tests/make_real_inputs.py --out real

@@ -24,7 +24,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +44,6 @@ from dapo_jax.benchmark.schedule import (
 )
 from dapo_jax.config import Config, ConfigError, ModelConfig, load_config
 from dapo_jax.model import flops
-from dapo_jax.model.experts import tile_rows
 from dapo_jax.model.logprobs import split_axis
 from dapo_jax.model.ragged_attention import entries_read, entries_written, is_ragged, page_size
 from dapo_jax.model.weights import load_model_config
@@ -58,7 +56,7 @@ from dapo_jax.runtime.compiled import (
     compile_program,
     device_bytes,
 )
-from dapo_jax.runtime.files import local_model, write_result
+from dapo_jax.runtime.files import check_result, local_model, write_result
 from dapo_jax.runtime.mesh import make_mesh, row_shards
 from dapo_jax.training import programs as training
 from dapo_jax.training import setup
@@ -213,15 +211,6 @@ def programs(config: Config, model: ModelConfig, mesh: Mesh, load: Workload) -> 
     return _rollout_programs(*arguments) + _training_programs(*arguments)
 
 
-def _tile_flops(c: ModelConfig, mesh: Mesh, tokens: float) -> float:
-    """FLOPs of a forward pass for rows of other experts, one tile an expert (`tile_rows`)."""
-    if c.experts is None:
-        return 0.0
-    shards = row_shards(mesh)
-    rows = c.experts.count * tile_rows(tokens * c.experts.per_token / shards)
-    return 6.0 * shards * rows * c.layers * c.model_dim * c.ffn_dim
-
-
 def _shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
@@ -243,8 +232,6 @@ def _training_programs(
     forward = flops.forward_flops(c, padded, pairs, targets)
     backward = flops.backward_flops(c, padded, pairs, targets)
     backward += flops.recomputed_flops(c, padded, pairs)
-    tiles = used * _tile_flops(c, mesh, padded / used)
-    forward, backward = forward + tiles, backward + tiles * (3 if c.remat == "full" else 2)
 
     chosen = c.experts.per_token * c.layers if c.experts and d.replay_routing else 0
     state, batch = train.state, training.abstract_batch(shape, mesh, chosen)
@@ -280,9 +267,8 @@ def _rollout_programs(
     def prefill(name: str, longest: int) -> Program:
         width = next(n for n in engine.prompt_lens if n >= longest)
         tokens, pairs = shards * width, shards * flops.visible_pairs(model, width)
-        needed = flops.forward_flops(model, tokens, pairs, 0)
-        work = Work(needed, needed + _tile_flops(model, mesh, tokens), tokens)
-        held = resident + device_bytes(state)
+        computed = flops.forward_flops(model, tokens, pairs, 0)
+        work, held = Work(computed, computed, tokens), resident + device_bytes(state)
         arguments = weights, _shape(shards, width)
         return Program(name, functions.prefill, arguments, held, work, settings=fix)
 
@@ -314,8 +300,7 @@ def _rollout_programs(
         table = _shape(shards, engine.slots, engine.table_len)
         arguments = weights, state, table, Until(number, number, number)
         held, sizes = resident + prefilled, {"width": width}
-        work = Work(step, step + _tile_flops(model, mesh, tokens), tokens)
-        trips = (1,)  # a segment of one step
+        work, trips = Work(step, step, tokens), (1,)  # a segment of one step
         rest = trips, fix, sizes, entry, entry * width * entries_written(int8=int8)
         return Program(name, functions.decode, arguments, held, work, 0, *rest)
 
@@ -384,19 +369,6 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(
         "  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in lines
     )
-
-
-def markdown(config: str, results: Sequence[Result], e: Mapping[str, float]) -> str:
-    """The config's line in the table of tpu_scripts/README.md."""
-    by_name = {r.program.name: r for r in results}
-    longest = "prefill of prefixes" if "prefill of prefixes" in by_name else "prefill"
-    shown = [by_name[n] for n in ("update", "old log-probs", "publish", longest, "decode step")]
-    memory = [f"{r.peak_bytes / _GIB:.1f} ({r.hbm_fraction:.0%})" for r in shown]
-    fits = "yes" if all(r.fits for r in results) else "NO"
-    least = f"{e['rollout_s']:,.0f} + {e['training_s']:,.0f}", f"{e['expected_s']:,.0f}"
-    rest = f"{e['live_share']:.0%}", f"{e['chip_hours']:,.0f}"
-    cells = [f"`{Path(config).stem}`", results[0].pod.topology, *memory, fits, *least, *rest]
-    return f"| {' | '.join(cells)} |"
 
 
 class Part(NamedTuple):
@@ -792,6 +764,7 @@ def main(argv: list[str] | None = None) -> int:
     lower bound on time and cost.
     """
     args = _parser().parse_args(argv)
+    check_result(args.json)
     config = load_config(args.config, args.set)
     topology = args.topology or config.mesh.topology
     if topology is None:
@@ -817,7 +790,6 @@ def main(argv: list[str] | None = None) -> int:
         found = parts(results, schedule)
         least = estimate(results, schedule, config, load)
         print(_summary(least, found, config, load))
-        print(markdown(args.config, results, least))
         facts = {"parts": [part._asdict() for part in found], "lengths": load.lengths.name}
         estimates = least | facts | {"largest_cost": largest_cost(found)}
     for line in complaints(results):

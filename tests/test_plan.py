@@ -11,8 +11,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import plan_table
 import pytest
-from refusals import refusal
 
 import dapo_jax
 from dapo_jax import plan
@@ -36,7 +36,6 @@ from dapo_jax.plan import (
     largest_cost,
     largest_that_fits,
     load_pod,
-    markdown,
     table,
     to_json,
     tokens_part,
@@ -45,6 +44,7 @@ from dapo_jax.runtime.chips import CHIPS, Chip
 from dapo_jax.runtime.compiled import BETWEEN_SLICES, Compiled, Link
 from dapo_jax.runtime.hlo import Traffic
 from dapo_jax.runtime.mesh import make_mesh
+from dapo_jax.types import InputError
 
 CONFIGS = Path(dapo_jax.__file__).parent.parent / "configs"
 SMALLEST = CONFIGS / "qwen2.5-1.5b_dapo17k_v5e-8.yaml"
@@ -211,10 +211,10 @@ def test_the_table_has_a_line_a_program():
 
 def test_a_config_has_a_line_in_the_table_of_the_page():
     times = {"rollout_s": 1234.4, "training_s": 56.6, "expected_s": 2000.0}
-    line = markdown("configs/a_b.yaml", step(), times | {"live_share": 0.987, "chip_hours": 4e4})
-    assert (
-        line == f"| `a_b` | v5e:2x4 |{' 0.0 (70%) |' * 5} yes | 1,234 + 57 | 2,000 | 99% | 40,000 |"
-    )
+    found = to_json(step(), times | {"live_share": 0.987, "chip_hours": 4e4})
+    memory = " 0.0 (70%) |" * 5
+    line = f"| `a_b` | v5e:2x4 |{memory} yes | 1,234 + 57 | 2,000 | 99% | 40,000 |"
+    assert plan_table.line("a_b", found) == line
 
 
 def test_complaints_name_program_cause_and_settings():
@@ -421,23 +421,24 @@ def test_exit_status_says_whether_all_fits(monkeypatch, capsys, tmp_path, reside
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--topology", "v5p"], "topology 'v5p': ...NAME:AxB"),
-        (["--topology", "v9:2x2"], "topology 'v9:2x2': ...v4, v5e, v5p, v6e, tpu7x"),
-        (["--topology", "v5p:2x2x1*0"], "topology 'v5p:2x2x1*0': ...*N "),
-        (["--kept-fraction", "0"], "--kept-fraction: ...0"),
-        (["--lengths", "normal:9:1"], "...lengths: ...lognormal:MEAN:SIGMA"),
-        (["--set", "mesh.topology=null"], "...mesh.topology: ...null"),
+        (["--topology", "v5p"], "topology 'v5p': expected NAME:AxB"),
+        (["--topology", "v9:2x2"], "NAME one of v4, v5e, v5p, v6e, tpu7x"),
+        (["--topology", "v5p:2x2x1*0"], r"and \*N after it for N slices"),
+        (["--kept-fraction", "0"], "--kept-fraction: must be above 0"),
+        (["--lengths", "normal:9:1"], "lengths: expected lognormal:MEAN:SIGMA"),
+        (["--set", "mesh.topology=null"], "mesh.topology: is null; set the chips to plan for"),
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, arguments, message):
     monkeypatch.setattr(plan, "_compile_for_other_machines", lambda: None)
-    with refusal(message):
+    with pytest.raises(InputError, match=message) as e:
         plan.main(["--config", str(SMALLEST), *arguments])
+    assert "\n" not in str(e.value)
 
 
 def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
-    with refusal("...pip install libtpu"):
+    with pytest.raises(InputError, match="pip install libtpu"):
         load_pod("v5e:2x4")
 
 
