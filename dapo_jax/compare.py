@@ -1,7 +1,5 @@
 """Is one evaluation better than another? A paired bootstrap over problems.
 
-    python -m dapo_jax.compare A.json B.json          files written by dapo_jax.evaluate --json
-
 Both evaluations must be of the same problems. The difference B - A is taken problem by problem, so
 that the spread of difficulty, which both share, does not count as noise.
 """

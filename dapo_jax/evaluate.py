@@ -1,8 +1,4 @@
-"""Held-out accuracy: avg@k, pass@k and cons@k with standard errors.
-
-python -m dapo_jax.evaluate --run-dir D [--step N | --best]   a checkpoint of a run
-python -m dapo_jax.evaluate --config C --model FOLDER         a model as in `model.folder`
-"""
+"""Held-out accuracy: avg@k, pass@k and cons@k with standard errors."""
 
 import argparse
 import collections
@@ -28,7 +24,7 @@ from dapo_jax.rollout.engine import Engine
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.checkpoint import records_digest
 from dapo_jax.runtime.console import Console, make_console, progress
-from dapo_jax.runtime.files import run_folder, write_result
+from dapo_jax.runtime.files import check_result, run_folder, write_result
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.training import setup
@@ -234,6 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measures held-out accuracy of a run's checkpoint or of a Hugging Face model on the config's
     evaluation sets."""
     args = _parser().parse_args(argv)
+    for path in (args.json, args.samples):
+        check_result(path)
     run_dir = run_folder(args.run_dir) if args.run_dir else None
     asked = restore.chosen_step(run_dir, args.step, args.best)
     config = restore.config_of(args.config, run_dir, args.set)

@@ -1,7 +1,4 @@
-"""A run's checkpoint as a Hugging Face folder, and on the hub.
-
-python -m dapo_jax.export --run-dir D --out FOLDER [--step N | --best] [--push OWNER/NAME]
-"""
+"""A run's checkpoint as a Hugging Face folder, and on the hub."""
 
 from collections.abc import Callable
 from pathlib import Path

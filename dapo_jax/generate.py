@@ -1,8 +1,5 @@
 """Responses of a run or of a model to text, to a file of prompts, or in a chat.
 
-python -m dapo_jax.generate --run-dir D [--step N | --best] [TEXT ...]
-python -m dapo_jax.generate --model FOLDER [--prompts FILE]
-
 Without text it reads prompts from the terminal. Text is a problem, as in training: it goes through
 `data.template` and the chat template. In a chat, turns go through the chat template alone.
 """
@@ -10,6 +7,7 @@ Without text it reads prompts from the terminal. Text is a problem, as in traini
 import argparse
 import dataclasses
 import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -68,12 +66,12 @@ class Generator:
         stream, shown = self.engine.stream(self.weights, self._seed), ""
         stream.submit([Request(next(self._draws), 0, tokens)])
         while stream.pending or stream.live:
-            [(_, response)] = finished = stream.advance() or stream.unfinished()
+            [(_, response)] = stream.advance() or stream.unfinished()
             text = self._text(response.tokens)
             if stream.live:  # the end may be half a character
                 text = text.rstrip("\ufffd")
-            if text.startswith(shown) and finished:
-                yield text[len(shown) :]
+            if text.startswith(shown) or not stream.live:  # later tokens may change earlier text
+                yield text[len(os.path.commonprefix([shown, text])) :]
                 shown = text
 
     def _text(self, tokens: np.ndarray) -> str:

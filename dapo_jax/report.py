@@ -1,7 +1,4 @@
-"""Runs as one HTML page: curves, samples, comparison. The page loads nothing and needs no network.
-
-python -m dapo_jax.report --run-dir D [D ...] [--out FILE]
-"""
+"""Runs as one HTML page: curves, samples, comparison. It loads nothing and needs no network."""
 
 import base64
 import contextlib

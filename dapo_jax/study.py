@@ -1,7 +1,5 @@
 """Ablations in miniature: parts of DAPO added or taken away, several seeds each.
 
-    python -m dapo_jax.study --config configs/study_arithmetic_cpu.yaml --out runs/study
-
 The YAML file has the keys of `StudyFile`; a row's `set` is merged into the config of the row above,
 or of the row that it names.
 <out>/warm/<seed>/ gets the warmed-up policy, <out>/runs/<row>/<seed>/ a run folder as any other,

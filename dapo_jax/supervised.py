@@ -1,7 +1,4 @@
-"""Supervised warm-up: cross-entropy on worked solutions, with the same packing and update as DAPO.
-
-python -m dapo_jax.supervised --config C --out FOLDER        writes a Hugging Face folder
-"""
+"""Supervised warm-up: cross-entropy on worked solutions, with DAPO's packing and update."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -27,8 +24,12 @@ from dapo_jax.training.state import RunState, RunStore
 from dapo_jax.types import InputError, Params, Prompt, TrainBatch, TrainState
 
 
-def solution_items(config: Config, prompts: Sequence[Prompt], policy: Policy) -> list[TrainItem]:
-    """Prompts with worked solutions that are not too long, and the end token; [] for no warm-up."""
+def solution_items(
+    config: Config, prompts: Sequence[Prompt], policy: Policy, info: Callable[[str], None]
+) -> list[TrainItem]:
+    """Prompts with worked solutions and the end token; [] for no warm-up. Solutions that are too
+    long or hold control tokens, which would end a response, are left out and counted.
+    """
     if not config.supervised.updates:
         return []
     solved = [prompt for prompt in prompts if prompt.problem.solution]
@@ -38,17 +39,21 @@ def solution_items(config: Config, prompts: Sequence[Prompt], policy: Policy) ->
             "set supervised.updates to 0"
         )
     tokenizer, vocab_size = policy.tokenizer, policy.model.vocab_size
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     solutions = [prompt.problem.solution for prompt in solved]
     tokenized, items = tokenizer(solutions, add_special_tokens=False)["input_ids"], []
     for prompt, ids in zip(solved, tokenized, strict=True):
         check_embedded(ids, vocab_size, tokenizer, f"the solution of problem {prompt.problem.id}")
         response = np.array([*ids, tokenizer.eos_token_id], np.int32)
         zeros = np.zeros(len(response), np.float32)
-        if len(response) <= config.rollout.max_response_len:
+        if len(response) <= config.rollout.max_response_len and control.isdisjoint(ids):
             items.append(TrainItem(prompt.tokens, response, zeros, zeros, 0.0, 0.0))
+    why = f"longer than rollout.max_response_len {config.rollout.max_response_len}"
+    why += " tokens, or with control tokens"
     if not items:
-        limit = f"rollout.max_response_len {config.rollout.max_response_len}"
-        raise InputError(f"data.train: every solution is longer than {limit}; raise it")
+        raise InputError(f"data.train: every solution is {why}; raise it, or remove them")
+    if left := len(solved) - len(items):
+        info(f"warm-up: {left:,} of {len(solved):,} solutions left out: {why}")
     return items
 
 
@@ -148,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     info = console.info
     data = load_data(config.data, config.eval, policy.encoding, ("a warm-up", 1), info)
     setup.check_same_start(config, policy, {"data.train": data.prompts}, {})
-    items = solution_items(config, data.prompts, policy)
+    items = solution_items(config, data.prompts, policy, info)
     mesh, lora = make_mesh(config.mesh), config.model.lora
     setup.check_divides(config, mesh, rows=True)
     info(setup.describe(policy, mesh, lora))

@@ -1,12 +1,7 @@
-"""Trains a policy with DAPO. `train` is the main loop: read it from top to bottom.
-
-    python -m dapo_jax.train --config C --run-dir D [--set section.key=value ...]
-
-Run the same command again to resume from the newest checkpoint.
-"""
+"""Trains a policy with DAPO. `train` is the main loop: read it from top to bottom."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -27,7 +22,7 @@ from dapo_jax.runtime.lock import locked
 from dapo_jax.runtime.mesh import is_published_unchanged, make_mesh
 from dapo_jax.runtime.metrics import MetricsLog, best_step, last_accuracies, timed
 from dapo_jax.runtime.profile import Profiler
-from dapo_jax.runtime.same_run import OPTIM, check_same_run, digest_of, write_config
+from dapo_jax.runtime.same_run import ALLOWED, check_same_run, digest_of, write_config
 from dapo_jax.runtime.tracker import Tracker, check_tracker
 from dapo_jax.supervised import solution_items, warm_up, warm_up_run
 from dapo_jax.training import setup
@@ -41,11 +36,11 @@ _PHASES = ("time/rollout_s", "time/reward_s", "time/old_logprobs_s", "time/updat
 
 
 def train(
-    config: Config, run_dir: Folder, *, quiet: bool = False, allow: tuple[str, ...] = ()
+    config: Config, run_dir: Folder, *, quiet: bool = False, allow: Sequence[str] = ()
 ) -> None:
     """Runs DAPO training with output in `run_dir`, or resumes the run that is there.
 
-    quiet: suppresses progress output. allow: prefixes of keys that may differ from the run's.
+    quiet: suppresses progress output. allow: keys of ALLOWED, which may differ from the run's.
     """
     config = setup.with_commit(config, run_dir)
     console = make_console(main=multihost.is_main(), quiet=quiet)
@@ -57,7 +52,7 @@ def train(
     policy = setup.load_policy(config)
     needs = ("dapo.prompts_per_step", algo.prompts_per_step)
     data = load_data(config.data, config.eval, policy.encoding, needs, info)
-    solutions = solution_items(config, data.prompts, policy)
+    solutions = solution_items(config, data.prompts, policy, info)
     source = function_source(config.reward.function)
     setup.check_same_start(config, policy, data.sets, {"the reward function": source})
     mesh = make_mesh(config.mesh)
@@ -93,7 +88,7 @@ def train(
         write_config(config, run_dir, source, done=max(checkpoints.steps(), default=0))
 
         # ---- Resume or start ----
-        stored, may_change = to_dict(config), config.data.allow_change
+        stored, may_change = to_dict(config), "data.train" in allow
         digests = data.digests._replace(function=digest_of(source))
         store = RunStore(checkpoints, programs.state, data.prompts, stored, digests, may_change)
         run = RunState(
@@ -184,13 +179,16 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_config(parser, text, "optim.learning_rate=1e-5", said, required=True)
     folder = "folder or gs://bucket/folder of the run, created or resumed"
     add("--run-dir", required=True, help=folder)
-    text = "optim: resume with another learning rate, weight decay or clip bound (optim.*, clips)"
-    add("--allow-change", choices=["optim"], help=text)
+    text = (
+        "resume although this has changed: optim (learning rate, weight decay, clip bounds), "
+        "data.train (its order starts over), reward.function (its file); may be repeated"
+    )
+    add("--allow-change", action="append", default=[], choices=ALLOWED, help=text)
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
     run_dir = run_folder(args.run_dir)
     multihost.initialize()
-    train(config, run_dir, quiet=args.quiet, allow=OPTIM if args.allow_change else ())
+    train(config, run_dir, quiet=args.quiet, allow=args.allow_change)
     return 0
 
 

@@ -36,7 +36,7 @@ def verb(module, *args) -> int:
     return int(done.value.code or 0)
 
 
-def run_train(config, run_dir, *overrides) -> int:
+def run_train(config, run_dir, *overrides, allow="") -> int:
     return verb(
         train,
         "--config",
@@ -44,6 +44,7 @@ def run_train(config, run_dir, *overrides) -> int:
         "--run-dir",
         run_dir,
         *(x for o in overrides for x in ("--set", o)),
+        *(("--allow-change", allow) if allow else ()),
     )
 
 

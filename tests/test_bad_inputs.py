@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import runs
-from refusals import line_of, names
 from safetensors.numpy import load_file, save_file
 
 import dapo_jax
-from dapo_jax import cli, evaluate, export, supervised, train
+from dapo_jax import cli, evaluate, export, plan, supervised, train
 from dapo_jax.config import ModelConfig, dump_yaml, load_config
+from dapo_jax.data import __main__ as data_verb
 from dapo_jax.data import chat, problems
 from dapo_jax.data.prompts import byte_tokenizer
 from dapo_jax.data.tfds_builder import prepare
@@ -75,19 +75,20 @@ def config(tmp_path):
 
 @pytest.fixture
 def refused(tmp_path, capfd):
-    """Runs a verb that must refuse, and name what is expected; returns stderr and stdout."""
+    """Runs a verb that must refuse; returns what it said on stderr, and on stdout."""
 
-    def refused(expected, verb, *args, unchanged=True):
+    def refused(verb, *args, unchanged=True):
         before = tree(tmp_path)
         with pytest.raises(SystemExit) as done:
             cli.run(verb.main, [str(a) for a in args])
-        assert done.value.code == 2
-        said, out = line_of(capfd)
-        assert names(said, f"...{expected}"), said
-        assert not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in said)
+        out, err = capfd.readouterr()
+        assert done.value.code == 2, err
+        lines = [line for line in err.split("\n") if line]
+        assert len(lines) == 1 and lines[0].startswith("dapo_jax: ") and len(lines[0]) < 600
+        assert not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in lines[0])
         if unchanged:
             assert tree(tmp_path) == before
-        return said, out
+        return lines[0], out
 
     return refused
 
@@ -105,66 +106,86 @@ def train_args(config, run_dir, *overrides):
 
 # ------------------------------------------------------------------------------------------------------------- configs
 
-# What the line names: how it says what is wrong is free.
 NO_CONFIGS = {
-    "empty": (b"", "c.yaml: ...empty"),
-    "only a comment": (b"# nothing\n", "c.yaml: ...empty"),
-    "a list": (b"- 1\n", "c.yaml: ...list"),
-    "text": (b"hello", "c.yaml: ...str"),
-    "not UTF-8": (b"\xff\xfe", "c.yaml: ...UTF-8"),
-    "NUL byte": (b"seed: 1\0", "c.yaml: ...YAML"),
-    "a film": (b"\0" * 2_000_000, "c.yaml: ...1 MB"),
+    "empty": (b"", "c.yaml: is empty"),
+    "only a comment": (b"# nothing\n", "c.yaml: is empty"),
+    "a list": (b"- 1\n", "c.yaml: is a list"),
+    "text": (b"hello", "c.yaml: is a str"),
+    "not UTF-8": (b"\xff\xfe", "c.yaml: not UTF-8"),
+    "NUL byte": (b"seed: 1\0", "c.yaml: not valid YAML"),
+    "a film": (b"\0" * 2_000_000, "c.yaml: larger than 1 MB"),
     "tabs": (b"dapo:\n\tdual_clip: 3\n", "c.yaml:2: "),
-    "duplicate key": (b"seed: 1\nseed: 2", "c.yaml:2: ...'seed'"),
+    "duplicate key": (b"seed: 1\nseed: 2", "c.yaml:2: duplicate key 'seed'"),
     "python tag": (
         b"seed: !!python/object/apply:os.system [ls]",
-        "c.yaml:1: ...tag:yaml.org,2002:python/",
+        "c.yaml:1: tags are not allowed, got tag:yaml.org,2002:python/",
     ),
-    "alias bomb": (b"a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "c.yaml:2: ...aliases"),
-    "deep nesting": (b"seed: " + b"[" * 20_000, "c.yaml:1: ...nested"),
+    "alias bomb": (b"a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "c.yaml:2: aliases are not allowed"),
+    "deep nesting": (b"seed: " + b"[" * 20_000, "c.yaml:1: nested too deeply"),
     "more keys than a config has": (
         b"".join(b"k%d: 1\n" % n for n in range(6_000)),
-        "c.yaml:5000: ...10,000",
+        "c.yaml:5000: more than 10,000 keys and values",
     ),
 }
-# What is said of other keys is in `test_config.py`.
+# The key that is named; what is said of it is in `test_config.py`.
 BAD_CONFIGS = {
-    "unknown key": ("dapo: {clip_eps: 1}", "c.yaml: dapo.clip_eps: ...'clip_eps_"),
-    "key with controls": ('"a\\n\\e[31m": 1', r"c.yaml: 'a\n\x1b[31m': "),
+    "unknown key": (
+        "dapo: {clip_eps: 1}",
+        "c.yaml: dapo.clip_eps: unknown key; did you mean 'clip_eps_",
+    ),
+    "key with controls": ('"a\\n\\e[31m": 1', "unknown key"),
     "nan": ("optim: {learning_rate: .nan}", "c.yaml: optim.learning_rate: "),
     "inf": ("rollout: {temperature: .inf}", "c.yaml: rollout.temperature: "),
-    "negative size": ("rollout: {decode_slots: -8}", "c.yaml: rollout.decode_slots: ...-8"),
-    "zero size": ("train: {rows_per_microbatch: 0}", "c.yaml: train.rows_per_microbatch: ...0"),
-    "huge size": ("train: {row_len: 99999999999999999999}", "c.yaml: train.row_len: ...9999"),
-    "G = 1": ("dapo: {responses_per_prompt: 1}", "c.yaml: dapo.responses_per_prompt: ...1"),
+    "negative size": (
+        "rollout: {decode_slots: -8}",
+        "c.yaml: rollout.decode_slots: ",
+    ),
+    "zero size": (
+        "train: {rows_per_microbatch: 0}",
+        "c.yaml: train.rows_per_microbatch: ",
+    ),
+    "huge size": (
+        "train: {row_len: 99999999999999999999}",
+        "c.yaml: train.row_len: ",
+    ),
+    "G = 1": (
+        "dapo: {responses_per_prompt: 1}",
+        "c.yaml: dapo.responses_per_prompt: ",
+    ),
     "update splits groups": (
         "dapo: {responses_per_update: 100}",
-        "c.yaml: dapo.responses_per_update: 100 ...responses_per_prompt 16",
+        "100 is no multiple of responses_per_prompt 16",
     ),
     "heads": (
         "model: {architecture: {heads: 3, kv_heads: 2}}",
-        "c.yaml: model.architecture.kv_heads: 2 ...heads 3",
+        "c.yaml: model.architecture.kv_heads: ",
     ),
-    "epsilon": ("dapo: {clip_eps_low: 1}", "c.yaml: dapo.clip_eps_low: ...1"),
-    "octal": ("seed: 010", "c.yaml: seed: ...'010'"),
-    "base 60": ("seed: 1:30", "c.yaml: seed: ...'1:30'"),
+    "epsilon": (
+        "dapo: {clip_eps_low: 1}",
+        "c.yaml: dapo.clip_eps_low: ",
+    ),
+    "octal": ("seed: 010", "c.yaml: seed: "),
+    "base 60": ("seed: 1:30", "c.yaml: seed: "),
     "NUL": ('data: {train: "x\\0.jsonl"}', "c.yaml: data.train: "),
     "NUL in a set": ('eval: {sets: {a: "x\\0.jsonl"}}', "c.yaml: eval.sets.a: "),
     "NUL in a list": (
         'reward: {allowed_modules: ["\\0"]}',
         "c.yaml: reward.allowed_modules.0: ",
     ),
-    "lone surrogate": ('data: {train: "\\ud800.jsonl"}', "c.yaml: data.train: "),
+    "lone surrogate": (
+        'data: {train: "\\ud800.jsonl"}',
+        "c.yaml: data.train: ",
+    ),
     "set named ..": ("eval: {sets: {..: a.jsonl}}", "c.yaml: eval.sets: "),
     "function not allowed": (
         "reward: {verifier: custom, function: 'os:system'}",
-        "c.yaml: reward.function: ...'os' ...reward.allowed_modules",
+        "module 'os' is not in reward.allowed_modules",
     ),
     "beyond the context": (
         "rollout: {max_response_len: 40000}",
-        "rollout.max_response_len: ...40000 ...40960",
+        "exceed the model's context of 40960 tokens; lower one",
     ),
-    "save interval 0": ("train: {save_every: 0}", "c.yaml: train.save_every: ...0"),
+    "save interval 0": ("train: {save_every: 0}", "c.yaml: train.save_every: "),
 }
 
 
@@ -172,7 +193,7 @@ BAD_CONFIGS = {
 def test_a_file_that_is_no_config(tmp_path, refused, case):
     content, expected = NO_CONFIGS[case]
     (tmp_path / "c.yaml").write_bytes(content)
-    refused(expected, train, *train_args(tmp_path / "c.yaml", tmp_path / "run"))
+    assert expected in refused(train, *train_args(tmp_path / "c.yaml", tmp_path / "run"))[0]
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
@@ -184,7 +205,7 @@ def test_bad_config(tmp_path, refused, case):
             [text, *(f"{key}: {value}" for key, value in needed.items() if f"{key}:" not in text)]
         )
     )
-    refused(expected, train, *train_args(tmp_path / "c.yaml", tmp_path / "run"))
+    assert expected in refused(train, *train_args(tmp_path / "c.yaml", tmp_path / "run"))[0]
 
 
 @pytest.mark.parametrize(
@@ -195,14 +216,23 @@ def test_every_verb_refuses_a_missing_config_and_a_folder_for_one(
     tmp_path, monkeypatch, refused, verb, others
 ):
     monkeypatch.chdir(tmp_path)
-    refused("missing.yaml: ...No such file", verb, "--config", "missing.yaml", *others)
-    refused(f"{tmp_path}: ...Is a directory", verb, "--config", tmp_path, *others)
+    assert (
+        "missing.yaml: cannot read config (No such file"
+        in refused(verb, "--config", "missing.yaml", *others)[0]
+    )
+    assert ": cannot read config (Is a directory" in refused(verb, "--config", tmp_path, *others)[0]
 
 
 def test_verbs_without_work_say_so(config, refused, tmp_path):
-    refused("supervised.updates: ...0", supervised, "--config", config, "--out", tmp_path / "out")
+    assert (
+        "supervised.updates: is 0"
+        in refused(supervised, "--config", config, "--out", tmp_path / "out")[0]
+    )
     config.write_text(CONFIG.replace("{heldout: arithmetic}", "{}"))
-    refused("c.yaml: eval.sets: ", evaluate, "--config", config, "--run-dir", tmp_path)
+    assert (
+        "c.yaml: eval.sets: is empty"
+        in refused(evaluate, "--config", config, "--run-dir", tmp_path)[0]
+    )
 
 
 @pytest.mark.parametrize("slots", [4, 12])
@@ -211,15 +241,21 @@ def test_evaluate_refuses_slots_that_do_not_divide_over_devices(
 ):
     """Fewer than the 8 devices, or more. Rows of training do not matter to it."""
     sizes = ("--set", f"rollout.decode_slots={slots}", "--set", "train.rows_per_microbatch=4")
-    expected = f"rollout.decode_slots: {slots} ...8 "
-    refused(expected, evaluate, "--config", config, "--model", sound_model, *sizes)
+    said, _ = refused(evaluate, "--config", config, "--model", sound_model, *sizes)
+    assert f"rollout.decode_slots: {slots} does not divide over the mesh's 8 row shards" in said
 
 
 def test_supervised_refuses_rows_that_do_not_divide_over_devices(config, refused, tmp_path):
     sizes = ("supervised.updates=1", "train.rows_per_microbatch=4", "rollout.decode_slots=4")
-    sets = (x for s in sizes for x in ("--set", s))
-    where = ("--config", config, "--out", tmp_path / "out")
-    refused("train.rows_per_microbatch: 4 ...8 ", supervised, *where, *sets)
+    said, _ = refused(
+        supervised,
+        "--config",
+        config,
+        "--out",
+        tmp_path / "out",
+        *(x for s in sizes for x in ("--set", s)),
+    )
+    assert "train.rows_per_microbatch: 4 does not divide over the mesh's 8 row shards" in said
 
 
 def test_a_path_may_lead_upwards(config, refused, tmp_path, monkeypatch):
@@ -230,8 +266,10 @@ def test_a_path_may_lead_upwards(config, refused, tmp_path, monkeypatch):
     write_rows(tmp_path / "rows.jsonl", GOOD)
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
-    arguments = train_args("../c.yaml", "../run", "data.train=../rows.jsonl", NO_MESH)
-    assert "../rows.jsonl: 9 problems from 9 rows" in refused(ACCEPTED, train, *arguments)[1]
+    said, out = refused(
+        train, *train_args("../c.yaml", "../run", "data.train=../rows.jsonl", NO_MESH)
+    )
+    assert ACCEPTED in said and "../rows.jsonl: 9 problems from 9 rows" in out
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -280,27 +318,33 @@ def rows(*rows):
 
 
 BAD_DATA = {
-    "empty": (rows(), "d.jsonl: ...0 rows...`prompt` ...`answer`"),
+    "empty": (rows(), "d.jsonl: 0 problems from 0 rows; give rows with a `prompt` and an `answer`"),
     "no good row": (
         rows({"text": "a"}, b"{", b"\xff"),
-        "d.jsonl: ...(row 1: columns text), 1 ...JSON (row 2), 1 ...UTF-8 (row 3)",
+        "1 skipped: no prompt (row 1: columns text), 1 skipped: not JSON (row 2), 1 skipped: not UTF-8 (row 3)",
     ),
     "conflicts alone": (
         rows({"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}),
-        "d.jsonl: ...1 conflicting",
+        "1 conflicting prompts dropped",
     ),
     "too long": (
         rows({"prompt": "x" * 17, "answer": 1}),
-        "1 longer than 16 tokens...data.max_prompt_len",
+        "no usable prompt (1 longer than 16 tokens); raise data.max_prompt_len",
     ),
-    "control tokens": (rows({"prompt": "<|end|>", "answer": 1}), "1 control tokens (<|end|>)"),
-    "corrupt gzip": (corrupt_gzip, "d.jsonl.gz: ...gzip"),
-    "corrupt parquet": (corrupt_parquet, "d.parquet: ...Parquet"),
-    "corrupt records": (corrupt_records, "1.0.0: ...readable"),
-    "missing": (lambda folder: "missing.jsonl", "missing.jsonl: ...no such file"),
-    "a plain folder": (lambda folder: ".", "dataset_info.json"),
-    "unknown kind": (lambda folder: "c.yaml", "c.yaml: ...kind...jsonl"),
-    "a URL": (lambda folder: "https://host/a.jsonl", "https://host/a.jsonl: ...no such file"),
+    "control tokens": (
+        rows({"prompt": "<|end|>", "answer": 1}),
+        "no usable prompt (1 control tokens (<|end|>)); write these prompts as chat turns",
+    ),
+    "corrupt gzip": (corrupt_gzip, "corrupt gzip ("),
+    "corrupt parquet": (corrupt_parquet, "d.parquet: corrupt Parquet"),
+    "corrupt records": (corrupt_records, "1.0.0: not a readable data set"),
+    "missing": (lambda folder: "missing.jsonl", "missing.jsonl: no such file; correct the path"),
+    "a plain folder": (lambda folder: ".", "holds no dataset_info.json"),
+    "unknown kind": (
+        lambda folder: "c.yaml",
+        "c.yaml: not a known kind of data set; give .parquet, .jsonl",
+    ),
+    "a URL": (lambda folder: "https://host/a.jsonl", "https://host/a.jsonl: no such file"),
 }
 
 
@@ -309,7 +353,8 @@ BAD_DATA = {
 def test_bad_data(config, tmp_path, monkeypatch, refused, case, key):
     make, expected = BAD_DATA[case]
     monkeypatch.chdir(tmp_path)
-    refused(expected, train, *train_args(config, "run", f"{key}={make(tmp_path)}"))
+    said, _ = refused(train, *train_args(config, "run", f"{key}={make(tmp_path)}"))
+    assert expected in said
 
 
 def test_bad_rows_are_counted_and_the_run_continues(config, tmp_path, refused):
@@ -337,8 +382,8 @@ def test_bad_rows_are_counted_and_the_run_continues(config, tmp_path, refused):
     ]
     path = write_rows(tmp_path / "d.jsonl", bad)
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
-    arguments = train_args(config, tmp_path / "run", f"data.train={path}", NO_MESH)
-    _, out = refused(ACCEPTED, train, *arguments)
+    said, out = refused(train, *train_args(config, tmp_path / "run", f"data.train={path}", NO_MESH))
+    assert ACCEPTED in said
     assert "d.jsonl: 12 problems from 23 rows (2 duplicates, 1 conflicting prompts dropped, " in out
     assert (
         "3 skipped: no answer (row 2: columns prompt), 2 skipped: no prompt (row 4: columns answer), 1 skipped: answer over"
@@ -351,9 +396,14 @@ def test_bad_rows_are_counted_and_the_run_continues(config, tmp_path, refused):
 @pytest.mark.parametrize("count", [1, 3])
 def test_fewer_problems_than_a_step_needs(config, tmp_path, refused, count):
     path = write_rows(tmp_path / "d.jsonl", GOOD[:count])
-    sets = (f"data.train={path}", "dapo.prompts_per_step=4")
-    expected = f"data.train: {count} ...dapo.prompts_per_step ...4"
-    refused(expected, train, *train_args(config, tmp_path / "run", *sets))
+    said, _ = refused(
+        train,
+        *train_args(config, tmp_path / "run", f"data.train={path}", "dapo.prompts_per_step=4"),
+    )
+    assert (
+        f"data.train: {count} prompts to train on, but dapo.prompts_per_step needs 4; give more problems"
+        in said
+    )
 
 
 def test_problems_that_are_evaluated_on_are_not_trained_on(config, tmp_path, refused):
@@ -362,10 +412,18 @@ def test_problems_that_are_evaluated_on_are_not_trained_on(config, tmp_path, ref
         for name, rows in (("d.jsonl", GOOD), ("e.jsonl", GOOD[2:4]), ("all.jsonl", GOOD))
     ]
     held_out = (f"data.train={paths[0]}", f"eval.sets.heldout={paths[1]}")
-    _, out = refused(ACCEPTED, train, *train_args(config, tmp_path / "run", *held_out, NO_MESH))
-    assert "problems: 2 of the prompts are in eval.sets too, and left out of training" in out
-    more = train_args(config, tmp_path / "run", *held_out, f"eval.sets.more={paths[2]}")
-    refused("data.train: 0 ...9 ...eval.sets...dapo.prompts_per_step ...2", train, *more)
+    said, out = refused(train, *train_args(config, tmp_path / "run", *held_out, NO_MESH))
+    assert (
+        ACCEPTED in said
+        and "problems: 2 of the prompts are in eval.sets too, and left out of training" in out
+    )
+    said, _ = refused(
+        train, *train_args(config, tmp_path / "run", *held_out, f"eval.sets.more={paths[2]}")
+    )
+    assert (
+        "data.train: 0 prompts to train on (9 more are in eval.sets), but dapo.prompts_per_step needs 2; "
+        in said
+    )
 
 
 def test_problems_that_are_evaluated_on_are_not_warmed_up_on(config, tmp_path, refused):
@@ -380,20 +438,28 @@ def test_problems_that_are_evaluated_on_are_not_warmed_up_on(config, tmp_path, r
     ]
     held_out = ("supervised.updates=1", f"data.train={paths[0]}", f"eval.sets.heldout={paths[1]}")
 
-    args = (
-        *("--config", config, "--out", tmp_path / "out"),
-        *(x for o in held_out for x in ("--set", o)),
-    )
-    _, out = refused("data.train: ...`solution`", supervised, *args)
+    def args(*overrides):
+        return (
+            "--config",
+            config,
+            "--out",
+            tmp_path / "out",
+            *(x for o in overrides for x in ("--set", o)),
+        )
+
+    said, out = refused(supervised, *args(*held_out))
+    assert "data.train: no problem has a `solution`" in said
     assert "problems: 3 of the prompts are in eval.sets too, and left out of training" in out
-    more = ("--set", f"eval.sets.more={paths[2]}")
-    refused("data.train: 0 ...9 ...eval.sets...warm-up ...1", supervised, *args, *more)
+    said, _ = refused(supervised, *args(*held_out, f"eval.sets.more={paths[2]}"))
+    assert "(9 more are in eval.sets), but a warm-up needs 1; give more problems" in said
 
 
 def test_warm_up_without_solutions(config, tmp_path, refused):
     path = write_rows(tmp_path / "d.jsonl", GOOD)
-    sets = (f"data.train={path}", "supervised.updates=1")
-    refused("data.train: ...`solution`", train, *train_args(config, tmp_path / "run", *sets))
+    said, _ = refused(
+        train, *train_args(config, tmp_path / "run", f"data.train={path}", "supervised.updates=1")
+    )
+    assert "data.train: no problem has a `solution`" in said
 
 
 def test_a_file_that_changes_while_it_is_read(config, tmp_path, monkeypatch, refused):
@@ -405,8 +471,12 @@ def test_a_file_that_changes_while_it_is_read(config, tmp_path, monkeypatch, ref
         return parse(*args)
 
     monkeypatch.setattr(problems, "problem_from_row", parse_while_another_program_writes)
-    args = train_args(config, tmp_path / "run", f"data.train={path}")
-    refused(f"{path}: changed", train, *args, unchanged=False)
+    assert (
+        "changed while it was read"
+        in refused(
+            train, *train_args(config, tmp_path / "run", f"data.train={path}"), unchanged=False
+        )[0]
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -435,8 +505,8 @@ def test_a_data_set_that_names_code_is_refused_and_its_code_not_run(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` does
-    expected = "features.json: ...'hostile.evil.X'"
-    refused(expected, train, *train_args(config, "run", f"data.train={folder}"))
+    said, _ = refused(train, *train_args(config, "run", f"data.train={folder}"))
+    assert "features.json: 'hostile.evil.X' is no feature" in said
     assert not (tmp_path / "ran").exists()
 
 
@@ -524,15 +594,18 @@ def template(text):
 
 NORM = "model.norm.weight"
 BAD_MODELS = {
-    "no folder": (shutil.rmtree, "m: ...no such folder"),
-    "no config": (lambda f: (f / "config.json").unlink(), "m/config.json: ...No such file"),
+    "no folder": (shutil.rmtree, "m: no such folder"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        "m/config.json: cannot read (No such file",
+    ),
     "no tokenizer": (
         lambda f: [p.unlink() for p in f.glob("tokenizer*")],
-        "m: ...no tokenizer.json",
+        "m: no tokenizer.json; give",
     ),
     "remote code in the model": (
         lambda f: edit_json(f / "config.json", auto_map={"AutoModel": "evil.M"}),
-        "m/config.json: auto_map: ",
+        "config.json: auto_map: the model",
     ),
     "remote code in the tokenizer": (
         lambda f: edit_json(
@@ -540,28 +613,31 @@ BAD_MODELS = {
             auto_map={"AutoTokenizer": [None, "evil.T"]},
             tokenizer_class="T",
         ),
-        "m/tokenizer_config.json: auto_map: ",
+        "tokenizer_config.json: auto_map: the tokenizer's own code is never run",
     ),
     "no end token": (
         lambda f: edit_json(f / "tokenizer_config.json", eos_token=...),
-        "end-of-sequence token",
+        "the tokenizer has no end-of-sequence token",
     ),
-    "prompt beyond": (beyond_the_embedding("="), "token '=' (300) ...258"),
+    "prompt beyond": (
+        beyond_the_embedding("="),
+        "token '=' (300) is beyond the model's embedding of 258 tokens",
+    ),
     "end token beyond": (
         lambda f: edit_json(f / "config.json", eos_token_id=[1, 10**12]),
-        "m: stop tokens: ...(1000000000000) ...258",
+        "m: stop tokens: token (1000000000000) is beyond the model's embedding of 258 tokens",
     ),
     "short context": (
         lambda f: edit_json(f / "config.json", max_position_embeddings=50),
-        "rollout.max_response_len: ...16 ...40 ...50 ",
+        "exceed the model's context of 50 tokens",
     ),
     "template that hangs": (
         template("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"),
-        "chat template of ...1 s",
+        "timed out after 1 s",
     ),
     "template that holds the interpreter": (
         template("{{ 9 ** (9 ** 9) }}"),
-        "chat template of ...1 s",
+        "timed out after 1 s",
     ),
     "template that fills memory": (template("{{ 'a' * 10 ** 10 }}"), "chat template of"),
     "template that reaches out": (
@@ -573,11 +649,11 @@ BAD_WEIGHTS = {
     "none": (lambda f: (f / "model.safetensors").unlink(), "m: no model.safetensors"),
     "only pickled": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        "m: ...pickled ...(.bin)",
+        "m: only pickled weights (.bin), which are never opened",
     ),
     "missing shard": (
         with_index(lambda f, w: (f / "part-1.safetensors").unlink()),
-        "part-1.safetensors ...missing",
+        "file part-1.safetensors is missing",
     ),
     "repeated tensor": (
         with_index(
@@ -585,24 +661,27 @@ BAD_WEIGHTS = {
         ),
         "also in part-0",
     ),
-    "shard outside": (with_index(leading_out), "'../outside.safetensors' "),
+    "shard outside": (
+        with_index(leading_out),
+        "'../outside.safetensors' is not the name of a .safetensors file in this folder",
+    ),
     "truncated": (
         lambda f: os.truncate(f / "model.safetensors", 5000),
-        "m/model.safetensors: ...truncated",
+        "model.safetensors: truncated or corrupt",
     ),
     "misshapen": (
         lambda f: edit_weights(f, lambda t: t.update({NORM: np.ones(7, np.float32)})),
-        "model.norm.weight: ...(16,)",
+        "model.norm.weight: expected shape (16,)",
     ),
     "name with controls": (
         lambda f: edit_weights(f, lambda t: t.update({"\x1b[31m\n": t[NORM].copy()})),
-        r"\x1b[31m\n",
+        "tensor has no place",
     ),
 }
 NAN_WEIGHTS = {
     "nan": (
         lambda f: edit_weights(f, lambda t: t.update({NORM: t[NORM] * np.nan})),
-        "model.norm.weight: ...NaN",
+        "model.norm.weight: holds NaN",
     )
 }
 
@@ -617,21 +696,22 @@ def test_bad_model_folder(config, model, tmp_path, monkeypatch, refused, case):
     spoil, expected = BAD_MODELS[case]
     spoil(model)
     monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
-    refused(expected, train, *train_args(config, tmp_path / "run", *of_folder(model)))
+    said, _ = refused(train, *train_args(config, tmp_path / "run", *of_folder(model)))
+    assert expected in said
 
 
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
 def test_training_looks_at_weights_before_it_makes_a_folder(config, model, tmp_path, refused, case):
     spoil, expected = BAD_WEIGHTS[case]
     spoil(model)
-    refused(expected, train, *train_args(config, tmp_path / "run", *of_folder(model)))
+    assert expected in refused(train, *train_args(config, tmp_path / "run", *of_folder(model)))[0]
 
 
 @pytest.mark.parametrize("case", BAD_WEIGHTS | NAN_WEIGHTS)
 def test_bad_weights(config, model, refused, case):
     spoil, expected = (BAD_WEIGHTS | NAN_WEIGHTS)[case]
     spoil(model)
-    refused(expected, evaluate, "--config", config, "--model", model)
+    assert expected in refused(evaluate, "--config", config, "--model", model)[0]
 
 
 @pytest.mark.default("pad = EOS", "no pad", "shards", "a*beyond")
@@ -658,7 +738,10 @@ def test_bad_weights(config, model, refused, case):
 )
 def test_folders_that_are_odd_but_sound(config, model, tmp_path, refused, change):
     change(model)
-    refused(ACCEPTED, train, *train_args(config, tmp_path / "run", *of_folder(model), NO_MESH))
+    assert (
+        ACCEPTED
+        in refused(train, *train_args(config, tmp_path / "run", *of_folder(model), NO_MESH))[0]
+    )
     load_pretrained(model)
 
 
@@ -690,21 +773,25 @@ def test_a_reward_function_that_gives_no_verdicts(
         "load_params",
         lambda *_: pytest.fail("a model is loaded before the function is tried"),
     )
+    said, _ = refused(evaluate, "--config", config, "--model", sound_model, *overrides)
+    assert f"reward.function: nasty_{how}:f gives no verdict on a first answer, 'Answer: " in said
     limit = {
-        "sleep": "reward.timeout_s (0.3)",
-        "print": "reward.timeout_s (0.3)",
-        "allocate": "reward.memory_mb (512)",
+        "sleep": "raise reward.timeout_s (0.3)",
+        "print": "raise reward.timeout_s (0.3)",
+        "allocate": "raise reward.memory_mb (512)",
     }
-    fix = limit.get(how, "reward.function: (problem, text, length) -> (correct, score)")
-    expected = f"reward.function: nasty_{how}:f ...'Answer: ...{fix}"
-    refused(expected, evaluate, "--config", config, "--model", sound_model, *overrides)
+    assert said.endswith(
+        limit.get(how, "fix reward.function: (problem, text, length) -> (correct, score)")
+    )
 
 
 def test_a_reward_function_that_cannot_be_loaded_leaves_no_folder(config, tmp_path, refused):
     """So that the same command, corrected, does not meet the folder of another config."""
     settings = ("reward.verifier=custom", "reward.function=gone:f", "reward.allowed_modules=[gone]")
-    arguments = train_args(config, tmp_path / "run", *settings)
-    refused("reward.function: ...'gone'", train, *arguments)
+    assert (
+        "reward.function: cannot import 'gone'"
+        in refused(train, *train_args(config, tmp_path / "run", *settings))[0]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- run folders
@@ -715,20 +802,25 @@ def test_a_reward_function_that_cannot_be_loaded_leaves_no_folder(config, tmp_pa
     [
         (
             ("model.architecture.layers=3",),
-            "model.architecture.layers: ...3, ...{run} ...1; ...--config {run}/",
+            "model.architecture.layers: is 3, but {run} was trained with 1; set it back, or give --config {run}/",
         ),
-        (of_folder("{model}"), "model.folder: ...'{model}', ...{run} ...None"),
+        (
+            of_folder("{model}"),
+            "model.folder: is '{model}', but {run} was trained with None; set it back",
+        ),
     ],
 )
 def test_a_config_that_contradicts_a_run_s_checkpoints(
     config, sound_model, tmp_path, refused, overrides, expected
 ):
-    run, given = tmp_path / "run", {"model": sound_model, "run": tmp_path / "run"}
+    run, names = tmp_path / "run", {"model": sound_model, "run": tmp_path / "run"}
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(config.read_text())
-    changes = (x for change in overrides for x in ("--set", change.format(**given)))
-    arguments = ("--config", config, "--run-dir", run, *changes)
-    refused(expected.format(**given), evaluate, *arguments)
+    changes = (x for change in overrides for x in ("--set", change.format(**names)))
+    assert (
+        expected.format(**names)
+        in refused(evaluate, "--config", config, "--run-dir", run, *changes)[0]
+    )
 
 
 def test_a_run_folder_that_cannot_be(config, tmp_path, refused):
@@ -739,14 +831,17 @@ def test_a_run_folder_that_cannot_be(config, tmp_path, refused):
         "/proc/no/such/place",
         tmp_path / "file" / "two\nlines",
     ):
-        refused(" ".join(str(run_dir).split()), train, *train_args(config, run_dir))
+        assert " ".join(str(run_dir).split()) in refused(train, *train_args(config, run_dir))[0]
 
 
 def test_a_run_folder_of_another_config(config, tmp_path, refused):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(load_config(config)))
-    changed = train_args(config, tmp_path / "run", "optim.learning_rate=1e-5")
-    refused("optim.learning_rate: ...1e-05, ...--run-dir", train, *changed)
+    said, _ = refused(train, *train_args(config, tmp_path / "run", "optim.learning_rate=1e-5"))
+    assert (
+        "optim.learning_rate: is 1e-05, but" in said
+        and "use another --run-dir, or set it back" in said
+    )
 
 
 def other_checkpoint(folder):
@@ -801,13 +896,29 @@ def test_a_run_whose_only_checkpoint_is_of_another_model_is_not_started_over(
     with pytest.raises(SystemExit) as done:
         cli.run(train.main, [str(a) for a in train_args(config, run_dir)])
     said = capfd.readouterr().err
-    assert done.value.code == 3 and "of another model" in said and "--run-dir" in said
+    assert (
+        done.value.code == 3
+        and "of another model" in said
+        and "start over in another --run-dir" in said
+    )
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["1"]
 
 
 def test_export_of_a_folder_without_a_run(tmp_path, refused):
-    out = ("--out", tmp_path / "out")
-    refused(f"{tmp_path}: ...config.yaml", export, "--run-dir", tmp_path, *out)
+    assert (
+        "holds no config.yaml"
+        in refused(export, "--run-dir", tmp_path, "--out", tmp_path / "out")[0]
+    )
+
+
+@pytest.mark.parametrize("flag", ["--json", "--samples"])
+def test_a_place_for_results_is_looked_at_before_the_work(tmp_path, refused, flag):
+    """Before anything is loaded: not even the config needs to be there."""
+    verbs = [(evaluate, ("--model", "gone")), (plan, ()), (data_verb, ("stats",))]
+    for verb, args in verbs if flag == "--json" else verbs[:1]:
+        for place in (tmp_path, tmp_path / "gone" / "out"):
+            said, _ = refused(verb, *args, "--config", "gone.yaml", flag, place)
+            assert said == f"dapo_jax: {place}: cannot write; give a file in a folder that exists"
 
 
 def test_a_place_for_a_model_is_looked_at_before_the_work(config, tmp_path, refused):
@@ -815,10 +926,19 @@ def test_a_place_for_a_model_is_looked_at_before_the_work(config, tmp_path, refu
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     overrides = ("--set", "supervised.updates=1", "--set", "data.train=nowhere.jsonl")
-    for place in (tmp_path / "full", config / "below"):
-        refused(f"{place}: ", supervised, "--config", config, "--out", place, *overrides)
-    full, run_dir = tmp_path / "full", run_folder(config, tmp_path, None)
-    refused(f"{full}: ", export, "--run-dir", run_dir, "--out", full)
+    for place, says in (
+        (tmp_path / "full", "exists and is not an empty folder"),
+        (config / "below", "cannot write"),
+    ):
+        assert (
+            f"{place}: {says}"
+            in refused(supervised, "--config", config, "--out", place, *overrides)[0]
+        )
+    run_dir = run_folder(config, tmp_path, None)
+    assert (
+        "exists and is not an empty folder"
+        in refused(export, "--run-dir", run_dir, "--out", tmp_path / "full")[0]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- code
@@ -862,8 +982,11 @@ def test_nothing_is_unpickled_evaluated_or_run_by_a_shell(file):
 @pytest.mark.parametrize(
     "args, expected",
     [
-        (("--config", "missing.yaml"), "missing.yaml: "),
-        (("--config", "c.yaml", "--set", "data.train=gone.jsonl"), "gone.jsonl: "),
+        (
+            ("--config", "missing.yaml"),
+            "missing.yaml: cannot read config (No such file or directory)",
+        ),
+        (("--config", "c.yaml", "--set", "data.train=gone.jsonl"), "gone.jsonl: no such file"),
     ],
 )
 def test_the_same_from_a_shell(config, tmp_path, args, expected):
@@ -944,7 +1067,6 @@ def test_secrets_of_the_environment_stay_from_a_chat_template(monkeypatch):
             "{{ messages[0].content }}",
             {},
             [[{"role": "user", "content": "a"}]],
-            "2024-07-26",
             max_chars=9,
         )
     ] == ["a"]
@@ -974,14 +1096,20 @@ def test_credentials_of_a_url_are_refused_and_not_repeated(config, tmp_path, ref
             nested = f"{{{part}: {nested}}}"
         (tmp_path / "secret.yaml").write_text(nested[1:-1])
         args = train_args(tmp_path / "secret.yaml", tmp_path / "run")
-    assert CANARY not in "".join(refused(f": {key}: ", train, *args))
+    said, out = refused(train, *args)
+    assert f": {key}: " in said and CANARY not in said + out
 
 
 def test_a_secret_among_the_names_of_variables_is_refused_and_not_repeated(
     config, tmp_path, refused
 ):
-    args = train_args(config, tmp_path / "run", f"reward.environment=[MY_PASSWORD={CANARY}]")
-    assert CANARY not in "".join(refused(": reward.environment: ", train, *args))
+    said, out = refused(
+        train, *train_args(config, tmp_path / "run", f"reward.environment=[MY_PASSWORD={CANARY}]")
+    )
+    assert (
+        ": reward.environment: holds what is no variable's name" in said
+        and CANARY not in said + out
+    )
 
 
 def test_credentials_in_keys_and_paths_are_not_repeated(config, tmp_path, refused):
@@ -997,4 +1125,5 @@ def test_credentials_in_keys_and_paths_are_not_repeated(config, tmp_path, refuse
         train_args(config, url),
         train_args(config, config / url),
     ):
-        assert CANARY not in "".join(refused("", train, *args))
+        said, out = refused(train, *args)
+        assert CANARY not in said + out

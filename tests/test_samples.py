@@ -163,6 +163,9 @@ def test_a_row_says_what_became_of_the_group():
         ]
         * 3,
     }
+    # Then the std is of all rewards that the step trains on, which are not known yet.
+    [other] = sample_rows(groups, 1, DapoSection(advantage_scale="batch"), BYTES)
+    assert other == {key: value for key, value in kept.items() if key != "advantage"}
     assert (wrong["group"], wrong["group_correct"], wrong["prompt"]) == (
         "all_wrong",
         0,

@@ -210,10 +210,13 @@ def test_the_benchmark_prints_a_table_and_json(tmp_path, capsys):
 def test_lengths_of_a_run_are_those_of_its_samples(tmp_path):
     folder = tmp_path / "samples"
     folder.mkdir()
-    with pytest.raises(InputError, match="has no samples/"):
+    with pytest.raises(
+        InputError, match="has no step with samples; set train.samples_per_step, or give --lengths"
+    ):
         measured(tmp_path)
     for step, lengths in enumerate(([5, 7], [9]), 1):
-        lines = "".join(json.dumps({"length": n}) + "\n" for n in lengths)
+        rows = [{"response": "", "length": n} for n in lengths]
+        lines = "".join(json.dumps(row) + "\n" for row in rows) + "damaged\n"
         (folder / f"step_{step:06d}.jsonl").write_text(lines)
     shares = [{"step": n, "filter/kept_fraction": k} for n, k in ((1, 0.25), (2, 0.75))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in shares))

@@ -8,20 +8,46 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from refusals import refusal
 
 from dapo_jax import supervised
 from dapo_jax.config import MeshSection, config_from_dict
 from dapo_jax.dapo.packing import TrainItem
+from dapo_jax.data.prompts import byte_tokenizer
 from dapo_jax.runtime.console import Console
 from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.training.setup import Policy, with_computation
+from dapo_jax.types import InputError, Problem, Prompt
 
 ZEROS = np.zeros(3, np.float32)
 ITEMS = [
     TrainItem(np.arange(4, dtype=np.int32), np.arange(3, dtype=np.int32), ZEROS, ZEROS, 0.0, 0.0)
     for _ in range(5)
 ]
+
+
+def test_solutions_that_are_too_long_or_hold_control_tokens_are_left_out_and_counted():
+    """In text `<|end|>` is the end token: imitating it would teach to end there."""
+    solutions = ["1", "12<|end|>3", "1234567", "12", None]
+    prompts = [Prompt(Problem(s or "", "?", "1", s), np.zeros(2, np.int32)) for s in solutions]
+    config = config_from_dict(
+        {
+            "model": {"architecture": {}},
+            "eval": {"every": 0},
+            "rollout": {"max_response_len": 4},
+            "reward": {"overlong_buffer_len": 0},
+            "supervised": {"updates": 1},
+        }
+    )
+    policy, said = Policy(config.model.architecture, byte_tokenizer(), (1,)), []
+    items = supervised.solution_items(config, prompts, policy, said.append)
+    ends = [[2 + ord("1"), 1], [2 + ord("1"), 2 + ord("2"), 1]]
+    assert [item.response.tolist() for item in items] == ends
+    assert said == [
+        "warm-up: 2 of 4 solutions left out: longer than rollout.max_response_len 4 tokens, or "
+        "with control tokens"
+    ]
+    with pytest.raises(InputError, match="every solution is longer than rollout.max_response_len"):
+        supervised.solution_items(config, prompts[1:3], policy, said.append)
 
 
 class OnDevice:
@@ -94,8 +120,14 @@ def test_an_update_has_ended_before_the_place_where_a_run_may_be_left(warm_up):
 def test_skipped_updates_in_a_row_end_a_warm_up(warm_up):
     counts = [line for line in warm_up([1, 1, 0, 1, 0, 1, 1]) if "skipped" in line]
     assert counts == [f"{n} skipped" for n in (1, 2, 0, 1, 0, 1, 2)]
-    with refusal("warm-up update 5: 3 updates ...non-finite"):
+    with pytest.raises(
+        InputError,
+        match="^warm-up update 5: 3 updates in a row had a non-finite loss or gradient and were "
+        "skipped; ",
+    ):
         warm_up([1, 0, 1, 1, 1, 0])
-    with refusal("warm-up update 2: 3 updates"):  # the last of all, too
+    with pytest.raises(
+        InputError, match="^warm-up update 2: 3 updates in a row"
+    ):  # the last of all, too
         warm_up([0, 1], done=1, skipped=2)
     assert warm_up([0, 1], done=1, skipped=1)[-1] == "2 skipped"

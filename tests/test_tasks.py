@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-from refusals import line_of, names
 from runs import CONFIG, run_train
 
 from dapo_jax.config import ConfigError, RewardSection, dump_yaml, load_config
@@ -321,21 +320,25 @@ def test_a_run_resumes_with_the_task_it_was_started_with(config, here, capfd):
 
     (here / "my.py").write_text(original + "# another\n")
     assert run_train(config, run) == 2
-    said, _ = line_of(capfd)
-    assert names(said, f"reward.function: my.py:reward ...{run} ...reward.allow_change")
+    said = capfd.readouterr().err.splitlines()
+    assert (
+        len(said) == 1
+        and f"reward.function: my.py:reward is not what {run} was started with" in said[0]
+    )
+    assert "restore the file, or give --allow-change reward.function" in said[0]
     assert (run / "reward_function.py").read_text() == original
 
-    allowed = load_config(config, ["reward.allow_change=true"])
-    assert same_run.check_same_run(allowed, run, original + "# another\n")
-    assert not same_run.check_same_run(allowed, run, original)
-    same_run.write_config(allowed, run, original + "# another\n")
+    mine, allow = load_config(config), ["reward.function"]
+    assert same_run.check_same_run(mine, run, original + "# another\n", allow)
+    assert not same_run.check_same_run(mine, run, original, allow)
+    same_run.write_config(mine, run, original + "# another\n")
     assert (run / "reward_function.py").read_text() == original + "# another\n"
     # What it uses from now on.
     assert not same_run.check_same_run(load_config(config), run, original + "# another\n")
 
     (here / "my.py").write_text(original.replace("Work out", "Find"))
-    assert run_train(config, run, "reward.allow_change=true") == 2  # prompts are not the reward's
-    assert names(line_of(capfd)[0], "data.template: ...'Find {prompt}. '")
+    assert run_train(config, run, allow="reward.function") == 2  # prompts are not the reward's
+    assert "data.template: is 'Find {prompt}. ', but" in capfd.readouterr().err
 
 
 def test_processes_must_have_the_same_file(config, here, monkeypatch):

@@ -8,7 +8,6 @@ equally likely. No model runs, so decode steps are exact for the lengths and say
 """
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from dapo_jax.config.schema import field
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.mixture import Mixture
 from dapo_jax.model.decoder import Cache
+from dapo_jax.report import sample
 from dapo_jax.reward.pool import PendingVerdicts, RewardItem, RewardPool
 from dapo_jax.rollout.engine import Engine, Limits, Programs, Stream
 from dapo_jax.rollout.sampler import Arrivals, Decoding, Until
@@ -183,15 +183,17 @@ def parse_lengths(text: str, longest: int) -> LengthDistribution:
 def measured(run_dir: Folder) -> tuple[LengthDistribution, float]:
     """Lengths of the responses in a run's samples/, newest steps, and its share of kept groups.
 
-    Raises InputError if the run has no samples.
+    Raises InputError if the run has no step with samples.
     """
     files = sorted((run_dir / "samples").glob("step_*.jsonl"))[-_NEWEST:]
-    rows = [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
-    if not rows:
-        raise InputError(f"{run_dir}: has no samples/; set train.samples_per_step, or --lengths")
-    kept = [r["filter/kept_fraction"] for r in read_metrics(run_dir) if "filter/kept_fraction" in r]
-    name = f"{len(rows)} samples of {run_dir}"
-    values = np.array([row["length"] for row in rows], np.int64)
+    rows = [sample(line) or {} for file in files for line in file.read_bytes().splitlines()]
+    values = np.array([row["length"] for row in rows if "length" in row], np.int64)
+    records = read_metrics(run_dir) if values.size else []
+    kept = [r["filter/kept_fraction"] for r in records if "filter/kept_fraction" in r]
+    if not kept:
+        what = "has no step with samples; set train.samples_per_step"
+        raise InputError(f"{run_dir}: {what}, or give --lengths")
+    name = f"{values.size} samples of {run_dir}"
     return LengthDistribution(name, values), float(np.mean(kept[-_NEWEST:]))
 
 

@@ -1,7 +1,4 @@
-"""Run configuration: small YAML files, dotted overrides; strict, checked before any device is used.
-
-python -m dapo_jax.config            prints every field with its default and meaning
-"""
+"""Run configuration: small YAML files, dotted overrides; strict, checked before using a device."""
 
 from dapo_jax.config.checks import ConfigError, check_context, check_model, printable
 from dapo_jax.config.load import (
@@ -15,8 +12,6 @@ from dapo_jax.config.load import (
 )
 from dapo_jax.config.schema import (
     DAPO_TEMPLATE,
-    PRESETS,
-    TARGETS,
     Architecture,
     ArithmeticConfig,
     ColumnsConfig,

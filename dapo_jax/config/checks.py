@@ -1,7 +1,6 @@
 """Validation: a tree against the schema, and fields against each other."""
 
 import dataclasses
-import datetime
 import difflib
 import functools
 import json
@@ -25,6 +24,11 @@ from dapo_jax.types import InputError
 
 Fail = Callable[[str, str], Any]  # raises an error about a key
 _CREDENTIALS = re.compile(r"(?<=\w\w):/{1,2}[^/?#\s]*@")  # https://user:password@host; or one slash
+_REMOVED = {
+    ("data", "chat_date"): "was removed: chat templates get 2024-07-26; leave it out",
+    ("data", "allow_change"): "was removed; give train --allow-change data.train instead",
+    ("reward", "allow_change"): "was removed; give train --allow-change reward.function instead",
+}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -103,6 +107,8 @@ def _in_words(cls: type, error: Mapping[str, Any]) -> str:
     if kind == "unexpected_keyword_argument":
         if sections == ["model", "architecture"] and name in ModelSection.__dataclass_fields__:
             return f"set model.{name} instead"
+        if error["loc"] in _REMOVED:
+            return _REMOVED[error["loc"]]
         if error["loc"] == ("data", "columns"):
             return "belongs to a data set: train: [{path: a.jsonl, columns: {prompt: question}}]"
         near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
@@ -183,10 +189,6 @@ def check(c: Config, where: str) -> None:
 
 
 def _check_data(d: DataSection, fail: Fail) -> None:
-    try:
-        datetime.date.fromisoformat(d.chat_date)
-    except ValueError:
-        fail("data.chat_date", f"expected a day as 2024-07-26, got {shown(d.chat_date)}")
     if d.template.count("{prompt}") != 1:
         fail("data.template", "must contain {prompt} exactly once")
     if d.arithmetic.max_steps < d.arithmetic.min_steps:

@@ -133,6 +133,7 @@ class ArithmeticConfig:
 class ColumnsConfig:
     """Which columns hold what. `a.b` is field b of column a. null: what has a usual name."""
 
+    __pydantic_config__ = STRICT
     prompt: str | None = field(None, 'text, chat turns, or "{passage} {question}"', pattern=r"\S")
     answer: str | None = field(None, "text or a number", pattern=r"\S")
     solution: str | None = field(None, "text", pattern=r"\S")
@@ -161,9 +162,7 @@ class TrainSet(EvalSet):
 class DataSection:
     train: tuple[TrainSet, ...] = field((TrainSet("arithmetic"),), "data sets", min_length=1)
     template: str = field(DAPO_TEMPLATE, "wraps a plain-text problem, which replaces {prompt}")
-    allow_change: bool = field(False, "resume with another data set, from its start")
     chat: bool = field(True, "render through the tokenizer's chat template")
-    chat_date: str = field("2024-07-26", "today, as chat templates read it: prompts stay the same")
     max_prompt_len: int = field(2048, "tokens; longer prompts are skipped and counted", ge=1)
     arithmetic: ArithmeticConfig = field(ArithmeticConfig(), "the data set `arithmetic`")
 
@@ -186,9 +185,9 @@ class RolloutSection:
     top_k: int = field(0, "sample among the k most probable tokens; 0 is all", ge=0)
     stop_tokens: tuple[str, ...] = field((), "further end tokens, as text")
     decode_slots: int = field(512, "B, sequences decoded at a time, over all devices", ge=1)
-    kv_cache: Literal["compute", "int8"] = field("compute", "or 8 bits and a scale")
-    weights: Literal["compute", "int8"] = field("compute", "of layers; as kv_cache")
-    cache_tokens: int | None = field(None, "of the KV cache, over all devices; null: B x S", ge=1)
+    kv_cache: Literal["compute", "int8"] = field("compute", "keys and values; int8: with a scale")
+    weights: Literal["compute", "int8"] = field("compute", "kernels of layers, in rollouts")
+    cache_tokens: int | None = field(None, "KV cache, over all devices; null: B x S", ge=1)
 
 
 Verifier = Literal["strict", "lenient", "custom"]
@@ -199,7 +198,6 @@ class RewardSection:
     verifier: Verifier = field("strict", "last `Answer:` line; math-verify; your function")
     function: str | None = field(None, "custom: package.module:name or file.py:name")
     allowed_modules: tuple[str, ...] = field((), "modules and files that `function` may be in")
-    allow_change: bool = field(False, "resume although the file of `function` has changed")
     environment: tuple[str, ...] = field((), "variables that workers get, e.g. API keys")
     workers: int = field(4, "processes that judge answers (lenient and custom)", ge=1)
     timeout_s: float = field(10.0, "seconds for one answer; then the worker is replaced", gt=0)
@@ -224,7 +222,7 @@ class DapoSection:
     dual_clip: float | None = field(None, "caps the loss of A < 0 at this times |A|", gt=1)
     objective: Literal["dapo", "cispo"] = field("dapo", "cispo: the clipped ratio is a weight")
     loss_normalizer: Normalizer = field(
-        "token-mean", "group-token-mean: Eq. 8; the third: naive GRPO"
+        "token-mean", "group-token-mean: Eq. 8; seq-mean-token-mean: naive GRPO"
     )
     loss_length: int | None = field(None, "seq-mean-token-sum: divides by it too (Dr. GRPO)", ge=1)
     advantage_scale: Literal["group", "batch", "none"] = field(
@@ -240,7 +238,9 @@ class DapoSection:
     partial_rollouts: bool = field(False, "continue unfinished responses in the next step")
     max_policy_age: int | None = field(None, "partial rollouts: steps a token may wait", ge=0)
     overlong_filtering: bool = field(False, "give truncated responses weight 0 in the loss")
-    old_logprobs: Literal["recompute", "sampler"] = field("recompute", "of pi_old")
+    old_logprobs: Literal["recompute", "sampler"] = field(
+        "recompute", "pi_old of trainer, or sampler"
+    )
     replay_routing: bool = field(
         False, "train with the sampler's experts; 1 byte each, L k a token"
     )
@@ -267,8 +267,8 @@ class OptimSection:
     b1: float = field(0.9, "decay of the first moment", ge=0, lt=1)
     b2: float = field(0.999, "decay of the second moment", ge=0, lt=1)
     eps: float = field(1e-8, "added to the root of the second moment", gt=0)
-    max_nonfinite_updates: int = field(3, "stop after this many skipped updates in a row", ge=1)
-    rollback_steps: int | None = field(None, "then or on bad logits: roll back this many", ge=1)
+    max_nonfinite_updates: int = field(3, "stop after so many skipped in a row", ge=1)
+    rollback_steps: int | None = field(None, "steps to roll back instead of stopping", ge=1)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ python -m dapo_jax.data prepare --source FILE --out FOLDER          a tensorflow
 import argparse
 import dataclasses
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -18,18 +18,17 @@ from dapo_jax.config import (
     ArithmeticConfig,
     ColumnsConfig,
     Config,
-    DataSection,
-    RewardSection,
     load_config,
     printable,
 )
+from dapo_jax.config.checks import build
 from dapo_jax.data.mixture import load_training, mix
 from dapo_jax.data.problems import LoadReport, load_problems
 from dapo_jax.data.prompts import load_tokenizer, make_prompts, shown_prompt
 from dapo_jax.data.rows import AS_USUAL
 from dapo_jax.reward.golds import check_data
 from dapo_jax.reward.pool import RewardItem, RewardPool
-from dapo_jax.runtime.files import write_result
+from dapo_jax.runtime.files import check_result, local_model, write_result
 from dapo_jax.types import InputError, Problem
 
 POINTS = {f"p{percent}": percent for percent in (50, 90, 95, 99)}
@@ -60,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         text = "override of the config"
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
         sub.add_argument("--heldout", action="store_true", help="the test split of --source")
-        sub.add_argument("--tokenizer", metavar="FOLDER", help="a model folder, to make prompts")
+        text = "of another model: a folder, gs://bucket/folder, or an id of the hub"
+        sub.add_argument("--tokenizer", metavar="FOLDER", help=text)
         sub.set_defaults(run=run)
     sub.add_argument("--first", type=int, default=3, metavar="N", help="rows and failures shown")
     sub = verbs.choices["stats"]
@@ -87,8 +87,7 @@ def show(args: argparse.Namespace) -> None:
     """Prints the first rows as they are fed to the model, and the verifier's verdict on every
     solution."""
     config, found = _loaded(args)
-    section, reward = (config.data, config.reward) if config else (DataSection(), RewardSection())
-    tokenizer = load_tokenizer(args.tokenizer or (config.model.folder if config else None))
+    section, reward, tokenizer = config.data, config.reward, _tokenizer(args, config)
     with RewardPool(reward) as pool:
         for name, (problems, report, _) in found.items():
             print(f"{name}: {report.source}, {len(problems):,} problems")
@@ -115,25 +114,31 @@ def show(args: argparse.Namespace) -> None:
                 print(problem.solution)
 
 
-def _loaded(args: argparse.Namespace) -> tuple[Config | None, Found]:
-    """The config, if one is given, and its data sets, or else --source. Needs no eval.sets."""
+def _loaded(args: argparse.Namespace) -> tuple[Config, Found]:
+    """The config and its data sets, or the defaults and --source. Needs no eval.sets."""
     if args.config and (args.columns or args.heldout):
         fix = "a config has `columns` in data.train and eval.sets"
         raise InputError(f"--columns, --heldout: go with --source; {fix}")
     if args.set and not args.config:
         raise InputError("--set: goes with --config")
     if not args.config:
-        return None, _of_source(args)
+        return Config(), _of_source(args)
     config = load_config(args.config, ["eval.every=0", *args.set])
     return config, _of_config(config)
 
 
+def _tokenizer(args: argparse.Namespace, config: Config) -> Any:
+    """That of --tokenizer or else of the config's model, fetched if needed; or the bytes."""
+    name = args.tokenizer or config.model.folder
+    return load_tokenizer(name and local_model(name).folder)
+
+
 def stats(args: argparse.Namespace) -> None:
     """Prints the rows, skips and prompt lengths of one data set, or of those of a config."""
+    check_result(args.json)
     config, found = _loaded(args)
-    section, reward = (config.data, config.reward) if config else (DataSection(), RewardSection())
-    folder = args.tokenizer or (config.model.folder if config else None)
-    tokenizer = load_tokenizer(folder) if config or folder else None
+    section, reward = config.data, config.reward
+    tokenizer = _tokenizer(args, config) if args.config or args.tokenizer else None
     numbers = {}
     for name, (problems, report, drawn) in found.items():
         solved = sum(p.solution is not None for p in problems)
@@ -166,7 +171,7 @@ def stats(args: argparse.Namespace) -> None:
             try:
                 lines = check_data(name, problems, section.template, reward, pool.judge)
             except InputError as e:
-                if config:
+                if args.config:
                     raise
                 lines = [f"warning: {e}"]  # no config names the verifier of a source
             print("".join(f"{printable(line)}\n" for line in lines), end="")
@@ -176,15 +181,13 @@ def _of_config(config: Config) -> Found:
     section, found = config.data, Found()
     problems, reports = load_training(section)
     mixture = mix(section.train, problems)
-    for n, (report, weight) in enumerate(zip(reports, mixture.weights, strict=True)):
+    for n, report in enumerate(reports):
         own = [p for p in problems if p.source == report.source]
-        drawn = {"weight": weight, "share": float(mixture.shares()[n])}
-        several = len(reports) > 1
-        found[f"data.train.{n}" if several else "data.train"] = (
-            own,
-            report,
-            drawn if several else {},
-        )
+        drawn = {"weight": mixture.weights[n], "share": float(mixture.shares()[n])}
+        if len(reports) > 1:
+            found[f"data.train.{n}"] = own, report, drawn
+        else:
+            found["data.train"] = own, report, {}
     for name, one in config.eval.sets.items():
         how: Any = {"columns": one.columns or AS_USUAL, "heldout": True}
         found[f"eval.sets.{name}"] = (*load_problems(one.path, section.arithmetic, **how), {})
@@ -208,13 +211,11 @@ def length_stats(lengths: list[int], max_prompt_len: int) -> dict[str, Any]:
 
 def named_columns(pairs: list[str]) -> ColumnsConfig:
     """`["prompt=a.b", ...]` as a section of a config. Raises InputError for an unknown part."""
-    parts = [field.name for field in dataclasses.fields(ColumnsConfig)]
-    given = dict(pair.partition("=")[::2] for pair in pairs)
-    for part, column in given.items():
-        if part not in parts or not column.strip():
-            expected = f"expected PART=COLUMN, where PART is one of {', '.join(parts)}"
-            raise InputError(f"--columns {printable(part)[:60]}: {expected}")
-    return dataclasses.replace(AS_USUAL, **given)
+
+    def fail(part: str, message: str) -> NoReturn:
+        raise InputError(f"--columns {part}: {message} (PART=COLUMN)")
+
+    return build(ColumnsConfig, dict(pair.partition("=")[::2] for pair in pairs), fail)
 
 
 if __name__ == "__main__":

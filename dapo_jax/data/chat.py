@@ -13,6 +13,9 @@ from dapo_jax.runtime.sandbox import Process
 from dapo_jax.types import one_line
 
 DEADLINE_S = 10.0  # for one conversation
+_DATE = (
+    "2024-07-26"  # the templates' today, as Llama 3.2's default: by the clock, prompts would change
+)
 _MEMORY_BYTES = 1 << 30
 
 Conversation = list[dict[str, str]]
@@ -22,18 +25,16 @@ def render(
     template: str,
     variables: Mapping[str, Any],
     conversations: Iterable[Conversation],
-    date: str,
     *,
     max_chars: int,
 ) -> Iterator[str | None]:
     """Each conversation as text, with the header of the assistant's turn at the end; a last turn of
     the assistant is left open instead.
 
-    variables: JSON-able, as the special tokens are. date: YYYY-MM-DD, the template's today: by the
-    clock, prompts would change every day. max_chars: a longer text is None. Raises ConfinedError if
-    the template fails, or takes too much time or memory for a conversation.
+    variables: JSON-able, as the special tokens are. max_chars: a longer text is None. Raises
+    ConfinedError if the template fails, or takes too much time or memory for a conversation.
     """
-    setup = [template, dict(variables), date, max_chars]
+    setup = [template, dict(variables), max_chars]
     limits: Any = {"deadline_s": DEADLINE_S, "memory_bytes": _MEMORY_BYTES}
     with Process(f"{__name__}:renderer", setup, **limits) as process:
         process.start()
@@ -42,7 +43,7 @@ def render(
 
 
 def renderer(
-    template: str, variables: Mapping[str, Any], date: str, max_chars: int
+    template: str, variables: Mapping[str, Any], max_chars: int
 ) -> Callable[[Conversation], str | None]:
     """In the process: `render` of one conversation."""
     from transformers.utils import chat_template_utils
@@ -50,7 +51,7 @@ def renderer(
     class FixedDate(datetime.datetime):
         @classmethod
         def now(cls, tz=None):
-            return cls.fromisoformat(date)
+            return cls.fromisoformat(_DATE)
 
     chat_template_utils.datetime = FixedDate  # type: ignore[misc]  # of strftime_now
     render: Any = functools.partial(

@@ -159,7 +159,7 @@ def stop_tokens(
             raise InputError(f"{path}: eos_token_id: {what}; correct the value")
         stops |= set(ids)
     if section.chat and tokenizer.chat_template:
-        stops |= _end_of_turn(tokenizer, section.chat_date)
+        stops |= _end_of_turn(tokenizer)
     for text in more:
         ids = _tokenise(tokenizer, text, add_special_tokens=False)
         if len(ids) != 1:
@@ -169,13 +169,13 @@ def stop_tokens(
     return tuple(sorted(stops))
 
 
-def _end_of_turn(tokenizer: "Tokenizer", date: str) -> set[int]:
+def _end_of_turn(tokenizer: "Tokenizer") -> set[int]:
     """The token that the chat template writes after the assistant's text; empty without one."""
     texts = {"user": "question", "assistant": _ANSWER}
     turns = [{"role": role, "content": texts[role]} for role in ("user", "assistant", "user")]
     try:
         template, variables = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        [text] = chat.render(template, variables, [turns], date, max_chars=_MAX_CHARS)
+        [text] = chat.render(template, variables, [turns], max_chars=_MAX_CHARS)
     except (ConfinedError, ValueError, OSError):
         return set()
     before, _, following = (text or "").rpartition(_ANSWER)
@@ -306,7 +306,7 @@ def _tokenised(
     max_chars = section.max_prompt_len * max(map(len, tokenizer.get_vocab()))
     texts: Iterator[str | None] = ("\n\n".join(t["content"] for t in c) for c in conversations)
     if as_chat := section.chat and bool(tokenizer.chat_template):
-        texts = _chat_texts(tokenizer, conversations, section.chat_date, max_chars)
+        texts = _chat_texts(tokenizer, conversations, max_chars)
     for text in texts:
         if text is None or len(text) > max_chars:
             yield None
@@ -340,7 +340,7 @@ def _tokenise(tokenizer: "Tokenizer", text: str, *, add_special_tokens: bool) ->
 
 
 def _chat_texts(
-    tokenizer: "Tokenizer", conversations: Iterable[Any], date: str, max_chars: int
+    tokenizer: "Tokenizer", conversations: Iterable[Any], max_chars: int
 ) -> Iterator[str | None]:
     """Conversations through the chat template, up to where the assistant answers."""
     where = f"chat template of {tokenizer.name_or_path or 'the tokenizer'}"
@@ -348,4 +348,4 @@ def _chat_texts(
     kinds = (ConfinedError, ValueError, OSError)  # several templates and no default; no process
     with _errors_as_input(where, "it fails", fix, kinds):
         template, variables = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        yield from chat.render(template, variables, conversations, date, max_chars=max_chars)
+        yield from chat.render(template, variables, conversations, max_chars=max_chars)

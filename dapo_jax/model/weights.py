@@ -33,24 +33,12 @@ from dapo_jax.model.families import (
     same_architecture,
     tensors,
 )
-from dapo_jax.runtime.files import read_json
+from dapo_jax.runtime.files import ADAPTER, TOKENIZER_FILES, read_json
 from dapo_jax.types import InputError, Params
 
 _HEAD = "lm_head.weight"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("BF16", "F16", "F32")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
-_ADAPTER = "adapter_config.json"
 _AGAIN = "download the model again"
 _COMPLETE = "give a complete Hugging Face model folder"
 _PLACE = "choose a writable place with enough space"
@@ -59,8 +47,7 @@ _QUANTIZED = re.compile(
     r"\.(scales|biases|qweight|qzeros|g_idx|absmax|weight_scale\w*|weight_packed)$"
 )
 
-# The files of a model that are read: its description, and its weights. `*` is any text.
-DESCRIPTION_FILES = ("config.json", "generation_config.json", _ADAPTER, *_TOKENIZER_FILES)
+# The files with a model's weights. `*` is any text.
 WEIGHT_FILES = (_SINGLE, _INDEX, "model*.safetensors")
 
 
@@ -206,7 +193,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    if (folder / _ADAPTER).is_file():
+    if (folder / ADAPTER).is_file():
         raise InputError(
             f"{folder}: is a PEFT adapter, not a whole model; merge it into its base model first, "
             "where peft is installed: AutoPeftModelForCausalLM.from_pretrained(ADAPTER)"
@@ -275,7 +262,7 @@ def save_pretrained(
             partial.mkdir()
             _write_json(partial / "config.json", hf)
             if source is not None:
-                for name in ("generation_config.json", *_TOKENIZER_FILES):
+                for name in ("generation_config.json", *TOKENIZER_FILES):
                     if (source / name).is_file():
                         shutil.copyfile(source / name, partial / name)
             elif tokenizer is not None:

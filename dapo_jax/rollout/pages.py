@@ -8,7 +8,7 @@ _Key = tuple[int, bytes]  # the page before it, and the tokens of a full page of
 
 
 class Pages:
-    """Pages 1 to `count`; page 0 is nobody's."""
+    """Pages 1 to `count`; page 0 belongs to no sequence."""
 
     def __init__(self, count: int):
         self._free = list(range(count, 0, -1))

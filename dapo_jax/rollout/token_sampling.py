@@ -36,8 +36,8 @@ def _total(x: Array, axis: str | None) -> Array:
 def _as_blocks(x: Array, padding: float = 0.0) -> Array:
     """[B, V] as [B, V / 128, 128].
 
-    On a TPU in the layout that sums of blocks and a choice of them both read: left to itself, XLA
-    copies all of it for each, with six times the HBM traffic.
+    On a TPU in the layout that sums over blocks and selecting a block both read: without it XLA
+    copies the whole array for each, with six times the HBM traffic.
     """
     sizes = (0, 0), (0, -x.shape[1] % _BLOCK)
     blocks = jnp.pad(x, sizes, constant_values=padding).reshape(len(x), -1, _BLOCK)

@@ -364,7 +364,7 @@ def _agreed(read: Callable[[], _T]) -> _T:
         refusal = str(e)
     except (jax.errors.JaxRuntimeError, MemoryError, RunError):
         raise  # the device's or the bucket's fault, not the checkpoint's
-    except Exception as e:  # readers of damaged files raise all sorts
+    except Exception as e:  # readers of damaged files raise many kinds
         refusal = f"unreadable ({reason(e)})"
     if jax.process_count() > 1:
         if not multihost_utils.process_allgather(np.array(not refusal)).all():
@@ -570,7 +570,7 @@ def _show_unless_late(unraisable: Any) -> None:
 
 
 # After a failed write orbax logs a traceback from each of its threads, asyncio and Python report
-# what orbax has not awaited, and tensorstore that nobody awaits the other writes. `wait` reports
+# what orbax has not awaited, and tensorstore that the other writes are not awaited. `wait` reports
 # the failure in one line.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -31,6 +31,19 @@ from dapo_jax.types import InputError, RunError
 Folder: TypeAlias = Path | epath.Path
 Objects: TypeAlias = Mapping[str, Mapping[str, Any]]  # gcsfs's entry by the last part of the name
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+ADAPTER = "adapter_config.json"  # of PEFT, without a whole model
+DESCRIPTION_FILES = ("config.json", "generation_config.json", ADAPTER, *TOKENIZER_FILES)
+
 _ASK_S = 30.0  # time limit of retries when a bucket is looked up
 _ACCESS = (
     'pip install "etils[epath-gcs]", and give this machine access to the bucket (its objects, and '
@@ -101,7 +114,7 @@ def errors_as(kind: type[Exception], where: str | Folder, what: str, fix: str) -
     """Raises an error of reading or writing inside as one line of `kind`."""
     try:
         yield
-    except Exception as e:  # clients of buckets raise all sorts
+    except Exception as e:  # clients of buckets raise many kinds
         other = not isinstance(e, OSError) and not is_bucket(where)
         if other or isinstance(e, InputError | RunError):
             raise
@@ -148,10 +161,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
+def check_result(path: str | None) -> None:
+    """Raises InputError unless `write_result` may write there; call it before long work."""
+    where = Path(path or ".")
+    if path and (where.is_dir() or not os.access(where.parent, os.W_OK | os.X_OK)):
+        raise InputError(f"{path}: cannot write; give a file in a folder that exists")
+
+
 def write_result(path: str, text: str) -> None:
     """Writes a file that a flag names. Raises InputError if it cannot."""
     with errors_as(InputError, Path(path), "cannot write", "give a writable path"):
-        Path(path).write_text(text)
+        Path(path).write_text(text, "utf-8", "backslashreplace")
 
 
 def write_whole(path: Folder, content: bytes) -> None:
@@ -285,7 +305,7 @@ class LocalModel(NamedTuple):
     folder: str  # on this machine
 
 
-def local_model(name: str, files: Sequence[str]) -> LocalModel:
+def local_model(name: str, files: Sequence[str] = DESCRIPTION_FILES) -> LocalModel:
     """A model as a folder of this machine, with those of the `files` (patterns) that it has.
 
     A folder is used as it is, gs://bucket/folder is copied to $XDG_CACHE_HOME/dapo_jax
@@ -341,7 +361,7 @@ def _cached(url: str, files: Sequence[str]) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dapo_jax", "models")
     with errors_as(InputError, url, f"cannot be copied to {cache} (XDG_CACHE_HOME)", _ACCESS):
         objects = _objects(url)
-        if not {"config.json", "adapter_config.json"} & objects.keys():
+        if not {"config.json", ADAPTER} & objects.keys():
             raise InputError(f"{url}: no such model folder, it holds no config.json; correct it")
         versions = [(name, one["size"], one.get("generation")) for name, one in objects.items()]
         state = json.dumps([url.rstrip("/"), sorted(versions)])

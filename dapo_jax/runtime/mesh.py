@@ -131,7 +131,7 @@ def gather_layer(layer: Mapping[str, Any], mesh: Mesh, dtype: str) -> Any:
     """One layer's weights, without axis L, in compute dtype and gathered over `fsdp`; gradients are
     reduce-scattered.
 
-    Left to itself, XLA on TPU splits each product with such a weight into one loop step a shard
+    Without this XLA on TPU splits each product with such a weight into one loop step a shard
     (a windowed einsum), which adds to the whole result in HBM every time.
     """
 

@@ -1,4 +1,4 @@
-"""Multi-process jobs: every process runs the same Python on the same numbers, and decides alike.
+"""Multi-process jobs: every process runs the same code on the same numbers.
 
 Each process does its share of the verification; the results are gathered, so that every decision
 follows from the same numbers everywhere.

@@ -21,17 +21,22 @@ from dapo_jax.runtime.files import Folder, local_copy, read, write_whole
 # Options that may change on resume: length, logging and devices, not what is learned.
 MAY_CHANGE = tuple(
     """
-    dapo.max_generation_batches dapo.on_cap data.allow_change eval. mesh. model.attention_block
-    model.remat optim.max_nonfinite_updates optim.rollback_steps reward.allow_change
-    reward.environment reward.max_error_fraction reward.memory_mb reward.timeout_s
+    dapo.max_generation_batches dapo.on_cap eval. mesh. model.attention_block model.remat
+    optim.max_nonfinite_updates optim.rollback_steps reward.environment
+    reward.max_error_fraction reward.memory_mb reward.timeout_s
     reward.workers rollout.cache_tokens rollout.decode_slots supervised.save_every train.keep_
     train.profile_ train.rows_per_microbatch train.samples_per_step train.save_every
     train.stall_timeout_s train.steps train.tracker
     """.split()
 )
 
-# Those that may change with --allow-change optim, too: the optimizer's state keeps its shapes.
-OPTIM = ("optim.", "dapo.clip_eps_", "dapo.dual_clip", "dapo.importance_cap")
+# What --allow-change takes, and the options, by prefix, that may then change too. Of `optim` the
+# optimizer's state keeps its shapes; of `reward.function` it is the file that may change.
+ALLOWED: Mapping[str, tuple[str, ...]] = {
+    "optim": ("optim.", "dapo.clip_eps_", "dapo.dual_clip", "dapo.importance_cap"),
+    "data.train": ("data.train.",),
+    "reward.function": (),
+}
 _CHANGES = "changes.jsonl"  # in the run folder: these changes, and after which step
 _FUNCTION = "reward_function.py"  # in the run folder: a copy of the file of reward.function
 
@@ -76,42 +81,46 @@ def stored_configs(run_dir: Folder, host: Mapping[str, Any]) -> list[Config]:
 
 
 def check_same_run(
-    config: Config, run_dir: Folder, source: str | None, allow: tuple[str, ...] = ()
+    config: Config, run_dir: Folder, source: str | None, allow: Sequence[str] = ()
 ) -> list[str]:
-    """What differs from the run, and may: keys that start with one of `allow`, and the file of
-    reward.function, now `source`. Raises ConfigError for other differences."""
-    data: tuple[str, ...] = ("data.train",)
-    if not config.data.allow_change:  # files may move: digests identify their content
-        data = tuple(f"data.train.{n}.path" for n in range(len(config.data.train)))
+    """What differs from the run, and may by `allow`, keys of ALLOWED. source: the file of
+    reward.function now. Raises ConfigError for other differences."""
+    # Files may move: digests identify their content.
+    moved = tuple(f"data.train.{n}.path" for n in range(len(config.data.train)))
+    allowed = tuple(key for name in allow for key in ALLOWED[name])
     host, remarks = newest_host(run_dir / "checkpoints") or {}, []
     for before in stored_configs(run_dir, host):
         changed = changes(before, config)
-        if found := refused(changed, MAY_CHANGE + data + allow):
+        if found := refused(changed, MAY_CHANGE + moved + allowed):
             key, was, now = found
-            may = ", or give --allow-change optim" if key.startswith(OPTIM) else ""
+            names = (name for name, keys in ALLOWED.items() if key.startswith(keys))
+            may = "".join(f", or give --allow-change {name}" for name in names)
             raise ConfigError(
                 f"{key}: is {now!r}, but {run_dir} was started with {was!r}; use another "
                 f"--run-dir, or set it back{may}"
             )
-        allowed = [(key, *values) for key, values in changed.items() if key.startswith(allow)]
-        remarks += [f"{key}: was {was}, is {now}" for key, was, now in allowed]
+        remarks += [
+            f"{key}: was {was}, is {now}"
+            for key, (was, now) in changed.items()
+            if key.startswith(allowed)
+        ]
     digests = host.get("digests")
     stored = digests.get("function") if isinstance(digests, dict) else None
     started_with = digest_of(read(run_dir / _FUNCTION)) or stored
     another = None not in (started_with, source) and started_with != digest_of(source)
-    if another and not config.reward.allow_change:
+    if another and "reward.function" not in allow:
         raise ConfigError(
             f"reward.function: {config.reward.function} is not what {run_dir} was started with, "
-            f"which is in its {_FUNCTION} or checkpoint; restore the file, or set "
-            "reward.allow_change, or use another --run-dir"
+            f"which is in its {_FUNCTION} or checkpoint; restore the file, or give "
+            "--allow-change reward.function, or use another --run-dir"
         )
     if another:
-        remarks.append("reward.function: its file has changed, which reward.allow_change allows")
+        remarks.append("reward.function: its file has changed")
     return list(dict.fromkeys(remarks))
 
 
 def write_config(config: Config, run_dir: Folder, source: str | None, done: int = 0) -> None:
-    """Writes the resolved config, changes of OPTIM and the reward function into the run folder.
+    """Writes the resolved config, changes of `optim` and the reward function into the run folder.
     ConfigError if the run has already done more than train.steps steps."""
     if (steps := config.train.steps) < done:
         raise ConfigError(
@@ -122,7 +131,7 @@ def write_config(config: Config, run_dir: Folder, source: str | None, done: int 
     if multihost.is_main():
         before = stored_config(run_dir)
         changed = changes(before, config) if before else {}
-        if optim := {key: changed[key] for key in changed if key.startswith(OPTIM)}:
+        if optim := {key: changed[key] for key in changed if key.startswith(ALLOWED["optim"])}:
             line = json.dumps({"after_step": done} | optim) + "\n"
             old = read(run_dir / _CHANGES) or b""
             write_whole(run_dir / _CHANGES, old + line.encode())

@@ -1,8 +1,9 @@
 """Dynamic sampling during decoding: prompts are drawn until enough groups are informative, and
 responses are judged as they finish.
 
-    prompts ─▶ engine stream ─▶ finished responses ─▶ reward workers ─▶ verdicts ─▶ enough
-    informative groups? draw more
+    prompts ─▶ engine stream ─▶ finished responses ─▶ reward workers ─▶ verdicts
+       ▲                                                                   │
+       └──────────────── too few informative groups: draw more ◀───────────┘
 
 Every drawn group is sampled to its end, and a step trains on the first informative ones in draw
 order. "First finished wins" would favour short responses. With partial rollouts prompts are drawn

@@ -24,9 +24,8 @@ def sample_rows(
     `group` is all_correct, all_wrong, or kept. `tokens` are of `scored_texts`, `fed` is the prompt
     with its special tokens, `siblings` are the other responses of the group.
     """
-    rows, judged = [], [g for g in groups if g.responses]
-    advantages = step_advantages([g.reward for g in judged], algo)
-    for group, scores in [*zip(judged, advantages, strict=True)][:count]:
+    rows = []
+    for group in [g for g in groups if g.responses][:count]:
         problem, response = group.prompt.problem, group.responses[0]
         prompt, n_correct = problem.prompt, int(group.correct.sum())
         judged_one = judged_row(response, bool(group.correct[0]), policy)
@@ -42,11 +41,13 @@ def sample_rows(
             "group_size": len(group.correct),
             "reward": float(group.reward[0]),
             "penalty": float(group.penalty[0]),
-            "advantage": float(scores[0]),
             "tokens": scored_texts(policy, response, judged_one["response"]),
             "fed": shown_prompt(policy.tokenizer, group.prompt.tokens),
             "siblings": [sibling(group, n, policy) for n in range(1, len(group.responses))],
         }
+        if algo.advantage_scale != "batch":  # which depends on all groups that are trained on
+            [advantages] = step_advantages([group.reward], algo)
+            row["advantage"] = float(advantages[0])
         rows.append(row)
     return rows
 

@@ -30,7 +30,7 @@ from dapo_jax.rollout.engine import Engine, Limits
 from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime import multihost
 from dapo_jax.runtime.chips import prefill_tokens
-from dapo_jax.runtime.files import Folder, is_id, local_model, read, same_commit
+from dapo_jax.runtime.files import DESCRIPTION_FILES, Folder, is_id, local_model, read, same_commit
 from dapo_jax.runtime.mesh import params_sharding, row_shards
 from dapo_jax.runtime.same_run import stored_config
 from dapo_jax.types import Params, Prompt
@@ -101,7 +101,7 @@ def with_commit(config: Config, run_dir: Folder | None = None) -> Config:
         return config
     if run_dir is not None and (stored := stored_config(run_dir)):
         name = same_commit(name, stored.model.folder)
-    name = local_model(name, weights.DESCRIPTION_FILES).name
+    name = local_model(name).name
     return dataclasses.replace(config, model=dataclasses.replace(config.model, folder=name))
 
 
@@ -109,7 +109,7 @@ def load_policy(config: Config, source: str | None = None) -> Policy:
     """Architecture and tokenizer of `source` or the config's model section. Touches no device."""
     source, folder = source or config.model.folder, None
     if source:
-        source, folder = local_model(source, weights.DESCRIPTION_FILES)
+        source, folder = local_model(source)
     model = weights.load_model_config(folder) if folder else config.model.architecture
     assert model is not None  # the config's own check
     model = with_computation(config, model)
@@ -135,7 +135,7 @@ def check_same_start(
             | {package: multihost.version(package) for package in packages}
             | flatten(to_dict(config))
             | {"the model": policy.source}
-            | _file_facts(policy.folder, weights.DESCRIPTION_FILES)
+            | _file_facts(policy.folder, DESCRIPTION_FILES)
             | dict(facts)
             | {f"the digest of {name}": prompts_digest(prompts) for name, prompts in sets.items()}
         )
@@ -166,7 +166,7 @@ def _file_facts(folder: str | None, patterns: tuple[str, ...]) -> dict[str, str]
 
 def weights_folder(policy: Policy) -> str | None:
     """The local folder of the weights, downloaded if needed; None for random weights."""
-    files = (*weights.DESCRIPTION_FILES, *weights.WEIGHT_FILES)
+    files = (*DESCRIPTION_FILES, *weights.WEIGHT_FILES)
     return local_model(policy.source, files).folder if policy.source else None
 
 

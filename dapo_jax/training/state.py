@@ -130,7 +130,7 @@ class RunStore:
     prompts: Sequence[Prompt]  # all that the run trains on
     config: Mapping[str, Any]
     digests: Digests
-    allow_change: bool = False  # data.allow_change
+    allow_change: bool = False  # of the data: --allow-change data.train
 
     def save(self, run: RunState, *, whole: bool = True) -> None:
         """Saves a checkpoint, unless the newest one has the same counts. whole: as one of a whole
@@ -191,8 +191,8 @@ class RunStore:
             run.buffer.restore(typed(BufferState, groups.get("buffer")))
         elif not self.allow_change:
             raise InputError(
-                f"{changed}; use {remedy}, or set data.allow_change to resume from the start of "
-                "the current data, or give another --run-dir"
+                f"{changed}; use {remedy}, or give --allow-change data.train to resume from the "
+                "start of the current data, or another --run-dir"
             )
         elif partial:
             midst = f"the run was stopped in the middle of step {progress.step + 1}"
