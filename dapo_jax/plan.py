@@ -44,6 +44,7 @@ from dapo_jax.benchmark.schedule import (
 )
 from dapo_jax.config import Config, ConfigError, ModelConfig, load_config
 from dapo_jax.model import flops
+from dapo_jax.model.experts import tile_rows
 from dapo_jax.model.logprobs import split_axis
 from dapo_jax.model.ragged_attention import entries_read, entries_written, is_ragged, page_size
 from dapo_jax.model.weights import load_model_config
@@ -211,6 +212,15 @@ def programs(config: Config, model: ModelConfig, mesh: Mesh, load: Workload) -> 
     return _rollout_programs(*arguments) + _training_programs(*arguments)
 
 
+def _tile_flops(c: ModelConfig, mesh: Mesh, tokens: float) -> float:
+    """FLOPs of a forward pass for rows of other experts, one tile an expert (`tile_rows`)."""
+    if c.experts is None:
+        return 0.0
+    shards = row_shards(mesh)
+    rows = c.experts.count * tile_rows(tokens * c.experts.per_token / shards)
+    return 6.0 * shards * rows * c.layers * c.model_dim * c.ffn_dim
+
+
 def _shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
@@ -232,6 +242,8 @@ def _training_programs(
     forward = flops.forward_flops(c, padded, pairs, targets)
     backward = flops.backward_flops(c, padded, pairs, targets)
     backward += flops.recomputed_flops(c, padded, pairs)
+    tiles = used * _tile_flops(c, mesh, padded / used)
+    forward, backward = forward + tiles, backward + tiles * (3 if c.remat == "full" else 2)
 
     chosen = c.experts.per_token * c.layers if c.experts and d.replay_routing else 0
     state, batch = train.state, training.abstract_batch(shape, mesh, chosen)
@@ -267,8 +279,9 @@ def _rollout_programs(
     def prefill(name: str, longest: int) -> Program:
         width = next(n for n in engine.prompt_lens if n >= longest)
         tokens, pairs = shards * width, shards * flops.visible_pairs(model, width)
-        computed = flops.forward_flops(model, tokens, pairs, 0)
-        work, held = Work(computed, computed, tokens), resident + device_bytes(state)
+        needed = flops.forward_flops(model, tokens, pairs, 0)
+        work = Work(needed, needed + _tile_flops(model, mesh, tokens), tokens)
+        held = resident + device_bytes(state)
         arguments = weights, _shape(shards, width)
         return Program(name, functions.prefill, arguments, held, work, settings=fix)
 
@@ -300,7 +313,8 @@ def _rollout_programs(
         table = _shape(shards, engine.slots, engine.table_len)
         arguments = weights, state, table, Until(number, number, number)
         held, sizes = resident + prefilled, {"width": width}
-        work, trips = Work(step, step, tokens), (1,)  # a segment of one step
+        work = Work(step, step + _tile_flops(model, mesh, tokens), tokens)
+        trips = (1,)  # a segment of one step
         rest = trips, fix, sizes, entry, entry * width * entries_written(int8=int8)
         return Program(name, functions.decode, arguments, held, work, 0, *rest)
 

@@ -26,6 +26,7 @@ from dapo_jax.model.experts import (
     routing_sums,
 )
 from dapo_jax.model.lora import join, merge, split
+from dapo_jax.model.quantization import quantize
 from dapo_jax.restore import config_of
 from dapo_jax.rollout.engine import Engine, Limits
 from dapo_jax.rollout.sampler import Sampling
@@ -81,21 +82,41 @@ def test_experts_compute_exactly_their_tokens(name):
         assert tiny.gap(part, other) < tiny.GRADIENT
 
 
-@pytest.mark.parametrize("sizes", [(40, 0, 130, 0, 30), (0, 0, 0, 0, 0), (128, 0, 72, 0, 0)])
-def test_kernels_of_a_tpu(sizes):
-    """Interpreted, against a loop over experts: empty ones, tiles shared, rows of no expert."""
-    rng, n = np.random.default_rng(0), 230
-    x, d_out = (jnp.asarray(rng.normal(size=(n, width)), jnp.float32) for width in (D, F))
-    w, counts = KERNELS["gate"], jnp.asarray(sizes, jnp.int32)
-    begins = np.cumsum([0, *sizes])
-    runs = [slice(a, a + size) for a, size in zip(begins, sizes, strict=False)]
-    found = experts._by_kernel(x, w, counts, 1, interpret=True)
-    turned = experts._by_kernel(d_out, w, counts, 2, interpret=True)
-    outer = experts._outer_by_kernel(x, d_out, counts, interpret=True)
-    for e, run in enumerate(runs):
-        np.testing.assert_allclose(found[run], x[run] @ w[e], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(turned[run], d_out[run] @ w[e].T, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(outer[e], x[run].T @ d_out[run], rtol=0, atol=1e-4)
+SIZES = (40, 0, 130, 0, 30)  # rows of each expert: empty ones, tiles shared, and 30 rows of none
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype",
+    [(SIZES, "float32"), ((0,) * 5, "float32"), ((128, 0, 72, 0, 0), "float32")]
+    + [(SIZES, "bfloat16"), (SIZES, "int8")],
+)
+def test_kernels_of_a_tpu(sizes, dtype, monkeypatch):
+    """Interpreted, against a loop over experts, of the second layer of three; outputs in three
+    tiles, the last not whole. 8-bit weights with float32 rows.
+    """
+    monkeypatch.setattr(experts, "_TILE_BYTES", 1)
+    rng, n, width = np.random.default_rng(0), 230, 300
+    w = jnp.asarray(rng.normal(size=(3, E, D, width)), jnp.float32)
+    stack = quantize(w, (-2,)) if dtype == "int8" else w.astype(dtype)
+    w = stack.values * stack.scale[:, :, None] if dtype == "int8" else stack
+    w = np.asarray(w[1], np.float64)
+    draws = (rng.normal(size=(n, size)) for size in (D, width))
+    x, d_out = (jnp.asarray(a, "bfloat16" if dtype == "bfloat16" else "float32") for a in draws)
+    bounds = jnp.asarray(np.cumsum([0, *sizes]), jnp.int32)
+    layer = experts.OfLayer(stack, jnp.int32(1))
+    found = experts._by_kernel(x, layer, bounds, 1, interpret=True)
+    outer = experts._outer_by_kernel(x, d_out, bounds, interpret=True)
+    off = {"rtol": 2**-8, "atol": 1e-4} if dtype == "bfloat16" else {"rtol": 0, "atol": 1e-4}
+    assert found.dtype == x.dtype and found.shape == (n, width)
+    found, outer, x, d_out = (np.asarray(a, np.float64) for a in (found, outer, x, d_out))
+    for e, run in enumerate(map(slice, bounds[:-1], bounds[1:])):
+        np.testing.assert_allclose(found[run], x[run] @ w[e], **off)
+        np.testing.assert_allclose(outer[e], x[run].T @ d_out[run], **off)
+    if dtype == "int8":  # frozen
+        return
+    turned = experts._by_kernel(jnp.asarray(d_out, stack.dtype), layer, bounds, 2, interpret=True)
+    for e, run in enumerate(map(slice, bounds[:-1], bounds[1:])):
+        np.testing.assert_allclose(np.float64(turned[run]), d_out[run] @ w[e].T, **off)
 
 
 def test_a_part_of_the_experts_adds_what_is_its_own():

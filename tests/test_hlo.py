@@ -58,6 +58,17 @@ def test_a_slice_reads_what_it_takes_and_an_update_in_place_writes_what_it_chang
     assert module.traffic() == Traffic(2 * 4096, 2 * 4096, 2)
 
 
+def test_a_grouped_matmul_reads_one_layer_of_a_stack():
+    """64 layers; rows, which have two axes, are read whole."""
+    module = program(
+        f"  %rows = {BLOCK} parameter(0)\n"
+        "  %stack = f32[64,2,8,128]{3,2,1,0:T(8,128)} parameter(1)\n"
+        f"  ROOT %grouped_matmul.3 = {BLOCK} custom-call(%rows, %stack), "
+        'custom_call_target="tpu_custom_call"'
+    )
+    assert module.traffic() == Traffic(3 * 4096, 4096, 1)
+
+
 def test_a_fusion_reads_the_slices_inside_it():
     """It takes a block of the cache, adds an operand in the core's memory, and puts the sum back."""
     fused = f"""%fused (cache: f32[], other: f32[], i: s32[]) -> f32[] {{

@@ -92,3 +92,30 @@ print(found, windows())
 """
     found, without = map(int, run(code)[-1].split())
     assert found == 0 and without > 0
+
+
+@pytest.mark.compiler
+def test_no_layer_of_a_decode_step_copies_its_experts():
+    """Of 32, eight on a device; whole and in 8 bits. Each layer has three grouped matmuls."""
+    code = """
+from dapo_jax.config import Experts
+from dapo_jax.model.quantization import quantize_layer
+from dapo_jax.rollout.engine import Engine, Limits
+from dapo_jax.rollout.sampler import Sampling, Until
+sizes = dict(vocab_size=4096, model_dim=512, layers=6, heads=8, kv_heads=4, ffn_dim=256)
+sizes |= dict(head_dim=128, experts=Experts(32, 4))
+model = ModelConfig(family="qwen3_moe", compute_dtype="bfloat16", **sizes)
+mesh = make_mesh(MeshSection(1, 2, 4), plan.load_pod("v6e:2x4").devices)
+engine = Engine(model, Sampling(1.0, 1.0, 0), (0,), Limits(22, 256, 3840), mesh=mesh, fetch=None)
+number = jax.ShapeDtypeStruct((), jnp.int32)
+table = jax.ShapeDtypeStruct((2, 11, engine.table_len), jnp.int32)
+state = jax.eval_shape(engine.programs.start)
+half = decoder.abstract_params(model)
+half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, "bfloat16"), half)
+for shapes in (half, half | {"layers": jax.eval_shape(quantize_layer, half["layers"])}):
+    inputs = placed(shapes, rollout_sharding(shapes, mesh)), state, table
+    text = hlo(engine.programs.decode.lower(*inputs, Until(number, number, number), width=11))
+    calls = re.findall(r"%grouped_matmul\\S* = .*tpu_custom_call", text)
+    print(len(calls), len(re.findall(r"= (?:bf16|s8)\\[(?:1,)?8,(?:512,256|256,512)\\]", text)))
+"""
+    assert run(code)[-2:] == ["3 0", "3 0"]

@@ -42,7 +42,7 @@ from dapo_jax.model.attention import (
     attend_rows,
 )
 from dapo_jax.model.embedding import embed
-from dapo_jax.model.experts import Routing, mixture, mixture_decoded, mixture_over
+from dapo_jax.model.experts import OfLayer, Routing, mixture, mixture_decoded, mixture_over
 from dapo_jax.model.logprobs import ROW_AXES, VOCAB_AXIS, split_axis
 from dapo_jax.model.lora import Adapter, adapter_of, stored
 from dapo_jax.model.quantization import product, quantize
@@ -520,12 +520,19 @@ def decode_step(
         layout = layout._replace(mixture=functools.partial(mixture_decoded, mesh))
     writes = is_ragged(mesh, config.head_dim)
     view = layer_views(config, seen.lengths, turns_of if writes else None)
+    scanned, stacks = dict(params["layers"]), {}
+    if config.experts:
+        stacks = scanned.pop("experts")
+        scanned["router"] = stacks["router"]
     with jax.named_scope("embed"):
         x = scale_embedded(config, ends.embed.embedding[...].astype(config.compute_dtype)[tokens])
 
     @jax.named_scope("layer")
     def layer(carry, inputs):
         (x, pages), (index, layer_params, on) = carry, inputs
+        if config.experts:
+            own = {n: {"kernel": OfLayer(part["kernel"], index)} for n, part in stacks.items()}
+            layer_params["experts"] = own | {"router": layer_params.pop("router")}
         rope, window = view(on)
         cached = seen._replace(layer=index, pages=pages if writes else seen.pages)
         attend = functools.partial(over, seen=cached, window=window)
@@ -534,7 +541,7 @@ def decode_step(
         x, new = _bind(Block, config, layer_params)(x, rope, attend, layout, None)
         return (x, new.cache), (None if writes else new[:2], new.routing)
 
-    layers = (jnp.arange(config.layers), params["layers"], windowed_layers(config))
+    layers = (jnp.arange(config.layers), scanned, windowed_layers(config))
     first = x, seen.pages if writes else None
     (x, pages), (entries, routing) = jax.lax.scan(layer, first, layers)
     new: Any = pages

@@ -5,6 +5,7 @@
 
 Exact: each expert gets all of its tokens, whatever their number. The k copies of the tokens are
 sorted by expert, and a grouped matmul multiplies each run of them with the weights of its expert.
+Decoding hands it the weights of all layers and a layer's number: a slice of them would be copied.
 """
 
 import functools
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 
 from dapo_jax.config import Experts
 from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis
@@ -24,7 +27,15 @@ from dapo_jax.model.quantization import Quantized
 _TILE_BYTES = 3 * 2**20  # of an expert in a TPU core's memory; two are there at a time
 _BLOCK = 32  # rows of a block off TPU: more would be wasted at the end of each expert
 
-Kernels = Mapping[str, Any]  # router [D, E]; gate and up [E, D, F], down [E, F, D], or in 8 bits
+# Router [D, E]; gate and up [E, D, F], down [E, F, D], or in 8 bits, or `OfLayer`.
+Kernels = Mapping[str, Any]
+
+
+class OfLayer(NamedTuple):
+    """One layer of a stack. The grouped matmul takes all of it, for XLA would copy a slice."""
+
+    stack: Any  # [L, E, i, o], or `Quantized` with scales [L, E, o]
+    layer: Any
 
 
 class Routing(NamedTuple):
@@ -83,29 +94,24 @@ def mix(
     first: Int[Array, ""] | int = 0,
 ) -> Float[Array, "*N D"]:
     """The weighted sum over the chosen experts among those of `kernels`, numbered from `first`."""
-    count = _count(kernels)
+    gate, up, down = (_of_layer(kernels[name]) for name in ("gate", "up", "down"))
+    count = jax.tree.leaves(gate)[0].shape[1]
     expert = chosen.reshape(-1).astype(jnp.int32) - first
     expert = jnp.where((expert >= 0) & (expert < count), expert, count)  # others come last
     order = jnp.argsort(expert)
     places = order, jnp.argsort(order)
-    sizes = (expert[:, None] == jnp.arange(count)[None]).sum(axis=0, dtype=jnp.int32)
+    bounds = (expert[:, None] < jnp.arange(count + 1)[None]).sum(axis=0, dtype=jnp.int32)
     k = chosen.shape[-1]
     rows = _spread(k, x.reshape(-1, x.shape[-1]), places)
-
-    def product(rows: Array, name: str) -> Array:
-        kernel = kernels[name]
-        if not isinstance(kernel, Quantized):
-            return _grouped(rows, kernel, sizes)
-        scale = kernel.scale[jnp.minimum(expert[order], count - 1)]
-        return (_grouped(rows, kernel.values, sizes) * scale).astype(rows.dtype)
-
-    hidden = jax.nn.silu(product(rows, "gate")) * product(rows, "up")
+    hidden = jax.nn.silu(_grouped(rows, gate, bounds)) * _grouped(rows, up, bounds)
     hidden = hidden * _spread(1, weight.reshape(-1, 1), places)
-    return _collect(k, product(hidden, "down"), places).reshape(x.shape)
+    return _collect(k, _grouped(hidden, down, bounds), places).reshape(x.shape)
 
 
-def _count(kernels: Kernels) -> int:
-    return int(jax.tree.leaves(kernels["gate"])[0].shape[0])
+def _of_layer(kernel: Any) -> OfLayer:
+    if isinstance(kernel, OfLayer):
+        return kernel
+    return OfLayer(jax.tree.map(lambda leaf: leaf[None], kernel), jnp.zeros((), jnp.int32))
 
 
 def mixture(
@@ -123,14 +129,17 @@ def mixture_over(
     each device computes its own experts on its rows, and the parts are added.
     """
     axis = split_axis(mesh, VOCAB_AXIS, experts.count)
+    own = experts.count // (mesh.shape[VOCAB_AXIS] if axis else 1)
 
     def local(x, kernels, replayed):
-        first = jax.lax.axis_index(VOCAB_AXIS) * _count(kernels) if axis else 0
+        first = jax.lax.axis_index(VOCAB_AXIS) * own if axis else 0
         mixed, routing = mixture(x, kernels, experts, replayed, first)
         return mixed[None], routing
 
     # Added outside: the backward pass then sends every device the sum's gradient only once.
-    split = {name: PartitionSpec(None if name == "router" else axis) for name in kernels}
+    one, stacked = PartitionSpec(axis), OfLayer(PartitionSpec(None, axis), PartitionSpec())
+    split = {name: stacked if isinstance(w, OfLayer) else one for name, w in kernels.items()}
+    split["router"] = PartitionSpec()
     inputs, outputs = (ROW_SPEC, split, ROW_SPEC), (PartitionSpec(axis, ROW_AXES), ROW_SPEC)
     specs: dict[str, Any] = {"in_specs": inputs, "out_specs": outputs, "check_vma": False}
     parts, routing = jax.shard_map(local, mesh=mesh, **specs)(x, kernels, replayed)
@@ -185,91 +194,156 @@ _collect.defvjp(
 # ---- Grouped matmul ------------------------------------------------------------------------------
 
 
+_Bounds = Int32[Any, " E_1"]  # E + 1: rows bounds[e] to bounds[e + 1] are expert e's
+
+
 @jax.custom_vjp
-def _grouped(x: Array, w: Array, sizes: Array) -> Array:
-    """x [n, i] times w [E, i, o], where expert e has `sizes[e]` rows after those of the experts
-    before it. Rows after the last expert's are 0.
-    """
-    return _product(x, w.astype(x.dtype), sizes, 1)
+def _grouped(x: Array, w: OfLayer, bounds: _Bounds) -> Array:
+    """x [n, i] times each expert's weights of a layer. Rows after the last expert's are 0."""
+    return _product(x, w, bounds, 1)
 
 
-def _product(x: Array, w: Array, sizes: Array, summed: int) -> Array:
-    """`_grouped` over axis `summed` of w; 2: times its transpose."""
+def _product(x: Array, w: OfLayer, bounds: _Bounds, summed: int) -> Array:
+    """`_grouped` over axis `summed` of an expert's [i, o]: 1, or 0, times its transpose."""
     forms: dict[str, Any] = {"tpu": _by_kernel, "default": _in_blocks}
     forms = {name: functools.partial(form, summed=summed) for name, form in forms.items()}
-    out = jax.lax.platform_dependent(x, w, sizes, **forms)
-    return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), out, 0)
+    out = jax.lax.platform_dependent(x, w, bounds, **forms)
+    return jnp.where(jnp.arange(len(x))[:, None] < bounds[-1], out, 0)
 
 
-def _grouped_forward(x, w, sizes):
-    return _grouped(x, w, sizes), (x, w, sizes)
+def _grouped_forward(x, w, bounds):
+    return _grouped(x, w, bounds), (x, w, bounds)
 
 
 def _grouped_backward(saved, d_out):
-    x, w, sizes = saved
-    d_x = _product(d_out, w.astype(x.dtype), sizes, 2)
+    """Of a stack of one layer, as training has it."""
+    x, w, bounds = saved
+    d_x = _product(d_out, w, bounds, 2)
     forms: dict[str, Any] = {"tpu": _outer_by_kernel, "default": _outer_in_blocks}
-    d_w = jax.lax.platform_dependent(x, d_out, sizes, **forms)
-    return d_x, d_w.astype(w.dtype), None
+    d_w = jax.lax.platform_dependent(x, d_out, bounds, **forms)
+    return d_x, OfLayer(d_w.astype(w.stack.dtype)[None], None), None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
+def tile_rows(n: float) -> int:
+    """Rows of a tile, of n in all. Each expert with rows in it multiplies all of them."""
+    return 128 if n < 4096 else 256
+
+
 def _tiled(x: Array) -> tuple[Array, int]:
     """x with whole tiles of rows, and the rows of one."""
-    rows = 128 if len(x) < 4096 else 256
+    rows = tile_rows(len(x))
     return jnp.pad(x, ((0, -len(x) % rows), (0, 0))), rows
 
 
-def _by_kernel(x: Array, w: Array, sizes: Array, summed: int, interpret: bool = False) -> Array:
-    """`_product` on a TPU. XLA's `ragged_dot` multiplies all rows with all experts there too."""
+def _by_kernel(
+    x: Array, w: OfLayer, bounds: _Bounds, summed: int, interpret: bool = False
+) -> Array:
+    """`_product` on a TPU, where XLA's `ragged_dot` multiplies all rows with all experts.
+
+    Each tile of rows is visited by the experts that have rows in it, one after the other, and an
+    expert's weights are read once, however many tiles it visits. They are cast to x's dtype in the
+    core's memory.
+    """
+    values, *scale = w.stack if isinstance(w.stack, Quantized) else (w.stack,)
     padded, rows = _tiled(x)
-    inputs, outputs = w.shape[summed], w.shape[3 - summed]
-    inputs = min(inputs, 2048)
-    outputs = min(outputs, max(128, _TILE_BYTES // (inputs * w.dtype.itemsize) // 128 * 128))
-    options: dict[str, Any] = {"transpose_rhs": summed == 2, "interpret": interpret}
-    options["tiling"] = rows, inputs, outputs
-    return gmm(padded, w, sizes, x.dtype, **options)[: len(x)]
+    count, inputs, outputs = values.shape[1], x.shape[1], values.shape[4 - summed]
+    width = _TILE_BYTES // (inputs * values.dtype.itemsize) // 128 * 128
+    width = min(outputs, max(128, width))
+
+    begins, ends = bounds[:-1], bounds[1:]
+    tiles = jnp.where(ends > begins, -(-ends // rows) - begins // rows, 0)
+    total = jnp.cumsum(tiles)
+    visit = jnp.arange(len(padded) // rows + count - 1)  # those after total[-1] do not run
+    past = visit[:, None] >= total[None, :-1]
+    expert = past.sum(axis=1, dtype=jnp.int32)
+    at = begins // rows - total + tiles  # tile - visit, of each expert
+    tile = visit + at[0] + (past * jnp.diff(at)[None]).sum(axis=1)  # no gather, slow on a TPU
+
+    def weights(n, v, layer, bounds, expert, tile):
+        return layer[0], expert[v], *((0, n) if summed == 1 else (n, 0))
+
+    block = (inputs, width) if summed == 1 else (width, inputs)
+    scales = pl.BlockSpec((None, count, width), lambda n, v, layer, *_: (layer[0], 0, n))
+    out = pl.pallas_call(
+        functools.partial(_visit, summed=summed),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(pl.cdiv(outputs, width), total[-1]),
+            in_specs=[
+                pl.BlockSpec((rows, inputs), lambda n, v, *scalars: (scalars[3][v], 0)),
+                pl.BlockSpec((None, None, *block), weights),
+                *[scales] * len(scale),
+            ],
+            out_specs=pl.BlockSpec((rows, width), lambda n, v, *scalars: (scalars[3][v], n)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((len(padded), outputs), x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="grouped_matmul",
+    )(jnp.reshape(w.layer, 1), bounds, expert, tile, padded, values, *scale)
+    return out[: len(x)]
 
 
-def _outer_by_kernel(x: Array, d_out: Array, sizes: Array, interpret: bool = False) -> Array:
+def _visit(layer, bounds, expert, tile, x, w, *rest, summed):
+    """Writes the rows of a tile that are the visiting expert's."""
+    *scales, out = rest
+    visit = pl.program_id(1)
+    own, contract = expert[visit], (((1,), (summed - 1,)), ((), ()))
+    product = jax.lax.dot_general(
+        x[...], w[...].astype(x.dtype), contract, preferred_element_type=jnp.float32
+    )
+    for scale in scales:
+        product *= scale[pl.ds(own, 1), :]
+    row = tile[visit] * len(product) + jax.lax.broadcasted_iota(jnp.int32, product.shape, 0)
+    is_own = (row >= bounds[own]) & (row < bounds[own + 1])
+    out[...] = jnp.where(is_own, product, out[...].astype(jnp.float32)).astype(out.dtype)
+
+
+def _outer_by_kernel(x: Array, d_out: Array, bounds: _Bounds, interpret: bool = False) -> Array:
     (padded, rows), (slopes, _) = _tiled(x), _tiled(d_out)
     tiling = rows, min(x.shape[1], 1024), min(d_out.shape[1], 512)
-    return tgmm(padded.T, slopes, sizes, x.dtype, tiling, interpret=interpret)
+    return tgmm(padded.T, slopes, jnp.diff(bounds), x.dtype, tiling, interpret=interpret)
 
 
-def _blocks(x: Array, sizes: Array) -> tuple[Array, Array]:
-    """x with one more block of rows, and where each expert's rows begin."""
-    return jnp.pad(x, ((0, _BLOCK), (0, 0))), jnp.cumsum(sizes) - sizes
+def _blocks(x: Array) -> Array:
+    """x with one more block of rows."""
+    return jnp.pad(x, ((0, _BLOCK), (0, 0)))
 
 
-def _in_blocks(x: Array, w: Array, sizes: Array, summed: int) -> Array:
+def _in_blocks(x: Array, w: OfLayer, bounds: _Bounds, summed: int) -> Array:
     """`_product` off TPU, where XLA's `ragged_dot` multiplies all rows with all experts.
 
     The last block of an expert also writes rows of later experts, which these write again.
     """
-    padded, begins = _blocks(x, sizes)
+    values, *scales = w.stack if isinstance(w.stack, Quantized) else (w.stack,)
+    padded, count = _blocks(x), values.shape[1]
 
     def expert(out, inputs):
-        w, begin, size = inputs
+        e, begin, size = inputs
+        own, *scale = (a[w.layer, e] for a in (values, *scales))
+        own = own.astype(x.dtype)
 
         def block(i, out):
             at = begin + i * _BLOCK
             rows = jax.lax.dynamic_slice_in_dim(padded, at, _BLOCK)
-            product = jax.lax.dot_general(rows, w, (((1,), (summed - 1,)), ((), ())))
+            product = jax.lax.dot_general(rows, own, (((1,), (summed - 1,)), ((), ())))
+            for s in scale:
+                product = (product * s[None]).astype(x.dtype)
             return jax.lax.dynamic_update_slice_in_dim(out, product, at, axis=0)
 
         return jax.lax.fori_loop(0, -(-size // _BLOCK), block, out), None
 
-    out = jnp.zeros((len(padded), w.shape[3 - summed]), x.dtype)
-    return jax.lax.scan(expert, out, (w, begins, sizes))[0][: len(x)]
+    out = jnp.zeros((len(padded), values.shape[4 - summed]), x.dtype)
+    runs = jnp.arange(count), bounds[:-1], jnp.diff(bounds)
+    return jax.lax.scan(expert, out, runs)[0][: len(x)]
 
 
-def _outer_in_blocks(x: Array, d_out: Array, sizes: Array) -> Array:
+def _outer_in_blocks(x: Array, d_out: Array, bounds: _Bounds) -> Array:
     """The gradient in w: x_eᵀ d_out_e of the rows of each expert e."""
-    padded, begins = _blocks(x, sizes)
-    slopes, _ = _blocks(d_out, sizes)
+    padded, slopes = _blocks(x), _blocks(d_out)
 
     def expert(inputs):
         begin, size = inputs
@@ -286,4 +360,4 @@ def _outer_in_blocks(x: Array, d_out: Array, sizes: Array) -> Array:
         zeros = jnp.zeros((x.shape[1], d_out.shape[1]), jnp.float32)
         return jax.lax.fori_loop(0, -(-size // _BLOCK), block, zeros)
 
-    return jax.lax.map(expert, (begins, sizes)).astype(x.dtype)
+    return jax.lax.map(expert, (bounds[:-1], jnp.diff(bounds))).astype(x.dtype)

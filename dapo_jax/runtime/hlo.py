@@ -25,6 +25,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 # A kernel that reads these first operands whole and writes its first result; `plan` adds the
 # entries that it reads and writes of the caches after them.
 _RAGGED, _RAGGED_WHOLE = "ragged_attention", 6
+_GROUPED = "grouped_matmul"  # a kernel that reads one layer of stacks [L, E, ...]
 _KERNEL = "tpu_custom_call"  # Pallas; other custom calls are the compiler's own notes
 
 
@@ -112,6 +113,12 @@ def _array(bits: str, dims: str, layout: str) -> Array:
 def hbm_bytes(text: str) -> int:
     """Bytes of a type's arrays that are in HBM, with the padding of their tiles."""
     return sum(a.padded for a in arrays(text) if a.hbm)
+
+
+def _layer_bytes(text: str) -> int:
+    """`hbm_bytes`, of a stack [L, E, ...] those of one layer."""
+    stack = re.search(r"\[(\d+),\d+,\d", text)
+    return hbm_bytes(text) // (int(stack[1]) if stack else 1)
 
 
 def _touched(text: str, other: str) -> int:
@@ -247,6 +254,8 @@ class Module:
         if i.name.startswith(_RAGGED):
             written = sum(a.padded for a in arrays(i.type)[:1] if a.hbm)
             return sum(map(hbm_bytes, types[:_RAGGED_WHOLE])), written
+        if i.name.startswith(_GROUPED):
+            return sum(map(_layer_bytes, types)), hbm_bytes(i.type)
         if i.opcode.endswith("-start"):  # (operands, result)
             read = sum(map(hbm_bytes, types))
             return read, max(hbm_bytes(i.type) - read, 0)
