@@ -9,10 +9,10 @@ import re
 from collections import Counter
 
 import pytest
+from refusals import refusal
 
 from dapo_jax.config import ArithmeticConfig
 from dapo_jax.data.arithmetic import arithmetic_problems
-from dapo_jax.types import InputError
 
 pytestmark = pytest.mark.host
 
@@ -170,11 +170,10 @@ def test_all_problems_there_are_and_not_one_more(max_operand, max_steps):
     fits = ArithmeticConfig(train_problems=len(everything) - 2, **config)
     made = arithmetic_problems(fits, heldout=False) + arithmetic_problems(fits, heldout=True)
     assert sorted(p.prompt for p in made) == sorted(everything)
-    with pytest.raises(InputError, match="train_problems.*distinct") as caught:
+    with refusal("data.arithmetic.train_problems...distinct"):
         arithmetic_problems(
             ArithmeticConfig(train_problems=len(everything) - 1, **config), heldout=False
         )
-    assert "\n" not in str(caught.value)
 
 
 def test_values_stay_in_range_with_large_operands():
@@ -252,5 +251,5 @@ def test_checks_undo_the_step_above_them():
 )
 def test_configs_that_ask_for_too_much(key, value):
     config = ArithmeticConfig(**{"max_steps": 1, "max_operand": 1, key: value})
-    with pytest.raises(InputError, match=f"data.arithmetic.{key}"):
+    with refusal(f"data.arithmetic.{key}"):
         arithmetic_problems(config, heldout=True)

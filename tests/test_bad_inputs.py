@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import runs
+from refusals import line_of, names
 from safetensors.numpy import load_file, save_file
 
 import dapo_jax
@@ -75,20 +76,19 @@ def config(tmp_path):
 
 @pytest.fixture
 def refused(tmp_path, capfd):
-    """Runs a verb that must refuse; returns what it said on stderr, and on stdout."""
+    """Runs a verb that must refuse, and name what is expected; returns stderr and stdout."""
 
-    def refused(verb, *args, unchanged=True):
+    def refused(expected, verb, *args, unchanged=True):
         before = tree(tmp_path)
         with pytest.raises(SystemExit) as done:
             cli.run(verb.main, [str(a) for a in args])
-        out, err = capfd.readouterr()
-        assert done.value.code == 2, err
-        lines = [line for line in err.split("\n") if line]
-        assert len(lines) == 1 and lines[0].startswith("dapo_jax: ") and len(lines[0]) < 600
-        assert not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in lines[0])
+        assert done.value.code == 2
+        said, out = line_of(capfd)
+        assert names(said, f"...{expected}"), said
+        assert not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in said)
         if unchanged:
             assert tree(tmp_path) == before
-        return lines[0], out
+        return said, out
 
     return refused
 
@@ -106,86 +106,66 @@ def train_args(config, run_dir, *overrides):
 
 # ------------------------------------------------------------------------------------------------------------- configs
 
+# What the line names: how it says what is wrong is free.
 NO_CONFIGS = {
-    "empty": (b"", "c.yaml: is empty"),
-    "only a comment": (b"# nothing\n", "c.yaml: is empty"),
-    "a list": (b"- 1\n", "c.yaml: is a list"),
-    "text": (b"hello", "c.yaml: is a str"),
-    "not UTF-8": (b"\xff\xfe", "c.yaml: not UTF-8"),
-    "NUL byte": (b"seed: 1\0", "c.yaml: not valid YAML"),
-    "a film": (b"\0" * 2_000_000, "c.yaml: larger than 1 MB"),
+    "empty": (b"", "c.yaml: ...empty"),
+    "only a comment": (b"# nothing\n", "c.yaml: ...empty"),
+    "a list": (b"- 1\n", "c.yaml: ...list"),
+    "text": (b"hello", "c.yaml: ...str"),
+    "not UTF-8": (b"\xff\xfe", "c.yaml: ...UTF-8"),
+    "NUL byte": (b"seed: 1\0", "c.yaml: ...YAML"),
+    "a film": (b"\0" * 2_000_000, "c.yaml: ...1 MB"),
     "tabs": (b"dapo:\n\tdual_clip: 3\n", "c.yaml:2: "),
-    "duplicate key": (b"seed: 1\nseed: 2", "c.yaml:2: duplicate key 'seed'"),
+    "duplicate key": (b"seed: 1\nseed: 2", "c.yaml:2: ...'seed'"),
     "python tag": (
         b"seed: !!python/object/apply:os.system [ls]",
-        "c.yaml:1: tags are not allowed, got tag:yaml.org,2002:python/",
+        "c.yaml:1: ...tag:yaml.org,2002:python/",
     ),
-    "alias bomb": (b"a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "c.yaml:2: aliases are not allowed"),
-    "deep nesting": (b"seed: " + b"[" * 20_000, "c.yaml:1: nested too deeply"),
+    "alias bomb": (b"a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "c.yaml:2: ...aliases"),
+    "deep nesting": (b"seed: " + b"[" * 20_000, "c.yaml:1: ...nested"),
     "more keys than a config has": (
         b"".join(b"k%d: 1\n" % n for n in range(6_000)),
-        "c.yaml:5000: more than 10,000 keys and values",
+        "c.yaml:5000: ...10,000",
     ),
 }
-# The key that is named; what is said of it is in `test_config.py`.
+# What is said of other keys is in `test_config.py`.
 BAD_CONFIGS = {
-    "unknown key": (
-        "dapo: {clip_eps: 1}",
-        "c.yaml: dapo.clip_eps: unknown key; did you mean 'clip_eps_",
-    ),
-    "key with controls": ('"a\\n\\e[31m": 1', "unknown key"),
+    "unknown key": ("dapo: {clip_eps: 1}", "c.yaml: dapo.clip_eps: ...'clip_eps_"),
+    "key with controls": ('"a\\n\\e[31m": 1', r"c.yaml: 'a\n\x1b[31m': "),
     "nan": ("optim: {learning_rate: .nan}", "c.yaml: optim.learning_rate: "),
     "inf": ("rollout: {temperature: .inf}", "c.yaml: rollout.temperature: "),
-    "negative size": (
-        "rollout: {decode_slots: -8}",
-        "c.yaml: rollout.decode_slots: ",
-    ),
-    "zero size": (
-        "train: {rows_per_microbatch: 0}",
-        "c.yaml: train.rows_per_microbatch: ",
-    ),
-    "huge size": (
-        "train: {row_len: 99999999999999999999}",
-        "c.yaml: train.row_len: ",
-    ),
-    "G = 1": (
-        "dapo: {responses_per_prompt: 1}",
-        "c.yaml: dapo.responses_per_prompt: ",
-    ),
+    "negative size": ("rollout: {decode_slots: -8}", "c.yaml: rollout.decode_slots: ...-8"),
+    "zero size": ("train: {rows_per_microbatch: 0}", "c.yaml: train.rows_per_microbatch: ...0"),
+    "huge size": ("train: {row_len: 99999999999999999999}", "c.yaml: train.row_len: ...9999"),
+    "G = 1": ("dapo: {responses_per_prompt: 1}", "c.yaml: dapo.responses_per_prompt: ...1"),
     "update splits groups": (
         "dapo: {responses_per_update: 100}",
-        "100 is no multiple of responses_per_prompt 16",
+        "c.yaml: dapo.responses_per_update: 100 ...responses_per_prompt 16",
     ),
     "heads": (
         "model: {architecture: {heads: 3, kv_heads: 2}}",
-        "c.yaml: model.architecture.kv_heads: ",
+        "c.yaml: model.architecture.kv_heads: 2 ...heads 3",
     ),
-    "epsilon": (
-        "dapo: {clip_eps_low: 1}",
-        "c.yaml: dapo.clip_eps_low: ",
-    ),
-    "octal": ("seed: 010", "c.yaml: seed: "),
-    "base 60": ("seed: 1:30", "c.yaml: seed: "),
+    "epsilon": ("dapo: {clip_eps_low: 1}", "c.yaml: dapo.clip_eps_low: ...1"),
+    "octal": ("seed: 010", "c.yaml: seed: ...'010'"),
+    "base 60": ("seed: 1:30", "c.yaml: seed: ...'1:30'"),
     "NUL": ('data: {train: "x\\0.jsonl"}', "c.yaml: data.train: "),
     "NUL in a set": ('eval: {sets: {a: "x\\0.jsonl"}}', "c.yaml: eval.sets.a: "),
     "NUL in a list": (
         'reward: {allowed_modules: ["\\0"]}',
         "c.yaml: reward.allowed_modules.0: ",
     ),
-    "lone surrogate": (
-        'data: {train: "\\ud800.jsonl"}',
-        "c.yaml: data.train: ",
-    ),
+    "lone surrogate": ('data: {train: "\\ud800.jsonl"}', "c.yaml: data.train: "),
     "set named ..": ("eval: {sets: {..: a.jsonl}}", "c.yaml: eval.sets: "),
     "function not allowed": (
         "reward: {verifier: custom, function: 'os:system'}",
-        "module 'os' is not in reward.allowed_modules",
+        "c.yaml: reward.function: ...'os' ...reward.allowed_modules",
     ),
     "beyond the context": (
         "rollout: {max_response_len: 40000}",
-        "exceed the model's context of 40960 tokens; lower one",
+        "rollout.max_response_len: ...40000 ...40960",
     ),
-    "save interval 0": ("train: {save_every: 0}", "c.yaml: train.save_every: "),
+    "save interval 0": ("train: {save_every: 0}", "c.yaml: train.save_every: ...0"),
 }
 
 
@@ -193,7 +173,7 @@ BAD_CONFIGS = {
 def test_a_file_that_is_no_config(tmp_path, refused, case):
     content, expected = NO_CONFIGS[case]
     (tmp_path / "c.yaml").write_bytes(content)
-    assert expected in refused(train, *train_args(tmp_path / "c.yaml", tmp_path / "run"))[0]
+    refused(expected, train, *train_args(tmp_path / "c.yaml", tmp_path / "run"))
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
@@ -205,7 +185,7 @@ def test_bad_config(tmp_path, refused, case):
             [text, *(f"{key}: {value}" for key, value in needed.items() if f"{key}:" not in text)]
         )
     )
-    assert expected in refused(train, *train_args(tmp_path / "c.yaml", tmp_path / "run"))[0]
+    refused(expected, train, *train_args(tmp_path / "c.yaml", tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -216,23 +196,14 @@ def test_every_verb_refuses_a_missing_config_and_a_folder_for_one(
     tmp_path, monkeypatch, refused, verb, others
 ):
     monkeypatch.chdir(tmp_path)
-    assert (
-        "missing.yaml: cannot read config (No such file"
-        in refused(verb, "--config", "missing.yaml", *others)[0]
-    )
-    assert ": cannot read config (Is a directory" in refused(verb, "--config", tmp_path, *others)[0]
+    refused("missing.yaml: ...No such file", verb, "--config", "missing.yaml", *others)
+    refused(f"{tmp_path}: ...Is a directory", verb, "--config", tmp_path, *others)
 
 
 def test_verbs_without_work_say_so(config, refused, tmp_path):
-    assert (
-        "supervised.updates: is 0"
-        in refused(supervised, "--config", config, "--out", tmp_path / "out")[0]
-    )
+    refused("supervised.updates: ...0", supervised, "--config", config, "--out", tmp_path / "out")
     config.write_text(CONFIG.replace("{heldout: arithmetic}", "{}"))
-    assert (
-        "c.yaml: eval.sets: is empty"
-        in refused(evaluate, "--config", config, "--run-dir", tmp_path)[0]
-    )
+    refused("c.yaml: eval.sets: ", evaluate, "--config", config, "--run-dir", tmp_path)
 
 
 @pytest.mark.parametrize("slots", [4, 12])
@@ -241,21 +212,15 @@ def test_evaluate_refuses_slots_that_do_not_divide_over_devices(
 ):
     """Fewer than the 8 devices, or more. Rows of training do not matter to it."""
     sizes = ("--set", f"rollout.decode_slots={slots}", "--set", "train.rows_per_microbatch=4")
-    said, _ = refused(evaluate, "--config", config, "--model", sound_model, *sizes)
-    assert f"rollout.decode_slots: {slots} does not divide over the mesh's 8 row shards" in said
+    expected = f"rollout.decode_slots: {slots} ...8 "
+    refused(expected, evaluate, "--config", config, "--model", sound_model, *sizes)
 
 
 def test_supervised_refuses_rows_that_do_not_divide_over_devices(config, refused, tmp_path):
     sizes = ("supervised.updates=1", "train.rows_per_microbatch=4", "rollout.decode_slots=4")
-    said, _ = refused(
-        supervised,
-        "--config",
-        config,
-        "--out",
-        tmp_path / "out",
-        *(x for s in sizes for x in ("--set", s)),
-    )
-    assert "train.rows_per_microbatch: 4 does not divide over the mesh's 8 row shards" in said
+    sets = (x for s in sizes for x in ("--set", s))
+    where = ("--config", config, "--out", tmp_path / "out")
+    refused("train.rows_per_microbatch: 4 ...8 ", supervised, *where, *sets)
 
 
 def test_a_path_may_lead_upwards(config, refused, tmp_path, monkeypatch):
@@ -266,10 +231,8 @@ def test_a_path_may_lead_upwards(config, refused, tmp_path, monkeypatch):
     write_rows(tmp_path / "rows.jsonl", GOOD)
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
-    said, out = refused(
-        train, *train_args("../c.yaml", "../run", "data.train=../rows.jsonl", NO_MESH)
-    )
-    assert ACCEPTED in said and "../rows.jsonl: 9 problems from 9 rows" in out
+    arguments = train_args("../c.yaml", "../run", "data.train=../rows.jsonl", NO_MESH)
+    assert "../rows.jsonl: 9 problems from 9 rows" in refused(ACCEPTED, train, *arguments)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -318,33 +281,27 @@ def rows(*rows):
 
 
 BAD_DATA = {
-    "empty": (rows(), "d.jsonl: 0 problems from 0 rows; give rows with a `prompt` and an `answer`"),
+    "empty": (rows(), "d.jsonl: ...0 rows...`prompt` ...`answer`"),
     "no good row": (
         rows({"text": "a"}, b"{", b"\xff"),
-        "1 skipped: no prompt (row 1: columns text), 1 skipped: not JSON (row 2), 1 skipped: not UTF-8 (row 3)",
+        "d.jsonl: ...(row 1: columns text), 1 ...JSON (row 2), 1 ...UTF-8 (row 3)",
     ),
     "conflicts alone": (
         rows({"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}),
-        "1 conflicting prompts dropped",
+        "d.jsonl: ...1 conflicting",
     ),
     "too long": (
         rows({"prompt": "x" * 17, "answer": 1}),
-        "no usable prompt (1 longer than 16 tokens); raise data.max_prompt_len",
+        "1 longer than 16 tokens...data.max_prompt_len",
     ),
-    "control tokens": (
-        rows({"prompt": "<|end|>", "answer": 1}),
-        "no usable prompt (1 control tokens (<|end|>)); write these prompts as chat turns",
-    ),
-    "corrupt gzip": (corrupt_gzip, "corrupt gzip ("),
-    "corrupt parquet": (corrupt_parquet, "d.parquet: corrupt Parquet"),
-    "corrupt records": (corrupt_records, "1.0.0: not a readable data set"),
-    "missing": (lambda folder: "missing.jsonl", "missing.jsonl: no such file; correct the path"),
-    "a plain folder": (lambda folder: ".", "holds no dataset_info.json"),
-    "unknown kind": (
-        lambda folder: "c.yaml",
-        "c.yaml: not a known kind of data set; give .parquet, .jsonl",
-    ),
-    "a URL": (lambda folder: "https://host/a.jsonl", "https://host/a.jsonl: no such file"),
+    "control tokens": (rows({"prompt": "<|end|>", "answer": 1}), "1 control tokens (<|end|>)"),
+    "corrupt gzip": (corrupt_gzip, "d.jsonl.gz: ...gzip"),
+    "corrupt parquet": (corrupt_parquet, "d.parquet: ...Parquet"),
+    "corrupt records": (corrupt_records, "1.0.0: ...readable"),
+    "missing": (lambda folder: "missing.jsonl", "missing.jsonl: ...no such file"),
+    "a plain folder": (lambda folder: ".", "dataset_info.json"),
+    "unknown kind": (lambda folder: "c.yaml", "c.yaml: ...kind...jsonl"),
+    "a URL": (lambda folder: "https://host/a.jsonl", "https://host/a.jsonl: ...no such file"),
 }
 
 
@@ -353,8 +310,7 @@ BAD_DATA = {
 def test_bad_data(config, tmp_path, monkeypatch, refused, case, key):
     make, expected = BAD_DATA[case]
     monkeypatch.chdir(tmp_path)
-    said, _ = refused(train, *train_args(config, "run", f"{key}={make(tmp_path)}"))
-    assert expected in said
+    refused(expected, train, *train_args(config, "run", f"{key}={make(tmp_path)}"))
 
 
 def test_bad_rows_are_counted_and_the_run_continues(config, tmp_path, refused):
@@ -382,8 +338,8 @@ def test_bad_rows_are_counted_and_the_run_continues(config, tmp_path, refused):
     ]
     path = write_rows(tmp_path / "d.jsonl", bad)
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
-    said, out = refused(train, *train_args(config, tmp_path / "run", f"data.train={path}", NO_MESH))
-    assert ACCEPTED in said
+    arguments = train_args(config, tmp_path / "run", f"data.train={path}", NO_MESH)
+    _, out = refused(ACCEPTED, train, *arguments)
     assert "d.jsonl: 12 problems from 23 rows (2 duplicates, 1 conflicting prompts dropped, " in out
     assert (
         "3 skipped: no answer (row 2: columns prompt), 2 skipped: no prompt (row 4: columns answer), 1 skipped: answer over"
@@ -396,14 +352,9 @@ def test_bad_rows_are_counted_and_the_run_continues(config, tmp_path, refused):
 @pytest.mark.parametrize("count", [1, 3])
 def test_fewer_problems_than_a_step_needs(config, tmp_path, refused, count):
     path = write_rows(tmp_path / "d.jsonl", GOOD[:count])
-    said, _ = refused(
-        train,
-        *train_args(config, tmp_path / "run", f"data.train={path}", "dapo.prompts_per_step=4"),
-    )
-    assert (
-        f"data.train: {count} prompts to train on, but dapo.prompts_per_step needs 4; give more problems"
-        in said
-    )
+    sets = (f"data.train={path}", "dapo.prompts_per_step=4")
+    expected = f"data.train: {count} ...dapo.prompts_per_step ...4"
+    refused(expected, train, *train_args(config, tmp_path / "run", *sets))
 
 
 def test_problems_that_are_evaluated_on_are_not_trained_on(config, tmp_path, refused):
@@ -412,18 +363,10 @@ def test_problems_that_are_evaluated_on_are_not_trained_on(config, tmp_path, ref
         for name, rows in (("d.jsonl", GOOD), ("e.jsonl", GOOD[2:4]), ("all.jsonl", GOOD))
     ]
     held_out = (f"data.train={paths[0]}", f"eval.sets.heldout={paths[1]}")
-    said, out = refused(train, *train_args(config, tmp_path / "run", *held_out, NO_MESH))
-    assert (
-        ACCEPTED in said
-        and "problems: 2 of the prompts are in eval.sets too, and left out of training" in out
-    )
-    said, _ = refused(
-        train, *train_args(config, tmp_path / "run", *held_out, f"eval.sets.more={paths[2]}")
-    )
-    assert (
-        "data.train: 0 prompts to train on (9 more are in eval.sets), but dapo.prompts_per_step needs 2; "
-        in said
-    )
+    _, out = refused(ACCEPTED, train, *train_args(config, tmp_path / "run", *held_out, NO_MESH))
+    assert "problems: 2 of the prompts are in eval.sets too, and left out of training" in out
+    more = train_args(config, tmp_path / "run", *held_out, f"eval.sets.more={paths[2]}")
+    refused("data.train: 0 ...9 ...eval.sets...dapo.prompts_per_step ...2", train, *more)
 
 
 def test_problems_that_are_evaluated_on_are_not_warmed_up_on(config, tmp_path, refused):
@@ -438,28 +381,20 @@ def test_problems_that_are_evaluated_on_are_not_warmed_up_on(config, tmp_path, r
     ]
     held_out = ("supervised.updates=1", f"data.train={paths[0]}", f"eval.sets.heldout={paths[1]}")
 
-    def args(*overrides):
-        return (
-            "--config",
-            config,
-            "--out",
-            tmp_path / "out",
-            *(x for o in overrides for x in ("--set", o)),
-        )
-
-    said, out = refused(supervised, *args(*held_out))
-    assert "data.train: no problem has a `solution`" in said
+    args = (
+        *("--config", config, "--out", tmp_path / "out"),
+        *(x for o in held_out for x in ("--set", o)),
+    )
+    _, out = refused("data.train: ...`solution`", supervised, *args)
     assert "problems: 3 of the prompts are in eval.sets too, and left out of training" in out
-    said, _ = refused(supervised, *args(*held_out, f"eval.sets.more={paths[2]}"))
-    assert "(9 more are in eval.sets), but a warm-up needs 1; give more problems" in said
+    more = ("--set", f"eval.sets.more={paths[2]}")
+    refused("data.train: 0 ...9 ...eval.sets...warm-up ...1", supervised, *args, *more)
 
 
 def test_warm_up_without_solutions(config, tmp_path, refused):
     path = write_rows(tmp_path / "d.jsonl", GOOD)
-    said, _ = refused(
-        train, *train_args(config, tmp_path / "run", f"data.train={path}", "supervised.updates=1")
-    )
-    assert "data.train: no problem has a `solution`" in said
+    sets = (f"data.train={path}", "supervised.updates=1")
+    refused("data.train: ...`solution`", train, *train_args(config, tmp_path / "run", *sets))
 
 
 def test_a_file_that_changes_while_it_is_read(config, tmp_path, monkeypatch, refused):
@@ -471,12 +406,8 @@ def test_a_file_that_changes_while_it_is_read(config, tmp_path, monkeypatch, ref
         return parse(*args)
 
     monkeypatch.setattr(problems, "problem_from_row", parse_while_another_program_writes)
-    assert (
-        "changed while it was read"
-        in refused(
-            train, *train_args(config, tmp_path / "run", f"data.train={path}"), unchanged=False
-        )[0]
-    )
+    args = train_args(config, tmp_path / "run", f"data.train={path}")
+    refused(f"{path}: changed", train, *args, unchanged=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -505,8 +436,8 @@ def test_a_data_set_that_names_code_is_refused_and_its_code_not_run(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` does
-    said, _ = refused(train, *train_args(config, "run", f"data.train={folder}"))
-    assert "features.json: 'hostile.evil.X' is no feature" in said
+    expected = "features.json: ...'hostile.evil.X'"
+    refused(expected, train, *train_args(config, "run", f"data.train={folder}"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -594,18 +525,15 @@ def template(text):
 
 NORM = "model.norm.weight"
 BAD_MODELS = {
-    "no folder": (shutil.rmtree, "m: no such folder"),
-    "no config": (
-        lambda f: (f / "config.json").unlink(),
-        "m/config.json: cannot read (No such file",
-    ),
+    "no folder": (shutil.rmtree, "m: ...no such folder"),
+    "no config": (lambda f: (f / "config.json").unlink(), "m/config.json: ...No such file"),
     "no tokenizer": (
         lambda f: [p.unlink() for p in f.glob("tokenizer*")],
-        "m: no tokenizer.json; give",
+        "m: ...no tokenizer.json",
     ),
     "remote code in the model": (
         lambda f: edit_json(f / "config.json", auto_map={"AutoModel": "evil.M"}),
-        "config.json: auto_map: the model",
+        "m/config.json: auto_map: ",
     ),
     "remote code in the tokenizer": (
         lambda f: edit_json(
@@ -613,31 +541,28 @@ BAD_MODELS = {
             auto_map={"AutoTokenizer": [None, "evil.T"]},
             tokenizer_class="T",
         ),
-        "tokenizer_config.json: auto_map: the tokenizer's own code is never run",
+        "m/tokenizer_config.json: auto_map: ",
     ),
     "no end token": (
         lambda f: edit_json(f / "tokenizer_config.json", eos_token=...),
-        "the tokenizer has no end-of-sequence token",
+        "end-of-sequence token",
     ),
-    "prompt beyond": (
-        beyond_the_embedding("="),
-        "token '=' (300) is beyond the model's embedding of 258 tokens",
-    ),
+    "prompt beyond": (beyond_the_embedding("="), "token '=' (300) ...258"),
     "end token beyond": (
         lambda f: edit_json(f / "config.json", eos_token_id=[1, 10**12]),
-        "m: stop tokens: token (1000000000000) is beyond the model's embedding of 258 tokens",
+        "m: stop tokens: ...(1000000000000) ...258",
     ),
     "short context": (
         lambda f: edit_json(f / "config.json", max_position_embeddings=50),
-        "exceed the model's context of 50 tokens",
+        "rollout.max_response_len: ...16 ...40 ...50 ",
     ),
     "template that hangs": (
         template("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"),
-        "timed out after 1 s",
+        "chat template of ...1 s",
     ),
     "template that holds the interpreter": (
         template("{{ 9 ** (9 ** 9) }}"),
-        "timed out after 1 s",
+        "chat template of ...1 s",
     ),
     "template that fills memory": (template("{{ 'a' * 10 ** 10 }}"), "chat template of"),
     "template that reaches out": (
@@ -649,11 +574,11 @@ BAD_WEIGHTS = {
     "none": (lambda f: (f / "model.safetensors").unlink(), "m: no model.safetensors"),
     "only pickled": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        "m: only pickled weights (.bin), which are never opened",
+        "m: ...pickled ...(.bin)",
     ),
     "missing shard": (
         with_index(lambda f, w: (f / "part-1.safetensors").unlink()),
-        "file part-1.safetensors is missing",
+        "part-1.safetensors ...missing",
     ),
     "repeated tensor": (
         with_index(
@@ -661,27 +586,24 @@ BAD_WEIGHTS = {
         ),
         "also in part-0",
     ),
-    "shard outside": (
-        with_index(leading_out),
-        "'../outside.safetensors' is not the name of a .safetensors file in this folder",
-    ),
+    "shard outside": (with_index(leading_out), "'../outside.safetensors' "),
     "truncated": (
         lambda f: os.truncate(f / "model.safetensors", 5000),
-        "model.safetensors: truncated or corrupt",
+        "m/model.safetensors: ...truncated",
     ),
     "misshapen": (
         lambda f: edit_weights(f, lambda t: t.update({NORM: np.ones(7, np.float32)})),
-        "model.norm.weight: expected shape (16,)",
+        "model.norm.weight: ...(16,)",
     ),
     "name with controls": (
         lambda f: edit_weights(f, lambda t: t.update({"\x1b[31m\n": t[NORM].copy()})),
-        "tensor has no place",
+        r"\x1b[31m\n",
     ),
 }
 NAN_WEIGHTS = {
     "nan": (
         lambda f: edit_weights(f, lambda t: t.update({NORM: t[NORM] * np.nan})),
-        "model.norm.weight: holds NaN",
+        "model.norm.weight: ...NaN",
     )
 }
 
@@ -696,22 +618,21 @@ def test_bad_model_folder(config, model, tmp_path, monkeypatch, refused, case):
     spoil, expected = BAD_MODELS[case]
     spoil(model)
     monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
-    said, _ = refused(train, *train_args(config, tmp_path / "run", *of_folder(model)))
-    assert expected in said
+    refused(expected, train, *train_args(config, tmp_path / "run", *of_folder(model)))
 
 
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
 def test_training_looks_at_weights_before_it_makes_a_folder(config, model, tmp_path, refused, case):
     spoil, expected = BAD_WEIGHTS[case]
     spoil(model)
-    assert expected in refused(train, *train_args(config, tmp_path / "run", *of_folder(model)))[0]
+    refused(expected, train, *train_args(config, tmp_path / "run", *of_folder(model)))
 
 
 @pytest.mark.parametrize("case", BAD_WEIGHTS | NAN_WEIGHTS)
 def test_bad_weights(config, model, refused, case):
     spoil, expected = (BAD_WEIGHTS | NAN_WEIGHTS)[case]
     spoil(model)
-    assert expected in refused(evaluate, "--config", config, "--model", model)[0]
+    refused(expected, evaluate, "--config", config, "--model", model)
 
 
 @pytest.mark.default("pad = EOS", "no pad", "shards", "a*beyond")
@@ -738,10 +659,7 @@ def test_bad_weights(config, model, refused, case):
 )
 def test_folders_that_are_odd_but_sound(config, model, tmp_path, refused, change):
     change(model)
-    assert (
-        ACCEPTED
-        in refused(train, *train_args(config, tmp_path / "run", *of_folder(model), NO_MESH))[0]
-    )
+    refused(ACCEPTED, train, *train_args(config, tmp_path / "run", *of_folder(model), NO_MESH))
     load_pretrained(model)
 
 
@@ -773,25 +691,21 @@ def test_a_reward_function_that_gives_no_verdicts(
         "load_params",
         lambda *_: pytest.fail("a model is loaded before the function is tried"),
     )
-    said, _ = refused(evaluate, "--config", config, "--model", sound_model, *overrides)
-    assert f"reward.function: nasty_{how}:f gives no verdict on a first answer, 'Answer: " in said
     limit = {
-        "sleep": "raise reward.timeout_s (0.3)",
-        "print": "raise reward.timeout_s (0.3)",
-        "allocate": "raise reward.memory_mb (512)",
+        "sleep": "reward.timeout_s (0.3)",
+        "print": "reward.timeout_s (0.3)",
+        "allocate": "reward.memory_mb (512)",
     }
-    assert said.endswith(
-        limit.get(how, "fix reward.function: (problem, text, length) -> (correct, score)")
-    )
+    fix = limit.get(how, "reward.function: (problem, text, length) -> (correct, score)")
+    expected = f"reward.function: nasty_{how}:f ...'Answer: ...{fix}"
+    refused(expected, evaluate, "--config", config, "--model", sound_model, *overrides)
 
 
 def test_a_reward_function_that_cannot_be_loaded_leaves_no_folder(config, tmp_path, refused):
     """So that the same command, corrected, does not meet the folder of another config."""
     settings = ("reward.verifier=custom", "reward.function=gone:f", "reward.allowed_modules=[gone]")
-    assert (
-        "reward.function: cannot import 'gone'"
-        in refused(train, *train_args(config, tmp_path / "run", *settings))[0]
-    )
+    arguments = train_args(config, tmp_path / "run", *settings)
+    refused("reward.function: ...'gone'", train, *arguments)
 
 
 # --------------------------------------------------------------------------------------------------------- run folders
@@ -802,25 +716,20 @@ def test_a_reward_function_that_cannot_be_loaded_leaves_no_folder(config, tmp_pa
     [
         (
             ("model.architecture.layers=3",),
-            "model.architecture.layers: is 3, but {run} was trained with 1; set it back, or give --config {run}/",
+            "model.architecture.layers: ...3, ...{run} ...1; ...--config {run}/",
         ),
-        (
-            of_folder("{model}"),
-            "model.folder: is '{model}', but {run} was trained with None; set it back",
-        ),
+        (of_folder("{model}"), "model.folder: ...'{model}', ...{run} ...None"),
     ],
 )
 def test_a_config_that_contradicts_a_run_s_checkpoints(
     config, sound_model, tmp_path, refused, overrides, expected
 ):
-    run, names = tmp_path / "run", {"model": sound_model, "run": tmp_path / "run"}
+    run, given = tmp_path / "run", {"model": sound_model, "run": tmp_path / "run"}
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(config.read_text())
-    changes = (x for change in overrides for x in ("--set", change.format(**names)))
-    assert (
-        expected.format(**names)
-        in refused(evaluate, "--config", config, "--run-dir", run, *changes)[0]
-    )
+    changes = (x for change in overrides for x in ("--set", change.format(**given)))
+    arguments = ("--config", config, "--run-dir", run, *changes)
+    refused(expected.format(**given), evaluate, *arguments)
 
 
 def test_a_run_folder_that_cannot_be(config, tmp_path, refused):
@@ -831,17 +740,14 @@ def test_a_run_folder_that_cannot_be(config, tmp_path, refused):
         "/proc/no/such/place",
         tmp_path / "file" / "two\nlines",
     ):
-        assert " ".join(str(run_dir).split()) in refused(train, *train_args(config, run_dir))[0]
+        refused(" ".join(str(run_dir).split()), train, *train_args(config, run_dir))
 
 
 def test_a_run_folder_of_another_config(config, tmp_path, refused):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(load_config(config)))
-    said, _ = refused(train, *train_args(config, tmp_path / "run", "optim.learning_rate=1e-5"))
-    assert (
-        "optim.learning_rate: is 1e-05, but" in said
-        and "use another --run-dir, or set it back" in said
-    )
+    changed = train_args(config, tmp_path / "run", "optim.learning_rate=1e-5")
+    refused("optim.learning_rate: ...1e-05, ...--run-dir", train, *changed)
 
 
 def other_checkpoint(folder):
@@ -896,19 +802,13 @@ def test_a_run_whose_only_checkpoint_is_of_another_model_is_not_started_over(
     with pytest.raises(SystemExit) as done:
         cli.run(train.main, [str(a) for a in train_args(config, run_dir)])
     said = capfd.readouterr().err
-    assert (
-        done.value.code == 3
-        and "of another model" in said
-        and "start over in another --run-dir" in said
-    )
+    assert done.value.code == 3 and "of another model" in said and "--run-dir" in said
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["1"]
 
 
 def test_export_of_a_folder_without_a_run(tmp_path, refused):
-    assert (
-        "holds no config.yaml"
-        in refused(export, "--run-dir", tmp_path, "--out", tmp_path / "out")[0]
-    )
+    out = ("--out", tmp_path / "out")
+    refused(f"{tmp_path}: ...config.yaml", export, "--run-dir", tmp_path, *out)
 
 
 @pytest.mark.parametrize("flag", ["--json", "--samples"])
@@ -926,19 +826,10 @@ def test_a_place_for_a_model_is_looked_at_before_the_work(config, tmp_path, refu
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     overrides = ("--set", "supervised.updates=1", "--set", "data.train=nowhere.jsonl")
-    for place, says in (
-        (tmp_path / "full", "exists and is not an empty folder"),
-        (config / "below", "cannot write"),
-    ):
-        assert (
-            f"{place}: {says}"
-            in refused(supervised, "--config", config, "--out", place, *overrides)[0]
-        )
-    run_dir = run_folder(config, tmp_path, None)
-    assert (
-        "exists and is not an empty folder"
-        in refused(export, "--run-dir", run_dir, "--out", tmp_path / "full")[0]
-    )
+    for place in (tmp_path / "full", config / "below"):
+        refused(f"{place}: ", supervised, "--config", config, "--out", place, *overrides)
+    full, run_dir = tmp_path / "full", run_folder(config, tmp_path, None)
+    refused(f"{full}: ", export, "--run-dir", run_dir, "--out", full)
 
 
 # ---------------------------------------------------------------------------------------------------------------- code
@@ -982,11 +873,8 @@ def test_nothing_is_unpickled_evaluated_or_run_by_a_shell(file):
 @pytest.mark.parametrize(
     "args, expected",
     [
-        (
-            ("--config", "missing.yaml"),
-            "missing.yaml: cannot read config (No such file or directory)",
-        ),
-        (("--config", "c.yaml", "--set", "data.train=gone.jsonl"), "gone.jsonl: no such file"),
+        (("--config", "missing.yaml"), "missing.yaml: "),
+        (("--config", "c.yaml", "--set", "data.train=gone.jsonl"), "gone.jsonl: "),
     ],
 )
 def test_the_same_from_a_shell(config, tmp_path, args, expected):
@@ -1096,20 +984,14 @@ def test_credentials_of_a_url_are_refused_and_not_repeated(config, tmp_path, ref
             nested = f"{{{part}: {nested}}}"
         (tmp_path / "secret.yaml").write_text(nested[1:-1])
         args = train_args(tmp_path / "secret.yaml", tmp_path / "run")
-    said, out = refused(train, *args)
-    assert f": {key}: " in said and CANARY not in said + out
+    assert CANARY not in "".join(refused(f": {key}: ", train, *args))
 
 
 def test_a_secret_among_the_names_of_variables_is_refused_and_not_repeated(
     config, tmp_path, refused
 ):
-    said, out = refused(
-        train, *train_args(config, tmp_path / "run", f"reward.environment=[MY_PASSWORD={CANARY}]")
-    )
-    assert (
-        ": reward.environment: holds what is no variable's name" in said
-        and CANARY not in said + out
-    )
+    args = train_args(config, tmp_path / "run", f"reward.environment=[MY_PASSWORD={CANARY}]")
+    assert CANARY not in "".join(refused(": reward.environment: ", train, *args))
 
 
 def test_credentials_in_keys_and_paths_are_not_repeated(config, tmp_path, refused):
@@ -1125,5 +1007,4 @@ def test_credentials_in_keys_and_paths_are_not_repeated(config, tmp_path, refuse
         train_args(config, url),
         train_args(config, config / url),
     ):
-        said, out = refused(train, *args)
-        assert CANARY not in said + out
+        assert CANARY not in "".join(refused("", train, *args))

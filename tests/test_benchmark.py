@@ -14,12 +14,12 @@ from pathlib import Path
 import measure_sampling
 import numpy as np
 import pytest
+from refusals import names, refusal
 
 import dapo_jax
 from dapo_jax.benchmark import main
 from dapo_jax.benchmark.rollout import RolloutSizes, response_lengths
 from dapo_jax.benchmark.update import UpdateSizes, padded_rows, train_items
-from dapo_jax.types import InputError
 
 pytestmark = pytest.mark.benchmark
 
@@ -244,10 +244,7 @@ def test_loss_over_several_devices():
     )
     assert all(0 <= variant["grad_error"] < 1e-4 for variant in result["variants"].values())
     done = command("loss --tokens 30 --model-dim 16 --vocab 64 --repeats 1 --mesh 2x2x2", env)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "dapo_jax: --tokens: 30 is no multiple of the 4 devices it is split over; give one\n",
-    )
+    assert done.returncode == 2 and names(done.stderr, "dapo_jax: --tokens: 30 ...4 devices")
 
 
 @pytest.mark.parametrize("lengths, median", [("equal", 120), ("lognormal", 20)])
@@ -265,33 +262,29 @@ def test_lengths_of_responses(lengths, median):
     "arguments, said",
     [
         ("loss --tokens 0", "--tokens"),
-        ("loss --vocab many", "--vocab: must be a valid integer, got 'many'"),
-        ("loss --vocab 2147483648", "--vocab: 2147483648 is too large"),
-        ("rollout --family bert", "--family: must be 'llama', 'qwen2' or 'qwen3', got"),
+        ("loss --vocab many", "--vocab: ...integer...'many'"),
+        ("loss --vocab 2147483648", "--vocab: 2147483648 "),
+        ("rollout --family bert", "--family: ...'llama', 'qwen2' or 'qwen3', got"),
         ("loss --chunk -1", "--chunk"),
         ("loss --target-fraction 1.5", "--target-fraction"),
         ("loss --target-fraction nan", "--target-fraction"),
         ("rollout --top-p 0", "--top-p"),
         ("rollout --heads 3 --kv-heads 2", "--kv-heads"),
         ("rollout --head-dim 7", "--head-dim"),
-        ("rollout --slots 3", "--slots: 3 is no multiple of the 8 devices"),
-        ("update --mesh 2x4", "--mesh: expected DATAxFSDPxTENSOR"),
-        ("update --mesh 3x1x1", "mesh: data 3 x fsdp 1 x tensor 1 does not cover 8 devices"),
-        ("update --rows 9", "--rows: 9 is no multiple of the 8 devices"),
-        (
-            "update --row-len 511",
-            "--row-len: 511 does not hold --prompt-len + --max-response-len = 512",
-        ),
+        ("rollout --slots 3", "--slots: 3 ...8 devices"),
+        ("update --mesh 2x4", "--mesh: ...DATAxFSDPxTENSOR"),
+        ("update --mesh 3x1x1", "mesh: data 3 x fsdp 1 x tensor 1 ...8 devices"),
+        ("update --rows 9", "--rows: 9 ...8 devices"),
+        ("update --row-len 511", "--row-len: 511 ...--prompt-len + --max-response-len = 512"),
     ],
 )
 def test_bad_sizes_are_named_in_one_line(arguments, said):
-    with pytest.raises(InputError) as e:
+    with refusal(said):
         main(arguments.split())
-    assert str(e.value).startswith(said) and "\n" not in str(e.value)
 
 
 def test_a_group_of_one_is_refused():
-    with pytest.raises(InputError, match="--group: a group needs at least 2 responses"):
+    with refusal("--group: ...2"):
         measure_sampling.main(["draw", "--group", "1"])
 
 

@@ -17,11 +17,12 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from refusals import refusal
 from states import GROUPS, HOST, abstract, bits, make_state, mesh, spec
 
 from dapo_jax.runtime import checkpoint
 from dapo_jax.runtime.checkpoint import Checkpoints, newest_host, restore_params
-from dapo_jax.types import InputError, NoCheckpointError, TrainState
+from dapo_jax.types import NoCheckpointError, TrainState
 
 
 def saved(folder: Path, *steps: int) -> Path:
@@ -381,9 +382,8 @@ def test_params_do_not_need_an_intact_optimizer(folder):
 def test_all_bad_is_refused_and_left_alone(folder):
     flip(folder / "3" / "host" / "metadata")
     (folder / "5" / "host" / "metadata").write_text("[]")
-    with pytest.raises(NoCheckpointError, match="none of its 2 checkpoints is usable") as e:
+    with refusal(f"{folder}: ...none of its 2 checkpoints", NoCheckpointError):
         restored(folder)
-    assert "\n" not in str(e.value) and str(folder) in str(e.value)
     assert sorted(p.name for p in folder.iterdir()) == ["3", "5"]
 
 
@@ -429,10 +429,10 @@ def test_another_format_is_named(folder):
     path = folder / "5" / "host" / "metadata"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
     shutil.rmtree(folder / "3")
-    with pytest.raises(NoCheckpointError, match="written in format 2, not 4; resume with the"):
+    with refusal("...written in format 2, not 4", NoCheckpointError):
         restored(folder)
     (folder / "5").rename(folder / "interrupted")  # where format 2 kept partial steps
-    with pytest.raises(NoCheckpointError, match="interrupted: written in format 2, not 4"):
+    with refusal("...interrupted: written in format 2, not 4", NoCheckpointError):
         restored(folder)
 
 
@@ -448,9 +448,8 @@ def test_params_of_a_folder_without_checkpoints(tmp_path):
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="cannot hold checkpoints") as e:
+        with refusal(f"{folder}: ...checkpoints"):
             Checkpoints(folder, keep=1)
-        assert "\n" not in str(e.value) and str(folder) in str(e.value)
 
 
 FULL_DISK = """
@@ -520,9 +519,7 @@ def test_a_folder_that_refuses_a_step_leaves_no_thread_waiting(folder, monkeypat
 
     plain, before = os.mkdir, set(threading.enumerate())
     monkeypatch.setattr(os, "mkdir", mkdir)
-    with pytest.raises(
-        InputError, match="a checkpoint could not be written .Operation not permitted."
-    ):
+    with refusal(f"{folder}: ...checkpoint ...written (Operation not permitted)"):
         with Checkpoints(folder, keep=9) as checkpoints:
             checkpoints.save(6, make_state(6), {}, {})
     for thread in set(threading.enumerate()) - before:
@@ -542,7 +539,7 @@ def test_a_checkpoint_that_was_not_written_replaces_none(tmp_path, monkeypatch, 
         raise OSError(28, "No space left on device")
 
     with (
-        pytest.raises(InputError, match="could not be written .No space left"),
+        refusal(f"{tmp_path}: ...checkpoint ...written (No space left"),
         Checkpoints(tmp_path, keep=2) as checkpoints,
     ):
         for partial in before:

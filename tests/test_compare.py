@@ -5,10 +5,10 @@ import os
 
 import numpy as np
 import pytest
+from refusals import refusal
 
 from dapo_jax import compare
 from dapo_jax.compare import paired_difference
-from dapo_jax.types import InputError
 
 pytestmark = pytest.mark.host
 
@@ -99,13 +99,13 @@ def test_few_problems_and_other_ways_of_sampling_are_said(tmp_path, capsys):
     "content, said",
     [
         (None, "cannot read"),
-        ("{", "holds no evaluation"),
-        ("[]", "holds no evaluation"),
-        ('{"sets": {"heldout": {"avg": 1}}}', "holds no evaluation"),
-        ('{"sets": {"heldout": {"accuracies": {"p0": 2}}}}', "holds no evaluation"),
-        ('{"sets": {"heldout": {"accuracies": {"p0": NaN}}}}', "holds no evaluation"),
-        ('{"sets": {"other": {"accuracies": {"p0": 1}}}}', "has no set of"),
-        ('{"sets": {"heldout": {"accuracies": {"p1": 1}}}}', "is of other problems"),
+        ("{", "no evaluation"),
+        ("[]", "no evaluation"),
+        ('{"sets": {"heldout": {"avg": 1}}}', "no evaluation"),
+        ('{"sets": {"heldout": {"accuracies": {"p0": 2}}}}', "no evaluation"),
+        ('{"sets": {"heldout": {"accuracies": {"p0": NaN}}}}', "no evaluation"),
+        ('{"sets": {"other": {"accuracies": {"p0": 1}}}}', "no set"),
+        ('{"sets": {"heldout": {"accuracies": {"p1": 1}}}}', "other problems"),
     ],
 )
 def test_a_file_that_cannot_be_compared_is_named(tmp_path, content, said):
@@ -113,12 +113,11 @@ def test_a_file_that_cannot_be_compared_is_named(tmp_path, content, said):
     good.write_text('{"sets": {"heldout": {"accuracies": {"p0": 1}}}}')
     if content is not None:
         bad.write_text(content)
-    with pytest.raises(InputError, match=said) as e:
+    with refusal(f"{bad}: ...{said}"):
         compare.main([str(good), str(bad)])
-    assert str(e.value).startswith(str(bad)) and "\n" not in str(e.value)
 
 
 def test_a_fifo_is_refused_without_waiting_for_its_writer(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(InputError, match="fifo: cannot read evaluation .not a regular file"):
+    with refusal(f"{tmp_path}/fifo: ...not a regular file"):
         compare.main([str(tmp_path / "fifo"), str(tmp_path / "fifo")])

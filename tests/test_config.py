@@ -6,6 +6,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refusal
 
 from dapo_jax import config as config_module
 from dapo_jax.config import (
@@ -114,7 +115,7 @@ def test_presets_set_the_places_where_paper_and_recipe_differ(load):
 )
 def test_numbers(load, text, value):
     if value is None:
-        with pytest.raises(ConfigError, match="optim.learning_rate: must be a valid number"):
+        with refusal(f"...optim.learning_rate: ...{text}", ConfigError):
             load(f"optim: {{learning_rate: {text}}}\n")
     else:
         assert load(f"optim: {{learning_rate: {text}}}\n").optim.learning_rate == value
@@ -205,169 +206,149 @@ def test_an_override_is_merged_into_a_section(load):
     )
 
 
+# What a message names: a key, often with the wrong value or the limit.
 BAD = {
     "unknown key, nearest match": (
         "dapo: {clip_eps_hi: 1}\n",
-        "dapo.clip_eps_hi: unknown key; did you mean 'clip_eps_high'",
+        "dapo.clip_eps_hi: ...'clip_eps_high'",
     ),
-    "unknown section": ("dappo: {}\n", "dappo: unknown key; did you mean 'dapo'"),
-    "far from any key": ("zzz: 1\n", "zzz: unknown key; it has: preset"),
-    "duplicate key": ("seed: 1\nseed: 2\n", "c.yaml:5: duplicate key 'seed'"),
-    "duplicate nested": ("dapo: {dual_clip: 2, dual_clip: 3}\n", "duplicate key 'dual_clip'"),
-    "octal": ("seed: 010\n", "seed: must be a valid integer, got '010'"),
-    "base 60": ("seed: 1:30\n", "seed: must be a valid integer, got '1:30'"),
-    "yes is text": (
-        "dapo: {dynamic_sampling: yes}\n",
-        "dynamic_sampling: must be a valid boolean, got 'yes'",
+    "unknown section": ("dappo: {}\n", "dappo: ...'dapo'"),
+    "far from any key": ("zzz: 1\n", "zzz: ...preset"),
+    "duplicate key": ("seed: 1\nseed: 2\n", "c.yaml:5: ...'seed'"),
+    "duplicate nested": ("dapo: {dual_clip: 2, dual_clip: 3}\n", "c.yaml:4: ...'dual_clip'"),
+    "octal": ("seed: 010\n", "seed: ...'010'"),
+    "base 60": ("seed: 1:30\n", "seed: ...'1:30'"),
+    "yes is text": ("dapo: {dynamic_sampling: yes}\n", "dapo.dynamic_sampling: ...'yes'"),
+    "bool for int": ("seed: true\n", "seed: ...integer...True"),
+    "float for int": ("seed: 1.0\n", "seed: ...integer...1.0"),
+    "nan": ("optim: {learning_rate: .nan}\n", "optim.learning_rate: ...nan"),
+    "inf": ("optim: {learning_rate: .inf}\n", "optim.learning_rate: ...inf"),
+    "huge int": ("seed: 99999999999999999999\n", "seed: ...99999999999999999999"),
+    "int that overflows float": (
+        "optim: {learning_rate: 1" + "0" * 400 + "}\n",
+        "optim.learning_rate: ",
     ),
-    "bool for int": ("seed: true\n", "seed: must be a valid integer"),
-    "float for int": ("seed: 1.0\n", "seed: must be a valid integer"),
-    "nan": ("optim: {learning_rate: .nan}\n", "learning_rate: must be a finite number"),
-    "inf": ("optim: {learning_rate: .inf}\n", "learning_rate: must be a finite number"),
-    "huge int": ("seed: 99999999999999999999\n", "seed: 99999999999999999999 is too large"),
-    "int that overflows float": ("optim: {learning_rate: 1" + "0" * 400 + "}\n", "learning_rate"),
-    "python tag": (
-        "seed: !!python/object/apply:os.system [ls]\n",
-        "c.yaml:4: tags are not allowed",
-    ),
-    "alias bomb": ("a: &a [1]\nb: [*a, *a]\n", "aliases are not allowed"),
-    "merge key": ("a: &a {}\nb: {<<: *a}\n", "aliases are not allowed"),
-    "deep nesting": ("seed: " + "[" * 100 + "]" * 100 + "\n", "nested too deeply"),
+    "python tag": ("seed: !!python/object/apply:os.system [ls]\n", "c.yaml:4: ...python/object"),
+    "alias bomb": ("a: &a [1]\nb: [*a, *a]\n", "c.yaml:5: ...aliases"),
+    "merge key": ("a: &a {}\nb: {<<: *a}\n", "c.yaml:5: ...aliases"),
+    "deep nesting": ("seed: " + "[" * 100 + "]" * 100 + "\n", "c.yaml:4: ...nested"),
     "very deep nesting": ("seed: " + "[" * 30000, "c.yaml"),
     "tabs": ("seed:\n\t1\n", "c.yaml:"),
     "not yaml": ("}{\n", "c.yaml"),
-    "list for mapping": ("dapo: [1]\n", "dapo: must be an object"),
-    "null section": ("dapo:\n", "dapo: must be an object, got null"),
-    "NUL": ('data: {train: "a\\0b"}\n', "data.train: contains a NUL"),
-    "number for key": ("1: 2\n", "key 1 is not text"),
-    "bool for key": ("True: 2\n", "key True is not text"),
-    "list for key": ("? [seed, 1]\n: 2\n", "c.yaml:4: a key is a sequence, not text"),
+    "list for mapping": ("dapo: [1]\n", "dapo: ...[1]"),
+    "null section": ("dapo:\n", "dapo: ...null"),
+    "NUL": ('data: {train: "a\\0b"}\n', "data.train: ...NUL"),
+    "number for key": ("1: 2\n", "c.yaml:4: key 1 "),
+    "bool for key": ("True: 2\n", "c.yaml:4: key True "),
+    "list for key": ("? [seed, 1]\n: 2\n", "c.yaml:4: ...sequence"),
     "wrong literal": (
         "reward: {verifier: strictt}\n",
-        "reward.verifier: must be 'strict', 'lenient' or 'custom'",
+        "reward.verifier: ...'strict', 'lenient' or 'custom'",
     ),
-    "G = 1": (
-        "dapo: {responses_per_prompt: 1}\n",
-        "dapo.responses_per_prompt: must be at least 2, got 1",
-    ),
+    "G = 1": ("dapo: {responses_per_prompt: 1}\n", "dapo.responses_per_prompt: ...2, got 1"),
     "update splits groups": (
         "dapo: {responses_per_update: 100}\n",
-        "100 is no multiple of responses_per_prompt 16",
+        "dapo.responses_per_update: 100 ...responses_per_prompt 16",
     ),
     "update does not divide": (
         "dapo: {responses_per_update: 336}\n",
-        "336 does not divide prompts_per_step x responses_per_prompt = 8192",
+        "dapo.responses_per_update: 336 ...8192",
     ),
-    "zero": ("rollout: {decode_slots: 0}\n", "rollout.decode_slots: must be at least 1, got 0"),
-    "negative": ("optim: {weight_decay: -1}\n", "optim.weight_decay: must be at least 0, got -1"),
-    "save interval 0": ("train: {save_every: 0}\n", "train.save_every: must be at least 1"),
-    "eps_low": ("dapo: {clip_eps_low: 1.2}\n", "dapo.clip_eps_low: must be at least 0 and below 1"),
-    "eps_high": ("dapo: {clip_eps_high: -0.1}\n", "dapo.clip_eps_high: must be at least 0"),
-    "importance cap": (
-        "dapo: {importance_cap: 1.2}\n",
-        "dapo.importance_cap: must be at least 1 + clip_eps_high = 1.28",
-    ),
+    "zero": ("rollout: {decode_slots: 0}\n", "rollout.decode_slots: ...1, got 0"),
+    "negative": ("optim: {weight_decay: -1}\n", "optim.weight_decay: ...0, got -1"),
+    "save interval 0": ("train: {save_every: 0}\n", "train.save_every: ...1, got 0"),
+    "eps_low": ("dapo: {clip_eps_low: 1.2}\n", "dapo.clip_eps_low: ...0 and ...1, got 1.2"),
+    "eps_high": ("dapo: {clip_eps_high: -0.1}\n", "dapo.clip_eps_high: ...0, got -0.1"),
+    "importance cap": ("dapo: {importance_cap: 1.2}\n", "dapo.importance_cap: ...1.28"),
     "a mask that removes every exact token": (
         "dapo: {token_mask: [1.1, 2]}\n",
-        "dapo.token_mask: expected [a, b] with 0 < a < 1 < b, got [1.1, 2.0]",
+        "dapo.token_mask: ...0 < a < 1 < b...[1.1, 2.0]",
     ),
     "a mask with a bound at 0": (
         "dapo: {sequence_mask: [0, 2]}\n",
-        "dapo.sequence_mask: expected [a, b] with 0 < a < 1 < b, got [0.0, 2.0]",
+        "dapo.sequence_mask: ...0 < a < 1 < b...[0.0, 2.0]",
     ),
     "a mask of one bound": ("dapo: {token_mask: [0.5]}\n", "dapo.token_mask"),
-    "veto": ("dapo: {sequence_veto: 1}\n", "dapo.sequence_veto: must be above 0 and below 1"),
+    "veto": ("dapo: {sequence_veto: 1}\n", "dapo.sequence_veto: ...0 and ...1, got 1"),
     "a cap above the mask": (
         "dapo: {importance_cap: 3, token_mask: [0.5, 2]}\n",
-        "dapo.importance_cap: never acts: token_mask removes what is above 2",
+        "dapo.importance_cap: ...token_mask...2",
     ),
     "a mask of responses by the sampler's own log-probs": (
         "dapo: {old_logprobs: sampler, sequence_mask: [0.9, 1.1]}\n",
-        "dapo.sequence_mask: needs dapo.old_logprobs: recompute",
+        "dapo.sequence_mask: ...dapo.old_logprobs: recompute",
     ),
     "a veto by the sampler's own log-probs": (
         "dapo: {old_logprobs: sampler, sequence_veto: 1.0e-4}\n",
-        "dapo.sequence_veto: needs dapo.old_logprobs: recompute",
+        "dapo.sequence_veto: ...dapo.old_logprobs: recompute",
     ),
     "cispo with dual clip": (
         "dapo: {objective: cispo, dual_clip: 10}\n",
-        "dapo.dual_clip: goes with dapo.objective: dapo only; set it to null",
+        "dapo.dual_clip: ...dapo.objective: dapo",
     ),
     "cispo with a cap of the same ratio": (
         "dapo: {objective: cispo, importance_cap: 2, old_logprobs: sampler}\n",
-        "dapo.importance_cap: never acts: cispo clips the same ratio; set it to null",
+        "dapo.importance_cap: ...cispo",
     ),
     "a constant length of a mean over tokens": (
         "dapo: {loss_length: 100}\n",
-        "dapo.loss_length: goes with dapo.loss_normalizer: seq-mean-token-sum only",
+        "dapo.loss_length: ...dapo.loss_normalizer: seq-mean-token-sum",
     ),
-    "dual clip": ("dapo: {dual_clip: 1}\n", "dapo.dual_clip: must be above 1"),
-    "ddof": (
-        "dapo: {advantage_ddof: 16}\n",
-        "dapo.advantage_ddof: must be below responses_per_prompt 16",
-    ),
-    "top_p": ("rollout: {top_p: 0}\n", "rollout.top_p: must be above 0 and at most 1"),
+    "dual clip": ("dapo: {dual_clip: 1}\n", "dapo.dual_clip: ...1, got 1"),
+    "ddof": ("dapo: {advantage_ddof: 16}\n", "dapo.advantage_ddof: ...responses_per_prompt 16"),
+    "top_p": ("rollout: {top_p: 0}\n", "rollout.top_p: ...0 and ...1, got 0"),
     "a removed date": (
         "data: {chat_date: '2024-07-26'}\n",
-        "data.chat_date: was removed: chat templates get 2024-07-26; leave it out",
+        "data.chat_date: was removed: ...2024-07-26",
     ),
     "a removed permission": (
         "reward: {allow_change: true}\n",
-        "reward.allow_change: was removed; give train --allow-change reward.function instead",
+        "reward.allow_change: was removed; ...--allow-change reward.function",
     ),
-    "temperature": ("rollout: {temperature: 0}\n", "rollout.temperature: must be above 0"),
+    "temperature": ("rollout: {temperature: 0}\n", "rollout.temperature: ...0, got 0"),
     "buffer": (
         "reward: {overlong_buffer_len: 30000}\n",
-        "reward.overlong_buffer_len: exceeds rollout.max_response_len 20480",
+        "reward.overlong_buffer_len: ...rollout.max_response_len 20480",
     ),
     "context": (
         "rollout: {max_response_len: 40000}\n",
-        "exceed the model's context of 40960 tokens",
+        "rollout.max_response_len: ...2048 ...40000 ...40960",
     ),
-    "row": (
-        "train: {row_len: 100}\n",
-        "train.row_len: 100 cannot hold a prompt and a response of 22528 tokens",
-    ),
-    "mesh": ("mesh: {data: -1}\n", "mesh: axes are at least 1, and one of them may be -1"),
-    "template": ("data: {template: hello}\n", "data.template: must contain {prompt} exactly once"),
+    "row": ("train: {row_len: 100}\n", "train.row_len: 100 ...22528"),
+    "mesh": ("mesh: {data: -1}\n", "mesh: ...-1"),
+    "template": ("data: {template: hello}\n", "data.template: ...{prompt}"),
     "function without custom": (
         "reward: {function: 'a:b'}\n",
-        "reward.function: goes with `verifier: custom`",
+        "reward.function: ...verifier: custom",
     ),
     "function not allowed": (
         "reward: {verifier: custom, function: 'os:system'}\n",
-        "module 'os' is not in reward.allowed_modules",
+        "reward.function: ...'os' ...reward.allowed_modules",
     ),
-    "folder and architecture": ("", "model.folder: give either", ["model.folder=x"]),
-    "no such override": ("", "optim.lr: unknown key", ["optim.lr=1"]),
-    "override without =": ("", "--set seed: expected section.key=value", ["seed"]),
+    "folder and architecture": ("", "model.folder: ", ["model.folder=x"]),
+    "no such override": ("", "optim.lr: ", ["optim.lr=1"]),
+    "override without =": ("", "--set seed: ...section.key=value", ["seed"]),
     "an index beyond the list": (
         "",
-        "--set data.train.1.weight: expected 0 to 0, got 1",
+        "--set data.train.1.weight: ...0 to 0, got 1",
         ["data.train=[]", "data.train.1.weight=2"],
     ),
     "a name in a list": (
         "",
-        "--set data.train.own.jsonl: expected 0 to 2, got own",
+        "--set data.train.own.jsonl: ...0 to 2, got own",
         ["data.train=[a, b]", "data.train.own.jsonl=2"],
     ),
-    "deep override": ("", "expected section.key=value", ["a" + ".a" * 20000 + "=1"]),
-    "two documents": (
-        "\n---\na: 1\n",
-        "c.yaml:5: expected a single document in the stream but found another document",
-    ),
-    "override of a scalar's inside": ("", "seed: must be a valid integer", ["seed.a=1"]),
+    "deep override": ("", "--set a.a...section.key=value", ["a" + ".a" * 20000 + "=1"]),
+    "two documents": ("\n---\na: 1\n", "c.yaml:5: ...document"),
+    "override of a scalar's inside": ("", "seed: ...integer", ["seed.a=1"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_configs_get_one_clear_line(load, case):
     text, expected, *overrides = BAD[case]
-    with pytest.raises(ConfigError) as error:
+    with refusal(f"...{expected}", ConfigError):
         load(text, *overrides)
-    message = str(error.value)
-    assert expected in message
-    assert "\n" not in message and len(message) < 400
 
 
 @pytest.mark.parametrize(
@@ -376,7 +357,7 @@ def test_bad_configs_get_one_clear_line(load, case):
 def test_files_that_hold_no_mapping(tmp_path, content):
     path = tmp_path / "c.yaml"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="c.yaml"):
+    with refusal(f"{path}: ", ConfigError):
         load_config(path)
 
 
@@ -442,7 +423,7 @@ def test_a_dumped_config_loads_equal(load, tmp_path):
 def test_how_to_compute_is_no_part_of_an_architecture_not_even_as_it_would_be_anyway(
     load, key, value
 ):
-    with pytest.raises(ConfigError, match=f"model.architecture.{key}: set model.{key} instead"):
+    with refusal(f"...model.architecture.{key}: ...model.{key} ", ConfigError):
         load(overrides=[f"model.architecture.{key}={value}"])
     assert key not in to_dict(load(overrides=[f"model.{key}={value}"]))["model"]["architecture"]
 
@@ -450,9 +431,8 @@ def test_how_to_compute_is_no_part_of_an_architecture_not_even_as_it_would_be_an
 def test_a_cap_below_a_steps_groups_is_refused_where_no_step_could_then_be_made(load):
     cap = ["dapo.prompts_per_step=32", "dapo.prompts_per_draw=3", "dapo.max_generation_batches=10"]
     for carried in ("false", "true"):  # surplus and open groups were drawn by some step, too
-        with pytest.raises(
-            ConfigError,
-            match="dapo.max_generation_batches: 10 x prompts_per_draw 3 = 30 .* prompts_per_step 32 groups",
+        with refusal(
+            "...dapo.max_generation_batches: 10 x ...3 = 30 ...prompts_per_step 32", ConfigError
         ):
             load(
                 overrides=[
@@ -484,5 +464,5 @@ def test_every_field_is_described():
 
 
 def test_config_from_dict_names_its_source():
-    with pytest.raises(ConfigError, match="^here: seed"):
+    with refusal("here: seed", ConfigError):
         config_from_dict({"seed": "x"}, "here")

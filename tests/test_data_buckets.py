@@ -10,12 +10,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from refusals import refusal
 
 from dapo_jax.config import ArithmeticConfig
 from dapo_jax.data import __main__ as data
 from dapo_jax.data.problems import load_problems, problems_digest
 from dapo_jax.data.tfds_builder import prepare
-from dapo_jax.types import InputError
 
 pytestmark = pytest.mark.bucket
 
@@ -73,9 +73,7 @@ def test_the_verb_reads_from_a_bucket_and_prepares_in_it(
     assert "wrote gs://bucket/out/sums/1.0.0" in capsys.readouterr().out
     assert data.main("stats --source gs://bucket/out/sums/1.0.0 --json out.json".split()) == 0
     assert json.loads((tmp_path / "out.json").read_text())["source"]["problems"] == 50
-    with pytest.raises(
-        InputError, match="^gs://bucket/out/sums/1.0.0: already holds a prepared data set"
-    ):
+    with refusal("gs://bucket/out/sums/1.0.0: already "):
         data.main("prepare --source gs://bucket/a.jsonl --out gs://bucket/out --name sums".split())
     assert {p.name for p in tmp_path.iterdir()} == {"out.json"}  # no folder `gs:`
 
@@ -83,39 +81,30 @@ def test_the_verb_reads_from_a_bucket_and_prepares_in_it(
 @pytest.mark.parametrize(
     "source, said",
     {
-        "gs://bucket/gone.jsonl": "no such file; correct the path",
-        "gs://bucket/gone": "no such file; correct the path",
-        "gs://bucket/texts": "holds none of *.parquet, *.jsonl, *.jsonl.gz, *.json, *.csv, *.arrow",
-        "gs://bucket": "cannot be used as input (not of the form gs://bucket/name",
-        "gs://bucket/*.jsonl": "cannot be used as input (not of the form gs://bucket/name",
+        "gs://bucket/gone.jsonl": "no such file",
+        "gs://bucket/gone": "no such file",
+        "gs://bucket/texts": "*.parquet, *.jsonl, *.jsonl.gz, *.json, *.csv, *.arrow",
+        "gs://bucket": "input (...gs://bucket/name",
+        "gs://bucket/*.jsonl": "input (...gs://bucket/name",
         "gs://bucket/half.parquet": "corrupt Parquet",
-        "gs://bucket/bad.jsonl": "0 problems from 1 rows (1 skipped: not JSON (row 1))",
+        "gs://bucket/bad.jsonl": "0 problems from 1 rows ...JSON (row 1)",
     }.items(),
 )
 def test_what_is_no_data_set_is_one_line(empty, source, said):
     empty.put("half.parquet", b"PAR1")
     empty.put("bad.jsonl", b"{")
     empty.put("texts/a.txt", b"a")
-    with pytest.raises(InputError) as e:
+    with refusal(f"{source}: ...{said}"):
         load(source)
-    assert str(e.value).startswith(f"{source}: {said}") and "\n" not in str(e.value)
 
 
 def test_a_bucket_that_refuses_is_one_line(empty, tmp_path):
     empty.put("a.jsonl", b"{}")
     empty.failing = 403
-    with pytest.raises(
-        InputError,
-        match=(
-            r"^gs://bucket/a.jsonl: cannot be read \(Forbidden.*\); pip install "
-            r'"etils\[epath-gcs\]"'
-        ),
-    ):
+    with refusal('gs://bucket/a.jsonl: ...read (Forbidden...pip install "etils[epath-gcs]"'):
         load("gs://bucket/a.jsonl")
     (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]))
-    with pytest.raises(
-        InputError, match=r"^gs://bucket/out/problems/1.0.0: cannot be written \(Forbidden"
-    ):
+    with refusal("gs://bucket/out/problems/1.0.0: ...written (Forbidden"):
         prepare(str(tmp_path / "a.jsonl"), "gs://bucket/out")
 
 
@@ -129,5 +118,5 @@ def test_an_object_that_changes_while_it_is_read(empty, monkeypatch):
         empty.put("a.jsonl", b'{"prompt": "a", "answer": 1}\n{"prompt": "b", "answer": 1}\n')
 
     monkeypatch.setattr(system, "get", get_while_another_program_writes)
-    with pytest.raises(InputError, match=r"^gs://bucket/a.jsonl: changed while it was read"):
+    with refusal("gs://bucket/a.jsonl: changed"):
         load("gs://bucket/a.jsonl")

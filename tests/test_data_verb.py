@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import line_of, names
 
 from dapo_jax import cli
 from dapo_jax.config import ArithmeticConfig, load_config
@@ -208,10 +209,8 @@ def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
         )
         == 2
     )
-    assert (
-        "a.jsonl: 0 problems from 8 rows (8 skipped: no prompt (column q) (row 1: "
-        "columns question, answer))"
-    ) in capsys.readouterr().err
+    said, _ = line_of(capsys)
+    assert names(said, "a.jsonl: 0 ...8 rows ...8 ...(column q) (row 1: columns question, answer)")
     assert not Path("out").exists()
     Path("b.jsonl").write_text('{"question": "7+7?", "answer": "14"}\n')
     assert (
@@ -239,39 +238,24 @@ def test_prepared_folders_of_two_splits_serve_training_and_evaluation(capsys):
 @pytest.mark.parametrize(
     "args, said",
     [
-        ("stats --source gone.jsonl", "gone.jsonl: no such file; correct the path"),
-        ("stats --source a.tsv", "a.tsv: not a known kind of data set"),
-        (
-            "stats --source a.jsonl --columns promt=q",
-            "--columns promt: unknown key; did you mean 'prompt'? (PART=COLUMN)",
-        ),
-        ("stats --source a.jsonl --columns prompt", "--columns prompt: is empty; give something, "),
-        (
-            "stats --source a.jsonl --tokenizer gone",
-            "gone: no such folder; give a model folder, gs://bucket/folder, or a hub id",
-        ),
+        ("stats --source gone.jsonl", "gone.jsonl: no such file"),
+        ("stats --source a.tsv", "a.tsv: ...kind"),
+        ("stats --source a.jsonl --columns promt=q", "--columns promt: ...prompt...PART=COLUMN"),
+        ("stats --source a.jsonl --columns prompt", "--columns prompt: is empty"),
+        ("stats --source a.jsonl --tokenizer gone", "gone: no such folder"),
         ("stats --source a.jsonl --json gone/out.json", "gone/out.json: cannot write"),
-        ("stats --source a.jsonl --set seed=1", "--set: goes with --config"),
-        ("stats --config c.yaml --columns prompt=q", "--columns, --heldout: go with --source"),
-        ("stats --config gone.yaml", "gone.yaml: cannot read config"),
-        (
-            "stats --config c.yaml --set data.columns.a.prompt=q",
-            "data.columns: belongs to a data set",
-        ),
-        (
-            "prepare --source a.jsonl --out out --name No/Name",
-            "'No/Name': no name of a data set; use a-z",
-        ),
-        (
-            "prepare --source a.jsonl --out gs://bucket",
-            "gs://bucket: cannot be used as a folder to write (not of the form gs://bucket/name",
-        ),
-        ("prepare --source a.jsonl --out a.jsonl", "a.jsonl/problems/1.0.0: cannot be written"),
+        ("stats --source a.jsonl --set seed=1", "--set: ...--config"),
+        ("stats --config c.yaml --columns prompt=q", "--columns, --heldout: ...--source"),
+        ("stats --config gone.yaml", "gone.yaml: cannot read"),
+        ("stats --config c.yaml --set data.columns.a.prompt=q", "c.yaml: data.columns: "),
+        ("prepare --source a.jsonl --out out --name No/Name", "...'No/Name': ...a-z"),
+        ("prepare --source a.jsonl --out gs://bucket", "gs://bucket: ...gs://bucket/name"),
+        ("prepare --source a.jsonl --out a.jsonl", "a.jsonl/problems/1.0.0: ...written"),
     ],
 )
 def test_refusals_are_one_line_and_status_2(folder, capsys, args, said):
     before = sorted(folder.rglob("*"))
     assert verb(*args.split()) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"dapo_jax: {said}") or f" {said}" in captured.err
-    assert len(captured.err.splitlines()) == 1 and sorted(folder.rglob("*")) == before
+    line, _ = line_of(capsys)
+    assert names(line, said), line
+    assert sorted(folder.rglob("*")) == before

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from refusals import refusal
 from runs import run_train, steady
 
 from dapo_jax.config import DapoSection, Experts, LoraConfig, MeshSection, flatten, load_config
@@ -33,7 +34,7 @@ from dapo_jax.rollout.sampler import Sampling
 from dapo_jax.runtime.mesh import make_mesh, publisher
 from dapo_jax.runtime.multihost import fetch
 from dapo_jax.training.setup import with_computation
-from dapo_jax.types import InputError, Request
+from dapo_jax.types import Request
 
 E, D, F = 5, 6, 4
 RNG = np.random.default_rng(0)
@@ -375,11 +376,11 @@ def test_a_run_with_replay_resumes_bit_for_bit(config, tmp_path):
 @pytest.mark.parametrize(
     "family, option, message",
     [
-        ("qwen3", {"dapo.replay_routing": True}, "dapo.replay_routing: qwen3 has no experts"),
-        ("qwen3_moe", {"model.lora": {}}, "model.lora.targets: experts have no adapters, got down"),
+        ("qwen3", {"dapo.replay_routing": True}, "dapo.replay_routing: qwen3 "),
+        ("qwen3_moe", {"model.lora": {}}, "model.lora.targets: ...experts ...down"),
     ],
 )
 def test_options_of_experts_that_a_model_cannot_have(family, option, message, config):
     loaded = load_config(config, [f"{key}={json.dumps(value)}" for key, value in option.items()])
-    with pytest.raises(InputError, match=message):
+    with refusal(message):
         with_computation(loaded, tiny.model(family))

@@ -20,6 +20,7 @@ import in_process
 import jax
 import numpy as np
 import pytest
+from refusals import line_of, names, refusal
 from runs import CONFIG, TESTS, record, run_train, steady, verb
 
 from dapo_jax import supervised
@@ -29,7 +30,7 @@ from dapo_jax.runtime import lock, same_run
 from dapo_jax.runtime.guard import Guard
 from dapo_jax.runtime.metrics import read_metrics
 from dapo_jax.training import step as training_step
-from dapo_jax.types import InputError, Stopped
+from dapo_jax.types import Stopped
 
 pytestmark = pytest.mark.usefixtures("reward_module")
 
@@ -169,10 +170,7 @@ def test_a_run_folder_without_its_config_is_compared_with_its_checkpoint(
     (run / "config.yaml").unlink()
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     assert run_train(config, run, STEPS, "optim.learning_rate=5e-4") == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(
-        f"dapo_jax: optim.learning_rate: is 0.0005, but {run} was started with 0.001"
-    )
+    assert names(line_of(capfd)[0], f"optim.learning_rate: ...0.0005, ...{run} ...0.001")
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     assert run_train(config, run, STEPS) == 0
     mine, allow = load_config(config), ["reward.function"]
@@ -190,10 +188,7 @@ def test_a_run_of_an_earlier_version_is_resumed_once_its_config_is_edited(config
     match.
     """
     old = {"data": {"train": "arithmetic", "columns": {"arithmetic": {"prompt": "p"}}}}
-    with pytest.raises(
-        InputError,
-        match=f"the newest checkpoint of {tmp_path}: data.columns: belongs to a data set",
-    ):
+    with refusal(f"...newest checkpoint of {tmp_path}: data.columns: "):
         same_run.stored_configs(tmp_path, {"config": old})
     (tmp_path / "config.yaml").write_text(config.read_text())
     assert [found.train.steps for found in same_run.stored_configs(tmp_path, {"config": old})] == [
@@ -212,7 +207,7 @@ def test_a_link_for_a_lock_is_not_followed(tmp_path, make):
     path.parent.mkdir()
     make(path, target)
     with (
-        pytest.raises(InputError, match=f"{path}: is not a regular file; remove it"),
+        refusal(f"{path}: ...not a regular file"),
         lock.locked(tmp_path / "run"),
     ):
         pass
@@ -443,17 +438,11 @@ def test_epochs_end_within_steps_and_a_changed_data_set_is_refused(config, tmp_p
         )
         == 2
     )
-    (line,) = capfd.readouterr().err.splitlines()
-    assert (
-        line.startswith(
-            "dapo_jax: eval.sets: hold other prompts of data.train than when the run was started"
-        )
-        and "evaluate" in line
-    )
+    assert names(line_of(capfd)[0], "eval.sets: ...data.train ...evaluate")
 
     data.write_text("".join(rows))
     assert run_train(config, tmp_path / "cut", *few, "train.steps=3") == 2
-    assert "data.train: is not the data set that the run was started with" in capfd.readouterr().err
+    assert names(line_of(capfd)[0], "data.train: ...not the data set")
     assert run_train(config, tmp_path / "cut", *few, "train.steps=3", allow="data.train") == 0
     last = read_metrics(tmp_path / "cut")[-1]
     assert last["step"] == 3 and last["filter/carried_groups"] == 0
@@ -519,7 +508,7 @@ def test_a_mixture_resumes_bit_for_bit_wherever_its_files_are_and_only_with_its_
     assert run_train(config, "cut", *mixture) == 143
     faults.inject("", monkeypatch.setattr)
     assert run_train(config, "cut", *mixture, "data.train.1.weight=3") == 2
-    assert "data.train.1.weight: is 3.0, but cut was started with 2.0" in capfd.readouterr().err
+    assert names(line_of(capfd)[0], "data.train.1.weight: ...3.0, ...cut ...2.0")
     (tmp_path / "d.jsonl").rename(
         "moved.jsonl"
     )  # the same problems under another name are the same data
@@ -540,11 +529,7 @@ def test_a_mixture_resumes_bit_for_bit_wherever_its_files_are_and_only_with_its_
         )
         == 2
     )
-    (line,) = capfd.readouterr().err.splitlines()
-    assert (
-        line.startswith("dapo_jax: eval.sets: hold other prompts")
-        and "in the middle of step 2; finish that step with the sets" in line
-    )
+    assert names(line_of(capfd)[0], "eval.sets: ...in the middle of step 2")
     assert run_train(config, "cut", *mixture) == 0
     assert (
         steady("cut") == steady("whole")

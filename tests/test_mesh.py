@@ -12,6 +12,7 @@ import pytest
 import tiny
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from refusals import refusal
 
 from dapo_jax.config import LoraConfig, MeshSection, OptimSection
 from dapo_jax.dapo.update import init_state, make_optimizer
@@ -32,7 +33,6 @@ from dapo_jax.runtime.mesh import (
     row_shards,
     state_sharding,
 )
-from dapo_jax.types import InputError
 
 CUBE = MeshSection(2, 2, 2)
 
@@ -68,9 +68,7 @@ def test_a_mesh_covers_all_devices(sizes, shape):
 
 @pytest.mark.parametrize("sizes", [(2, 2, 1), (3, -1, 1), (16, -1, 1), (1, 16, 1)])
 def test_a_mesh_that_does_not_cover_the_devices_is_refused(sizes):
-    with pytest.raises(
-        InputError, match="^mesh: data .* does not cover 8 devices; change the mesh section$"
-    ):
+    with refusal(f"mesh: data {sizes[0]} x ...8 devices"):
         make_mesh(MeshSection(*sizes))
 
 
@@ -114,12 +112,8 @@ def test_only_data_goes_over_slices(monkeypatch, sizes, slices):
 def test_a_mesh_whose_data_axis_slices_do_not_divide_is_refused(sizes):
     slices = 2
     devices = [chip(n, i) for n in range(slices) for i in range(4 if sizes[0] == 1 else 6)]
-    with pytest.raises(
-        InputError,
-        match=rf"^mesh.data: {sizes[0]} cannot be split over 2 slices.*set mesh.data to 2 or a multiple",
-    ) as e:
+    with refusal(f"mesh.data: {sizes[0]} ...2 slices"):
         make_mesh(MeshSection(*sizes), devices)
-    assert "\n" not in str(e.value)
 
 
 def test_devices_of_other_kinds_have_no_slices():

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import refusal
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
@@ -26,7 +27,6 @@ from dapo_jax.runtime.metrics import (
     timed,
     write_samples,
 )
-from dapo_jax.types import InputError
 
 
 def write_steps(run_dir, steps, **kwargs):
@@ -218,26 +218,25 @@ def test_a_half_last_line_is_left_out_and_damage_elsewhere_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(InputError, match="metrics.jsonl: line 2"):
+    with refusal(f"{path}: line 2"):
         read_metrics(tmp_path)
 
 
 def test_folders_that_cannot_be(tmp_path):
-    with pytest.raises(InputError, match="metrics.jsonl: cannot read"):
+    with refusal(f"{tmp_path}/metrics.jsonl: cannot read"):
         read_metrics(tmp_path)
     (tmp_path / "file").write_text("")
     for call in (
         lambda: MetricsLog(tmp_path / "file"),
         lambda: write_samples(tmp_path / "file", 1, []),
     ):
-        with pytest.raises(InputError, match="cannot be written") as e:
+        with refusal(f"{tmp_path}/file...cannot be written"):
             call()
-        assert "\n" not in str(e.value)
 
 
 def test_a_file_in_place_of_the_tensorboard_folder_is_named(tmp_path):
     (tmp_path / "tensorboard").write_text("mine")
-    with pytest.raises(InputError, match=f"{tmp_path}/tensorboard/events.* cannot be written"):
+    with refusal(f"{tmp_path}/tensorboard/events... cannot be written"):
         MetricsLog(tmp_path)
     assert (tmp_path / "tensorboard").read_text() == "mine"
 
@@ -297,7 +296,7 @@ def test_a_full_disk_is_reported_once_and_the_next_run_resumes(tmp_path, room):
         resource.RLIMIT_FSIZE, (room, limits[1])
     )  # as a full disk, in the writes of this process
     try:
-        with pytest.raises(InputError, match="cannot be written .File too large.; free the disk"):
+        with refusal(f"{tmp_path}/...written (File too large)"):
             write_steps(tmp_path, range(1, 60))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -367,5 +366,5 @@ def test_a_file_that_cannot_be_opened_again_is_one_line(tmp_path, monkeypatch):
         return opened(path, mode, *args, **how)
 
     monkeypatch.setattr(Path, "open", no_more)
-    with pytest.raises(InputError, match="a.jsonl: cannot be written .Too many open files"):
+    with refusal(f"{tmp_path}/a.jsonl: ...written (Too many open files"):
         AppendFile(tmp_path / "a.jsonl", b"")

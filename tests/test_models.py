@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tiny
 from huggingface_hub import errors
+from refusals import refusal
 
 from dapo_jax.config import (
     Config,
@@ -39,7 +40,6 @@ from dapo_jax.runtime import same_run
 from dapo_jax.runtime.files import DESCRIPTION_FILES, local_model
 from dapo_jax.runtime.mesh import make_mesh
 from dapo_jax.training.setup import describe, load_params, load_policy, weights_folder, with_commit
-from dapo_jax.types import InputError
 
 ID = "some-lab/Tiny-0.1B"
 FILES = ("config.json", "tokenizer.json", "model*.safetensors")
@@ -179,10 +179,7 @@ def test_a_model_in_the_cache_needs_no_network(offline, folder):
 def test_without_network_and_not_in_the_cache(offline, folder, name):
     snapshot(offline, folder, "c" * 40)
     shutil.rmtree(offline / f"models--{ID.replace('/', '--')}/refs")
-    with pytest.raises(
-        InputError,
-        match=rf"^{name}: no such folder, and no download \(LocalEntryNotFoundError: .*hf download {ID}",
-    ):
+    with refusal(f"{name}: ...LocalEntryNotFoundError: ...hf download {ID}"):
         local_model(name, FILES)
 
 
@@ -227,10 +224,8 @@ def test_a_run_resumes_with_the_commit_it_was_started_with(hub, tmp_path):
     assert with_commit(settings(ID), tmp_path) == begun
     same_run.check_same_run(with_commit(settings(ID), tmp_path), tmp_path, None)
     for other in ("main", "v1", "e" * 40):
-        with pytest.raises(
-            ConfigError,
-            match=f"model.folder: is '{ID}@[be]{{40}}', but .* was started with '{ID}@a{{40}}'",
-        ):
+        commit = {"v1": "b"}.get(other, "e") * 40
+        with refusal(f"model.folder: ...'{ID}@{commit}', ...'{ID}@{'a' * 40}'", ConfigError):
             same_run.check_same_run(
                 with_commit(settings(f"{ID}@{other}"), tmp_path), tmp_path, None
             )
@@ -279,17 +274,15 @@ def test_what_the_hub_refuses_is_one_line_with_its_reason_and_no_token(cache, mo
         raise REFUSALS[case]
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(InputError) as e:
+    name = type(REFUSALS[case]).__name__
+    with refusal(f"{ID}@v1: ...{name}: ...HF_TOKEN...hf download {ID}") as e:
         local_model(f"{ID}@v1", FILES)
-    line, name = str(e.value), type(REFUSALS[case]).__name__
-    assert line.startswith(f"{ID}@v1: no such folder, and no download ({name}: ")
-    assert f"set HF_TOKEN, or give the folder of `hf download {ID}`" in line
-    assert "\n" not in line and "canary" not in line
+    assert "canary" not in str(e.value)
 
 
 def test_the_inputs_of_shipped_configs_are_not_looked_for_on_the_hub(cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    with pytest.raises(InputError, match="no such folder; `make real` fetches it"):
+    with refusal("real/smollm2-135m: ...`make real`"):
         local_model("real/smollm2-135m", FILES)
 
 
@@ -325,10 +318,7 @@ def test_what_is_neither_a_folder_nor_an_id_asks_nobody(cache, monkeypatch, name
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub")
     )
-    with pytest.raises(
-        InputError,
-        match="no such folder; give a model folder, gs://bucket/folder, or a hub id",
-    ):
+    with refusal(f"{name}: no such folder"):
         local_model(name, FILES)
 
 
@@ -388,14 +378,12 @@ def test_processes_of_a_machine_fetch_once_and_changed_objects_again(uploaded, f
 @pytest.mark.bucket
 def test_a_bucket_folder_that_is_empty_or_cannot_be_read(uploaded):
     for name in ("gs://bucket/models/none", "gs://bucket/models"):
-        with pytest.raises(
-            InputError, match=f"^{name}: no such model folder, it holds no config.json"
-        ):
+        with refusal(f"{name}: ...config.json"):
             local_model(name, FILES)
-    with pytest.raises(InputError, match="^gs://bucket: cannot be used as a model folder"):
+    with refusal("gs://bucket: ...model folder"):
         local_model("gs://bucket", FILES)
     for uploaded.failing, uploaded.fails_at in ((403, ""), (403, "tiny/tokenizer.json")):
-        with pytest.raises(InputError, match=f"^{URL}: cannot be copied to .*access to the bucket"):
+        with refusal(f"{URL}: ...copied ...access to the bucket"):
             local_model(URL, FILES)
     uploaded.failing = 0
     assert "tokenizer.json" in names(local_model(URL, FILES).folder)
@@ -405,8 +393,5 @@ def test_a_bucket_folder_that_is_empty_or_cannot_be_read(uploaded):
 def test_a_copy_that_cannot_be_written(uploaded, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(
-        InputError,
-        match=rf"^{URL}: cannot be copied to .*file/dapo_jax/models \(XDG_CACHE_HOME\) \(Not a directory",
-    ):
+    with refusal(f"{URL}: ...file/dapo_jax/models (XDG_CACHE_HOME) (Not a directory"):
         local_model(URL, FILES)

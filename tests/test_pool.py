@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torture_rewards
+from refusals import refusal
 
 from dapo_jax.config import RewardSection
 from dapo_jax.reward.pool import (
@@ -146,10 +147,7 @@ def test_variables_that_the_config_names_reach_workers_and_no_message(monkeypatc
         "bad key $JUDGE_KEY"
     )
     monkeypatch.delenv("JUDGE_KEY")
-    with pytest.raises(
-        InputError,
-        match="^reward.environment: JUDGE_KEY is not set; set it before the start, or leave it out$",
-    ):
+    with refusal("reward.environment: JUDGE_KEY "):
         RewardPool(custom_section(environment=("JUDGE_KEY",)))
 
 
@@ -343,16 +341,16 @@ def test_a_worker_soon_follows_a_killed_caller(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"function": "os:system"}, "module 'os' is not in reward.allowed_modules"),
+        ({"function": "os:system"}, "'os' ...reward.allowed_modules"),
         ({"function": "reward_functions:missing"}, "has no 'missing'"),
         ({"function": "reward_functions:not_callable"}, "is a int"),
         (
             {"function": "missing_module:judge", "allowed_modules": ("missing_module",)},
-            "cannot import 'missing_module'",
+            "'missing_module'",
         ),
         (
             {"function": "exits_at_import:judge", "allowed_modules": ("exits_at_import",)},
-            "could not start .worker exited with status 5",
+            "worker exited with status 5",
         ),
     ],
 )
@@ -363,9 +361,8 @@ def test_a_function_that_cannot_be_loaded_is_bad_input(tmp_path, monkeypatch, ch
         **({"verifier": "custom", "workers": 1, "allowed_modules": ("reward_functions",)} | changes)
     )
     threads = set(threading.enumerate())
-    with pytest.raises(InputError, match=says) as info:
+    with refusal(f"reward.function: ...{says}"):
         RewardPool(section)
-    assert str(info.value).startswith("reward.function: ") and "\n" not in str(info.value)
     assert set(threading.enumerate()) <= threads  # those of other tests may end meanwhile
 
 

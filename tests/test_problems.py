@@ -452,16 +452,13 @@ def test_corrupt_parquet(tmp_path, damage):
 def test_missing_file(tmp_path):
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow", "a.csv", "a.json"):
         assert "no such file" in error_of(tmp_path / name)
-    assert "*.jsonl: no file has such a name; correct the pattern" in error_of(tmp_path / "*.jsonl")
+    assert "*.jsonl: no file" in error_of(tmp_path / "*.jsonl")
 
 
 def test_unknown_extension(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("prompt\tanswer\n")
-    assert (
-        "give .parquet, .jsonl, .jsonl.gz, .json, .csv, .arrow, a folder or pattern of such"
-        in error_of(path)
-    )
+    assert ".parquet, .jsonl, .jsonl.gz, .json, .csv, .arrow" in error_of(path)
 
 
 def test_unreadable_file(tmp_path):
@@ -477,13 +474,8 @@ def test_no_usable_problem(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [])
     assert "0 problems from 0 rows" in error_of(path)
     said = error_of(write_jsonl(path, [{"text": "a", "esc\x1b[2J": 1}]))
-    assert (
-        "no prompt (row 1: columns text, esc\\x1b[2J)); give rows with a `prompt` and "
-        "an `answer`, or name their columns: {path"
-    ) in said
-    assert said.endswith(
-        f"name their columns: {{path: {path}, columns: {{prompt: COLUMN, answer: COLUMN}}}}"
-    )
+    assert "(row 1: columns text, esc\\x1b[2J)" in said
+    assert said.endswith(f"{{path: {path}, columns: {{prompt: COLUMN, answer: COLUMN}}}}")
     many = error_of(write_jsonl(path, [dict.fromkeys(["x" * 1000, *map(str, range(1000))])]))
     assert "columns " + "x" * 40 + ", 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...)" in many
     assert "1 conflicting prompts dropped" in error_of(

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from refusals import names, refusal
 from runs import CONFIG, VOLATILE, free_port
 
 import dapo_jax
@@ -201,22 +202,16 @@ NO_ADDRESSES = ("localhost", ":8476", "localhost:x", "localhost:99999", "::1")
 @pytest.mark.parametrize(
     "given, said",
     [
-        ({}, "JAX_NUM_PROCESSES: is ''"),
-        ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID: is ''"),
-        ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES: is 'two'"),
-        (
-            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
-            "JAX_PROCESS_ID: is 2 of JAX_NUM_PROCESSES 2",
-        ),
+        ({}, "JAX_NUM_PROCESSES: ...''"),
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID: ...''"),
+        ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES: ...'two'"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID: ...2 ...2"),
         (
             {"JAX_NUM_PROCESSES": "9" * 20, "JAX_PROCESS_ID": "0"},
-            "JAX_NUM_PROCESSES: is '99999999999999999999'",
+            "JAX_NUM_PROCESSES: ...'99999999999999999999'",
         ),
         *(
-            (
-                {"JAX_COORDINATOR_ADDRESS": a},
-                f"JAX_COORDINATOR_ADDRESS: is {a!r}; expected HOST:PORT",
-            )
+            ({"JAX_COORDINATOR_ADDRESS": a}, f"JAX_COORDINATOR_ADDRESS: ...{a!r}...HOST:PORT")
             for a in NO_ADDRESSES
         ),
     ],
@@ -226,9 +221,8 @@ def test_an_incomplete_description_of_the_job_is_named(given, said, monkeypatch)
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"} | given).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError) as e:
+    with refusal(said):
         multihost.initialize()
-    assert str(e.value).startswith(said) and "\n" not in str(e.value)
 
 
 def test_a_port_that_is_in_use_is_named(monkeypatch):
@@ -245,12 +239,9 @@ def test_a_port_that_is_in_use_is_named(monkeypatch):
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
         )
-    assert done.returncode == 2
-    assert (
-        f"dapo_jax: JAX_COORDINATOR_ADDRESS: process 0 cannot listen on the port of {address} (Address already in use); give a free one\n"
-        in done.stderr
-    )
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert names(last, f"dapo_jax: JAX_COORDINATOR_ADDRESS: ...{address} (Address already in use)")
 
 
 @pytest.mark.parametrize("pod, seconds", [(True, 60), (False, 10)])
@@ -288,9 +279,8 @@ def test_chips_that_another_process_holds_are_named(devices, said, monkeypatch):
     monkeypatch.setattr(multihost, "on_tpu_vm", lambda: True)
     monkeypatch.setattr(multihost, "_join", lambda: None)
     monkeypatch.setattr(multihost.jax, "devices", devices)
-    with pytest.raises(RunError, match=said) as e:
+    with refusal(f"...{said}...tpu_scripts/stop", RunError):
         multihost.initialize()
-    assert "tpu_scripts/stop" in str(e.value) and "\n" not in str(e.value)
 
 
 @pytest.mark.multiprocess

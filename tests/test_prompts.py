@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refusal
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -334,10 +335,7 @@ def test_decoders_that_adversarial_responses_could_stop_are_refused(tmp_path, ca
     tokenizer = byte_level_bpe()
     tokenizer.decoder = REFUSED_DECODERS[case]
     folder = tokenizer_folder(tmp_path / "m", tokenizer)
-    with pytest.raises(
-        InputError,
-        match=f"^{folder}/tokenizer.json: decoder: .*(; supported: |use a tokenizer of at most)",
-    ):
+    with refusal(f"{folder}/tokenizer.json: decoder: "):
         load_tokenizer(str(folder))
 
 
@@ -349,23 +347,14 @@ def test_tokens_that_are_very_long_texts_are_refused(tmp_path):
         in load_tokenizer(str(tokenizer_folder(tmp_path / "long", tokenizer))).get_vocab()
     )
     tokenizer.add_tokens(["a" * 1025])
-    with pytest.raises(
-        InputError,
-        match=(
-            "tokenizer.json: the token 'aaaaaaaaaaaaaaaaaaaa'... has 1,025 characters; "
-            "supported: 1,024$"
-        ),
-    ):
+    with refusal(f"...tokenizer.json: ...'{'a' * 20}'...1,025 ...1,024"):
         load_tokenizer(str(tokenizer_folder(tmp_path / "longer", tokenizer)))
 
 
 def test_a_tokenizer_that_panics_over_a_response_is_one_line():
     tokenizer = words_tokenizer()
     tokenizer.backend_tokenizer.decoder = decoders.Strip("a", 0, 2)
-    with pytest.raises(
-        InputError,
-        match="the tokenizer fails on a response .index out of bounds.*; use another tokenizer$",
-    ):
+    with refusal("...the tokenizer ...index out of bounds"):
         decode(tokenizer, tokenizer.convert_tokens_to_ids(["a"]), ())
 
 
@@ -376,9 +365,7 @@ def test_a_tokenizer_that_takes_for_ever_over_a_prompt_is_one_line(monkeypatch):
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(
         Regex("(a|aa)+[bc]"), "isolated"
     )
-    with pytest.raises(
-        InputError, match="the tokenizer takes over 0.3 s for a prompt; use another tokenizer$"
-    ):
+    with refusal("...the tokenizer ...0.3 s for a prompt"):
         make_prompts([problem(("a" * 28 + " ") * 10)], tokenizer, BARE)
 
 
@@ -387,22 +374,14 @@ def test_a_tokenizer_folder_holds_regular_files(tmp_path, name):
     folder = tokenizer_folder(tmp_path / "m", byte_level_bpe())
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(
-        InputError, match=f"^{folder / name}: not a regular file; give a folder of files$"
-    ):
+    with refusal(f"{folder / name}: not a regular file"):
         load_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize("other", ["tokenizer.model", "vocab.json"])
 def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path, other):
     (tmp_path / other).write_text("{}")
-    with pytest.raises(
-        InputError,
-        match=(
-            f"^{tmp_path}: no tokenizer.json; .*convert its tokenizer: "
-            f"AutoTokenizer.*save_pretrained"
-        ),
-    ):
+    with refusal(f"{tmp_path}: ...tokenizer.json; ...AutoTokenizer...save_pretrained"):
         load_tokenizer(str(tmp_path))
 
 
@@ -491,13 +470,7 @@ def test_the_template_s_end_of_turn_is_a_stop_token(case):
 def test_stop_tokens_of_the_config_are_single_tokens(byte_level):
     assert stop_tokens(byte_level, None, BARE, ("<|pad|>", "!")) == (0, 1, 2 + ord("!"))
     for text, count in (("ab", 2), ("", 0), ("é", 2)):
-        with pytest.raises(
-            InputError,
-            match=(
-                f"^rollout.stop_tokens: '{text}' is {count} tokens of this tokenizer; give "
-                f"texts of single"
-            ),
-        ):
+        with refusal(f"rollout.stop_tokens: '{text}' is {count} tokens"):
             stop_tokens(byte_level, None, BARE, (text,))
 
 
@@ -514,9 +487,8 @@ def test_stop_tokens_of_the_config_are_single_tokens(byte_level):
 )
 def test_unusable_end_tokens(byte_level, tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(InputError, match="config.json") as caught:
+    with refusal(f"{tmp_path}/config.json: "):
         stop_tokens(byte_level, str(tmp_path), BARE)
-    assert "\n" not in str(caught.value)
 
 
 # Prompts
@@ -624,13 +596,7 @@ def test_a_token_beyond_the_embedding_is_refused_where_a_prompt_holds_it():
     byte_level = byte_tokenizer()
     byte_level.add_tokens(["<image>"])
     assert len(make_prompts([problem("image")], byte_level, BARE, 258)[0]) == 1
-    with pytest.raises(
-        InputError,
-        match=(
-            r"^the prompt of problem an <image>: token '<image>' \(258\) is beyond .* "
-            r"embedding of 258 tokens; "
-        ),
-    ):
+    with refusal("...problem an <image>: token '<image>' (258) ...embedding of 258"):
         make_prompts([problem("a"), problem("an <image>")], byte_level, BARE, 258)
 
 
@@ -644,12 +610,8 @@ def test_prompts_that_hold_markup_are_told_which_and_what_to_do(byte_level):
     marked = [
         problem((Message("user", f"<|end|>user {n} <|pad|><|end|>assistant"),)) for n in range(2)
     ] + [problem("<|end|>")]
-    with pytest.raises(InputError) as caught:
+    with refusal("data: ...3 control tokens (<|end|>, <|pad|>)...chat turns (role, content)"):
         make_prompts(marked, byte_level, BARE)
-    assert str(caught.value) == (
-        "data: no usable prompt (3 control tokens (<|end|>, <|pad|>)); write these "
-        "prompts as chat turns (role, content), without the markup"
-    )
     many = byte_tokenizer()
     many.add_special_tokens(
         {"additional_special_tokens": [f"<{n}>" for n in range(9)] + ["<1><2>", "<\n>"]}
@@ -668,9 +630,8 @@ def test_prompts_that_hold_markup_are_told_which_and_what_to_do(byte_level):
     ids=["none", "long", "both"],
 )
 def test_no_prompt_left(byte_level, problems):
-    with pytest.raises(InputError, match="no usable prompt") as caught:
+    with refusal("data: no usable prompt"):
         make_prompts(problems, byte_level, BARE)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_whose_pattern_explodes_is_bad_input(folder):
@@ -688,7 +649,7 @@ def test_a_tokenizer_whose_pattern_explodes_is_bad_input(folder):
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     loaded = load_tokenizer(str(folder))
-    with pytest.raises(InputError, match=f"^{folder}: the tokenizer fails on a prompt"):
+    with refusal(f"{folder}: the tokenizer fails on a prompt"):
         make_prompts([problem("a" * 40 + "!")], loaded, BARE)
 
 
@@ -733,10 +694,7 @@ LOOPS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endf
 )
 def test_chat_templates_that_fail(template, says, monkeypatch):
     monkeypatch.setattr(chat, "DEADLINE_S", 1.0)
-    with pytest.raises(
-        InputError,
-        match=f"^chat template of .*({says}).*; use another tokenizer, or set data.chat to false$",
-    ):
+    with refusal(f"chat template of ...{says}...data.chat"):
         make_prompts([problem("a"), problem("b")], words_tokenizer(chat_template=template), BARE)
 
 
@@ -805,7 +763,7 @@ def test_memory_holds_a_batch_of_texts_and_tokens(byte_level):
     )  # within what 10,000 of `<|pad|>` would have
     tracemalloc.start()
     try:
-        with pytest.raises(InputError, match="no usable prompt .60 longer than 10000 tokens"):
+        with refusal("data: ...60 longer than 10000 tokens"):
             make_prompts([problem(str(n)) for n in range(60)], byte_level, section)
         assert (
             tracemalloc.get_traced_memory()[1] < 30e6
@@ -880,13 +838,7 @@ def test_a_last_turn_of_the_assistant_is_continued(chatty, byte_level):
             "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
         )
     )
-    with pytest.raises(
-        InputError,
-        match=(
-            "^chat template of .*: it fails .cannot continue the assistant's last turn: "
-            "continue_final_message is"
-        ),
-    ):
+    with refusal("chat template of ...the assistant's last turn: continue_final_message"):
         make_prompts([prefill], silent, BARE)
 
 

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refusal
 
 from dapo_jax.config import (
     ArithmeticConfig,
@@ -22,7 +23,7 @@ from dapo_jax.config import (
 from dapo_jax.data.problems import Skip, load_problems
 from dapo_jax.data.rows import BadRow, column_names, problem_from_row
 from dapo_jax.reward.verify import strict_verify
-from dapo_jax.types import InputError, Message, Problem
+from dapo_jax.types import Message, Problem
 
 pytestmark = pytest.mark.host
 
@@ -329,19 +330,11 @@ def test_named_columns(tmp_path, ending):
     assert found == Problem("x1", "2+2?", "4", "2+2=4")
     (found,), _ = load(path, prompt="{task.text} ({task.parts.key}, {}) {{meta.uid}}")
     assert (found.prompt, found.answer) == ("2+2? (4, {}) {x1}", "nor this")
-    with pytest.raises(
-        InputError,
-        match=(
-            r"1 skipped: no prompt \(column task.words\) \(row 1: columns [a-z, ]+\)\); .* "
-            r"name their columns: {path: "
-        ),
-    ):
+    with refusal(f"{path}: ...1 ...(column task.words) (row 1: columns ...)...{{path: "):
         load(path, prompt="task.words")
-    with pytest.raises(InputError, match=r"1 skipped: no words \(row 1: columns"):
+    with refusal(f"{path}: ...1 ...no words (row 1: columns"):
         load(path, prompt="{words}")
-    with pytest.raises(
-        InputError, match=r"1 skipped: task is neither text nor a finite number \(row 1\)"
-    ):
+    with refusal(f"{path}: ...1 ...task ...(row 1)"):
         load(path, prompt="{task}")
 
 
@@ -503,13 +496,6 @@ def test_any_row_under_any_columns_is_a_problem_or_a_bad_row(row, columns):
 TREE = {"model": {"folder": "m"}, "eval": {"every": 0}}
 
 
-def refusal(data, tree=TREE):
-    with pytest.raises(ConfigError) as e:
-        config_from_dict({**tree, "data": data})
-    assert "\n" not in str(e.value)
-    return str(e.value)
-
-
 def test_columns_and_weights_are_kept_by_data_set(tmp_path):
     b = {"path": "gs://x/b.parquet", "columns": {"answer": "key", "answer_after": "####"}}
     tree = {
@@ -536,44 +522,26 @@ def one(**more):
 @pytest.mark.parametrize(
     "data, said",
     [
-        (
-            {"columns": {"a.jsonl": {"prompt": "q"}}},
-            "data.columns: belongs to a data set: train: [{path: a.jsonl, columns: {",
-        ),
-        (
-            one(columns={"promt": "q"}),
-            "data.train.0.columns.promt: unknown key; did you mean 'prompt'?",
-        ),
-        (
-            one(columns={"prompt": " "}),
-            "data.train.0.columns.prompt: is empty; give something, or leave it out",
-        ),
-        (one(columns="q"), "data.train.0.columns: must be an object, got 'q'"),
-        (one(weigth=1), "data.train.0.weigth: unknown key; did you mean 'weight'?"),
-        (one(weight=0), "data.train.0.weight: must be above 0, got 0"),
-        (one(weight=-1), "data.train.0.weight: must be above 0, got -1"),
-        (one(weight="1"), "data.train.0.weight: must be a valid number, got '1'"),
-        (one(weight=float("inf")), "data.train.0.weight: must be a finite number, got inf"),
-        (one(path="a\0.jsonl"), "data.train.0.path: contains a NUL character"),
-        (
-            one(path="https://me:secret@host/a.jsonl"),
-            "data.train.0.path: holds the user name or password of a URL",
-        ),
-        ({"train": [{"weight": 2}]}, "data.train.0.path: is missing; give it"),
-        ({"train": [3]}, "data.train.0: must be an object, got 3"),
-        (
-            {"train": ["a.jsonl", {"path": "a.jsonl", "weight": 2}]},
-            "data.train.1.path: a.jsonl is in the list already; remove one",
-        ),
-        ({"train": []}, "data.train: is empty; give something"),
-        (
-            {"train": {"a.jsonl": 1}},
-            "data.train: expected text or a list, got {'a.jsonl': 1}; write [{path: "
-            "a.jsonl, weight: 1, ",
-        ),
-        ({"train": None}, "data.train: expected text or a list, got null"),
+        ({"columns": {"a.jsonl": {"prompt": "q"}}}, "data.columns: ...train: [{path: a.jsonl, "),
+        (one(columns={"promt": "q"}), "data.train.0.columns.promt: ...'prompt'"),
+        (one(columns={"prompt": " "}), "data.train.0.columns.prompt: ...empty"),
+        (one(columns="q"), "data.train.0.columns: ...'q'"),
+        (one(weigth=1), "data.train.0.weigth: ...'weight'"),
+        (one(weight=0), "data.train.0.weight: ...0, got 0"),
+        (one(weight=-1), "data.train.0.weight: ...0, got -1"),
+        (one(weight="1"), "data.train.0.weight: ...'1'"),
+        (one(weight=float("inf")), "data.train.0.weight: ...inf"),
+        (one(path="a\0.jsonl"), "data.train.0.path: ...NUL"),
+        (one(path="https://me:secret@host/a.jsonl"), "data.train.0.path: ...URL"),
+        ({"train": [{"weight": 2}]}, "data.train.0.path: ...missing"),
+        ({"train": [3]}, "data.train.0: ...3"),
+        ({"train": ["a.jsonl", {"path": "a.jsonl", "weight": 2}]}, "data.train.1.path: a.jsonl "),
+        ({"train": []}, "data.train: ...empty"),
+        ({"train": {"a.jsonl": 1}}, "data.train: ...{'a.jsonl': 1}; ...[{path: a.jsonl, weight: 1"),
+        ({"train": None}, "data.train: ...null"),
     ],
 )
 def test_what_no_config_may_say(data, said):
-    found = refusal(data)
-    assert said in found and "me:secret" not in found
+    with refusal(f"...{said}", ConfigError) as e:
+        config_from_dict({**TREE, "data": data})
+    assert "me:secret" not in str(e.value)

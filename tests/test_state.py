@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import serialization
 from groups import MIXED, PROBLEMS, make_group
+from refusals import refusal
 
 from dapo_jax.dapo.buffer import DynamicSamplingBuffer
 from dapo_jax.data.inputs import Digests
@@ -16,7 +17,6 @@ from dapo_jax.runtime.records import plain
 from dapo_jax.training.dynamic_sampling import DrawState, OpenGroup, Sample
 from dapo_jax.training.state import PartialStep, Progress, RunState, RunStore
 from dapo_jax.types import (
-    InputError,
     NoCheckpointError,
     NonFiniteError,
     Prompt,
@@ -128,8 +128,7 @@ def test_prompts_of_other_tokens_are_other_data():
     run.buffer.add([make_group(0, MIXED)])
     write(run, folder)
     others = DATA._replace(tokens="others")
-    message = "its tokenizer or chat template makes other prompts than when the run was started; "
-    with pytest.raises(InputError, match=f"^model.folder: {message}"):
+    with refusal("model.folder: its tokenizer or chat template "):
         restored(folder, make_run(), others)
     again = restored(folder, make_run(), others, allow_change=True)
     assert (again.draw, again.buffer.missing()) == (DrawState(draws=1), 2)
@@ -210,7 +209,5 @@ def test_what_a_forged_checkpoint_says_is_one_line(change):
     again = restored(folder, make_run())
     assert again.partial == PARTIAL and again.draw.open[0].tokens() == OPEN.tokens() == 3
     change(forged.host, forged.groups)
-    malformed = "^checkpoints/1: its digests hold, but its run state is malformed "
-    with pytest.raises(NoCheckpointError, match=malformed) as e:
+    with refusal("checkpoints/1: ...run state ...malformed", NoCheckpointError):
         restored(folder, make_run())
-    assert "\n" not in str(e.value)

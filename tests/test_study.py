@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from record_study import CONFIG, PAGE, RECORDS, pack, tables
+from refusals import refusal
 
 from dapo_jax.config import ConfigError, dump_yaml, flatten, to_dict
 from dapo_jax.study import (
@@ -32,7 +33,6 @@ from dapo_jax.study import (
     read_runs,
     steps_to,
 )
-from dapo_jax.types import InputError
 
 pytestmark = pytest.mark.host
 
@@ -190,14 +190,13 @@ def test_bad_studies_get_one_clear_line(study, path, value, key):
             tree = tree[part]
         tree[path[-1]] = value
 
-    with pytest.raises(ConfigError) as error:
+    with refusal(f"...study.yaml: {key}: ", ConfigError):
         study(change)
-    assert f"study.yaml: {key}: " in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["base", "seeds", "target_accuracy", "ladder", "warm_up"])
 def test_a_key_that_is_missing_is_named(study, key):
-    with pytest.raises(ConfigError, match=f"study.yaml: {key}: "):
+    with refusal(f"...study.yaml: {key}: ", ConfigError):
         study(lambda tree: tree.pop(key))
 
 
@@ -299,31 +298,30 @@ def test_every_row_starts_from_its_seeds_warm_up_and_nothing_is_done_twice(start
         (
             put("base", "optim", "learning_rate", 0.5),
             "warm/3",
-            "optim.learning_rate: was 1e-06 .*, and is 0.5 in the study",
+            "optim.learning_rate: was 1e-06 ...is 0.5 ",
         ),
         (
             put("ladder", 1, "set", "dapo", "clip_eps_high", 0.3),
             "runs/1_clip_higher/3/config",
-            "dapo.clip_eps_high: was 0.28 .* is 0.3 in",
+            "dapo.clip_eps_high: was 0.28 ...is 0.3 ",
         ),
         (
             put("base", "eval", "temperature", 0.5),
             "runs/0_naive/3/config",
-            "eval.temperature: was 1.0 .* is 0.5 in the study",
+            "eval.temperature: was 1.0 ...is 0.5 ",
         ),
         (
             put("warm_up", "supervised", "updates", 7),
             "warm/3",
-            "supervised.updates: was 1 .* is 7 in the study",
+            "supervised.updates: was 1 ...is 7 ",
         ),
     ],
 )
 def test_runs_of_another_config_are_refused(start, tmp_path, change, file, said, flags):
     start()
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.yaml")}
-    with pytest.raises(ConfigError, match=rf"{file}.yaml: {said}") as error:
+    with refusal(f"...{file}.yaml: {said}", ConfigError):
         start(change, *flags)
-    assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.yaml")} == before
 
 
@@ -350,9 +348,7 @@ def test_a_study_may_grow_and_what_makes_no_result_may_change(start):
 @pytest.mark.slow
 def test_longer_runs_resume(start):
     start()
-    with pytest.raises(
-        InputError, match="holds no complete run"
-    ):  # those of four steps are not the table's
+    with refusal("...no complete run"):  # those of four steps are not the table's
         start(put("base", "train", "steps", 6))
     assert start(put("base", "train", "steps", 4)) == []
 
@@ -506,11 +502,11 @@ def test_the_figure_takes_runs_that_were_made_longer_and_many_rows(study):
 
 def test_nothing_complete_yet(study, tmp_path):
     study()
-    with pytest.raises(InputError, match="holds no complete run"):
+    with refusal(f"{tmp_path}/out: ...no complete run"):
         main(
             ["--config", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), "--summary"]
         )
-    with pytest.raises(InputError, match=r"--seeds: \[4\] are not among"):
+    with refusal("--seeds: [4] "):
         main(
             [
                 "--config",

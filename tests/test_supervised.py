@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from refusals import refusal
 
 from dapo_jax import supervised
 from dapo_jax.config import MeshSection, config_from_dict
@@ -120,14 +121,8 @@ def test_an_update_has_ended_before_the_place_where_a_run_may_be_left(warm_up):
 def test_skipped_updates_in_a_row_end_a_warm_up(warm_up):
     counts = [line for line in warm_up([1, 1, 0, 1, 0, 1, 1]) if "skipped" in line]
     assert counts == [f"{n} skipped" for n in (1, 2, 0, 1, 0, 1, 2)]
-    with pytest.raises(
-        InputError,
-        match="^warm-up update 5: 3 updates in a row had a non-finite loss or gradient and were "
-        "skipped; ",
-    ):
+    with refusal("warm-up update 5: 3 updates ...non-finite"):
         warm_up([1, 0, 1, 1, 1, 0])
-    with pytest.raises(
-        InputError, match="^warm-up update 2: 3 updates in a row"
-    ):  # the last of all, too
+    with refusal("warm-up update 2: 3 updates"):  # the last of all, too
         warm_up([0, 1], done=1, skipped=2)
     assert warm_up([0, 1], done=1, skipped=1)[-1] == "2 skipped"

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from refusals import line_of, names
 from runs import CONFIG, run_train
 
 from dapo_jax.config import ConfigError, RewardSection, dump_yaml, load_config
@@ -320,12 +321,8 @@ def test_a_run_resumes_with_the_task_it_was_started_with(config, here, capfd):
 
     (here / "my.py").write_text(original + "# another\n")
     assert run_train(config, run) == 2
-    said = capfd.readouterr().err.splitlines()
-    assert (
-        len(said) == 1
-        and f"reward.function: my.py:reward is not what {run} was started with" in said[0]
-    )
-    assert "restore the file, or give --allow-change reward.function" in said[0]
+    said, _ = line_of(capfd)
+    assert names(said, f"reward.function: my.py:reward ...{run} ...--allow-change reward.function")
     assert (run / "reward_function.py").read_text() == original
 
     mine, allow = load_config(config), ["reward.function"]
@@ -338,7 +335,7 @@ def test_a_run_resumes_with_the_task_it_was_started_with(config, here, capfd):
 
     (here / "my.py").write_text(original.replace("Work out", "Find"))
     assert run_train(config, run, allow="reward.function") == 2  # prompts are not the reward's
-    assert "data.template: is 'Find {prompt}. ', but" in capfd.readouterr().err
+    assert names(line_of(capfd)[0], "data.template: ...'Find {prompt}. '")
 
 
 def test_processes_must_have_the_same_file(config, here, monkeypatch):

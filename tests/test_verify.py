@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refusal
 
 from dapo_jax.reward.verify import (
     check_verdict,
@@ -19,7 +20,7 @@ from dapo_jax.reward.verify import (
     normalize_answer,
     strict_verify,
 )
-from dapo_jax.types import InputError, Problem, Verdict, canonical_answer
+from dapo_jax.types import Problem, Verdict, canonical_answer
 
 pytestmark = pytest.mark.host
 
@@ -493,24 +494,23 @@ def test_load_function(helper_on_path):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("os:system", "not in reward.allowed_modules"),
-        ("reward_functions.os:system", "not in reward.allowed_modules"),
-        ("reward_functions", "expected package.module:function"),
-        ("reward_functions:os.system", "expected package.module:function"),
-        ("missing_module:judge", "cannot import 'missing_module' .ModuleNotFoundError"),
+        ("os:system", "'os' ...reward.allowed_modules"),
+        ("reward_functions.os:system", "'reward_functions.os' ...reward.allowed_modules"),
+        ("reward_functions", "package.module:function"),
+        ("reward_functions:os.system", "package.module:function"),
+        ("missing_module:judge", "'missing_module' (ModuleNotFoundError"),
         ("reward_functions:missing", "has no 'missing'"),
         ("reward_functions:not_callable", "is a int"),
     ],
 )
 def test_unusable_functions_are_bad_input(helper_on_path, spec, says):
-    with pytest.raises(InputError, match=says) as info:
+    with refusal(f"reward.function: ...{says}"):
         load_function(spec, ["reward_functions", "missing_module"])
-    assert "reward.function" in str(info.value) and "\n" not in str(info.value)
 
 
 def test_a_module_that_fails_to_import_is_bad_input(tmp_path, monkeypatch):
     (tmp_path / "broken_reward.py").write_text("raise RuntimeError('first\\nsecond')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(InputError, match="RuntimeError: first second"):
+    with refusal("reward.function: ...RuntimeError: first second"):
         load_function("broken_reward:judge", ["broken_reward"])
     sys.modules.pop("broken_reward", None)
