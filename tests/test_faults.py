@@ -507,6 +507,7 @@ def test_a_mixture_resumes_bit_for_bit_wherever_its_files_are_and_only_with_its_
     faults.inject("update:4=term", monkeypatch.setattr)
     assert run_train(config, "cut", *mixture) == 143
     faults.inject("", monkeypatch.setattr)
+    capfd.readouterr()
     assert run_train(config, "cut", *mixture, "data.train.1.weight=3") == 2
     assert names(line_of(capfd)[0], "data.train.1.weight: ...3.0, ...cut ...2.0")
     (tmp_path / "d.jsonl").rename(
