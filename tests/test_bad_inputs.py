@@ -817,8 +817,7 @@ def test_a_place_for_results_is_looked_at_before_the_work(tmp_path, refused, fla
     verbs = [(evaluate, ("--model", "gone")), (plan, ()), (data_verb, ("stats",))]
     for verb, args in verbs if flag == "--json" else verbs[:1]:
         for place in (tmp_path, tmp_path / "gone" / "out"):
-            said, _ = refused(verb, *args, "--config", "gone.yaml", flag, place)
-            assert said == f"dapo_jax: {place}: cannot write; give a file in a folder that exists"
+            refused(f"{place}: cannot write", verb, *args, "--config", "gone.yaml", flag, place)
 
 
 def test_a_place_for_a_model_is_looked_at_before_the_work(config, tmp_path, refused):
