@@ -7,14 +7,29 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dapo_jax.config import Config, DapoSection
-from dapo_jax.dapo.buffer import DynamicSamplingBuffer, StepCounts
+from dapo_jax.config import Config, DapoSection, ModelConfig, TrainSection
+from dapo_jax.dapo.buffer import DynamicSamplingBuffer, StepCounts, UnderfilledError
 from dapo_jax.dapo.packing import PackStats
 from dapo_jax.training.dynamic_sampling import Drawn, DrawState
-from dapo_jax.training.record import draw_metrics, throughput, update_metrics
-from dapo_jax.training.setup import BatchShape
+from dapo_jax.training.record import Recorder, draw_metrics, throughput, update_metrics
+from dapo_jax.training.setup import BatchShape, Policy
+from dapo_jax.training.state import RunState
 from dapo_jax.training.step import Updates, minibatches
 from dapo_jax.types import Group, Problem, Prompt, Response, Verdict
+
+
+def test_an_underfilled_step_says_that_the_verifier_reads_no_answers(tmp_path):
+    """Before it stops: the form of the answers is the usual cause of all-incorrect groups."""
+    said, policy = [], Policy(ModelConfig(), None, ())
+    run = RunState(DynamicSamplingBuffer(1, True, True))
+    train = TrainSection(samples_per_step=0)
+    shared = (DapoSection(prompts_per_step=1), train, 0, lambda weights: {})
+    recorder = Recorder(tmp_path, None, said.append, None, None, policy, *shared)
+    verdicts = [Verdict(False, -1.0, answered=n > 2) for n in range(4)]
+    with pytest.raises(UnderfilledError):
+        recorder.commit(run, Drawn([DRAWN[2]], verdicts, 1, 18, 0, DrawState()), [DRAWN[2]])
+    [line] = said
+    assert line.startswith("step 1: 75% of the responses contain no answer")
 
 
 def group(draw, correct, lengths, truncated, penalty, gap):

@@ -172,8 +172,11 @@ class Recorder:
         if multihost.is_main():
             rows = sample_rows(drawn.groups, count, algo, self.policy)
             write_samples(self.run_dir, run.progress.step + 1, rows)
-        least = algo.prompts_per_step if algo.on_cap == "error" else 1
-        run.commit(drawn, groups, draw_metrics(drawn, algo.prompts_per_draw), least)
+        metrics = draw_metrics(drawn, algo.prompts_per_draw)
+        if (unread := metrics["reward/no_answer_fraction"]) > 0.5:
+            none = "contain no answer that the verifier can read; see samples/"
+            self.info(f"step {run.progress.step + 1}: {unread:.0%} of the responses {none}")
+        run.commit(drawn, groups, metrics, algo.prompts_per_step if algo.on_cap == "error" else 1)
         self._save_if_due(run)
 
     def record(self, run: RunState, updates: Updates, times: dict[str, float]) -> None:
@@ -193,7 +196,13 @@ class Recorder:
         metrics["optim/rollbacks"] = run.progress.rollbacks
         metrics |= throughput(drawn["rollout/tokens"], trained_tokens, times)
         self.info(self._table.line(step, metrics))
-        self._remark(step, updates.sizes, metrics)
+        if (kept := sum(sizes := updates.sizes)) < self.algo.prompts_per_step:
+            full = self.algo.responses_per_update // self.algo.responses_per_prompt
+            self.info(
+                f"step {step}: dapo.on_cap: trained on {kept} of {self.algo.prompts_per_step} "
+                f"groups, in {len(sizes)} updates of {min(sizes)} to {max(sizes)} groups "
+                f"({full} fill one)"
+            )
         last = step == self.train.steps
         evaluated = self.eval_every and (step % self.eval_every == 0 or last)
         if evaluated:
@@ -233,18 +242,6 @@ class Recorder:
             for name, result in results.items()
             for key, value in result.metrics.items()
         }
-
-    def _remark(self, step: int, sizes: Sequence[int], metrics: Mapping[str, float]) -> None:
-        algo, kept = self.algo, sum(sizes)
-        if kept < algo.prompts_per_step:
-            self.info(
-                f"step {step}: dapo.on_cap: trained on {kept} of {algo.prompts_per_step} groups, "
-                f"in {len(sizes)} updates of {min(sizes)} to {max(sizes)} groups "
-                f"({algo.responses_per_update // algo.responses_per_prompt} fill one)"
-            )
-        if (unread := metrics.get("reward/no_answer_fraction", 0.0)) > 0.5:
-            none = "contain no answer that the verifier can read; see samples/"
-            self.info(f"step {step}: {unread:.0%} of the responses {none}")
 
 
 def check_agreement(run: RunState, metrics: Mapping[str, float]) -> None:
