@@ -92,9 +92,11 @@ def trl():
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
     from trl import GRPOConfig, GRPOTrainer
 
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="2")
+    # Special tokens are cut out of a text before it is split into words: no digits.
+    named = {str(i) if i > 2 else f"<{i}>": i for i in range(V)}
+    words = Tokenizer(models.WordLevel(named, unk_token="<0>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<0>", eos_token="<2>")
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS,
