@@ -155,8 +155,8 @@ def square_matmul(sizes: LossSizes) -> tuple[Callable[[], Array], float]:
 def benchmark_loss(sizes: LossSizes) -> Report:
     """Forward and backward of the DAPO loss to hidden and head.
 
-    Useful work is 6 x targets x D x V FLOPs for every variant; `fused` also computes entropy and
-    policy metrics, as do `_OPTIONS`. peak_fraction is the share of the speed of a square matmul.
+    Useful work is 6 x targets x D x V FLOPs for every variant; `fused`, `fused_cispo` and
+    `fused_masked` also compute entropy and policy metrics. peak_fraction: of a square matmul.
     """
     mesh = measure.mesh_of(sizes, "tokens")
     chunk = min(sizes.chunk or loss_chunk(mesh), sizes.tokens // row_shards(mesh))

@@ -174,7 +174,7 @@ class EvalSection:
     samples_per_problem: int = field(32, "k of avg@k, pass@k, cons@k", ge=1)
     temperature: float = field(1.0, "sampling temperature; 0 is greedy", ge=0)
     top_p: float = field(0.7, "nucleus mass", gt=0, le=1)
-    max_problems: int | None = field(None, "n: use only the first n problems of each set", ge=1)
+    max_problems: int | None = field(None, "use only so many problems of each set, the first", ge=1)
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class DapoSection:
     dynamic_sampling: bool = field(True, "train only on groups with accuracy neither 0 nor 1")
     prompts_per_draw: int = field(1536, "generation batch: prompts expected to fill a step", ge=1)
     max_generation_batches: int = field(10, "limit of generation batches in a rollout step", ge=1)
-    on_cap: Literal["error", "train"] = field("error", "or train on fewer groups")
+    on_cap: Literal["error", "train"] = field("error", "too few groups then: stop, or train")
     carry_surplus: bool = field(True, "use surplus groups next step, with their log-probs")
     partial_rollouts: bool = field(False, "continue unfinished responses in the next step")
     max_policy_age: int | None = field(None, "partial rollouts: steps a token may wait", ge=0)
@@ -275,7 +275,7 @@ class OptimSection:
 class SupervisedSection:
     """Cross-entropy warm-up on worked solutions, before RL or by its own verb."""
 
-    updates: int = field(0, "how many; 0 is none", ge=0)
+    updates: int = field(0, "updates of the warm-up; 0: none", ge=0)
     responses_per_update: int = field(128, "solutions in an update", ge=1)
     learning_rate: float = field(1e-3, "after warm-up, then constant", ge=0)
     warmup_updates: int = field(20, "updates of linear warm-up", ge=0)
@@ -304,10 +304,10 @@ class TrainSection:
     keep_checkpoints: int = field(3, "how many of the newest to keep", ge=1)
     keep_best: bool = field(False, "save at every evaluation, keep the one most accurate")
     samples_per_step: int = field(8, "responses written to samples/ each step", ge=0)
-    tracker: Literal["wandb", "mlflow"] | None = field(None, "metrics go there too")
+    tracker: Literal["wandb", "mlflow"] | None = field(None, "gets the metrics too")
     stall_timeout_s: float | None = field(1800.0, "watchdog: seconds without progress", ge=1)
     profile_start: int | None = field(None, "first rollout step to trace into profile/", ge=1)
-    profile_steps: int = field(1, "how many are traced", ge=1)
+    profile_steps: int = field(1, "rollout steps to trace", ge=1)
 
 
 @dataclass(frozen=True)
