@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+unexport PYTHONDONTWRITEBYTECODE  # without bytecode each process of the tests compiles the package and the tests anew
 FULL := multiprocess or bucket or fuzz or scripts or browser or benchmark or compiler or slow
 TIER := not ($(FULL))
 REAL := real/asdiv_train.jsonl real/asdiv_heldout.jsonl real/smollm2-135m/model.safetensors

@@ -506,6 +506,7 @@ def test_a_mixture_resumes_bit_for_bit_wherever_its_files_are_and_only_with_its_
     )
     faults.inject("update:4=term", monkeypatch.setattr)
     assert run_train(config, "cut", *mixture) == 143
+    capfd.readouterr()
     faults.inject("", monkeypatch.setattr)
     capfd.readouterr()
     assert run_train(config, "cut", *mixture, "data.train.1.weight=3") == 2
