@@ -1,8 +1,4 @@
-"""Responses of a run or of a model to text, to a file of prompts, or in a chat.
-
-Without text it reads prompts from the terminal. Text is a problem, as in training: it goes through
-`data.template` and the chat template. In a chat, turns go through the chat template alone.
-"""
+"""Responses of a run or of a model to text, to a file of prompts, or in a chat."""
 
 import argparse
 import dataclasses

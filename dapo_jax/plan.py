@@ -1,9 +1,6 @@
 """Compiles a config's programs with the real TPU compiler, without a TPU: do they fit, and what
 does a step cost at least?
 
-    python -m dapo_jax.plan --config C [--topology v5p:4x4x8] [--json OUT] [--suggest] [--set K=V]
-    python -m dapo_jax.plan --config C --topology "v5p:4x4x8*2" --set mesh.data=2     two slices
-
 Memory, HBM traffic, collectives and the number of operations are the compiler's; the decode steps
 are those of the real scheduler for a distribution of response lengths (`benchmark schedule`).
 
@@ -711,8 +708,9 @@ def _compile_for_other_machines() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    example = "--config configs/qwen2.5-7b_dapo17k_v5p-64.yaml --topology v5p:4x4x4"
-    parser = cli.parser("plan", main.__doc__, example)
+    example = "--config configs/qwen2.5-7b_dapo17k_v5p-64.yaml --topology "
+    two_slices = '"v5p:2x4x4*2" --set mesh.data=2'
+    parser = cli.parser("plan", main.__doc__, f"{example}v5p:4x4x4", example + two_slices)
     add = parser.add_argument
     text = "YAML config; neither its weights, its tokenizer nor its data are read"
     add("--config", required=True, help=text)

@@ -180,6 +180,16 @@ def test_rows_as_fed_and_the_verdict_on_every_solution(capsys):
     assert out.count(": prompt as fed\n") == 1 and "Solve the following math problem" in out
 
 
+@pytest.mark.parametrize("answer, found", [("4", "1 of 1"), ("{4}$.", "warning: ")])
+def test_rows_without_solutions_get_the_verdict_on_their_ground_truths(capsys, answer, found):
+    """README's first row; and one whose answer no response can give."""
+    Path("own.jsonl").write_text(json.dumps({"prompt": "What is 2+2?", "answer": answer}))
+    assert verb("show", "--source", "own.jsonl") == 0
+    out = capsys.readouterr().out
+    assert "What is 2+2?" in out and found in out.splitlines()[-1]
+    assert "ground truths are correct by the strict verifier" in out.splitlines()[-1]
+
+
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(1, 3000))
 def test_percentiles_against_a_naive_count(lengths, limit):
     found = length_stats(lengths, limit)

@@ -85,7 +85,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """Prints the first rows as they are fed to the model, and the verifier's verdict on every
-    solution."""
+    solution, or without solutions on answers made from the ground truths."""
     config, found = _loaded(args)
     section, reward, tokenizer = config.data, config.reward, _tokenizer(args, config)
     with RewardPool(reward) as pool:
@@ -100,7 +100,8 @@ def show(args: argparse.Namespace) -> None:
                 print(
                     f"---- {problem.id}: prompt as fed\n{fed}\n---- ground truth: {problem.answer}"
                 )
-                print(f"---- solution: {problem.solution}" * (problem.solution is not None))
+                if problem.solution is not None:
+                    print(f"---- solution: {problem.solution}")
             solved = [p for p in problems if p.solution]
             verdicts = pool.judge([RewardItem(p, p.solution or "", 0) for p in solved])
             pairs = [(p, v) for p, v in zip(solved, verdicts, strict=True) if not v.correct]
@@ -108,6 +109,8 @@ def show(args: argparse.Namespace) -> None:
                 correct = len(solved) - len(pairs)
                 share = f"{correct:,} of {len(solved):,} ({correct / len(solved):.1%})"
                 print(f"{name}: {share} solutions are correct by the {reward.verifier} verifier")
+            else:
+                _print_findings(args, config, name, problems, pool)
             for problem, verdict in pairs[: args.first]:
                 why = verdict.error or "incorrect"
                 print(f"---- {problem.id}: {why}; ground truth: {problem.answer}")
@@ -137,7 +140,7 @@ def stats(args: argparse.Namespace) -> None:
     """Prints the rows, skips and prompt lengths of one data set, or of those of a config."""
     check_result(args.json)
     config, found = _loaded(args)
-    section, reward = config.data, config.reward
+    section = config.data
     tokenizer = _tokenizer(args, config) if args.config or args.tokenizer else None
     numbers = {}
     for name, (problems, report, drawn) in found.items():
@@ -166,15 +169,22 @@ def stats(args: argparse.Namespace) -> None:
         print("\n".join(map(printable, [f"{name}: {report.source}", *lines, *notes])))
     if args.json:
         write_result(args.json, json.dumps(numbers, indent=2) + "\n")
-    with RewardPool(reward) as pool:
+    with RewardPool(config.reward) as pool:
         for name, (problems, *_) in found.items():
-            try:
-                lines = check_data(name, problems, section.template, reward, pool.judge)
-            except InputError as e:
-                if args.config:
-                    raise
-                lines = [f"warning: {e}"]  # no config names the verifier of a source
-            print("".join(f"{printable(line)}\n" for line in lines), end="")
+            _print_findings(args, config, name, problems, pool)
+
+
+def _print_findings(
+    args: argparse.Namespace, config: Config, name: str, problems: list[Problem], pool: RewardPool
+) -> None:
+    """Does the verifier suit the data set?"""
+    try:
+        lines = check_data(name, problems, config.data.template, config.reward, pool.judge)
+    except InputError as e:
+        if args.config:
+            raise
+        lines = [f"warning: {e}"]  # no config names the verifier of a source
+    print("".join(f"{printable(line)}\n" for line in lines), end="")
 
 
 def _of_config(config: Config) -> Found:
