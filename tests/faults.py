@@ -45,8 +45,27 @@ def inject(plan, patch=setattr):
     patch(Guard, "_note", note)
 
 
+def keep_programs():
+    """Makes every process of a job keep what it compiles. jax leaves that to process 0, whose
+    programs have keys on CPUs that are no other process's: the others compiled in every job."""
+    from jax._src import compiler, distributed
+
+    write = compiler._cache_write
+
+    def write_too(*args):
+        state = distributed.global_state
+        own, state.process_id = state.process_id, 0
+        try:
+            write(*args)
+        finally:
+            state.process_id = own
+
+    compiler._cache_write = write_too
+
+
 if __name__ == "__main__":
     plan, module = sys.argv[1:3]
     del sys.argv[:2]
     inject(plan)
+    keep_programs()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
