@@ -284,6 +284,7 @@ def test_samples_of_a_file_of_prompts(run, tmp_path, capsys):
     assert verb(generate, *args) == 0
     out = capsys.readouterr().out
     assert out.count("---- ") == 2 and "---- 1+2=\n" in out and "---- 3+4=\n" in out
+    assert out.count("\n----\n") == 6  # where a response of several lines ends
     assert verb(generate, "--run-dir", run, "--prompts", tmp_path / "gone") == 2
     assert names(line_of(capsys)[0], f"{tmp_path}/gone: ...No such file")
 
