@@ -115,7 +115,7 @@ def _prompts(path: str) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     run = "--run-dir runs/tiny"
-    examples = (f'{run} "3+4*2" --samples 4', run, '--model Qwen/Qwen3-0.6B "What is 2+2?"')
+    examples = (f'{run} "3+4*2" --samples 4', run, '--model Qwen/Qwen3-0.6B "2+2?"')
     parser = cli.parser("generate", main.__doc__, *examples)
     add = parser.add_argument
     add("text", nargs="*", help="prompts; without any, they are read from the terminal")
@@ -125,9 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", metavar="FOLDER", help="instead: a folder, gs://bucket/folder or id of the hub")
     override = "rollout.temperature=0.7 or rollout.max_response_len=256"
     cli.add_config(parser, " (default: that of --run-dir)", override, "responses")
-    add(
-        "--samples", type=int, default=1, metavar="K", help="responses to a prompt; ---- after each"
-    )
+    add("--samples", type=int, default=1, metavar="K", help="responses; ---- ends each of several")
     return parser
 
 

@@ -89,6 +89,11 @@ def test_a_step_is_chosen_before_a_process_joins_the_others(tmp_path, monkeypatc
     assert restore.chosen_step(tmp_path, 2, False) == 2
 
 
+def test_the_time_of_a_save_is_in_the_line_after_it_alone(run):
+    """Saved after steps 2 and 4: in every line, a sum over them would count a save many times."""
+    assert [line["step"] for line in read_metrics(run) if "time/save_s" in line] == [3]
+
+
 @pytest.mark.slow
 def test_the_best_checkpoint_is_kept_beside_the_newest(run, tmp_path):
     """save_every 100: only evaluations and the end save. One is kept, and the best."""

@@ -102,7 +102,7 @@ METRICS: Mapping[str, str] = {
     "time/old_logprobs_s": "seconds of recomputing the log-probs of pi_old",
     "time/update_s": "seconds of updates",
     "time/eval_s": "seconds of evaluation",
-    "time/save_s": "seconds for which the last checkpoint blocked the run",
+    "time/save_s": "seconds for which checkpoints blocked the run since the line before",
     "time/step_s": "seconds of the whole step",
     "throughput/rollout_tokens_per_s": "response tokens per second of sampling, all devices",
     "throughput/train_tokens_per_s": "prompt and response tokens per second of updates",

@@ -210,6 +210,7 @@ class Recorder:
         run.end_step()
         check_agreement(run, metrics)
         metrics |= times | self._saving | {"memory/peak_bytes": peak_memory()}
+        self._saving = {}
         self.log.write(step, run.progress.updates, run.draw.draws, metrics)
         if step % self.train.save_every == 0 or last or (evaluated and self.train.keep_best):
             self._save(run)
@@ -225,7 +226,6 @@ class Recorder:
             self._save(run, whole=False)
 
     def _save(self, run: RunState, *, whole: bool = True) -> None:
-        self._saving = {"time/save_s": 0.0}
         with timed(self._saving, "time/save_s"):
             self.store.save(run, whole=whole)
         self._saved_at = time.monotonic()
