@@ -1,6 +1,7 @@
 """The pages: links lead somewhere, quoted messages and code are the program's."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -77,7 +78,11 @@ def texts_of(file: Path) -> list[str]:
     return texts
 
 
-TEXTS = [text for file in SOURCES for text in texts_of(file)]
+@functools.cache
+def texts() -> list[str]:
+    return [text for file in SOURCES for text in texts_of(file)]
+
+
 MESSAGES = re.findall(
     r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE
 )
@@ -90,7 +95,7 @@ def test_the_page_has_messages():
 @pytest.mark.parametrize("message", MESSAGES)
 def test_a_quoted_message_is_one_that_the_program_has(message):
     form = ".*".join(map(re.escape, message.removesuffix("...").split("...")))
-    assert any(re.search(form, text, re.DOTALL) for text in TEXTS)
+    assert any(re.search(form, text, re.DOTALL) for text in texts())
 
 
 # --------------------------------------------------------------------------------------------- code

@@ -324,6 +324,7 @@ def test_lenient_refuses(response, truth):
         ("Answer: 1 024", "1024"),
         ("Answer: 1 000 000", "1000000"),
         (r"Answer: \$1,024.50", "1024.50"),
+        ("Answer: √49\nwhich is \\boxed{7}", "7"),  # the first reading is text, the last a value
     ],
 )
 def test_lenient_finds_and_compares(response, truth):
