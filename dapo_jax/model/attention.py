@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Num
 
-from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis
+from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, per_device, split_axis
 
 Queries = Float[Array, "N T H h"]
 Keys = Float[Array, "N T K h"]  # or values; K divides H
@@ -271,8 +271,7 @@ def _over_mesh(
     def local(q, k, v, segment_ids, scalars):
         return function(q, k, v, segment_ids, **scalars)
 
-    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": rows, "check_vma": False}
-    return jax.shard_map(local, mesh=mesh, **specs)(q, k, v, segment_ids, scalars)
+    return per_device(local, mesh, inputs, rows)(q, k, v, segment_ids, scalars)
 
 
 def list_pages(table: Int32[Array, "B T"], lengths: Int32[Array, " B"], size: int) -> PageList:

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis, sum_over_rows
+from dapo_jax.model.logprobs import (
+    ROW_AXES,
+    ROW_SPEC,
+    VOCAB_AXIS,
+    per_device,
+    split_axis,
+    sum_over_rows,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -43,9 +50,7 @@ def embed(
         size = x.shape[1] // mesh.shape[VOCAB_AXIS]
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(VOCAB_AXIS) * size, size, axis=1)
 
-    inputs, rows = (spec, ROW_SPEC), _rows(split_sequence)
-    lookup = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=rows, check_vma=False)
-    return lookup(table, tokens)
+    return per_device(local, mesh, (spec, ROW_SPEC), _rows(split_sequence))(table, tokens)
 
 
 def _table_spec(table: Array, mesh: Mesh) -> PartitionSpec:
@@ -83,8 +88,7 @@ def _backward(dtype, mesh, split_sequence, inputs, d_rows):
         return sum_over_rows(d_table, 1 if spec[1] else None)
 
     inputs = (ROW_SPEC, _rows(split_sequence))
-    gradient = jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=spec, check_vma=False)
-    return gradient(tokens, d_rows).astype(table.dtype), None
+    return per_device(local, mesh, inputs, spec)(tokens, d_rows).astype(table.dtype), None
 
 
 embed.defvjp(_forward, _backward)

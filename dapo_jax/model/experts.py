@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 
 from dapo_jax.config import Experts
-from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis
+from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, per_device, split_axis
 from dapo_jax.model.quantization import Quantized
 
 _TILE_BYTES = 3 * 2**20  # of an expert in a TPU core's memory; two are there at a time
@@ -141,8 +141,7 @@ def mixture_over(
     split = {name: stacked if isinstance(w, OfLayer) else one for name, w in kernels.items()}
     split["router"] = PartitionSpec()
     inputs, outputs = (ROW_SPEC, split, ROW_SPEC), (PartitionSpec(axis, ROW_AXES), ROW_SPEC)
-    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": outputs, "check_vma": False}
-    parts, routing = jax.shard_map(local, mesh=mesh, **specs)(x, kernels, replayed)
+    parts, routing = per_device(local, mesh, inputs, outputs)(x, kernels, replayed)
     return jax.lax.reduce_sum(parts, axes=(0,)), routing
 
 

@@ -39,6 +39,11 @@ def split_axis(mesh: Mesh | None, axis: str, size: int) -> str | None:
     return axis if parts > 1 and size % parts == 0 else None
 
 
+def per_device(function: Callable, mesh: Mesh, inputs: Any, outputs: Any) -> Callable:
+    """`jax.shard_map`, without its check that outputs are as replicated as their specs say."""
+    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
 def sum_over_rows(x: Array, scattered: int | None) -> Array:
     """A per-device sum over rows as the sum over all devices' rows, its axis `scattered` split over
     "fsdp"."""
@@ -88,9 +93,7 @@ class _Static(NamedTuple):
         """function(hidden, head, rest) on each device's rows and part of the head."""
         if self.mesh is None:
             return function
-        inputs = (ROW_SPEC, self.head, ROW_SPEC)
-        specs: dict[str, Any] = {"in_specs": inputs, "out_specs": outputs, "check_vma": False}
-        return jax.shard_map(function, mesh=self.mesh, **specs)
+        return per_device(function, self.mesh, (ROW_SPEC, self.head, ROW_SPEC), outputs)
 
 
 class _Scored(NamedTuple):

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float32
 
 from dapo_jax.model.attention import MASKED, Cache, PagedCache, Window, attend_pages
-from dapo_jax.model.logprobs import VOCAB_AXIS, split_axis
+from dapo_jax.model.logprobs import VOCAB_AXIS, per_device, split_axis
 from dapo_jax.model.quantization import quantize
 
 LANES = 128  # p and h are multiples of this: copies are of whole tiles
@@ -92,9 +92,7 @@ def attend_paged_over(
 
     view = jax.tree.map(lambda _: whole, seen)._replace(pages=stored)
     inputs = entries, entries, entries, view, whole, whole
-    outputs = entries, stored
-    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": outputs, "check_vma": False}
-    return jax.shard_map(local, mesh=mesh, **specs)(q, k, v, seen, on, turns)
+    return per_device(local, mesh, inputs, (entries, stored))(q, k, v, seen, on, turns)
 
 
 def attend_ragged(

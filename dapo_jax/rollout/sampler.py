@@ -28,7 +28,7 @@ from dapo_jax.model.decoder import (
     write_cache,
 )
 from dapo_jax.model.experts import Routing
-from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, split_axis
+from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, per_device, split_axis
 from dapo_jax.model.ragged_attention import is_ragged
 from dapo_jax.rollout.token_sampling import Sampling, sample_tokens
 from dapo_jax.types import Params
@@ -186,8 +186,7 @@ def insert(
     heads = split_axis(mesh, VOCAB_AXIS, state.cache.k.shape[3])
     rows, cache = ROW_SPEC, PartitionSpec(ROW_AXES, None, None, heads)
     inputs = (cache, PartitionSpec(None, ROW_AXES, None, heads), rows, rows, PartitionSpec())
-    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": cache, "check_vma": False}
-    copy = jax.shard_map(_copy_pages, mesh=mesh, **specs)
+    copy = per_device(_copy_pages, mesh, inputs, cache)
 
     flags = jnp.zeros(arrivals.slot.shape, bool)
     fresh = {name: getattr(arrivals, name) for name in ("token", "position", "limit")}
@@ -244,8 +243,7 @@ def take(
         return (*jax.lax.psum(sent, ROW_AXES), None)[:2]
 
     rows, whole = ROW_SPEC, PartitionSpec()
-    specs: dict[str, Any] = {"in_specs": (rows, rows, rows, whole), "out_specs": whole}
-    over_mesh = jax.shard_map(own, mesh=mesh, check_vma=False, **specs)
+    over_mesh = per_device(own, mesh, (rows, rows, rows, whole), whole)
     return over_mesh(slots.tokens, slots.logprobs, slots.experts, blocks)
 
 
@@ -291,9 +289,8 @@ def sample_on_mesh(
     """
     axis = split_axis(mesh, VOCAB_AXIS, logits.shape[1])
     draw = functools.partial(sample_tokens, sampling=sampling, axis=axis)
-    inputs, outputs = (PartitionSpec(ROW_AXES, axis), ROW_SPEC), (ROW_SPEC, ROW_SPEC)
-    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": outputs, "check_vma": False}
-    return jax.shard_map(draw, mesh=mesh, **specs)(logits, keys)
+    inputs = PartitionSpec(ROW_AXES, axis), ROW_SPEC
+    return per_device(draw, mesh, inputs, (ROW_SPEC, ROW_SPEC))(logits, keys)
 
 
 @jax.named_scope("cache")
@@ -309,9 +306,7 @@ def _write_on_mesh(
     page = jnp.take_along_axis(table, at[..., None], axis=2, mode="clip")[..., 0]
     heads = split_axis(mesh, VOCAB_AXIS, cache.k.shape[3])
     entries = PartitionSpec(ROW_AXES, None, None, heads)
-    inputs = (entries, entries, ROW_SPEC, ROW_SPEC)
-    specs: dict[str, Any] = {"in_specs": inputs, "out_specs": entries, "check_vma": False}
-    write = jax.shard_map(write_cache, mesh=mesh, **specs)
+    write = per_device(write_cache, mesh, (entries, entries, ROW_SPEC, ROW_SPEC), entries)
     return write(cache, new, jnp.where(slots.live, page, 0), offset)
 
 
