@@ -103,7 +103,7 @@ METRICS: Mapping[str, str] = {
     "time/update_s": "seconds of updates",
     "time/eval_s": "seconds of evaluation",
     "time/save_s": "seconds for which checkpoints blocked the run since the line before",
-    "time/step_s": "seconds of the whole step",
+    "time/step_s": "seconds of the whole step, the evaluation and save after it aside",
     "throughput/rollout_tokens_per_s": "response tokens per second of sampling, all devices",
     "throughput/train_tokens_per_s": "prompt and response tokens per second of updates",
     "memory/peak_bytes": "peak device memory so far; of the process if a device reports none",
