@@ -275,6 +275,16 @@ def test_tokens_of_earlier_policies_are_in_no_share_of_the_ratio():
         assert metrics[f"ratio_{name}"].tolist() == [1, 0]
 
 
+def test_shares_of_the_ratio_have_a_bound_on_either_side():
+    """[0.999, 1.002], 1% and 5% around 1: ratios just inside and just outside of each."""
+    ratios = [0.9995, 1.0015, 0.9985, 1.0025, 0.991, 1.009]
+    ratios += [0.989, 1.011, 0.951, 1.049, 0.949, 1.051]
+    algo = DapoSection(old_logprobs="sampler")
+    *_, metrics = terms_and_slopes(*entries(ratios, [1] * 12), algo)
+    for name, count in (("tight", 2), ("one_percent", 6), ("five_percent", 10)):
+        assert metrics[f"ratio_{name}"].tolist() == [1] * count + [0] * (12 - count)
+
+
 SHAPE = BatchShape(row_len=256, rows_per_microbatch=2, microbatches=2, row_shards=1)
 
 
