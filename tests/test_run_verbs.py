@@ -120,7 +120,7 @@ def test_the_learning_rate_changes_on_resume_if_it_may(run, tmp_path, capsys):
     new = ("--set", "optim.learning_rate=5e-4", "--set", "dapo.clip_eps_high=0.3")
     args = ("--config", config, "--run-dir", folder, "--set", "train.steps=5", *new)
     assert verb(train, *args) == 2
-    assert names(line_of(capsys)[0], "optim.learning_rate: ...--allow-change optim")
+    assert names(line_of(capsys)[0], "dapo.clip_eps_high: ...0.3...0.28...--allow-change optim")
     more = ("--allow-change", "optim")
     assert verb(train, *args, *more, "--set", "dapo.responses_per_prompt=2") == 2
     said, _ = line_of(capsys)
