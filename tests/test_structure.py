@@ -215,7 +215,7 @@ def test_every_config_field_is_read(section, field):
 
 # ------------------------------------------------------------------------------------- measures
 
-WIDTH, PACKAGE_LINES, HOUR_LINES = 100, 19_242, 5_899  # the sizes may only shrink
+WIDTH, PACKAGE_LINES, HOUR_LINES = 100, 19_240, 5_899  # the sizes may only shrink
 FUNCTION_LINES, PARAMETERS = 80, 7
 # The path of one step: what is read in an hour.
 HOUR = ("types.py", "config/schema.py", "train.py", "training/", "rollout/", "dapo/")

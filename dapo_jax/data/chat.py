@@ -13,9 +13,8 @@ from dapo_jax.runtime.sandbox import Process
 from dapo_jax.types import one_line
 
 DEADLINE_S = 10.0  # for one conversation
-_DATE = (
-    "2024-07-26"  # the templates' today, as Llama 3.2's default: by the clock, prompts would change
-)
+# Today's date for templates, Llama 3.2's default: by the clock, prompts would change every day.
+_DATE = "2024-07-26"
 _MEMORY_BYTES = 1 << 30
 
 Conversation = list[dict[str, str]]

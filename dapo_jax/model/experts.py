@@ -22,7 +22,6 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 
 from dapo_jax.config import Experts
 from dapo_jax.model.logprobs import ROW_AXES, ROW_SPEC, VOCAB_AXIS, per_device, split_axis
-from dapo_jax.model.quantization import Quantized
 
 _TILE_BYTES = 3 * 2**20  # of an expert in a TPU core's memory; two are there at a time
 _BLOCK = 32  # rows of a block off TPU: more would be wasted at the end of each expert
@@ -203,7 +202,7 @@ def _grouped(x: Array, w: OfLayer, bounds: _Bounds) -> Array:
 
 
 def _product(x: Array, w: OfLayer, bounds: _Bounds, summed: int) -> Array:
-    """`_grouped` over axis `summed` of an expert's [i, o]: 1, or 0, times its transpose."""
+    """`_grouped` over axis `summed` of [E, i, o]: 1, or 2 to multiply with the transposes."""
     forms: dict[str, Any] = {"tpu": _by_kernel, "default": _in_blocks}
     forms = {name: functools.partial(form, summed=summed) for name, form in forms.items()}
     out = jax.lax.platform_dependent(x, w, bounds, **forms)
@@ -246,7 +245,7 @@ def _by_kernel(
     expert's weights are read once, however many tiles it visits. They are cast to x's dtype in the
     core's memory.
     """
-    values, *scale = w.stack if isinstance(w.stack, Quantized) else (w.stack,)
+    values, *scale = jax.tree.leaves(w.stack)
     padded, rows = _tiled(x)
     count, inputs, outputs = values.shape[1], x.shape[1], values.shape[4 - summed]
     width = _TILE_BYTES // (inputs * values.dtype.itemsize) // 128 * 128
@@ -319,7 +318,7 @@ def _in_blocks(x: Array, w: OfLayer, bounds: _Bounds, summed: int) -> Array:
 
     The last block of an expert also writes rows of later experts, which these write again.
     """
-    values, *scales = w.stack if isinstance(w.stack, Quantized) else (w.stack,)
+    values, *scales = jax.tree.leaves(w.stack)
     padded, count = _blocks(x), values.shape[1]
 
     def expert(out, inputs):
